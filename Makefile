@@ -1,0 +1,64 @@
+# `make test` and `make demo` set up everything that they need in $(VENV), on a machine with only Python >= 3.11.
+#
+# Torch comes first and by its exact version: left to the dependency, a plain `torch` from the public index
+# brings gigabytes of CUDA libraries. Choose another build with, for example,
+#     make test TORCH="torch==2.13.0 --index-url <the index of your CUDA or CPU wheels>"
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+BIN       := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed-test
+LINTERS   := $(VENV)/.installed-dev
+
+export PATH := $(BIN):$(PATH)
+# The launcher gives each process one core; more threads than that only fight each other.
+export OMP_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# A build of a DeepSpeed op that was killed leaves a lock on which every later launch waits silently and for ever.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+
+.PHONY: help setup test demo lint benchmark clean
+
+help:
+	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest)"
+	@echo "make demo       set up $(VENV), compress a real encoder  (ARGS='--output DIR' goes to the demo)"
+	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove $(VENV)"
+
+setup: $(INSTALLED)
+
+$(BIN)/python:
+	@echo "==> creating $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml setup.py | $(BIN)/python
+	@echo "==> installing torch, then ds_compress with its test tools (a few minutes the first time)"
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e '.[test]'
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	@echo "==> installing ruff and mypy"
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(INSTALLED)
+	$(BIN)/python -m ds_compress.examples.demo $(ARGS)
+
+benchmark: $(INSTALLED)
+	$(BIN)/python -m benchmarks.step_overhead --quick $(ARGS)
+
+lint: $(LINTERS)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)

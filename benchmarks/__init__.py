@@ -1,0 +1,1 @@
+"""Measurements of this library beside plain DeepSpeed; see the README for the commands."""

@@ -1,0 +1,89 @@
+"""Every figure that a benchmark measured, with what it was measured on, appended to a CSV of its own.
+
+One line is one figure: when, which commit, which CPU and versions, how it was called, then variant, figure
+and value. The files lie in `benchmarks/results` and are committed, bad figures included.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = ("time", "commit", "cpu", "cores", "versions", "arguments", "variant", "figure", "value")
+
+Figures = Mapping[str, Mapping[str, float]]
+"""{variant: {figure: value}}; a figure's name ends in its unit where it has one."""
+
+
+def append(benchmark: str, arguments: str, figures: Figures, folder: Path = HERE / "results") -> Path:
+    """Appends all figures of one run to `<folder>/<benchmark>.csv` and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}.csv"
+    where = conditions()
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        for variant, values in figures.items():
+            for figure, value in values.items():
+                writer.writerow([*where.values(), arguments, variant, figure, f"{value:.6g}"])
+    return path
+
+
+def conditions() -> dict[str, str]:
+    """time (UTC), commit ("+" when the tree has changes), CPU model, cores and the versions that matter."""
+    packages = ("torch", "deepspeed", "transformers")
+    versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+    return {
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "versions": ", ".join(versions),
+    }
+
+
+def json_line(benchmark: str, figures: Figures) -> str:
+    """Everything as one line of JSON, for `--json`."""
+    return json.dumps({"benchmark": benchmark, **conditions(), "figures": figures})
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout
+
+    try:
+        # Results are appended while a benchmark runs; they do not change what was measured.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results").strip()
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    special = [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_int8") if f" {flag}" in flags]
+    return " ".join([names[0] if names else platform.machine(), *special])

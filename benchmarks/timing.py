@@ -1,0 +1,84 @@
+"""Comparing the times of several things on a machine that is never quite idle.
+
+All of them take turns in one process, in another order every round, so that a slow minute is slow for all.
+Each is compared with the base of its own round, and the median over rounds is reported with its quartiles.
+The CPU time of the process decides, since it sees little of what else the machine does; wall time is beside.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Timing:
+    """Seconds of CPU time and of wall time, one of each per round."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    @property
+    def median_cpu(self) -> float:
+        return statistics.median(self.cpu)
+
+    @property
+    def median_wall(self) -> float:
+        return statistics.median(self.wall)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median over rounds and its lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    progress: Callable[[str], object] | None = None,
+) -> dict[str, Timing]:
+    """Times every run once per round, after `warm_up` rounds that are not counted.
+
+    Each round starts at another run, so none always follows the same neighbour's cache misses. `progress` is
+    told the name of each run before it starts.
+    """
+    timings = {name: Timing() for name in runs}
+    names = list(runs)
+    for round_number in range(-warm_up, rounds):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            if progress is not None:
+                progress(name)
+            cpu, wall = measured(runs[name])
+            if round_number >= 0:
+                timings[name].cpu.append(cpu)
+                timings[name].wall.append(wall)
+    return timings
+
+
+def measured(run: Callable[[], object]) -> tuple[float, float]:
+    """(CPU seconds of this process with all its threads, wall seconds) of one call."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
+    """The median over rounds of values[i] / base[i], with its quartiles; raises ValueError without rounds."""
+    ratios = [value / reference for value, reference in zip(values, base, strict=True)]
+    if not ratios:
+        raise ValueError("a ratio needs at least one round")
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high)

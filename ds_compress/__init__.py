@@ -1,0 +1,32 @@
+"""Compress a model while it trains, where it trains: pruning, quantization-aware training and layer reduction
+with distillation, switched on by a `compression_training` block in the DeepSpeed JSON, on ZeRO 0 to 3.
+
+Importing this package is all that a training script needs; the rest is for those who want to look or steer:
+
+    plan(model, config)           what would happen to which weight, and the predicted bytes; trains nothing
+    initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
+    engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
+    export_state_dict(engine)     the whole compressed model's weights, on process 0
+"""
+
+from __future__ import annotations
+
+from ds_compress.config import ConfigError, parse_config
+from ds_compress.config.plan import Plan, plan
+from ds_compress.engine.api import export_state_dict, initialize
+from ds_compress.engine.registration import register, unregister
+from ds_compress.version import __version__
+
+__all__ = [
+    "ConfigError",
+    "Plan",
+    "__version__",
+    "export_state_dict",
+    "initialize",
+    "parse_config",
+    "plan",
+    "register",
+    "unregister",
+]
+
+register()

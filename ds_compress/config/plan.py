@@ -1,0 +1,63 @@
+"""A config resolved against a model: which weight gets what, from which step, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ds_compress.config.schema import CompressionConfig
+from ds_compress.config.source import block_of
+from ds_compress.config.targets import Target, TechniquePlan, Weight
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import nn
+
+__all__ = ["Plan", "Target", "TechniquePlan", "Weight", "plan"]
+
+
+@dataclass
+class Plan:
+    """What each enabled block does to which weight; `str()` gives a plain table, `rich.print` a coloured one.
+
+    techniques: only the enabled ones, by block key (sparse_pruning, weight_quantization,
+    activation_quantization). weights: every parameter of the model. world_size: how many processes share the
+    training state.
+    """
+
+    config: CompressionConfig
+    techniques: dict[str, TechniquePlan]
+    weights: tuple[Weight, ...] = field(default=(), repr=False)
+    world_size: int = 1
+
+    def __str__(self) -> str:
+        from ds_compress.config.report import plain_text
+
+        return plain_text(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from ds_compress.config.report import renderables
+
+        yield from renderables(self)
+
+
+def plan(
+    model: nn.Module, config: CompressionConfig | Mapping[str, Any] | str | PathLike[str], world_size: int = 1
+) -> Plan:
+    """Resolves a config against a model without training.
+
+    config: the `compression_training` block, a DeepSpeed config that contains it, or the path of a JSON file
+    with either. world_size: processes that share the training state.
+
+    Raises:
+        ConfigError: everything that is wrong with the config, or with what it asks of this model.
+    """
+    from ds_compress.config.resolve import resolve
+
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; it counts processes, so it is at least 1")
+    resolved = resolve(model, config if isinstance(config, CompressionConfig) else block_of(config))
+    resolved.world_size = world_size
+    return resolved

@@ -1,0 +1,205 @@
+"""The table of a plan: one line per weight, layers that are treated alike collapsed into one."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ds_compress.config import forecast, words
+from ds_compress.config.forecast import Stored
+from ds_compress.config.targets import Target
+
+if TYPE_CHECKING:
+    from ds_compress.config.plan import Plan
+
+_WIDER_THAN_ANY_TABLE = 1000
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to the weight or the input of one module; lines with equal treatments may be collapsed."""
+
+    shape: tuple[int, ...]
+    pruning: str
+    weight_bits: str
+    input_bits: str
+    tied_to: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: the modules it stands for, and what they are stored as together."""
+
+    name: str
+    count: int
+    treatment: Treatment
+    stored: Stored
+
+
+def plain_text(plan: Plan) -> str:
+    """The report without colours, wherever it goes."""
+    paper = io.StringIO()
+    console = Console(file=paper, width=_WIDER_THAN_ANY_TABLE, color_system=None, force_terminal=False)
+    for part in renderables(plan):
+        console.print(part, highlight=False)
+    return "\n".join(line.rstrip() for line in paper.getvalue().splitlines()).rstrip()
+
+
+def renderables(plan: Plan) -> Iterator[RenderableType]:
+    """The parts of the report, for rich."""
+    counts = {key: len(technique.targets) for key, technique in plan.techniques.items()}
+    blocks = list(words.block_lines(plan.config, counts))
+    if not blocks:
+        yield Text("compression_training: nothing is enabled")
+        return
+    for key, what in blocks:
+        yield Text.assemble((key, "bold"), ": ", what)
+    if plan.techniques:
+        yield _table(lines_of(plan))
+        yield from map(Text, _totals(plan))
+
+
+def lines_of(plan: Plan) -> list[Line]:
+    """The lines of the table, in model order."""
+    treatments = _treatments(plan)
+    stored = forecast.stored(plan)
+    parameter = {
+        target.module_name: target.param_name
+        for technique in plan.techniques.values()
+        for target in technique.targets
+    }
+    lines = []
+    for name, members in collapse(treatments):
+        treatment = treatments[members[0]]
+        parts = [] if treatment.tied_to else [stored[parameter[member]] for member in members]
+        lines.append(Line(name, len(members), treatment, forecast.total(parts)))
+    return lines
+
+
+def collapse(treatments: dict[str, Treatment]) -> list[tuple[str, list[str]]]:
+    """(`encoder.layer.{0-5}.query`, its modules) of all; numbers are joined where they form a grid."""
+    alike: dict[tuple[str, Treatment], list[str]] = {}
+    for name, treatment in treatments.items():
+        alike.setdefault((_NUMBER.sub("#", name), treatment), []).append(name)
+    collapsed = []
+    for names in alike.values():
+        joined = _joined(names)
+        collapsed += [(joined, names)] if joined else [(name, [name]) for name in names]
+    return collapsed
+
+
+def _joined(names: Sequence[str]) -> str | None:
+    numbers = [tuple(map(int, _NUMBER.findall(name))) for name in names]
+    columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+    grid = 1
+    for column in columns:
+        grid *= len(column)
+    if grid != len(names):
+        return None
+    texts = iter([_ranges(column) for column in columns])
+    return _NUMBER.sub(lambda _: next(texts), names[0])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) + "}"
+
+
+def _treatments(plan: Plan) -> dict[str, Treatment]:
+    targets: dict[str, dict[str, Target]] = {}
+    for key, technique in plan.techniques.items():
+        for target in technique.targets:
+            targets.setdefault(target.module_name, {})[key] = target
+    position = {weight.name: index for index, weight in enumerate(plan.weights)}
+    in_order = sorted(targets.items(), key=lambda item: position[next(iter(item[1].values())).param_name])
+    shown: dict[str, str] = {}
+    treatments = {}
+    for name, by_block in in_order:
+        first = next(iter(by_block.values()))
+        owner = shown.setdefault(first.param_name, name)
+        treatments[name] = Treatment(
+            first.shape, *_cells(plan, by_block), tied_to=owner if owner != name else ""
+        )
+    return treatments
+
+
+def _cells(plan: Plan, by_block: dict[str, Target]) -> tuple[str, str, str]:
+    pruning = weight_bits = input_bits = "-"
+    if target := by_block.get("sparse_pruning"):
+        pruning = words.pruning_cell(target, plan.techniques["sparse_pruning"].shared)
+    if target := by_block.get("weight_quantization"):
+        weight_bits = words.weight_bits_cell(target, plan.techniques["weight_quantization"].shared)
+    if target := by_block.get("activation_quantization"):
+        offset = plan.techniques["activation_quantization"].shared.schedule_offset
+        input_bits = words.activation_bits_cell(target, offset)
+    return pruning, weight_bits, input_bits
+
+
+def _table(lines: Iterable[Line]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("module", overflow="fold")
+    for heading in ("shape", "pruning", "weights", "inputs"):
+        table.add_column(heading)
+    for heading in ("stored", "after", "non-zeros", "as bitmask"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        treatment, stored = line.treatment, line.stored
+        sizes = [size_in_words(stored.before), size_in_words(stored.after), f"{stored.nonzeros:,}"]
+        is_pruned = treatment.pruning != "-"
+        numbers = [*sizes, size_in_words(stored.bitmask) if is_pruned else "-"]
+        if treatment.tied_to:
+            numbers = [f"tied to {treatment.tied_to}", "-", "-", "-"]
+        shape = " x ".join(map(str, treatment.shape))
+        cells = [line.name, shape, treatment.pruning, treatment.weight_bits, treatment.input_bits, *numbers]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _totals(plan: Plan) -> Iterator[str]:
+    stored = forecast.stored(plan)
+    everything = forecast.total(stored.values())
+    claimed = {target.param_name for technique in plan.techniques.values() for target in technique.targets}
+    numel = sum(weight.numel for weight in plan.weights)
+    claimed_numel = sum(weight.numel for weight in plan.weights if weight.name in claimed)
+    yield f"claimed: {claimed_numel:,} of {numel:,} parameters"
+    ratio = everything.before / everything.after if everything.after else 1.0
+    sizes = f"{size_in_words(everything.before)} -> {size_in_words(everything.after)} ({ratio:.2f}x smaller)"
+    sparse = f", {size_in_words(everything.bitmask)} as bitmask and non-zeros" if _prunes(plan) else ""
+    yield f"stored: {sizes}, {everything.nonzeros:,} non-zeros{sparse}"
+    if _prunes(plan):
+        state = forecast.training_state(plan)
+        processes = "1 process" if plan.world_size == 1 else f"each of {plan.world_size} processes"
+        yield (
+            f"training state of pruning in {processes}: masks {size_in_words(state.mask)}, "
+            f"hidden values {size_in_words(state.hidden)}, scores {size_in_words(state.scores)}"
+        )
+
+
+def _prunes(plan: Plan) -> bool:
+    return "sparse_pruning" in plan.techniques
+
+
+def size_in_words(size: int) -> str:
+    """Bytes with a decimal unit, e.g. 1.18 MB."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

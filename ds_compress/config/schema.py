@@ -1,0 +1,180 @@
+"""The whole `compression_training` block: its model, its parser, and the JSON schema for editors.
+
+`python -m ds_compress.config.schema` writes the schema file that the package ships.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from ds_compress.config.activation_quantization import ActivationQuantization
+from ds_compress.config.distillation import Distillation
+from ds_compress.config.errors import ROOT, ConfigError, Problem, shown
+from ds_compress.config.fields import Conflict, Section, Seed
+from ds_compress.config.layer_reduction import LayerReduction
+from ds_compress.config.sparse_pruning import SparsePruning
+from ds_compress.config.structured_pruning import ChannelPruning, HeadPruning, RowPruning
+from ds_compress.config.translate import Where, translate
+from ds_compress.config.weight_quantization import WeightQuantization
+
+SCHEMA_FILE = Path(__file__).with_name("compression_training.schema.json")
+AUTO = "auto"
+"""Hugging Face's word for a value that is worked out elsewhere; in this block it means: left out."""
+
+
+class CompressionConfig(Section):
+    """The `compression_training` block of a DeepSpeed config; a block that is absent is None."""
+
+    sparse_pruning: SparsePruning | None = Field(default=None, description="Set single weights to zero.")
+    weight_quantization: WeightQuantization | None = Field(
+        default=None, description="Fewer bits for weights."
+    )
+    activation_quantization: ActivationQuantization | None = Field(
+        default=None, description="Fewer bits for the inputs of layers."
+    )
+    row_pruning: RowPruning | None = Field(default=None, description="Remove rows of Linear layers.")
+    head_pruning: HeadPruning | None = Field(default=None, description="Remove attention heads.")
+    channel_pruning: ChannelPruning | None = Field(
+        default=None, description="Remove channels of Conv2d layers."
+    )
+    layer_reduction: LayerReduction | None = Field(default=None, description="Remove whole layers.")
+    distillation: Distillation | None = Field(
+        default=None, description="Learn from a teacher while compressing."
+    )
+    seed: Seed = Field(default=0, description="Seed of everything random in this block.")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        reduction, distillation = self.layer_reduction, self.distillation
+        if not (reduction and reduction.enabled and distillation and distillation.enabled):
+            return
+        kept = reduction.keep_number_layer or len(reduction.teacher_layer or ())
+        if distillation.layer_map is not None and len(distillation.layer_map) != kept:
+            yield Conflict(
+                ("distillation", "layer_map"),
+                distillation.layer_map,
+                f"{kept} entries, one for each layer that layer_reduction keeps",
+            )
+
+
+def parse_config(block: Mapping[str, Any]) -> CompressionConfig:
+    """Validates the value of `compression_training`; raises ConfigError with all problems in one pass."""
+    if not isinstance(block, Mapping):
+        raise ConfigError([Problem(ROOT, shown(block), "an object")])
+    written = without_auto(block)
+    try:
+        return CompressionConfig.model_validate(written)
+    except ValidationError as error:
+        problems = translate(error, CompressionConfig, block)
+        problems += _hidden_by_bad_groups(written, error, problems)
+        raise ConfigError(problems) from None
+
+
+def without_auto(block: Any) -> Any:
+    """The block without the keys whose value is "auto"."""
+    if not isinstance(block, Mapping):
+        return block
+    deepest_key_of_the_schema = 6
+
+    def strip(value: Any, depth: int) -> Any:
+        if not isinstance(value, Mapping) or depth > deepest_key_of_the_schema:
+            return value
+        return {key: strip(item, depth + 1) for key, item in value.items() if not _is_auto(item)}
+
+    return strip(block, 0)
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == AUTO
+
+
+def _hidden_by_bad_groups(written: Any, error: ValidationError, known: list[Problem]) -> list[Problem]:
+    """Rules between groups are checked when every group is sound: check them on the sound groups too."""
+    bad_groups = {
+        loc[:3]
+        for loc in (detail["loc"] for detail in error.errors())
+        if len(loc) > 3 and loc[1] == "different_groups"
+    }
+    if not bad_groups:
+        return []
+    sound = _without(written, bad_groups)
+    try:
+        CompressionConfig.model_validate(sound)
+    except ValidationError as remaining:
+        return [
+            problem for problem in translate(remaining, CompressionConfig, written) if problem not in known
+        ]
+    return []
+
+
+def _without(written: Any, bad_groups: set[Where]) -> Any:
+    sound = dict(written)
+    for block in {group[0] for group in bad_groups}:
+        groups = written[block]["different_groups"]
+        kept = {
+            name: group
+            for name, group in groups.items()
+            if (block, "different_groups", name) not in bad_groups
+        }
+        if kept:
+            sound[block] = {**written[block], "different_groups": kept}
+        else:
+            del sound[block]
+    return sound
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a DeepSpeed config file, of which it describes the `compression_training` key only."""
+    block = CompressionConfig.model_json_schema()
+    definitions = block.pop("$defs")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "DeepSpeed config with a compression_training block",
+        "type": "object",
+        "properties": {ROOT: {"$ref": "#/$defs/CompressionConfig"}},
+        "$defs": {"CompressionConfig": block, **definitions},
+    }
+
+
+def schema_text() -> str:
+    """What the shipped schema file contains."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_schema(path: Path = SCHEMA_FILE) -> None:
+    """Writes the schema file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(schema_text())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the schema file; with --check says whether it is current instead (exit status 1 if not)."""
+    if list(arguments) not in ([], ["--check"]):
+        print("usage: python -m ds_compress.config.schema [--check]", file=sys.stderr)
+        return 2
+    if not arguments:
+        write_schema()
+        print(SCHEMA_FILE)
+        return 0
+    is_current = SCHEMA_FILE.is_file() and SCHEMA_FILE.read_text(encoding="utf-8") == schema_text()
+    if not is_current:
+        print(f"{SCHEMA_FILE} is stale: run python -m ds_compress.config.schema", file=sys.stderr)
+    return 0 if is_current else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Where a block comes from: itself, a DeepSpeed config around it, or a JSON file with either."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from ds_compress.config.errors import ROOT, ConfigError, Problem, nearest, shown
+from ds_compress.config.schema import CompressionConfig
+
+
+def block_of(config: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:
+    """The `compression_training` block of `config`; raises ConfigError when there is none."""
+    source = ROOT
+    if isinstance(config, str | PathLike):
+        source = fspath(config)
+        config = read_json(source)
+    if not isinstance(config, Mapping):
+        raise ConfigError([Problem(source, shown(config), "an object, or the path of a JSON file with one")])
+    if ROOT in config:
+        block: Mapping[str, Any] = config[ROOT]
+        return block
+    keys = [key for key in config if isinstance(key, str)]
+    if not keys or any(nearest(key, CompressionConfig.model_fields) for key in keys):
+        return config
+    near = next((key for key in keys if nearest(key, [ROOT])), None)
+    raise ConfigError(
+        [
+            Problem(
+                source,
+                f"the keys {', '.join(map(shown, keys[:8]))}{' ...' if len(keys) > 8 else ''}",
+                f'the key "{ROOT}", or its value by itself',
+                f'did you mean "{ROOT}" where it says "{near}"?' if near else "",
+            )
+        ]
+    )
+
+
+def read_json(path: str) -> Any:
+    """The content of a JSON file; raises ConfigError that says where it is broken."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem(path, str(error), "the path of a JSON file that can be read")]) from None
+
+    def objects(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return _without_duplicates(path, pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=objects)
+    except json.JSONDecodeError as error:
+        commented = _read_hjson(text, objects)
+        if commented is not None:
+            return commented
+        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        place = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ConfigError([Problem(place, shown(line), "JSON", error.msg)]) from None
+    except RecursionError:
+        raise ConfigError([Problem(path, "very many objects or lists in one another", "JSON")]) from None
+
+
+def _read_hjson(text: str, objects: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> Any:
+    """DeepSpeed reads its config as Hjson, so comments and trailing commas are fine; None if worse."""
+    hjson = importlib.import_module("hjson")
+    try:
+        found = hjson.loads(text, object_pairs_hook=objects)
+    except (hjson.HjsonDecodeError, RecursionError):
+        return None
+    return found if isinstance(found, Mapping) and found else None
+
+
+def _without_duplicates(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ConfigError([Problem(path, f"the key {shown(twice)} twice in one object", "each key once")])
+    return found

@@ -1,0 +1,52 @@
+"""What a config means for one model: the weights that each block claims."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ds_compress.config.modules import ModuleKind
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that one block claims.
+
+    module_name: qualified name of the module; param_name: name of its weight in `model.named_parameters()`
+    (the first-listed name when tied). shape: full shape. group, params: the JSON group that claimed it.
+    """
+
+    module_name: str
+    module: nn.Module
+    kind: ModuleKind
+    param_name: str
+    param: nn.Parameter
+    shape: tuple[int, ...]
+    group: str
+    params: Any
+
+
+@dataclass(frozen=True)
+class TechniquePlan:
+    """One enabled block: its key, what holds for all its groups, and its weights in model order."""
+
+    block: str
+    shared: Any
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model as it is stored: full shape, bytes per element, and whether it trains."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)

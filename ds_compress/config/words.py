@@ -1,0 +1,135 @@
+"""The blocks of a plan in words: what they do, to how much, from which step to which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ds_compress.config.activation_quantization import ActivationQuantizationShared
+from ds_compress.config.distillation import Distillation
+from ds_compress.config.layer_reduction import LayerReduction
+from ds_compress.config.modules import ModuleKind
+from ds_compress.config.schema import CompressionConfig
+from ds_compress.config.sparse_pruning import SparsePruningShared
+from ds_compress.config.targets import Target
+from ds_compress.config.weight_quantization import WeightQuantizationShared
+
+
+def pruning_cell(target: Target, shared: SparsePruningShared) -> str:
+    """E.g. "50% kept, steps 100-900"."""
+    return f"{target.params.dense_ratio:.4g} kept, {_pruning_steps(shared)}"
+
+
+def weight_bits_cell(target: Target, shared: WeightQuantizationShared) -> str:
+    """E.g. "8 -> 4 bits, per_channel, steps 0-150"."""
+    params = target.params
+    ladder = f"{params.start_bits} -> " if params.first_bits != params.target_bits else ""
+    end = params.last_drop(shared.schedule_offset)
+    when = _steps(shared.schedule_offset, end)
+    return f"{ladder}{params.target_bits} bits, {_granularity(target, shared)}, {when}"
+
+
+def activation_bits_cell(target: Target, offset: int) -> str:
+    """E.g. "8 bits, from step 0"."""
+    return f"{target.params.bits} bits, {_steps(offset)}"
+
+
+def block_lines(config: CompressionConfig, techniques: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """(key of the block, what it does) of each enabled block; `techniques` counts the claimed weights."""
+    facts: dict[str, Callable[[Any], str]] = {
+        "sparse_pruning": _pruning_facts,
+        "weight_quantization": _weight_facts,
+        "activation_quantization": _activation_facts,
+    }
+    for key, count in techniques.items():
+        noun = "input" if key == "activation_quantization" else "weight"
+        yield key, f"{_plural(count, noun)}: {facts[key](getattr(config, key).shared_parameters)}"
+    if config.layer_reduction and config.layer_reduction.enabled:
+        yield "layer_reduction", _layer_reduction_facts(config.layer_reduction)
+    if config.distillation and config.distillation.enabled:
+        yield "distillation", _distillation_facts(config.distillation)
+
+
+def _pruning_facts(shared: SparsePruningShared) -> str:
+    scope = {
+        "layer": "each weight keeps its ratio",
+        "group": "one threshold per group",
+        "global": "one threshold over all groups",
+    }[shared.scope]
+    facts = [f"method {shared.method}", f"pattern {shared.effective_pattern}", scope]
+    if shared.effective_schedule != "constant":
+        facts.append(f"{shared.effective_schedule} schedule")
+    if shared.schedule_offset_end is not None or shared.effective_regrowth:
+        facts.append(f"a new mask every {_plural(shared.schedule_offset_stride, 'step')}")
+    if shared.effective_regrowth:
+        facts.append("masked weights may come back")
+    return ", ".join(facts)
+
+
+def _weight_facts(shared: WeightQuantizationShared) -> str:
+    where = "fake quantization in forward" if shared.quantize_weight_in_forward else "rounded after each step"
+    grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+    facts = [shared.quantization_type, f"{shared.rounding} rounding", grid, where]
+    if shared.learned_scale:
+        facts.append("learned scales")
+    if shared.fp16_mixed_quantize.enabled:
+        facts.append(f"faded in by {shared.fp16_mixed_quantize.quantize_change_ratio:g} per step")
+    return ", ".join(facts)
+
+
+def _activation_facts(shared: ActivationQuantizationShared) -> str:
+    grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+    ranges = f"{shared.range_calibration} ranges {shared.effective_granularity}"
+    return ", ".join([shared.quantization_type, grid, ranges])
+
+
+def _layer_reduction_facts(block: LayerReduction) -> str:
+    where = f" under {block.module_name_prefix}" if block.module_name_prefix else ""
+    if block.teacher_layer:
+        layers = ", ".join(map(str, block.teacher_layer))
+        facts = f"keeps {_plural(len(block.teacher_layer), 'layer')}{where}, from teacher layers {layers}"
+    else:
+        facts = (
+            f"keeps {_plural(block.keep_number_layer or 0, 'layer')}{where}, spread evenly over the teacher"
+        )
+    copied = (
+        ", ".join(block.other_module_name) if block.other_module_name else "all other modules that both have"
+    )
+    return f"{facts}; copies {copied}"
+
+
+def _distillation_facts(block: Distillation) -> str:
+    losses = [f"task x {block.task_loss_weight:g}"]
+    if block.losses.logits:
+        losses.append(
+            f"logits x {block.losses.logits.weight:g} at temperature {block.losses.logits.temperature:g}"
+        )
+    if block.losses.hidden:
+        losses.append(f"hidden states x {block.losses.hidden.weight:g} ({block.losses.hidden.kind})")
+    if block.losses.attention:
+        losses.append(f"attention x {block.losses.attention.weight:g}")
+    teacher = block.teacher or "the model passed to ds_compress.initialize"
+    dtype = f" in {block.teacher_dtype}" if block.teacher_dtype else ""
+    return f"teacher {teacher}{dtype} at ZeRO stage {block.teacher_zero_stage}; loss = {' + '.join(losses)}"
+
+
+def _pruning_steps(shared: SparsePruningShared) -> str:
+    return _steps(shared.schedule_offset, shared.schedule_offset_end)
+
+
+def _steps(begin: int, end: int | None = None) -> str:
+    return f"from step {begin}" if end is None or end <= begin else f"steps {begin}-{end}"
+
+
+def _granularity(target: Target, shared: WeightQuantizationShared) -> str:
+    if shared.granularity == "per_column_group":
+        return f"per {shared.effective_group_size} columns"
+    if shared.granularity not in (None, "per_group"):
+        return str(shared.granularity)
+    if target.kind is ModuleKind.EMBEDDING:
+        return "per row"
+    return f"{_plural(shared.quantize_groups, 'group')}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

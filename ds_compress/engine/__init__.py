@@ -1,0 +1,1 @@
+"""The only package that knows DeepSpeed: registration, master fragments, step hooks, checkpoints, teachers."""

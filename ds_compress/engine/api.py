@@ -1,0 +1,79 @@
+"""The explicit forms of what registration does by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.engine.parameters import full_parameters
+from ds_compress.engine.session import teacher_given
+from ds_compress.quant import layers
+
+
+def initialize(*args: Any, teacher: nn.Module | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize` with a teacher object.
+
+    Args:
+        teacher: a model to distil from, frozen and sharded here; overrides `distillation.teacher`. Without
+            a `distillation` block it only initialises the layers of `layer_reduction`.
+        *args, **kwargs: those of `deepspeed.initialize`.
+
+    Returns:
+        DeepSpeed's usual tuple (engine, optimizer, dataloader, lr_scheduler); `engine.compression` is the
+        attached run when the JSON has a `compression_training` block.
+
+    Raises:
+        ConfigError: with every problem of the block at once.
+    """
+    import deepspeed
+
+    with teacher_given(teacher):
+        engine, *others = deepspeed.initialize(*args, **kwargs)
+    if teacher is not None and not hasattr(engine, "compression"):
+        path = "compression_training"
+        raise ConfigError([Problem(path, "absent", "a block that uses the teacher given to initialize")])
+    return engine, *others
+
+
+@torch.no_grad()
+def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The compressed model's weights as a process without us would load them: masked, and on their integer grids.
+
+    fp32 CPU tensors by name on process 0, an empty dict elsewhere; learned scales are folded into the weights.
+    A collective that makes one module whole at a time, so no process but the first ever holds more than
+    a layer. A tied weight has the values of the module that quantizes it.
+    """
+    keep = not dist.is_initialized() or dist.get_rank() == 0
+    quantized_by = {
+        id(module.weight): module
+        for module in engine.module.modules()
+        if layers.weight_recipe(module) is not None
+    }
+    result: dict[str, torch.Tensor] = {}
+    values_of: dict[int, torch.Tensor] = {}
+    for module_name, module in engine.module.named_modules():
+        own = [(n, p) for n, p in module.named_parameters(recurse=False) if n != layers.STEP_SIZE]
+        owners = [quantized_by[id(p)] for _, p in own if id(p) in quantized_by]
+        scales = [
+            p for owner in owners for n, p in owner.named_parameters(recurse=False) if n == layers.STEP_SIZE
+        ]
+        with full_parameters([*(p for _, p in own), *scales]):
+            for name, parameter in own if keep else ():
+                if id(parameter) not in values_of:
+                    owner = quantized_by.get(id(parameter))
+                    values = parameter if owner is None else layers.quantized_weight(owner)
+                    values_of[id(parameter)] = values.detach().float().cpu().clone()
+                result[_join(module_name, name)] = values_of[id(parameter)]
+        if keep:
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    result[_join(module_name, name)] = buffer.detach().cpu().clone()
+    return result
+
+
+def _join(module_name: str, name: str) -> str:
+    return f"{module_name}.{name}" if module_name else name

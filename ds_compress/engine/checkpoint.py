@@ -1,0 +1,198 @@
+"""Compression state beside a DeepSpeed checkpoint, in global parameter coordinates.
+
+    <save_dir>/<tag>/ds_compress/fragments_00000.safetensors    one per process: masks (1 bit), scores, hidden values
+    <save_dir>/<tag>/ds_compress/state.pt                       counters, bits, ranges; written last, lists the files
+
+Every tensor is stored with the parameter it belongs to and the element it starts at, so a run with another
+layout can cut and join what it needs. Files appear under their final name only when complete, and all of
+them before DeepSpeed moves its `latest` pointer: a kill at any moment leaves the previous checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ds_compress.select import bitmask
+
+if TYPE_CHECKING:
+    from ds_compress.engine.session import Compression
+
+logger = logging.getLogger("ds_compress")
+
+_FOLDER = "ds_compress"
+_STATE = "state.pt"
+
+
+class CheckpointError(RuntimeError):
+    """The compression state of a checkpoint is incomplete or does not fit the model."""
+
+
+def wrap(engine: Any, session: Compression) -> None:
+    """`engine.save_checkpoint` and `engine.load_checkpoint` carry the state of `session` from now on."""
+    original_save, original_load = engine.save_checkpoint, engine.load_checkpoint
+
+    @functools.wraps(original_save)
+    def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        save(Path(save_dir) / tag / _FOLDER, session)
+        return original_save(save_dir, tag, *args, **kwargs)
+
+    @functools.wraps(original_load)
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = original_load(load_dir, tag, *args, **kwargs)
+        if path is not None and not kwargs.get("load_module_only", False):
+            folder = Path(load_dir) / str(tag if tag is not None else _latest(load_dir)) / _FOLDER
+            load(folder, session)
+        return path, client_state
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def unwrap(engine: Any) -> None:
+    """Gives the engine its own methods back."""
+    del engine.save_checkpoint, engine.load_checkpoint
+
+
+def save(folder: Path, session: Compression) -> None:
+    """Writes the compression state; a collective."""
+    rank, world_size = _rank_and_world_size()
+    writers = range(world_size) if session.shards.is_spread else range(1)
+    if rank in writers:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_fragments(folder / _file_name(rank), session)
+    _barrier()
+    if rank == 0:
+        state = {"format": 1, "files": [_file_name(writer) for writer in writers], **session.state_dict()}
+        temporary = folder / f".{_STATE}.{os.getpid()}"
+        torch.save(state, temporary)
+        os.replace(temporary, folder / _STATE)
+    _barrier()
+
+
+def load(folder: Path, session: Compression) -> None:
+    """Restores what `save` wrote; every process reads the parts of its own fragments.
+
+    Raises:
+        CheckpointError: when a file is missing, or the stored parts do not cover a fragment.
+    """
+    if not (folder / _STATE).exists():
+        logger.warning(
+            "ds_compress: %s has no compression state; compression starts from step 0", folder.parent
+        )
+        session.load_state_dict({"applied_steps": 0, "stages": {}})
+        return
+    state = torch.load(folder / _STATE, weights_only=True)
+    missing = [name for name in state["files"] if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: the checkpoint is incomplete")
+    session.load_state_dict(state)
+    stored = _StoredParts(folder, state["files"])
+    for name, stage in session.stages.items():
+        stage.load_fragment_state(stored.of_stage(name, session))
+
+
+def _write_fragments(path: Path, session: Compression) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    index: list[dict[str, Any]] = []
+    for stage, kind, parameter, values in _parts(session):
+        key = str(len(index))
+        is_mask = values.dtype is torch.bool
+        tensors[key] = (bitmask.pack(values) if is_mask else values.detach()).cpu().contiguous()
+        start = session.shards.fragments[parameter].start
+        index.append(
+            {"key": key, "stage": stage, "kind": kind, "parameter": parameter, "start": start}
+            | {"numel": values.numel(), "is_mask": is_mask}
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata={"index": json.dumps(index)})
+    os.replace(temporary, path)
+
+
+def _parts(session: Compression) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    for stage_name, stage in session.stages.items():
+        for kind, by_parameter in stage.fragment_state().items():
+            for parameter, values in by_parameter.items():
+                yield stage_name, kind, parameter, values
+
+
+class _StoredParts:
+    """The parts that all processes stored, indexed by what they belong to."""
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self._parts: dict[tuple[str, str], dict[str, list[tuple[Path, dict[str, Any]]]]] = {}
+        for name in files:
+            with safe_open(folder / name, framework="pt") as file:
+                for part in json.loads(file.metadata()["index"]):
+                    by_parameter = self._parts.setdefault((part["stage"], part["kind"]), {})
+                    by_parameter.setdefault(part["parameter"], []).append((folder / name, part))
+
+    def of_stage(self, stage: str, session: Compression) -> dict[str, dict[str, torch.Tensor]]:
+        """{kind: {parameter: values of this process' fragment}}."""
+        result: dict[str, dict[str, torch.Tensor]] = {}
+        for (owner, kind), by_parameter in self._parts.items():
+            if owner != stage:
+                continue
+            unknown = set(by_parameter) - {name for name, _ in session.model.named_parameters()}
+            if unknown:
+                raise CheckpointError(
+                    f"{stage}: the checkpoint has {kind} of {sorted(unknown)[:3]}, the model has not"
+                )
+            result[kind] = {
+                name: self._join(fragment, by_parameter[name])
+                for name, fragment in session.shards.fragments.items()
+                if name in by_parameter
+            }
+        return result
+
+    @staticmethod
+    def _join(fragment: Any, parts: list[tuple[Path, dict[str, Any]]]) -> torch.Tensor:
+        dtype = torch.bool if parts[0][1]["is_mask"] else torch.float32
+        joined = torch.empty(fragment.numel, dtype=dtype, device=fragment.values.device)
+        covered = 0
+        for path, part in parts:
+            low = max(fragment.start, part["start"])
+            high = min(fragment.start + fragment.numel, part["start"] + part["numel"])
+            if low >= high:
+                continue
+            with safe_open(path, framework="pt") as file:
+                values = file.get_tensor(part["key"])
+            if part["is_mask"]:
+                values = bitmask.unpack(values, part["numel"])
+            joined[low - fragment.start : high - fragment.start] = values[
+                low - part["start"] : high - part["start"]
+            ]
+            covered += high - low
+        if covered != fragment.numel:
+            raise CheckpointError(
+                f"{fragment.name}: the stored parts cover {covered} of the {fragment.numel} elements "
+                f"from {fragment.start} on; the checkpoint is incomplete"
+            )
+        return joined
+
+
+def _latest(load_dir: str) -> str:
+    return (Path(load_dir) / "latest").read_text().strip()
+
+
+def _file_name(rank: int) -> str:
+    return f"fragments_{rank:05d}.safetensors"
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

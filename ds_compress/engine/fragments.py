@@ -1,0 +1,161 @@
+"""Fragments of fp32 master weights: what this process owns of each parameter, for every ZeRO stage.
+
+Which wrapper DeepSpeed chose decides where the masters are, and the wrapper is asked, never the stage number:
+
+| wrapper | masters |
+|---|---|
+| none (stage 0, fp32) | the parameters themselves |
+| FP16_Optimizer, FP16_UnfusedOptimizer | whole fp32 copies, replicated |
+| DeepSpeedZeroOptimizer, BF16_Optimizer | one flat fp32 slice per group and process |
+| DeepSpeedZeroOptimizer_Stage3 | flat fp32 sub-groups of parameter slices |
+
+At stages 1 and 2 a parameter is found by its *address* in the flat 16-bit buffer. DeepSpeed's own
+`_hp_mapping` points at the wrong parameter when `round_robin_gradients` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_compress.engine import seams
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """Elements [start, start + numel) of one flattened parameter, as owned by this process.
+
+    `stepped` is the tensor that the optimizer updates; the fragment lies at `offset` in its flat view.
+    `group` is the process group over which the parameter's fragments are spread; None when every process
+    holds the whole parameter.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    stepped: torch.Tensor
+    offset: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Flat view of the master weights, shape (numel,): writing to it changes the weights."""
+        return self.stepped.data.view(-1).narrow(0, self.offset, self.numel)
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """Flat view of the gradient that the optimizer is about to use, shape (numel,), or None."""
+        gradient = self.stepped.grad
+        return None if gradient is None else gradient.view(-1).narrow(0, self.offset, self.numel)
+
+
+def master_fragments(engine: Any) -> Iterator[Fragment]:
+    """All fragments this process owns, in the order of `engine.module.named_parameters()`.
+
+    Frozen parameters have no master and yield nothing; a tied parameter is yielded once, under its first
+    name. A parameter of which this process owns no element yields nothing.
+    """
+    wrapper = engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if seams.is_zero3_parameter(parameter):
+            fragment = _zero3_fragment(name, parameter)
+        elif seams.flat_16bit_groups(wrapper) is not None:
+            fragment = _flat_slice_fragment(name, parameter, wrapper)
+        elif hasattr(wrapper, "fp16_groups"):
+            fragment = _replicated_master_fragment(name, parameter, wrapper)
+        else:
+            fragment = _whole(name, parameter, stepped=parameter, offset=0)
+        if fragment is not None and fragment.numel > 0:
+            yield fragment
+
+
+def _whole(name: str, parameter: nn.Parameter, stepped: torch.Tensor, offset: int) -> Fragment:
+    return Fragment(name, parameter, tuple(parameter.shape), 0, parameter.numel(), stepped, offset, None)
+
+
+def _zero3_fragment(name: str, parameter: Any) -> Fragment | None:
+    zero3 = getattr(parameter, "_z3_optimizer", None)
+    if zero3 is None or zero3.get_param_id(parameter) not in zero3.grad_position:
+        return None
+    sub_group, offset, slice_numel = zero3.grad_position[zero3.get_param_id(parameter)]
+    start = zero3._get_param_partition_rank(parameter) * slice_numel
+    # The last slice is padded up to the common slice length; padding is not part of the parameter.
+    numel = max(0, min(parameter.ds_numel - start, slice_numel))
+    return Fragment(
+        name,
+        parameter,
+        tuple(parameter.ds_shape),
+        start,
+        numel,
+        zero3.fp32_partitioned_groups_flat[sub_group],
+        offset,
+        parameter.ds_process_group,
+    )
+
+
+def _flat_slice_fragment(name: str, parameter: nn.Parameter, wrapper: Any) -> Fragment | None:
+    for index, flat in enumerate(seams.flat_16bit_groups(wrapper) or ()):
+        byte_offset = parameter.data_ptr() - flat.data_ptr()
+        if not 0 <= byte_offset < flat.numel() * flat.element_size():
+            continue
+        begin = byte_offset // flat.element_size()
+        group = wrapper.real_dp_process_group[index]
+        slice_numel = flat.numel() // dist.get_world_size(group)
+        slice_begin = dist.get_rank(group) * slice_numel
+        low = max(begin, slice_begin)
+        high = min(begin + parameter.numel(), slice_begin + slice_numel)
+        if low >= high:
+            return None
+        return Fragment(
+            name,
+            parameter,
+            tuple(parameter.shape),
+            low - begin,
+            high - low,
+            seams.flat_master_partitions(wrapper)[index],
+            low - slice_begin,
+            group,
+        )
+    return None
+
+
+def _replicated_master_fragment(name: str, parameter: nn.Parameter, wrapper: Any) -> Fragment | None:
+    flat_masters = getattr(wrapper, "fp32_groups_flat", None)
+    for index, group in enumerate(wrapper.fp16_groups):
+        offset = 0
+        for position, candidate in enumerate(group):
+            if candidate is parameter:
+                if flat_masters is not None:
+                    return _whole(name, parameter, flat_masters[index], offset)
+                return _whole(name, parameter, wrapper.fp32_groups[index][position], 0)
+            offset += candidate.numel()
+    return None
+
+
+def check_fragments(fragments: list[Fragment]) -> None:
+    """Raises RuntimeError when a master does not round to the parameter it is believed to be the master of.
+
+    A wrong map would prune other weights than the ones named in the JSON, without a sign: this is the
+    one check that a new DeepSpeed layout cannot slip through.
+    """
+    for fragment in fragments:
+        parameter = fragment.parameter
+        if seams.is_zero3_parameter(parameter):
+            stored = parameter.ds_tensor.data.view(-1)[: fragment.numel]  # type: ignore[attr-defined]
+        else:
+            stored = parameter.data.view(-1)[fragment.start : fragment.start + fragment.numel]
+        master = fragment.values.to(device=stored.device, dtype=stored.dtype)
+        if not torch.equal(torch.nan_to_num(master), torch.nan_to_num(stored)):
+            raise RuntimeError(
+                f"ds_compress: the fp32 master found for {fragment.name!r} is not the master of that parameter. "
+                "This DeepSpeed layout is not supported; please report the DeepSpeed config and version."
+            )

@@ -1,0 +1,75 @@
+"""Reading and writing whole parameters, wherever ZeRO keeps them, a few at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.engine import seams
+
+
+@contextlib.contextmanager
+def full_parameters(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """Inside the block every parameter's `.data` is whole; with `write`, what rank 0 wrote is kept everywhere.
+
+    A collective when any of them is partitioned: every process enters with the same parameters.
+    """
+    partitioned = [p for p in parameters if seams.is_zero3_parameter(p)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+        yield
+
+
+@torch.no_grad()
+def copy_parameters(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """target <- source for each pair of equal shape, partitioned or not, one pair whole at a time at most."""
+    for target, source in pairs:
+        if _same_partition(target, source):
+            target.ds_tensor.copy_(source.ds_tensor)  # type: ignore[attr-defined]
+            continue
+        with full_parameters([source]), full_parameters([target], write=True):
+            target.data.copy_(source.data)
+
+
+def _same_partition(target: Any, source: Any) -> bool:
+    return (
+        seams.is_zero3_parameter(target)
+        and seams.is_zero3_parameter(source)
+        and target.ds_process_group is source.ds_process_group
+        and target.ds_tensor.shape == source.ds_tensor.shape
+        and target.ds_tensor.device == source.ds_tensor.device
+    )
+
+
+def adopt_parameters(
+    arguments: dict[str, Any], removed: Iterable[nn.Parameter], added: Sequence[nn.Parameter]
+) -> None:
+    """Edits what the caller listed for the optimizer before we changed the model.
+
+    `arguments` are those of the engine's constructor; `removed` parameters no longer belong to the model,
+    `added` are new ones (learned scales), which join without weight decay.
+    """
+    # A generator that the caller passed is read only now and may list the added ones already.
+    elsewhere = {id(parameter) for parameter in (*removed, *added)}
+    optimizer, listed = arguments["optimizer"], arguments["model_parameters"]
+    if hasattr(optimizer, "param_groups"):
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+        if added:
+            optimizer.add_param_group({"params": list(added), "weight_decay": 0.0})
+    listed = list(arguments["model"].parameters() if listed is None else listed)
+    grouped = bool(listed) and isinstance(listed[0], dict)
+    groups: list[dict[str, Any]] = [dict(group) for group in listed] if grouped else [{"params": listed}]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+    if added:
+        groups.append({"params": list(added), "weight_decay": 0.0})
+    arguments["model_parameters"] = groups if grouped or added else groups[0]["params"]

@@ -1,0 +1,110 @@
+"""`import ds_compress` is all it takes: two constructors of DeepSpeed learn the key `compression_training`.
+
+Wrapping constructors rather than `deepspeed.initialize` works whatever name the user imported it under, for
+every way of passing the JSON, for `zero.Init` (which parses the JSON first) and for Hugging Face. Without the
+block both wrappers hand everything through untouched: the caller's own config object included, because
+DeepSpeed and accelerate edit it in place.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+logger = logging.getLogger("ds_compress")
+
+KEY = "compression_training"
+_BLOCK = "_ds_compress_block"
+_originals: dict[str, Callable[..., None]] = {}
+
+
+def register() -> None:
+    """Teaches DeepSpeed the key; idempotent."""
+    if _originals:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    _originals["config"] = DeepSpeedConfig.__init__
+    _originals["engine"] = DeepSpeedEngine.__init__
+    DeepSpeedConfig.__init__ = _wrap_config(DeepSpeedConfig.__init__)
+    DeepSpeedEngine.__init__ = _wrap_engine(DeepSpeedEngine.__init__)
+
+
+def unregister() -> None:
+    """Gives DeepSpeed its own constructors back (for tests)."""
+    if not _originals:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedConfig.__init__ = _originals.pop("config")
+    DeepSpeedEngine.__init__ = _originals.pop("engine")
+
+
+def read_config(config: str | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The DeepSpeed JSON as a mapping, from a dict, a path or base64; None for what DeepSpeed must judge itself."""
+    if isinstance(config, Mapping):
+        return config
+    import hjson
+    from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+
+    if os.path.exists(config):
+        with open(config) as file:
+            return hjson.load(file, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+    try:
+        return hjson.loads(base64.urlsafe_b64decode(config).decode())
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def config_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        mapping = read_config(config)
+        block = None if mapping is None else mapping.get(KEY)
+        if mapping is not None and block is not None:
+            # Bad input is an error before any model is partitioned or any process group is asked.
+            from ds_compress.config import parse_config
+
+            parse_config(block)
+            config = {key: value for key, value in mapping.items() if key != KEY}
+        original(self, config, *args, **kwargs)
+        setattr(self, _BLOCK, copy.deepcopy(block))
+
+    return config_init
+
+
+def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def engine_init(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        engine, config_class = call.arguments["self"], call.arguments["config_class"]
+        block = getattr(config_class, _BLOCK, None)
+        if block is not None and _trains(call.arguments["optimizer"], config_class):
+            from ds_compress.engine.session import Compression
+
+            session = Compression.prepare(call.arguments, block, type(engine).__name__)
+            original(*call.args, **call.kwargs)
+            session.attach(engine)
+        else:
+            original(*args, **kwargs)
+
+    return engine_init
+
+
+def _trains(optimizer: Any, config_class: Any) -> bool:
+    """False for an inference engine (a teacher, an evaluation under ZeRO-3): nothing there can be compressed."""
+    if optimizer is not None or config_class.optimizer_name is not None:
+        return True
+    logger.info("ds_compress: this engine has no optimizer; compression_training does nothing in it")
+    return False

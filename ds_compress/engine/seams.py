@@ -1,0 +1,164 @@
+"""Every private name of DeepSpeed that we touch, in one place.
+
+`SEAMS` is data: `tests/unit/test_seams.py` walks it and fails with the name that a new DeepSpeed release
+changed. The accessors below it are the only code that reads those names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Seam:
+    """`path` is `module:attribute.attribute`; `parameters` the leading parameter names we rely on."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    source_mentions: tuple[str, ...] = ()
+
+
+SEAMS: tuple[Seam, ...] = (
+    Seam("deepspeed.runtime.config:DeepSpeedConfig.__init__", ("self", "config", "mpu", "mesh_device")),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine.__init__",
+        ("self", "args", "model", "optimizer", "model_parameters"),
+        source_mentions=("config_class",),
+    ),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",
+        ("self", "lr_kwargs"),
+        source_mentions=("self.optimizer.step()", '"overflow"', "self.skipped_steps"),
+    ),
+    Seam("deepspeed.runtime.engine:DeepSpeedEngine.backward"),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint",
+        ("self", "save_dir", "tag", "client_state", "save_latest"),
+        source_mentions=('f"global_step{self.global_steps}"',),
+    ),
+    Seam("deepspeed.runtime.engine:DeepSpeedEngine.load_checkpoint", ("self", "load_dir", "tag")),
+    Seam("deepspeed.runtime.engine:DeepSpeedEngine.destroy", ("self",)),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine._configure_optimizer",
+        source_mentions=("self.basic_optimizer",),
+    ),
+    Seam(
+        "deepspeed.runtime.fp16.fused_optimizer:FP16_Optimizer.__init__",
+        source_mentions=("self.fp16_groups", "self.fp32_groups_flat"),
+    ),
+    Seam(
+        "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.__init__",
+        source_mentions=("self.fp16_groups", "self.fp32_groups"),
+    ),
+    Seam(
+        "deepspeed.runtime.bf16_optimizer:BF16_Optimizer._setup_for_real_optimizer",
+        source_mentions=("self.bf16_groups_flat", "self.fp32_groups_flat_partition"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.__init__",
+        source_mentions=(
+            "self.bit16_groups_flat",
+            "self.single_partition_of_fp32_groups",
+            "self.real_dp_process_group",
+            "self.check_grad_overflow",
+        ),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step",
+        source_mentions=("self.check_grad_overflow",),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.__init__",
+        source_mentions=("self.fp32_partitioned_groups_flat", "self.grad_position"),
+    ),
+    Seam("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
+    Seam(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._get_param_partition_rank",
+        ("self", "param"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._optimizer_step",
+        ("self", "sub_group_id"),
+        source_mentions=("self.backup_optimizer",),
+    ),
+    Seam(
+        "deepspeed.runtime.torch_autocast:init_autocast_params",
+        source_mentions=("module.__class__ in", "PARAM_COMM_DTYPE_ATTR_NAME"),
+    ),
+    Seam("deepspeed.runtime.torch_autocast:get_default_autocast_lower_precision_modules"),
+    Seam("deepspeed.runtime.zero.config:DeepSpeedZeroConfig"),
+    Seam("deepspeed.runtime.pipe.engine:PipelineEngine"),
+    Seam("deepspeed.runtime.config_utils:dict_raise_error_on_duplicate_keys"),
+)
+
+
+def missing_seams() -> list[str]:
+    """One sentence for each seam that the installed DeepSpeed no longer has; empty when all is well."""
+    problems = []
+    for seam in SEAMS:
+        module_name, _, attributes = seam.path.partition(":")
+        try:
+            target: Any = importlib.import_module(module_name)
+            for attribute in attributes.split("."):
+                target = getattr(target, attribute)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{seam.path} is gone ({error})")
+            continue
+        target = inspect.unwrap(target)
+        names = tuple(inspect.signature(target).parameters) if seam.parameters else ()
+        if names[: len(seam.parameters)] != seam.parameters:
+            problems.append(f"{seam.path} takes {names}, expected it to start with {seam.parameters}")
+        if seam.source_mentions:
+            source = inspect.getsource(target)
+            problems += [
+                f"{seam.path} no longer mentions {m}" for m in seam.source_mentions if m not in source
+            ]
+    return problems
+
+
+def is_zero3_parameter(parameter: nn.Parameter) -> bool:
+    """True once zero.Init or a stage-3 engine has taken the parameter over (its `.data` may be empty)."""
+    return hasattr(parameter, "ds_id")
+
+
+def stepped_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers that really update master weights (stage 3 with partial offload has two)."""
+    optimizers = [engine.basic_optimizer]
+    backup = getattr(engine.optimizer, "backup_optimizer", None)
+    return optimizers if backup is None else [*optimizers, backup]
+
+
+def flat_16bit_groups(wrapper: Any) -> list[torch.Tensor] | None:
+    """The flat parameter buffers of ZeRO 1/2 and BF16_Optimizer, or None for other wrappers."""
+    return getattr(wrapper, "bit16_groups_flat", None) or getattr(wrapper, "bf16_groups_flat", None)
+
+
+def flat_master_partitions(wrapper: Any) -> list[torch.Tensor]:
+    """This rank's slice of each buffer of `flat_16bit_groups`, in fp32."""
+    return getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
+
+
+def reduce_in_autocast_dtype(ds_config: Any, model: nn.Module) -> None:
+    """Under `torch_autocast`, gradients of swapped layers travel in 16 bits as those of their base class do.
+
+    DeepSpeed compares classes exactly and would send the gradients of a QATLinear in fp32.
+    """
+    if not ds_config.torch_autocast_enabled:
+        return
+    from deepspeed.runtime import torch_autocast
+
+    names = ds_config.torch_autocast_lower_precision_safe_modules
+    safe = set()
+    for name in torch_autocast.get_default_autocast_lower_precision_modules() if names is None else names:
+        module_name, _, class_name = name.rpartition(".")
+        safe.add(getattr(importlib.import_module(module_name), class_name))
+    for module in model.modules():
+        if getattr(module, "_ds_compress_base_class", None) in safe:
+            for parameter in module.parameters(recurse=False):
+                setattr(parameter, torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME, ds_config.torch_autocast_dtype)

@@ -1,0 +1,159 @@
+"""What a stage sees of the distributed world: its fragments, a few reductions, and completed edges.
+
+Stages never learn how many processes there are or which one they run in. They name parameters, get the
+fragments that this process owns, and call reductions that are the identity when nothing is spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_compress.engine.fragments import Fragment, check_fragments, master_fragments
+
+
+class Shards:
+    """Fragments of the parameters named in `names`, with the collectives over their common group.
+
+    `device` is where collectives run (NCCL needs GPU tensors although offloaded masters live on the CPU).
+    """
+
+    def __init__(
+        self, fragments: Iterable[Fragment], data_parallel_group: Any, device: torch.device | str = "cpu"
+    ) -> None:
+        self.fragments: dict[str, Fragment] = {f.name: f for f in fragments}
+        self._dp_group = data_parallel_group
+        self._device = torch.device(device)
+        spread = any(f.group is not None for f in self.fragments.values())
+        if data_parallel_group is not None and dist.is_initialized():
+            spread = self._any(spread)
+        self._group = data_parallel_group if spread else None
+        self._layout = self._exchange_layout()
+
+    @classmethod
+    def of_engine(cls, engine: Any, check: bool = False) -> Shards:
+        """All fragments of `engine`; with `check`, after comparing each master with its parameter."""
+        fragments = list(master_fragments(engine))
+        if check:
+            check_fragments(fragments)
+        group = getattr(engine, "seq_data_parallel_group", None) or engine.data_parallel_group
+        return cls(fragments, group, engine.device)
+
+    def select(self, names: Sequence[str]) -> dict[str, Fragment]:
+        """The fragments of `names` that this process owns, in the order of `names`."""
+        return {name: self.fragments[name] for name in names if name in self.fragments}
+
+    @property
+    def is_spread(self) -> bool:
+        """False when every process holds every weight whole."""
+        return self._group is not None
+
+    # -- reductions over the holders of the fragments ------------------------------------------------
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over all holders; unchanged when every process holds everything."""
+        return self._reduce(tensor, dist.ReduceOp.SUM, self._group)
+
+    def counts_before(self, counts: torch.Tensor) -> torch.Tensor:
+        """For each entry, the sum of `counts` over the holders of *earlier* elements; int64, same shape."""
+        if self._group is None:
+            return torch.zeros_like(counts)
+        size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        table = torch.zeros((size, counts.numel()), dtype=torch.int64, device=self._device)
+        table[rank] = counts.flatten().to(self._device)
+        dist.all_reduce(table, group=self._group)
+        return table[:rank].sum(0).view(counts.shape).to(counts.device)
+
+    # -- reductions over all data-parallel processes (each has seen other data) ------------------------
+
+    def reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum over all data-parallel processes."""
+        return self._reduce(tensor, dist.ReduceOp.MAX, self._dp_group)
+
+    def _any(self, flag: bool) -> bool:
+        return bool(self.reduce_max(torch.tensor(int(flag))).item())
+
+    def _reduce(self, tensor: torch.Tensor, op: Any, group: Any) -> torch.Tensor:
+        if group is None or not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return tensor
+        result = tensor.detach().to(self._device, copy=True)
+        dist.all_reduce(result, op=op, group=group)
+        return result.to(tensor.device)
+
+    # -- edges -------------------------------------------------------------------------------------
+
+    def _exchange_layout(self) -> dict[str, list[int]]:
+        """{parameter name: start offsets of all its fragments}, the same in every process."""
+        own = {name: f.start for name, f in self.fragments.items()}
+        if self._group is None:
+            return {name: [start] for name, start in own.items()}
+        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather_object(everyone, own, group=self._group)
+        layout: dict[str, list[int]] = {}
+        for starts in everyone:
+            for name, start in starts.items():
+                layout.setdefault(name, []).append(start)
+        return {name: sorted(starts) for name, starts in layout.items()}
+
+    def complete_bands(
+        self, values: Mapping[str, torch.Tensor], band_numel: Mapping[str, int], numel: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Extends each fragment to whole bands of `band_numel[name]` elements, asking others for the rest.
+
+        `values[name]` is fp32, aligned with the fragment of `name`; parameters that this process does not
+        hold may be absent, but `band_numel` and `numel` list every parameter, in the same order everywhere.
+        The result covers every band that the fragment touches, its last one cut at the parameter's end.
+        Bands that are whole already cost nothing; the others are summed from disjoint parts, so the result
+        is exact and equal in every process that sees the band.
+        """
+        split = {
+            name: sorted({start // band for start in self._layout.get(name, ()) if start % band})
+            for name, band in band_numel.items()
+        }
+        offsets, total = {}, 0
+        for name, bands in split.items():
+            for index in bands:
+                offsets[name, index] = total
+                total += min(band_numel[name], numel[name] - index * band_numel[name])
+        shared = torch.zeros(total, dtype=torch.float32)
+        for name, own in values.items():
+            fragment, band = self.fragments[name], band_numel[name]
+            for index in split[name]:
+                low = max(fragment.start, index * band)
+                high = min(fragment.start + fragment.numel, (index + 1) * band)
+                if low < high:
+                    at = offsets[name, index] + low - index * band
+                    shared[at : at + high - low] = own[low - fragment.start : high - fragment.start]
+        if total:
+            shared = self.sum(shared)
+        return {
+            name: self._extend(name, own, band_numel[name], numel[name], shared, offsets, split[name])
+            for name, own in values.items()
+        }
+
+    def _extend(
+        self,
+        name: str,
+        own: torch.Tensor,
+        band: int,
+        numel: int,
+        shared: torch.Tensor,
+        offsets: Mapping[tuple[str, int], int],
+        split: Sequence[int],
+    ) -> torch.Tensor:
+        fragment = self.fragments[name]
+        begin = fragment.start // band * band
+        end = min(-(-(fragment.start + fragment.numel) // band) * band, numel)
+        if (begin, end) == (fragment.start, fragment.start + fragment.numel):
+            return own
+        whole = own.new_zeros(end - begin)
+        whole[fragment.start - begin : fragment.start - begin + fragment.numel] = own
+        for index in split:
+            low, high = index * band, min((index + 1) * band, numel)
+            if begin <= low < end:
+                at = offsets[name, index]
+                whole[low - begin : high - begin] = shared[at : at + high - low].to(own.device)
+        return whole

@@ -1,0 +1,139 @@
+"""Where in a DeepSpeed step the stages run.
+
+    engine.step() -> _take_model_step ->            before_step   (every process, collectives allowed)
+        wrapper.step() -> base optimizer: pre-hook   on_gradients  (unscaled, clipped gradients of the masters)
+                          the update itself
+                          post-hook                  on_update     (fp32 masters changed, 16-bit copies not yet)
+    -> back in _take_model_step                      after_step    (only if the step was applied)
+
+The base optimizer is called once per parameter group or ZeRO-3 sub-group, with only those tensors in its
+`param_groups`, so hooks act on the fragments of the tensors that they find there. A step counts as applied when
+the base optimizer really ran: overflow checks and gradient scalers that skip it skip us too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ds_compress.engine import seams
+from ds_compress.engine.fragments import Fragment
+from ds_compress.engine.shards import Shards
+from ds_compress.stages.base import Stage
+
+logger = logging.getLogger("ds_compress")
+
+
+class StepHooks:
+    """Runs `stages` around the optimizer steps of `engine` and counts the applied ones."""
+
+    def __init__(self, engine: Any, stages: Sequence[Stage]) -> None:
+        self.engine = engine
+        self.stages = stages
+        self.applied_steps = 0
+        self._ran = False
+        self._by_stepped: dict[int, list[Fragment]] = {}
+        self._handles: list[Any] = []
+        for optimizer in seams.stepped_optimizers(engine):
+            self._handles.append(optimizer.register_step_pre_hook(self._on_gradients))
+            self._handles.append(optimizer.register_step_post_hook(self._on_update))
+        self._original_step: Callable[..., Any] = engine._take_model_step
+        engine._take_model_step = self._take_model_step
+        self._guard = _overflow_guard(engine)
+
+    def use(self, shards: Shards) -> None:
+        """Takes the current map of fragments (it changes when a checkpoint is loaded)."""
+        self._by_stepped = {}
+        for fragment in shards.fragments.values():
+            self._by_stepped.setdefault(id(fragment.stepped), []).append(fragment)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        del self.engine._take_model_step
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._ran = False
+        if self.applied_steps == 0 and not self.engine.module.training:
+            logger.warning(
+                "ds_compress: the model trains in eval() mode; call engine.train() before the loop"
+            )
+        for stage in self.stages:
+            stage.before_step(self.applied_steps)
+        with self._guard(self.engine):
+            result = self._original_step(*args, **kwargs)
+        if self._ran:
+            self.applied_steps += 1
+            for stage in self.stages:
+                stage.after_step(self.applied_steps)
+        return result
+
+    @torch.no_grad()
+    def _on_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            fragments = self._fragments_of(group["params"])
+            if fragments:
+                for stage in self.stages:
+                    stage.on_gradients(fragments, group)
+
+    @torch.no_grad()
+    def _on_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._ran = True
+        for group in optimizer.param_groups:
+            fragments = self._fragments_of(group["params"])
+            if fragments:
+                for stage in self.stages:
+                    stage.on_update(fragments)
+
+    def _fragments_of(self, stepped: Sequence[torch.Tensor]) -> list[Fragment]:
+        return [fragment for tensor in stepped for fragment in self._by_stepped.get(id(tensor), ())]
+
+
+class _NoGuard:
+    """DeepSpeed's own overflow check covers this engine."""
+
+    def __call__(self, engine: Any) -> _NoGuard:
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _SkipNonFiniteStep:
+    """Stage 0 in fp32: DeepSpeed would apply NaN gradients. Makes the step look like an overflow instead.
+
+    Gradients are already averaged over processes, so all of them decide alike without talking.
+    """
+
+    def __call__(self, engine: Any) -> _SkipNonFiniteStep:
+        self.optimizer = engine.optimizer
+        return self
+
+    def __enter__(self) -> None:
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        # The 2-norm is NaN or Inf when an element is (and when squares overflow, which no optimizer survives
+        # either); it takes a twentieth of the time of the maximum norm.
+        norms = list(torch._foreach_norm(gradients, 2)) if gradients else []
+        self.optimizer.overflow = bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
+        if self.optimizer.overflow:
+            logger.warning("ds_compress: gradients are NaN or Inf; this step is skipped")
+            self.optimizer.step = lambda *args, **kwargs: None
+
+    def __exit__(self, *_: object) -> None:
+        if self.optimizer.overflow:
+            del self.optimizer.step
+        del self.optimizer.overflow
+
+
+def _overflow_guard(engine: Any) -> _NoGuard | _SkipNonFiniteStep:
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        return _SkipNonFiniteStep()
+    if getattr(wrapper, "check_grad_overflow", None) is False:
+        # ZeRO 1 and 2 have the check and leave it off in fp32.
+        wrapper.check_grad_overflow = True
+    return _NoGuard()

@@ -1,0 +1,69 @@
+"""What we refuse to run with, said at start and in words: accept or refuse, never ignore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ds_compress.config.errors import ConfigError, Problem, shown
+
+_ROOT = "compression_training"
+
+
+def refuse_unsupported(model: nn.Module, engine_class: str, ds_config: Any) -> None:
+    """Raises ConfigError listing every feature of this run that compression does not work with.
+
+    `engine_class`: name of the engine's class; `ds_config`: the DeepSpeedConfig object.
+    """
+    problems = [
+        Problem(path, shown(got), allowed, hint)
+        for path, got, allowed, hint in _unsupported(model, engine_class, ds_config)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unsupported(model: nn.Module, engine_class: str, ds_config: Any) -> Any:
+    zero = ds_config.zero_config
+    if engine_class in ("PipelineEngine", "DualPipeVEngine"):
+        yield _ROOT, f"a pipeline model ({engine_class})", "a plain nn.Module", "use ZeRO data parallelism"
+    if engine_class == "DeepSpeedHybridEngine":
+        yield "hybrid_engine.enabled", True, "false", "compress in a plain training engine"
+    moe = [name for name, p in model.named_parameters() if getattr(p, "allreduce", True) is False]
+    if moe:
+        yield (
+            _ROOT,
+            f"MoE expert parameters such as {moe[0]!r}",
+            "models without expert parallelism",
+            ("experts live in other process groups than the rest of the model; remove the MoE layers"),
+        )
+    tensor_parallel = getattr(getattr(ds_config, "tensor_parallel_config", None), "autotp_size", 0) or 0
+    if tensor_parallel > 1:
+        yield "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "AutoTP drops swapped layer classes"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if getattr(zero, key, False):
+            yield (
+                f"zero_optimization.{key}",
+                True,
+                "false",
+                ("it would round the masked and quantized weights a second time"),
+            )
+    if getattr(zero, "zero_hpz_partition_size", 1) > 1:
+        yield "zero_optimization.zero_hpz_partition_size", zero.zero_hpz_partition_size, "1", "remove the key"
+    for key in ("offload_optimizer", "offload_param"):
+        device = getattr(getattr(zero, key, None), "device", None)
+        if getattr(device, "value", device) == "nvme":
+            yield f"zero_optimization.{key}.device", "nvme", "cpu or none", "masters on disk cannot be masked"
+    if getattr(getattr(zero, "offload_optimizer", None), "super_offload", False):
+        yield (
+            "zero_optimization.offload_optimizer.super_offload",
+            True,
+            "false",
+            "it has its own optimizer step",
+        )
+    if getattr(zero, "zenflow", None) is not None:
+        yield "zero_optimization.zenflow", "enabled", "absent", "it has its own optimizer step"
+    compile_config = getattr(ds_config, "compile_config", None)
+    if getattr(compile_config, "deepcompile", False):
+        yield "compile.deepcompile", True, "false", "use torch.compile(model) instead"

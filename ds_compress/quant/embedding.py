@@ -1,0 +1,159 @@
+"""Embedding lookup with a fake-quantized table, of which only the rows that were looked up are quantized.
+
+Rows that have their own scales need no other row; with one scale for the table its range is measured, and
+still only the looked-up rows become codes. Backward repeats that for the gradient's mask; saved are the
+indices and the `Parameter` itself. See `functions` for the gradient rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ds_compress.quant.counter_rng import uniform_at
+from ds_compress.quant.gradients import (
+    finish_step_gradient,
+    mix_gradient,
+    normalized_blocks,
+    step_terms,
+    straight_through,
+)
+from ds_compress.quant.grid import (
+    Granularity,
+    Ranges,
+    decode_,
+    encode_weight,
+    learned_ranges,
+    weight_ranges,
+    working_dtype,
+)
+from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
+from ds_compress.quant.operands import WeightRecipe
+
+
+def quantized_embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    recipe: WeightRecipe,
+    step_size: torch.Tensor | None = None,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> torch.Tensor:
+    """`[..., dim]` in the weight's dtype for int32 or int64 `indices` `[...]` into `weight` `[rows, dim]`.
+
+    The grid is per channel (a scale per row), per column group, or per tensor; `padding_idx` is not negative.
+    Raises ValueError for groups of the flattened table, which cut across rows.
+    """
+    if recipe.grid.granularity is Granularity.PER_GROUP:
+        raise ValueError("an embedding is quantized per_channel (per row), per_column_group or per_tensor")
+    padding = -1 if padding_idx is None else padding_idx
+    return _QuantizedEmbedding.apply(indices, weight, step_size, recipe, padding, scale_grad_by_freq)
+
+
+class _QuantizedEmbedding(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        step_size: torch.Tensor | None,
+        recipe: WeightRecipe,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+    ) -> torch.Tensor:
+        ctx.recipe, ctx.padding_idx, ctx.scale_grad_by_freq = recipe, padding_idx, scale_grad_by_freq
+        ctx.save_for_backward(indices, weight, step_size)
+        rows, ranges, noise = _looked_up(indices, weight, recipe, step_size)
+        blocks = encode_weight(rows, ranges, recipe.grid, noise)
+        decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
+        quantized = join_weight(decoded, rows.shape, recipe.grid)
+        if recipe.real_share:
+            quantized.mul_(1 - recipe.real_share).add_(rows, alpha=recipe.real_share)
+        return quantized.to(weight.dtype).view(*indices.shape, weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        indices, weight, step_size = ctx.saved_tensors
+        recipe: WeightRecipe = ctx.recipe
+        grad_rows = grad.reshape(-1, weight.shape[1])
+        grad_step = None
+        if recipe.changes_gradient:
+            grad_rows, grad_step = _rows_backward(
+                grad_rows, indices, weight, recipe, step_size, ctx.padding_idx
+            )
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.ops.aten.embedding_dense_backward(
+                grad_rows, indices.reshape(-1), weight.shape[0], ctx.padding_idx, ctx.scale_grad_by_freq
+            )
+        return None, grad_weight, grad_step if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def _looked_up(
+    indices: torch.Tensor, weight: torch.Tensor, recipe: WeightRecipe, step_size: torch.Tensor | None
+) -> tuple[torch.Tensor, list[Ranges], torch.Tensor | None]:
+    """The rows `[N, dim]` of all indices in the working dtype, their ranges, their rounding noise."""
+    flat, grid = indices.reshape(-1), recipe.grid
+    rows = F.embedding(flat, weight).to(working_dtype(weight))
+    noise = None
+    if grid.stochastic:
+        columns = torch.arange(weight.shape[1], device=weight.device)
+        elements = flat.to(torch.int64)[:, None] * weight.shape[1] + columns
+        noise = uniform_at(elements, recipe.noise_key).to(rows.dtype)
+    if step_size is not None:
+        scale = step_size.to(rows.dtype) * recipe.step_ratio
+        own = scale if grid.granularity is Granularity.PER_TENSOR else scale[flat]
+        return rows, learned_ranges(own, rows.shape, grid), noise
+    if grid.granularity is Granularity.PER_TENSOR:
+        return rows, weight_ranges(weight, grid), noise
+    return rows, weight_ranges(rows, grid), noise
+
+
+def _rows_backward(
+    grad_rows: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    recipe: WeightRecipe,
+    step_size: torch.Tensor | None,
+    padding_idx: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    grid = recipe.grid
+    rows, ranges, noise = _looked_up(indices, weight, recipe, step_size)
+    normalized = normalized_blocks(rows, recipe, ranges, noise)
+    exact_grad = grad_rows.to(rows.dtype).contiguous()
+    grads = split_weight(exact_grad, grid)
+    kept = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
+    grad_step = None
+    if step_size is not None:
+        flat = indices.reshape(-1)
+        trained = exact_grad * (flat != padding_idx)[:, None]  # a padding row trains neither weight nor scale
+        grad_step = _step_gradient(split_weight(trained, grid), normalized, flat, weight, recipe, step_size)
+    mixed = mix_gradient(join_weight(kept, rows.shape, grid), exact_grad, recipe)
+    return mixed.to(grad_rows.dtype), grad_step
+
+
+def _step_gradient(
+    grads: list[torch.Tensor],
+    normalized: list[torch.Tensor],
+    flat: torch.Tensor,
+    weight: torch.Tensor,
+    recipe: WeightRecipe,
+    step_size: torch.Tensor,
+) -> torch.Tensor:
+    """Sums what each looked-up row adds to the scales of the table."""
+    grid = recipe.grid
+    whole_table = grid.granularity is Granularity.PER_TENSOR
+    counts = [weight.numel() if whole_table else block.shape[GROUP_AXIS] for block in grads]
+    terms = [step_terms(g, v, grid, n) for g, v, n in zip(grads, normalized, counts, strict=True)]
+    sums = join_scale(
+        [term.sum(GROUP_AXIS, keepdim=True) for term in terms], (flat.numel(), weight.shape[1]), grid
+    )
+    if whole_table:
+        return finish_step_gradient(sums, step_size, recipe)
+    per_scale = torch.zeros(step_size.shape, dtype=sums.dtype, device=sums.device)
+    return finish_step_gradient(per_scale.index_add(0, flat, sums), step_size, recipe)

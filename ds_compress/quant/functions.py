@@ -1,0 +1,161 @@
+"""Products with fake-quantized operands, whose backward quantizes again instead of keeping copies.
+
+Saved for backward are the input and the `Parameter` themselves, as an unquantized layer saves them, and the
+scales where they are less than one for `WEIGHTS_PER_KEPT_SCALE` numbers: under ZeRO-3 the weight is released
+between forward and backward, and a quantized copy of it that survived would bring back the memory that
+sharding saved. The recomputation is elementwise, small beside the products.
+
+Gradients are straight through: as if the quantizer were the identity, but zero where a value lies beyond the
+outermost code (torch's rule: kept where low <= round(x / scale) <= high). Ternary and binary weights have no
+such values. Under autocast the quantizer reads the operands in their own precision and computes in fp32; the
+product runs in the autocast dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ds_compress.quant.gradients import straight_through, weight_backward
+from ds_compress.quant.grid import ActivationGrid, Ranges, decode_, normalize, round_codes_, working_dtype
+from ds_compress.quant.operands import (
+    WeightRecipe,
+    fake_quantize_input,
+    fake_quantize_weight,
+    input_ranges,
+    recipe_ranges,
+)
+from ds_compress.quant.products import Product
+
+WEIGHTS_PER_KEPT_SCALE = 128
+_FIELDS = 3  # of Ranges
+
+
+def quantized_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    product: Product,
+    weight_recipe: WeightRecipe | None = None,
+    input_grid: ActivationGrid | None = None,
+    step_size: torch.Tensor | None = None,
+    input_range: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`product.forward(Q(x), Q(weight), bias)` in the dtype that the unquantized product would have.
+
+    `step_size`: learned scales of `layout.scale_shape` when the recipe's grid is learned;
+    `input_range`: the two numbers (min, max) of a static input grid. An operand without recipe or grid is
+    used as it is.
+    """
+    return _QuantizedProduct.apply(
+        x, weight, bias, step_size, input_range, product, weight_recipe, input_grid
+    )
+
+
+class _QuantizedProduct(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        step_size: torch.Tensor | None,
+        input_range: torch.Tensor | None,
+        product: Product,
+        recipe: WeightRecipe | None,
+        input_grid: ActivationGrid | None,
+    ) -> torch.Tensor:
+        ctx.product, ctx.recipe, ctx.input_grid = product, recipe, input_grid
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        needs_x, needs_weight, _, needs_step = ctx.needs_input_grad[:4]
+        input_clips = input_grid is not None and input_grid.may_clip
+        x_ranges = None if input_grid is None else input_ranges(x, input_grid, input_range)
+        weight_ranges = [] if recipe is None else recipe_ranges(weight, recipe, step_size)
+        ctx.save_for_backward(
+            x if needs_weight or needs_step or (needs_x and input_clips) else None,
+            weight if needs_x or needs_weight or needs_step else None,
+            step_size,
+            *keep_ranges([] if x_ranges is None else [x_ranges], x),
+            *keep_ranges(weight_ranges, weight),
+        )
+        if input_grid is not None and x_ranges is not None:
+            x = fake_quantize_input(x, input_grid, x_ranges)
+        if recipe is not None:
+            weight = fake_quantize_weight(weight, recipe, weight_ranges)
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return product.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, step_size, *kept = ctx.saved_tensors
+        product, recipe, input_grid = ctx.product, ctx.recipe, ctx.input_grid
+        needs_x, needs_weight, needs_bias, needs_step = ctx.needs_input_grad[:4]
+        weight_ranges = kept_ranges(kept[0 if input_grid is None else _FIELDS :])
+        if recipe is not None and weight is not None and not weight_ranges:
+            weight_ranges = recipe_ranges(weight, recipe, step_size)
+        grad_x = grad_weight = grad_step = None
+        if needs_x:
+            operand = weight if recipe is None else fake_quantize_weight(weight, recipe, weight_ranges)
+            grad_x = product.input_gradient(grad, ctx.x_shape, operand.to(grad.dtype)).to(ctx.x_dtype)
+            del operand
+        if x is not None:
+            operand = x
+            if input_grid is not None:
+                x_ranges = kept_ranges(kept[:_FIELDS]) or [input_ranges(x, input_grid, None)]
+                grad_x, operand = _input_backward(grad_x, x, input_grid, x_ranges[0])
+            if needs_weight or needs_step:
+                grad_weight = product.weight_gradient(grad, operand.to(grad.dtype), weight).to(weight.dtype)
+            del operand
+        if grad_weight is not None and recipe is not None:
+            grad_weight, grad_step = weight_backward(grad_weight, weight, recipe, weight_ranges, step_size)
+        return (
+            grad_x,
+            grad_weight if needs_weight else None,
+            product.bias_gradient(grad) if needs_bias else None,
+            grad_step if needs_step else None,
+            *[None] * 4,
+        )
+
+
+def keep_ranges(ranges: list[Ranges], of: torch.Tensor) -> list[torch.Tensor | None]:
+    """The tensors of `ranges` for `save_for_backward`; as many None where they are not small beside `of`."""
+    count = sum(r.scale.numel() for r in ranges)
+    if count > max(1, of.numel() // WEIGHTS_PER_KEPT_SCALE):
+        return [None] * (_FIELDS * len(ranges))
+    return [tensor for r in ranges for tensor in (r.scale, r.offset, r.threshold)]
+
+
+def kept_ranges(saved: Sequence[torch.Tensor | None]) -> list[Ranges]:
+    """The inverse of `keep_ranges`; empty when nothing was kept."""
+    ranges = []
+    for i in range(0, len(saved), _FIELDS):
+        scale = saved[i]
+        if scale is None:
+            return []
+        ranges.append(Ranges(scale, saved[i + 1], saved[i + 2]))
+    return ranges
+
+
+def _input_backward(
+    grad_x: torch.Tensor | None, x: torch.Tensor, grid: ActivationGrid, ranges: Ranges
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The input's gradient with clipped values zeroed, and Q(x); one division serves both."""
+    normalized = normalize(x.to(working_dtype(x)), ranges)
+    if grad_x is not None and grid.may_clip:
+        grad_x = straight_through(grad_x, normalized, grid)
+    return grad_x, decode_(round_codes_(normalized, grid), ranges).to(x.dtype)
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -1,0 +1,286 @@
+"""Layers that quantize in forward, made from existing modules by changing their class.
+
+`attach` sets `module.__class__` and nothing else: parameters, buffers, hooks, `training`, `requires_grad`,
+ties and state-dict keys stay, also on a module whose weight is sharded and empty at the moment. The
+quantizers are plain attributes of the module, without parameters or buffers; only a learned step size is a
+new parameter, `weight_step_size`. With both quantizers off, forward is exactly the base class's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_compress.quant.embedding import quantized_embedding
+from ds_compress.quant.functions import quantized_product
+from ds_compress.quant.grid import ActivationGrid
+from ds_compress.quant.operands import WeightRecipe, fake_quantize_weight, recipe_ranges
+from ds_compress.quant.products import Conv1DProduct, Conv2dProduct, LinearProduct, Product
+
+STEP_SIZE = "weight_step_size"
+
+
+@dataclass
+class WeightQuantizer:
+    """`recipe` says how the weight is quantized now; None: not (yet)."""
+
+    recipe: WeightRecipe | None = None
+
+
+@dataclass
+class InputQuantizer:
+    """How the input is quantized, and for a static grid what was observed of it.
+
+    `enabled`: past its schedule offset; `input_range`: fp32 (min, max) of a static grid, None until a first
+    range exists: inputs then pass unquantized; `observed`: fp32 (-min, max) over the training forwards since
+    the stage last took it, None when there were none.
+    """
+
+    grid: ActivationGrid
+    enabled: bool = False
+    input_range: torch.Tensor | None = field(default=None, repr=False)
+    observed: torch.Tensor | None = field(default=None, repr=False)
+
+    def active(self, x: torch.Tensor, training: bool) -> tuple[ActivationGrid | None, torch.Tensor | None]:
+        """The grid and range for this input; observes a static grid's input in training."""
+        if not self.enabled:
+            return None, None
+        if not self.grid.static:
+            return self.grid, None
+        extremes = self._observe(x.detach()) if training and x.numel() else None
+        if self.input_range is None:
+            return None, None
+        if self.input_range.device != x.device:
+            self.input_range = self.input_range.to(x.device)
+        if extremes is None:
+            return self.grid, self.input_range
+        # An Inf would saturate unseen at the end of a fixed range: inf - inf makes the range NaN instead.
+        return self.grid, self.input_range + (extremes - extremes)
+
+    def _observe(self, x: torch.Tensor) -> torch.Tensor:
+        extremes = torch.stack([x.amin().neg(), x.amax()]).to(torch.float32)
+        if self.observed is None or self.observed.device != x.device:
+            self.observed = extremes
+        else:
+            self.observed = torch.maximum(self.observed, extremes)
+        return extremes
+
+
+class QATModule(nn.Module):
+    """What the quantizing classes share; always derived together with the class that it replaces."""
+
+    _ds_compress_base_class: ClassVar[type[nn.Module]]
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: InputQuantizer | None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Classes derived from a user's subclass are made at run time: pickle the base, not their name.
+        return _rebuild, (self._ds_compress_base_class,), self.__dict__
+
+    def _weight_recipe(self) -> WeightRecipe | None:
+        return None if self.weight_quantizer is None else self.weight_quantizer.recipe
+
+    def _step_size(self, recipe: WeightRecipe | None) -> torch.Tensor | None:
+        return self._parameters[STEP_SIZE] if recipe is not None and recipe.grid.learned else None
+
+
+class _QATProduct(QATModule):
+    """A layer that multiplies its input by its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        recipe, grid, fixed_range = self._weight_recipe(), None, None
+        if self.input_quantizer is not None:
+            grid, fixed_range = self.input_quantizer.active(x, self.training)
+        if recipe is None and grid is None:
+            return self._ds_compress_base_class.forward(self, x)
+        weight, bias = cast(torch.Tensor, self.weight), cast("torch.Tensor | None", self.bias)
+        step_size = self._step_size(recipe)
+        return quantized_product(
+            self._padded(x), weight, bias, self._product(), recipe, grid, step_size, fixed_range
+        )
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _product(self) -> Product:
+        raise NotImplementedError
+
+
+class _QATLinear(_QATProduct):
+    def _product(self) -> Product:
+        return LinearProduct()
+
+
+class _QATConv1D(_QATProduct):
+    def _product(self) -> Product:
+        return Conv1DProduct()
+
+
+class _QATConv2d(_QATProduct):
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        conv = cast(nn.Conv2d, self)
+        if conv.padding_mode == "zeros":
+            return x
+        # These modes repeat values of the image, so that padding before quantizing changes no range.
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+
+    def _product(self) -> Product:
+        return _conv2d_product(cast(nn.Conv2d, self))
+
+
+class _QATEmbedding(QATModule):
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        table, recipe = cast(nn.Embedding, self), self._weight_recipe()
+        if recipe is None:
+            return self._ds_compress_base_class.forward(self, indices)
+        return quantized_embedding(
+            indices,
+            table.weight,
+            recipe,
+            self._step_size(recipe),
+            table.padding_idx,
+            table.scale_grad_by_freq,
+        )
+
+
+class QATLinear(_QATLinear, nn.Linear):
+    """nn.Linear with fake-quantized weight and input."""
+
+    _ds_compress_base_class = nn.Linear
+
+
+class QATConv2d(_QATConv2d, nn.Conv2d):
+    """nn.Conv2d with fake-quantized weight and input."""
+
+    _ds_compress_base_class = nn.Conv2d
+
+
+class QATEmbedding(_QATEmbedding, nn.Embedding):
+    """nn.Embedding with a fake-quantized table."""
+
+    _ds_compress_base_class = nn.Embedding
+
+
+_classes: dict[type[nn.Module], type[QATModule]] = {
+    nn.Linear: QATLinear,
+    nn.Conv2d: QATConv2d,
+    nn.Embedding: QATEmbedding,
+}
+
+
+def weight_recipe(module: nn.Module) -> WeightRecipe | None:
+    """How the weight of `module` is quantized now; None when it is not."""
+    return module._weight_recipe() if isinstance(module, QATModule) else None
+
+
+def quantized_weight(module: nn.Module) -> torch.Tensor:
+    """The weight that forward computes with, in the dtype and shape of the weight, which must be whole."""
+    recipe, weight = weight_recipe(module), cast(torch.Tensor, module.weight)
+    if recipe is None:
+        return weight
+    step_size = cast(QATModule, module)._step_size(recipe)
+    return fake_quantize_weight(weight, recipe, recipe_ranges(weight, recipe, step_size))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QATConv1D":  # made on demand: transformers need not be installed
+        from transformers.pytorch_utils import Conv1D
+
+        return qat_class(Conv1D)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def qat_class(base: type[nn.Module]) -> type[QATModule]:
+    """The quantizing class for modules of class `base`, which may be a subclass that inherits its forward.
+
+    Raises TypeError for classes that we do not know or that have a forward of their own.
+    """
+    if base not in _classes:
+        mixin = _mixin_for(base)
+        namespace = {"_ds_compress_base_class": base, "__module__": __name__, "__doc__": mixin.__doc__}
+        _classes[base] = cast(Any, type(f"QAT{base.__name__}", (mixin, base), namespace))
+    return _classes[base]
+
+
+def check(module: nn.Module, learned: bool = False) -> None:
+    """Raises TypeError or ValueError where `attach` would, or where a `learned` scale is not possible."""
+    if not isinstance(module, QATModule):
+        qat_class(type(module))
+    if not isinstance(module, nn.Embedding):
+        return
+    if module.sparse:
+        raise ValueError("an embedding with sparse=True cannot be quantized: build it with sparse=False")
+    if module.max_norm is not None:
+        raise ValueError("an embedding with max_norm rewrites its weight: build it without max_norm")
+    if learned and module.scale_grad_by_freq:
+        raise ValueError("learned_scale does not know scale_grad_by_freq: build the embedding without it")
+
+
+def attach(module: nn.Module) -> QATModule:
+    """Changes the class of `module` to its quantizing class, both quantizers unset; no-op when done already.
+
+    Raises TypeError for a class that cannot be quantized, ValueError for an option that cannot.
+    """
+    if isinstance(module, QATModule):
+        return module
+    check(module)
+    new_class = qat_class(type(module))
+    module.__dict__["weight_quantizer"] = None
+    module.__dict__["input_quantizer"] = None
+    module.__class__ = new_class
+    return cast(QATModule, module)
+
+
+def detach(module: nn.Module) -> None:
+    """Gives the module its own class back, once neither quantizer is set; keeps a learned step size out."""
+    if not isinstance(module, QATModule) or module.weight_quantizer or module.input_quantizer:
+        return
+    del module.__dict__["weight_quantizer"], module.__dict__["input_quantizer"]
+    module._parameters.pop(STEP_SIZE, None)
+    cast(Any, module).__class__ = module._ds_compress_base_class
+
+
+def _rebuild(base: type[nn.Module]) -> QATModule:
+    made = qat_class(base)
+    return made.__new__(made)
+
+
+def _mixin_for(base: type[nn.Module]) -> type[QATModule]:
+    if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{base.__name__} belongs to nn.MultiheadAttention, which reads its weight without calling it; "
+            "exclude the module from quantization"
+        )
+    mixins: dict[Any, type[QATModule]] = {
+        nn.Linear: _QATLinear,
+        nn.Conv2d: _QATConv2d,
+        nn.Embedding: _QATEmbedding,
+    }
+    for ancestor in base.__mro__:
+        # By name, so that transformers is imported by those who use it.
+        is_conv1d = (ancestor.__module__, ancestor.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        found: type[QATModule] | None = _QATConv1D if is_conv1d else mixins.get(ancestor)
+        if found is not None and base.forward is getattr(ancestor, "forward", None):
+            return found
+    raise TypeError(
+        f"{base.__module__}.{base.__name__} cannot be quantized: Linear, Conv1D, Conv2d, Embedding and "
+        "subclasses that inherit their forward can"
+    )
+
+
+def _conv2d_product(conv: nn.Conv2d) -> Conv2dProduct:
+    def pair(value: tuple[int, ...]) -> tuple[int, int]:
+        return value[0], value[1]
+
+    padding, extra = (0, 0), (0, 0, 0, 0)
+    if conv.padding_mode == "zeros" and isinstance(conv.padding, str):  # "same" may pad one side more
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        padding = (min(top, bottom), min(left, right))
+        extra = (left - padding[1], right - padding[1], top - padding[0], bottom - padding[0])
+    elif conv.padding_mode == "zeros":
+        padding = pair(cast("tuple[int, ...]", conv.padding))
+    return Conv2dProduct(pair(conv.stride), padding, pair(conv.dilation), conv.groups, extra)

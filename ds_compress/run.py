@@ -1,0 +1,52 @@
+"""Runs a training script that nobody may edit, with ds_compress registered.
+
+    deepspeed --num_gpus 8 --module ds_compress.run train.py --deepspeed_config ds_config.json
+    deepspeed --num_gpus 8 --module ds_compress.run -m package.train ...
+
+The launcher puts `--local_rank=N` before the script's name; it is handed on behind it, where the script expects it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+_USAGE = "usage: deepspeed --module ds_compress.run (script.py | -m package.module) [arguments]"
+
+
+def split_arguments(argv: list[str]) -> tuple[str, bool, list[str]]:
+    """(script or module, is it a module, its arguments) of our own command line.
+
+    Raises:
+        SystemExit: no script is named.
+    """
+    launcher = []
+    rest = list(argv)
+    while rest and rest[0].startswith(("--local_rank", "--local-rank")):
+        launcher.append(rest.pop(0))
+        if "=" not in launcher[-1] and rest:
+            launcher.append(rest.pop(0))
+    is_module = bool(rest) and rest[0] == "-m"
+    if is_module:
+        rest.pop(0)
+    if not rest:
+        raise SystemExit(_USAGE)
+    return rest[0], is_module, launcher + rest[1:]
+
+
+def main() -> None:
+    import ds_compress
+
+    target, is_module, arguments = split_arguments(sys.argv[1:])
+    ds_compress.register()
+    sys.argv = [target, *arguments]
+    if is_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(target).resolve().parent)
+        runpy.run_path(target, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Sparsity patterns on a fragment: single weights, NxM blocks that live or die whole, and N:M groups.
+
+A weight is seen as a matrix (d0, d1) in storage order, d1 = numel / d0. A *band* is the run of b0 rows that
+one row of blocks covers; a fragment is completed to whole bands before its blocks are scored, so
+every process that touches a block computes the same score, to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The blocks of one weight. `top` is None for all-or-nothing blocks, N for N:M groups."""
+
+    rows: int
+    columns: int
+    block_rows: int = 1
+    block_columns: int = 1
+    top: int | None = None
+
+    @classmethod
+    def of(cls, pattern: str, shape: tuple[int, ...], transposed: bool) -> BlockGrid:
+        """`pattern` is "unstructured", "NxM" (N outputs x M inputs) or "N:M" (N of M inputs kept).
+
+        `transposed` says that the weight is stored as (inputs, outputs), as GPT-2's Conv1D does.
+        """
+        rows = shape[0]
+        columns = math.prod(shape[1:])
+        if pattern == "unstructured":
+            return cls(rows, columns)
+        if ":" in pattern:
+            kept, group = (int(part) for part in pattern.split(":"))
+            block = (group, 1) if transposed else (1, group)
+            return cls(rows, columns, *block, top=kept)
+        outputs, inputs = (int(part) for part in pattern.lower().split("x"))
+        block = (inputs, outputs) if transposed else (outputs, inputs)
+        return cls(rows, columns, *block)
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.block_rows == 1 and self.block_columns == 1
+
+    @property
+    def band_numel(self) -> int:
+        return 1 if self.is_elementwise else self.block_rows * self.columns
+
+    @property
+    def blocks_per_band(self) -> int:
+        return -(-self.columns // self.block_columns)
+
+    @property
+    def units(self) -> int:
+        """Things that a threshold chooses among: weights, or blocks (a partial block at the edge counts as one)."""
+        if self.is_elementwise:
+            return self.rows * self.columns
+        return -(-self.rows // self.block_rows) * self.blocks_per_band
+
+    @property
+    def kept_by_top(self) -> int:
+        """Weights that an N:M pattern keeps (the last group of a row may be short)."""
+        assert self.top is not None
+        size = self.block_rows * self.block_columns
+        lines, length = (self.columns, self.rows) if self.block_rows > 1 else (self.rows, self.columns)
+        return lines * (length // size * self.top + min(self.top, length % size))
+
+    def _tiled(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """(bands, block_rows, blocks_per_band, block_columns) of whole bands, edges padded with `fill`."""
+        rows = values.numel() // self.columns
+        bands = -(-rows // self.block_rows)
+        matrix = values.view(rows, self.columns)
+        pad_rows = bands * self.block_rows - rows
+        pad_columns = self.blocks_per_band * self.block_columns - self.columns
+        if pad_rows or pad_columns:
+            matrix = torch.nn.functional.pad(matrix, (0, pad_columns, 0, pad_rows), value=fill)
+        return matrix.view(bands, self.block_rows, self.blocks_per_band, self.block_columns)
+
+    def block_scores(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean score of each block, flat; `values` are the element scores of whole bands.
+
+        Added up in a fixed order, one element of the block after another: the result does not depend on
+        how many bands a process happens to hold.
+        """
+        if self.is_elementwise:
+            return values
+        total, size = self._ordered_sum(values), self._ordered_sum(torch.ones_like(values))
+        return (total / size).flatten()
+
+    def _ordered_sum(self, values: torch.Tensor) -> torch.Tensor:
+        tiles = self._tiled(values)
+        by_column = tiles[:, 0].clone()
+        for row in range(1, self.block_rows):
+            by_column += tiles[:, row]
+        total = by_column[..., 0].clone()
+        for column in range(1, self.block_columns):
+            total += by_column[..., column]
+        return total
+
+    def expand(self, keep: torch.Tensor, numel: int) -> torch.Tensor:
+        """Element mask, bool (numel,), of the whole bands whose blocks `keep` decides."""
+        if self.is_elementwise:
+            return keep
+        bands = -(-numel // self.band_numel)
+        tiles = keep.view(bands, 1, self.blocks_per_band, 1)
+        tiles = tiles.expand(-1, self.block_rows, -1, self.block_columns)
+        matrix = tiles.reshape(bands * self.block_rows, self.blocks_per_band * self.block_columns)
+        return matrix[: numel // self.columns, : self.columns].reshape(-1)
+
+    def keep_top(self, values: torch.Tensor) -> torch.Tensor:
+        """N:M: the element mask that keeps the `top` largest of each group; ties go to the lower index."""
+        assert self.top is not None
+        tiles = self._tiled(values, fill=-math.inf).permute(0, 2, 1, 3)
+        groups = tiles.reshape(-1, self.block_rows * self.block_columns)
+        order = groups.argsort(dim=1, descending=True, stable=True)
+        keep = torch.zeros_like(groups, dtype=torch.bool)
+        keep.scatter_(1, order[:, : self.top], True)
+        keep = keep.view(tiles.shape).permute(0, 2, 1, 3)
+        matrix = keep.reshape(-1, self.blocks_per_band * self.block_columns)
+        return matrix[: values.numel() // self.columns, : self.columns].reshape(-1)

@@ -1,0 +1,182 @@
+"""Exact distributed top-k by radix selection: how many survive is exact, and nothing is ever gathered.
+
+The k-th largest score is found from three histograms of its bit pattern (11, 11 and 10 bits), so the traffic
+does not depend on the size of the model: for one pool of scores, three sums of 2048, 2048 and 1024 counts and two small
+ones that break ties, 41 KB in all. Ties are broken by global index (parameter order, then element order), so
+every layout of the same scores over processes gives the same mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+_DIGITS = ((21, 2048), (10, 2048), (0, 1024))
+_CHUNK = 1 << 18
+# Scores whose exponent bits are all ones (Inf, NaN) fill the outermost four bins of the first digit.
+_NON_FINITE_BINS = (slice(0, 4), slice(2044, 2048))
+
+
+class Reductions(Protocol):
+    """What selection needs of the outside world; `engine.shards.Shards` implements it."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def counts_before(self, counts: torch.Tensor) -> torch.Tensor: ...
+
+
+class NonFiniteScores(ValueError):
+    """A score is NaN or Inf: there is no meaningful order to select by. `pools` lists the pool indices."""
+
+    def __init__(self, pools: Sequence[int]) -> None:
+        super().__init__(f"scores of pools {list(pools)} contain NaN or Inf")
+        self.pools = tuple(pools)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The scored units of one parameter that this process sees.
+
+    `keys()`: int32 (units,), order-preserving (see `sort_keys_`); asked for three times and not kept, so that
+    selection never holds the scores of more than one parameter. The first `borrowed` units belong to the
+    holder of earlier elements, who counts them; this process only needs their verdict.
+    """
+
+    keys: Callable[[], torch.Tensor]
+    borrowed: int = 0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`keep` units survive among all units of the parameters `members`."""
+
+    members: tuple[str, ...]
+    keep: int
+
+
+def sort_keys_(scores: torch.Tensor, non_negative: bool = False) -> torch.Tensor:
+    """int32 keys in the order of fp32 `scores`, in their place; -0.0 equals +0.0.
+
+    `non_negative` scores (which must not contain -0.0) are keys already: their bit patterns are in order.
+    """
+    keys = scores.view(torch.int32)
+    if not non_negative:
+        scores.add_(0.0)
+        for chunk in keys.split(_CHUNK):
+            chunk.bitwise_xor_((chunk >> 31).bitwise_and_(0x7FFFFFFF))
+    return keys
+
+
+def select(
+    candidates: Mapping[str, Candidates], pools: Sequence[Pool], reductions: Reductions
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, keep-mask bool (units,)) for every entry of `candidates`; exactly `keep` units survive per pool.
+
+    Every process calls this with the same pools; `candidates` holds what the process sees of them and may
+    lack a parameter. A parameter is in one pool. All reductions are done before the first mask is yielded.
+
+    Raises:
+        NonFiniteScores: in every process alike, before any mask is made.
+    """
+    names = [name for pool in pools for name in pool.members]
+    thresholds, ties_to_keep, tie_counts = _thresholds(candidates, pools, reductions)
+    totals = reductions.sum(tie_counts)
+    quota, boundary = _tie_quotas(pools, totals, ties_to_keep)
+    # Only a parameter in which the quota runs out needs to know how many ties lie before this process.
+    before = reductions.counts_before(tie_counts[boundary]) if len(boundary) else tie_counts[:0]
+    before_of = dict(zip(boundary.tolist(), before.tolist(), strict=True))
+    threshold_of = {name: int(thresholds[i]) for i, pool in enumerate(pools) for name in pool.members}
+    return (
+        (
+            name,
+            _mask(candidates[name], threshold_of[name], int(quota[i]), int(totals[i]), before_of.get(i, 0)),
+        )
+        for i, name in enumerate(names)
+        if name in candidates
+    )
+
+
+def _thresholds(
+    candidates: Mapping[str, Candidates], pools: Sequence[Pool], reductions: Reductions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per pool the key of its `keep`-th largest unit and how many units equal to it survive; per parameter how
+    many units of this process are equal to it. All int64."""
+    remaining = torch.tensor([pool.keep for pool in pools], dtype=torch.int64)
+    prefix = torch.zeros(len(pools), dtype=torch.int64)
+    survivors: dict[str, torch.Tensor] = {}
+    for digit, (shift, bins) in enumerate(_DIGITS):
+        histogram = torch.zeros((len(pools), bins), dtype=torch.int64)
+        for index, pool in enumerate(pools):
+            for name in pool.members:
+                if name in candidates:
+                    keys = _owned(candidates[name]) if digit == 0 else survivors[name]
+                    histogram[index] += _digit_histogram(keys, shift, bins, first=digit == 0)
+        histogram = reductions.sum(histogram)
+        if digit == 0:
+            _check_finite(histogram)
+        from_top = histogram.flip(1).cumsum(1)
+        bin_from_top = (from_top < remaining[:, None]).sum(1).clamp_(max=bins - 1)
+        remaining -= (from_top - histogram.flip(1)).gather(1, bin_from_top[:, None]).squeeze(1)
+        value = bins - 1 - bin_from_top
+        prefix = value - 1024 if digit == 0 else prefix * bins + value
+        for index, pool in enumerate(pools):
+            for name in pool.members:
+                if name in candidates:
+                    keys = _owned(candidates[name]) if digit == 0 else survivors[name]
+                    survivors[name] = _with_prefix(keys, int(prefix[index]), shift)
+    ties = [survivors[n].numel() if n in survivors else 0 for pool in pools for n in pool.members]
+    return prefix, remaining, torch.tensor(ties, dtype=torch.int64)
+
+
+def _owned(candidates: Candidates) -> torch.Tensor:
+    return candidates.keys()[candidates.borrowed :]
+
+
+def _digit_histogram(keys: torch.Tensor, shift: int, bins: int, first: bool) -> torch.Tensor:
+    total = torch.zeros(bins, dtype=torch.int64)
+    for chunk in keys.split(_CHUNK):
+        digit = chunk >> shift
+        digit = digit + 1024 if first else digit & (bins - 1)
+        total += torch.bincount(digit, minlength=bins).cpu()
+    return total
+
+
+def _with_prefix(keys: torch.Tensor, prefix: int, shift: int) -> torch.Tensor:
+    """The keys whose leading digits are `prefix`."""
+    parts = [chunk[(chunk >> shift) == prefix] for chunk in keys.split(_CHUNK)]
+    return torch.cat(parts) if parts else keys
+
+
+def _check_finite(histogram: torch.Tensor) -> None:
+    bad = torch.stack([histogram[:, bins].sum(1) for bins in _NON_FINITE_BINS]).sum(0)
+    if bool((bad > 0).any()):
+        raise NonFiniteScores(bad.nonzero().flatten().tolist())
+
+
+def _mask(candidates: Candidates, threshold: int, quota: int, total: int, before: int) -> torch.Tensor:
+    """Keeps what is above the threshold and the first `quota` of the `total` ties; `before` lie earlier."""
+    keys = candidates.keys()
+    if quota >= total:
+        return keys >= threshold
+    if quota == 0:
+        return keys > threshold
+    equal = keys == threshold
+    # The borrowed units are the last ones of earlier holders, so their ties end at `before`.
+    first = before - int(equal[: candidates.borrowed].count_nonzero())
+    return (keys > threshold) | (equal & (equal.cumsum(0) <= quota - first))
+
+
+def _tie_quotas(
+    pools: Sequence[Pool], totals: torch.Tensor, ties_to_keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many ties of each parameter survive, and the indices of those where some do and some do not."""
+    quota, position = torch.zeros_like(totals), 0
+    for index, pool in enumerate(pools):
+        left = int(ties_to_keep[index])
+        for _ in pool.members:
+            quota[position] = min(left, int(totals[position]))
+            left -= int(quota[position])
+            position += 1
+    return quota, ((quota > 0) & (quota < totals)).nonzero().flatten()

@@ -1,0 +1,228 @@
+"""What makes a weight worth keeping: one class per pruning method, each a few lines of its paper.
+
+A score lives on the fragment: fp32, one number per weight that this process owns, computed from the weight w
+and its gradient g at the optimizer step. None of them adds a parameter to the model or work to the forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from ds_compress.quant import counter_rng
+
+
+class ScoredFragment(Protocol):
+    """The part of a fragment that a score reads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def values(self) -> torch.Tensor: ...
+    @property
+    def gradient(self) -> torch.Tensor | None: ...
+
+
+class Score:
+    """Base: `observe` sees each step's weights and gradients, `of` ranks the weights of a fragment."""
+
+    needs_gradient: ClassVar[bool] = False
+    """The first mask waits for a gradient."""
+    mask_may_change: ClassVar[bool] = False
+    """The order of the weights moves by itself, so a masked weight may return."""
+    masks_gradient: ClassVar[bool] = False
+    """Masked weights get no gradient (their scores do)."""
+    is_signed: ClassVar[bool] = False
+    """Scores may be negative."""
+
+    def __init__(self, seed: int = 0, momentum: float = 0.9) -> None:
+        self.seed = seed
+        self.momentum = momentum
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
+        """Called before each optimizer step; `settings` is the optimizer's parameter group."""
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        """fp32 scores of shape (fragment.numel,), the caller's to change; a larger score is kept."""
+        raise NotImplementedError
+
+    def after_selection(self) -> None:
+        """A mask was just made from these scores."""
+
+    def clear(self) -> None:
+        """No mask will be made any more."""
+        self.tensors.clear()
+
+    def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"score": dict(self.tensors)} if self.tensors else {}
+
+    def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self.tensors = dict(state.get("score", {}))
+
+    def _accumulator(self, fragment: ScoredFragment) -> torch.Tensor:
+        if fragment.name not in self.tensors:
+            self.tensors[fragment.name] = torch.zeros(fragment.numel, device=fragment.values.device)
+        return self.tensors[fragment.name]
+
+
+class Magnitude(Score):
+    """|w| (Han et al. 2015)."""
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        return weights.float().abs()
+
+
+class Random(Score):
+    """A number in [0, 1) that depends only on (seed, parameter, element): the control of every pruning paper."""
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        key = counter_rng.stream_key(self.seed, fragment.name)
+        return counter_rng.uniform(fragment.numel, key, start=fragment.start, device=weights.device)
+
+
+class Taylor(Score):
+    """Sum of |w * g| since the last mask (Molchanov et al. 2017, first-order Taylor expansion of the loss)."""
+
+    needs_gradient = True
+
+    def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
+        if fragment.gradient is not None:
+            self._accumulator(fragment).add_(_saliency(fragment))
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        return self._accumulator(fragment).clone()
+
+    def after_selection(self) -> None:
+        for accumulated in self.tensors.values():
+            accumulated.zero_()
+
+
+class SnipMomentum(Score):
+    """S <- momentum * S + |w * g|: SNIP's saliency (Lee et al. 2019), smoothed over steps."""
+
+    needs_gradient = True
+
+    def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
+        if fragment.gradient is not None:
+            self._accumulator(fragment).mul_(self.momentum).add_(_saliency(fragment))
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        return self._accumulator(fragment).clone()
+
+
+class Movement(Score):
+    """S <- S - w * g (Sanh et al. 2020, equation 4): weights that move away from zero are kept."""
+
+    needs_gradient = True
+    mask_may_change = True
+    masks_gradient = True
+    is_signed = True
+
+    def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
+        if fragment.gradient is not None:
+            self._accumulator(fragment).addcmul_(
+                fragment.values.float(), fragment.gradient.float(), value=-1.0
+            )
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        return self._accumulator(fragment).clone()
+
+
+class Learned(Score):
+    """`topk`: scores trained by gradient descent with a straight-through top-k (Ramanujan et al. 2020).
+
+    The gradient of the score under the straight-through rule is dL/d(masked weight) * w, and both factors are
+    known on the owner's fragment at the step: no trainable parameter is added to the model. The scores start
+    Kaiming-uniform with a = sqrt(5), that is uniform in +-1/sqrt(fan_in), and are trained by AdamW with the
+    learning rate (and betas, eps, weight decay where it has them) of the weights' own parameter group.
+    A mask is made before its step's gradients are final, so it follows the scores one step behind.
+    """
+
+    mask_may_change = True
+    masks_gradient = True
+    is_signed = True
+
+    def __init__(self, seed: int = 0, momentum: float = 0.9) -> None:
+        super().__init__(seed, momentum)
+        self._optimizers: dict[str, torch.optim.AdamW] = {}
+
+    def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
+        if fragment.gradient is None:
+            return
+        score = self._score(fragment)
+        optimizer = self._optimizer(fragment.name, score)
+        optimizer.param_groups[0].update(
+            {k: settings[k] for k in ("lr", "betas", "eps", "weight_decay") if k in settings}
+        )
+        score.grad = fragment.gradient.float() * fragment.values.float()
+        optimizer.step()
+        score.grad = None
+
+    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        return self._score(fragment).clone()
+
+    def clear(self) -> None:
+        super().clear()
+        self._optimizers.clear()
+
+    def _score(self, fragment: ScoredFragment) -> torch.Tensor:
+        if fragment.name not in self.tensors:
+            bound = 1.0 / math.sqrt(math.prod(fragment.shape[1:]))
+            key = counter_rng.stream_key(self.seed, fragment.name)
+            uniform = counter_rng.uniform(fragment.numel, key, fragment.start, device=fragment.values.device)
+            self.tensors[fragment.name] = uniform.mul_(2 * bound).sub_(bound)
+        return self.tensors[fragment.name]
+
+    def _optimizer(self, name: str, score: torch.Tensor) -> torch.optim.AdamW:
+        if name not in self._optimizers:
+            self._optimizers[name] = torch.optim.AdamW([score], fused=True)
+        return self._optimizers[name]
+
+    def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        state = super().fragment_state()
+        for name, optimizer in self._optimizers.items():
+            moments = optimizer.state[self.tensors[name]]
+            if not moments:
+                continue
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(kind, {})[name] = moments[kind]
+            # Per element, so that it can be cut and joined like everything else; one step count per fragment.
+            steps = torch.full_like(moments["exp_avg"], float(moments["step"]))
+            state.setdefault("score_steps", {})[name] = steps
+        return state
+
+    def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        super().load_fragment_state(state)
+        self._optimizers = {}
+        for name, exp_avg in state.get("exp_avg", {}).items():
+            optimizer = self._optimizer(name, self.tensors[name])
+            optimizer.state[self.tensors[name]] = {
+                "step": state["score_steps"][name][0].clone(),
+                "exp_avg": exp_avg,
+                "exp_avg_sq": state["exp_avg_sq"][name],
+            }
+
+
+def _saliency(fragment: ScoredFragment) -> torch.Tensor:
+    assert fragment.gradient is not None
+    return (fragment.values.float() * fragment.gradient.float()).abs_()
+
+
+SCORES: dict[str, type[Score]] = {
+    "l1": Magnitude,
+    "topk": Learned,
+    "taylor": Taylor,
+    "movement": Movement,
+    "snip_momentum": SnipMomentum,
+    "random": Random,
+}

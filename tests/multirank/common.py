@@ -1,0 +1,118 @@
+"""Tiny models, configs and batches that the multi-process scenarios share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+
+VOCAB = 128
+
+
+def tiny_bert(seed: int = 0, layers: int = 2, hidden: int = 32, labels: int = 2) -> torch.nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=3 * hidden,
+        max_position_embeddings=32,
+        num_labels=labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config)
+
+
+def ds_config(
+    stage: int,
+    block: dict[str, Any] | None = None,
+    dtype: str = "fp32",
+    zero: dict[str, Any] | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": stage, **(zero or {})},
+        "zero_force_ds_cpu_optimizer": False,
+        **extra,
+    }
+    if stage == 3:
+        config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    if block is not None:
+        config["compression_training"] = block
+    return config
+
+
+def batches(
+    steps: int, seed: int = 1, rank: int = 0, size: int = 4, tokens: int = 12
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The same batches in every process unless `rank` differs: then gradients average without rounding,
+    and training is bitwise equal at world sizes 1, 2 and 4."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    for _ in range(steps):
+        ids = torch.randint(0, VOCAB, (size, tokens), generator=generator)
+        yield {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": (ids[:, 0] > VOCAB // 2).long(),
+        }
+
+
+@contextmanager
+def engine_of(model: torch.nn.Module, config: dict[str, Any], **kwargs: Any) -> Iterator[Any]:
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=kwargs.pop("model_parameters", model.parameters()),
+        config=config,
+        **kwargs,
+    )
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+        del engine
+        gc.collect()
+
+
+def train(engine: Any, data: Iterator[dict[str, torch.Tensor]]) -> list[float]:
+    losses = []
+    for batch in data:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter whole, on every rank."""
+    result = {}
+    for name, parameter in model.named_parameters():
+        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(partitioned):
+            result[name] = parameter.detach().float().clone()
+    return result
+
+
+def pruning_block(method: str = "l1", density: float = 0.3, **shared: Any) -> dict[str, Any]:
+    return {
+        "sparse_pruning": {
+            "shared_parameters": {"enabled": True, "method": method, "pattern": "unstructured", **shared},
+            "different_groups": {
+                "attention": {"params": {"dense_ratio": density}, "modules": ["attention.self"]},
+                "ffn": {"params": {"dense_ratio": density}, "modules": ["intermediate", r"layer.\d+.output"]},
+            },
+        }
+    }

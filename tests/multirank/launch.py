@@ -1,0 +1,101 @@
+"""Runs a function in several gloo processes and returns what each of them returned.
+
+A launch costs seconds, so one launch runs a whole list of scenarios and tests look at the results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run_ranks(world_size: int, function: str, timeout_s: float = 600, **arguments: Any) -> list[Any]:
+    """Calls `function` ("package.module:name") with `arguments` in `world_size` processes.
+
+    Returns the results by rank. A failing or hanging process fails the test with its output.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(arguments, f"{folder}/arguments.pt")
+        port = _free_port()
+        processes = []
+        for rank in range(world_size):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            with open(f"{folder}/{rank}.log", "w") as log:
+                command = [sys.executable, "-m", "tests.multirank.launch", function, folder]
+                processes.append(
+                    subprocess.Popen(
+                        command, cwd=_REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+        failed = _wait(processes, timeout_s)
+        if failed is not None:
+            log = Path(f"{folder}/{failed}.log").read_text()[-6000:]
+            raise AssertionError(f"rank {failed} of {function} failed or hung:\n{log}")
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> int | None:
+    """The rank that failed first (or still ran at the deadline), or None; kills the others."""
+    deadline = time.monotonic() + timeout_s
+    failed = None
+    while failed is None and any(p.poll() is None for p in processes):
+        failed = next((rank for rank, p in enumerate(processes) if p.poll() not in (None, 0)), None)
+        if failed is None and time.monotonic() > deadline:
+            failed = next(rank for rank, p in enumerate(processes) if p.poll() is None)
+        time.sleep(0.05)
+    failed = (
+        failed if failed is not None else next((r for r, p in enumerate(processes) if p.returncode), None)
+    )
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    return failed
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _main() -> None:
+    function, folder = sys.argv[1:]
+    import torch
+
+    torch.set_num_threads(1)
+    import deepspeed
+    import deepspeed.ops
+
+    # Its C++ build takes minutes and changes nothing here: gloo carries the collectives.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    module, _, name = function.partition(":")
+    arguments = torch.load(f"{folder}/arguments.pt", weights_only=False)
+    result = getattr(importlib.import_module(module), name)(**arguments)
+    torch.save(result, f"{folder}/{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,189 @@
+"""Scenarios: sparse pruning must not depend on ZeRO stage, world size, precision wrapper or offload."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ds_compress  # noqa: F401  (registers)
+from tests.multirank.common import (
+    batches,
+    ds_config,
+    engine_of,
+    full_weights,
+    pruning_block,
+    tiny_bert,
+    train,
+)
+
+STAGES = (0, 1, 2, 3)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "l1": {},
+    "l1-cubic-global": {
+        "scope": "global",
+        "schedule_offset": 2,
+        "schedule_offset_end": 8,
+        "schedule_offset_stride": 2,
+    },
+    "l1-regrowth": {"regrowth": True, "scope": "group", "schedule_offset_end": 8},
+    "l1-4x3": {"pattern": "4x3", "scope": "global"},
+    "l1-2:4": {"pattern": "2:4"},
+    "topk": {},
+    "taylor-global": {"scope": "global", "schedule_offset_end": 8, "schedule_offset_stride": 3},
+    "movement": {"scope": "group"},
+    "snip_momentum-4x1": {"pattern": "4x1", "schedule_offset_end": 8, "schedule_offset_stride": 2},
+    "random": {"seed": 7},
+}
+
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "fp32-0": {"stage": 0},
+    "bf16-0": {"stage": 0, "dtype": "bf16"},
+    "bf16-1": {"stage": 1, "dtype": "bf16"},
+    "bf16-1-BF16_Optimizer": {"stage": 1, "dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
+    "bf16-2-round-robin": {"stage": 2, "dtype": "bf16", "zero": {"round_robin_gradients": True}},
+    "bf16-2-offload": {"stage": 2, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "fp32-2-offload": {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "bf16-2-accumulate-clip": {
+        "stage": 2,
+        "dtype": "bf16",
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "groups": True,
+    },
+    "bf16-3": {"stage": 3, "dtype": "bf16"},
+    "bf16-3-offload": {"stage": 3, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "bf16-3-sub-groups": {"stage": 3, "dtype": "bf16", "zero": {"sub_group_size": 5000}},
+    "bf16-3-persistent": {"stage": 3, "dtype": "bf16", "zero": {"stage3_param_persistence_threshold": 4000}},
+    "fp32-3-groups": {"stage": 3, "groups": True, "gradient_clipping": 0.5},
+}
+
+
+def masks_of_methods(
+    stages: tuple[int, ...], methods: tuple[str, ...], steps: int = 9
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """{(method, stage): final weights, losses, kept counts} of each pruning method on each ZeRO stage."""
+    results = {}
+    for name in methods:
+        shared = METHODS[name]
+        for stage in stages:
+            block = pruning_block(name.split("-")[0], **({"density": 0.5} if ":" in name else {}), **shared)
+            model = tiny_bert()
+            with engine_of(model, ds_config(stage, block)) as engine:
+                losses = train(engine, batches(steps))
+                stage_object = engine.compression.stages["sparse_pruning"]
+                results[name, stage] = {
+                    "losses": losses,
+                    "weights": {k: v for k, v in full_weights(model).items() if k in stage_object.targets},
+                    "mask_bytes": stage_object.mask_bytes(),
+                    "metrics": engine.compression.metrics(),
+                }
+    return results
+
+
+def fifty_steps() -> dict[tuple[str, int], dict[str, Any]]:
+    """Non-zeros of every weight after 50 steps; each process with data of its own."""
+    results = {}
+    for method in ("l1", "topk"):
+        for stage in STAGES:
+            model = tiny_bert()
+            block = pruning_block(method, schedule_offset_end=40, schedule_offset_stride=5)
+            with engine_of(model, ds_config(stage, block)) as engine:
+                train(engine, batches(50, rank=dist.get_rank()))
+                targets = engine.compression.stages["sparse_pruning"].targets
+                weights = {k: v for k, v in full_weights(model).items() if k in targets}
+            results[method, stage] = {k: (int(v.count_nonzero()), v.numel()) for k, v in weights.items()}
+    return results
+
+
+def wrappers(steps: int = 6) -> dict[str, dict[str, Any]]:
+    """Each optimizer wrapper of DeepSpeed keeps exactly the density, at every step, in the 16-bit weights."""
+    results = {}
+    for name, options in WRAPPERS.items():
+        options = dict(options)
+        model = tiny_bert()
+        parameters: Any = model.parameters()
+        if options.pop("groups", False):
+            parameters = [
+                {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+                {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        config = ds_config(block=pruning_block(density=0.3), **options)
+        accumulate = config.get("gradient_accumulation_steps", 1)
+        with engine_of(model, config, model_parameters=parameters) as engine:
+            kept = []
+            targets = engine.compression.stages["sparse_pruning"].targets
+            for _ in range(steps):
+                train(engine, batches(accumulate, rank=dist.get_rank()))
+                weights = full_weights(model)
+                kept.append({k: int(weights[k].count_nonzero()) for k in targets})
+            results[name] = {
+                "wrapper": type(engine.optimizer).__name__,
+                "kept": kept,
+                "numel": {k: weights[k].numel() for k in targets},
+                "applied": engine.compression.applied_steps,
+            }
+    return results
+
+
+def faults() -> dict[Any, Any]:
+    """NaN gradients are skipped and not counted; NaN weights leave the mask alone."""
+    results: dict[Any, Any] = {}
+    for stage, dtype in itertools.product(STAGES, ("fp32", "bf16")):
+        model = tiny_bert()
+        with engine_of(model, ds_config(stage, pruning_block(schedule_offset=3), dtype=dtype)) as engine:
+            train(engine, batches(1))
+            before = full_weights(model)
+            for batch in batches(1):
+                loss = engine(**batch).loss
+                engine.backward(loss * float("nan") if dist.get_rank() == 0 else loss)
+                engine.step()
+            after = full_weights(model)
+            counted = engine.compression.applied_steps
+            losses = train(engine, batches(3))
+            results[stage, dtype] = {
+                "unchanged": all(torch.equal(before[k], after[k]) for k in before),
+                "counted": counted,
+                "then": engine.compression.applied_steps,
+                "skipped": engine.skipped_steps,
+                "finite": all(map(torch.isfinite, map(torch.tensor, losses))),
+                "sparsity": engine.compression.metrics()["sparse_pruning/sparsity"],
+            }
+    return results
+
+
+def resume(folder: str, methods: tuple[str, ...], steps: int = 8) -> dict[tuple[str, int], dict[str, Any]]:
+    """Unbroken against saved-and-resumed, bit for bit, on every stage."""
+    results = {}
+    for method in methods:
+        results |= _resume(folder, method, steps)
+    return results
+
+
+def _resume(folder: str, method: str, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
+    results = {}
+    shared: dict[str, Any] = {"schedule_offset_end": 7, "schedule_offset_stride": 2, "scope": "global"}
+    for stage in STAGES:
+        config = ds_config(stage, pruning_block(method, **shared))
+        data = list(batches(steps))
+        model = tiny_bert()
+        with engine_of(model, config) as engine:
+            train(engine, iter(data[: steps // 2]))
+            engine.save_checkpoint(f"{folder}/{method}-{stage}")
+            unbroken = train(engine, iter(data[steps // 2 :]))
+            wanted = full_weights(model)
+        model = tiny_bert(seed=5)
+        with engine_of(model, config) as engine:
+            engine.load_checkpoint(f"{folder}/{method}-{stage}")
+            loaded_steps = engine.compression.applied_steps
+            resumed = train(engine, iter(data[steps // 2 :]))
+            got = full_weights(model)
+        results[method, stage] = {
+            "losses": (unbroken, resumed),
+            "equal": all(torch.equal(wanted[k], got[k]) for k in wanted),
+            "loaded_steps": loaded_steps,
+        }
+    return results

@@ -1,0 +1,67 @@
+"""What does not work together is refused at start, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import pytest
+
+import ds_compress
+from tests.multirank.common import ds_config, pruning_block, tiny_bert
+from tests.single import init_single_process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_process() -> None:
+    init_single_process()
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "key"),
+    [
+        (3, {"zero_quantized_weights": True}, "zero_quantized_weights"),
+        (3, {"zero_quantized_gradients": True}, "zero_quantized_gradients"),
+        (3, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size"),
+        (3, {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}, "offload_optimizer.device"),
+        (3, {"offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}, "offload_param.device"),
+    ],
+)
+def test_zero_features_that_break_masks_are_refused(stage: int, zero: dict[str, Any], key: str) -> None:
+    model = tiny_bert()
+    with pytest.raises(ds_compress.ConfigError, match=key):
+        deepspeed.initialize(
+            model=model,
+            model_parameters=model.parameters(),
+            config=ds_config(stage, pruning_block(), zero=zero),
+        )
+
+
+def test_all_refusals_come_at_once() -> None:
+    model = tiny_bert()
+    zero = {"zero_quantized_weights": True, "zero_hpz_partition_size": 2}
+    with pytest.raises(ds_compress.ConfigError) as error:
+        deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=ds_config(3, pruning_block(), zero=zero)
+        )
+    assert len(error.value.problems) == 2
+
+
+def test_expert_parameters_are_refused() -> None:
+    model = tiny_bert()
+    model.classifier.weight.allreduce = False  # how DeepSpeed marks an expert's parameter
+    with pytest.raises(ds_compress.ConfigError, match=r"classifier\.weight"):
+        deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=ds_config(0, pruning_block())
+        )
+
+
+def test_a_pipeline_engine_is_refused() -> None:
+    from ds_compress.engine.support import refuse_unsupported
+
+    class Config:
+        class zero_config: ...
+
+    with pytest.raises(ds_compress.ConfigError, match="PipelineEngine"):
+        refuse_unsupported(tiny_bert(), "PipelineEngine", Config())
+    refuse_unsupported(tiny_bert(), "DeepSpeedEngine", Config())
