@@ -1,0 +1,68 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace ds_compress::cpu {
+namespace {
+
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+
+bool is_supported(Isa isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    switch (isa) {
+        case Isa::scalar:
+            return true;
+        case Isa::avx2:
+            return avx2;
+        case Isa::avx512:
+            return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("avx512vnni");
+    }
+    return false;
+#else
+    return isa == Isa::scalar;
+#endif
+}
+
+Isa choose() {
+    const char* wish = std::getenv("DS_COMPRESS_CPU_ISA");
+    if (wish == nullptr || *wish == '\0') {
+        Isa best = Isa::scalar;
+        for (Isa candidate : kAll)
+            if (is_supported(candidate)) best = candidate;
+        return best;
+    }
+    for (Isa candidate : kAll) {
+        if (std::strcmp(wish, name_of(candidate)) != 0) continue;
+        if (is_supported(candidate)) return candidate;
+        throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(wish) + ": this CPU does not have it");
+    }
+    throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(wish) + ": allowed are scalar, avx2 and avx512");
+}
+
+}  // namespace
+
+Isa isa() {
+    static const Isa chosen = choose();
+    return chosen;
+}
+
+const char* name_of(Isa isa) {
+    switch (isa) {
+        case Isa::scalar:
+            return "scalar";
+        case Isa::avx2:
+            return "avx2";
+        case Isa::avx512:
+            return "avx512";
+    }
+    return "unknown";
+}
+
+}  // namespace ds_compress::cpu
