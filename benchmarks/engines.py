@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
 
@@ -41,6 +43,8 @@ def start_single_process() -> None:
     quiet()
     skip_shared_memory_build()
     deepspeed.init_distributed()
+    # A gloo thread that outlives the interpreter aborts it.
+    atexit.register(dist.destroy_process_group)
 
 
 def quiet() -> None:

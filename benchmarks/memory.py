@@ -120,6 +120,7 @@ def measure(variant: str, folder: Path) -> None:
         report |= mask_bytes(engine)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 def train(engine: Any, steps: int) -> None:

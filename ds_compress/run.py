@@ -35,6 +35,19 @@ def split_arguments(argv: list[str]) -> tuple[str, bool, list[str]]:
     return rest[0], is_module, launcher + rest[1:]
 
 
+def leave_process_group() -> None:
+    """Joins the threads of the process group, which a script may have left to the end of the process.
+
+    With gloo, a collective whose last reference a worker thread still holds when the interpreter shuts down ends a
+    finished run with "terminate called without an active exception", and the launcher then kills the other
+    processes, one that is still saving included.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     import ds_compress
 
@@ -46,6 +59,7 @@ def main() -> None:
     else:
         sys.path[0] = str(Path(target).resolve().parent)
         runpy.run_path(target, run_name="__main__")
+    leave_process_group()
 
 
 if __name__ == "__main__":

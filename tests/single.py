@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 
@@ -26,3 +27,5 @@ def init_single_process() -> None:
         "WORLD_SIZE": "1",
     }
     deepspeed.init_distributed("gloo")
+    # A gloo thread that outlives the interpreter aborts it.
+    atexit.register(dist.destroy_process_group)

@@ -70,6 +70,11 @@ def test_one_import_and_one_json_do_everything(folder: Path) -> None:
     assert report["metrics"]["sparse_pruning/sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
+def test_a_script_that_leaves_collectives_behind(folder: Path) -> None:
+    """Run by itself it aborts nearly always: gloo threads meet an interpreter that has gone."""
+    launch("--module", "ds_compress.run", str(_HERE / "pending_script.py"))
+
+
 def test_a_script_that_nobody_may_edit(folder: Path) -> None:
     config = written(folder / "ds3.json", ds_config(3, everything_block(str(folder / "teacher"))))
     output = folder / "unedited"

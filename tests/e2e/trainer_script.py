@@ -44,3 +44,5 @@ if trainer.is_world_process_zero():
     }
     with open(f"{output}/report.json", "w") as file:
         json.dump(report, file)
+# Without this a gloo worker thread may outlive the interpreter, which aborts a run that has finished.
+torch.distributed.destroy_process_group()
