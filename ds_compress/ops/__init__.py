@@ -1,0 +1,16 @@
+"""Kernels: `kernels()` gives the ops of `schemas`, native (C++ and CUDA, built from `csrc`) or in plain torch.
+
+    schemas     the contract of every op, with fake implementations for tracing
+    reference   every op in plain torch
+    library     which of the two runs, and loading
+    build       compiling `csrc`, once per content
+    toolchain   compilers and torch, found without importing torch
+
+`python -m ds_compress.ops` builds, loads and says what runs here.
+"""
+
+from __future__ import annotations
+
+from ds_compress.ops.library import KernelsUnavailable, Preference, kernels, prefer
+
+__all__ = ["KernelsUnavailable", "Preference", "kernels", "prefer"]

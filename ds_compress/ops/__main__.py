@@ -1,0 +1,60 @@
+"""Builds and loads the native ops and says what runs here: the first thing to try when an install looks wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+
+from ds_compress.ops import build, library, schemas
+from ds_compress.ops.toolchain import Cuda, ToolchainError, compiler_version, find_cxx
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ds_compress.ops", description=(__doc__ or "").strip())
+    parser.add_argument("--cuda", action="store_true", help="insist on CUDA kernels (as DS_COMPRESS_CUDA=1 does)")
+    if parser.parse_args().cuda:
+        os.environ["DS_COMPRESS_CUDA"] = "1"
+    for name, value in report():
+        print(f"{name:<18}{value}")
+    if not library.load():
+        raise SystemExit(1)
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, how it is here), after an attempt to load."""
+    library.load()
+    cuda = Cuda.find()
+    lines = [
+        ("torch", torch.__version__),
+        ("C++ compiler", _or_error(lambda: f"{find_cxx()} ({compiler_version(find_cxx())})")),
+        ("nvcc", f"{cuda.nvcc} ({cuda.version})" if cuda else "none: CUDA kernels cannot be built"),
+        ("sources", _or_error(lambda: str(build.sources_folder()))),
+        ("library", str(library.loaded_library() or f"none: {library.failure()}")),
+        ("preference", library.from_environment() or f"{library.Preference.AUTO} ({library.VARIABLE} is not set)"),
+    ]
+    for key in ("CPU", "CUDA"):
+        native = [n for n in schemas.SCHEMAS if _has_kernel(n, key)]
+        missing = [n for n in schemas.SCHEMAS if n not in native]
+        lines.append((f"native on {key}", f"{len(native)} of {len(schemas.SCHEMAS)}" + _list(missing)))
+    return lines
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schemas.NAMESPACE}::{name}", key)
+
+
+def _list(missing: list[str]) -> str:
+    return f" (plain torch: {', '.join(missing)})" if missing else ""
+
+
+def _or_error(value: object) -> str:
+    try:
+        return value()  # type: ignore[operator,no-any-return]
+    except ToolchainError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Compiles `csrc` into one shared library, once per content.
+
+The library's name holds a hash of everything that it is made of: sources, flags, compilers, torch. It is looked for
+inside the package (made by `DS_COMPRESS_BUILD_OPS=1 pip install .`), then in the cache, then built: every file by its
+own compiler process, linked under a temporary name, renamed when whole. So no reader ever sees half a library.
+
+The first process to build takes an flock; the others of this machine wait and then find the result. The kernel drops
+the lock of a process that dies, and whoever has waited longer than any build takes builds for itself, so that a
+killed build can never hang the next one.
+
+Imports neither torch nor anything of ours but `toolchain`: `setup.py` loads it by path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ds_compress.ops.toolchain import Cuda, ToolchainError, Torch, compiler_version, find_cxx
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PREBUILT = PACKAGE / "ops" / "prebuilt"
+LONGEST_BUILD_S = 900
+
+_CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
+    # The contract of csrc/README.md: results do not depend on whether a compiler fuses a multiply and an add.
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
+).split()
+_ISA_FLAGS = {
+    "_avx2": "-mavx2 -mfma -mf16c".split(),
+    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c".split(),
+}
+_NVCC_FLAGS = (
+    "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden "
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
+).split()
+_STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DUSE_CUDA"]
+
+
+class BuildError(RuntimeError):
+    """A compiler failed; the message ends with what it said."""
+
+
+def sources_folder() -> Path:
+    """`csrc`: beside the package in a checkout, inside it when installed."""
+    for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
+        if (folder / "bindings").is_dir():
+            return folder
+    raise ToolchainError("the C++ sources are not there: install ds_compress from its repository or a full wheel")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept between runs: $DS_COMPRESS_CACHE, else beside torch's own extensions."""
+    chosen = os.environ.get("DS_COMPRESS_CACHE")
+    if chosen:
+        return Path(chosen)
+    torch_extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if torch_extensions:
+        return Path(torch_extensions) / "ds_compress"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_compress"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One library that can be built: for the CPU, and for CUDA too when `cuda` is given."""
+
+    torch: Torch
+    cxx: Path
+    cuda: Cuda | None = None
+
+    @classmethod
+    def for_this_machine(cls, with_cuda: bool) -> Build:
+        """Raises ToolchainError when something is missing."""
+        cuda = Cuda.find() if with_cuda else None
+        if with_cuda and cuda is None:
+            raise ToolchainError(
+                "no nvcc: set CUDA_HOME, put nvcc on PATH, or pip install 'ds_compress[cuda-build]'"
+            )
+        return cls(Torch.find(), find_cxx(), cuda)
+
+    @cached_property
+    def sources(self) -> list[Path]:
+        """What is compiled, in a fixed order; `_cuda` bindings and .cu files only with CUDA."""
+        root = sources_folder()
+        bindings = [path for path in root.glob("bindings/*.cpp") if self.cuda or not path.stem.endswith("_cuda")]
+        kernels = [*root.glob("cpu/**/*.cpp"), *(root.glob("cuda/**/*.cu") if self.cuda else ())]
+        if platform.machine() not in ("x86_64", "AMD64"):
+            kernels = [path for path in kernels if not path.stem.endswith(tuple(_ISA_FLAGS))]
+        return sorted([*bindings, *kernels])
+
+    @cached_property
+    def name(self) -> str:
+        """File name of the library, with the hash of all that goes into it."""
+        digest = hashlib.sha256()
+        root = sources_folder()
+        made_of = [*self.sources, *root.glob("**/*.h"), *root.glob("**/*.cuh")]
+        for path in sorted(made_of):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+        tools = [self.torch.version, str(self.cxx), compiler_version(self.cxx), platform.machine()]
+        tools += [self.cuda.version] if self.cuda else []
+        digest.update(repr([tools, _CXX_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _STABLE_ABI]).encode())
+        return f"ds_compress_ops{'_cuda' if self.cuda else ''}-{digest.hexdigest()[:16]}.so"
+
+    def command(self, source: Path, target: Path) -> list[str]:
+        """The compiler call for one source file."""
+        root = sources_folder()
+        include = ["-I", str(root / "include")]
+        if source.suffix == ".cu":
+            assert self.cuda is not None
+            return [str(self.cuda.nvcc), *_NVCC_FLAGS, *include, "-c", str(source), "-o", str(target)]
+        flags = list(_CXX_FLAGS)
+        for ending, isa_flags in _ISA_FLAGS.items():
+            if source.stem.endswith(ending):
+                flags += isa_flags
+        if source.parent.name == "bindings":
+            flags += _STABLE_ABI if self.cuda else _STABLE_ABI[:1]
+            # Their warnings are not ours to mend.
+            include += [part for folder in self.torch.include for part in ("-isystem", str(folder))]
+            if self.cuda:
+                include += ["-isystem", str(self.cuda.include)]
+        return [str(self.cxx), *flags, *include, "-c", str(source), "-o", str(target)]
+
+    def link_command(self, objects: list[Path], target: Path) -> list[str]:
+        command = [str(self.cxx), "-shared", "-o", str(target), *map(str, objects)]
+        command += ["-L", str(self.torch.libraries), "-ltorch_cpu", "-ltorch"]
+        if self.cuda:
+            command += ["-L", str(self.cuda.library), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        return command
+
+
+def find_built(build: Build) -> Path | None:
+    """The library when somebody has built it already."""
+    return next((path for folder in (PREBUILT, cache_folder()) if (path := folder / build.name).is_file()), None)
+
+
+def ensure_built(build: Build, say: Callable[[str], object] = lambda line: None) -> Path:
+    """The library's path, building it if nobody has; any number of processes may call this at once.
+
+    Raises:
+        BuildError: a compiler failed.
+    """
+    found = find_built(build)
+    if found is not None:
+        return found
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _turn(folder / f"{build.name}.lock", say):
+        found = find_built(build)
+        return found if found is not None else compile_library(build, folder / build.name, say)
+
+
+def compile_library(build: Build, library: Path, say: Callable[[str], object] = lambda line: None) -> Path:
+    """Compiles and links everything to `library`, which appears only when it is whole."""
+    started = time.monotonic()
+    count = len(build.sources)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
+        objects = [Path(folder) / f"{index}.o" for index in range(count)]
+        with ThreadPoolExecutor(_jobs()) as pool:
+            jobs = [
+                pool.submit(_run, build.command(source, target))
+                for source, target in zip(build.sources, objects, strict=True)
+            ]
+            try:
+                for done, job in enumerate(as_completed(jobs), start=1):
+                    job.result()
+                    say(f"ds_compress: compiling native ops, {done} of {count} files")
+            except BuildError:
+                pool.shutdown(cancel_futures=True)
+                raise
+        whole = Path(folder) / build.name
+        _run(build.link_command(objects, whole))
+        os.replace(whole, library)
+    say(f"ds_compress: native ops built in {time.monotonic() - started:.0f} s: {library}")
+    return library
+
+
+def _jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)}\n{(done.stderr or done.stdout)[-4000:]}")
+
+
+@contextlib.contextmanager
+def _turn(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """One process of this machine at a time, for as long as locks are to be trusted."""
+    deadline = time.monotonic() + LONGEST_BUILD_S
+    with open(path, "w") as lock:
+        waiting = False
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    say("ds_compress: another process is compiling the native ops, waiting for it")
+                    waiting = True
+                time.sleep(0.2)
+            except OSError:  # a file system without locks: everybody builds, the last rename wins
+                break
+        yield
+
+
+def to_stderr(line: str) -> None:
+    """A progress line: rewritten in place on a terminal, plain lines in a log."""
+    is_terminal = sys.stderr.isatty()
+    is_step = " of " in line
+    if is_terminal:
+        print(f"\r\x1b[K{line}", end="" if is_step else "\n", file=sys.stderr, flush=True)
+    elif not is_step:
+        print(line, file=sys.stderr, flush=True)
