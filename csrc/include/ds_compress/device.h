@@ -1,0 +1,121 @@
+// The one header of the kernels that knows both worlds: CUDA, when nvcc compiles it, and the emulator of
+// tests/native/emulator, when g++ does. A kernel includes this file and nothing else of CUDA, so the same
+// source runs on a GPU and, one fiber per CUDA thread, on a CPU.
+//
+// Beyond CUDA's own names (threadIdx, __shfl_xor_sync, atomicAdd, __fmul_rn ...) a kernel uses
+//   launch(kernel, grid, block, shared_bytes, stream, arguments...)   returns the launch's cudaError_t
+//   DSC_SHARED(type, name, count)      a shared array of a block
+//   DSC_DYNAMIC_SHARED(type, name)     the launch's shared_bytes
+//   ldmatrix_x4, mma_s8_16x8x32, mma_sp_s8_16x8x64                    tensor cores, sm_80 and later
+//   copy_async_16, commit_copies, wait_copies<pending>                global to shared without registers
+//   to_float, from_float<T>            fp32, bf16, fp16; rounds to nearest even
+// Never __shared__ or <<< >>>: the emulator would not see them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DSC_DEVICE __device__ __forceinline__
+#define DSC_SHARED(type, name, count) __shared__ type name[count]
+#define DSC_DYNAMIC_SHARED(type, name)                                          \
+    extern __shared__ __align__(128) unsigned char dsc_dynamic_shared_memory[]; \
+    type* const name = reinterpret_cast<type*>(dsc_dynamic_shared_memory)
+
+namespace ds_compress {
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, Arguments... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+    if (shared_bytes > 48 * 1024) {  // more than that is a wish that has to be stated
+        const cudaError_t refused = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        if (refused != cudaSuccess) return refused;
+    }
+    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+    return cudaGetLastError();
+}
+
+/// Four 8x8 matrices of 16-bit elements, here 8 rows of 16 bytes each: lane l names row l % 8 of matrix l / 8
+/// and receives bytes 4 (l % 4) .. + 3 of row l / 4 of every matrix. Rows are 16-byte aligned.
+DSC_DEVICE void ldmatrix_x4(uint32_t (&rows)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(rows[0]), "=r"(rows[1]), "=r"(rows[2]), "=r"(rows[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+/// sums (16x8, int32) += a (16x32, int8, row-major) . b (32x8, int8, column-major), by a whole warp.
+DSC_DEVICE void mma_s8_16x8x32(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// sums (16x8, int32) += a (16x64, int8, 2 of every 4 along k stored, their places in `places`) . b (64x8).
+DSC_DEVICE void mma_sp_s8_16x8x64(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                  uint32_t places) {
+#if defined(__CUDACC_VER_MAJOR__) && (__CUDACC_VER_MAJOR__ > 12 || __CUDACC_VER_MINOR__ >= 5)
+#define DSC_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+#else
+#define DSC_MMA_SP "mma.sp.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+#endif
+    asm volatile(DSC_MMA_SP
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+                   "r"(places));
+}
+
+/// Starts to copy 16 bytes, both ends 16-byte aligned; with `valid` false nothing is read and zeros arrive.
+DSC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+                 : "memory");
+}
+
+/// Closes the group of the copies that this thread started since the last call.
+DSC_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits until at most `pending` of this thread's groups are under way. Other threads' copies: a barrier.
+template <int pending>
+DSC_DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+}  // namespace ds_compress
+
+#else
+
+#include "emulator/emulator.h"  // -I tests/native
+
+#define DSC_DEVICE inline __attribute__((always_inline))
+
+#endif
+
+namespace ds_compress {
+
+DSC_DEVICE float to_float(float value) { return value; }
+DSC_DEVICE float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+DSC_DEVICE float to_float(__half value) { return __half2float(value); }
+
+template <class T>
+DSC_DEVICE T from_float(float value);
+template <>
+DSC_DEVICE float from_float<float>(float value) { return value; }
+template <>
+DSC_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+template <>
+DSC_DEVICE __half from_float<__half>(float value) { return __float2half_rn(value); }
+
+}  // namespace ds_compress

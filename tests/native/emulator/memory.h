@@ -1,0 +1,109 @@
+// Asynchronous copies and atomics.
+//
+// A copy is as unkind as hardware may be: its destination is garbage from the moment it is started, and the
+// bytes are read and arrive only when a wait demands them.
+#pragma once
+
+#include "scheduler.h"
+
+namespace ds_compress::emulator {
+
+struct alignas(16) Chunk {
+    uint64_t low, high;
+};
+
+DSC_UNWATCHED inline void remember_copy(void* to, const void* from) { self->open_copies.push_back({to, from}); }
+
+DSC_UNWATCHED inline void close_group() {
+    self->committed_copies.push_back(self->open_copies);
+    self->open_copies.clear();
+}
+
+/// The next copy to carry out while more than `pending` groups are under way; false when there is none.
+DSC_UNWATCHED inline bool next_copy(size_t pending, Copy& copy) {
+    auto& groups = self->committed_copies;
+    while (groups.size() > pending) {
+        if (groups.front().empty()) {
+            groups.erase(groups.begin());
+            continue;
+        }
+        copy = groups.front().back();
+        groups.front().pop_back();
+        return true;
+    }
+    return false;
+}
+
+inline void check_aligned(const void* address, size_t bytes, const char* what) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail(what);
+}
+
+}  // namespace ds_compress::emulator
+
+namespace ds_compress {
+
+// Not DSC_UNWATCHED: these are the kernel's own reads and writes, which the sanitizers must see.
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+    emulator::check_aligned(shared, 16, "cp.async to an address that is not 16-byte aligned");
+    emulator::check_aligned(global, 16, "cp.async from an address that is not 16-byte aligned");
+    *static_cast<emulator::Chunk*>(shared) = {0xA5A5A5A5A5A5A5A5ull, 0xA5A5A5A5A5A5A5A5ull};
+    emulator::remember_copy(shared, valid ? global : nullptr);
+}
+
+inline void commit_copies() { emulator::close_group(); }
+
+template <int pending>
+inline void wait_copies() {
+    emulator::Copy copy;
+    while (emulator::next_copy(pending, copy)) {
+        auto* const to = static_cast<emulator::Chunk*>(copy.to);
+        if (copy.from != nullptr) *to = *static_cast<const emulator::Chunk*>(copy.from);
+        else *to = {0, 0};
+    }
+}
+
+}  // namespace ds_compress
+
+template <class T>
+inline T atomicAdd(T* address, T value) {
+    if constexpr (std::is_integral_v<T>) return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+    else {
+        T expected, desired;
+        __atomic_load(address, &expected, __ATOMIC_RELAXED);
+        do desired = expected + value;
+        while (!__atomic_compare_exchange(address, &expected, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        return expected;
+    }
+}
+template <class T>
+inline T atomicMax(T* address, T value) {
+    T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return seen;
+}
+template <class T>
+inline T atomicMin(T* address, T value) {
+    T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (value < seen && !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return seen;
+}
+template <class T>
+inline T atomicOr(T* address, T value) {
+    return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicAnd(T* address, T value) {
+    return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicExch(T* address, T value) {
+    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+}
+template <class T>
+inline T atomicCAS(T* address, T expected, T value) {
+    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;
+}
+inline void __threadfence() {}
