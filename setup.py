@@ -1,5 +1,59 @@
-"""Everything is in pyproject.toml. This file stands for tools that still look for it."""
+"""Everything but the C++ sources is in pyproject.toml.
 
-from setuptools import setup
+A wheel carries `csrc` inside the package, so that native ops can be compiled where it is installed. They are compiled
+ahead of time, into the wheel, by
 
-setup()
+    DS_COMPRESS_BUILD_OPS=1 pip install .              (DS_COMPRESS_CUDA=1: with CUDA kernels)
+
+which uses the torch of the environment that pip belongs to, whether or not pip isolates the build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+AHEAD_OF_TIME = os.environ.get("DS_COMPRESS_BUILD_OPS") == "1"
+
+
+class BuildWithSources(build_py):
+    """Adds `csrc`, and the compiled library when it is asked for."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "ds_compress" / "csrc"
+            shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
+        if AHEAD_OF_TIME:
+            package = ROOT / "ds_compress" if self.editable_mode else Path(self.build_lib) / "ds_compress"
+            compile_ahead(package / "ops" / "prebuilt")
+
+
+class BinaryDistribution(Distribution):
+    """A wheel with a compiled library is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return AHEAD_OF_TIME
+
+
+def compile_ahead(folder: Path) -> None:
+    # The packages' own __init__ import torch, which an isolated build cannot: stand-ins let us past them.
+    for name in ("ds_compress", "ds_compress.ops"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    build = importlib.import_module("ds_compress.ops.build")
+    wanted = build.Build.for_this_machine(with_cuda=os.environ.get("DS_COMPRESS_CUDA") == "1")
+    folder.mkdir(parents=True, exist_ok=True)
+    build.compile_library(wanted, folder / wanted.name, print)
+
+
+setup(cmdclass={"build_py": BuildWithSources}, distclass=BinaryDistribution)

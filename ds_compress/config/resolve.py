@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_compress.config.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.config.fields import EVERY_LAYER
+from ds_compress.config.integer_products import integer_product_problems
 from ds_compress.config.inventory import Entry, entries_of, exact_pattern, few, nearest_names
 from ds_compress.config.layers import find_layers
 from ds_compress.config.limits import limits_of
@@ -55,6 +56,7 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
         )
         problems += [*claims.problems, *limits_of(key, block, targets)]
         techniques[key] = TechniquePlan(key, block.shared_parameters, targets)
+    problems += integer_product_problems(techniques)
     if problems:
         raise ConfigError(problems)
     weights = tuple(weight for weight in _weights_of(model) if not weight.name.startswith(removed))

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -26,6 +26,7 @@ from ds_compress.config.translate import Where, translate
 from ds_compress.config.weight_quantization import WeightQuantization
 
 SCHEMA_FILE = Path(__file__).with_name("compression_training.schema.json")
+_QUANTIZER_KERNEL = "weight_quantization.shared_parameters.quantizer_kernel"
 AUTO = "auto"
 """Hugging Face's word for a value that is worked out elsewhere; in this block it means: left out."""
 
@@ -50,8 +51,32 @@ class CompressionConfig(Section):
         default=None, description="Learn from a teacher while compressing."
     )
     seed: Seed = Field(default=0, description="Seed of everything random in this block.")
+    kernels: Literal["auto", "native", "reference"] = Field(
+        default="auto",
+        description=(
+            "native: compiled kernels, or an error; reference: plain torch; auto: native where they can be "
+            "built. DS_COMPRESS_KERNELS in the environment overrides it."
+        ),
+    )
+
+    @property
+    def insists_on_native(self) -> str | None:
+        """The path of the key that insists on native kernels, None when none does."""
+        quantization = self.weight_quantization
+        if self.kernels == "native":
+            return "kernels"
+        if quantization and quantization.shared_parameters.enabled:
+            return _QUANTIZER_KERNEL if quantization.shared_parameters.quantizer_kernel else None
+        return None
 
     def conflicts(self) -> Iterator[Conflict]:
+        if self.kernels == "reference" and self.insists_on_native is not None:
+            yield Conflict(
+                ("kernels",),
+                self.kernels,
+                f'"auto" or "native", because {self.insists_on_native} is true',
+                "remove one of the two",
+            )
         reduction, distillation = self.layer_reduction, self.distillation
         if not (reduction and reduction.enabled and distillation and distillation.enabled):
             return

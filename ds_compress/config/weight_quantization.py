@@ -81,7 +81,14 @@ class WeightQuantizationShared(Section):
     enabled: Flag = Field(default=False, description="Whether this block does anything.")
     quantizer_kernel: Flag = Field(
         default=False,
-        description="Legacy: a native quantizer. There is none yet; the log says so, results are the same.",
+        description="Legacy: insist on the native quantizer; without it the run does not start.",
+    )
+    kernel: Literal["float", "int8"] = Field(
+        default="float",
+        description=(
+            "What Linear and Conv1D multiply in forward: float: values that were rounded to their grids; "
+            "int8: the 8-bit codes themselves, as deployment will (needs activation_quantization)."
+        ),
     )
     schedule_offset: Step = Field(
         default=0, description="Applied optimizer steps before weights are quantized."

@@ -19,6 +19,7 @@ from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
 from ds_compress.engine.teacher import Teacher
+from ds_compress.ops import KernelsUnavailable, Preference, prefer
 from ds_compress.stages import STAGES
 from ds_compress.stages.base import Stage
 from ds_compress.stages.distillation import Distillation
@@ -72,6 +73,8 @@ class Compression:
         teacher = Teacher.of(config, _given_teacher, model)
         removed = reduce_layers(model, config, teacher.model if teacher else None, parameters.copy_parameters)
         plan = resolve(model, config)
+        if plan.techniques:
+            _choose_kernels(config)
         stages = {name: _stage(name, technique, config.seed) for name, technique in plan.techniques.items()}
         if teacher is not None and config.distillation is not None and config.distillation.enabled:
             stages[Distillation.name] = Distillation(
@@ -135,6 +138,16 @@ class Compression:
         for name, stage in self.stages.items():
             if name in state["stages"]:
                 stage.load_state_dict(state["stages"][name])
+
+
+def _choose_kernels(config: CompressionConfig) -> None:
+    """Before any weight is touched, so that a wish that cannot be met costs nothing."""
+    insists = config.insists_on_native
+    try:
+        prefer(Preference.NATIVE if insists else Preference(config.kernels))
+    except KernelsUnavailable as error:
+        path = f"compression_training.{insists or 'kernels'}"
+        raise ConfigError([Problem(path, "native kernels", str(error))]) from error
 
 
 def _stage(name: str, technique: TechniquePlan, seed: int) -> Stage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,9 @@ from ds_compress.ops.toolchain import Cuda, ToolchainError, compiler_version, fi
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ds_compress.ops", description=(__doc__ or "").strip())
-    parser.add_argument("--cuda", action="store_true", help="insist on CUDA kernels (as DS_COMPRESS_CUDA=1 does)")
+    parser.add_argument(
+        "--cuda", action="store_true", help="insist on CUDA kernels (as DS_COMPRESS_CUDA=1 does)"
+    )
     if parser.parse_args().cuda:
         os.environ["DS_COMPRESS_CUDA"] = "1"
     for name, value in report():
@@ -32,7 +35,10 @@ def report() -> list[tuple[str, str]]:
         ("nvcc", f"{cuda.nvcc} ({cuda.version})" if cuda else "none: CUDA kernels cannot be built"),
         ("sources", _or_error(lambda: str(build.sources_folder()))),
         ("library", str(library.loaded_library() or f"none: {library.failure()}")),
-        ("preference", library.from_environment() or f"{library.Preference.AUTO} ({library.VARIABLE} is not set)"),
+        (
+            "preference",
+            library.from_environment() or f"{library.Preference.AUTO} ({library.VARIABLE} is not set)",
+        ),
     ]
     for key in ("CPU", "CUDA"):
         native = [n for n in schemas.SCHEMAS if _has_kernel(n, key)]
@@ -49,9 +55,9 @@ def _list(missing: list[str]) -> str:
     return f" (plain torch: {', '.join(missing)})" if missing else ""
 
 
-def _or_error(value: object) -> str:
+def _or_error(value: Callable[[], str]) -> str:
     try:
-        return value()  # type: ignore[operator,no-any-return]
+        return value()
     except ToolchainError as error:
         return str(error)
 

@@ -35,19 +35,19 @@ PACKAGE = Path(__file__).resolve().parents[1]
 PREBUILT = PACKAGE / "ops" / "prebuilt"
 LONGEST_BUILD_S = 900
 
-_CXX_FLAGS = (
+_CXX_FLAGS = shlex.split(
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
     # The contract of csrc/README.md: results do not depend on whether a compiler fuses a multiply and an add.
     "-ffp-contract=off -fno-math-errno -fno-trapping-math"
-).split()
+)
 _ISA_FLAGS = {
-    "_avx2": "-mavx2 -mfma -mf16c".split(),
-    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c".split(),
+    "_avx2": shlex.split("-mavx2 -mfma -mf16c"),
+    "_avx512": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c"),
 }
-_NVCC_FLAGS = (
+_NVCC_FLAGS = shlex.split(
     "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
-).split()
+)
 _STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DUSE_CUDA"]
 
 
@@ -60,7 +60,9 @@ def sources_folder() -> Path:
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "bindings").is_dir():
             return folder
-    raise ToolchainError("the C++ sources are not there: install ds_compress from its repository or a full wheel")
+    raise ToolchainError(
+        "the C++ sources are not there: install ds_compress from its repository or a full wheel"
+    )
 
 
 def cache_folder() -> Path:
@@ -96,7 +98,9 @@ class Build:
     def sources(self) -> list[Path]:
         """What is compiled, in a fixed order; `_cuda` bindings and .cu files only with CUDA."""
         root = sources_folder()
-        bindings = [path for path in root.glob("bindings/*.cpp") if self.cuda or not path.stem.endswith("_cuda")]
+        bindings = [
+            path for path in root.glob("bindings/*.cpp") if self.cuda or not path.stem.endswith("_cuda")
+        ]
         kernels = [*root.glob("cpu/**/*.cpp"), *(root.glob("cuda/**/*.cu") if self.cuda else ())]
         if platform.machine() not in ("x86_64", "AMD64"):
             kernels = [path for path in kernels if not path.stem.endswith(tuple(_ISA_FLAGS))]
@@ -144,7 +148,9 @@ class Build:
 
 def find_built(build: Build) -> Path | None:
     """The library when somebody has built it already."""
-    return next((path for folder in (PREBUILT, cache_folder()) if (path := folder / build.name).is_file()), None)
+    return next(
+        (path for folder in (PREBUILT, cache_folder()) if (path := folder / build.name).is_file()), None
+    )
 
 
 def ensure_built(build: Build, say: Callable[[str], object] = lambda line: None) -> Path:
@@ -220,9 +226,8 @@ def _turn(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 
 def to_stderr(line: str) -> None:
     """A progress line: rewritten in place on a terminal, plain lines in a log."""
-    is_terminal = sys.stderr.isatty()
     is_step = " of " in line
-    if is_terminal:
+    if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="" if is_step else "\n", file=sys.stderr, flush=True)
     elif not is_step:
         print(line, file=sys.stderr, flush=True)

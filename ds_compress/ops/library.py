@@ -72,16 +72,25 @@ def prefer(wish: Preference) -> Any:
         logger.info("ds_compress: %s=%s overrides kernels: %s of the JSON", VARIABLE, in_force, wish)
     if in_force is Preference.REFERENCE:
         _chosen = _reference
-    elif load():
-        _chosen = _native
-    elif in_force is Preference.NATIVE:
+    elif in_force is Preference.NATIVE or load():
+        _chosen = native()
+    else:
+        _chosen = _reference
+    return _chosen
+
+
+def native() -> Any:
+    """The ops with native kernels behind them.
+
+    Raises:
+        KernelsUnavailable: the library can be neither found nor built.
+    """
+    if not load():
         raise KernelsUnavailable(
             f"native kernels were asked for and cannot be had: {_reason}. "
             'Mend that, or set DS_COMPRESS_KERNELS or "kernels" to "auto" to run on plain torch.'
         )
-    else:
-        _chosen = _reference
-    return _chosen
+    return _native
 
 
 def from_environment() -> Preference | None:
@@ -123,7 +132,9 @@ def wanted_build() -> build.Build:
     except ToolchainError as error:
         if insists == "1" or not with_cuda:
             raise
-        logger.warning("ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", error)
+        logger.warning(
+            "ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", error
+        )
         return build.Build.for_this_machine(with_cuda=False)
 
 

@@ -7,7 +7,8 @@ sharding saved. The recomputation is elementwise, small beside the products.
 
 Gradients are straight through: as if the quantizer were the identity, but zero where a value lies beyond the
 outermost code (torch's rule: kept where low <= round(x / scale) <= high). Ternary and binary weights have no
-such values. Under autocast the quantizer reads the operands in their own precision and computes in fp32; the
+such values. With a recipe that says `integer`, forward multiplies the codes themselves (`integer_product`); backward
+is the same. Under autocast the quantizer reads the operands in their own precision and computes in fp32; the
 product runs in the autocast dtype.
 """
 
@@ -20,16 +21,13 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import straight_through, weight_backward
-from ds_compress.quant.grid import ActivationGrid, Ranges, decode_, normalize, round_codes_, working_dtype
-from ds_compress.quant.operands import (
-    WeightRecipe,
-    fake_quantize_input,
-    fake_quantize_weight,
-    input_ranges,
-    recipe_ranges,
-)
+from ds_compress.quant.grid import ActivationGrid, Ranges, normalize, working_dtype
+from ds_compress.quant.integer_product import integer_product, multiplies_codes
+from ds_compress.quant.operands import WeightRecipe, quantize_input, quantize_weight, recipe_ranges
 from ds_compress.quant.products import Product
+from ds_compress.select import bitmask
 
 WEIGHTS_PER_KEPT_SCALE = 128
 _FIELDS = 3  # of Ranges
@@ -73,24 +71,17 @@ class _QuantizedProduct(Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         needs_x, needs_weight, _, needs_step = ctx.needs_input_grad[:4]
         input_clips = input_grid is not None and input_grid.may_clip
-        x_ranges = None if input_grid is None else input_ranges(x, input_grid, input_range)
-        weight_ranges = [] if recipe is None else recipe_ranges(weight, recipe, step_size)
+        y, x_ranges, weight_ranges = _forward(
+            x, weight, bias, step_size, input_range, product, recipe, input_grid
+        )
         ctx.save_for_backward(
             x if needs_weight or needs_step or (needs_x and input_clips) else None,
             weight if needs_x or needs_weight or needs_step else None,
             step_size,
-            *keep_ranges([] if x_ranges is None else [x_ranges], x),
+            *(keep_ranges(x_ranges, x) if x_ranges else [None] * _FIELDS),
             *keep_ranges(weight_ranges, weight),
         )
-        if input_grid is not None and x_ranges is not None:
-            x = fake_quantize_input(x, input_grid, x_ranges)
-        if recipe is not None:
-            weight = fake_quantize_weight(weight, recipe, weight_ranges)
-        dtype = _autocast_dtype(x)
-        if dtype is not None:
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return product.forward(x, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -98,24 +89,29 @@ class _QuantizedProduct(Function):
         x, weight, step_size, *kept = ctx.saved_tensors
         product, recipe, input_grid = ctx.product, ctx.recipe, ctx.input_grid
         needs_x, needs_weight, needs_bias, needs_step = ctx.needs_input_grad[:4]
-        weight_ranges = kept_ranges(kept[0 if input_grid is None else _FIELDS :])
+        x_ranges, weight_ranges = kept_ranges(kept[:_FIELDS]), kept_ranges(kept[_FIELDS:])
         if recipe is not None and weight is not None and not weight_ranges:
             weight_ranges = recipe_ranges(weight, recipe, step_size)
-        grad_x = grad_weight = grad_step = None
+        grad_x = grad_weight = grad_step = kept_weights = None
         if needs_x:
-            operand = weight if recipe is None else fake_quantize_weight(weight, recipe, weight_ranges)
+            operand = weight
+            if recipe is not None:
+                masks = needs_weight and recipe.changes_gradient and not recipe.grid.learned
+                quantized = quantize_weight(weight, recipe, step_size, weight_ranges, keep=masks)
+                operand, kept_weights = quantized.values, quantized.kept
             grad_x = product.input_gradient(grad, ctx.x_shape, operand.to(grad.dtype)).to(ctx.x_dtype)
             del operand
         if x is not None:
             operand = x
             if input_grid is not None:
-                x_ranges = kept_ranges(kept[:_FIELDS]) or [input_ranges(x, input_grid, None)]
-                grad_x, operand = _input_backward(grad_x, x, input_grid, x_ranges[0])
+                grad_x, operand = _input_backward(grad_x, x, input_grid, x_ranges)
             if needs_weight or needs_step:
                 grad_weight = product.weight_gradient(grad, operand.to(grad.dtype), weight).to(weight.dtype)
             del operand
         if grad_weight is not None and recipe is not None:
-            grad_weight, grad_step = weight_backward(grad_weight, weight, recipe, weight_ranges, step_size)
+            grad_weight, grad_step = weight_backward(
+                grad_weight, weight, recipe, weight_ranges, step_size, kept_weights
+            )
         return (
             grad_x,
             grad_weight if needs_weight else None,
@@ -123,6 +119,34 @@ class _QuantizedProduct(Function):
             grad_step if needs_step else None,
             *[None] * 4,
         )
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    step_size: torch.Tensor | None,
+    input_range: torch.Tensor | None,
+    product: Product,
+    recipe: WeightRecipe | None,
+    input_grid: ActivationGrid | None,
+) -> tuple[torch.Tensor, list[Ranges], list[Ranges]]:
+    """The product, the input's ranges (empty where it would be work to know them) and the weight's."""
+    dtype = _autocast_dtype(x)
+    if recipe is not None and input_grid is not None and multiplies_codes(recipe, x):
+        return integer_product(x, weight, bias, recipe, input_grid, step_size, input_range, dtype or x.dtype)
+    x_ranges: list[Ranges] = []
+    weight_ranges: list[Ranges] = []
+    if input_grid is not None:
+        operand = quantize_input(x, input_grid, input_range)
+        x, x_ranges = operand.values, operand.ranges
+    if recipe is not None:
+        operand = quantize_weight(weight, recipe, step_size)
+        weight, weight_ranges = operand.values, operand.ranges
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return product.forward(x, weight, bias), x_ranges, weight_ranges
 
 
 def keep_ranges(ranges: list[Ranges], of: torch.Tensor) -> list[torch.Tensor | None]:
@@ -145,13 +169,24 @@ def kept_ranges(saved: Sequence[torch.Tensor | None]) -> list[Ranges]:
 
 
 def _input_backward(
-    grad_x: torch.Tensor | None, x: torch.Tensor, grid: ActivationGrid, ranges: Ranges
+    grad_x: torch.Tensor | None, x: torch.Tensor, grid: ActivationGrid, ranges: list[Ranges]
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The input's gradient with clipped values zeroed, and Q(x); one division serves both."""
-    normalized = normalize(x.to(working_dtype(x)), ranges)
-    if grad_x is not None and grid.may_clip:
-        grad_x = straight_through(grad_x, normalized, grid)
-    return grad_x, decode_(round_codes_(normalized, grid), ranges).to(x.dtype)
+    """The input's gradient with clipped values zeroed, and Q(x)."""
+    masks = grad_x is not None and grid.may_clip
+    quantized = quantize_input(x, grid, ranges=ranges[0] if ranges else None, keep=masks)
+    if grad_x is not None and masks:
+        grad_x = _without_clipped(grad_x, x, grid, quantized)
+    return grad_x, quantized.values
+
+
+def _without_clipped(
+    grad: torch.Tensor, x: torch.Tensor, grid: ActivationGrid, quantized: FakeQuantized
+) -> torch.Tensor:
+    if quantized.kept is None:
+        return straight_through(grad, normalize(x.to(working_dtype(x)), quantized.ranges[0]), grid)
+    grad = grad.contiguous()
+    bitmask.apply_(grad.view(-1), quantized.kept)
+    return grad
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

@@ -9,6 +9,7 @@ import torch
 from ds_compress.quant.grid import Grid, Ranges, WeightGrid, kept_interval, normalize, working_dtype
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
 from ds_compress.quant.operands import WeightRecipe, rounding_noise
+from ds_compress.select import bitmask
 
 
 def straight_through(
@@ -27,10 +28,18 @@ def weight_backward(
     recipe: WeightRecipe,
     ranges: list[Ranges],
     step_size: torch.Tensor | None = None,
+    kept_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of the weight and of its learned step size from the quantized weight's gradient."""
+    """The gradients of the weight and of its learned step size from the quantized weight's gradient.
+
+    `kept_weights`: packed bits of the weights that did not clip, where one pass over them found out already.
+    """
     grid = recipe.grid
     if not recipe.changes_gradient:
+        return grad, None
+    if kept_weights is not None and not recipe.real_share:
+        grad = grad.contiguous()
+        bitmask.apply_(grad.view(-1), kept_weights)
         return grad, None
     exact_grad = grad.to(working_dtype(weight)).contiguous()
     grads = split_weight(exact_grad, grid)

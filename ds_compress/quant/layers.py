@@ -18,7 +18,7 @@ from torch import nn
 from ds_compress.quant.embedding import quantized_embedding
 from ds_compress.quant.functions import quantized_product
 from ds_compress.quant.grid import ActivationGrid
-from ds_compress.quant.operands import WeightRecipe, fake_quantize_weight, recipe_ranges
+from ds_compress.quant.operands import WeightRecipe, quantize_weight
 from ds_compress.quant.products import Conv1DProduct, Conv2dProduct, LinearProduct, Product
 
 STEP_SIZE = "weight_step_size"
@@ -183,7 +183,7 @@ def quantized_weight(module: nn.Module) -> torch.Tensor:
     if recipe is None:
         return weight
     step_size = cast(QATModule, module)._step_size(recipe)
-    return fake_quantize_weight(weight, recipe, recipe_ranges(weight, recipe, step_size))
+    return quantize_weight(weight, recipe, step_size).values
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_compress.quant.counter_rng import uniform
+from ds_compress.quant.fused import FakeQuantized, fake_quantize_rows, input_rows, weight_rows
 from ds_compress.quant.grid import (
     ActivationGrid,
     Ranges,
@@ -22,7 +23,7 @@ from ds_compress.quant.grid import (
     weight_ranges,
     working_dtype,
 )
-from ds_compress.quant.layout import join_weight
+from ds_compress.quant.layout import join_weight, split_weight
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class WeightRecipe:
 
     `noise_key`: the key of `counter_rng.uniform` for stochastic rounding; `step_ratio`: what a learned step
     size is multiplied by to serve fewer or more codes than it was made for; `masks_clipped`: whether clipped
-    weights get no gradient (learned scales need that) or a plain straight-through one.
+    weights get no gradient (learned scales need that) or a plain straight-through one; `integer`: whether a
+    layer multiplies the codes themselves (see `integer_product`) once its input has codes too.
     """
 
     grid: WeightGrid
@@ -39,6 +41,7 @@ class WeightRecipe:
     real_share: float = 0.0
     step_ratio: float = 1.0
     masks_clipped: bool = True
+    integer: bool = False
 
     @property
     def changes_gradient(self) -> bool:
@@ -55,14 +58,38 @@ def recipe_ranges(
     return learned_ranges(scale, weight.shape, recipe.grid)
 
 
-def fake_quantize_weight(weight: torch.Tensor, recipe: WeightRecipe, ranges: list[Ranges]) -> torch.Tensor:
-    """real_share * w + (1 - real_share) * Q(w) in the dtype and shape of the weight."""
-    blocks = encode_weight(weight, ranges, recipe.grid, rounding_noise(weight, recipe))
-    decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
-    quantized = join_weight(decoded, weight.shape, recipe.grid)
+def quantize_weight(
+    weight: torch.Tensor,
+    recipe: WeightRecipe,
+    step_size: torch.Tensor | None = None,
+    ranges: list[Ranges] | None = None,
+    keep: bool = False,
+) -> FakeQuantized:
+    """real_share * w + (1 - real_share) * Q(w) in the dtype and shape of the weight.
+
+    `ranges`: those of an earlier call, else measured, or learned when there is a `step_size`; `keep`: also say
+    which weights did not clip, where one pass can (else `kept` is None).
+    """
+    grid = recipe.grid
+    if ranges is None and step_size is not None:
+        ranges = recipe_ranges(weight, recipe, step_size)
+    # A blend is computed in fp32 and cast last, which one pass over a 16-bit weight cannot do.
+    is_blended = bool(recipe.real_share) and weight.dtype is not torch.float32
+    rows = None if is_blended else weight_rows(weight, grid)
+    if rows is not None:
+        one_pass = fake_quantize_rows(rows, grid, None if ranges is None else ranges[0], keep)
+        groups = split_weight(weight.contiguous(), grid)[0].shape[:-2]
+        shaped = [_broadcast(r, (*groups, 1, 1)) for r in one_pass.ranges]
+        values, kept = one_pass.values.view(weight.shape), one_pass.kept
+        ranges = ranges or shaped
+    else:
+        ranges = ranges or weight_ranges(weight, grid)
+        blocks = encode_weight(weight, ranges, grid, rounding_noise(weight, recipe))
+        decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
+        values, kept = join_weight(decoded, weight.shape, grid), None
     if recipe.real_share:
-        quantized.mul_(1 - recipe.real_share).add_(weight, alpha=recipe.real_share)
-    return quantized.to(weight.dtype)
+        values = values.mul_(1 - recipe.real_share).add_(weight, alpha=recipe.real_share)
+    return FakeQuantized(values.to(weight.dtype), ranges, kept)
 
 
 def rounding_noise(weight: torch.Tensor, recipe: WeightRecipe) -> torch.Tensor | None:
@@ -72,10 +99,36 @@ def rounding_noise(weight: torch.Tensor, recipe: WeightRecipe) -> torch.Tensor |
     return uniform(weight.shape, recipe.noise_key, device=weight.device).to(working_dtype(weight))
 
 
-def fake_quantize_input(x: torch.Tensor, grid: ActivationGrid, ranges: Ranges) -> torch.Tensor:
-    """Q(x) in the dtype and shape of x."""
-    normalized = normalize(x.to(working_dtype(x)), ranges)
-    return decode_(round_codes_(normalized, grid), ranges).to(x.dtype)
+def quantize_input(
+    x: torch.Tensor,
+    grid: ActivationGrid,
+    fixed_range: torch.Tensor | None = None,
+    ranges: Ranges | None = None,
+    keep: bool = False,
+) -> FakeQuantized:
+    """Q(x) in the dtype and shape of x.
+
+    `fixed_range`: the two numbers (min, max) of a static grid; `ranges`: those of an earlier call, else
+    measured; `keep`: also say which values did not clip, where one pass can (else `kept` is None).
+    """
+    if ranges is None and (grid.static or grid.granularity is TokenGranularity.PER_TENSOR):
+        ranges = input_ranges(x, grid, fixed_range)
+    rows = input_rows(x, grid)
+    if rows is None:
+        ranges = ranges or input_ranges(x, grid, fixed_range)
+        normalized = normalize(x.to(working_dtype(x)), ranges)
+        return FakeQuantized(decode_(round_codes_(normalized, grid), ranges).to(x.dtype), [ranges])
+    one_pass = fake_quantize_rows(rows, grid, ranges, keep)
+    if ranges is None:
+        axes = 1 if grid.granularity is TokenGranularity.PER_TOKEN else x.dim() - 1
+        ranges = _broadcast(one_pass.ranges[0], (*x.shape[: x.dim() - axes], *[1] * axes))
+    return FakeQuantized(one_pass.values.view(x.shape), [ranges], one_pass.kept)
+
+
+def _broadcast(ranges: Ranges, shape: tuple[int, ...]) -> Ranges:
+    """Ranges of rows in the shape that broadcasts over the values."""
+    offset = None if ranges.offset is None else ranges.offset.view(shape)
+    return Ranges(ranges.scale.view(shape), offset)
 
 
 def input_ranges(x: torch.Tensor, grid: ActivationGrid, fixed_range: torch.Tensor | None) -> Ranges:

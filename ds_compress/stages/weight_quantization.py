@@ -75,11 +75,6 @@ class WeightQuantization(Stage):
         self._targets = technique.targets
         self._seed = seed if self._shared.seed is None else self._shared.seed
         self._step = 0
-        if self._shared.quantizer_kernel:
-            logger.warning(
-                "weight_quantization.quantizer_kernel: this version has no native quantizer; "
-                "torch's own operations give the same numbers"
-            )
         self._quantizers: dict[str, layers.WeightQuantizer] = {}
         self._grids = {target.module_name: self._target_grid(target) for target in self._targets}
 
@@ -192,4 +187,5 @@ class WeightQuantization(Stage):
             real_share=real_share,
             step_ratio=final.high / grid.high if grid.learned else 1.0,
             masks_clipped=shared.quantize_weight_in_forward or shared.learned_scale,
+            integer=shared.kernel == "int8" and target.kind is not ModuleKind.EMBEDDING,
         )

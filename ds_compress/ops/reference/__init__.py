@@ -8,7 +8,7 @@ from typing import Any
 from ds_compress.ops.reference import block_quantize, fake_quantize, linear, mask
 from ds_compress.ops.schemas import SCHEMAS
 
+_MODULES = (linear, fake_quantize, mask, block_quantize)
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    name: next(getattr(module, name) for module in (linear, fake_quantize, mask, block_quantize) if hasattr(module, name))
-    for name in SCHEMAS
+    name: next(getattr(module, name) for module in _MODULES if hasattr(module, name)) for name in SCHEMAS
 }
