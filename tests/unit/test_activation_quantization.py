@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_compress.config.resolve import resolve
 from ds_compress.quant.grid import TokenGranularity
-from ds_compress.quant.operands import fake_quantize_input, input_ranges
+from ds_compress.quant.operands import quantize_input
 from ds_compress.stages.activation_quantization import ActivationQuantization
 from ds_compress.stages.weight_quantization import WeightQuantization
 
@@ -91,7 +91,7 @@ def test_dynamic_grid_by_kind_of_layer(quantization_type, granularity, conv, lin
         grid = module.input_quantizer.grid
         assert grid.granularity is TokenGranularity(name) and not grid.narrow_range
         assert grid.symmetric == (quantization_type == "symmetric")
-        quantized = fake_quantize_input(x, grid, input_ranges(x, grid, None))
+        quantized = quantize_input(x, grid).values
         expected = module._ds_compress_base_class.forward(module, quantized)
         torch.testing.assert_close(module(x), expected)
 

@@ -62,17 +62,20 @@ DSC_UNWATCHED inline T exchange(uint32_t mask, T value, int source) {
 }
 
 struct Vote {
-    uint32_t mine, all_or, all_and, most, least, ballot;
+    uint32_t mine, sum, all_or, all_and, most, least, ballot;
 };
 
-/// Every lane learns the or, and, maximum, minimum of `value` and the ballot of its truth.
+/// Every lane learns the sum, or, and, maximum, minimum of `value` and the ballot of its truth.
 DSC_UNWATCHED inline Vote poll(uint32_t mask, uint32_t value) {
-    Vote mine{value, 0, ~0u, 0, ~0u, 0};
+    Vote mine{};
+    mine.mine = value;
     meet(mask, vote, &mine, [](void** slots, uint32_t present) DSC_UNWATCHED {
-        Vote total{0, 0, ~0u, 0, ~0u, 0};
+        Vote total{};
+        total.all_and = total.least = ~0u;
         for (int lane = 0; lane < 32; lane++) {
             if ((present >> lane & 1) == 0) continue;
             const uint32_t given = static_cast<Vote*>(slots[lane])->mine;
+            total.sum += given;
             total.all_or |= given;
             total.all_and &= given;
             total.most = max(total.most, given);
@@ -127,6 +130,10 @@ inline int __any_sync(uint32_t mask, int p) { return ds_compress::emulator::poll
 inline int __all_sync(uint32_t mask, int p) { return ds_compress::emulator::poll(mask, p != 0).ballot == mask; }
 inline unsigned __reduce_max_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).most; }
 inline unsigned __reduce_min_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).least; }
+inline int __reduce_add_sync(uint32_t mask, int x) {
+    return static_cast<int>(ds_compress::emulator::poll(mask, static_cast<unsigned>(x)).sum);
+}
+inline unsigned __reduce_add_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).sum; }
 inline unsigned __reduce_or_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).all_or; }
 inline unsigned __reduce_and_sync(uint32_t mask, unsigned x) {
     return ds_compress::emulator::poll(mask, x).all_and;

@@ -7,6 +7,8 @@
 //   arena.h        shared memory with gaps          tensor_core.h  ldmatrix, mma, mma.sp
 #pragma once
 
+#define DSC_EMULATOR
+
 #include <dlfcn.h>
 
 #include <tuple>
