@@ -1,0 +1,116 @@
+// Measuring what a row spans, and quantizing and reading it back in one pass.
+// To be included in a .cpp of one instruction set.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace ds_compress::cpu {
+namespace {
+
+template <class Format, bool kSymmetric>
+Span measure_as(const typename Format::Stored* values, int64_t count) {
+    constexpr int kTurns = 4;  // independent chains of maxima
+    Ints largest[kTurns] = {};
+    Floats lowest[kTurns], highest[kTurns];
+    const float infinity = math::float_of(math::kInfinityBits);
+    for (int t = 0; t < kTurns; t++) {
+        lowest[t] = splat(infinity);
+        highest[t] = splat(-infinity);
+    }
+    int64_t i = 0;
+    for (; i + kTurns * kLanes <= count; i += kTurns * kLanes) {
+#pragma GCC unroll 4
+        for (int t = 0; t < kTurns; t++) {
+            const Floats x = Format::load(values + i + t * kLanes);
+            largest[t] = larger(largest[t], bits_of(x) & INT32_MAX);
+            if constexpr (!kSymmetric) {
+                lowest[t] = smaller(x, lowest[t]);
+                highest[t] = larger(x, highest[t]);
+            }
+        }
+    }
+    for (int t = 1; t < kTurns; t++) {
+        largest[0] = larger(largest[0], largest[t]);
+        lowest[0] = smaller(lowest[0], lowest[t]);
+        highest[0] = larger(highest[0], highest[t]);
+    }
+    Span span{least_of(lowest[0]), largest_of(highest[0]), static_cast<uint32_t>(largest_of(largest[0]))};
+    for (; i < count; i++) {
+        const float x = Format::widen(values[i]);
+        const uint32_t bits = math::bits_of(x) & math::kMagnitudeBits;
+        if (bits > span.largest_bits) span.largest_bits = bits;
+        if (x < span.lowest) span.lowest = x;
+        if (x > span.highest) span.highest = x;
+    }
+    return span;
+}
+
+Span measure(const void* values, Float type, int64_t count, bool symmetric) {
+    const auto* wide = static_cast<const float*>(values);
+    const auto* narrow = static_cast<const uint16_t*>(values);
+    switch (type) {
+        case Float::bf16:
+            return symmetric ? measure_as<Bf16, true>(narrow, count) : measure_as<Bf16, false>(narrow, count);
+        case Float::fp16:
+            return symmetric ? measure_as<Fp16, true>(narrow, count) : measure_as<Fp16, false>(narrow, count);
+        default:
+            return symmetric ? measure_as<Fp32, true>(wide, count) : measure_as<Fp32, false>(wide, count);
+    }
+}
+
+template <class Format, bool kOffset, bool kKeep>
+void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored* y, int64_t count, Grid grid,
+                      uint8_t* kept, int64_t bit) {
+    const Floats scale = splat(grid.scale), offset = splat(grid.offset);
+    const Floats low = splat(grid.low), high = splat(grid.high);
+    [[maybe_unused]] BitWriter writer(kKeep ? kept : reinterpret_cast<uint8_t*>(&grid), kKeep ? bit : 0);
+    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to, int lanes) {
+        Floats value = Format::load(from);
+        if constexpr (kOffset) value = value - offset;
+        value = round_half_even(value / scale);
+        if constexpr (kKeep) {
+            const uint32_t inside = sign_bits((Ints)(value >= low) & (Ints)(value <= high));
+            writer.push(inside & (0xffffffffu >> (32 - lanes)), lanes);
+        }
+        value = clamp(value, low, high) * scale;
+        if constexpr (kOffset) value = value + offset;
+        Format::save(to, value);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) one(x + i, y + i, kLanes);
+    if (i < count) {
+        typename Format::Stored rest[kLanes] = {};
+        memcpy(rest, x + i, static_cast<size_t>(count - i) * sizeof rest[0]);
+        one(rest, rest, static_cast<int>(count - i));
+        memcpy(y + i, rest, static_cast<size_t>(count - i) * sizeof rest[0]);
+    }
+    if constexpr (kKeep) writer.finish();
+}
+
+template <class Format>
+void fake_quantize_of(const void* x, void* y, int64_t count, Grid grid, uint8_t* kept, int64_t bit) {
+    using Stored = typename Format::Stored;
+    const auto* from = static_cast<const Stored*>(x);
+    auto* to = static_cast<Stored*>(y);
+    if (kept != nullptr)
+        grid.has_offset ? fake_quantize_as<Format, true, true>(from, to, count, grid, kept, bit)
+                        : fake_quantize_as<Format, false, true>(from, to, count, grid, kept, bit);
+    else
+        grid.has_offset ? fake_quantize_as<Format, true, false>(from, to, count, grid, kept, bit)
+                        : fake_quantize_as<Format, false, false>(from, to, count, grid, kept, bit);
+}
+
+void fake_quantize(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* kept, int64_t bit) {
+    switch (type) {
+        case Float::bf16:
+            return fake_quantize_of<Bf16>(x, y, count, grid, kept, bit);
+        case Float::fp16:
+            return fake_quantize_of<Fp16>(x, y, count, grid, kept, bit);
+        default:
+            return fake_quantize_of<Fp32>(x, y, count, grid, kept, bit);
+    }
+}
+
+}  // namespace
+}  // namespace ds_compress::cpu

@@ -1,0 +1,176 @@
+// Bit-packed masks on elements of 2, 4 or 8 bytes. To be included in a .cpp of one instruction set.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace ds_compress::cpu {
+namespace {
+
+// Integers in which a bit of the mask is spread over a lane, and the bit that each lane looks at.
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<uint16_t> {
+    static constexpr int count = kLanes == 4 ? 8 : 16;  // 16 bits fit into a lane, no more
+    using Vector = uint16_t __attribute__((vector_size(2 * count)));
+};
+template <>
+struct Lanes<uint32_t> {
+    static constexpr int count = kLanes;
+    using Vector = uint32_t __attribute__((vector_size(4 * count)));
+};
+template <>
+struct Lanes<uint64_t> {
+    static constexpr int count = kLanes / 2;
+    using Vector = uint64_t __attribute__((vector_size(8 * count)));
+};
+
+template <class T>
+DSC_INLINE typename Lanes<T>::Vector lane_bits() {
+    typename Lanes<T>::Vector bits{};
+    for (int i = 0; i < Lanes<T>::count; i++) bits[i] = static_cast<T>(T{1} << i);
+    return bits;
+}
+
+// The 64 bits of the mask from `bit` on; needs 9 bytes from there.
+DSC_INLINE uint64_t window(const uint8_t* packed, int64_t bit) {
+    const uint8_t* from = packed + bit / 8;
+    const int shift = static_cast<int>(bit % 8);
+    const uint64_t low = load_as<uint64_t>(from);
+    // In two steps, because a shift by 64 has no meaning.
+    return (low >> shift) | (static_cast<uint64_t>(from[8]) << 1 << (63 - shift));
+}
+
+// How many elements can be served by `window`, in whole steps of 64.
+DSC_INLINE int64_t whole_windows(Mask mask, int64_t count) {
+    const int64_t readable = 8 * (mask.bytes - 8) - mask.bit;
+    const int64_t limit = readable < count ? readable : count;
+    return limit < 64 ? 0 : limit / 64 * 64;
+}
+
+DSC_INLINE bool bit_at(Mask mask, int64_t i) {
+    const int64_t bit = mask.bit + i;
+    return (mask.packed[bit / 8] >> (bit % 8)) & 1;
+}
+
+// `non_zero` is a vector of lane counters, counted down: a lane that is not zero compares as -1.
+template <class T, bool kCount, bool kFill>
+DSC_INLINE void apply_64(T* data, uint64_t bits, T fill, typename Lanes<T>::Vector& non_zero) {
+    using V = typename Lanes<T>::Vector;
+    constexpr int count = Lanes<T>::count;
+    const V looked_at = lane_bits<T>();
+    constexpr int batch = count * 8 < 64 ? count * 8 : 64;  // no more vectors than registers
+    for (int begin = 0; begin < 64; begin += batch) {
+        V values[batch / count];
+        V lost{};
+#pragma GCC unroll 8
+        for (int i = 0; i < batch / count; i++) {
+            const V spread = static_cast<T>(bits >> (begin + i * count)) - V{};
+            const V kept = (V)((spread & looked_at) == looked_at);
+            const V before = load_as<V>(data + begin + i * count);
+            values[i] = before & kept;
+            if constexpr (kFill) values[i] |= ~kept & fill;
+            lost |= before ^ values[i];
+            if constexpr (kCount) non_zero += (V)((values[i] << 1) != 0);
+        }
+        // Lines in which nothing changes, as in a step after the first under one mask, are not written back.
+        V any = lost;
+        uint64_t words[sizeof(V) / 8];
+        memcpy(words, &any, sizeof any);
+        uint64_t changed = 0;
+        for (unsigned i = 0; i < sizeof(V) / 8; i++) changed |= words[i];
+        if (changed == 0) continue;
+#pragma GCC unroll 8
+        for (int i = 0; i < batch / count; i++) store(data + begin + i * count, values[i]);
+    }
+}
+
+template <class T, bool kCount, bool kFill>
+int64_t apply(T* data, int64_t count, Mask mask, T fill) {
+    using V = typename Lanes<T>::Vector;
+    const int64_t whole = whole_windows(mask, count);
+    // A 16-bit lane counts at most 64 / 8 a window.
+    constexpr int64_t kFlush = 64 * 2048;
+    int64_t total = 0;
+    for (int64_t begin = 0; begin < whole; begin += kFlush) {
+        const int64_t end = begin + kFlush < whole ? begin + kFlush : whole;
+        V non_zero{};
+        for (int64_t i = begin; i < end; i += 64)
+            apply_64<T, kCount, kFill>(data + i, window(mask.packed, mask.bit + i), fill, non_zero);
+        if constexpr (kCount)
+            for (int i = 0; i < Lanes<T>::count; i++) total += static_cast<T>(-non_zero[i]);
+    }
+    for (int64_t i = whole; i < count; i++) {
+        T value;
+        memcpy(&value, data + i, sizeof value);
+        value = bit_at(mask, i) ? value : fill;
+        memcpy(data + i, &value, sizeof value);
+        total += static_cast<T>(value << 1) != 0;
+    }
+    return total;
+}
+
+template <bool kCount, bool kFill>
+int64_t apply_sized(void* data, int size, int64_t count, Mask mask, uint64_t fill) {
+    switch (size) {
+        case 2:
+            return apply<uint16_t, kCount, kFill>(static_cast<uint16_t*>(data), count, mask,
+                                                  static_cast<uint16_t>(fill));
+        case 4:
+            return apply<uint32_t, kCount, kFill>(static_cast<uint32_t*>(data), count, mask,
+                                                  static_cast<uint32_t>(fill));
+        default:
+            return apply<uint64_t, kCount, kFill>(static_cast<uint64_t*>(data), count, mask, fill);
+    }
+}
+
+void mask_apply(void* data, int size, int64_t count, Mask mask, uint64_t fill) {
+    if (fill == 0)
+        apply_sized<false, false>(data, size, count, mask, 0);
+    else
+        apply_sized<false, true>(data, size, count, mask, fill);
+}
+
+int64_t mask_apply_count(void* data, int size, int64_t count, Mask mask) {
+    return apply_sized<true, false>(data, size, count, mask, 0);
+}
+
+DSC_INLINE uint32_t non_zero_bytes_32(const uint8_t* from) {
+#if defined(__AVX2__)
+    const __m256i zero = _mm256_cmpeq_epi8(load_as<__m256i>(from), _mm256_setzero_si256());
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(zero));
+#elif defined(__SSE2__)
+    const __m128i low = _mm_cmpeq_epi8(load_as<__m128i>(from), _mm_setzero_si128());
+    const __m128i high = _mm_cmpeq_epi8(load_as<__m128i>(from + 16), _mm_setzero_si128());
+    return ~(static_cast<uint32_t>(_mm_movemask_epi8(low)) | static_cast<uint32_t>(_mm_movemask_epi8(high)) << 16);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; i++) bits |= static_cast<uint32_t>(from[i] != 0) << i;
+    return bits;
+#endif
+}
+
+void mask_pack(const uint8_t* keep, int64_t count, uint8_t* packed) {
+    BitWriter writer(packed, 0);
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) writer.push(non_zero_bytes_32(keep + i), 32);
+    for (; i < count; i++) writer.push(keep[i] != 0, 1);
+    writer.finish();
+}
+
+void mask_unpack(Mask mask, int64_t count, uint8_t* keep) {
+    const int64_t whole = whole_windows(mask, count);
+    for (int64_t i = 0; i < whole; i += 64) {
+        const uint64_t bits = window(mask.packed, mask.bit + i);
+        for (int j = 0; j < 8; j++) {
+            // Eight copies of a byte; each keeps its own bit, which is then moved to the bottom.
+            const uint64_t spread = ((bits >> (8 * j)) & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
+            store(keep + i + 8 * j, ((spread + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u);
+        }
+    }
+    for (int64_t i = whole; i < count; i++) keep[i] = bit_at(mask, i);
+}
+
+}  // namespace
+}  // namespace ds_compress::cpu

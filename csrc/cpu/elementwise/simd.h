@@ -1,0 +1,223 @@
+// Vectors of the widest kind that this file's compiler flags allow, through gcc's vector extensions.
+//
+// Only what the extensions lack is written with intrinsics; every such function has a portable version that gives the
+// same bits. To be included in a .cpp of one instruction set: everything here has internal linkage.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ds_compress/math.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace ds_compress::cpu {
+namespace {
+
+#define DSC_INLINE __attribute__((unused, always_inline)) inline
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kStrip = 32;  // elements that code conversions take at a time; blocks are multiples of it
+constexpr int kPerStrip = kStrip / kLanes;
+
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using Shorts = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+template <class V, class T>
+DSC_INLINE V load_as(const T* from) {
+    V value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class V, class T>
+DSC_INLINE void store(T* to, V value) {
+    memcpy(to, &value, sizeof value);
+}
+
+DSC_INLINE Floats splat(float value) { return value - Floats{}; }  // subtracting keeps -0.0
+DSC_INLINE Ints splat(int32_t value) { return value - Ints{}; }
+
+DSC_INLINE Ints bits_of(Floats value) { return (Ints)value; }
+DSC_INLINE Floats floats_of(Ints bits) { return (Floats)bits; }
+
+// `a > b ? a : b`: the second where one is NaN or both are zero.
+DSC_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+DSC_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// NaN stays NaN, as in math::clamp.
+DSC_INLINE Floats clamp(Floats value, Floats low, Floats high) { return smaller(high, larger(low, value)); }
+
+DSC_INLINE Ints larger(Ints a, Ints b) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+DSC_INLINE Floats round_half_even(Floats value) {
+#if defined(__AVX512F__)
+    return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Ints bits = bits_of(value);
+    const Floats magnitude = floats_of(bits & static_cast<int32_t>(math::kMagnitudeBits));
+    const Floats rounded = (magnitude + 0x1p23f) - 0x1p23f;
+    return floats_of(bits_of(rounded) | (bits & INT32_MIN));
+#endif
+}
+
+// Bit i is the sign of lane i.
+DSC_INLINE uint32_t sign_bits(Ints value) {
+#if defined(__AVX512DQ__)
+    return _mm512_movepi32_mask((__m512i)value);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)value));
+#elif defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps((__m128)value));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; i++) bits |= (static_cast<uint32_t>(value[i]) >> 31) << i;
+    return bits;
+#endif
+}
+
+template <class V>
+DSC_INLINE auto largest_of(V value) {
+    auto best = value[0];
+    for (int i = 1; i < kLanes; i++) best = value[i] > best ? value[i] : best;
+    return best;
+}
+
+template <class V>
+DSC_INLINE auto least_of(V value) {
+    auto best = value[0];
+    for (int i = 1; i < kLanes; i++) best = value[i] < best ? value[i] : best;
+    return best;
+}
+
+// --- elements of any float type, read as fp32 and written back rounded ------------------------------------------
+
+struct Fp32 {
+    using Stored = float;
+    static DSC_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
+    static DSC_INLINE void save(float* to, Floats value) { store(to, value); }
+    static DSC_INLINE float widen(float value) { return value; }
+};
+
+struct Bf16 {
+    using Stored = uint16_t;
+    static DSC_INLINE Floats load(const uint16_t* from) {
+        return floats_of(__builtin_convertvector(load_as<Shorts>(from), Ints) << 16);
+    }
+    static DSC_INLINE void save(uint16_t* to, Floats value) {
+        const Ints bits = bits_of(value);
+        const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const Ints is_nan = (bits & static_cast<int32_t>(math::kMagnitudeBits)) > static_cast<int32_t>(math::kInfinityBits);
+        store(to, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Shorts));
+    }
+    static DSC_INLINE float widen(uint16_t value) { return math::float_of_bf16(value); }
+};
+
+struct Fp16 {
+    using Stored = uint16_t;
+    static DSC_INLINE Floats load(const uint16_t* from) {
+#if defined(__AVX512F__)
+        return _mm512_cvtph_ps(load_as<__m256i>(from));
+#elif defined(__AVX2__)
+        return _mm256_cvtph_ps(load_as<__m128i>(from));
+#else
+        Floats value;
+        for (int i = 0; i < kLanes; i++) value[i] = math::float_of_fp16(from[i]);
+        return value;
+#endif
+    }
+    static DSC_INLINE void save(uint16_t* to, Floats value) {
+#if defined(__AVX512F__)
+        store(to, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+        store(to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+        for (int i = 0; i < kLanes; i++) to[i] = math::fp16_of_float(value[i]);
+#endif
+    }
+    static DSC_INLINE float widen(uint16_t value) { return math::float_of_fp16(value); }
+};
+
+struct Fp64 {
+    using Stored = double;
+    static DSC_INLINE Floats load(const double* from) {
+        Floats value;
+        for (int i = 0; i < kLanes; i++) value[i] = static_cast<float>(from[i]);
+        return value;
+    }
+    static DSC_INLINE float widen(double value) { return static_cast<float>(value); }
+};
+
+// --- bits -----------------------------------------------------------------------------------------------------------
+
+// Appends bits to a buffer; what precedes `bit` in its first byte is kept, unused bits of the last byte are zero.
+class BitWriter {
+public:
+    DSC_INLINE BitWriter(uint8_t* buffer, int64_t bit)
+        : next_(buffer + bit / 8), pending_(0), count_(static_cast<int>(bit % 8)) {
+        if (count_) pending_ = *next_ & ((1u << count_) - 1u);
+    }
+    // `count` up to 32; bits above it are zero.
+    DSC_INLINE void push(uint32_t bits, int count) {
+        pending_ |= static_cast<uint64_t>(bits) << count_;
+        count_ += count;
+        if (count_ >= 32) {
+            const uint32_t full = static_cast<uint32_t>(pending_);
+            memcpy(next_, &full, sizeof full);
+            next_ += 4;
+            pending_ >>= 32;
+            count_ -= 32;
+        }
+    }
+    DSC_INLINE void finish() {
+        for (; count_ > 0; count_ -= 8, pending_ >>= 8) *next_++ = static_cast<uint8_t>(pending_);
+    }
+
+private:
+    uint8_t* next_;
+    uint64_t pending_;
+    int count_;
+};
+
+}  // namespace
+}  // namespace ds_compress::cpu

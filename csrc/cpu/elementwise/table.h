@@ -1,0 +1,19 @@
+// The table of all kernels as this file's instruction set compiles them; the last include of such a .cpp.
+#pragma once
+
+#include "block.h"
+#include "fake_quantize.h"
+#include "kernels.h"
+#include "mask.h"
+#include "select.h"
+
+namespace ds_compress::cpu {
+namespace {
+
+constexpr ElementwiseKernels kTable = {
+    mask_apply,    mask_apply_count, mask_pack,      mask_unpack,      mask_n_of_m,  magnitude_histogram,
+    measure,       fake_quantize,    block_quantize, block_dequantize, block_reduce, block_reduce_quantize,
+};
+
+}  // namespace
+}  // namespace ds_compress::cpu
