@@ -139,8 +139,9 @@ class Build:
         return [str(self.cxx), *flags, *include, "-c", str(source), "-o", str(target)]
 
     def link_command(self, objects: list[Path], target: Path) -> list[str]:
-        command = [str(self.cxx), "-shared", "-o", str(target), *map(str, objects)]
-        command += ["-L", str(self.torch.libraries), "-ltorch_cpu", "-ltorch"]
+        # A symbol that nobody defines is an error of the build, not of the first load.
+        command = [str(self.cxx), "-shared", "-Wl,-z,defs", "-o", str(target), *map(str, objects)]
+        command += ["-L", str(self.torch.libraries), "-ltorch_cpu", "-ltorch", "-lc10"]
         if self.cuda:
             command += ["-L", str(self.cuda.library), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         return command

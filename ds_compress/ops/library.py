@@ -117,7 +117,7 @@ def load() -> bool:
         torch.ops.load_library(str(path))
         _loaded = path
     except (ToolchainError, build.BuildError, OSError) as error:
-        _reason = str(error)
+        _reason = str(error.__cause__ or error)
         logger.warning("ds_compress: ops run on plain torch, not on native kernels: %s", _reason)
         return False
     return True

@@ -39,6 +39,7 @@ COMPLETE: dict[str, Any] = {
         "shared_parameters": {
             "enabled": True,
             "quantizer_kernel": False,
+            "kernel": "float",
             "schedule_offset": 0,
             "quantize_groups": 1,
             "quantize_verbose": False,
@@ -97,6 +98,7 @@ COMPLETE: dict[str, Any] = {
         },
     },
     "seed": 7,
+    "kernels": "auto",
 }
 _NAMED_BY_THE_USER = "different_groups"
 
