@@ -32,7 +32,8 @@ EMULATOR = Path("tests/native/emulator")
 FOLDERS = (Path("csrc/include"), Path("csrc/cuda"), EMULATOR)  # all that a library can be made of
 SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 
-COMMON = ["-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno"]
+COMMON = ["-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno",
+          "-Wno-unknown-pragmas"]  # nvcc's #pragma unroll
 MODES = {
     "plain": ["-O2"],
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -68,6 +68,32 @@ DSC_UNWATCHED inline void multiply_dense_fragments(void** slots, uint32_t presen
     add_product(slots, a, b, 32);
 }
 
+/// m16n8k64 with 2 of every 4 of a: the stored codes lie like those of m16n8k32, and each pair goes where its
+/// places say. Lane 4g + 2h + e holds the places of row g + 8e, columns 32h .. 32h + 31: four bits per four
+/// columns, the lower place in the lower two (CUTLASS, mma_traits_sm80_sparse.hpp, ELayout of 16x8x64).
+DSC_UNWATCHED inline void multiply_sparse_fragments(void** slots, uint32_t present) {
+    if (present != ~0u) fail("mma.sp needs the whole warp");
+    int8_t stored[16][32], a[16][64] = {}, b[8][64];
+    for (int lane = 0; lane < 32; lane++) {
+        const auto* const mine = static_cast<Fragments*>(slots[lane]);
+        const int group = lane / 4, k = lane % 4 * 4;
+        for (int i = 0; i < 4; i++) put_word(&stored[group + i % 2 * 8][k + i / 2 * 16], mine->a[i]);
+        for (int i = 0; i < 4; i++) put_word(&b[group][k + i * 16], mine->b[i]);
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        const uint32_t places = static_cast<Fragments*>(slots[lane])->places;
+        const int row = lane / 4 + lane % 2 * 8, half = lane / 2 % 2;
+        for (int four = 0; four < 8; four++) {
+            const unsigned first = places >> 4 * four & 3, second = places >> (4 * four + 2) & 3;
+            if (first >= second) fail("mma.sp: the places of a pair are not in increasing order");
+            const int8_t* const pair = &stored[row][half * 16 + four * 2];
+            a[row][half * 32 + four * 4 + first] = pair[0];
+            a[row][half * 32 + four * 4 + second] = pair[1];
+        }
+    }
+    add_product(slots, a, b, 64);
+}
+
 }  // namespace ds_compress::emulator
 
 namespace ds_compress {
@@ -83,6 +109,11 @@ inline void mma_s8_16x8x32(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, 
     const uint32_t b[2] = {b0, b1};
     emulator::Fragments mine{sums, a, b, 0};
     emulator::meet(~0u, emulator::multiply, &mine, emulator::multiply_dense_fragments);
+}
+
+inline void mma_sp_s8_16x8x64(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
+    emulator::Fragments mine{sums, a, b, places};
+    emulator::meet(~0u, emulator::multiply_sparse, &mine, emulator::multiply_sparse_fragments);
 }
 
 }  // namespace ds_compress

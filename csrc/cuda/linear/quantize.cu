@@ -1,0 +1,39 @@
+#include "quantize.cuh"
+
+#include "../launchers.h"
+#include "packed.cuh"
+
+namespace ds_compress::linear {
+
+template <class T>
+static cudaError_t quantize_rows(const void* x, const float* given_scale, int64_t rows, int64_t columns, int steps,
+                                 int8_t* codes, float* scales, cudaStream_t stream) {
+    const T* const from = static_cast<const T*>(x);
+    const int64_t padded = int8_row_bytes(columns);
+    if (columns > 2048) {
+        return launch(quantize_rows_kernel<T, quantize_threads>, dim3(static_cast<unsigned>(rows)), quantize_threads,
+                      0, stream, from, given_scale, rows, columns, padded, steps, codes, scales);
+    }
+    const int64_t blocks = rounded_up(rows, quantize_threads / 32) / (quantize_threads / 32);
+    return launch(quantize_rows_kernel<T, 32>, dim3(static_cast<unsigned>(blocks)), quantize_threads, 0, stream, from,
+                  given_scale, rows, columns, padded, steps, codes, scales);
+}
+
+}  // namespace ds_compress::linear
+
+extern "C" cudaError_t dsc_quantize_rows(const void* x, int dtype, const float* given_scale, int64_t rows,
+                                         int64_t columns, int steps, int8_t* codes, float* scales,
+                                         cudaStream_t stream) {
+    using namespace ds_compress::linear;
+    if (rows < 0 || rows > INT32_MAX || columns < 0 || (steps != 127 && steps != 128)) return cudaErrorInvalidValue;
+    switch (dtype) {
+        case dsc_float32:
+            return quantize_rows<float>(x, given_scale, rows, columns, steps, codes, scales, stream);
+        case dsc_bfloat16:
+            return quantize_rows<__nv_bfloat16>(x, given_scale, rows, columns, steps, codes, scales, stream);
+        case dsc_float16:
+            return quantize_rows<__half>(x, given_scale, rows, columns, steps, codes, scales, stream);
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
