@@ -184,7 +184,6 @@ DSC_UNWATCHED inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, vo
     block->body = body;
     block->body_argument = argument;
     block->scheduler.tsan_thread = sanitizers::current_thread();
-    sanitizers::happens_before(&block->launch_edge);
     Shuffler random{static_cast<uint64_t>(schedule)};
     unsigned number = 0;
     for (unsigned z = 0; z < grid.z; z++) {
@@ -192,6 +191,7 @@ DSC_UNWATCHED inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, vo
             for (unsigned x = 0; x < grid.x; x++, number++) {
                 block->index = {x, y, z};
                 block->arena.reserve(shared_bytes);
+                sanitizers::happens_before(&block->launch_edge);  // of the memory and of what came before the launch
                 for (unsigned i = 0; i < threads; i++) {
                     Thread* const thread = thread_at(number, static_cast<int>(i));
                     thread->index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
