@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ds_compress.ops import kernels
+
 
 @dataclass(frozen=True)
 class BlockGrid:
@@ -113,11 +115,9 @@ class BlockGrid:
     def keep_top(self, values: torch.Tensor) -> torch.Tensor:
         """N:M: the element mask that keeps the `top` largest of each group; ties go to the lower index."""
         assert self.top is not None
-        tiles = self._tiled(values, fill=-math.inf).permute(0, 2, 1, 3)
-        groups = tiles.reshape(-1, self.block_rows * self.block_columns)
-        order = groups.argsort(dim=1, descending=True, stable=True)
-        keep = torch.zeros_like(groups, dtype=torch.bool)
-        keep.scatter_(1, order[:, : self.top], True)
-        keep = keep.view(tiles.shape).permute(0, 2, 1, 3)
-        matrix = keep.reshape(-1, self.blocks_per_band * self.block_columns)
-        return matrix[: values.numel() // self.columns, : self.columns].reshape(-1)
+        along_columns = self.block_rows == 1
+        matrix = values.view(-1, self.columns)
+        lines = (matrix if along_columns else matrix.t()).contiguous()
+        packed = kernels().mask_n_of_m(lines, self.top, self.block_rows * self.block_columns)
+        keep = kernels().mask_unpack(packed, values.numel()).view(lines.shape)
+        return (keep if along_columns else keep.t()).reshape(-1)

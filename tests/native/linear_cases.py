@@ -36,7 +36,11 @@ class LinearCase:
     special: bool = False  # some rows of x hold NaN, Inf, zeros only, subnormals
 
     def __str__(self) -> str:
-        parts = [self.kind + (f"g{self.group}" if self.group else ""), f"{self.m}x{self.n}x{self.k}", self.activation]
+        parts = [
+            self.kind + (f"g{self.group}" if self.group else ""),
+            f"{self.m}x{self.n}x{self.k}",
+            self.activation,
+        ]
         parts += [str(t).removeprefix("torch.") for t in (self.dtype, self.out_dtype)]
         parts += ["bias"] * self.bias + ["static"] * self.static + ["special"] * self.special
         return "-".join([*parts, str(self.steps)])
@@ -65,7 +69,9 @@ INT4_CASES = [LinearCase(m, n, k, "int4", group) for m, n, k in INT4_SHAPES for 
 SPARSE24_SHAPES = [(1, 1, 4), (5, 33, 68), (32, 64, 128), (33, 17, 200), (129, 130, 132), (128, 128, 256)]
 SPARSE24_CASES = [LinearCase(m, n, k, "sparse24") for m, n, k in SPARSE24_SHAPES] + [
     LinearCase(3, 5, 0, "sparse24"),
-    LinearCase(12, 20, 40, "sparse24", activation="gelu_tanh", out_dtype=torch.float16, bias=False, special=True),
+    LinearCase(
+        12, 20, 40, "sparse24", activation="gelu_tanh", out_dtype=torch.float16, bias=False, special=True
+    ),
 ]
 SOURCES = {kind: f"csrc/cuda/linear/{kind}_linear.cu" for kind in ("int8", "int4", "sparse24")}
 
@@ -254,7 +260,12 @@ def linear_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Prog
     if case.kind != "int4":
         buffers["weight_scale"] = raw(inputs.weight_scale)
         arguments.append("weight_scale")
-    arguments += ["bias" if case.bias else None, "out", DTYPES[case.out_dtype], ACTIVATIONS.index(case.activation)]
+    arguments += [
+        "bias" if case.bias else None,
+        "out",
+        DTYPES[case.out_dtype],
+        ACTIVATIONS.index(case.activation),
+    ]
     arguments += [case.m, case.n, case.k, *([case.group] if case.kind == "int4" else []), None]
     return Program(buffers, [(f"dsc_{case.kind}_linear", tuple(arguments))], ("out",))
 

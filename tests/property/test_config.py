@@ -98,7 +98,7 @@ COMPLETE: dict[str, Any] = {
         },
     },
     "seed": 7,
-    "kernels": "auto",
+    "kernels": "native",
 }
 _NAMED_BY_THE_USER = "different_groups"
 

@@ -596,7 +596,8 @@ class TestAllAtOnce:
             "compression_training.sed\n"
             '  got:     the unknown key "sed"\n'
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
-            '"row_pruning", "head_pruning", "channel_pruning", "layer_reduction", "distillation", "seed" and "kernels"\n'
+            '"row_pruning", "head_pruning", "channel_pruning", "layer_reduction", "distillation", "seed" and '
+            '"kernels"\n'
             '  hint:    did you mean "seed"?\n'
             "\n"
             "compression_training.distillation.enabled\n"

@@ -1,0 +1,219 @@
+"""Calls of every op, a few each, for tests that treat all ops alike: the contract, tracing, and CUDA devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ds_compress.ops.reference import IMPLEMENTATIONS
+from ds_compress.ops.schemas import message_bytes
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make()` gives fresh arguments on the CPU, the same at every call; `exact`: results are equal to the last bit."""
+
+    op: str
+    title: str
+    make: Callable[[], Arguments]
+    exact: bool = True
+    mutated: tuple[int, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.title}"
+
+    def arguments(self, device: str = "cpu") -> Arguments:
+        """Weights that the op expects packed are codes here until they are packed where they are used."""
+        torch.manual_seed(7)
+        args, kwargs = self.make()
+        return tuple(_on(a, device) for a in args), {k: _on(v, device) for k, v in kwargs.items()}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight that is packed by `op` on the device of the call: layouts differ between implementations."""
+
+    op: str
+    arguments: tuple[torch.Tensor, ...]
+
+
+def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
+    """The arguments with every `Packed` made by the implementation that will use it."""
+
+    def made(value: Any) -> Any:
+        return getattr(ops, value.op)(*value.arguments) if isinstance(value, Packed) else value
+
+    args, kwargs = arguments
+    return tuple(made(a) for a in args), {k: made(v) for k, v in kwargs.items()}
+
+
+def _on(value: Any, device: str) -> Any:
+    if isinstance(value, Packed):
+        return Packed(value.op, tuple(tensor.to(device) for tensor in value.arguments))
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def codes(rows: int, columns: int, bits: int = 8) -> torch.Tensor:
+    top = 2 ** (bits - 1)
+    return torch.randint(-top + (bits == 8), top, (rows, columns), dtype=torch.int8)
+
+
+def _linear(
+    m: int, n: int, k: int, activation: str = "none", dtype: torch.dtype = torch.float32, **extra: Any
+) -> Case:
+    def make() -> Arguments:
+        args = torch.randn(m, k).to(dtype), Packed("int8_linear_pack", (codes(n, k),)), torch.rand(n) / 100
+        return (*args, torch.randn(n), extra.get("scale")), {
+            "activation": activation,
+            "steps": extra.get("steps", 127),
+        }
+
+    exact = activation in ("none", "relu")
+    return Case(
+        "int8_linear", f"{m}x{n}x{k}-{activation}-{str(dtype)[6:]}{'-static' * bool(extra)}", make, exact
+    )
+
+
+def _int4(m: int, n: int, k: int, group: int) -> Case:
+    def make() -> Arguments:
+        scale = torch.rand(n, -(-k // group)) / 100
+        packed = Packed("int4_linear_pack", (codes(n, k, bits=4), scale))
+        return (torch.randn(m, k), packed, n, group, torch.randn(n)), {}
+
+    return Case("int4_linear", f"{m}x{n}x{k}-group{group}", make)
+
+
+def _two_of_four(rows: int, columns: int) -> torch.Tensor:
+    keep = torch.rand(rows, columns // 4, 4).argsort(-1) < 2
+    return codes(rows, columns) * keep.view(rows, columns)
+
+
+def _sparse24(m: int, n: int, k: int) -> Case:
+    def make() -> Arguments:
+        packed = Packed("sparse24_linear_pack", (_two_of_four(n, k),))
+        return (torch.randn(m, k), packed, torch.rand(n) / 100, torch.randn(n)), {}
+
+    return Case("sparse24_linear", f"{m}x{n}x{k}", make)
+
+
+def _fake_quantize(rows: int, columns: int, symmetric: bool, dtype: torch.dtype) -> Case:
+    def make() -> Arguments:
+        low, high, steps = (-128, 127, 128) if symmetric else (0, 255, 256)
+        grid = {"low": low, "high": high, "steps": steps, "symmetric": symmetric, "keep": True}
+        return (torch.randn(rows, columns).to(dtype),), grid
+
+    kind = "symmetric" if symmetric else "asymmetric"
+    return Case("fake_quantize", f"{rows}x{columns}-{kind}-{str(dtype)[6:]}", make)
+
+
+def _bits(numel: int) -> torch.Tensor:
+    return torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8)
+
+
+def _messages(count: int, chunk: int, bits: int, block: int) -> torch.Tensor:
+    messages = torch.zeros(count, message_bytes(chunk, bits, block), dtype=torch.uint8)
+    IMPLEMENTATIONS["block_quantize"](torch.randn(count * chunk), messages, None, chunk, bits, block)
+    return messages
+
+
+def _block_cases(bits: int, block: int, chunk: int) -> Iterator[Case]:
+    size, title = message_bytes(chunk, bits, block), f"int{bits}-block{block}-chunk{chunk}"
+    numel = 3 * chunk - 5
+    yield Case(
+        "block_quantize",
+        title,
+        lambda: (
+            (
+                torch.randn(numel),
+                torch.zeros(3, size, dtype=torch.uint8),
+                torch.randn(numel),
+                chunk,
+                bits,
+                block,
+            ),
+            {},
+        ),
+        mutated=(1, 2),
+    )
+    yield Case(
+        "block_dequantize",
+        title,
+        lambda: ((_messages(3, chunk, bits, block), torch.empty(numel), chunk, bits, block), {}),
+        mutated=(1,),
+    )
+    yield Case(
+        "block_reduce",
+        title,
+        lambda: ((_messages(3, chunk, bits, block), torch.empty(chunk), bits, block, 1 / 3), {}),
+        mutated=(1,),
+    )
+    yield Case(
+        "block_reduce_quantize",
+        title,
+        lambda: (
+            (
+                _messages(3, chunk, bits, block),
+                torch.zeros(size, dtype=torch.uint8),
+                torch.randn(chunk),
+                chunk,
+                bits,
+                block,
+                1 / 3,
+            ),
+            {},
+        ),
+        mutated=(1, 2),
+    )
+
+
+def _mask_cases(numel: int, offset: int, dtype: torch.dtype) -> Iterator[Case]:
+    title = f"{numel}-from{offset}-{str(dtype)[6:]}"
+    yield Case(
+        "mask_apply_",
+        title,
+        lambda: ((torch.randn(numel).to(dtype), _bits(numel + offset), offset, -1.0), {}),
+        mutated=(0,),
+    )
+    yield Case(
+        "mask_apply_count_",
+        title,
+        lambda: ((torch.randn(numel).to(dtype), _bits(numel + offset), offset), {}),
+        mutated=(0,),
+    )
+    yield Case(
+        "mask_apply_adam_",
+        title,
+        lambda: ((*(torch.randn(numel).to(dtype) for _ in range(3)), _bits(numel + offset), offset), {}),
+        mutated=(0, 1, 2),
+    )
+    yield Case("mask_unpack", title, lambda: ((_bits(numel + offset), numel, offset), {}))
+
+
+CASES = [
+    Case("int8_linear_pack", "17x70", lambda: ((codes(17, 70),), {})),
+    Case("int8_linear_quantize_pack", "17x70", lambda: ((torch.randn(17, 70), torch.rand(17) / 30, 127), {})),
+    Case("int4_linear_pack", "17x70", lambda: ((codes(17, 70, bits=4), torch.rand(17, 3)), {})),
+    Case("sparse24_linear_pack", "17x72", lambda: ((_two_of_four(17, 72),), {})),
+    _linear(5, 17, 70),
+    _linear(1, 48, 64, "relu", torch.bfloat16),
+    _linear(33, 50, 130, "gelu_erf", torch.float16),
+    _linear(4, 9, 33, "gelu_tanh"),
+    _linear(4, 9, 33, "silu", scale=torch.tensor([0.02]), steps=128),
+    _int4(5, 17, 70, 32),
+    _int4(1, 50, 256, 128),
+    _sparse24(5, 17, 72),
+    _fake_quantize(7, 33, True, torch.float32),
+    _fake_quantize(7, 33, False, torch.bfloat16),
+    *_mask_cases(1003, 5, torch.float32),
+    *_mask_cases(77, 0, torch.bfloat16),
+    Case("mask_pack", "1003", lambda: ((torch.rand(1003) < 0.3,), {})),
+    Case("mask_n_of_m", "9x22-2:4", lambda: ((torch.randn(9, 22), 2, 4), {})),
+    Case("magnitude_histogram", "1003", lambda: ((torch.randn(1003), 20, 2048, 31, 0), {})),
+    *_block_cases(8, 512, 1300),
+    *_block_cases(4, 128, 300),
+]

@@ -1,0 +1,105 @@
+"""What holds for every op alike: its schema tells the truth, it can be traced, faked and compiled, and the native
+kernel and the reference agree."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_compress.ops import kernels, schemas
+from ds_compress.ops.reference import IMPLEMENTATIONS
+from tests.native.cases import CASES, Case, resolve_packed
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    """The dispatcher's ops, on native kernels where this machine can build them."""
+    kernels()
+    return torch.ops.ds_compress
+
+
+def test_every_op_has_a_case_a_reference_and_a_schema() -> None:
+    assert {case.op for case in CASES} == set(schemas.SCHEMAS) == set(IMPLEMENTATIONS)
+
+
+@each_case
+def test_opcheck(case: Case, ops: Any) -> None:
+    args, kwargs = resolve_packed(case.arguments(), ops)
+    torch.library.opcheck(getattr(ops, case.op).default, args, kwargs)
+
+
+def has_private_result(case: Case) -> bool:
+    """Packed weights: what is computed from them is compared, not their bytes."""
+    return "linear" in case.op and case.op.endswith("_pack")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not has_private_result(case)], ids=str)
+def test_native_and_reference_agree(case: Case, ops: Any) -> None:
+    mine = resolve_packed(case.arguments(), ops)
+    theirs = resolve_packed(case.arguments(), References())
+    got = getattr(ops, case.op)(*mine[0], **mine[1])
+    expected = IMPLEMENTATIONS[case.op](*theirs[0], **theirs[1])
+    for a, b in zip(tensors(got), tensors(expected), strict=True):
+        compare(a, b, case.exact)
+    for index in case.mutated:
+        compare(mine[0][index], theirs[0][index], case.exact)
+
+
+@each_case
+def test_a_fake_cuda_device_gives_shapes_and_dtypes(case: Case, ops: Any) -> None:
+    real_args = resolve_packed(case.arguments(), ops)
+    real = getattr(ops, case.op)(*copy.deepcopy(real_args[0]), **real_args[1])
+    with FakeTensorMode() as mode:
+        args = [_fake_cuda(a, mode) for a in real_args[0]]
+        kwargs = {k: _fake_cuda(v, mode) for k, v in real_args[1].items()}
+        fake = getattr(ops, case.op)(*args, **kwargs)
+    for a, b in zip(tensors(fake), tensors(real), strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda")
+
+
+@each_case
+def test_it_compiles_without_a_graph_break(case: Case, ops: Any) -> None:
+    op = getattr(ops, case.op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = op(*args, **kwargs)
+        return result if result is not None else args[case.mutated[0]] + 0
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    args, kwargs = resolve_packed(case.arguments(), ops)
+    expected = call(*copy.deepcopy(args), **kwargs)
+    for a, b in zip(tensors(compiled(*args, **kwargs)), tensors(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+class References:
+    """The reference implementations under the names of the ops."""
+
+    def __getattr__(self, name: str) -> Any:
+        return IMPLEMENTATIONS[name]
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    if result is None:
+        return []
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _fake_cuda(value: Any, mode: FakeTensorMode) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+
+def compare(mine: torch.Tensor, theirs: torch.Tensor, exact: bool) -> None:
+    if exact:
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    else:
+        torch.testing.assert_close(mine, theirs)

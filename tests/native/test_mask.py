@@ -1,0 +1,234 @@
+"""Bit-packed masks, N:M selection and magnitude histograms: native against reference and against plain numpy."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_compress.ops.reference import mask as reference
+from tests.native.elementwise import (
+    CODE,
+    LENGTHS,
+    check_on_other_code,
+    native_ops,
+    random_bytes,
+    random_values,
+    same,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+places = st.tuples(st.integers(0, 700), st.integers(0, 70), st.integers(0, 9))
+"""(elements, bit offset, element offset of the data pointer)"""
+seeds = st.integers(0, 2**31)
+
+
+def bits_of(packed: torch.Tensor, numel: int, bit_offset: int) -> torch.Tensor:
+    bits = np.unpackbits(packed.numpy(), bitorder="little")[bit_offset : bit_offset + numel]
+    return torch.from_numpy(bits.astype(bool))
+
+
+def mask_for(numel: int, bit_offset: int, seed: int) -> torch.Tensor:
+    """A mask that ends with the last byte that is needed, so reading further is reading out of bounds."""
+    return random_bytes(-(-(numel + bit_offset) // 8), seed)
+
+
+# --- apply ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(place=places, seed=seeds, fill=st.sampled_from([0.0, -0.0, -1.5, math.inf, 1e-40]))
+def test_apply(dtype: torch.dtype, place: tuple[int, int, int], seed: int, fill: float) -> None:
+    numel, bit_offset, offset = place
+    packed = mask_for(numel, bit_offset, seed)
+    weights = random_values(numel, dtype, seed, specials=0.2, offset=offset)
+    before = weights.clone()
+    expected = weights.clone()
+    reference.mask_apply_(expected, packed, bit_offset, fill)
+    native_ops().mask_apply_(weights, packed, bit_offset, fill)
+    assert same(weights, expected)
+    filled = torch.full_like(before, fill)
+    assert same(weights, torch.where(bits_of(packed, numel, bit_offset), before, filled))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_apply_count_and_adam_at_hard_lengths(dtype: torch.dtype, numel: int) -> None:
+    for bit_offset, offset in ((0, 0), (3, 1), (13, 3)):
+        packed = mask_for(numel, bit_offset, numel)
+        keep = bits_of(packed, numel, bit_offset)
+        weights = random_values(numel, dtype, numel, specials=0.3, offset=offset)
+        expected = torch.where(keep, weights, torch.zeros_like(weights))
+        moments = [random_values(numel, part, 1, specials=0.1) for part in (torch.float32, dtype)]
+        wanted = [torch.where(keep, part, torch.zeros_like(part)) for part in moments]
+        adam = weights.clone()
+        count = native_ops().mask_apply_count_(weights, packed, bit_offset)
+        assert count.shape == () and count.dtype == torch.int64
+        assert int(count) == int(((expected != 0) | expected.isnan()).sum())
+        assert same(weights, expected)
+        assert int(reference.mask_apply_count_(adam.clone(), packed, bit_offset)) == int(count)
+        native_ops().mask_apply_adam_(adam, *moments, packed, bit_offset)
+        assert all(same(a, b) for a, b in zip([adam, *moments], [expected, *wanted], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_outside_the_range_is_touched(dtype: torch.dtype) -> None:
+    for numel in (1, 63, 64, 65, 200):
+        whole = random_values(numel + 20, dtype, numel)
+        before = whole.clone()
+        native_ops().mask_apply_(whole[10 : 10 + numel], torch.zeros(numel, dtype=torch.uint8), 5)
+        assert same(whole[:10], before[:10]) and same(whole[10 + numel :], before[10 + numel :])
+        assert int(torch.count_nonzero(whole[10 : 10 + numel])) == 0
+
+
+def test_threads_do_not_change_the_result() -> None:
+    numel = 300_007
+    packed = mask_for(numel, 5, 1)
+    scores = random_values(numel, torch.float32, 2).view(1, -1)
+    rows = random_values(331 * 907, torch.float32, 3).view(331, 907)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            weights = scores[0].clone()
+            count = native_ops().mask_apply_count_(weights, packed, 5)
+            results.append(
+                [
+                    weights,
+                    count,
+                    native_ops().mask_n_of_m(rows, 2, 4),
+                    native_ops().mask_n_of_m(scores[:, :-3], 2, 4),
+                    native_ops().mask_pack(scores[0] > 0),
+                    native_ops().mask_unpack(packed, numel, 3),
+                    native_ops().magnitude_histogram(scores[0].repeat(10), 21, 2048, 31, 0),
+                ]
+            )
+        finally:
+            torch.set_num_threads(1)
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+
+
+# --- pack and unpack ---------------------------------------------------------------------------------------------
+
+
+@given(place=places, seed=seeds)
+def test_pack_and_unpack(place: tuple[int, int, int], seed: int) -> None:
+    numel, bit_offset, offset = place
+    packed = mask_for(numel, bit_offset, seed)
+    keep = native_ops().mask_unpack(packed, numel, bit_offset)
+    assert same(keep, bits_of(packed, numel, bit_offset))
+    assert same(keep, reference.mask_unpack(packed, numel, bit_offset))
+    moved = torch.cat((torch.zeros(offset, dtype=torch.bool), keep))[offset:]
+    again = native_ops().mask_pack(moved)
+    assert same(again, torch.from_numpy(np.packbits(keep.numpy(), bitorder="little")))
+    assert same(again, reference.mask_pack(moved))
+
+
+@pytest.mark.parametrize("numel", LENGTHS)
+def test_pack_at_hard_lengths(numel: int) -> None:
+    keep = random_bytes(numel, numel) < 100
+    packed = native_ops().mask_pack(keep)
+    assert same(packed, torch.from_numpy(np.packbits(keep.numpy(), bitorder="little")))
+    assert same(native_ops().mask_unpack(packed, numel), keep)
+
+
+# --- N:M ----------------------------------------------------------------------------------------------------------
+
+
+def n_of_m_by_sorting(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Python's stable sort of (is NaN, score), best first."""
+    keep = np.zeros(scores.shape, dtype=bool)
+    for i, row in enumerate(scores.tolist()):
+        for begin in range(0, len(row), m):
+            run = list(enumerate(row[begin : begin + m], start=begin))
+            run.sort(key=lambda item: (True, 0.0) if math.isnan(item[1]) else (False, item[1]), reverse=True)
+            keep[i, [index for index, _ in run[:n]]] = True
+    return torch.from_numpy(np.packbits(keep.reshape(-1), bitorder="little"))
+
+
+@given(
+    rows=st.integers(0, 9),
+    columns=st.integers(0, 70),
+    n=st.integers(0, 8),
+    m=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 20]),
+    seed=seeds,
+)
+def test_n_of_m(rows: int, columns: int, n: int, m: int, seed: int) -> None:
+    scores = random_values(rows * columns, torch.float32, seed, specials=0.3)
+    # Coarse values, so that ties are common.
+    scores = torch.where(scores.isfinite(), (scores * 2).round() / 2, scores).view(rows, columns)
+    result = native_ops().mask_n_of_m(scores, min(n, m), m)
+    assert same(result, reference.mask_n_of_m(scores, min(n, m), m))
+    assert same(result, n_of_m_by_sorting(scores, min(n, m), m))
+
+
+@pytest.mark.parametrize("m", (2, 4, 8, 16))
+def test_ties_go_to_the_lower_index(m: int) -> None:
+    scores = torch.zeros(3, 4 * m)
+    scores[1] = -0.0
+    scores[2] = math.nan
+    keep = reference.mask_unpack(native_ops().mask_n_of_m(scores, 1, m), scores.numel())
+    assert keep.view(-1, m)[:, 0].all() and not keep.view(-1, m)[:, 1:].any()
+
+
+# --- histogram ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(numel=st.integers(0, 500), seed=seeds, digit=st.integers(0, 3), offset=st.integers(0, 5))
+def test_histogram(dtype: torch.dtype, numel: int, seed: int, digit: int, offset: int) -> None:
+    values = random_values(numel, dtype, seed, specials=0.1, offset=offset)
+    values = torch.where(values.isnan(), torch.zeros_like(values), values)  # a payload is nobody's
+    bits = values.to(torch.float32).numpy().view(np.uint32) & 0x7FFFFFFF
+    prefix = int(bits[seed % numel] >> 21) if numel else 3
+    shift, bins, prefix_shift, prefix = (
+        (21, 2048, 31, 0),
+        (10, 2048, 21, prefix),
+        (0, 1024, 10, prefix << 11),
+        (3, 64, 31, 1),
+    )[digit]
+    chosen = bits[(bits >> prefix_shift) == prefix]
+    expected = np.bincount((chosen >> shift) & (bins - 1), minlength=bins)
+    result = native_ops().magnitude_histogram(values, shift, bins, prefix_shift, prefix)
+    assert same(result, torch.from_numpy(expected.astype(np.int64)))
+    assert same(result, reference.magnitude_histogram(values, shift, bins, prefix_shift, prefix))
+
+
+def test_histogram_of_more_than_one_range() -> None:
+    values = random_values(3_000_001, torch.float32, 5)
+    for arguments in ((21, 2048, 31, 0), (0, 65536, 31, 0), (10, 2048, 21, 508)):
+        result = native_ops().magnitude_histogram(values, *arguments)
+        assert same(result, reference.magnitude_histogram(values, *arguments))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+BAD_CALLS = {
+    "mask_apply_: weights is float32": lambda ops, f, b: ops.mask_apply_(f.int(), b),
+    "mask_apply_: packed is uint8": lambda ops, f, b: ops.mask_apply_(f, b.int()),
+    "1 dimensions, got": lambda ops, f, b: ops.mask_apply_(f.view(2, 8), b),
+    "bits 1 to 17 of a mask of 2 bytes": lambda ops, f, b: ops.mask_apply_(f, b, 1),
+    "is negative": lambda ops, f, b: ops.mask_unpack(b, 3, -1),
+    "exp_avg has 15 elements": lambda ops, f, b: ops.mask_apply_adam_(f, f[1:].clone(), f, b),
+    "keep is bool": lambda ops, f, b: ops.mask_pack(f),
+    "got n = 5, m = 4": lambda ops, f, b: ops.mask_n_of_m(f.view(2, 8), 5, 4),
+    "power of two": lambda ops, f, b: ops.magnitude_histogram(f, 0, 100, 31, 0),
+    "shifts are 0 to 31": lambda ops, f, b: ops.magnitude_histogram(f, 32, 64, 31, 0),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_wrong_arguments_are_refused_alike(message: str) -> None:
+    for ops in (native_ops(), reference):
+        with pytest.raises(ValueError, match=message):
+            BAD_CALLS[message](ops, torch.ones(16), torch.zeros(2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_other_code(code: str, tmp_path: Path) -> None:
+    check_on_other_code(__file__, code, tmp_path)
