@@ -26,6 +26,7 @@ void block_quantize(const Tensor& x, const Tensor& messages, const std::optional
     check_messages(op, messages, x.numel(), chunk, bits, block);
     check_same_device(op, "messages", messages, x);
     check_residual(op, residual, x.numel(), x);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const cpu::BlockFormat format = format_of(chunk, bits, block);
     const auto* values = static_cast<const uint8_t*>(x.data_ptr());
     const auto size = static_cast<int64_t>(x.element_size());
@@ -35,7 +36,7 @@ void block_quantize(const Tensor& x, const Tensor& messages, const std::optional
         const int64_t end = at_most((w + 1) * chunk, x.numel());
         in_blocks(format, [&](int64_t first, int64_t last) {
             const int64_t begin = at_most(w * chunk + first * block, end);
-            cpu::elementwise().block_quantize(values + begin * size, float_of(x), end - begin,
+            kernels.block_quantize(values + begin * size, float_of(x), end - begin,
                                               rest != nullptr ? rest + begin : nullptr, message, format, first, last);
         });
     }
@@ -47,6 +48,7 @@ void block_dequantize(const Tensor& messages, const Tensor& out, int64_t chunk, 
     check(op, "out", out, 1, {kFp32, kBf16, kFp16});
     check_messages(op, messages, out.numel(), chunk, bits, block);
     check_same_device(op, "messages", messages, out);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const cpu::BlockFormat format = format_of(chunk, bits, block);
     auto* values = static_cast<uint8_t*>(out.data_ptr());
     const auto size = static_cast<int64_t>(out.element_size());
@@ -55,7 +57,7 @@ void block_dequantize(const Tensor& messages, const Tensor& out, int64_t chunk, 
         const int64_t end = at_most((w + 1) * chunk, out.numel());
         in_blocks(format, [&](int64_t first, int64_t last) {
             const int64_t begin = at_most(w * chunk + first * block, end);
-            cpu::elementwise().block_dequantize(message, format, first, last, values + begin * size, float_of(out),
+            kernels.block_dequantize(message, format, first, last, values + begin * size, float_of(out),
                                                 end - begin);
         });
     }
@@ -71,10 +73,11 @@ void block_reduce(const Tensor& messages, const Tensor& out, int64_t bits, int64
     check(op, "out", out, 1, {kFp32});
     check_summands(op, messages, out.numel(), bits, block);
     check_same_device(op, "messages", messages, out);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const cpu::BlockFormat format = format_of(out.numel(), bits, block);
     auto* to = static_cast<float*>(out.data_ptr());
     in_blocks(format, [&](int64_t first, int64_t last) {
-        cpu::elementwise().block_reduce(summands(messages, multiplier), format, first, last, to + first * block,
+        kernels.block_reduce(summands(messages, multiplier), format, first, last, to + first * block,
                                         out.numel() - first * block);
     });
 }
@@ -89,12 +92,13 @@ void block_reduce_quantize(const Tensor& messages, const Tensor& message, const 
     require(message.numel() == messages.size(1), op, ": message has ", message.numel(), " bytes, the summands ",
             messages.size(1));
     check_residual(op, residual, numel, messages);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const cpu::BlockFormat format = format_of(numel, bits, block);
     auto* rest = data_of<float>(residual);
     auto* to = static_cast<uint8_t*>(message.data_ptr());
     in_blocks(format, [&](int64_t first, int64_t last) {
         const int64_t begin = first * block;
-        cpu::elementwise().block_reduce_quantize(summands(messages, multiplier), format, first, last, numel - begin,
+        kernels.block_reduce_quantize(summands(messages, multiplier), format, first, last, numel - begin,
                                                  rest != nullptr ? rest + begin : nullptr, to);
     });
 }

@@ -14,6 +14,7 @@ constexpr int64_t kPiece = int64_t{1} << 15;
 
 // One call: where its rows lie and what their range is.
 struct Call {
+    const cpu::ElementwiseKernels& kernels;
     const uint8_t* x;
     uint8_t* y;
     uint8_t* kept;  // or null
@@ -24,12 +25,12 @@ struct Call {
     bool symmetric;
 
     cpu::Span measure(int64_t first, int64_t count) const {
-        return cpu::elementwise().measure(x + first * element_size, type, count, symmetric);
+        return kernels.measure(x + first * element_size, type, count, symmetric);
     }
     void quantize(int64_t first, int64_t count, math::ScaleAndOffset range) const {
-        cpu::elementwise().fake_quantize(x + first * element_size, y + first * element_size, type, count,
-                                         {range.scale, range.offset, !symmetric, low, high},
-                                         kept != nullptr ? kept + first / 8 : nullptr, first % 8);
+        kernels.fake_quantize(x + first * element_size, y + first * element_size, type, count,
+                              {range.scale, range.offset, !symmetric, low, high},
+                              kept != nullptr ? kept + first / 8 : nullptr, first % 8);
     }
     math::ScaleAndOffset range_of(cpu::Span span) const {
         if (columns == 0) span = {0.0f, 0.0f, 0};
@@ -89,17 +90,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& x, const 
     if (given_scale != nullptr) memcpy(scale_to, given_scale, 4 * static_cast<size_t>(ranges));
     if (given_offset != nullptr) memcpy(offset_to, given_offset, 4 * static_cast<size_t>(ranges));
 
-    Call call;
-    call.x = static_cast<const uint8_t*>(x.data_ptr());
-    call.y = static_cast<uint8_t*>(y.data_ptr());
-    call.kept = keep ? static_cast<uint8_t*>(kept.data_ptr()) : nullptr;
-    call.columns = columns;
-    call.element_size = static_cast<int64_t>(x.element_size());
-    call.type = float_of(x);
-    call.low = static_cast<float>(low);
-    call.high = static_cast<float>(high);
-    call.steps = static_cast<float>(steps);
-    call.symmetric = symmetric;
+    const Call call{
+        .kernels = cpu::elementwise(),
+        .x = static_cast<const uint8_t*>(x.data_ptr()),
+        .y = static_cast<uint8_t*>(y.data_ptr()),
+        .kept = keep ? static_cast<uint8_t*>(kept.data_ptr()) : nullptr,
+        .columns = columns,
+        .element_size = static_cast<int64_t>(x.element_size()),
+        .type = float_of(x),
+        .low = static_cast<float>(low),
+        .high = static_cast<float>(high),
+        .steps = static_cast<float>(steps),
+        .symmetric = symmetric,
+    };
 
     const auto given_range = [&](int64_t row) -> math::ScaleAndOffset {
         const int64_t index = ranges == 1 ? 0 : row;

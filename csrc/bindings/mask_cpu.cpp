@@ -39,21 +39,23 @@ uint64_t pattern_of(double fill, ScalarType type) {
 
 void mask_apply_(const Tensor& weights, const Tensor& packed, int64_t bit_offset, double fill) {
     check_governed("mask_apply_", "weights", weights, packed, bit_offset);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const auto size = static_cast<int>(weights.element_size());
     const uint64_t pattern = pattern_of(fill, weights.scalar_type());
     const cpu::Mask mask = mask_of(packed, bit_offset);
     in_ranges(weights.numel(), kMaskStep, [&](int64_t begin, int64_t end) {
-        cpu::elementwise().mask_apply(at(weights, begin), size, end - begin, from(mask, begin), pattern);
+        kernels.mask_apply(at(weights, begin), size, end - begin, from(mask, begin), pattern);
     });
 }
 
 Tensor mask_apply_count_(const Tensor& weights, const Tensor& packed, int64_t bit_offset) {
     check_governed("mask_apply_count_", "weights", weights, packed, bit_offset);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const auto size = static_cast<int>(weights.element_size());
     const cpu::Mask mask = mask_of(packed, bit_offset);
     std::atomic<int64_t> total{0};
     in_ranges(weights.numel(), kMaskStep, [&](int64_t begin, int64_t end) {
-        total += cpu::elementwise().mask_apply_count(at(weights, begin), size, end - begin, from(mask, begin));
+        total += kernels.mask_apply_count(at(weights, begin), size, end - begin, from(mask, begin));
     });
     Tensor result = torch::stable::new_empty(weights, {}, ScalarType::Long);
     *static_cast<int64_t*>(result.data_ptr()) = total;
@@ -63,6 +65,7 @@ Tensor mask_apply_count_(const Tensor& weights, const Tensor& packed, int64_t bi
 void mask_apply_adam_(const Tensor& weights, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& packed,
                       int64_t bit_offset) {
     check_adam(weights, exp_avg, exp_avg_sq, packed, bit_offset);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const Tensor* parts[] = {&weights, &exp_avg, &exp_avg_sq};
     const cpu::Mask mask = mask_of(packed, bit_offset);
     in_ranges(weights.numel(), kMaskStep, [&](int64_t begin, int64_t end) {
@@ -70,7 +73,7 @@ void mask_apply_adam_(const Tensor& weights, const Tensor& exp_avg, const Tensor
         for (int64_t i = begin; i < end; i += kMaskStep) {
             const int64_t count = end - i < kMaskStep ? end - i : kMaskStep;
             for (const Tensor* part : parts)
-                cpu::elementwise().mask_apply(at(*part, i), static_cast<int>(part->element_size()), count,
+                kernels.mask_apply(at(*part, i), static_cast<int>(part->element_size()), count,
                                               from(mask, i), 0);
         }
     });
@@ -78,34 +81,37 @@ void mask_apply_adam_(const Tensor& weights, const Tensor& exp_avg, const Tensor
 
 Tensor mask_pack(const Tensor& keep) {
     check("mask_pack", "keep", keep, 1, {ScalarType::Bool});
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const int64_t count = keep.numel();
     Tensor packed = torch::stable::new_empty(keep, {(count + 7) / 8}, ScalarType::Byte);
     auto* to = static_cast<uint8_t*>(packed.data_ptr());
     in_ranges(count, kMaskStep, [&](int64_t begin, int64_t end) {
-        cpu::elementwise().mask_pack(at(keep, begin), end - begin, to + begin / 8);
+        kernels.mask_pack(at(keep, begin), end - begin, to + begin / 8);
     });
     return packed;
 }
 
 Tensor mask_unpack(const Tensor& packed, int64_t numel, int64_t bit_offset) {
     check_bits("mask_unpack", packed, numel, bit_offset);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     Tensor keep = torch::stable::new_empty(packed, {numel}, ScalarType::Bool);
     const cpu::Mask mask = mask_of(packed, bit_offset);
     in_ranges(numel, kMaskStep, [&](int64_t begin, int64_t end) {
-        cpu::elementwise().mask_unpack(from(mask, begin), end - begin, at(keep, begin));
+        kernels.mask_unpack(from(mask, begin), end - begin, at(keep, begin));
     });
     return keep;
 }
 
 Tensor mask_n_of_m(const Tensor& scores, int64_t n, int64_t m) {
     check_n_of_m(scores, n, m);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     int64_t rows = scores.size(0), columns = scores.size(1);
     const int64_t count = rows * columns;
     Tensor packed = torch::stable::new_empty(scores, {(count + 7) / 8}, ScalarType::Byte);
     const auto* values = static_cast<const float*>(scores.data_ptr());
     auto* to = static_cast<uint8_t*>(packed.data_ptr());
     const auto run = [&](int64_t first, int64_t height, int64_t width) {
-        cpu::elementwise().mask_n_of_m(values + first, height, width, static_cast<int>(n), static_cast<int>(m),
+        kernels.mask_n_of_m(values + first, height, width, static_cast<int>(n), static_cast<int>(m),
                                        to + first / 8);
     };
     if (columns % m == 0) {  // no run is short: rows do not matter, and a range is whole runs and whole bytes
@@ -118,6 +124,7 @@ Tensor mask_n_of_m(const Tensor& scores, int64_t n, int64_t m) {
 
 Tensor magnitude_histogram(const Tensor& values, int64_t shift, int64_t bins, int64_t prefix_shift, int64_t prefix) {
     check_histogram(values, shift, bins, prefix_shift);
+    const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     // Few ranges, because each has histograms of its own to clear and to add up.
     constexpr int64_t kStep = int64_t{1} << 20;
     const int64_t ranges = (values.numel() + kStep - 1) / kStep;
@@ -130,7 +137,7 @@ Tensor magnitude_histogram(const Tensor& values, int64_t shift, int64_t bins, in
             for (int64_t begin = ranges * part / parts * kStep; begin < ranges * (part + 1) / parts * kStep;
                  begin += kStep) {
                 const int64_t left = values.numel() - begin;
-                cpu::elementwise().magnitude_histogram(
+                kernels.magnitude_histogram(
                     at(values, begin), float_of(values), left < kStep ? left : kStep, static_cast<int>(shift),
                     static_cast<int>(bins), static_cast<int>(prefix_shift), prefix, scratch.data(),
                     counts.data() + part * bins);

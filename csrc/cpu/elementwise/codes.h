@@ -11,16 +11,16 @@ using Bytes16 = uint8_t __attribute__((vector_size(16)));
 
 // 32 whole numbers within int8 to 32 bytes.
 DSC_INLINE void floats_to_bytes(const Floats (&codes)[kPerStrip], int8_t* to) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
     store(to, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(codes[0])));
     store(to + 16, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(codes[1])));
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
     const __m256i low = _mm256_packs_epi32(_mm256_cvttps_epi32(codes[0]), _mm256_cvttps_epi32(codes[1]));
     const __m256i high = _mm256_packs_epi32(_mm256_cvttps_epi32(codes[2]), _mm256_cvttps_epi32(codes[3]));
     // Packing works on halves of 16 bytes; this puts the eight runs of four codes in order.
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     store(to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
-#elif defined(__SSE2__)
+#elif defined(DSC_SSE2)
     for (int half = 0; half < 2; half++) {
         const Floats* part = codes + 4 * half;
         const __m128i low = _mm_packs_epi32(_mm_cvttps_epi32(part[0]), _mm_cvttps_epi32(part[1]));
@@ -35,9 +35,9 @@ DSC_INLINE void floats_to_bytes(const Floats (&codes)[kPerStrip], int8_t* to) {
 DSC_INLINE void bytes_to_floats(const int8_t* from, Floats (&codes)[kPerStrip]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kPerStrip; i++) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
         codes[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + 16 * i)));
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
         codes[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<long long>(from + 8 * i))));
 #else
         Ints wide;

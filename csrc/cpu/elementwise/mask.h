@@ -137,10 +137,10 @@ int64_t mask_apply_count(void* data, int size, int64_t count, Mask mask) {
 }
 
 DSC_INLINE uint32_t non_zero_bytes_32(const uint8_t* from) {
-#if defined(__AVX2__)
+#if defined(DSC_AVX512) || defined(DSC_AVX2)
     const __m256i zero = _mm256_cmpeq_epi8(load_as<__m256i>(from), _mm256_setzero_si256());
     return ~static_cast<uint32_t>(_mm256_movemask_epi8(zero));
-#elif defined(__SSE2__)
+#elif defined(DSC_SSE2)
     const __m128i low = _mm_cmpeq_epi8(load_as<__m128i>(from), _mm_setzero_si128());
     const __m128i high = _mm_cmpeq_epi8(load_as<__m128i>(from + 16), _mm_setzero_si128());
     return ~(static_cast<uint32_t>(_mm_movemask_epi8(low)) | static_cast<uint32_t>(_mm_movemask_epi8(high)) << 16);

@@ -9,6 +9,16 @@
 
 #include "ds_compress/math.h"
 
+// DSC_PORTABLE_LANES (tests only) compiles what follows without intrinsics, for any width of vector.
+#if defined(DSC_PORTABLE_LANES)
+#elif defined(__AVX512F__)
+#define DSC_AVX512 1
+#elif defined(__AVX2__)
+#define DSC_AVX2 1
+#elif defined(__SSE2__)
+#define DSC_SSE2 1
+#endif
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -18,9 +28,11 @@ namespace {
 
 #define DSC_INLINE __attribute__((unused, always_inline)) inline
 
-#if defined(__AVX512F__)
+#if defined(DSC_PORTABLE_LANES)
+constexpr int kLanes = DSC_PORTABLE_LANES;
+#elif defined(DSC_AVX512)
 constexpr int kLanes = 16;
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
@@ -52,11 +64,11 @@ DSC_INLINE Floats floats_of(Ints bits) { return (Floats)bits; }
 
 // `a > b ? a : b`: the second where one is NaN or both are zero.
 DSC_INLINE Floats larger(Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
     return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
     return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
+#elif defined(DSC_SSE2)
     return _mm_max_ps(a, b);
 #else
     return a > b ? a : b;
@@ -64,11 +76,11 @@ DSC_INLINE Floats larger(Floats a, Floats b) {
 }
 
 DSC_INLINE Floats smaller(Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
     return _mm512_min_ps(a, b);
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
     return _mm256_min_ps(a, b);
-#elif defined(__SSE2__)
+#elif defined(DSC_SSE2)
     return _mm_min_ps(a, b);
 #else
     return a < b ? a : b;
@@ -79,9 +91,9 @@ DSC_INLINE Floats smaller(Floats a, Floats b) {
 DSC_INLINE Floats clamp(Floats value, Floats low, Floats high) { return smaller(high, larger(low, value)); }
 
 DSC_INLINE Ints larger(Ints a, Ints b) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
     return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
     return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
 #else
     return a > b ? a : b;
@@ -89,9 +101,9 @@ DSC_INLINE Ints larger(Ints a, Ints b) {
 }
 
 DSC_INLINE Floats round_half_even(Floats value) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
     return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
     return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const Ints bits = bits_of(value);
@@ -103,11 +115,11 @@ DSC_INLINE Floats round_half_even(Floats value) {
 
 // Bit i is the sign of lane i.
 DSC_INLINE uint32_t sign_bits(Ints value) {
-#if defined(__AVX512DQ__)
+#if defined(DSC_AVX512)
     return _mm512_movepi32_mask((__m512i)value);
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
     return static_cast<uint32_t>(_mm256_movemask_ps((__m256)value));
-#elif defined(__SSE2__)
+#elif defined(DSC_SSE2)
     return static_cast<uint32_t>(_mm_movemask_ps((__m128)value));
 #else
     uint32_t bits = 0;
@@ -142,13 +154,27 @@ struct Fp32 {
 struct Bf16 {
     using Stored = uint16_t;
     static DSC_INLINE Floats load(const uint16_t* from) {
+#if defined(DSC_AVX512)
+        return floats_of((Ints)_mm512_cvtepu16_epi32(load_as<__m256i>(from)) << 16);
+#elif defined(DSC_AVX2)
+        return floats_of((Ints)_mm256_cvtepu16_epi32(load_as<__m128i>(from)) << 16);
+#else
         return floats_of(__builtin_convertvector(load_as<Shorts>(from), Ints) << 16);
+#endif
     }
     static DSC_INLINE void save(uint16_t* to, Floats value) {
         const Ints bits = bits_of(value);
-        const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        const Ints is_nan = (bits & static_cast<int32_t>(math::kMagnitudeBits)) > static_cast<int32_t>(math::kInfinityBits);
-        store(to, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Shorts));
+        const Ints is_nan = (Ints)(value != value);
+        const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
+        const Ints result = (((rounded & ~is_nan) | (is_nan & 0x7fc00000)) >> 16) & 0xffff;
+#if defined(DSC_AVX512)
+        store(to, _mm512_cvtepi32_epi16((__m512i)result));
+#elif defined(DSC_AVX2)
+        const auto all = (__m256i)result;
+        store(to, _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#else
+        store(to, __builtin_convertvector(result, Shorts));
+#endif
     }
     static DSC_INLINE float widen(uint16_t value) { return math::float_of_bf16(value); }
 };
@@ -156,9 +182,9 @@ struct Bf16 {
 struct Fp16 {
     using Stored = uint16_t;
     static DSC_INLINE Floats load(const uint16_t* from) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
         return _mm512_cvtph_ps(load_as<__m256i>(from));
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
         return _mm256_cvtph_ps(load_as<__m128i>(from));
 #else
         Floats value;
@@ -167,9 +193,9 @@ struct Fp16 {
 #endif
     }
     static DSC_INLINE void save(uint16_t* to, Floats value) {
-#if defined(__AVX512F__)
+#if defined(DSC_AVX512)
         store(to, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
+#elif defined(DSC_AVX2)
         store(to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
         for (int i = 0; i < kLanes; i++) to[i] = math::fp16_of_float(value[i]);
