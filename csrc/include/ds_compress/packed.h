@@ -13,7 +13,7 @@ struct PackedHeader {
     int64_t layout;
     int64_t rows;     // N, out_features
     int64_t columns;  // K, in_features
-    int64_t group;    // int4: columns that share a scale; int8: 0
+    int64_t groups;   // int4: scales of a row; int8: 0
     int64_t spare[3];
 };
 static_assert(sizeof(PackedHeader) == 64);

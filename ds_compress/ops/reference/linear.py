@@ -145,8 +145,9 @@ def int4_linear(
     codes, input_scales = _quantize_rows(x, input_scale, steps)
     body = packed[HEADER_BYTES:]
     scale = body[: 4 * rows * groups].view(torch.float32).view(rows, groups)
-    pairs = body[4 * rows * groups :][: rows * -(-columns // 2)].view(rows, -1)
-    weight = torch.stack([pairs & 15, pairs >> 4], dim=2).view(rows, -1)[:, :columns]
+    width = -(-columns // 2)
+    pairs = body[4 * rows * groups :][: rows * width].view(rows, width)
+    weight = torch.stack([pairs & 15, pairs >> 4], dim=2).view(rows, 2 * width)[:, :columns]
     weight = ((weight ^ 8).to(torch.int8) - 8).contiguous()
     y = codes.new_zeros((codes.shape[0], rows))
     for group in range(groups):
@@ -165,7 +166,7 @@ def sparse24_linear_pack(codes: torch.Tensor) -> torch.Tensor:
     _check_codes(codes)
     if codes.shape[1] % 4:
         raise ValueError(f"2:4 weights have a multiple of 4 columns, got {codes.shape[1]}")
-    crowded = (codes != 0).view(codes.shape[0], -1, 4).sum(dim=2) > 2
+    crowded = (codes != 0).reshape(codes.shape[0], codes.shape[1] // 4, 4).sum(dim=2) > 2
     if bool(crowded.any()):
         row, run = (int(i) for i in crowded.nonzero()[0])
         raise ValueError(
@@ -257,7 +258,7 @@ def _unpack_header(packed: torch.Tensor, int4: bool) -> tuple[int, int, int]:
             f"this weight was packed for other kernels (layout {layout}); plain torch reads layout {LAYOUT}: "
             "pack it again"
         )
-    if int4 != (groups > 0):
+    if columns and int4 != (groups > 0):
         raise ValueError(f"this weight was packed as {'int4' if groups else 'int8'}: pack it again")
     if packed.numel() != packed_bytes(rows, columns, 4 if groups else 8, groups):
         raise ValueError(

@@ -1,0 +1,85 @@
+// Compiled for any CPU: plain loops that the compiler vectorizes for its baseline.
+#include "linear.h"
+#include "table.h"
+
+namespace ds_compress::cpu {
+namespace {
+
+template <class Code>
+struct PlainCodes {
+    using Stored = Code;
+    static DSC_INLINE int store(Code* to, Ints a, Ints b) {
+        for (int i = 0; i < kLanes; i++) {
+            to[i] = static_cast<Code>(a[i]);
+            to[kLanes + i] = static_cast<Code>(b[i]);
+        }
+        return 0;
+    }
+    struct Correction {
+        DSC_INLINE void add(int) {}
+        DSC_INLINE int32_t total() const { return 0; }
+    };
+};
+
+// A panel is 8 rows of codes as they come. Codes of x are int16: baseline SSE2 multiplies no bytes.
+struct Int8Scalar {
+    using Codes = PlainCodes<int16_t>;
+    static constexpr int kColumns = 8;
+    static constexpr int64_t kRows = 1;
+    static constexpr int64_t kDepth = 8;
+    static constexpr int64_t kWorkspaceBytes = 0;
+
+    static int64_t panel_bytes(int64_t depth) { return depth * kColumns; }
+
+    static void pack(const int16_t* rows, int64_t stride, int64_t depth, const int32_t*, uint8_t* panel) {
+        for (int j = 0; j < kColumns; j++)
+            for (int64_t k = 0; k < depth; k++) *panel++ = static_cast<uint8_t>(rows[j * stride + k]);
+    }
+
+    static void multiply(const int16_t* codes, int64_t stride, int64_t rows, const uint8_t* panel, int64_t depth,
+                         int32_t* sums, void*) {
+        const auto* weights = reinterpret_cast<const int8_t*>(panel);
+        for (int64_t m = 0; m < rows; m++)
+            for (int j = 0; j < kColumns; j++) {
+                const int16_t* a = codes + m * stride;
+                const int8_t* w = weights + j * depth;
+                int32_t sum = 0;
+                for (int64_t k = 0; k < depth; k++) sum += a[k] * w[k];
+                sums[m * kColumns + j] = sum;
+            }
+    }
+};
+
+struct Int4Scalar {
+    using Codes = PlainCodes<int8_t>;
+    static constexpr int kColumns = 8;
+    static constexpr int64_t kRows = 1;
+
+    static void multiply(int64_t, const Int4Tile& tile) {
+        for (int64_t group = 0; group < tile.groups; group++) {
+            const int64_t first = group * tile.blocks_per_group, after = first + tile.blocks_per_group;
+            const int64_t last = after < tile.blocks ? after : tile.blocks;
+            for (int j = 0; j < kColumns; j++) {
+                int32_t sum = -tile.excess[group];
+                for (int64_t step = first * 4; step < last * 4; step++)
+                    for (int i = 0; i < 4; i++) {
+                        const uint8_t byte = tile.weights[(step * kColumns + j) * 4 + i];
+                        const int8_t* a = tile.codes + step * 8 + i;
+                        sum += (byte & 15) * a[0] + (byte >> 4) * a[4];
+                    }
+                const float value = static_cast<float>(sum) * tile.scales[group * kColumns + j];
+                tile.values[j] = group == 0 ? value : tile.values[j] + value;
+            }
+        }
+    }
+};
+
+}  // namespace
+
+const LinearKernels* linear_scalar() {
+    static constexpr LinearKernels kTable = table<Int8Driver<Int8Scalar>, Int4Driver<Int4Scalar>>(
+        Isa::scalar, kLayoutInt8Scalar, kLayoutInt4Scalar);
+    return &kTable;
+}
+
+}  // namespace ds_compress::cpu
