@@ -60,10 +60,11 @@ DSC_DEVICE void close_group(float (&totals)[Tile::rows][Tile::columns][2][4],
     }
 }
 
-/// Grid: (tiles of m, tiles of n).
-template <class Tile, int group>
+/// Grid: (tiles of m, tiles of n). group: 32, 64 or 128.
+template <class Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    int4_gemm_kernel(const int8_t* __restrict__ codes, const void* __restrict__ packed, int64_t k, Epilogue e) {
+    int4_gemm_kernel(const int8_t* __restrict__ codes, const void* __restrict__ packed, int64_t k, int group,
+                     Epilogue e) {
     DSC_DYNAMIC_SHARED(int8_t, shared);
     const int warp = threadIdx.x / 32;
     const int warp_m = warp % Tile::warps_m * (Tile::rows * 16), warp_n = warp / Tile::warps_m * (Tile::columns * 16);
@@ -112,8 +113,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
                     for (int i = 0; i < Tile::rows; i++) mma_s8_16x8x32(sums[i][j / 2][j % 2], a[i], low, high);
                 }
                 const int done = step * 2 + half + 1;  // runs of 32 columns
-                const bool last = done == halves;
-                if (last || (done < halves && done % (group / 32) == 0)) {
+                if (done == halves || (done < halves && done * 32 % group == 0)) {
                     close_group<Tile>(totals, sums, scales, column, stride);
                     scales += stride;
                 }

@@ -28,11 +28,12 @@ DSC_DEVICE int dot_32_times_16(int4 weight, const int4* input) {
     return sum;
 }
 
-/// e.m <= rows. Grid: n / gemv_warps.
-template <int rows, int group>
+/// e.m <= rows; group: 32, 64 or 128. Grid: n / gemv_warps.
+template <int rows>
 __global__ void __launch_bounds__(gemv_warps * 32)
-    int4_gemv_kernel(const int8_t* __restrict__ codes, const void* __restrict__ packed, int64_t k, Epilogue e) {
-    constexpr int lanes_per_group = group / 32, groups_per_turn = 32 / lanes_per_group;
+    int4_gemv_kernel(const int8_t* __restrict__ codes, const void* __restrict__ packed, int64_t k, int group,
+                     Epilogue e) {
+    const int lanes_per_group = group / 32, groups_per_turn = 32 / lanes_per_group;
     DSC_SHARED(float, parts, gemv_warps * rows * 32);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t column = static_cast<int64_t>(blockIdx.x) * gemv_warps + warp;
@@ -60,7 +61,6 @@ __global__ void __launch_bounds__(gemv_warps * 32)
                 if (first + 16 < input_pitch) input[1] = *reinterpret_cast<const int4*>(from + 16);
                 sum = dot_32_times_16(weight, input);
             }
-#pragma unroll
             for (int distance = 1; distance < lanes_per_group; distance *= 2) {
                 sum += __shfl_xor_sync(~0u, sum, distance);
             }
