@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,8 @@ from hypothesis import strategies as st
 from ds_compress.ops.reference import block_quantize as reference
 from ds_compress.ops.schemas import message_bytes
 from tests.native.elementwise import (
-    CODE,
     FLOATS,
     LENGTHS,
-    check_on_other_code,
     native_ops,
     random_bytes,
     random_values,
@@ -329,8 +326,3 @@ def test_wrong_arguments_are_refused_alike(message: str) -> None:
     for ops in (native_ops(), reference):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops)
-
-
-@pytest.mark.parametrize("code", CODE)
-def test_other_code(code: str, tmp_path: Path) -> None:
-    check_on_other_code(__file__, code, tmp_path)

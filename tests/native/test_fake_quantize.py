@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,7 @@ from ds_compress.ops.reference import fake_quantize as reference
 from ds_compress.quant import grid as grids
 from ds_compress.quant.grid import ActivationGrid, Grid, Ranges
 from tests.native.elementwise import (
-    CODE,
     FLOATS,
-    check_on_other_code,
     native_ops,
     random_values,
     same,
@@ -199,8 +196,3 @@ def test_wrong_arguments_are_refused_alike(message: str) -> None:
     for ops in (native_ops(), reference):
         with pytest.raises(ValueError, match=message):
             ops.fake_quantize(x, *ranges, **arguments)
-
-
-@pytest.mark.parametrize("code", CODE)
-def test_other_code(code: str, tmp_path: Path) -> None:
-    check_on_other_code(__file__, code, tmp_path)

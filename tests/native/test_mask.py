@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,7 @@ from hypothesis import strategies as st
 
 from ds_compress.ops.reference import mask as reference
 from tests.native.elementwise import (
-    CODE,
     LENGTHS,
-    check_on_other_code,
     native_ops,
     random_bytes,
     random_values,
@@ -227,8 +224,3 @@ def test_wrong_arguments_are_refused_alike(message: str) -> None:
     for ops in (native_ops(), reference):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops, torch.ones(16), torch.zeros(2, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("code", CODE)
-def test_other_code(code: str, tmp_path: Path) -> None:
-    check_on_other_code(__file__, code, tmp_path)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.native.emulator import nvcc, ptx_to_cpp
+from tests.native.emulator import nvcc, ptx_parser, ptx_to_cpp
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 EMULATOR = Path("tests/native/emulator")
@@ -116,9 +116,8 @@ def read_tree(edits: Sequence[Edit] = ()) -> dict[Path, str]:
 
 def reachable(tree: dict[Path, str], source: Path) -> dict[Path, str]:
     """What `source` includes of the tree, and all of the emulator: a change elsewhere rebuilds nothing."""
-    wanted, todo = {source}, [source]
-    wanted |= {path for path in tree if EMULATOR in path.parents}
-    todo += wanted - {source}
+    wanted = {source} | {path for path in tree if path.parent == EMULATOR}
+    todo = sorted(wanted)
     while todo:
         current = todo.pop()
         for line in tree[current].splitlines():
@@ -151,25 +150,30 @@ def cached(key: str, suffix: str, make: Callable[[Path, Path], None]) -> Path:
     return target
 
 
-def build(source: str, mode: str, edits: Sequence[Edit] = ()) -> Library:
-    """The launchers of `source` (relative to the repository) as a library of the given mode."""
+def build(source: str, mode: str, edits: Sequence[Edit] = (), ptx: str | None = None) -> Library:
+    """The launchers of `source` (relative to the repository) as a library of the given mode.
+
+    `ptx`: in the mode `ptx`, what to run in place of what nvcc makes of the source.
+    """
+    if mode == "ptx" and ptx is None:
+        ptx = ptx_text(source, edits)
     tree = reachable(read_tree(edits), Path(source))
     flags = [*COMMON, *MODES[mode]]
 
     def make(folder: Path, target: Path) -> None:
         unpack(tree, folder)
         parts = [str(folder / source), str(folder / EMULATOR / "library.cpp")]
-        if mode == "ptx":
+        if ptx is not None:
             translated = folder / "translated.cpp"
-            translated.write_text(ptx_to_cpp.translate(ptx_text(source, edits)))
+            translated.write_text(ptx_to_cpp.translate(ptx))
             parts.append(str(translated))
         includes = [f"-I{folder / 'csrc/include'}", f"-I{folder / EMULATOR.parent}"]
         command = [compiler()[0], *flags, *includes, "-x", "c++", *parts, "-o", str(target), "-ldl"]
         checked(command)
 
     key = repr((sorted(tree.items()), flags, compiler()[1], source))
-    if mode == "ptx":
-        key += nvcc.version() + Path(ptx_to_cpp.__file__).read_text()
+    if ptx is not None:
+        key += ptx + Path(ptx_to_cpp.__file__).read_text() + Path(ptx_parser.__file__).read_text()
     return Library(cached(key, ".so", make), mode)
 
 
@@ -211,6 +215,15 @@ def in_parallel(jobs: Sequence[Callable[[], object]]) -> list[object]:
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(outcome, jobs))
+
+
+def build_all(sources: Sequence[str], mode: str) -> dict[str, Library]:
+    """Libraries by source, built in parallel. Raises the first failure."""
+    built = in_parallel([functools.partial(build, source, mode) for source in sources])
+    for outcome in built:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return {source: library for source, library in zip(sources, built, strict=True) if isinstance(library, Library)}
 
 
 def run(library: Library, programs: Sequence[Program], schedule: int = 0) -> Outcome:

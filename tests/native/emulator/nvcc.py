@@ -29,6 +29,14 @@ def find(name: str = "nvcc") -> str:
     raise MissingTool(f"no {name} in $CUDA_HOME, on PATH or in the wheels of ds_compress[cuda-build]")
 
 
+def available(name: str = "nvcc") -> bool:
+    try:
+        find(name)
+    except MissingTool:
+        return False
+    return True
+
+
 @functools.cache
 def version() -> str:
     return subprocess.run([find(), "--version"], capture_output=True, text=True, check=True).stdout
