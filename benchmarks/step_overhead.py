@@ -42,6 +42,7 @@ from benchmarks.engines import (
 from benchmarks.timing import Timing, interleave, ratio
 
 PLAIN = "plain DeepSpeed"
+AUTOCAST = "plain DeepSpeed, bf16 autocast"
 BATCH, TOKENS = 32, 40
 STRIDE = 100
 SCHEDULE_END = 2 * STRIDE
@@ -69,11 +70,13 @@ class Clock:
 class Variant:
     """One engine and the clocks on its inner parts."""
 
-    def __init__(self, block: dict[str, Any] | None, zero_stage: int) -> None:
+    def __init__(self, block: dict[str, Any] | None, zero_stage: int, autocast: bool = False) -> None:
         import deepspeed
 
         model = bert(MINILM)
         config = deepspeed_config(zero_stage, BATCH, block)
+        if autocast:
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config=config
         )
@@ -101,7 +104,7 @@ def time_in_backward() -> Iterator[Clock]:
     from ds_compress.quant import functions
 
     clock = Clock()
-    names = ("fake_quantize_weight", "_input_backward")
+    names = ("quantize_weight", "_input_backward")
     originals = {name: getattr(functions, name) for name in names}
     for name, original in originals.items():
         setattr(functions, name, clock.wrap(original))
@@ -118,10 +121,12 @@ def blocks() -> dict[str, dict[str, Any] | None]:
     def pruned(method: str, stride: int = STRIDE) -> dict[str, Any]:
         return sparse_block(method, stride, dense_ratio=0.01, end=SCHEDULE_END)
 
-    variants: dict[str, dict[str, Any] | None] = {PLAIN: None}
+    variants: dict[str, dict[str, Any] | None] = {PLAIN: None, AUTOCAST: None}
     variants |= {f"{method}, stride {STRIDE}": pruned(method) for method in METHODS}
     variants |= {f"{method}, stride 1": pruned(method, 1) for method in ("topk", "movement")}
-    variants |= {f"W8A8 {calibration}": w8a8_block(calibration) for calibration in ("dynamic", "static")}
+    calibrations = ("dynamic", "static")
+    variants |= {f"W8A8 {calibration}": w8a8_block(calibration) for calibration in calibrations}
+    variants |= {f"W8A8 {calibration}, int8 kernel": w8a8_block(calibration, "int8") for calibration in calibrations}
     variants["l1 + W8A8 dynamic"] = pruned("l1") | w8a8_block("dynamic")
     return variants
 
@@ -140,8 +145,9 @@ def measure(variants: dict[str, Variant], rounds: int) -> dict[str, Timing]:
 def measure_quickly(variants: dict[str, Variant]) -> dict[str, Timing]:
     """As `measure`, but pruning's extra seconds come from a tiny batch."""
     quantized = {name: v for name, v in variants.items() if "W8A8" in name}
-    pruned = {name: v for name, v in variants.items() if name != PLAIN and name not in quantized}
-    full = measure({PLAIN: variants[PLAIN], **quantized}, rounds=3)
+    plain = {name: v for name, v in variants.items() if name in (PLAIN, AUTOCAST)}
+    pruned = {name: v for name, v in variants.items() if name not in plain and name not in quantized}
+    full = measure(plain | quantized, rounds=3)
     for variant in (variants[PLAIN], *pruned.values()):
         variant.batch = random_batch(1, 8)
     tiny = measure({PLAIN: variants[PLAIN], **pruned}, rounds=6)
@@ -227,7 +233,7 @@ def main() -> None:
 
     start_single_process()
     chosen = {name: block for name, block in blocks().items() if name == PLAIN or args.only in name}
-    variants = {name: Variant(block, args.zero_stage) for name, block in chosen.items()}
+    variants = {name: Variant(block, args.zero_stage, name == AUTOCAST) for name, block in chosen.items()}
     timings = measure_quickly(variants) if args.quick else measure(variants, args.rounds)
     result = figures(variants, timings)
     title = f"step time, ZeRO-{args.zero_stage}, batch {BATCH} x {TOKENS}, fp32, one thread"
