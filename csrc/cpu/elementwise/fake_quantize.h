@@ -14,6 +14,7 @@ Span measure_as(const typename Format::Stored* values, int64_t count) {
     Ints largest[kTurns] = {};
     Floats lowest[kTurns], highest[kTurns];
     const float infinity = math::float_of(math::kInfinityBits);
+#pragma GCC unroll 4
     for (int t = 0; t < kTurns; t++) {
         lowest[t] = splat(infinity);
         highest[t] = splat(-infinity);
@@ -30,6 +31,7 @@ Span measure_as(const typename Format::Stored* values, int64_t count) {
             }
         }
     }
+#pragma GCC unroll 4
     for (int t = 1; t < kTurns; t++) {
         largest[0] = larger(largest[0], largest[t]);
         lowest[0] = smaller(lowest[0], lowest[t]);
@@ -65,7 +67,8 @@ void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored*
     const Floats scale = splat(grid.scale), offset = splat(grid.offset);
     const Floats low = splat(grid.low), high = splat(grid.high);
     [[maybe_unused]] BitWriter writer(kKeep ? kept : reinterpret_cast<uint8_t*>(&grid), kKeep ? bit : 0);
-    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to, int lanes) {
+    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to,
+                         int lanes) __attribute__((always_inline)) {
         Floats value = Format::load(from);
         if constexpr (kOffset) value = value - offset;
         value = round_half_even(value / scale);
