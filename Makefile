@@ -39,7 +39,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@echo "==> installing torch, then ds_compress with its test tools (a few minutes the first time)"
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install -e '.[test,cuda-build]'
 	@touch $@
 
 $(LINTERS): $(INSTALLED)

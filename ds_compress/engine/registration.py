@@ -17,6 +17,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ds_compress.engine.op_builder import register_builder
+
 logger = logging.getLogger("ds_compress")
 
 KEY = "compression_training"
@@ -35,6 +37,7 @@ def register() -> None:
     _originals["engine"] = DeepSpeedEngine.__init__
     DeepSpeedConfig.__init__ = _wrap_config(DeepSpeedConfig.__init__)
     DeepSpeedEngine.__init__ = _wrap_engine(DeepSpeedEngine.__init__)
+    register_builder()
 
 
 def unregister() -> None:
