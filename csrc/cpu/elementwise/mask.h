@@ -26,11 +26,31 @@ struct Lanes<uint64_t> {
     using Vector = uint64_t __attribute__((vector_size(8 * count)));
 };
 
+// The lanes of vector number `index` look at successive bits of a T; so does every vector that follows, from the start
+// of the next T when this one is used up.
 template <class T>
-DSC_INLINE typename Lanes<T>::Vector lane_bits() {
+DSC_INLINE typename Lanes<T>::Vector looked_at(int index) {
+    constexpr int count = Lanes<T>::count;
     typename Lanes<T>::Vector bits{};
-    for (int i = 0; i < Lanes<T>::count; i++) bits[i] = static_cast<T>(T{1} << i);
+    for (int i = 0; i < count; i++) bits[i] = static_cast<T>(T{1} << (index * count % (8 * sizeof(T)) + i));
     return bits;
+}
+
+template <class V>
+DSC_INLINE bool any_bit(V value) {
+#if defined(DSC_AVX512)
+    if constexpr (sizeof(V) == 64)
+        return _mm512_test_epi64_mask((__m512i)value, (__m512i)value) != 0;
+    else
+        return !_mm256_testz_si256((__m256i)value, (__m256i)value);
+#elif defined(DSC_AVX2)
+    return !_mm256_testz_si256((__m256i)value, (__m256i)value);
+#else
+    uint64_t words[sizeof(V) / 8], any = 0;
+    memcpy(words, &value, sizeof value);
+    for (uint64_t word : words) any |= word;
+    return any != 0;
+#endif
 }
 
 // The 64 bits of the mask from `bit` on; needs 9 bytes from there.
@@ -59,30 +79,27 @@ template <class T, bool kCount, bool kFill>
 DSC_INLINE void apply_64(T* data, uint64_t bits, T fill, typename Lanes<T>::Vector& non_zero) {
     using V = typename Lanes<T>::Vector;
     constexpr int count = Lanes<T>::count;
-    const V looked_at = lane_bits<T>();
-    constexpr int batch = count * 8 < 64 ? count * 8 : 64;  // no more vectors than registers
-    for (int begin = 0; begin < 64; begin += batch) {
-        V values[batch / count];
-        V lost{};
+    constexpr int kBatch = count * 4 < 64 ? count * 4 : 64;  // few enough vectors for the registers
 #pragma GCC unroll 8
-        for (int i = 0; i < batch / count; i++) {
-            const V spread = static_cast<T>(bits >> (begin + i * count)) - V{};
-            const V kept = (V)((spread & looked_at) == looked_at);
-            const V before = load_as<V>(data + begin + i * count);
+    for (int begin = 0; begin < 64; begin += kBatch) {
+        V values[kBatch / count];
+        V lost{};
+#pragma GCC unroll 4
+        for (int i = 0; i < kBatch / count; i++) {
+            const int first = begin + i * count;
+            const V spread = static_cast<T>(bits >> (first / (8 * sizeof(T)) * (8 * sizeof(T)))) - V{};
+            const V look = looked_at<T>(first / count);
+            const V kept = (V)((spread & look) == look);
+            const V before = load_as<V>(data + first);
             values[i] = before & kept;
             if constexpr (kFill) values[i] |= ~kept & fill;
-            lost |= before ^ values[i];
+            lost |= kFill ? before ^ values[i] : before & ~kept;
             if constexpr (kCount) non_zero += (V)((values[i] << 1) != 0);
         }
         // Lines in which nothing changes, as in a step after the first under one mask, are not written back.
-        V any = lost;
-        uint64_t words[sizeof(V) / 8];
-        memcpy(words, &any, sizeof any);
-        uint64_t changed = 0;
-        for (unsigned i = 0; i < sizeof(V) / 8; i++) changed |= words[i];
-        if (changed == 0) continue;
-#pragma GCC unroll 8
-        for (int i = 0; i < batch / count; i++) store(data + begin + i * count, values[i]);
+        if (!any_bit(lost)) continue;
+#pragma GCC unroll 4
+        for (int i = 0; i < kBatch / count; i++) store(data + begin + i * count, values[i]);
     }
 }
 
