@@ -1,8 +1,9 @@
 """Compiles `csrc` into one shared library, once per content.
 
-The library's name holds a hash of everything that it is made of: sources, flags, compilers, torch. It is looked for
-inside the package (made by `DS_COMPRESS_BUILD_OPS=1 pip install .`), then in the cache, then built: every file by its
-own compiler process, linked under a temporary name, renamed when whole. So no reader ever sees half a library.
+The library's name holds a hash of the sources and one of what made it: flags, compilers, torch. A library made ahead
+(`DS_COMPRESS_BUILD_OPS=1 pip install .`) lies in the package and needs to match in its sources only: it runs where no
+compiler is. Otherwise the cache is searched, then the library is built: every file by its own compiler process, linked
+under a temporary name, renamed when whole. So no reader ever sees half a library.
 
 The first process to build takes an flock; the others of this machine wait and then find the result. The kernel drops
 the lock of a process that dies, and whoever has waited longer than any build takes builds for itself, so that a
@@ -108,16 +109,11 @@ class Build:
 
     @cached_property
     def name(self) -> str:
-        """File name of the library, with the hash of all that goes into it."""
-        digest = hashlib.sha256()
-        root = sources_folder()
-        made_of = [*self.sources, *root.glob("**/*.h"), *root.glob("**/*.cuh")]
-        for path in sorted(made_of):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+        """File name of the library: its sources, then what makes it."""
         tools = [self.torch.version, str(self.cxx), compiler_version(self.cxx), platform.machine()]
         tools += [self.cuda.version] if self.cuda else []
-        digest.update(repr([tools, _CXX_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _STABLE_ABI]).encode())
-        return f"ds_compress_ops{'_cuda' if self.cuda else ''}-{digest.hexdigest()[:16]}.so"
+        made_by = repr([tools, _CXX_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _STABLE_ABI]).encode()
+        return f"{stem_of(self.cuda is not None)}-{hashlib.sha256(made_by).hexdigest()[:8]}.so"
 
     def command(self, source: Path, target: Path) -> list[str]:
         """The compiler call for one source file."""
@@ -147,11 +143,21 @@ class Build:
         return command
 
 
-def find_built(build: Build) -> Path | None:
-    """The library when somebody has built it already."""
-    return next(
-        (path for folder in (PREBUILT, cache_folder()) if (path := folder / build.name).is_file()), None
-    )
+def stem_of(with_cuda: bool) -> str:
+    """The first part of a library's name: the device, and the hash of everything in `csrc`."""
+    root = sources_folder()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return f"ds_compress_ops{'_cuda' if with_cuda else ''}-{digest.hexdigest()[:16]}"
+
+
+def find_prebuilt(with_cuda: bool) -> Path | None:
+    """The library built ahead from these very sources, by whatever compiler; one with CUDA serves the CPU too."""
+    for variant in (True,) if with_cuda else (False, True):
+        for path in PREBUILT.glob(f"{stem_of(variant)}-*.so"):
+            return path
+    return None
 
 
 def ensure_built(build: Build, say: Callable[[str], object] = lambda line: None) -> Path:
@@ -160,14 +166,12 @@ def ensure_built(build: Build, say: Callable[[str], object] = lambda line: None)
     Raises:
         BuildError: a compiler failed.
     """
-    found = find_built(build)
-    if found is not None:
-        return found
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _turn(folder / f"{build.name}.lock", say):
-        found = find_built(build)
-        return found if found is not None else compile_library(build, folder / build.name, say)
+    library = cache_folder() / build.name
+    if library.is_file():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(library.with_suffix(".lock"), say):
+        return library if library.is_file() else compile_library(build, library, say)
 
 
 def compile_library(build: Build, library: Path, say: Callable[[str], object] = lambda line: None) -> Path:

@@ -113,7 +113,7 @@ def load() -> bool:
     if _reason is not None:
         return False
     try:
-        path = build.ensure_built(wanted_build(), build.to_stderr)
+        path = build.find_prebuilt(wants_cuda()) or build.ensure_built(wanted_build(), build.to_stderr)
         torch.ops.load_library(str(path))
         _loaded = path
     except (ToolchainError, build.BuildError, OSError) as error:
@@ -123,14 +123,23 @@ def load() -> bool:
     return True
 
 
-def wanted_build() -> build.Build:
-    """With CUDA kernels where torch has CUDA and nvcc is found, or where `DS_COMPRESS_CUDA=1` insists."""
+def wants_cuda() -> bool:
+    """Where torch has CUDA, unless `DS_COMPRESS_CUDA` says 1 or 0."""
     insists = os.environ.get("DS_COMPRESS_CUDA")
-    with_cuda = insists == "1" or (insists != "0" and torch.version.cuda is not None)
+    return insists == "1" or (insists != "0" and torch.version.cuda is not None)
+
+
+def wanted_build() -> build.Build:
+    """With CUDA kernels where they are wanted and nvcc is found.
+
+    Raises:
+        ToolchainError: no compiler; or no nvcc, and `DS_COMPRESS_CUDA=1` insists.
+    """
+    with_cuda = wants_cuda()
     try:
         return build.Build.for_this_machine(with_cuda)
     except ToolchainError as error:
-        if insists == "1" or not with_cuda:
+        if os.environ.get("DS_COMPRESS_CUDA") == "1" or not with_cuda:
             raise
         logger.warning(
             "ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", error

@@ -100,7 +100,7 @@ def test_whoever_has_waited_too_long_builds_for_himself(small: Path, monkeypatch
     build.cache_folder().mkdir()
     monkeypatch.setattr(build, "LONGEST_BUILD_S", 0.5)
     said: list[str] = []
-    with build._turn(build.cache_folder() / f"{wanted.name}.lock", said.append):
+    with build._turn((build.cache_folder() / wanted.name).with_suffix(".lock"), said.append):
         library = build.ensure_built(wanted, said.append)
     assert library.is_file()
     assert any("waiting" in line for line in said)
@@ -120,13 +120,16 @@ def test_an_undefined_symbol_is_an_error_of_the_build(small: Path) -> None:
 
 
 def test_a_library_built_ahead_is_found_first(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = build.Build.for_this_machine(with_cuda=False)
-    ahead = small / "prebuilt" / wanted.name
-    ahead.parent.mkdir()
-    ahead.touch()
-    monkeypatch.setattr(build, "PREBUILT", ahead.parent)
-    assert build.ensure_built(wanted) == ahead
-    assert compiles(small) == 0
+    folder = small / "prebuilt"
+    folder.mkdir()
+    monkeypatch.setattr(build, "PREBUILT", folder)
+    assert build.find_prebuilt(with_cuda=False) is None
+    by_another_compiler = folder / f"{build.stem_of(with_cuda=False)}-00000000.so"
+    by_another_compiler.touch()
+    assert build.find_prebuilt(with_cuda=False) == by_another_compiler
+    assert build.find_prebuilt(with_cuda=True) is None
+    (small / "csrc" / "cpu" / "answer.cpp").write_text("// other sources\n")
+    assert build.find_prebuilt(with_cuda=False) is None
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
