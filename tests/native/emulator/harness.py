@@ -150,10 +150,13 @@ def cached(key: str, suffix: str, make: Callable[[Path, Path], None]) -> Path:
     return target
 
 
-def build(source: str, mode: str, edits: Sequence[Edit] = (), ptx: str | None = None) -> Library:
+def build(
+    source: str, mode: str, edits: Sequence[Edit] = (), ptx: str | None = None, only: str = ""
+) -> Library:
     """The launchers of `source` (relative to the repository) as a library of the given mode.
 
-    `ptx`: in the mode `ptx`, what to run in place of what nvcc makes of the source.
+    `ptx`: in the mode `ptx`, what to run in place of what nvcc makes of the source; `only`: of that, the kernels
+    whose name contains it.
     """
     if mode == "ptx" and ptx is None:
         ptx = ptx_text(source, edits)
@@ -165,7 +168,7 @@ def build(source: str, mode: str, edits: Sequence[Edit] = (), ptx: str | None = 
         parts = [str(folder / source), str(folder / EMULATOR / "library.cpp")]
         if ptx is not None:
             translated = folder / "translated.cpp"
-            translated.write_text(ptx_to_cpp.translate(ptx))
+            translated.write_text(ptx_to_cpp.translate(ptx, only))
             parts.append(str(translated))
         includes = [f"-I{folder / 'csrc/include'}", f"-I{folder / EMULATOR.parent}"]
         command = [compiler()[0], *flags, *includes, "-x", "c++", *parts, "-o", str(target), "-ldl"]
@@ -173,7 +176,7 @@ def build(source: str, mode: str, edits: Sequence[Edit] = (), ptx: str | None = 
 
     key = repr((sorted(tree.items()), flags, compiler()[1], source))
     if ptx is not None:
-        key += ptx + Path(ptx_to_cpp.__file__).read_text() + Path(ptx_parser.__file__).read_text()
+        key += only + ptx + Path(ptx_to_cpp.__file__).read_text() + Path(ptx_parser.__file__).read_text()
     return Library(cached(key, ".so", make), mode)
 
 

@@ -460,9 +460,12 @@ def bits_of(type_: str) -> str:
     return type_ if type_ == "pred" else f"b{type_[1:]}"
 
 
-def translate(text: str) -> str:
-    """The C++ of all kernels of a PTX module, and `dsc_ptx_kernel` which finds them by name."""
-    kernels = parse(text)
+def translate(text: str, only: str = "") -> str:
+    """The C++ of the kernels of a PTX module, and `dsc_ptx_kernel` which finds them by name.
+
+    `only`: those whose name contains it.
+    """
+    kernels = [kernel for kernel in parse(text) if only in kernel.name]
     parts = ['#include "emulator/ptx_runtime.h"', "namespace ds_compress {", "using namespace ptx;"]
     parts += [translate_kernel(kernel) for kernel in kernels]
     entries = ", ".join(f'{{"{k.name}", {{{k.name}_ptx, {k.static_shared_bytes}}}}}' for k in kernels)
