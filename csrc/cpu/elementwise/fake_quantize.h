@@ -37,11 +37,16 @@ Span measure_as(const typename Format::Stored* values, int64_t count) {
         lowest[0] = smaller(lowest[0], lowest[t]);
         highest[0] = larger(highest[0], highest[t]);
     }
-    Span span{least_of(lowest[0]), largest_of(highest[0]), static_cast<uint32_t>(largest_of(largest[0]))};
+    Span span{infinity, -infinity, static_cast<uint32_t>(largest_of(largest[0]))};
+    if constexpr (!kSymmetric) {
+        span.lowest = least_of(lowest[0]);
+        span.highest = largest_of(highest[0]);
+    }
     for (; i < count; i++) {
         const float x = Format::widen(values[i]);
         const uint32_t bits = math::bits_of(x) & math::kMagnitudeBits;
         if (bits > span.largest_bits) span.largest_bits = bits;
+        if constexpr (kSymmetric) continue;
         if (x < span.lowest) span.lowest = x;
         if (x > span.highest) span.highest = x;
     }

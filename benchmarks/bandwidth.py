@@ -1,0 +1,135 @@
+"""Comparing operations that are bound by memory: time, bytes per second, and what a plain copy would make of them.
+
+Every round runs everything once, beginning elsewhere than the round before; what a run needs to be fresh (`prepare`)
+is not timed. A run's *bytes* are those that the operation itself has to read and write, each once. The roofline
+predicts that they pass at the bandwidth of `tensor.copy_` on the same elements, which is measured in the same rounds.
+On one thread the CPU time of the process is taken, which sees little of what else the machine does; on more, and on
+CUDA (between two events), time that passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.timing import ratio
+
+COPY = "copy_"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One operation. `peer_of`: the run that it is an alternative to, whose ratio to it is reported."""
+
+    call: Callable[[], object]
+    bytes: int
+    prepare: Callable[[], object] | None = None
+    peer_of: str | None = None
+
+
+def seconds(run: Run, device: torch.device, threads: int) -> float:
+    """What one call takes; see the module."""
+    if run.prepare is not None:
+        run.prepare()
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        run.call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    clock = time.process_time if threads == 1 else time.perf_counter
+    begin = clock()
+    run.call()
+    return clock() - begin
+
+
+def measure(
+    runs: Mapping[str, Run], rounds: int, device: torch.device, threads: int
+) -> dict[str, dict[str, float]]:
+    """{run: {figure: value}}. One of the runs is `COPY`."""
+    torch.set_num_threads(threads)
+    names = list(runs)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(-1, rounds):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            spent = seconds(runs[name], device, threads)
+            if round_number >= 0:
+                taken[name].append(spent)
+    torch.set_num_threads(1)
+    copy_rate = runs[COPY].bytes / statistics.median(taken[COPY])
+    result: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        median = statistics.median(taken[name])
+        percent = ratio([run.bytes / s for s in taken[name]], [runs[COPY].bytes / s for s in taken[COPY]])
+        result[name] = {
+            "ms": 1e3 * median,
+            "GB/s": 1e-9 * run.bytes / median,
+            "percent of copy bandwidth": 100 * percent.median,
+            "roofline ms": 1e3 * run.bytes / copy_rate,
+        }
+        if run.peer_of is not None:
+            result[name][f"times slower than {run.peer_of}"] = ratio(taken[name], taken[run.peer_of]).median
+    return result
+
+
+def table(result: Mapping[str, Mapping[str, float]], title: str) -> Table:
+    made = Table(title=title)
+    made.add_column("")
+    for column in ("ms", "roofline ms", "GB/s", "% of copy", "times slower than ours"):
+        made.add_column(column, justify="right")
+    for name, figures in result.items():
+        slower = next((value for figure, value in figures.items() if figure.startswith("times slower")), None)
+        made.add_row(
+            name,
+            f"{figures['ms']:.3f}",
+            f"{figures['roofline ms']:.3f}",
+            f"{figures['GB/s']:.1f}",
+            f"{figures['percent of copy bandwidth']:.0f}",
+            "" if slower is None else f"{slower:.2f}",
+        )
+    return made
+
+
+def run_benchmark(
+    name: str,
+    description: str,
+    cases: Callable[[torch.device, bool], Mapping[str, Callable[[], Mapping[str, Run]]]],
+    rounds: int,
+    quick_rounds: int,
+) -> None:
+    """The command line of a benchmark: measures every case on every number of threads, prints and records.
+
+    `cases(device, quick)` gives {title: a function that makes the runs}; the tensors of a case live while it runs.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: under 50 seconds")
+    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    parser.add_argument("--threads", default="1", help="for example 1,2")
+    parser.add_argument("--rounds", type=int, default=rounds, help="without --quick")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    everything: dict[str, dict[str, float]] = {}
+    for case, make in cases(device, args.quick).items():
+        runs = make()
+        for threads in map(int, args.threads.split(",")):
+            where = f"{case}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else case
+            result = measure(runs, quick_rounds if args.quick else args.rounds, device, threads)
+            Console(width=120).print(table(result, where))
+            everything |= {f"{where}: {run}": figures for run, figures in result.items()}
+    print(f"appended to {record.append(name, ' '.join(sys.argv[1:]), everything)}")
+    if args.json:
+        print(record.json_line(name, everything))

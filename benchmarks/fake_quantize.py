@@ -1,0 +1,97 @@
+"""Fused fake quantization beside the same formulas in eager torch and beside torch's own fake-quantize ops.
+
+    python -m benchmarks.fake_quantize [--quick] [--json] [--threads 1,2] [--device cuda]
+
+Activations of a batch of 32 x 40 tokens (per token) and weights of BERT-base's size (per channel), 8 bits, ranges
+measured in the same call, with and without the bits of what was not clipped. The peers are `quant.grid` (what layers
+ran on before), the reference, and `torch.fake_quantize_per_channel_affine`, once with its ranges given, which is less
+work, and once with a scale measured first. The result is allocated in all of them, as a layer does.
+
+On CUDA the same runs are timed between events; that has never been tried on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from benchmarks.bandwidth import COPY, Run, run_benchmark
+from ds_compress.ops import reference
+from ds_compress.ops.library import native
+from ds_compress.quant import grid as grids
+from ds_compress.quant.grid import Grid
+
+SHAPES = {
+    "activation 1280 x 384": (1280, 384),
+    "activation 1280 x 1536": (1280, 1536),
+    "weight 3072 x 768": (3072, 768),
+}
+SYMMETRIC, ASYMMETRIC = Grid(8, True, True), Grid(8, False)
+
+
+def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
+    x = torch.randn(shape, device=device).to(dtype)
+    target = torch.empty_like(x)
+    moved = 2 * x.numel() * x.element_size()
+    zeros = torch.zeros(shape[0], dtype=torch.int32, device=device)
+    ours = "fake_quantize"
+    measured = (x.float().abs().amax(1) / 127).clamp_min(2.0**-126)
+
+    def fused(grid: Grid, keep: bool) -> object:
+        return native().fake_quantize(
+            x, low=grid.low, high=grid.high, steps=grid.steps, symmetric=grid.symmetric, keep=keep
+        )
+
+    def eager(grid: Grid) -> torch.Tensor:
+        exact = x.float()
+        ranges = grids.measure(exact, (1,), grid)
+        return grids.decode_(grids.encode(exact, ranges, grid), ranges).to(dtype)
+
+    def per_channel(scale: torch.Tensor) -> torch.Tensor:
+        return torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -127, 127)
+
+    runs = {
+        COPY: Run(lambda: target.copy_(x), moved),
+        "clone": Run(lambda: x.clone(), moved),
+        ours: Run(lambda: fused(SYMMETRIC, False), moved),
+        f"{ours}, kept bits": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
+        f"{ours}, asymmetric": Run(lambda: fused(ASYMMETRIC, False), moved),
+        f"{ours}, range given": Run(
+            lambda: native().fake_quantize(
+                x, measured, low=-127, high=127, steps=127, symmetric=True, keep=False
+            ),
+            moved,
+        ),
+        "quant.grid, eager": Run(lambda: eager(SYMMETRIC), moved, peer_of=ours),
+        "quant.grid, eager, asymmetric": Run(lambda: eager(ASYMMETRIC), moved, peer_of=f"{ours}, asymmetric"),
+        "the reference in torch": Run(
+            lambda: reference.fake_quantize.fake_quantize(
+                x, low=-127, high=127, steps=127, symmetric=True, keep=False
+            ),
+            moved,
+            peer_of=ours,
+        ),
+        "torch per channel, range given": Run(
+            lambda: per_channel(measured), moved, peer_of=f"{ours}, range given"
+        ),
+        "torch per channel, range measured": Run(
+            lambda: per_channel(x.abs().amax(1).float().div_(127).clamp_min_(2.0**-126)), moved, peer_of=ours
+        ),
+    }
+    return runs
+
+
+def cases(device: torch.device, quick: bool) -> Mapping[str, Callable[[], Mapping[str, Run]]]:
+    dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
+    return {
+        f"{name}, {str(dtype).removeprefix('torch.')}": lambda shape=shape, dtype=dtype: runs_of(
+            shape, device, dtype
+        )
+        for dtype in dtypes
+        for name, shape in SHAPES.items()
+    }
+
+
+if __name__ == "__main__":
+    run_benchmark("fake_quantize", __doc__ or "", cases, rounds=51, quick_rounds=15)
