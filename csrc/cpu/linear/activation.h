@@ -19,50 +19,60 @@ DSC_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 }
 
 template <int kCount>
-DSC_INLINE Floats polynomial(Floats x, const float (&highest_first)[kCount]) {
-    Floats sum = splat(highest_first[0]);
+DSC_INLINE Floats sum_of_powers(Floats* terms, Floats x) {
+    if constexpr (kCount == 1) return terms[0];
 #pragma GCC unroll 16
-    for (int i = 1; i < kCount; i++) sum = multiply_add(sum, x, splat(highest_first[i]));
-    return sum;
+    for (int i = 0; i < kCount / 2; i++) terms[i] = multiply_add(terms[2 * i + 1], x, terms[2 * i]);
+    if constexpr (kCount % 2) terms[kCount / 2] = terms[kCount - 1];
+    return sum_of_powers<(kCount + 1) / 2>(terms, x * x);
 }
 
-// e^x, NaN for NaN; arguments beyond +-87 are taken as +-87.
-DSC_INLINE Floats exponential(Floats x) {
-    x = clamp(x, splat(-87.0f), splat(87.0f));
-    const Floats power = round_half_even(x * splat(1.44269504f));
-    // ln 2 in two parts, the first with so few digits that its product is exact.
-    Floats rest = multiply_add(power, splat(-0.693359375f), x);
-    rest = multiply_add(power, splat(2.12194440e-4f), rest);
-    static constexpr float kTaylor[] = {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
-    const Ints exponent = __builtin_convertvector(power, Ints) << 23;
-    return floats_of(bits_of(polynomial(rest, kTaylor)) + exponent);
+// Coefficients from the lowest power. By halves (Estrin), which waits less for results than one power after the other.
+template <int kCount>
+DSC_INLINE Floats polynomial(Floats x, const float (&coefficients)[kCount]) {
+    Floats terms[kCount];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; i++) terms[i] = splat(coefficients[i]);
+    return sum_of_powers<kCount>(terms, x);
+}
+
+// 2^x for |x| <= 126. Adding 1.5 * 2^23 leaves the nearest integer in the low bits; the polynomial is 2^r for
+// |r| <= 1/2, within 8e-8 relative.
+DSC_INLINE Floats power_of_2(Floats x) {
+    const Floats shifted = x + 12582912.0f;
+    const Floats rest = x - (shifted - 12582912.0f);
+    static constexpr float kPower[] = {1.00000012f,   0.693146944f,   0.240221202f,
+                                       0.0555071346f, 0.00967554096f, 0.00132764073f};
+    return floats_of(bits_of(polynomial(rest, kPower)) + (bits_of(shifted) << 23));
 }
 
 DSC_INLINE Floats absolute(Floats x) { return floats_of(bits_of(x) & INT32_MAX); }
 
-// 1 / (1 + e^-x) times x; -Inf gives a tiny number where the formula would be -Inf * 0.
-DSC_INLINE Floats times_sigmoid(Floats x, Floats argument) {
-    return larger(splat(-3.0e38f), x) / (1.0f + exponential(-argument));
+// x / (1 + 2^power); for x = -Inf a tiny number, where the formula would be -Inf * 0.
+DSC_INLINE Floats over_one_and_power(Floats x, Floats power) {
+    return larger(splat(-3.0e38f), x) / (1.0f + power_of_2(power));
 }
 
-DSC_INLINE Floats silu(Floats x) { return times_sigmoid(x, x); }
+// x sigmoid(x) = x / (1 + e^-x).
+DSC_INLINE Floats silu(Floats x) {
+    const Floats bounded = clamp(x, splat(-87.0f), splat(87.0f));
+    return over_one_and_power(x, bounded * splat(-1.44269504f));
+}
 
-// 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
+// 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); tanh(u) is 1 in fp32 long before x = 9.
 DSC_INLINE Floats gelu_tanh(Floats x) {
-    const Floats bounded = clamp(x, splat(-20.0f), splat(20.0f));
-    const Floats cubic = multiply_add(bounded * bounded, splat(0.0713548163f), splat(1.59576912f));
-    return times_sigmoid(x, bounded * cubic);
+    const Floats bounded = clamp(x, splat(-9.0f), splat(9.0f));
+    const Floats cubic = multiply_add(bounded * bounded, splat(-0.102943240f), splat(-2.30220820f));  // times log2 e
+    return over_one_and_power(x, bounded * cubic);
 }
 
-// x (1 - tail) for x > 0 and x tail for x < 0, where tail = erfc(|x| / sqrt 2) / 2 = e^(-x^2 / 2) M(|x|) and M is a
-// polynomial fitted on [0, 6] for the least error of x * tail. Beyond 6, x * tail is below 1e-8 and taken as at 6.
+// max(x, 0) - |x| tail, where tail = erfc(|x| / sqrt 2) / 2 = 2^P(|x|), with the polynomial P fitted on [0, 6] for the
+// least error of |x| tail. Beyond 6, |x| tail is below 1e-8 and taken as at 6.
 DSC_INLINE Floats gelu_erf(Floats x) {
     const Floats distance = smaller(splat(6.0f), absolute(x));
-    static constexpr float kTail[] = {
-        -1.79188078e-07f, 4.83537769e-06f, -5.88497387e-05f, 0.000432374654f, -0.00217867526f, 0.00817450695f,
-        -0.0243887119f, 0.0610233434f, -0.132349849f, 0.249843553f, -0.398923337f, 0.499999255f};
-    const Floats tail = polynomial(distance, kTail) * exponential(distance * distance * splat(-0.5f));
-    return larger(Floats{}, x) - distance * tail;
+    static constexpr float kLogTail[] = {-0.999996126f,   -1.15116286f,     -0.458928406f,   -0.05312372f,
+                                         0.00781063875f,  -0.000635900418f, 2.8737341e-07f,  3.15253101e-06f};
+    return larger(Floats{}, x) - distance * power_of_2(polynomial(distance, kLogTail));
 }
 
 template <Activation kActivation>

@@ -37,51 +37,15 @@ struct Int8Avx2 {
     static constexpr int kColumns = kTileColumns;
     static constexpr int kRows = 4;
     static constexpr int64_t kDepth = 8;
-    // As many columns of K are widened at a time as stay in the first-level cache beside four rows.
-    static constexpr int64_t kChunk = 640;
-    static constexpr int64_t kWorkspaceBytes = kChunk * kColumns * 2;
+    static constexpr int64_t kChunk = 1024;
 
     // Minus the corrections of the columns, then the quads.
-    static constexpr int64_t kConstantBytes = kColumns * 4;
-    static int64_t panel_bytes(int64_t depth) { return kConstantBytes + depth * kColumns; }
+    static int64_t panel_bytes(int64_t depth) { return (4 + depth) * kColumns; }
 
-    template <Weights kWeights>
-    static DSC_INLINE void tile(int64_t rows, const int16_t* codes, int64_t stride, const uint8_t* packed, void* wide,
+    static DSC_INLINE void tile(int64_t rows, const int16_t* codes, int64_t stride, const uint8_t* weights,
                                 int64_t depth, const int32_t* from, int64_t from_stride, int32_t* to) {
-        const auto run = rows == 1   ? int8_tile<1, kWeights>
-                         : rows == 2 ? int8_tile<2, kWeights>
-                         : rows == 3 ? int8_tile<3, kWeights>
-                                     : int8_tile<4, kWeights>;
-        run(codes, 2 * stride, packed, wide, depth / 8, from, from_stride, to);
-    }
-
-    static void multiply(const int16_t* codes, int64_t stride, int64_t rows, const uint8_t* panel, int64_t depth,
-                         int32_t* sums, void* workspace) {
-        const auto* constants = reinterpret_cast<const int32_t*>(panel);
-        const uint8_t* packed = panel + kConstantBytes;
-        if (rows <= kRows) {
-            tile<Weights::packed>(rows, codes, stride, packed, workspace, depth, constants, 0, sums);
-            return;
-        }
-        const int64_t chunks = depth > kChunk ? (depth + kChunk - 1) / kChunk : 1;
-        const int64_t chunk = round_up((depth + chunks - 1) / chunks, kDepth);
-        int64_t k = 0;
-        do {
-            const int64_t part = depth - k < chunk ? depth - k : chunk;
-            for (int64_t m = 0; m < rows; m += kRows) {
-                const int64_t count = rows - m < kRows ? rows - m : kRows;
-                int32_t* to = sums + m * kColumns;
-                const int32_t* from = k == 0 ? constants : to;
-                const int64_t from_stride = k == 0 ? 0 : kColumns;
-                const int16_t* a = codes + m * stride + k;
-                const uint8_t* w = packed + k * kColumns;
-                if (m == 0)
-                    tile<Weights::packed_and_widened>(count, a, stride, w, workspace, part, from, from_stride, to);
-                else
-                    tile<Weights::widened>(count, a, stride, w, workspace, part, from, from_stride, to);
-            }
-            k += part;
-        } while (k < depth);
+        const auto run = rows == 4 ? int8_tile<4> : rows == 3 ? int8_tile<3> : rows == 2 ? int8_tile<2> : int8_tile<1>;
+        run(codes, 2 * stride, weights, depth / 8, from, from_stride, to);
     }
 
     // 16 rows of weights, 16 values of K at a time: bytes, transposed by quads, halves of the quads apart.
@@ -90,7 +54,7 @@ struct Int8Avx2 {
             const int32_t constant = -corrections[j];
             memcpy(panel + 4 * j, &constant, 4);
         }
-        uint8_t* to = panel + kConstantBytes;
+        uint8_t* to = panel + 4 * kColumns;
         for (int64_t k = 0; k < depth; k += 16)
             for (int half = 0; half < 2; half++) {
                 __m256i quads[4];

@@ -2,11 +2,16 @@
 //
 // An `Engine` has
 //     kColumns, kRows, kDepth    columns of a panel, rows of a tile, what K is padded to
+//     kChunk                     columns of K of which a panel stays in the first-level cache
 //     Codes                      see quantize.h; weights are brought to this form too before they are packed
-//     panel_bytes(depth)         of one packed panel
+//     panel_bytes(depth)         of one packed panel: kColumns int32 that sums start from, then the weights
 //     pack(rows, stride, depth, corrections, panel)
-//     multiply(codes, stride, rows, panel, depth, sums, workspace)    sums (rows, kColumns), not yet corrected by row
-//     kWorkspaceBytes            what multiply may use, aligned to 64
+//     tile(rows, codes, stride, weights, depth, from, from_stride, to)
+//                                up to kRows rows of sums, from `from` to `to` (kColumns apart), not corrected by row
+//
+// Loops, from the outside: blocks of rows, quantized once; slices of panels; chunks of K; panels; tiles. So a chunk of
+// the block's codes stays in the second-level cache, a chunk of a panel in the first. With one chunk, a slice has one
+// panel, and with few rows (decode) there is one chunk: each weight is then read once, in the order of memory.
 #pragma once
 
 #include "epilogue.h"
@@ -16,8 +21,9 @@
 namespace ds_compress::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 << 10;  // codes of a block of rows, to stay in the second-level cache
-constexpr int64_t kBlockRows = 128;
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockBytes = 8 << 20;  // codes of a block, where K is huge
+constexpr int64_t kSliceColumns = 256;
 
 // Row-major int8 as an input of `quantize_row`: with scale 1 a code is its own code.
 struct Int8 {
@@ -46,27 +52,25 @@ struct Int8Driver {
     }
 
     struct Scratch {
-        Stored* codes;
         float* scale;
         int32_t* correction;
         int32_t* sums;
-        void* workspace;
+        Stored* codes;
+        int64_t bytes;
 
         Scratch(void* memory, int64_t code_rows, int64_t columns) {
             auto* next = static_cast<uint8_t*>(memory);
-            const auto take = [&](int64_t bytes) {
+            const auto take = [&](int64_t size) {
                 auto* taken = next;
-                next += round_up(bytes, 64);
+                next += round_up(size, 64);
                 return taken;
             };
-            workspace = take(Engine::kWorkspaceBytes);
             scale = reinterpret_cast<float*>(take(kBlockRows * 4));
             correction = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
-            sums = reinterpret_cast<int32_t*>(take(kBlockRows * kColumns * 4));
+            sums = reinterpret_cast<int32_t*>(take(kBlockRows * kSliceColumns * 4));
             codes = reinterpret_cast<Stored*>(take(code_rows * stride_of(columns) * sizeof(Stored)));
             bytes = next - static_cast<uint8_t*>(memory);
         }
-        int64_t bytes;
     };
 
     static int64_t scratch_bytes(int64_t columns) {
@@ -79,18 +83,23 @@ struct Int8Driver {
         const int64_t block = block_rows(columns);
         const Scratch scratch(memory, block, columns);
         for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
-            const int64_t count = rows.end - begin < block ? rows.end - begin : block;
-            with_format(call.x_type, [&]<class Format>() { quantize_block<Format>(call, begin, count, scratch); });
-            for (int64_t panel = panels.begin; panel < panels.end; panel++)
-                finish_panel(call, begin, count, panel, scratch);
+            const Range part{begin, rows.end - begin < block ? rows.end : begin + block};
+            with_format(call.x_type, [&]<class Format>() { quantize_block<Format>(call, part, scratch); });
+            const int64_t depth = round_up(columns, Engine::kDepth);
+            const bool whole = part.end - part.begin <= Engine::kRows || depth <= Engine::kChunk;
+            const int64_t chunks = whole ? 1 : (depth + Engine::kChunk - 1) / Engine::kChunk;
+            const int64_t slice = whole ? 1 : kSliceColumns / kColumns;
+            for (int64_t panel = panels.begin; panel < panels.end; panel += slice)
+                compute_slice(call, part, {panel, panel + slice < panels.end ? panel + slice : panels.end}, depth,
+                              round_up((depth + chunks - 1) / chunks, Engine::kDepth), scratch);
         }
     }
 
     template <class Format>
-    static void quantize_block(const LinearCall& call, int64_t begin, int64_t count, const Scratch& scratch) {
+    static void quantize_block(const LinearCall& call, Range rows, const Scratch& scratch) {
         const int64_t columns = call.weight.columns, stride = stride_of(columns);
-        const auto* x = static_cast<const typename Format::Stored*>(call.x) + begin * columns;
-        for (int64_t m = 0; m < count; m++, x += columns) {
+        const auto* x = static_cast<const typename Format::Stored*>(call.x) + rows.begin * columns;
+        for (int64_t m = 0; m < rows.end - rows.begin; m++, x += columns) {
             const RowScale scale = row_scale<Format>(x, columns, call.input_scale, call.steps);
             typename Codes::Correction correction;
             Stored* codes = scratch.codes + m * stride;
@@ -106,19 +115,38 @@ struct Int8Driver {
         }
     }
 
-    static void finish_panel(const LinearCall& call, int64_t begin, int64_t count, int64_t panel,
+    static void compute_slice(const LinearCall& call, Range rows, Range panels, int64_t depth, int64_t chunk,
+                              const Scratch& scratch) {
+        const int64_t count = rows.end - rows.begin;
+        int64_t k = 0;
+        do {  // once even if K is 0
+            const int64_t part = depth - k < chunk ? depth - k : chunk;
+            for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+                const uint8_t* packed = call.weight.body + panel * Engine::panel_bytes(depth);
+                int32_t* sums = scratch.sums + (panel - panels.begin) * count * kColumns;
+                for (int64_t m = 0; m < count; m += Engine::kRows) {
+                    int32_t* to = sums + m * kColumns;
+                    const auto* from = k == 0 ? reinterpret_cast<const int32_t*>(packed) : to;
+                    Engine::tile(count - m < Engine::kRows ? count - m : Engine::kRows,
+                                 scratch.codes + m * stride_of(call.weight.columns) + k,
+                                 stride_of(call.weight.columns), packed + 4 * kColumns + k * kColumns, part, from,
+                                 k == 0 ? 0 : kColumns, to);
+                }
+                if (k + part == depth) finish_panel(call, rows, panel, sums, scratch);
+            }
+            k += part;
+        } while (k < depth);
+    }
+
+    static void finish_panel(const LinearCall& call, Range rows, int64_t panel, const int32_t* sums,
                              const Scratch& scratch) {
-        const int64_t depth = round_up(call.weight.columns, Engine::kDepth);
-        Engine::multiply(scratch.codes, stride_of(call.weight.columns), count,
-                         call.weight.body + panel * Engine::panel_bytes(depth), depth, scratch.sums,
-                         scratch.workspace);
         const int64_t first = panel * kColumns;
         const PanelColumns<kColumns> columns(call, first);
         with_format(call.y_type, [&]<class Format>() {
-            auto* y = static_cast<typename Format::Stored*>(call.y) + begin * call.weight.rows + first;
+            auto* y = static_cast<typename Format::Stored*>(call.y) + rows.begin * call.weight.rows + first;
             with_activation(call.activation, [&]<Activation kActivation>() {
-                dequantize<Format, kActivation, kColumns>(scratch.sums, count, scratch.scale, scratch.correction,
-                                                          columns, y, call.weight.rows);
+                dequantize<Format, kActivation, kColumns>(sums, rows.end - rows.begin, scratch.scale,
+                                                          scratch.correction, columns, y, call.weight.rows);
             });
         });
     }

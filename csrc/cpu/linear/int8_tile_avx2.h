@@ -7,7 +7,7 @@
 // must fit, not what is on the way.
 //
 // Four values of K make a quad. A row has them in order as int16: P = (a0, a1), Q = (a2, a3), one dword each. A panel
-// has for 8 columns X = (w2, w3) and then Y = (w0, w1), for 16 columns X Y X' Y', as int8 or already widened.
+// has for 8 columns X = (w2, w3) and then Y = (w0, w1), for 16 columns X Y X' Y', as int8.
 // Then vpmaddwd(P + X, Q + Y) holds (a0 + w2)(a2 + w0) + (a1 + w3)(a3 + w1).
 //
 // The loop is assembly because it needs exactly the 16 registers that there are: a compiler spills.
@@ -22,40 +22,25 @@ namespace {
 
 constexpr int kTileColumns = 16;
 
-// How the weights of a tile come: from int8; from int8, leaving them widened for the next tiles; from such.
-enum class Weights { packed, packed_and_widened, widened };
-
-#define DSC_PACKED(quad)                                                                                             \
+#define DSC_WEIGHTS(quad)                                                                                            \
     "vpmovsxbw " #quad "*64+0(%[w]), %%ymm8\n\t"                                                                     \
     "vpmovsxbw " #quad "*64+16(%[w]), %%ymm9\n\t"                                                                    \
     "vpmovsxbw " #quad "*64+32(%[w]), %%ymm10\n\t"                                                                   \
     "vpmovsxbw " #quad "*64+48(%[w]), %%ymm11\n\t"
-
-#define DSC_KEEP(quad)                                                                                               \
-    "vmovdqa %%ymm8, " #quad "*128+0(%[wide])\n\t"                                                                   \
-    "vmovdqa %%ymm9, " #quad "*128+32(%[wide])\n\t"                                                                  \
-    "vmovdqa %%ymm10, " #quad "*128+64(%[wide])\n\t"                                                                 \
-    "vmovdqa %%ymm11, " #quad "*128+96(%[wide])\n\t"
-
-#define DSC_WIDENED(quad)                                                                                            \
-    "vmovdqa " #quad "*128+0(%[wide]), %%ymm8\n\t"                                                                   \
-    "vmovdqa " #quad "*128+32(%[wide]), %%ymm9\n\t"                                                                  \
-    "vmovdqa " #quad "*128+64(%[wide]), %%ymm10\n\t"                                                                 \
-    "vmovdqa " #quad "*128+96(%[wide]), %%ymm11\n\t"
 
 #define DSC_ROW(quad, address, left, right)                                                                          \
     "vpbroadcastd " #quad "*8+0" address ", %%ymm12\n\t"                                                             \
     "vpbroadcastd " #quad "*8+4" address ", %%ymm13\n\t"                                                             \
     "vpaddw %%ymm8, %%ymm12, %%ymm14\n\t"                                                                            \
     "vpaddw %%ymm9, %%ymm13, %%ymm15\n\t"                                                                            \
-    "vpmaddwd %%ymm15, %%ymm14, %%ymm14\n\t"                                                                         \
-    "vpaddd %%ymm14, " left ", " left "\n\t"                                                                         \
     "vpaddw %%ymm10, %%ymm12, %%ymm12\n\t"                                                                           \
     "vpaddw %%ymm11, %%ymm13, %%ymm13\n\t"                                                                           \
+    "vpmaddwd %%ymm15, %%ymm14, %%ymm14\n\t"                                                                         \
     "vpmaddwd %%ymm13, %%ymm12, %%ymm12\n\t"                                                                         \
+    "vpaddd %%ymm14, " left ", " left "\n\t"                                                                         \
     "vpaddd %%ymm12, " right ", " right "\n\t"
 
-#define DSC_ROWS_1(quad) DSC_ROW(quad, "(%[a])", "%[s0]", "%[s1]")
+#define DSC_ROWS_1(quad) DSC_WEIGHTS(quad) DSC_ROW(quad, "(%[a])", "%[s0]", "%[s1]")
 #define DSC_ROWS_2(quad) DSC_ROWS_1(quad) DSC_ROW(quad, "(%[a],%[stride])", "%[s2]", "%[s3]")
 #define DSC_ROWS_3(quad) DSC_ROWS_2(quad) DSC_ROW(quad, "(%[a],%[stride],2)", "%[s4]", "%[s5]")
 #define DSC_ROWS_4(quad) DSC_ROWS_3(quad) DSC_ROW(quad, "(%[a3])", "%[s6]", "%[s7]")
@@ -66,53 +51,38 @@ enum class Weights { packed, packed_and_widened, widened };
 #define DSC_SUMS_4 DSC_SUMS_3, [s6] "+x"(s[6]), [s7] "+x"(s[7])
 
 // Two quads: 8 values of K for kRows rows and 16 columns.
-#define DSC_STEP(rows, weights0, weights1)                                                                           \
-    asm volatile(weights0 DSC_ROWS_##rows(0) weights1 DSC_ROWS_##rows(1)                                             \
+#define DSC_STEP(rows)                                                                                               \
+    asm volatile(DSC_ROWS_##rows(0) DSC_ROWS_##rows(1)                                                               \
                  : DSC_SUMS_##rows                                                                                   \
-                 : [a] "r"(a), [a3] "r"(a3), [stride] "r"(stride), [w] "r"(w), [wide] "r"(wide)                      \
+                 : [a] "r"(a), [a3] "r"(a3), [stride] "r"(stride), [w] "r"(w)                                        \
                  : "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13", "ymm14", "ymm15", "memory")
 
-#define DSC_STEP_OF_ROWS(weights0, weights1)                                                                         \
-    do {                                                                                                             \
-        if constexpr (kRows == 1) DSC_STEP(1, weights0, weights1);                                                   \
-        if constexpr (kRows == 2) DSC_STEP(2, weights0, weights1);                                                   \
-        if constexpr (kRows == 3) DSC_STEP(3, weights0, weights1);                                                   \
-        if constexpr (kRows == 4) DSC_STEP(4, weights0, weights1);                                                   \
-    } while (0)
-
-// Adds to kRows rows of 16 sums, which begin at `from` (rows `from_stride` apart) and end at `to` (16 apart).
+// kRows rows of 16 sums, which start from `from` (rows `from_stride` apart) and end at `to` (rows 16 apart).
 // codes: rows `stride` bytes apart; steps: K / 8.
-template <int kRows, Weights kWeights>
-[[gnu::noinline]] void int8_tile(const int16_t* codes, int64_t stride, const uint8_t* packed, void* widened,
-                                 int64_t steps, const int32_t* from, int64_t from_stride, int32_t* to) {
+template <int kRows>
+[[gnu::noinline]] void int8_tile(const int16_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
+                                 const int32_t* from, int64_t from_stride, int32_t* to) {
     __m256i s[2 * kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * kRows; i++)
         s[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i / 2 * from_stride + i % 2 * 8));
     const auto* a = reinterpret_cast<const uint8_t*>(codes);
     const uint8_t* a3 = a + 3 * stride;
-    const uint8_t* w = packed;
-    auto* wide = static_cast<uint8_t*>(widened);
+    const uint8_t* w = weights;
     for (; steps > 0; steps--) {
-        if constexpr (kWeights == Weights::packed) {
-            DSC_STEP_OF_ROWS(DSC_PACKED(0), DSC_PACKED(1));
-        } else if constexpr (kWeights == Weights::packed_and_widened) {
-            DSC_STEP_OF_ROWS(DSC_PACKED(0) DSC_KEEP(0), DSC_PACKED(1) DSC_KEEP(1));
-        } else {
-            DSC_STEP_OF_ROWS(DSC_WIDENED(0), DSC_WIDENED(1));
-        }
+        if constexpr (kRows == 1) DSC_STEP(1);
+        if constexpr (kRows == 2) DSC_STEP(2);
+        if constexpr (kRows == 3) DSC_STEP(3);
+        if constexpr (kRows == 4) DSC_STEP(4);
         a += 16;
         a3 += 16;
         w += 128;
-        wide += 256;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * kRows; i++) _mm256_store_si256(reinterpret_cast<__m256i*>(to + 8 * i), s[i]);
 }
 
-#undef DSC_PACKED
-#undef DSC_KEEP
-#undef DSC_WIDENED
+#undef DSC_WEIGHTS
 #undef DSC_ROW
 #undef DSC_ROWS_1
 #undef DSC_ROWS_2
@@ -123,7 +93,6 @@ template <int kRows, Weights kWeights>
 #undef DSC_SUMS_3
 #undef DSC_SUMS_4
 #undef DSC_STEP
-#undef DSC_STEP_OF_ROWS
 
 }  // namespace
 }  // namespace ds_compress::cpu

@@ -21,32 +21,31 @@ struct PlainCodes {
     };
 };
 
-// A panel is 8 rows of codes as they come. Codes of x are int16: baseline SSE2 multiplies no bytes.
+// A panel is 8 zeros and 8 rows of codes as they come. Codes of x are int16: baseline SSE2 multiplies no bytes.
 struct Int8Scalar {
     using Codes = PlainCodes<int16_t>;
     static constexpr int kColumns = 8;
     static constexpr int64_t kRows = 1;
     static constexpr int64_t kDepth = 8;
-    static constexpr int64_t kWorkspaceBytes = 0;
+    static constexpr int64_t kChunk = INT64_MAX / 2;  // rows of a panel are whole
 
-    static int64_t panel_bytes(int64_t depth) { return depth * kColumns; }
+    static int64_t panel_bytes(int64_t depth) { return (4 + depth) * kColumns; }
 
     static void pack(const int16_t* rows, int64_t stride, int64_t depth, const int32_t*, uint8_t* panel) {
+        memset(panel, 0, 4 * kColumns);
+        panel += 4 * kColumns;
         for (int j = 0; j < kColumns; j++)
             for (int64_t k = 0; k < depth; k++) *panel++ = static_cast<uint8_t>(rows[j * stride + k]);
     }
 
-    static void multiply(const int16_t* codes, int64_t stride, int64_t rows, const uint8_t* panel, int64_t depth,
-                         int32_t* sums, void*) {
-        const auto* weights = reinterpret_cast<const int8_t*>(panel);
-        for (int64_t m = 0; m < rows; m++)
-            for (int j = 0; j < kColumns; j++) {
-                const int16_t* a = codes + m * stride;
-                const int8_t* w = weights + j * depth;
-                int32_t sum = 0;
-                for (int64_t k = 0; k < depth; k++) sum += a[k] * w[k];
-                sums[m * kColumns + j] = sum;
-            }
+    static void tile(int64_t, const int16_t* codes, int64_t, const uint8_t* weights, int64_t depth, const int32_t* from,
+                     int64_t, int32_t* to) {
+        const auto* w = reinterpret_cast<const int8_t*>(weights);
+        for (int j = 0; j < kColumns; j++, w += depth) {
+            int32_t sum = from[j];
+            for (int64_t k = 0; k < depth; k++) sum += codes[k] * w[k];
+            to[j] = sum;
+        }
     }
 };
 
