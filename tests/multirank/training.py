@@ -50,6 +50,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     ),
     "stochastic": quantization_block(weights={"rounding": "stochastic"}),
     "learned": quantization_block(weights={"learned_scale": True}),
+    "int8": quantization_block(weights={"kernel": "int8"}, activations={"narrow_range": True}),
 }
 
 
