@@ -1,0 +1,267 @@
+"""The CUDA kernels of the elementwise ops on the CPU, one fiber per CUDA thread, against the references.
+
+Plainly under several schedules, under ASan with UBSan, and under TSan; and nvcc's own PTX of them. Buffers end where
+the data ends, so ASan sees a read too far; outputs are full of garbage, so a byte that is not written is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds_compress.ops.reference import block_quantize, fake_quantize, mask
+from ds_compress.ops.schemas import message_bytes
+from tests.native.elementwise import FLOATS, random_bytes, random_values, same
+from tests.native.emulator import harness, nvcc
+from tests.native.emulator.harness import Library, Program
+from tests.native.test_block_quantize import hard_values, random_messages
+from tests.native.test_fake_quantize import hard_rows
+
+FOLDER = "csrc/cuda/elementwise"
+RUNS = [("plain", 0), ("plain", -1), ("plain", 7), ("asan", 3), ("tsan", 4)]
+DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Expected = dict[str, torch.Tensor]
+Case = tuple[Program, Expected]
+
+
+@functools.cache
+def library(name: str, mode: str) -> Library:
+    return harness.build(f"{FOLDER}/{name}.cu", mode)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's bytes, as integers: numpy has no bf16."""
+    return tensor.contiguous().view(_INTEGER_OF_SIZE[tensor.element_size()]).numpy().copy()
+
+
+def program(
+    inputs: dict[str, torch.Tensor], calls: list[tuple[str, tuple[Any, ...]]], expected: Expected
+) -> Case:
+    """A call on `inputs`; what of `expected` is not among them is an output, first full of garbage."""
+    garbage = {
+        name: torch.full((t.numel() * t.element_size(),), 0xA5, dtype=torch.uint8)
+        for name, t in expected.items()
+    }
+    buffers = {name: to_numpy(t) for name, t in (garbage | inputs).items()}
+    return Program(buffers, calls, tuple(expected)), expected
+
+
+def check(built: Library, cases: list[Case], schedule: int) -> None:
+    outcome = harness.run(built, [each for each, _ in cases], schedule)
+    assert len(outcome.results) == len(cases) > 0
+    for number, (result, (made, expected)) in enumerate(zip(outcome.results, cases, strict=True)):
+        for name, wanted in expected.items():
+            content = bytearray(result[name].tobytes())
+            mine = torch.frombuffer(content, dtype=wanted.dtype) if content else wanted.clone()
+            assert same(mine.view(wanted.shape), wanted), (number, name, made.calls)
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def mask_cases() -> Iterator[Case]:
+    for number, (dtype, numel) in enumerate(
+        (dtype, numel) for dtype in DTYPE_NUMBER for numel in (0, 1, 7, 9, 65, 1000, 2113)
+    ):
+        bit, size = (0, 3, 13)[number % 3], torch.empty(0, dtype=dtype).element_size()
+        packed = random_bytes(-(-(numel + bit) // 8), number)
+        weights = random_values(numel, dtype, number, specials=0.2)
+        for fill in (0.0, -1.5):
+            wanted = weights.clone()
+            mask.mask_apply_(wanted, packed, bit, fill)
+            pattern = int(torch.tensor(fill, dtype=dtype).view(_INTEGER_OF_SIZE[size])) & (
+                2 ** (8 * size) - 1
+            )
+            arguments = ("weights", size, numel, "packed", bit, pattern, None)
+            yield program(
+                {"weights": weights, "packed": packed}, [("dsc_mask_apply", arguments)], {"weights": wanted}
+            )
+        wanted = weights.clone()
+        count = mask.mask_apply_count_(wanted, packed, bit)
+        yield program(
+            {"weights": weights, "packed": packed},
+            [("dsc_mask_apply_count", ("weights", size, numel, "packed", bit, "count", None))],
+            {"weights": wanted, "count": count.view(1)},
+        )
+        keep = mask.mask_unpack(packed, numel, bit)
+        yield program(
+            {"packed": packed},
+            [("dsc_mask_unpack", ("packed", bit, numel, "keep", None))],
+            {"keep": keep.view(torch.uint8)},
+        )
+        yield program(
+            {"keep": keep.view(torch.uint8)},
+            [("dsc_mask_pack", ("keep", numel, "packed", None))],
+            {"packed": mask.mask_pack(keep)},
+        )
+        for shift, bins, prefix_shift, prefix in ((21, 2048, 31, 0), (0, 16384, 21, 508), (10, 64, 31, 1)):
+            values = torch.where(weights.isnan(), torch.zeros_like(weights), weights)
+            counts = mask.magnitude_histogram(values, shift, bins, prefix_shift, prefix)
+            form = (DTYPE_NUMBER[dtype], numel, shift, bins, prefix_shift, prefix)
+            yield program(
+                {"values": values},
+                [("dsc_magnitude_histogram", ("values", *form, "counts", None))],
+                {"counts": counts},
+            )
+    for rows, columns, n, m in (
+        (0, 4, 2, 4),
+        (3, 17, 2, 4),
+        (9, 64, 1, 2),
+        (5, 33, 4, 8),
+        (2, 7, 3, 5),
+        (4, 40, 0, 4),
+    ):
+        scores = random_values(rows * columns, torch.float32, columns, specials=0.3).view(rows, columns)
+        scores = torch.where(scores.isfinite(), scores.round(), scores)
+        yield program(
+            {"scores": scores},
+            [("dsc_mask_n_of_m", ("scores", rows, columns, n, m, "packed", None))],
+            {"packed": mask.mask_n_of_m(scores, n, m)},
+        )
+
+
+def fake_quantize_cases() -> Iterator[Case]:
+    shapes = [
+        (0, 8),
+        (3, 0),
+        (1, 1),
+        (13, 51),
+        (9, 64),
+        (40, 8),
+        (2, 1500),
+        (3, 1024),
+        (1, 16500),
+        (2, 17001),
+    ]
+    for number, (dtype, (rows, columns), symmetric) in enumerate(
+        (dtype, shape, symmetric) for dtype in FLOATS for shape in shapes for symmetric in (True, False)
+    ):
+        x = hard_rows(rows, columns, dtype, number)
+        arguments = (
+            {"low": -127, "high": 127, "steps": 127, "symmetric": True}
+            if symmetric
+            else {"low": 0, "high": 255, "steps": 256, "symmetric": False}
+        )
+        numbers = (arguments["low"], arguments["high"], arguments["steps"])
+        y, scale, offset, kept = fake_quantize.fake_quantize(x, **arguments, keep=True)
+        names = ("scale", None if symmetric else "offset")
+        ranges = {"scale": scale} if symmetric else {"scale": scale, "offset": offset}
+        yield program(
+            {"x": x},
+            [
+                (
+                    "dsc_fake_quantize",
+                    ("x", "y", DTYPE_NUMBER[dtype], rows, columns, 0, rows, *names, *numbers, "kept", None),
+                )
+            ],
+            {"y": y, "kept": kept, **ranges},
+        )
+        for count in {1, rows} - {0}:
+            given = random_values(count, torch.float32, number).abs() * 0.02 + 1e-3
+            moved = None if symmetric else random_values(count, torch.float32, number + 1)
+            y, *_, kept = fake_quantize.fake_quantize(x, given, moved, **arguments, keep=True)
+            inputs = {"x": x, "scale": given} | ({} if moved is None else {"offset": moved})
+            yield program(
+                inputs,
+                [
+                    (
+                        "dsc_fake_quantize",
+                        (
+                            "x",
+                            "y",
+                            DTYPE_NUMBER[dtype],
+                            rows,
+                            columns,
+                            1,
+                            count,
+                            *names,
+                            *numbers,
+                            "kept",
+                            None,
+                        ),
+                    )
+                ],
+                {"y": y, "kept": kept},
+            )
+
+
+def block_cases() -> Iterator[Case]:
+    for number, (dtype, numel, bits, block) in enumerate(
+        (dtype, numel, bits, block)
+        for dtype in FLOATS
+        for numel in (0, 1, 5, 130, 1000)
+        for bits in (8, 4)
+        for block in (32, 160, 1024)
+    ):
+        parts = 1 + number % 3
+        chunk = -(-numel // parts)
+        size = message_bytes(chunk, bits, block)
+        x = hard_values(numel, dtype, number, specials=0.002)
+        messages = torch.empty(parts, size, dtype=torch.uint8)
+        residual = random_values(numel, torch.float32, number + 1) * 1e-2 if number % 2 else None
+        after = None if residual is None else residual.clone()
+        block_quantize.block_quantize(x, messages, after, chunk, bits, block)
+        inputs = {"x": x} if residual is None else {"x": x, "residual": residual}
+        expected = {"messages": messages} if after is None else {"messages": messages, "residual": after}
+        name = None if residual is None else "residual"
+        form = (parts, chunk, bits, block, None)
+        yield program(
+            inputs,
+            [("dsc_block_quantize", ("x", DTYPE_NUMBER[dtype], numel, name, "messages", *form))],
+            expected,
+        )
+        out = torch.empty_like(x)
+        block_quantize.block_dequantize(messages, out, chunk, bits, block)
+        yield program(
+            {"messages": messages},
+            [("dsc_block_dequantize", ("messages", *form[:-1], "out", DTYPE_NUMBER[dtype], numel, None))],
+            {"out": out},
+        )
+        if dtype is torch.float32:
+            yield from sum_cases(numel, bits, block, number)
+
+
+def sum_cases(numel: int, bits: int, block: int, seed: int) -> Iterator[Case]:
+    count, multiplier = 1 + seed % 4, float(np.float32(1 / 3))
+    messages = random_messages(count, numel, bits, block, seed, specials=0.05)
+    form = (count, numel, bits, block, multiplier)
+    out = torch.empty(numel)
+    block_quantize.block_reduce(messages, out, bits, block, multiplier)
+    yield program(
+        {"messages": messages}, [("dsc_block_reduce", ("messages", *form, "out", None))], {"out": out}
+    )
+    for residual in (None, random_values(numel, torch.float32, seed) * 1e-2):
+        after = None if residual is None else residual.clone()
+        message = torch.empty(messages.shape[1], dtype=torch.uint8)
+        block_quantize.block_reduce_quantize(messages, message, after, numel, bits, block, multiplier)
+        inputs = {"messages": messages} if residual is None else {"messages": messages, "residual": residual}
+        expected = {"message": message} if after is None else {"message": message, "residual": after}
+        name = None if residual is None else "residual"
+        yield program(
+            inputs, [("dsc_block_reduce_quantize", ("messages", *form, name, "message", None))], expected
+        )
+
+
+CASES = {"mask": mask_cases, "fake_quantize": fake_quantize_cases, "block_quantize": block_cases}
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", CASES)
+@pytest.mark.parametrize(("mode", "schedule"), RUNS)
+def test_kernels_give_the_bits_of_the_reference(source: str, mode: str, schedule: int) -> None:
+    check(library(source, mode), list(CASES[source]()), schedule)
+
+
+@pytest.mark.skipif(not nvcc.available(), reason="nvcc is not installed")
+@pytest.mark.parametrize("source", CASES)
+def test_nvcc_s_ptx_gives_the_bits_of_the_reference(source: str) -> None:
+    check(library(source, "ptx"), list(CASES[source]()), 0)
