@@ -7,11 +7,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "ds_compress/math.h"
 
 namespace ds_compress::bindings {
 
@@ -111,6 +114,24 @@ inline void check_histogram(const Tensor& values, int64_t shift, int64_t bins, i
             shift, " and ", prefix_shift);
     require(1 <= bins && bins <= 65536 && (bins & (bins - 1)) == 0, op,
             ": bins is a power of two up to 65536, got ", bins);
+}
+
+// The bits of `fill` in the dtype of the weights.
+inline uint64_t pattern_of(double fill, ScalarType type) {
+    const auto narrow = static_cast<float>(fill);
+    switch (type) {
+        case ScalarType::BFloat16:
+            return math::bf16_of_float(narrow);
+        case ScalarType::Half:
+            return math::fp16_of_float(narrow);
+        case ScalarType::Double: {
+            uint64_t bits;
+            memcpy(&bits, &fill, sizeof bits);
+            return bits;
+        }
+        default:
+            return math::bits_of(narrow);
+    }
 }
 
 // --- fake quantization ----------------------------------------------------------------------------------------------

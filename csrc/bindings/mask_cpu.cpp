@@ -20,23 +20,6 @@ uint8_t* at(const Tensor& tensor, int64_t element) {
     return static_cast<uint8_t*>(tensor.data_ptr()) + element * static_cast<int64_t>(tensor.element_size());
 }
 
-uint64_t pattern_of(double fill, ScalarType type) {
-    const auto narrow = static_cast<float>(fill);
-    switch (type) {
-        case ScalarType::BFloat16:
-            return math::bf16_of_float(narrow);
-        case ScalarType::Half:
-            return math::fp16_of_float(narrow);
-        case ScalarType::Double: {
-            uint64_t bits;
-            memcpy(&bits, &fill, sizeof bits);
-            return bits;
-        }
-        default:
-            return math::bits_of(narrow);
-    }
-}
-
 void mask_apply_(const Tensor& weights, const Tensor& packed, int64_t bit_offset, double fill) {
     check_governed("mask_apply_", "weights", weights, packed, bit_offset);
     const cpu::ElementwiseKernels& kernels = cpu::elementwise();
