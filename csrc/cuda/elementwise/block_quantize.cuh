@@ -154,6 +154,7 @@ DSC_DEVICE void quantize_block(const Source& source, int64_t count, float* resid
 
     constexpr float largest_code = bits == 8 ? 127.0f : 7.0f;
     const float scale = math::block_scale(largest, largest_code);
+    const bool keeps_residual = residual != nullptr && largest < math::kInfinityBits;
     if (lane == 0) store_scale(message + 4 * index, scale);
     uint8_t* const codes = message + format.codes_at(index);
     const bool aligned = reinterpret_cast<uintptr_t>(message) % 4 == 0;
@@ -166,7 +167,7 @@ DSC_DEVICE void quantize_block(const Source& source, int64_t count, float* resid
             if (scale > 0.0f)
                 rounded[j] = static_cast<int>(
                     math::clamp(math::round_half_even(math::divide(values[j], scale)), -largest_code, largest_code));
-            if (residual != nullptr && scale == scale && begin + i + j < count)
+            if (keeps_residual && begin + i + j < count)
                 residual[begin + i + j] =
                     math::subtract(values[j], math::multiply(static_cast<float>(rounded[j]), scale));
         }

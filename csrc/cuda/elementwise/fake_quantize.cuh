@@ -102,9 +102,9 @@ DSC_DEVICE void quantize_share(const T* row, T* out, int64_t begin, int64_t end,
 
 /// The span over a warp.
 DSC_DEVICE Span join_warp(Span span) {
-    // The order of signed integers is that of unsigned ones with the sign bit turned.
-    constexpr unsigned turn = 0x80000000u;
-    span.lowest = static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(span.lowest) ^ turn) ^ turn);
+    // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of it.
+    constexpr unsigned turn = 0x80000000u, reverse = 0x7fffffffu;
+    span.lowest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(span.lowest) ^ reverse) ^ reverse);
     span.highest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(span.highest) ^ turn) ^ turn);
     span.largest = __reduce_max_sync(~0u, span.largest);
     return span;
