@@ -82,7 +82,8 @@ def check_packing(library: harness.Library) -> None:
 
 def check_quantize_pack(library: harness.Library, steps: int) -> None:
     generator = torch.Generator().manual_seed(steps)
-    for dtype, columns, one_scale in ((torch.float32, 33, False), (torch.bfloat16, 48, True), (torch.float16, 5, False)):
+    shapes = [(torch.float32, 33, False), (torch.bfloat16, 48, True), (torch.float16, 5, False)]
+    for dtype, columns, one_scale in shapes:
         weight = torch.randn(7, columns, generator=generator).to(dtype)
         scale = torch.full((1,), 0.01) if one_scale else weight.float().abs().amax(1) / 150
         if not one_scale:

@@ -11,10 +11,11 @@ import functools
 import numpy as np
 import pytest
 
+from ds_compress.ops.reference import linear as reference
 from ds_compress.ops.schemas import packed_bytes
 from tests.native.emulator import harness
 from tests.native.emulator.harness import Library, Program
-from tests.native.linear_cases import HEADER_BYTES, LinearCase, packed_numel
+from tests.native.linear_cases import HEADER_BYTES, LinearCase, check, make_inputs, packed_numel
 from tests.native.linear_runs import CASES, LINEAR_SOURCES, check_linears, check_packing, check_quantization
 
 # Mode and schedule: 0 in order, -1 in reverse, else the seed of a shuffle.
@@ -35,6 +36,22 @@ def test_linears_give_the_bits_of_the_contract(kind: str, mode: str, schedule: i
 @pytest.mark.parametrize(("mode", "schedule"), RUNS)
 def test_row_quantization_gives_the_bits_of_the_contract(mode: str, schedule: int) -> None:
     check_quantization(libraries(mode)[LINEAR_SOURCES["quantize"]], schedule)
+
+
+@pytest.mark.parametrize("case", [case for kind in CASES.values() for case in kind if case.m and case.k], ids=str)
+def test_the_expected_values_are_those_of_the_reference_op(case: LinearCase) -> None:
+    """The cases state the contract once more, on their own: both statements give the same."""
+    inputs = make_inputs(case)
+    options = {"steps": case.steps, "activation": case.activation, "out_dtype": case.out_dtype}
+    rest = (inputs.bias, inputs.input_scale)
+    if case.kind == "int4":
+        packed = reference.int4_linear_pack(inputs.codes, inputs.weight_scale)
+        out = reference.int4_linear(inputs.x, packed, case.n, case.group, *rest, **options)
+    else:
+        packed = getattr(reference, f"{case.kind}_linear_pack")(inputs.codes)
+        linear = getattr(reference, f"{case.kind}_linear")
+        out = linear(inputs.x, packed, inputs.weight_scale, *rest, **options)
+    check(case, inputs, out)
 
 
 @pytest.mark.parametrize("mode", ["plain", "asan"])

@@ -22,6 +22,7 @@ struct Epilogue {
 
 /// Within 2e-6 relative + 2e-7 absolute of the exact function.
 DSC_DEVICE float activate(float x, int activation) {
+    if (activation > dsc_relu) x = x < -1000.0f ? -1000.0f : x;  // -Inf has the limit, not Inf times 0
     switch (activation) {
         case dsc_relu:
             return x < 0.0f ? 0.0f : x;  // NaN stays NaN

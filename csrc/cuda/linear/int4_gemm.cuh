@@ -34,7 +34,7 @@ struct Int4Tile {
 template <int chunks>
 DSC_DEVICE void load_packed_columns(uint32_t (&fragment)[4], const int8_t* tile, int row) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(fragment, tile + chunk_offset<chunks>(row + lane / 8 % 2 * 8 + lane % 8, lane / 16));
+    ldmatrix_x4(fragment, tile + row * chunks * 16 + chunk_offset<chunks>(lane % 16, lane / 16));
 }
 
 /// Adds the scaled sums of a group, in units of 1/16, to `totals`, and clears them. `scales`: of the group.

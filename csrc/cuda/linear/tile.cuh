@@ -49,25 +49,28 @@ struct TileLoader {
     }
 };
 
+// The permutation repeats every eight rows, so `row`, a multiple of 8, is added outside of it: the part that depends
+// on the lane is the same for all tiles of a warp, and costs one register.
+
 /// mma's operand a: 16 rows from `row` on, 32 bytes from `chunk` on.
 template <int chunks>
 DSC_DEVICE void load_16_rows(uint32_t (&fragment)[4], const int8_t* tile, int row, int chunk) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(fragment, tile + chunk_offset<chunks>(row + lane % 16, chunk + lane / 16));
+    ldmatrix_x4(fragment, tile + row * chunks * 16 + chunk_offset<chunks>(lane % 16, chunk + lane / 16));
 }
 
 /// mma's operand b, twice: columns (rows of the tile) row .. + 7 in [0], [1] and row + 8 .. + 15 in [2], [3].
 template <int chunks>
 DSC_DEVICE void load_16_columns(uint32_t (&fragment)[4], const int8_t* tile, int row, int chunk) {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_x4(fragment, tile + chunk_offset<chunks>(row + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
+    const int lane = threadIdx.x % 32, mine = lane / 16 * 8 + lane % 8;
+    ldmatrix_x4(fragment, tile + row * chunks * 16 + chunk_offset<chunks>(mine, chunk + lane / 8 % 2));
 }
 
 /// mma.sp's operand b: eight columns (rows of the tile), 64 bytes from `chunk` on.
 template <int chunks>
 DSC_DEVICE void load_8_columns(uint32_t (&fragment)[4], const int8_t* tile, int row, int chunk) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(fragment, tile + chunk_offset<chunks>(row + lane % 8, chunk + lane / 8));
+    ldmatrix_x4(fragment, tile + row * chunks * 16 + chunk_offset<chunks>(lane % 8, chunk + lane / 8));
 }
 
 /// The ring of stages in shared memory: `start(stage, step)` starts the copies of a k-step into a stage,

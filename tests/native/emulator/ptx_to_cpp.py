@@ -161,7 +161,8 @@ def move(ins: Instruction) -> str:
     bits = int(type_[1:])
     part = f"b{bits // max(len(to), len(parts))}"
     if len(parts) > 1:
-        words = [f"(({CPP_TYPES[type_]}){value(p, part, ins.kernel)} << {i * int(part[1:])})" for i, p in enumerate(parts)]
+        cpp, width = CPP_TYPES[type_], int(part[1:])
+        words = [f"(({cpp}){value(p, part, ins.kernel)} << {i * width})" for i, p in enumerate(parts)]
         return ins.set(" | ".join(words), type_)
     whole = value(parts[0], type_, ins.kernel)
     return " ".join(
