@@ -18,7 +18,7 @@ from ds_compress.ops.reference import block_quantize, fake_quantize, mask
 from ds_compress.ops.schemas import message_bytes
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
 from tests.native.emulator import harness, nvcc, ptx_to_cpp
-from tests.native.emulator.harness import Library, Program
+from tests.native.emulator.harness import Edit, Library, Program
 from tests.native.test_block_quantize import hard_values, random_messages
 from tests.native.test_fake_quantize import hard_rows
 
@@ -275,3 +275,68 @@ def test_kernels_give_the_bits_of_the_reference(source: str, mode: str, schedule
 @pytest.mark.parametrize("source", CASES)
 def test_nvcc_s_ptx_gives_the_bits_of_the_reference(source: str) -> None:
     check(library(source, "ptx"), list(CASES[source]()), 0)
+
+
+# --- planted bugs --------------------------------------------------------------------------------------------------
+
+BUGS = {
+    # what is wrong: (source, mode, the edit of the header)
+    "the byte after the mask is read": (
+        "mask",
+        "asan",
+        Edit(f"{FOLDER}/mask.cuh", "if (shift + count > 8) bits |=", "if (shift >= 0) bits |="),
+    ),
+    "a vector is read beyond the end": (
+        "mask",
+        "asan",
+        Edit(f"{FOLDER}/mask.cuh", "(count - head) / width;", "(count - head + width - 1) / width;"),
+    ),
+    "partial spans are read before they are written": (
+        "fake_quantize",
+        "tsan",
+        Edit(f"{FOLDER}/fake_quantize.cuh", "        __syncthreads();\n", ""),
+    ),
+    "a histogram is counted before it is cleared": (
+        "mask",
+        "tsan",
+        Edit(f"{FOLDER}/select.cuh", "own[bin] = 0;\n        __syncthreads();", "own[bin] = 0;"),
+    ),
+    "a block's maximum leaves out half of the warp": (
+        "block_quantize",
+        "plain",
+        Edit(f"{FOLDER}/block_quantize.cuh", "largest = __reduce_max_sync(~0u, largest);",
+             "if (lane < 16) largest = __reduce_max_sync(0xffffu, largest);"),
+    ),
+    "some lanes do not come to the reduction": (
+        "block_quantize",
+        "plain",
+        Edit(f"{FOLDER}/block_quantize.cuh", "largest = __reduce_max_sync(~0u, largest);",
+             "if (lane < 16) largest = __reduce_max_sync(~0u, largest);"),
+    ),
+    "a residual is written where the block is not finite": (
+        "block_quantize",
+        "plain",
+        Edit(f"{FOLDER}/block_quantize.cuh", "residual != nullptr && largest < math::kInfinityBits;",
+             "residual != nullptr;"),
+    ),
+    "ties go to the higher index": (
+        "mask",
+        "plain",
+        Edit(f"{FOLDER}/select.cuh", "k < element ? other >= mine", "k > element ? other >= mine"),
+    ),
+}  # fmt: skip
+
+
+def outcome_of(bug: str) -> object:
+    source, mode, edit = BUGS[bug]
+    check(harness.build(f"{FOLDER}/{source}.cu", mode, [edit]), list(CASES[source]()), 3)
+    return None
+
+
+def test_planted_bugs_are_caught() -> None:
+    found = harness.in_parallel([functools.partial(outcome_of, bug) for bug in BUGS])
+    for bug, outcome in zip(BUGS, found, strict=True):
+        mode = BUGS[bug][1]
+        assert isinstance(outcome, (harness.Fault, AssertionError)), f"not caught: {bug}: {outcome!r}"
+        if mode != "plain":
+            assert "Sanitizer" in str(outcome), f"not caught by {mode}: {bug}: {str(outcome)[:500]}"
