@@ -48,9 +48,10 @@ DSC_INLINE Floats power_of_2(Floats x) {
 
 DSC_INLINE Floats absolute(Floats x) { return floats_of(bits_of(x) & INT32_MAX); }
 
-// x / (1 + 2^power); for x = -Inf a tiny number, where the formula would be -Inf * 0.
+// x / (1 + 2^power). Both callers bound the power, which is at least 2^95 for x = -1e4: from there on, -Inf included,
+// the result is as good as 0.
 DSC_INLINE Floats over_one_and_power(Floats x, Floats power) {
-    return larger(splat(-3.0e38f), x) / (1.0f + power_of_2(power));
+    return larger(splat(-1.0e4f), x) / (1.0f + power_of_2(power));
 }
 
 // x sigmoid(x) = x / (1 + e^-x).
