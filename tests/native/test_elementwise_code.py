@@ -134,12 +134,14 @@ def loops_of(object_file: Path) -> list[Loop]:
         for index, (_, text) in enumerate(lines):
             target = re.match(r"j\w+ +([0-9a-f]+) ", text)
             begin = place.get(int(target[1], 16)) if target else None
-            # A longer way back is a jump out of a cold corner, not a loop.
             if begin is not None and begin <= index < begin + LONGEST_LOOP:
                 jumps.append((begin, index))
         for begin, end in jumps:
-            if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in jumps):
-                found.append(Loop(name[1], tuple(text for _, text in lines[begin : end + 1])))
+            body_lines = tuple(text for _, text in lines[begin : end + 1])
+            is_innermost = not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in jumps)
+            # What calls or returns is the way back from a cold corner, such as the end of a row.
+            if is_innermost and not any(line.startswith(("call", "ret")) for line in body_lines):
+                found.append(Loop(name[1], body_lines))
     return found
 
 

@@ -55,8 +55,8 @@ DSC_INLINE bool any_bit(V value) {
 
 // The 64 bits of the mask from `bit` on; needs 9 bytes from there.
 DSC_INLINE uint64_t window(const uint8_t* packed, int64_t bit) {
-    const uint8_t* from = packed + bit / 8;
-    const int shift = static_cast<int>(bit % 8);
+    const uint8_t* from = packed + (bit >> 3);
+    const int shift = static_cast<int>(bit & 7);
     const uint64_t low = load_as<uint64_t>(from);
     // In two steps, because a shift by 64 has no meaning.
     return (low >> shift) | (static_cast<uint64_t>(from[8]) << 1 << (63 - shift));
@@ -71,7 +71,7 @@ DSC_INLINE int64_t whole_windows(Mask mask, int64_t count) {
 
 DSC_INLINE bool bit_at(Mask mask, int64_t i) {
     const int64_t bit = mask.bit + i;
-    return (mask.packed[bit / 8] >> (bit % 8)) & 1;
+    return (mask.packed[bit >> 3] >> (bit & 7)) & 1;
 }
 
 // `non_zero` is a vector of lane counters, counted down: a lane that is not zero compares as -1.
@@ -103,8 +103,9 @@ DSC_INLINE void apply_64(T* data, uint64_t bits, T fill, typename Lanes<T>::Vect
     }
 }
 
+// Not inlined, so that a look at the machine code finds it.
 template <class T, bool kCount, bool kFill>
-int64_t apply(T* data, int64_t count, Mask mask, T fill) {
+__attribute__((noinline)) int64_t apply(T* data, int64_t count, Mask mask, T fill) {
     using V = typename Lanes<T>::Vector;
     const int64_t whole = whole_windows(mask, count);
     // A 16-bit lane counts at most 64 / 8 a window.
