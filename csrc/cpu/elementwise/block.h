@@ -33,6 +33,9 @@ float quantize_block(const float* values, int block, uint8_t* codes, float* rest
     }
     const Floats scales = splat(scale), low = splat(-kLargestCode), high = splat(kLargestCode);
     for (int i = 0; i < block; i += kStrip) {
+        // While this block is in cache, memory brings the next one.
+        __builtin_prefetch(values + block + i);
+        __builtin_prefetch(values + block + i + 16);
         Floats strip[kPerStrip];
 #pragma GCC unroll 8
         for (int j = 0; j < kPerStrip; j++) {

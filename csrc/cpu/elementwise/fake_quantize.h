@@ -86,7 +86,10 @@ void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored*
         Format::save(to, value);
     };
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) one(x + i, y + i, kLanes);
+    for (; i + kLanes <= count; i += kLanes) {
+        __builtin_prefetch(x + count + i);  // the next row, while this one is in cache
+        one(x + i, y + i, kLanes);
+    }
     if (i < count) {
         typename Format::Stored rest[kLanes] = {};
         memcpy(rest, x + i, static_cast<size_t>(count - i) * sizeof rest[0]);
