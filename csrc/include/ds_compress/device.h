@@ -2,7 +2,8 @@
 // tests/native/emulator, when g++ does. A kernel includes this file and nothing else of CUDA, so the same
 // source runs on a GPU and, one fiber per CUDA thread, on a CPU.
 //
-// Beyond CUDA's own names (threadIdx, __shfl_xor_sync, atomicAdd, __fmul_rn ...) a kernel uses
+// Beyond CUDA's own names (threadIdx, __shfl_xor_sync, atomicAdd ...; the emulator has those that kernels use so
+// far) and the arithmetic of math.h, a kernel uses
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)   returns the launch's cudaError_t
 //   DSC_SHARED(type, name, count)      a shared array of a block
 //   DSC_DYNAMIC_SHARED(type, name)     the launch's shared_bytes

@@ -7,7 +7,7 @@
 
 namespace ds_compress::emulator {
 
-enum Kind { shuffle = 1, vote, sync_warp, load_matrix, multiply, multiply_sparse };
+enum Kind { shuffle = 1, reduction, sync_warp, load_matrix, multiply, multiply_sparse };
 
 template <class Work>
 DSC_UNWATCHED inline void meet(uint32_t mask, int kind, void* slot, Work work) {
@@ -61,29 +61,25 @@ DSC_UNWATCHED inline T exchange(uint32_t mask, T value, int source) {
     return mine.taken;
 }
 
-struct Vote {
-    uint32_t mine, sum, all_or, all_and, most, least, ballot;
+struct Poll {
+    uint32_t mine, sum, most;
 };
 
-/// Every lane learns the sum, or, and, maximum, minimum of `value` and the ballot of its truth.
-DSC_UNWATCHED inline Vote poll(uint32_t mask, uint32_t value) {
-    Vote mine{};
-    mine.mine = value;
-    meet(mask, vote, &mine, [](void** slots, uint32_t present) DSC_UNWATCHED {
-        Vote total{};
-        total.all_and = total.least = ~0u;
+/// Every lane learns the sum and the maximum of `value`.
+DSC_UNWATCHED inline Poll poll(uint32_t mask, uint32_t value) {
+    Poll mine{value, 0, 0};
+    meet(mask, reduction, &mine, [](void** slots, uint32_t present) DSC_UNWATCHED {
+        uint32_t sum = 0, most = 0;
         for (int lane = 0; lane < 32; lane++) {
             if ((present >> lane & 1) == 0) continue;
-            const uint32_t given = static_cast<Vote*>(slots[lane])->mine;
-            total.sum += given;
-            total.all_or |= given;
-            total.all_and &= given;
-            total.most = max(total.most, given);
-            total.least = min(total.least, given);
-            total.ballot |= static_cast<uint32_t>(given != 0) << lane;
+            const uint32_t given = static_cast<Poll*>(slots[lane])->mine;
+            sum += given;
+            most = max(most, given);
         }
         for (int lane = 0; lane < 32; lane++) {
-            if (present >> lane & 1) *static_cast<Vote*>(slots[lane]) = total;
+            if ((present >> lane & 1) == 0) continue;
+            static_cast<Poll*>(slots[lane])->sum = sum;
+            static_cast<Poll*>(slots[lane])->most = most;
         }
     });
     return mine;
@@ -105,36 +101,13 @@ DSC_UNWATCHED inline void __syncwarp(uint32_t mask = ~0u) {
 }
 
 template <class T>
-inline T __shfl_sync(uint32_t mask, T value, int lane, int width = 32) {
-    const int me = ds_compress::emulator::my_lane();
-    return ds_compress::emulator::exchange(mask, value, me / width * width + lane % width);
-}
-template <class T>
 inline T __shfl_xor_sync(uint32_t mask, T value, int distance, int width = 32) {
     const int me = ds_compress::emulator::my_lane(), source = me ^ distance;
     return ds_compress::emulator::exchange(mask, value, source / width == me / width ? source : me);
 }
-template <class T>
-inline T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32) {
-    const int me = ds_compress::emulator::my_lane(), source = me + distance;
-    return ds_compress::emulator::exchange(mask, value, source / width == me / width ? source : me);
-}
-template <class T>
-inline T __shfl_up_sync(uint32_t mask, T value, int distance, int width = 32) {
-    const int me = ds_compress::emulator::my_lane(), source = me - distance;
-    return ds_compress::emulator::exchange(mask, value, source >= me / width * width ? source : me);
-}
 
-inline uint32_t __ballot_sync(uint32_t mask, int p) { return ds_compress::emulator::poll(mask, p != 0).ballot; }
-inline int __any_sync(uint32_t mask, int p) { return ds_compress::emulator::poll(mask, p != 0).ballot != 0; }
-inline int __all_sync(uint32_t mask, int p) { return ds_compress::emulator::poll(mask, p != 0).ballot == mask; }
 inline unsigned __reduce_max_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).most; }
-inline unsigned __reduce_min_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).least; }
+inline unsigned __reduce_add_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).sum; }
 inline int __reduce_add_sync(uint32_t mask, int x) {
     return static_cast<int>(ds_compress::emulator::poll(mask, static_cast<unsigned>(x)).sum);
-}
-inline unsigned __reduce_add_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).sum; }
-inline unsigned __reduce_or_sync(uint32_t mask, unsigned x) { return ds_compress::emulator::poll(mask, x).all_or; }
-inline unsigned __reduce_and_sync(uint32_t mask, unsigned x) {
-    return ds_compress::emulator::poll(mask, x).all_and;
 }

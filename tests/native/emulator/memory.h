@@ -1,4 +1,4 @@
-// Asynchronous copies and atomics.
+// Asynchronous copies, and atomics (relaxed, as CUDA's: they order nothing else).
 //
 // A copy is as unkind as hardware may be: its destination is garbage from the moment it is started, and the
 // bytes are read and arrive only when a wait demands them.
@@ -66,44 +66,21 @@ inline void wait_copies() {
 
 template <class T>
 inline T atomicAdd(T* address, T value) {
-    if constexpr (std::is_integral_v<T>) return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-    else {
-        T expected, desired;
-        __atomic_load(address, &expected, __ATOMIC_RELAXED);
-        do desired = expected + value;
-        while (!__atomic_compare_exchange(address, &expected, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-        return expected;
-    }
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 template <class T>
 inline T atomicMax(T* address, T value) {
     T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (seen < value &&
+           !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return seen;
 }
 template <class T>
 inline T atomicMin(T* address, T value) {
     T seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (value < seen && !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (value < seen &&
+           !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return seen;
 }
-template <class T>
-inline T atomicOr(T* address, T value) {
-    return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicAnd(T* address, T value) {
-    return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicExch(T* address, T value) {
-    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
-}
-template <class T>
-inline T atomicCAS(T* address, T expected, T value) {
-    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    return expected;
-}
-inline void __threadfence() {}

@@ -365,11 +365,10 @@ def reduce(ins: Instruction) -> str:
 
 @opcode("atom")
 def atomic(ins: Instruction) -> str:
-    ins.need("global")
-    ins.need("add")
-    type_ = ins.need("u32")
-    pointer = address(ins.operands[1], "global", CPP_TYPES[type_], 1, ins.kernel)
-    return ins.set(f"atomicAdd({pointer}, {ins.value(2, type_)})", type_)
+    space, operation = ins.need("global", "shared"), ins.need("add", "min", "max")
+    type_ = ins.need("u32", "u64", "s32")
+    pointer = address(ins.operands[1], space, CPP_TYPES[type_], 1, ins.kernel)
+    return ins.set(f"atomic{operation.capitalize()}({pointer}, {ins.value(2, type_)})", type_)
 
 
 @opcode("ldmatrix")

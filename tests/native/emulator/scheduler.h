@@ -151,11 +151,11 @@ DSC_UNWATCHED inline void run_block(Shuffler& random) {
             self = nullptr;
         }
         if (progress) continue;
+        // All that still run wait. Not at the barrier, which would have opened: so at a collective.
         for (int i = 0; i < b.thread_count; i++) {
             if (order[i]->state == State::at_collective) self = order[i];
         }
-        fail(self != nullptr ? "deadlock: a warp collective is not reached by every lane of its mask"
-                             : "deadlock: a barrier is not reached by every thread");
+        fail("deadlock: a warp collective is not reached by every lane of its mask");
     }
     statistics.blocks++;
 }
