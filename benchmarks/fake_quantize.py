@@ -13,6 +13,7 @@ On CUDA the same runs are timed between events; that has never been tried on a G
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -85,9 +86,7 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
 def cases(device: torch.device, quick: bool) -> Mapping[str, Callable[[], Mapping[str, Run]]]:
     dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
     return {
-        f"{name}, {str(dtype).removeprefix('torch.')}": lambda shape=shape, dtype=dtype: runs_of(
-            shape, device, dtype
-        )
+        f"{name}, {str(dtype).removeprefix('torch.')}": partial(runs_of, shape, device, dtype)
         for dtype in dtypes
         for name, shape in SHAPES.items()
     }

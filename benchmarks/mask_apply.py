@@ -14,6 +14,7 @@ On CUDA the same runs are timed between events; that has never been tried on a G
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,8 +129,8 @@ def selection_runs(device: torch.device) -> dict[str, Run]:
         "mask_unpack": (lambda ops: ops.mask_unpack(packed, numel), numel + numel // 8),
     }
     for name, (call, moved) in pairs.items():
-        runs[name] = Run(lambda call=call: call(ops), moved)
-        runs[f"{name}, reference"] = Run(lambda call=call: call(plain), moved, peer_of=name)
+        runs[name] = Run(partial(call, ops), moved)
+        runs[f"{name}, reference"] = Run(partial(call, plain), moved, peer_of=name)
     return runs
 
 
