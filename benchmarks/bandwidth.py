@@ -4,12 +4,14 @@ Every round runs everything once, beginning elsewhere than the round before; wha
 is not timed. A run's *bytes* are those that the operation itself has to read and write, each once. The roofline
 predicts that they pass at the bandwidth of `tensor.copy_` on the same elements, which is measured in the same rounds.
 On one thread the CPU time of the process is taken, which sees little of what else the machine does; on more, and on
-CUDA (between two events), time that passes.
+CUDA (between two events), time that passes. Freed memory stays with the process (`keep_freed_memory`), so that results
+which are allocated in every call, ours and those of the peers, cost no page faults.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
@@ -52,6 +54,19 @@ def seconds(run: Run, device: torch.device, threads: int) -> float:
     begin = clock()
     run.call()
     return clock() - begin
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed. Else it hands a result's pages back to the system after one call and takes
+    them anew for the next, or not, as the calls before happen to have left the heap; that costs more than a kernel.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold, most = -1, -3, 1 << 30
+        libc.mallopt(mmap_threshold, most)
+        libc.mallopt(trim_threshold, most)
+    except (OSError, AttributeError):  # another C library: the figures are less steady
+        return
 
 
 def measure(
@@ -121,6 +136,7 @@ def run_benchmark(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
+    keep_freed_memory()
     device = torch.device(args.device)
     everything: dict[str, dict[str, float]] = {}
     for case, make in cases(device, args.quick).items():
