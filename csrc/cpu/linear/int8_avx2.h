@@ -43,9 +43,10 @@ struct Int8Avx2 {
     static int64_t panel_bytes(int64_t depth) { return (4 + depth) * kColumns; }
 
     static DSC_INLINE void tile(int64_t rows, const int16_t* codes, int64_t stride, const uint8_t* weights,
-                                int64_t depth, const int32_t* from, int64_t from_stride, int32_t* to) {
+                                int64_t depth, const uint8_t* next, const int32_t* from, int64_t from_stride,
+                                int32_t* to) {
         const auto run = rows == 4 ? int8_tile<4> : rows == 3 ? int8_tile<3> : rows == 2 ? int8_tile<2> : int8_tile<1>;
-        run(codes, 2 * stride, weights, depth / 8, from, from_stride, to);
+        run(codes, 2 * stride, weights, depth / 8, next, from, from_stride, to);
     }
 
     // 16 rows of weights, 16 values of K at a time: bytes, transposed by quads, halves of the quads apart.

@@ -6,8 +6,9 @@
 //     Codes                      see quantize.h; weights are brought to this form too before they are packed
 //     panel_bytes(depth)         of one packed panel: kColumns int32 that sums start from, then the weights
 //     pack(rows, stride, depth, corrections, panel)
-//     tile(rows, codes, stride, weights, depth, from, from_stride, to)
-//                                up to kRows rows of sums, from `from` to `to` (kColumns apart), not corrected by row
+//     tile(rows, codes, stride, weights, depth, next, from, from_stride, to)
+//                                up to kRows rows of sums, from `from` to `to` (kColumns apart), not corrected by row;
+//                                may prefetch what lies at `next` (which may be behind the end of all memory)
 //
 // Loops, from the outside: blocks of rows, quantized once; slices of panels; chunks of K; panels; tiles. So a chunk of
 // the block's codes stays in the second-level cache, a chunk of a panel in the first. With one chunk, a slice has one
@@ -24,6 +25,7 @@ namespace {
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockBytes = 8 << 20;  // codes of a block, where K is huge
 constexpr int64_t kSliceColumns = 256;
+constexpr int64_t kAheadBytes = 2048;  // with few rows
 
 // Row-major int8 as an input of `quantize_row`: with scale 1 a code is its own code.
 struct Int8 {
@@ -117,19 +119,21 @@ struct Int8Driver {
 
     static void compute_slice(const LinearCall& call, Range rows, Range panels, int64_t depth, int64_t chunk,
                               const Scratch& scratch) {
-        const int64_t count = rows.end - rows.begin;
+        const int64_t count = rows.end - rows.begin, stride = stride_of(call.weight.columns);
         int64_t k = 0;
         do {  // once even if K is 0
             const int64_t part = depth - k < chunk ? depth - k : chunk;
             for (int64_t panel = panels.begin; panel < panels.end; panel++) {
                 const uint8_t* packed = call.weight.body + panel * Engine::panel_bytes(depth);
                 int32_t* sums = scratch.sums + (panel - panels.begin) * count * kColumns;
+                const uint8_t* weights = packed + (4 + k) * kColumns;
                 for (int64_t m = 0; m < count; m += Engine::kRows) {
                     int32_t* to = sums + m * kColumns;
                     const auto* from = k == 0 ? reinterpret_cast<const int32_t*>(packed) : to;
-                    Engine::tile(count - m < Engine::kRows ? count - m : Engine::kRows,
-                                 scratch.codes + m * stride_of(call.weight.columns) + k,
-                                 stride_of(call.weight.columns), packed + 4 * kColumns + k * kColumns, part, from,
+                    // Two tiles ask for all of the next panel's part, half of it each.
+                    const int64_t ahead = Engine::panel_bytes(depth) + m / Engine::kRows % 2 * part * kColumns / 2;
+                    Engine::tile(count - m < Engine::kRows ? count - m : Engine::kRows, scratch.codes + m * stride + k,
+                                 stride, weights, part, weights + (count > Engine::kRows ? ahead : kAheadBytes), from,
                                  k == 0 ? 0 : kColumns, to);
                 }
                 if (k + part == depth) finish_panel(call, rows, panel, sums, scratch);

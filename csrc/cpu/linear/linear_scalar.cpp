@@ -38,8 +38,8 @@ struct Int8Scalar {
             for (int64_t k = 0; k < depth; k++) *panel++ = static_cast<uint8_t>(rows[j * stride + k]);
     }
 
-    static void tile(int64_t, const int16_t* codes, int64_t, const uint8_t* weights, int64_t depth, const int32_t* from,
-                     int64_t, int32_t* to) {
+    static void tile(int64_t, const int16_t* codes, int64_t, const uint8_t* weights, int64_t depth, const uint8_t*,
+                     const int32_t* from, int64_t, int32_t* to) {
         const auto* w = reinterpret_cast<const int8_t*>(weights);
         for (int j = 0; j < kColumns; j++, w += depth) {
             int32_t sum = from[j];
