@@ -48,7 +48,7 @@ class LinearCase:
 
 # Every kernel (decode with 1, 2, 4, 8 rows; small and large tiles) with tails in every direction.
 SHAPES = [(1, 1, 1), (1, 17, 100), (2, 9, 530), (3, 5, 0), (4, 20, 48), (7, 33, 64), (8, 10, 1040), (9, 65, 70),
-          (33, 64, 16), (64, 70, 200), (65, 130, 100), (130, 127, 333)]  # fmt: skip
+          (33, 64, 16), (64, 70, 200), (65, 130, 100), (130, 127, 333), (0, 5, 16), (9, 0, 16)]  # fmt: skip
 INT8_CASES = [LinearCase(m, n, k) for m, n, k in SHAPES] + [
     LinearCase(12, 20, 40, activation=a, out_dtype=t) for a in ACTIVATIONS[1:] for t in DTYPES
 ] + [
@@ -61,13 +61,14 @@ INT8_CASES = [LinearCase(m, n, k) for m, n, k in SHAPES] + [
 ]  # fmt: skip
 INT8_CASES += [LinearCase(13, 19, 50, special=True, activation=a) for a in ACTIVATIONS]
 INT4_SHAPES = [(1, 1, 1), (1, 9, 1100), (3, 17, 33), (8, 12, 2080), (9, 66, 96), (40, 65, 130), (66, 70, 300),
-               (130, 64, 160)]  # fmt: skip
+               (130, 64, 160), (0, 5, 32), (9, 0, 40)]  # fmt: skip
 INT4_CASES = [LinearCase(m, n, k, "int4", group) for m, n, k in INT4_SHAPES for group in (32, 64, 128)] + [
     LinearCase(3, 5, 0, "int4", 32),
     LinearCase(12, 20, 40, "int4", 32, "silu", out_dtype=torch.bfloat16, dtype=torch.bfloat16, special=True),
     LinearCase(4, 20, 40, "int4", 64, "relu", bias=False, static=True, special=True),
 ]
-SPARSE24_SHAPES = [(1, 1, 4), (5, 33, 68), (32, 64, 128), (33, 17, 200), (129, 130, 132), (128, 128, 256)]
+SPARSE24_SHAPES = [(1, 1, 4), (5, 33, 68), (32, 64, 128), (33, 17, 200), (129, 130, 132), (128, 128, 256),
+                   (0, 5, 64), (33, 0, 64)]  # fmt: skip
 SPARSE24_CASES = [LinearCase(m, n, k, "sparse24") for m, n, k in SPARSE24_SHAPES] + [
     LinearCase(3, 5, 0, "sparse24"),
     LinearCase(

@@ -93,6 +93,10 @@ MUTANTS = [
         (Edit(HERE + "pack.cuh", "static_cast<unsigned>(first | second << 2)",
               "static_cast<unsigned>(second | first << 2)"),), SPARSE24,
     ),
+    Mutant(
+        "more stages than shared memory has room for", "plain", "dsc_int8_linear returned 1", "int8_linear",
+        (Edit(HERE + "int8_gemm.cuh", "stages = 4, chunks = 4", "stages = 7, chunks = 4"),), INT8,
+    ),
     # --- conflicts: right, but eight rows share banks -----------------------------------------------------------
     Mutant(
         "tiles without the permutation of chunks", "conflicts", "bank conflicts", "int8_linear",

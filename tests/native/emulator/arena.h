@@ -11,7 +11,7 @@
 
 namespace ds_compress::emulator {
 
-constexpr size_t shared_memory_limit = 163 << 10;  // a block of sm_80
+constexpr size_t shared_memory_limit = 99 << 10;  // a block of sm_86 and sm_89, which run sm_80 binaries
 constexpr unsigned char garbage = 0xCD;
 
 class Arena {

@@ -40,7 +40,7 @@ DSC_UNWATCHED inline void* dynamic_shared() { return block->arena.dynamic(); }
 
 DSC_UNWATCHED inline void* shared_array(const void* site, size_t bytes) {
     void* const array = block->arena.array(site, bytes);
-    if (array == nullptr) fail("more shared memory than a block of sm_80 has");
+    if (array == nullptr) fail("more shared memory than a block has");
     return array;
 }
 
@@ -94,6 +94,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     int i = 0;
     std::apply([&](auto&... each) { ((call.pointers[i++] = (void*)&each), ...); }, call.parameters);
     if (call.ptx != nullptr) call.shared_bytes += call.ptx->static_shared_bytes;
+    if (call.shared_bytes > shared_memory_limit) return cudaErrorInvalidValue;
     run_grid(grid, block, call.shared_bytes, Call<Parameters...>::run, &call);
     return cudaSuccess;
 }
