@@ -70,11 +70,10 @@ class Compression:
         model: nn.Module = arguments["model"]
         config = parse_config(block)
         refuse_unsupported(model, engine_class, arguments["config_class"])
+        _choose_kernels(config)
         teacher = Teacher.of(config, _given_teacher, model)
         removed = reduce_layers(model, config, teacher.model if teacher else None, parameters.copy_parameters)
         plan = resolve(model, config)
-        if plan.techniques:
-            _choose_kernels(config)
         stages = {name: _stage(name, technique, config.seed) for name, technique in plan.techniques.items()}
         if teacher is not None and config.distillation is not None and config.distillation.enabled:
             stages[Distillation.name] = Distillation(
@@ -142,6 +141,9 @@ class Compression:
 
 def _choose_kernels(config: CompressionConfig) -> None:
     """Before any weight is touched, so that a wish that cannot be met costs nothing."""
+    blocks = (config.sparse_pruning, config.weight_quantization, config.activation_quantization)
+    if not any(block is not None and block.shared_parameters.enabled for block in blocks):
+        return
     insists = config.insists_on_native
     try:
         prefer(Preference.NATIVE if insists else Preference(config.kernels))

@@ -1,0 +1,68 @@
+"""`kernels` and the legacy `quantizer_kernel` of the JSON decide which kernels a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+import ds_compress
+from ds_compress.ops import Preference, kernels, library, prefer
+from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
+from tests.multirank.training import quantization_block
+from tests.single import init_single_process
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    init_single_process()
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    yield
+    monkeypatch.undo()
+    prefer(Preference.AUTO)
+
+
+def start(block: dict[str, Any]) -> None:
+    model = tiny_bert()
+    deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config(0, block))
+
+
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [
+        (pruning_block() | {"kernels": "native"}, "compression_training.kernels"),
+        (
+            quantization_block(weights={"quantizer_kernel": True}),
+            "compression_training.weight_quantization.shared_parameters.quantizer_kernel",
+        ),
+    ],
+    ids=["kernels", "quantizer_kernel"],
+)
+def test_a_run_that_insists_on_native_does_not_start_without(
+    block: dict[str, Any], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load", lambda: False)
+    with pytest.raises(ds_compress.ConfigError, match="cannot be had") as error:
+        start(block)
+    assert [problem.path for problem in error.value.problems] == [key]
+
+
+def test_both_at_once_contradict_each_other() -> None:
+    block = quantization_block(weights={"quantizer_kernel": True}) | {"kernels": "reference"}
+    with pytest.raises(ds_compress.ConfigError, match="quantizer_kernel"):
+        ds_compress.parse_config(block)
+
+
+@pytest.mark.parametrize("word", ["native", "reference"])
+def test_the_json_chooses(word: str) -> None:
+    with engine_of(tiny_bert(), ds_config(0, pruning_block() | {"kernels": word})):
+        assert (kernels() is torch.ops.ds_compress) == (word == "native")
+
+
+def test_a_run_without_kernels_does_not_build_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: pytest.fail("nothing here needs a kernel"))
+    ds_compress.plan(tiny_bert(), pruning_block())
+    start({"layer_reduction": {"enabled": True, "keep_number_layer": 1}})
