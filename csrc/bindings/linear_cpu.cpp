@@ -64,12 +64,21 @@ int64_t panels_of(const LinearKernels& kernels, int64_t rows) {
 
 // --- packing ------------------------------------------------------------------------------------------------------
 
-Tensor new_packed(const Tensor& like, int64_t layout, int64_t rows, int64_t columns, int64_t groups) {
-    const int64_t bytes = packed_bytes(rows, columns, groups > 0 ? 4 : 8, groups);
+// With its header, and zeros behind the panels: equal weights have equal bytes.
+Tensor new_packed(const Tensor& like, int64_t layout, const LinearWeight& weight, int64_t body_bytes) {
+    const int64_t bytes = packed_bytes(weight.rows, weight.columns, weight.groups > 0 ? 4 : 8, weight.groups);
     Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-    const PackedHeader header{kPackedMagic, layout, rows, columns, groups, {}};
-    std::memcpy(packed.mutable_data_ptr(), &header, sizeof header);
+    const PackedHeader header{kPackedMagic, layout, weight.rows, weight.columns, weight.groups, {}};
+    auto* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+    std::memcpy(data, &header, sizeof header);
+    const int64_t used = static_cast<int64_t>(sizeof header) + body_bytes;
+    std::memset(data + used, 0, static_cast<size_t>(bytes - used));
     return packed;
+}
+
+Tensor new_int8_packed(const Tensor& like, const LinearKernels& kernels, const LinearWeight& weight) {
+    return new_packed(like, kernels.int8_layout, weight,
+                      panels_of(kernels, weight.rows) * kernels.int8_panel_bytes(weight));
 }
 
 uint8_t* body_of(const Tensor& packed) {
@@ -92,7 +101,7 @@ Tensor int8_linear_pack(const Tensor& given) {
     const Tensor codes = torch::stable::contiguous(given);
     const LinearKernels& kernels = cpu::linear_kernels();
     const LinearWeight weight{nullptr, codes.size(0), codes.size(1), 0, 0};
-    const Tensor packed = new_packed(codes, kernels.int8_layout, weight.rows, weight.columns, 0);
+    const Tensor packed = new_int8_packed(codes, kernels, weight);
     const auto* from = static_cast<const int8_t*>(codes.const_data_ptr());
     for_panels(kernels, weight, [&](Range panels, void* scratch) {
         kernels.int8_pack(from, weight, panels, scratch, body_of(packed));
@@ -109,7 +118,7 @@ Tensor int8_linear_quantize_pack(const Tensor& given, const Tensor& scale, int64
     const Tensor values = torch::stable::contiguous(given);
     const LinearKernels& kernels = cpu::linear_kernels();
     const LinearWeight weight{nullptr, values.size(0), values.size(1), 0, 0};
-    const Tensor packed = new_packed(values, kernels.int8_layout, weight.rows, weight.columns, 0);
+    const Tensor packed = new_int8_packed(values, kernels, weight);
     const auto* scales = static_cast<const float*>(scale.const_data_ptr());
     const bool per_row = scale.size(0) == weight.rows;
     for_panels(kernels, weight, [&](Range panels, void* scratch) {
@@ -130,7 +139,8 @@ Tensor int4_linear_pack(const Tensor& given, const Tensor& given_scale) {
             "int4 codes lie in [-8, 7]");
     const LinearKernels& kernels = cpu::linear_kernels();
     const LinearWeight weight{nullptr, codes.size(0), codes.size(1), scale.size(1), 0};
-    const Tensor packed = new_packed(codes, kernels.int4_layout, weight.rows, weight.columns, weight.groups);
+    const int64_t body_bytes = panels_of(kernels, weight.rows) * kernels.int4_panel_bytes(weight);
+    const Tensor packed = new_packed(codes, kernels.int4_layout, weight, body_bytes);
     const auto* scales = static_cast<const float*>(scale.const_data_ptr());
     for_panels(kernels, weight, [&](Range panels, void*) {
         kernels.int4_pack(from, scales, weight, panels, body_of(packed));

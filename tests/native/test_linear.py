@@ -197,6 +197,21 @@ def test_threads_do_not_change_the_bits(m: int, n: int, k: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_equal_weights_have_equal_bytes() -> None:
+    """Padding included, whatever the memory held before."""
+    codes, scale = torch.randint(-8, 8, (19, 70), dtype=torch.int8), torch.rand(19, 3)
+    for pack in (
+        lambda: native_ops().int8_linear_pack(codes),
+        lambda: native_ops().int4_linear_pack(codes, scale),
+        lambda: native_ops().int8_linear_quantize_pack(codes.float(), torch.ones(1), 127),
+    ):
+        kept = []
+        for value in range(6):
+            torch.full_like(pack(), value)  # freed, and likely the memory of the next
+            kept.append(pack())
+        assert all(torch.equal(kept[0], other) for other in kept)
+
+
 def test_leading_dimensions_and_strides_of_x() -> None:
     x = torch.randn(3, 5, 40).transpose(0, 1)
     codes, scale = torch.randint(-127, 128, (7, 40), dtype=torch.int8), torch.rand(7)

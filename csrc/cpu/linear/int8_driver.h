@@ -47,6 +47,10 @@ struct Int8Driver {
         return round_up(columns, 64) + 64 / static_cast<int64_t>(sizeof(Stored));
     }
 
+    static int64_t panel_bytes(const LinearWeight& weight) {
+        return Engine::panel_bytes(round_up(weight.columns, Engine::kDepth));
+    }
+
     static int64_t block_rows(int64_t columns) {
         const int64_t fitting = kBlockBytes / (stride_of(columns) * static_cast<int64_t>(sizeof(Stored)));
         const int64_t bounded = fitting > kBlockRows ? kBlockRows : fitting;

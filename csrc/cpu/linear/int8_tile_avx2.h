@@ -2,9 +2,9 @@
 //
 // Winograd's inner product (1968): a0 w0 + a2 w2 = (a0 + w2)(a2 + w0) - a0 a2 - w0 w2. The last two terms belong to a
 // row and to a column alone and are corrected outside. A plain loop of vpmaddwd and vpaddd fights for the two multiply
-// pipes of Zen 2 and 3 and ends at 72 % of their peak; this one has one multiplication in four instructions and ends
-// at 84 %, widening of the weights included. vpmaddubsw would need fewer instructions still, but saturates. Sums are modulo 2^32, so only the result
-// must fit, not what is on the way.
+// pipes of Zen 3 and ends at 72 % of their peak; this one has one multiplication in four instructions and ends at 84 %,
+// the widening of the weights included. vpmaddubsw would need fewer instructions still, but saturates. Sums are modulo
+// 2^32, so only the result must fit, not what is on the way.
 //
 // Four values of K make a quad. A row has them in order as int16: P = (a0, a1), Q = (a2, a3), one dword each. A panel
 // has for 8 columns X = (w2, w3) and then Y = (w0, w1), for 16 columns X Y X' Y', as int8.

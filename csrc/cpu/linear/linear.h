@@ -47,6 +47,10 @@ struct LinearKernels {
     int64_t int4_layout;
     int64_t panel_columns;
 
+    // Bytes of a packed panel.
+    int64_t (*int8_panel_bytes)(const LinearWeight& weight);
+    int64_t (*int4_panel_bytes)(const LinearWeight& weight);
+
     // Panels of row-major codes (N, K).
     void (*int8_pack)(const int8_t* codes, const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
     // Quantizes with `scale` (one per row of the weight, or one for all) and packs in one pass.

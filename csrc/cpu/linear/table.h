@@ -15,6 +15,8 @@ constexpr LinearKernels table(Isa isa, int64_t int8_layout, int64_t int4_layout)
         .int8_layout = int8_layout,
         .int4_layout = int4_layout,
         .panel_columns = Int8::kColumns,
+        .int8_panel_bytes = Int8::panel_bytes,
+        .int4_panel_bytes = Int4::panel_bytes,
         .int8_pack = Int8::pack,
         .int8_quantize_pack = Int8::quantize_pack,
         .int8_linear = Int8::linear,
