@@ -97,7 +97,7 @@ def compiler_version(compiler: Path) -> str:
 
 def _toolkit_of(nvcc: Path) -> Path:
     """The root that nvcc itself reports (the one on PATH may be a script that starts another)."""
-    command = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
+    command = [str(nvcc), "--dryrun", "-x", "cu", "-E", os.devnull]
     trace = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     top = re.search(r"^#\$ TOP=(.+)$", trace, flags=re.M)
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
