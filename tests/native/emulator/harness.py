@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.native.emulator import nvcc, ptx_parser, ptx_to_cpp
+from tests.native.emulator import nvcc, ptx_to_cpp
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 EMULATOR = Path("tests/native/emulator")
@@ -176,7 +176,7 @@ def build(
 
     key = repr((sorted(tree.items()), flags, compiler()[1], source))
     if ptx is not None:
-        key += only + ptx + Path(ptx_to_cpp.__file__).read_text() + Path(ptx_parser.__file__).read_text()
+        key += only + ptx + ptx_to_cpp.sources()
     return Library(cached(key, ".so", make), mode)
 
 
