@@ -17,7 +17,7 @@ import torch
 from ds_compress.ops.reference import block_quantize, fake_quantize, mask
 from ds_compress.ops.schemas import message_bytes
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
-from tests.native.emulator import harness, nvcc, ptx_to_cpp
+from tests.native.emulator import harness, nvcc
 from tests.native.emulator.harness import Edit, Library, Program
 from tests.native.test_block_quantize import hard_values, random_messages
 from tests.native.test_fake_quantize import hard_rows
@@ -247,16 +247,6 @@ def sum_cases(numel: int, bits: int, block: int, seed: int) -> Iterator[Case]:
         yield program(
             inputs, [("dsc_block_reduce_quantize", ("messages", *form, name, "message", None))], expected
         )
-
-
-@ptx_to_cpp.opcode("atom")
-def atomic(ins: ptx_to_cpp.Instruction) -> str:
-    """More kinds of `atom` than the linears need: global and shared memory, sums and extremes."""
-    space, operation = ins.need("global", "shared"), ins.need("add", "min", "max")
-    type_ = ins.need("u32", "s32", "u64")
-    pointer = ptx_to_cpp.address(ins.operands[1], space, ptx_to_cpp.CPP_TYPES[type_], 1, ins.kernel)
-    function = {"add": "atomicAdd", "min": "atomicMin", "max": "atomicMax"}[operation]
-    return ins.set(f"{function}({pointer}, {ins.value(2, type_)})", type_)
 
 
 CASES = {"mask": mask_cases, "fake_quantize": fake_quantize_cases, "block_quantize": block_cases}
