@@ -82,6 +82,32 @@ inline __m512i cvtps_epi32(__m512 a) {
     }
     return result.as<__m512i>();
 }
+// VCVTTPS2DQ: the same towards zero.
+inline __m512i cvttps_epi32(__m512 a) {
+    return cvtps_epi32(each<float>(a, a, [](float x, float) { return std::trunc(x); }));
+}
+// VCVTDQ2PS
+inline __m512 cvtepi32_ps(__m512i a) {
+    const auto x = Lanes<int32_t>::of(a);
+    Lanes<float> result;
+    for (int i = 0; i < 16; i++) result.lane[i] = static_cast<float>(x.lane[i]);
+    return result.as<__m512>();
+}
+// VPMOVSXBD
+inline __m512i cvtepi8_epi32(__m128i a) {
+    int8_t bytes[16];
+    std::memcpy(bytes, &a, 16);
+    Lanes<int32_t> result;
+    for (int i = 0; i < 16; i++) result.lane[i] = bytes[i];
+    return result.as<__m512i>();
+}
+// VPTESTMQ: which lanes of the AND are not zero.
+inline uint8_t test_epi64_mask(__m512i a, __m512i b) {
+    const auto x = Lanes<uint64_t>::of(a), y = Lanes<uint64_t>::of(b);
+    unsigned mask = 0;
+    for (int i = 0; i < 8; i++) mask |= ((x.lane[i] & y.lane[i]) != 0 ? 1u : 0u) << i;
+    return static_cast<uint8_t>(mask);
+}
 // VPMOVDB, VPMOVDW: the low byte or word of every lane.
 template <class Part, class Result>
 Result low_parts(__m512i a) {
@@ -156,6 +182,10 @@ inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps(a, mode) emulated::round_ps(a)
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
+#define _mm512_cvttps_epi32 emulated::cvttps_epi32
+#define _mm512_cvtepi32_ps emulated::cvtepi32_ps
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
+#define _mm512_test_epi64_mask emulated::test_epi64_mask
 #define _mm512_cvtepi32_epi8 (emulated::low_parts<uint8_t, __m128i>)
 #define _mm512_cvtepi32_epi16 (emulated::low_parts<uint16_t, __m256i>)
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32

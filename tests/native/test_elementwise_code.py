@@ -1,7 +1,8 @@
 """The elementwise kernels as machine code: other instruction sets give the same bits, hot loops are vectors.
 
 A library chooses its instruction set once, so each runs the tests of the ops in a process of its own. On a CPU
-without AVX-512, code for 16 lanes still runs: compiled without intrinsics, for the instructions that are there.
+without AVX-512, code for 16 lanes still runs, for the instructions that are there: without intrinsics, and with those
+of AVX-512 in plain C++ (see avx512_emulated.h).
 """
 
 from __future__ import annotations
@@ -58,7 +59,16 @@ def test_other_instruction_sets_give_the_same_bits(isa: str) -> None:
 
 
 def test_sixteen_lanes_without_intrinsics_give_the_same_bits(tmp_path: Path) -> None:
-    run_op_tests(DS_COMPRESS_CPU_ISA="scalar", DSC_TEST_LIBRARY=str(portable_library(16, tmp_path)))
+    library = library_with(tmp_path, "-DDSC_PORTABLE_LANES=16")
+    run_op_tests(DS_COMPRESS_CPU_ISA="scalar", DSC_TEST_LIBRARY=str(library))
+
+
+def test_the_source_for_avx512_gives_the_same_bits(tmp_path: Path) -> None:
+    if not has("avx2"):
+        pytest.skip("its vectors of 32 bytes and below are AVX2's")
+    emulated = ROOT / "tests" / "native" / "avx512_emulated.h"
+    library = library_with(tmp_path, "-mavx2", "-mfma", "-mf16c", "-include", str(emulated))
+    run_op_tests(DS_COMPRESS_CPU_ISA="scalar", DSC_TEST_LIBRARY=str(library))
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -76,8 +86,8 @@ def has(isa: str) -> bool:
     return done.returncode == 0
 
 
-def portable_library(lanes: int, folder: Path) -> Path:
-    """The elementwise ops alone, with vectors of `lanes` and no intrinsics."""
+def library_with(folder: Path, *flags: str) -> Path:
+    """The elementwise ops alone; `flags` make another instruction set of the kernels for every CPU."""
     build = wanted_build()
     bindings = [CSRC / "bindings" / f"{name}_cpu.cpp" for name in ("mask", "fake_quantize", "block_quantize")]
     sources = [*bindings, *sorted(KERNELS.glob("*.cpp")), CSRC / "cpu" / "isa.cpp"]
@@ -85,9 +95,10 @@ def portable_library(lanes: int, folder: Path) -> Path:
     running = []
     for source, target in zip(sources, objects, strict=True):
         command = [part for part in build.command(source, target) if not part.startswith("-m")]
-        running.append(subprocess.Popen([*command, f"-DDSC_PORTABLE_LANES={lanes}", "-Wno-psabi"]))
+        extra = flags if source.stem == "elementwise_scalar" else ()
+        running.append(subprocess.Popen([*command, *extra, "-Wno-psabi"]))
     assert not any(process.wait(timeout=300) for process in running)
-    library = folder / f"portable_{lanes}.so"
+    library = folder / "elementwise.so"
     rpath = f"-Wl,-rpath,{Path(torch.__file__).parent / 'lib'}"
     subprocess.run([*build.link_command(objects, library), rpath], check=True, timeout=300)
     return library
