@@ -225,6 +225,15 @@ def summary(bench: Bench) -> dict[str, dict[str, float]]:
     }
 
 
+def essentials(everything: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """For the committed file, which would grow by a megabyte a run: of a peer only how much slower it is than ours."""
+    peers_figure = "times slower than int8_linear"
+    return {
+        variant: {peers_figure: figures[peers_figure]} if peers_figure in figures else dict(figures)
+        for variant, figures in everything.items()
+    }
+
+
 def _listed(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
@@ -263,7 +272,7 @@ def main() -> None:
         for title, figures in summary(bench).items():
             console.print(f"{title}, {where}: {_listed(figures)}")
             everything[f"{title}, {where}"] = figures
-    print(f"appended to {record.append('int8_linear', ' '.join(sys.argv[1:]), everything)}")
+    print(f"appended to {record.append('int8_linear', ' '.join(sys.argv[1:]), essentials(everything))}")
     if args.json:
         print(record.json_line("int8_linear", everything))
 
