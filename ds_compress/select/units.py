@@ -1,0 +1,75 @@
+"""From weights to units and back: sums over the entries of each unit, and masks of the entries of kept units.
+
+Both work on a fragment [start, start + numel) of a flattened tensor of `shape`. Along dimension `dim`, entries repeat
+with the period shape[dim] * stride, where stride is the number of elements behind `dim`: padded to whole periods, a
+fragment is a (periods, shape[dim], stride) array, whatever the dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def unit_sums(
+    values: torch.Tensor, start: int, shape: Sequence[int], dim: int, index: torch.Tensor
+) -> torch.Tensor:
+    """fp64 (units,): for each unit, the sum of the `values` (numel,) of the fragment that belong to it.
+
+    index: int64 (units, width), the entries along `dim` of each unit. Sums are in fp64, so that how a tensor is cut
+    into fragments shows in the last digits of a double only.
+    """
+    stride = math.prod(shape[dim + 1 :])
+    period = shape[dim] * stride
+    before, periods = _periods(start, values.numel(), period)
+    padded = values.new_zeros(periods * period)
+    padded[before : before + values.numel()] = values
+    by_entry = padded.view(periods, shape[dim], stride).sum((0, 2), dtype=torch.float64)
+    return by_entry[index.to(by_entry.device)].sum(1)
+
+
+def unit_mask(
+    keep: torch.Tensor, start: int, numel: int, shape: Sequence[int], dim: int, index: torch.Tensor
+) -> torch.Tensor:
+    """bool (numel,): False where the fragment's element belongs to a unit that `keep`, bool (units,), drops."""
+    stride = math.prod(shape[dim + 1 :])
+    before, periods = _periods(start, numel, shape[dim] * stride)
+    by_entry = torch.ones(shape[dim], dtype=torch.bool)
+    by_entry[index[~keep].flatten()] = False
+    return by_entry.view(1, -1, 1).expand(periods, shape[dim], stride).reshape(-1)[before : before + numel]
+
+
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Sorted int64 indices of the `count` largest of `scores` (units,); of equal ones those with the lower index."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def shares(scores: Sequence[torch.Tensor], total: int, round_to: int) -> list[int]:
+    """How many units each structure keeps when all of them compete for `total` places.
+
+    Scores are divided by their structure's norm first (Molchanov et al. 2017). Counts are rounded to the nearest
+    multiple of `round_to`, at least one and at most all, so that their sum may differ from `total` a little.
+    """
+    lowest = torch.finfo(torch.float32).min
+    normed = [_normed(s.double(), s.double() <= lowest) for s in scores]
+    owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(normed)])
+    wanted = torch.bincount(owner[best(torch.cat(normed), total)], minlength=len(normed)).tolist()
+    return [
+        min(s.numel(), round_to * max(1, (2 * want + round_to) // (2 * round_to)))
+        for s, want in zip(normed, wanted, strict=True)
+    ]
+
+
+def _normed(scores: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+    """Divided by the norm of those that are not gone, which stay below all others."""
+    norm = scores.masked_fill(gone, 0.0).norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return (scores / norm).masked_fill(gone, -torch.inf)
+
+
+def _periods(start: int, numel: int, period: int) -> tuple[int, int]:
+    """(elements of the first period that lie before the fragment, periods that it touches)."""
+    before = start % period if period else 0
+    return before, -(-(before + numel) // period) if period else 0
