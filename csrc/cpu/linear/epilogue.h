@@ -34,17 +34,40 @@ DSC_INLINE void finish(typename Format::Stored* y, int64_t j, int64_t count, Flo
     }
 }
 
-// y = activation(float(sum - correction) * (input scale * weight scale) + bias) for `rows` rows of one panel.
+// A part of the result.
+struct Rectangle {
+    uint8_t* begin;
+    int64_t stride;  // of a row, in bytes
+    int64_t rows;
+    int64_t width;  // in bytes
+
+    DSC_INLINE Rectangle(const LinearCall& call, int64_t row, int64_t rows, int64_t column, int64_t columns)
+        : rows(rows) {
+        const int64_t size = call.y_type == LinearType::fp32 ? 4 : 2;
+        begin = static_cast<uint8_t*>(call.y) + (row * call.weight.rows + column) * size;
+        stride = call.weight.rows * size;
+        width = columns * size;
+    }
+    // Rows are far apart, so no hardware foresees them, and stores that miss the cache hold up all that follow.
+    DSC_INLINE void prefetch() const {
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t i = 0; i < width; i += 64) __builtin_prefetch(begin + m * stride + i, 1);
+    }
+};
+
+// y = activation(float(sum - correction) * (input scale * weight scale) + bias) for rows of one panel.
 template <class Format, Activation kActivation, int kColumns>
-void dequantize(const int32_t* sums, int64_t rows, const float* input_scale, const int32_t* correction,
-                const PanelColumns<kColumns>& columns, typename Format::Stored* y, int64_t stride) {
-    for (int64_t m = 0; m < rows; m++, sums += kColumns, y += stride)
+void dequantize(const int32_t* sums, const float* input_scale, const int32_t* correction,
+                const PanelColumns<kColumns>& columns, const Rectangle& to) {
+    for (int64_t m = 0; m < to.rows; m++, sums += kColumns) {
+        auto* y = reinterpret_cast<typename Format::Stored*>(to.begin + m * to.stride);
 #pragma GCC unroll 4
         for (int j = 0; j < kColumns; j += kLanes) {
             const Floats sum = __builtin_convertvector(load_as<Ints>(sums + j) - correction[m], Floats);
             const Floats scale = splat(input_scale[m]) * load_as<Floats>(columns.scale + j);
             finish<Format, kActivation>(y, j, columns.count, sum * scale + load_as<Floats>(columns.bias + j));
         }
+    }
 }
 
 // y = activation(value * input scale + bias), in place of `dequantize` when the weight scales are in `values` already.

@@ -38,6 +38,8 @@ struct Int8Avx2 {
     static constexpr int kRows = 4;
     static constexpr int64_t kDepth = 8;
     static constexpr int64_t kChunk = 1024;
+    static constexpr int64_t kPrefetchParts = 2;
+    static constexpr int64_t kAheadBytes = 2048;
 
     // Minus the corrections of the columns, then the quads.
     static int64_t panel_bytes(int64_t depth) { return (4 + depth) * kColumns; }

@@ -2,7 +2,9 @@
 //
 // An `Engine` has
 //     kColumns, kRows, kDepth    columns of a panel, rows of a tile, what K is padded to
-//     kChunk                     columns of K of which a panel stays in the first-level cache
+//     kChunk                     columns of K of which a panel stays in the cache that tiles read it from
+//     kPrefetchParts             tiles that together prefetch as many weights as each of them reads
+//     kAheadBytes                how far ahead few rows (one tile) prefetch their own weights
 //     Codes                      see quantize.h; weights are brought to this form too before they are packed
 //     panel_bytes(depth)         of one packed panel: kColumns int32 that sums start from, then the weights
 //     pack(rows, stride, depth, corrections, panel)
@@ -11,8 +13,9 @@
 //                                may prefetch what lies at `next` (which may be behind the end of all memory)
 //
 // Loops, from the outside: blocks of rows, quantized once; slices of panels; chunks of K; panels; tiles. So a chunk of
-// the block's codes stays in the second-level cache, a chunk of a panel in the first. With one chunk, a slice has one
-// panel, and with few rows (decode) there is one chunk: each weight is then read once, in the order of memory.
+// the block's codes stays in the second-level cache. With one chunk, a slice has one panel, and with few rows (decode)
+// there is one chunk: each weight is then read once, in the order of memory. A tile is finished as soon as its sums are
+// complete, while they are in the first-level cache: the processor writes results while it multiplies the next tile.
 #pragma once
 
 #include "epilogue.h"
@@ -25,7 +28,6 @@ namespace {
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockBytes = 8 << 20;  // codes of a block, where K is huge
 constexpr int64_t kSliceColumns = 256;
-constexpr int64_t kAheadBytes = 2048;  // with few rows
 
 // Row-major int8 as an input of `quantize_row`: with scale 1 a code is its own code.
 struct Int8 {
@@ -41,6 +43,7 @@ struct Int8Driver {
     using Codes = typename Engine::Codes;
     using Stored = typename Codes::Stored;
     static constexpr int kColumns = Engine::kColumns;
+    using Finish = decltype(dequantize<Fp32, Activation::none, kColumns>);
 
     // One cache line more than whole strips, so that rows do not all fall into the same cache sets.
     static int64_t stride_of(int64_t columns) {
@@ -88,6 +91,12 @@ struct Int8Driver {
         const int64_t columns = call.weight.columns;
         const int64_t block = block_rows(columns);
         const Scratch scratch(memory, block, columns);
+        Finish* finish_tile = nullptr;
+        with_format(call.y_type, [&]<class Format>() {
+            with_activation(call.activation, [&]<Activation kActivation>() {
+                finish_tile = dequantize<Format, kActivation, kColumns>;
+            });
+        });
         for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
             const Range part{begin, rows.end - begin < block ? rows.end : begin + block};
             with_format(call.x_type, [&]<class Format>() { quantize_block<Format>(call, part, scratch); });
@@ -97,7 +106,7 @@ struct Int8Driver {
             const int64_t slice = whole ? 1 : kSliceColumns / kColumns;
             for (int64_t panel = panels.begin; panel < panels.end; panel += slice)
                 compute_slice(call, part, {panel, panel + slice < panels.end ? panel + slice : panels.end}, depth,
-                              round_up((depth + chunks - 1) / chunks, Engine::kDepth), scratch);
+                              round_up((depth + chunks - 1) / chunks, Engine::kDepth), scratch, finish_tile);
         }
     }
 
@@ -122,41 +131,34 @@ struct Int8Driver {
     }
 
     static void compute_slice(const LinearCall& call, Range rows, Range panels, int64_t depth, int64_t chunk,
-                              const Scratch& scratch) {
+                              const Scratch& scratch, Finish* finish_tile) {
         const int64_t count = rows.end - rows.begin, stride = stride_of(call.weight.columns);
         int64_t k = 0;
         do {  // once even if K is 0
             const int64_t part = depth - k < chunk ? depth - k : chunk;
+            const bool last = k + part == depth;
             for (int64_t panel = panels.begin; panel < panels.end; panel++) {
                 const uint8_t* packed = call.weight.body + panel * Engine::panel_bytes(depth);
-                int32_t* sums = scratch.sums + (panel - panels.begin) * count * kColumns;
                 const uint8_t* weights = packed + (4 + k) * kColumns;
+                int32_t* sums = scratch.sums + (panel - panels.begin) * count * kColumns;
+                const PanelColumns<kColumns> columns(call, panel * kColumns);
                 for (int64_t m = 0; m < count; m += Engine::kRows) {
+                    const int64_t tile_rows = count - m < Engine::kRows ? count - m : Engine::kRows;
+                    const Rectangle y{call, rows.begin + m, tile_rows, panel * kColumns, columns.count};
+                    if (last) y.prefetch();
                     int32_t* to = sums + m * kColumns;
                     const auto* from = k == 0 ? reinterpret_cast<const int32_t*>(packed) : to;
-                    // Two tiles ask for all of the next panel's part, half of it each.
-                    const int64_t ahead = Engine::panel_bytes(depth) + m / Engine::kRows % 2 * part * kColumns / 2;
-                    Engine::tile(count - m < Engine::kRows ? count - m : Engine::kRows, scratch.codes + m * stride + k,
-                                 stride, weights, part, weights + (count > Engine::kRows ? ahead : kAheadBytes), from,
+                    const int64_t prefetched = m / Engine::kRows % Engine::kPrefetchParts;
+                    const int64_t ahead =
+                        Engine::panel_bytes(depth) + prefetched * part * kColumns / Engine::kPrefetchParts;
+                    Engine::tile(tile_rows, scratch.codes + m * stride + k, stride, weights, part,
+                                 weights + (count > Engine::kRows ? ahead : Engine::kAheadBytes), from,
                                  k == 0 ? 0 : kColumns, to);
+                    if (last) finish_tile(to, scratch.scale + m, scratch.correction + m, columns, y);
                 }
-                if (k + part == depth) finish_panel(call, rows, panel, sums, scratch);
             }
             k += part;
         } while (k < depth);
-    }
-
-    static void finish_panel(const LinearCall& call, Range rows, int64_t panel, const int32_t* sums,
-                             const Scratch& scratch) {
-        const int64_t first = panel * kColumns;
-        const PanelColumns<kColumns> columns(call, first);
-        with_format(call.y_type, [&]<class Format>() {
-            auto* y = static_cast<typename Format::Stored*>(call.y) + rows.begin * call.weight.rows + first;
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                dequantize<Format, kActivation, kColumns>(sums, rows.end - rows.begin, scratch.scale,
-                                                          scratch.correction, columns, y, call.weight.rows);
-            });
-        });
     }
 
     template <class Format>

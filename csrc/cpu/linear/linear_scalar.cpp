@@ -28,6 +28,8 @@ struct Int8Scalar {
     static constexpr int64_t kRows = 1;
     static constexpr int64_t kDepth = 8;
     static constexpr int64_t kChunk = INT64_MAX / 2;  // rows of a panel are whole
+    static constexpr int64_t kPrefetchParts = 1;
+    static constexpr int64_t kAheadBytes = 0;  // prefetches nothing
 
     static int64_t panel_bytes(int64_t depth) { return (4 + depth) * kColumns; }
 
