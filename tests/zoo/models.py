@@ -222,7 +222,8 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "gemma3": _gemma3,
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**{**_LLAMA, "num_key_value_heads": 8})),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_LLAMA)),
-    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_LLAMA)),
+    # Its normalizations over all heads see fewer heads after a cut, where an epsilon weighs a little more.
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_LLAMA, rms_norm_eps=1e-9)),
     "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**_LLAMA)),
     "glm": lambda: hf.GlmForCausalLM(hf.GlmConfig(**_WIDE_HEADS, attention_bias=True)),
     "granite": lambda: hf.GraniteForCausalLM(

@@ -1,0 +1,200 @@
+"""Rows: the inner neurons of feed-forward blocks.
+
+Unit u is row u of every matrix that widens (gate and up alike), its bias entries, and column u of the one that
+narrows again. The activation between is elementwise, so that a neuron without an outgoing column is no neuron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ds_compress.structure.inventory import Inventory, Projection, rows, settled, unique
+from ds_compress.structure.structure import Refusal, Structure, StructureKind
+
+_NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("intermediate.dense",), "output.dense"),
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("Wi",), "Wo"),
+    (("w1", "w3"), "w2"),
+    (("w1",), "w2"),
+    (("lin1",), "lin2"),
+    (("fc1",), "fc2"),
+    (("linear1",), "linear2"),
+    (("fc_in",), "fc_out"),
+    (("c_fc",), "c_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+)
+"""Below one parent: the projections that widen, and the one that narrows. The first row that is complete counts."""
+_FUSED = ("gate_up_proj", "Wi", "wi", "linear1", "fc1")
+"""Names of projections that may hold gate and up, one half behind the other."""
+_EXPERTS = ("experts", "Experts", "MoE", "SparseMoe", "SwitchTransformersSparseMLP")
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.ELU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Dropout,
+    nn.Identity,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """Projections that widen to `units` neurons (`halves` rows of each per neuron), and the one that reads them."""
+
+    parent: str
+    widen: tuple[Projection, ...]
+    narrow: Projection
+    halves: int = 1
+
+    @property
+    def units(self) -> int:
+        return self.narrow.inputs
+
+
+def feed_forwards_of(inventory: Inventory, claimed: frozenset[str] = frozenset()) -> list[FeedForward]:
+    """All blocks that are recognised, none of them made of `claimed` projections (those of attention)."""
+    found: list[FeedForward] = []
+    taken = set(claimed)
+    experts = _experts(inventory)
+    for parent in inventory.modules:
+        if any(parent == name or parent.startswith(name + ".") for name in experts):
+            continue
+        for block in (*_by_name(inventory, parent), *_by_shape(inventory, parent, taken)):
+            names = {projection.name for projection in (*block.widen, block.narrow)}
+            if not names & taken:
+                taken |= names
+                found.append(block)
+    return found
+
+
+def row_structures(inventory: Inventory, claimed: frozenset[str]) -> tuple[list[Structure], list[Refusal]]:
+    """Structures of all feed-forward blocks, and what looks like one but cannot be pruned."""
+    blocks = feed_forwards_of(inventory, claimed)
+    refusals = [
+        Refusal(
+            name,
+            "a router chooses among its experts, of which each would have to lose as many neurons; "
+            "prune its weights with sparse_pruning instead",
+        )
+        for name in _experts(inventory)
+    ]
+    refusals += _wrapped(inventory)
+    return settled(inventory, (_structure(inventory, block) for block in blocks), refusals)
+
+
+def _structure(inventory: Inventory, block: FeedForward) -> Structure:
+    units = block.units
+    one = rows(units)
+    index = torch.cat([one + half * units for half in range(block.halves)], dim=1)
+    members = [member for widen in block.widen for member in widen.writers(index, scored=True)]
+    members.append(block.narrow.reader(one))
+    names = [projection.name for projection in (*block.widen, block.narrow)]
+    others = [
+        name
+        for name, module in inventory.modules.items()
+        if name.startswith(block.parent + ".") and module._parameters.get("weight") is not None
+    ]
+    whole = bool(block.parent) and set(others) <= set(names)
+    return Structure(
+        name=block.parent if whole else names[0],
+        kind=StructureKind.ROW,
+        modules=unique([block.parent, *names] if whole else names),
+        units=units,
+        members=tuple(members),
+        observed=block.narrow.name,
+        observed_index=one,
+    )
+
+
+def _by_name(inventory: Inventory, parent: str) -> Iterator[FeedForward]:
+    for widen_names, narrow_name in _NAMED:
+        widen = [inventory.projection(inventory.child(parent, name)) for name in widen_names]
+        narrow = inventory.projection(inventory.child(parent, narrow_name))
+        if narrow is None or any(projection is None for projection in widen):
+            continue
+        whole = tuple(projection for projection in widen if projection is not None)
+        if all(projection.outputs == narrow.inputs for projection in whole):
+            yield FeedForward(parent, whole, narrow)
+            return
+        if widen_names[0] in _FUSED and [p.outputs for p in whole] == [2 * narrow.inputs]:
+            yield FeedForward(parent, whole, narrow, halves=2)
+            return
+
+
+def _by_shape(inventory: Inventory, parent: str, taken: set[str]) -> Iterator[FeedForward]:
+    """Neighbours in a Sequential, or the only projections of a module, that widen and narrow back."""
+    module = inventory.modules[parent]
+    if isinstance(module, nn.Sequential):
+        yield from _in_sequence(inventory, parent, module)
+        return
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)):
+        return
+    own = inventory.own_projections(parent)
+    if len(own) not in (2, 3) or any(projection.name in taken for projection in own):
+        return
+    parameters = {f"{p.name}.{name}" for p in own for name in ("weight", "bias")}
+    if any(inventory.child(parent, name) not in parameters for name, _ in module.named_parameters()):
+        # A normalization between them, say, would see the neurons that are gone.
+        return
+    widen, narrow = own[:-1], own[-1]
+    if narrow.inputs != narrow.outputs and all(
+        p.outputs == narrow.inputs and p.inputs == narrow.outputs for p in widen
+    ):
+        yield FeedForward(parent, tuple(widen), narrow)
+
+
+def _in_sequence(inventory: Inventory, parent: str, module: nn.Sequential) -> Iterator[FeedForward]:
+    before: Projection | None = None
+    for name, child in module.named_children():
+        projection = inventory.projection(inventory.child(parent, name))
+        if projection is not None and isinstance(child, nn.Linear):
+            if before is not None and before.outputs == projection.inputs:
+                yield FeedForward(parent, (before,), projection)
+            before = projection
+        elif not isinstance(child, _ELEMENTWISE):
+            before = None
+
+
+def _experts(inventory: Inventory) -> list[str]:
+    found: list[str] = []
+    for name, module in inventory.modules.items():
+        is_experts = name.rpartition(".")[2] == "experts" or any(
+            word in type(module).__name__ for word in _EXPERTS
+        )
+        has_weights = next(module.parameters(), None) is not None
+        if is_experts and has_weights and not any(name.startswith(other + ".") for other in found):
+            found.append(name)
+    return found
+
+
+def _wrapped(inventory: Inventory) -> list[Refusal]:
+    """Blocks with the right names whose projections compute something else (adapters, parametrizations)."""
+    refusals = []
+    for parent in inventory.modules:
+        for widen, narrow in _NAMED:
+            names = [inventory.child(parent, name) for name in (*widen, narrow)]
+            strange = [name for name in names if inventory.projection(name) is None]
+            if strange and all(
+                name in inventory.modules and next(inventory.modules[name].parameters(), None) is not None
+                for name in names
+            ):
+                cls = type(inventory.modules[strange[0]]).__name__
+                reason = f"{strange[0]} is a {cls}, whose layout is not known here; merge or unwrap it first"
+                refusals.append(Refusal(parent, reason))
+                break
+    return refusals

@@ -1,0 +1,117 @@
+"""A model as finders see it: its modules by name, and which tensors of each carry outputs and which carry inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import ModuleKind, kind_of, shape_of
+from ds_compress.structure.structure import Member, Refusal, Structure
+
+
+def rows(units: int, width: int = 1, start: int = 0) -> torch.Tensor:
+    """int64 (units, width): unit u has the `width` entries from start + u * width on."""
+    return start + torch.arange(units * width).view(units, width)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A Linear, Conv1D or Conv2d: the names of its tensors and what it maps to what."""
+
+    name: str
+    kind: ModuleKind
+    outputs: int
+    inputs: int
+    """Of a grouped Conv2d those of one group."""
+    weight: str
+    bias: str | None
+
+    def writers(self, index: torch.Tensor, scored: bool = False) -> list[Member]:
+        """Members that write units: their rows of the weight, and their entries of the bias."""
+        dim = 1 if self.kind is ModuleKind.CONV1D else 0
+        members = [Member(self.weight, dim, index, scored)]
+        return members + ([Member(self.bias, 0, index)] if self.bias is not None else [])
+
+    def reader(self, index: torch.Tensor, scored: bool = False) -> Member:
+        """The member that reads units: their columns of the weight."""
+        return Member(self.weight, 0 if self.kind is ModuleKind.CONV1D else 1, index, scored)
+
+
+class Inventory:
+    """Lookups in one model; nothing here reads a weight's value, or its shape other than through `shape_of`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(tensor), []).append(name)
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            self._names.setdefault(id(buffer), []).append(name)
+
+    def projection(self, name: str) -> Projection | None:
+        """The plain Linear, Conv1D or Conv2d of this name, if it is one."""
+        module = self.modules.get(name)
+        kind = kind_of(module) if module is not None else None
+        if module is None or kind is None or kind is ModuleKind.EMBEDDING:
+            return None
+        outputs, inputs = shape_of(module.get_parameter("weight"))[:2]
+        if kind is ModuleKind.CONV1D:
+            outputs, inputs = inputs, outputs
+        weight = self.tensor(name, "weight")
+        assert weight is not None
+        return Projection(name, kind, outputs, inputs, weight, self.tensor(name, "bias"))
+
+    def tensor(self, module: str, name: str) -> str | None:
+        """First-listed name of a module's own parameter or buffer; None when it has none."""
+        own = self.modules[module]
+        tensor: torch.Tensor | None = own._parameters.get(name)
+        if tensor is None:
+            tensor = own._buffers.get(name)
+        return None if tensor is None else self._names[id(tensor)][0]
+
+    def child(self, parent: str, path: str) -> str:
+        """Qualified name of `path` below the module `parent`."""
+        return f"{parent}.{path}" if parent else path
+
+    def parent(self, name: str) -> str:
+        return name.rpartition(".")[0]
+
+    def own_projections(self, parent: str) -> list[Projection]:
+        """Those of the direct children, in the order of definition."""
+        names = (self.child(parent, name) for name, _ in self.modules[parent].named_children())
+        return [projection for name in names if (projection := self.projection(name)) is not None]
+
+    def tied_elsewhere(self, structure: Structure) -> Refusal | None:
+        """Why the structure cannot be cut, if a module outside it uses one of its tensors, too."""
+        inside = set(structure.modules)
+        for names in self._names.values():
+            if len(names) > 1 and any(member.tensor == names[0] for member in structure.members):
+                outside = [name for name in names if self.parent(name) not in inside]
+                if outside:
+                    reason = f"its {names[0]} is tied to {outside[0]}, which would lose the same entries; untie them"
+                    return Refusal(structure.name, reason)
+        return None
+
+
+def settled(
+    inventory: Inventory, structures: Iterable[Structure], refusals: Iterable[Refusal]
+) -> tuple[list[Structure], list[Refusal]]:
+    """Structures that nothing outside them shares a tensor with, and all refusals."""
+    free: list[Structure] = []
+    refused = list(refusals)
+    for structure in structures:
+        refusal = inventory.tied_elsewhere(structure)
+        if refusal is None:
+            free.append(structure)
+        else:
+            refused.append(refusal)
+    return free, refused
+
+
+def unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Without repetitions, in order."""
+    return tuple(dict.fromkeys(names))

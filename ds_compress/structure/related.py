@@ -1,0 +1,169 @@
+"""Structures that the JSON states itself: `modules` and `related_modules` of the legacy schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import ModuleKind, shape_of
+from ds_compress.structure.inventory import Inventory, Projection, rows, unique
+from ds_compress.structure.structure import Member, Structure, StructureKind
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def explicit_structure(
+    model: nn.Module,
+    kind: StructureKind,
+    module_names: Sequence[str],
+    related_names: Sequence[str],
+    num_heads: int | None = None,
+) -> Structure:
+    """The structure of the units of `module_names`, which all `related_names` read.
+
+    ROW and CHANNEL: units are the outputs of the modules; each related module loses the same inputs (a Linear
+    behind a flattened map the whole width of a channel), a related normalization the same entries. HEAD: units are
+    `num_heads` equal chunks of the input columns of the output projection(s) `module_names`; the related
+    modules (queries, keys, values) lose the same outputs.
+
+    Raises:
+        ValueError: sizes that do not fit together, in words.
+    """
+    inventory = Inventory(model)
+    writers = [_projection(inventory, name) for name in module_names]
+    if kind is StructureKind.HEAD:
+        members, units, observed, index = _heads(inventory, writers, related_names, num_heads)
+    elif kind in (StructureKind.ROW, StructureKind.CHANNEL):
+        members, units, observed, index = _outputs(inventory, writers, related_names)
+    else:
+        raise ValueError(f"related_modules have no meaning for {kind.value} pruning")
+    return Structure(
+        name=writers[0].name,
+        kind=kind,
+        modules=unique([*module_names, *related_names]),
+        units=units,
+        members=tuple(members),
+        observed=observed,
+        observed_index=index,
+    )
+
+
+def zero_only_structure(
+    model: nn.Module, kind: StructureKind, module_name: str, num_heads: int | None = None
+) -> Structure:
+    """Units of one module that are zeroed and stay where they are, because what reads or feeds them is not known.
+
+    Raises:
+        ValueError: the module has no such units, or `num_heads` chunks do not divide it.
+    """
+    inventory = Inventory(model)
+    projection = _projection(inventory, module_name)
+    observed, index = None, None
+    if kind is StructureKind.HEAD:
+        units, width = _chunks(projection, num_heads)
+        index = rows(units, width)
+        members = [projection.reader(index, scored=True)]
+        observed = projection.name
+    else:
+        units = projection.outputs
+        members = projection.writers(rows(units), scored=True)
+    return Structure(
+        name=module_name,
+        kind=kind,
+        modules=(module_name,),
+        units=units,
+        members=tuple(members),
+        observed=observed,
+        observed_index=index,
+        removable=False,
+    )
+
+
+_Parts = tuple[list[Member], int, str | None, torch.Tensor | None]
+
+
+def _outputs(inventory: Inventory, writers: Sequence[Projection], related: Sequence[str]) -> _Parts:
+    units = writers[0].outputs
+    for writer in writers[1:]:
+        if writer.outputs != units:
+            raise ValueError(
+                f"{writer.name} has {writer.outputs} outputs, {writers[0].name} {units}: they cannot lose the same ones"
+            )
+    members = [member for writer in writers for member in writer.writers(rows(units), scored=True)]
+    observed, index = None, None
+    for name in related:
+        reader = inventory.projection(name)
+        if reader is None:
+            members += _vectors(inventory, name, units)
+            continue
+        if reader.inputs % units:
+            raise ValueError(
+                f"{name} reads {reader.inputs} inputs, which {units} outputs of {writers[0].name} do not divide"
+            )
+        width = reader.inputs // units
+        if width > 1 and reader.kind is not ModuleKind.LINEAR:
+            raise ValueError(f"{name} reads {reader.inputs} inputs, {writers[0].name} has {units} outputs")
+        members.append(reader.reader(rows(units, width)))
+        if observed is None:
+            observed, index = name, rows(units, width)
+    return members, units, observed, index
+
+
+def _heads(
+    inventory: Inventory, outputs: Sequence[Projection], related: Sequence[str], num_heads: int | None
+) -> _Parts:
+    units, width = _chunks(outputs[0], num_heads)
+    members = []
+    for output in outputs:
+        if output.inputs != outputs[0].inputs:
+            raise ValueError(
+                f"{output.name} reads {output.inputs} inputs, {outputs[0].name} {outputs[0].inputs}: other heads"
+            )
+        members.append(output.reader(rows(units, width), scored=True))
+    for name in related:
+        projection = _projection(inventory, name)
+        if projection.outputs % units:
+            raise ValueError(f"{name} has {projection.outputs} outputs, which {units} heads do not divide")
+        members += projection.writers(rows(units, projection.outputs // units))
+    return members, units, outputs[0].name, rows(units, width)
+
+
+def _chunks(projection: Projection, num_heads: int | None) -> tuple[int, int]:
+    if num_heads is None:
+        raise ValueError(f"how many heads {projection.name} reads is not known; say it with num_heads")
+    if projection.inputs % num_heads:
+        raise ValueError(
+            f"{projection.name} reads {projection.inputs} inputs, which {num_heads} heads do not divide"
+        )
+    return num_heads, projection.inputs // num_heads
+
+
+def _vectors(inventory: Inventory, name: str, units: int) -> list[Member]:
+    module = inventory.modules.get(name)
+    if module is None:
+        raise ValueError(f"there is no module {name}")
+    members = []
+    for key in _VECTORS:
+        tensor = inventory.tensor(name, key)
+        if tensor is None:
+            continue
+        own = module._parameters.get(key)
+        shape = shape_of(own) if own is not None else tuple(module.get_buffer(key).shape)
+        if shape != (units,):
+            raise ValueError(f"{name}.{key} has the shape {list(shape)}, not [{units}]")
+        # A zero channel must still be zero behind its normalization; the statistics are only cut.
+        members.append(Member(tensor, 0, rows(units), masked=key in ("weight", "bias")))
+    if not members:
+        raise ValueError(f"{name} is a {type(module).__name__}: it has no inputs that could be cut")
+    return members
+
+
+def _projection(inventory: Inventory, name: str) -> Projection:
+    projection = inventory.projection(name)
+    if projection is None:
+        module = inventory.modules.get(name)
+        what = "not a module" if module is None else f"a {type(module).__name__}"
+        raise ValueError(f"{name} is {what}, not a Linear, Conv1D or Conv2d")
+    return projection

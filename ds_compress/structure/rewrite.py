@@ -1,0 +1,211 @@
+"""Rewriting a model: smaller tensors, fewer layers, and every attribute and config that says how many there are."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import shape_of
+from ds_compress.structure.attention import HEADS, Attention, attentions_of
+from ds_compress.structure.find import find_structures
+from ds_compress.structure.inventory import Inventory
+from ds_compress.structure.model_config import configs_of, private_config, rewrite_config
+from ds_compress.structure.structure import Structure, StructureKind
+
+if TYPE_CHECKING:
+    from ds_compress.structure.cut import Cuts
+
+_KEY_VALUE_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+    "kv_heads",
+    "num_key_value_heads_per_layer",
+)
+_GROUPS = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "kv_groups")
+_WIDTHS = (
+    "all_head_size",
+    "embed_dim",
+    "split_size",
+    "inner_dim",
+    "hidden_size",
+    "dim",
+    "d_model",
+    "attn_dim",
+)
+"""Attributes of attention modules that say heads * head_dim; only those that the forward reads are changed."""
+
+
+@torch.no_grad()
+def rewrite(model: nn.Module, cuts: Cuts, skeleton: bool = False) -> None:
+    """See `Cuts.rewrite`."""
+    inventory = Inventory(model)
+    # What the model looks like is read before anything changes.
+    attentions, _ = attentions_of(inventory)
+    counted = _with_uncut(model, cuts)
+    configs = configs_of(model)
+    _check(model, cuts)
+    _replace_tensors(model, cuts, skeleton)
+    for module in model.modules():
+        _fix_sizes(module)
+    uniform = _uniform_heads(counted)
+    for attention in attentions:
+        _fix_attention(inventory, attention, uniform)
+    for config, prefixes in configs:
+        below = [(s, n) for s, n in counted if any(_is_below(s, prefix) for prefix in prefixes)]
+        rewrite_config(config, below, cuts)
+    _delete_layers(model, cuts)
+
+
+def _with_uncut(model: nn.Module, cuts: Cuts) -> list[tuple[Structure, int]]:
+    """(structure, units in the end) of the cut ones, and of all others of the kinds that are cut."""
+    counted = [(structure, cuts.count(structure)) for structure in cuts.structures]
+    named = {member.tensor for structure in cuts.structures for member in structure.members}
+    for kind in (StructureKind.ROW, StructureKind.HEAD):
+        if any(structure.kind is kind for structure in cuts.active()):
+            for other in find_structures(model, kind).structures:
+                if not any(member.tensor in named for member in other.members):
+                    counted.append((other, other.units))
+    return counted
+
+
+def _check(model: nn.Module, cuts: Cuts) -> None:
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for structure in cuts.active():
+        for member in structure.members:
+            tensor = tensors.get(member.tensor)
+            if tensor is None:
+                raise ValueError(f"{structure.name}: this model has no tensor {member.tensor}")
+            shape = shape_of(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
+            if shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"{member.tensor} is not whole in this process: gather it, or stream it by `apply`"
+                )
+            if member.index.numel() and int(member.index.max()) >= shape[member.dim]:
+                raise ValueError(
+                    f"{member.tensor} has the shape {list(shape)}: it was cut before, or is another model's"
+                )
+
+
+def _replace_tensors(model: nn.Module, cuts: Cuts, skeleton: bool) -> None:
+    """Puts one new tensor per old one in every place that used it, so that ties stay ties."""
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    new: dict[int, torch.Tensor] = {}
+    old: list[torch.Tensor] = []
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is None or not cuts.touches(names.get(id(tensor), "")):
+                    continue
+                if id(tensor) not in new:
+                    old.append(tensor)
+                    new[id(tensor)] = _smaller(tensor, names[id(tensor)], cuts, skeleton)
+                    names[id(new[id(tensor)])] = ""
+                own[key] = new[id(tensor)]  # type: ignore[assignment]
+
+
+def _smaller(tensor: torch.Tensor, name: str, cuts: Cuts, skeleton: bool) -> torch.Tensor:
+    whole = tensor.detach()
+    values = cuts.apply(name, whole.to("meta") if skeleton else whole).contiguous()
+    if not isinstance(tensor, nn.Parameter):
+        return values
+    return nn.Parameter(values, requires_grad=tensor.requires_grad)
+
+
+def _fix_sizes(module: nn.Module) -> None:
+    """Attributes of torch's own layers (and GPT-2's Conv1D) from the shapes of their tensors."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    shape = tuple(weight.shape)
+    changes: dict[str, Any] = {}
+    if isinstance(module, nn.Linear):
+        changes = {"out_features": shape[0], "in_features": shape[1]}
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module.transposed:
+        groups = module.groups
+        if groups == module.in_channels == module.out_channels:
+            groups = shape[0]
+        changes = {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        changes = {"num_features": shape[0]}
+    elif isinstance(module, nn.GroupNorm):
+        changes = {"num_channels": shape[0]}
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        changes = {"normalized_shape": shape}
+    elif isinstance(module, nn.Embedding):
+        changes = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    elif hasattr(module, "nx") and hasattr(module, "nf"):
+        changes = {"nx": shape[0], "nf": shape[1]}
+    for attribute, value in changes.items():
+        if getattr(module, attribute) != value:
+            setattr(module, attribute, value)
+
+
+def _fix_attention(inventory: Inventory, attention: Attention, uniform: bool) -> None:
+    output = inventory.modules[attention.output.name].get_parameter("weight")
+    dim = 1 if isinstance(inventory.modules[attention.output.name], nn.Linear) else 0
+    columns = output.shape[dim]
+    if columns == attention.output.inputs:
+        return
+    heads, key_values = attention.counts(columns)
+    holder = inventory.modules[attention.holder]
+    _set(holder, HEADS, attention.heads, heads)
+    _set(holder, _KEY_VALUE_HEADS, attention.key_value_heads, key_values)
+    _set(holder, _GROUPS, attention.heads // attention.key_value_heads, heads // key_values)
+    width = attention.heads * attention.head_dim
+    for attribute in _WIDTHS:
+        if getattr(holder, attribute, None) == width and _is_read(holder, attribute):
+            setattr(holder, attribute, heads * attention.head_dim)
+    if not uniform and _is_read(holder, "config.num_attention_heads"):
+        # Phi3 splits q, k and v by the config that all its layers share.
+        private_config(holder, heads, key_values)
+
+
+def _set(module: nn.Module, attributes: tuple[str, ...], old: int, new: int) -> None:
+    for attribute in attributes:
+        if getattr(module, attribute, None) == old:
+            setattr(module, attribute, new)
+
+
+def _is_read(module: nn.Module, attribute: str) -> bool:
+    """Whether a method other than the constructor reads `self.attribute`."""
+    pattern = re.compile(rf"self\.{re.escape(attribute)}\b")
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            return False
+        for name, method in vars(cls).items():
+            if name != "__init__" and inspect.isfunction(method):
+                try:
+                    source = inspect.getsource(inspect.unwrap(method))
+                except (OSError, TypeError):
+                    return True
+                if pattern.search(source):
+                    return True
+    return False
+
+
+def _uniform_heads(counted: list[tuple[Structure, int]]) -> bool:
+    return len({(s.units, n) for s, n in counted if s.kind is StructureKind.HEAD}) <= 1
+
+
+def _is_below(structure: Structure, prefix: str) -> bool:
+    names = structure.layers or structure.modules
+    return not prefix or any(name.startswith(prefix + ".") for name in names)
+
+
+def _delete_layers(model: nn.Module, cuts: Cuts) -> None:
+    for stack, indices in cuts.deleted_layers().items():
+        layers = model.get_submodule(stack)
+        assert isinstance(layers, nn.ModuleList)
+        for index in reversed(indices):
+            # From the list itself, which whoever holds a reference to it must see.
+            del layers[index]
+        for index, layer in enumerate(layers):
+            for module in layer.modules():
+                # Attention modules know their place, for the key-value cache.
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = index  # type: ignore[assignment]
