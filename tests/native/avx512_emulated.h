@@ -194,7 +194,6 @@ inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
 #define _mm512_cvtps_ph(a, mode) emulated::cvtps_ph(a)
 #define _mm512_set1_epi32 emulated::broadcast<int32_t>
 #define _mm512_set1_epi8 emulated::broadcast<int8_t>
-#define _mm512_setzero_si512() emulated::broadcast<int32_t>(0)
 #define _mm512_loadu_si512 emulated::load
 #define _mm512_storeu_si512 emulated::store
 #define _mm512_movepi32_mask emulated::movepi32_mask

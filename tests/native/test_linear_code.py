@@ -27,7 +27,7 @@ BUDGETS = {
     ("avx2", "int4_tile<4>"): {"vpmaddubsw": 64, "vpaddw": 64, "vpbroadcastd": 32, "vpmaddwd": 8},
     ("avx512", "int8_tile<8>"): {"vpdpbusd": 24, "vpbroadcastd": 8},
     ("avx512", "int8_tile<1>"): {"vpdpbusd": 3, "vpbroadcastd": 1},
-    ("avx512", "int4_tile<4>"): {"vpdpbusd": 24, "vpbroadcastd": 8, "vpsrlw": 3},
+    ("avx512", "int4_tile<6>"): {"vpdpbusd": 36, "vpbroadcastd": 12, "vpsrlw": 3},
 }
 SPILLING = """
 #include <immintrin.h>

@@ -72,14 +72,16 @@ void dequantize(const int32_t* sums, const float* input_scale, const int32_t* co
 
 // y = activation(value * input scale + bias), in place of `dequantize` when the weight scales are in `values` already.
 template <class Format, Activation kActivation, int kColumns>
-void rescale(const float* values, int64_t rows, const float* input_scale, const PanelColumns<kColumns>& columns,
-             typename Format::Stored* y, int64_t stride) {
-    for (int64_t m = 0; m < rows; m++, values += kColumns, y += stride)
+void rescale(const float* values, const float* input_scale, const PanelColumns<kColumns>& columns,
+             const Rectangle& to) {
+    for (int64_t m = 0; m < to.rows; m++, values += kColumns) {
+        auto* y = reinterpret_cast<typename Format::Stored*>(to.begin + m * to.stride);
 #pragma GCC unroll 4
         for (int j = 0; j < kColumns; j += kLanes)
             finish<Format, kActivation>(
                 y, j, columns.count,
                 load_as<Floats>(values + j) * splat(input_scale[m]) + load_as<Floats>(columns.bias + j));
+    }
 }
 
 // f with the compile-time format and activation of a call as template arguments.

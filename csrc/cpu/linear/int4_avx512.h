@@ -27,10 +27,10 @@ template <int kRows>
     for (int64_t group = 0; group < tile.groups; group++) {
         const int64_t first = group * tile.blocks_per_group, after = first + tile.blocks_per_group;
         __m512i s[kRows][3];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 3
-            for (int j = 0; j < 3; j++) s[r][j] = _mm512_setzero_si512();
+            for (int j = 0; j < 3; j++) s[r][j] = _mm512_set1_epi32(-tile.excess[r * tile.groups + group]);
         // 8 values of K: the low nibbles, then the high ones.
         for (int64_t step = 4 * ((after < tile.blocks ? after : tile.blocks) - first); step > 0; step--) {
             __m512i low[3], high[3];
@@ -40,7 +40,7 @@ template <int kRows>
                 low[j] = _mm512_and_si512(both, mask);
                 high[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int r = 0; r < kRows; r++) {
                 const __m512i a0 = _mm512_set1_epi32(load_as<int32_t>(a + r * tile.stride));
                 const __m512i a1 = _mm512_set1_epi32(load_as<int32_t>(a + r * tile.stride + 4));
@@ -53,13 +53,12 @@ template <int kRows>
             a += 8;
             w += 4 * 48;
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; r++) {
-            const int32_t excess = tile.excess[r * tile.groups + group];
 #pragma GCC unroll 3
             for (int j = 0; j < 3; j++) {
                 float* value = tile.values + 48 * r + 16 * j;
-                const Floats sum = __builtin_convertvector((Ints)s[r][j] - excess, Floats);
+                const Floats sum = __builtin_convertvector((Ints)s[r][j], Floats);
                 const Floats product = sum * load_as<Floats>(tile.scales + 48 * group + 16 * j);
                 store(value, group == 0 ? product : load_as<Floats>(value) + product);
             }
@@ -70,10 +69,11 @@ template <int kRows>
 struct Int4Avx512 {
     using Codes = Int8Codes;
     static constexpr int kColumns = 48;
-    static constexpr int64_t kRows = 4;
+    static constexpr int64_t kRows = 6;
 
     static void multiply(int64_t rows, const Int4Tile& tile) {
-        static constexpr void (*kTiles[])(const Int4Tile&) = {int4_tile<1>, int4_tile<2>, int4_tile<3>, int4_tile<4>};
+        static constexpr void (*kTiles[])(const Int4Tile&) = {int4_tile<1>, int4_tile<2>, int4_tile<3>, int4_tile<4>,
+                                                             int4_tile<5>, int4_tile<6>};
         kTiles[rows - 1](tile);
     }
 };

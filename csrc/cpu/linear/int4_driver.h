@@ -33,6 +33,7 @@ struct Int4Tile {
 template <class Engine>
 struct Int4Driver {
     static constexpr int kColumns = Engine::kColumns;
+    using Finish = decltype(rescale<Fp32, Activation::none, kColumns>);
     static constexpr int64_t kBlockBytes = kInt4Depth * kColumns / 2;
 
     static int64_t stride_of(int64_t columns) { return round_up(columns, 64) + 64; }
@@ -58,7 +59,7 @@ struct Int4Driver {
             };
             scale = reinterpret_cast<float*>(take(kInt4BlockRows * 4));
             partial = reinterpret_cast<int32_t*>(take(Engine::kRows * kColumns * 4));
-            values = reinterpret_cast<float*>(take(kInt4BlockRows * kColumns * 4));
+            values = reinterpret_cast<float*>(take(Engine::kRows * kColumns * 4));
             excess = reinterpret_cast<int32_t*>(take(kInt4BlockRows * groups * 4));
             codes = reinterpret_cast<int8_t*>(take(kInt4BlockRows * stride_of(columns)));
             bytes = next - static_cast<uint8_t*>(memory);
@@ -67,11 +68,17 @@ struct Int4Driver {
 
     static void linear(const LinearCall& call, Range rows, Range panels, void* memory) {
         const Scratch scratch(memory, call.weight.columns, call.weight.groups);
+        Finish* finish_tile = nullptr;
+        with_format(call.y_type, [&]<class Format>() {
+            with_activation(call.activation, [&]<Activation kActivation>() {
+                finish_tile = rescale<Format, kActivation, kColumns>;
+            });
+        });
         for (int64_t begin = rows.begin; begin < rows.end; begin += kInt4BlockRows) {
             const int64_t count = rows.end - begin < kInt4BlockRows ? rows.end - begin : kInt4BlockRows;
             with_format(call.x_type, [&]<class Format>() { quantize_block<Format>(call, begin, count, scratch); });
             for (int64_t panel = panels.begin; panel < panels.end; panel++)
-                finish_panel(call, begin, count, panel, scratch);
+                compute_panel(call, begin, count, panel, scratch, finish_tile);
         }
     }
 
@@ -102,31 +109,26 @@ struct Int4Driver {
         }
     }
 
-    static void finish_panel(const LinearCall& call, int64_t begin, int64_t count, int64_t panel,
-                             const Scratch& scratch) {
+    static void compute_panel(const LinearCall& call, int64_t begin, int64_t count, int64_t panel,
+                              const Scratch& scratch, Finish* finish_tile) {
         const LinearWeight& weight = call.weight;
+        const int64_t stride = stride_of(weight.columns);
         const uint8_t* packed = weight.body + panel * panel_bytes(weight);
+        const PanelColumns<kColumns> columns(call, panel * kColumns);
         for (int64_t m = 0; m < count; m += Engine::kRows) {
             const int64_t rows = count - m < Engine::kRows ? count - m : Engine::kRows;
-            const int64_t stride = stride_of(weight.columns);
-            float* values = scratch.values + m * kColumns;
-            if (weight.groups == 0) {
-                memset(values, 0, rows * kColumns * sizeof(float));
-                continue;
-            }
-            Engine::multiply(rows, Int4Tile{scratch.codes + m * stride, stride, reinterpret_cast<const float*>(packed),
-                                            packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
-                                            weight.group_size / kInt4Depth, scratch.excess + m * weight.groups,
-                                            weight.groups, scratch.partial, values});
+            const Rectangle y{call, begin + m, rows, panel * kColumns, columns.count};
+            y.prefetch();
+            if (weight.groups == 0)
+                memset(scratch.values, 0, rows * kColumns * sizeof(float));
+            else
+                Engine::multiply(rows,
+                                 Int4Tile{scratch.codes + m * stride, stride, reinterpret_cast<const float*>(packed),
+                                          packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
+                                          weight.group_size / kInt4Depth, scratch.excess + m * weight.groups,
+                                          weight.groups, scratch.partial, scratch.values});
+            finish_tile(scratch.values, scratch.scale + m, columns, y);
         }
-        const int64_t first = panel * kColumns;
-        const PanelColumns<kColumns> columns(call, first);
-        with_format(call.y_type, [&]<class Format>() {
-            auto* y = static_cast<typename Format::Stored*>(call.y) + begin * weight.rows + first;
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                rescale<Format, kActivation, kColumns>(scratch.values, count, scratch.scale, columns, y, weight.rows);
-            });
-        });
     }
 
     static void pack(const int8_t* codes, const float* scale, const LinearWeight& weight, Range panels,
