@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from benchmarks import record
 from benchmarks.linear_peers import FP32, Absent, codes_of, is_8_bit, peers
-from benchmarks.peaks import Peaks, instruction_set, read_bandwidth
+from benchmarks.peaks import Peaks, read_bandwidth
 from ds_compress.ops.library import native
 
 LAYERS = {
@@ -256,7 +256,7 @@ def main() -> None:
         if bench.peaks is not None:
             ceilings = {f"{name} GOPS": getattr(bench.peaks, name) / 1e9 for name in ("fp32", "int8", "int4")}
             everything[f"{where}: ceilings"] = ceilings
-            console.print(f"{where}, {instruction_set()}, measured ceilings: {_listed(ceilings)}")
+            console.print(f"{where}, {record.instruction_set()}, measured ceilings: {_listed(ceilings)}")
         for model, layers in (QUICK_LAYERS if args.quick else LAYERS).items():
             for n, k in layers:
                 for m in QUICK_ROWS if args.quick else ROWS:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -20,21 +19,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import instruction_set
+
 FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
 }
 TRIES = 7
-
-
-def instruction_set() -> str | None:
-    """What the kernels run on: `DS_COMPRESS_CPU_ISA`, else the best; None for what has no measured ceiling."""
-    wish = os.environ.get("DS_COMPRESS_CPU_ISA")
-    if platform.machine() != "x86_64" or wish == "scalar":
-        return None
-    flags = Path("/proc/cpuinfo").read_text()
-    best = "avx512" if " avx512_vnni" in flags else "avx2" if " avx2" in flags else None
-    return wish or best
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def _rate(work: Callable[[], float], threads: int) -> float:
 @cache
 def _library() -> ctypes.CDLL | None:
     isa = instruction_set()
-    if isa is None:
+    if isa not in FLAGS:
         return None
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "peaks.so"

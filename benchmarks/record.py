@@ -78,12 +78,26 @@ def _commit() -> str:
         return "unknown"
 
 
+def instruction_set() -> str:
+    """What the CPU kernels run on, as csrc/cpu/isa.cpp chooses: `DS_COMPRESS_CPU_ISA`, else the best there is."""
+    wish = os.environ.get("DS_COMPRESS_CPU_ISA")
+    flags = _cpu_flags()
+    return wish or ("avx512" if "avx512_vnni" in flags else "avx2" if "avx2" in flags else "scalar")
+
+
 def _cpu_model() -> str:
+    """Model, instruction set of the kernels, and what else of the CPU speeds up what they are compared with."""
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    special = [flag for flag in ("avx512_bf16", "amx_int8") if flag in _cpu_flags()]
+    return ", ".join([names[0] if names else platform.machine(), instruction_set(), *special])
+
+
+def _cpu_flags() -> set[str]:
+    return set(next((line for line in _cpuinfo() if line.startswith("flags")), "").split())
+
+
+def _cpuinfo() -> list[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    special = [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_int8") if f" {flag}" in flags]
-    return " ".join([names[0] if names else platform.machine(), *special])
+        return []

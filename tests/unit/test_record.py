@@ -24,6 +24,12 @@ class TestAppend:
         assert first["arguments"] == "--quick" and "torch 2." in first["versions"]
         assert all(first[column] for column in record.COLUMNS)
 
+    def test_names_the_instruction_set_of_the_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DS_COMPRESS_CPU_ISA", "scalar")
+        assert ", scalar" in record.conditions()["cpu"]
+        monkeypatch.delenv("DS_COMPRESS_CPU_ISA")
+        assert f", {record.instruction_set()}" in record.conditions()["cpu"]
+
     def test_appends_below_one_header(self, tmp_path: Path) -> None:
         for value in (1.0, 2.0):
             path = record.append("thing", "", {"a": {"x": value}}, tmp_path)
