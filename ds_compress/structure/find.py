@@ -11,7 +11,9 @@ from torch import nn
 from ds_compress.structure.attention import attentions_of
 from ds_compress.structure.feed_forward import row_structures
 from ds_compress.structure.heads import head_structures
+from ds_compress.structure.hidden import hidden_structures
 from ds_compress.structure.inventory import Inventory
+from ds_compress.structure.layers import layer_structures
 from ds_compress.structure.structure import Refusal, Structure, StructureKind
 
 
@@ -41,6 +43,10 @@ def find_structures(
         structures, refusals = row_structures(inventory, _attention_projections(inventory))
     elif kind is StructureKind.HEAD:
         structures, refusals = head_structures(inventory, num_heads)
+    elif kind is StructureKind.LAYER:
+        structures, refusals = layer_structures(inventory)
+    elif kind is StructureKind.HIDDEN:
+        structures, refusals = hidden_structures(inventory)
     else:
         structures, refusals = [], []
     return Found(tuple(structures), tuple(refusals))

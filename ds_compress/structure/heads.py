@@ -11,7 +11,7 @@ from ds_compress.structure.attention import Attention, attentions_of
 from ds_compress.structure.inventory import Inventory, rows, settled, unique
 from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
 
-_OF_ROOT_MEAN_SQUARE = -0.5
+OF_ROOT_MEAN_SQUARE = -0.5
 """Rescale of a normalization's weight: the mean over k entries is n / k times that over n, of which n - k are 0."""
 
 
@@ -51,7 +51,7 @@ def _members(inventory: Inventory, attention: Attention) -> list[Member]:
     for norm, width in attention.norms:
         weight = inventory.tensor(norm, "weight")
         if weight is not None:
-            members.append(Member(weight, 0, rows(units, width), masked=False, rescale=_OF_ROOT_MEAN_SQUARE))
+            members.append(Member(weight, 0, rows(units, width), masked=False, rescale=OF_ROOT_MEAN_SQUARE))
     if attention.bias_table is not None:
         table = inventory.tensor(attention.bias_table, "weight")
         assert table is not None

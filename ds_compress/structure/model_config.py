@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.structure import Structure, StructureKind
 
 if TYPE_CHECKING:
@@ -33,13 +34,17 @@ def rewrite_config(config: Any, counted: Counted, cuts: Cuts) -> None:
 
     counted: (structure, units in the end) of all structures below the modules that hold the config.
     """
-    for stack in ("encoder", "decoder", ""):
-        here = [(s, n) for s, n in counted if _stack(config, s) == stack]
-        _rows(config, [(s, n) for s, n in here if s.kind is StructureKind.ROW], stack)
-        _heads(config, [(s, n) for s, n in here if s.kind is StructureKind.HEAD], stack)
-        for structure, count in here:
-            if structure.kind is StructureKind.LAYER and count < structure.units:
-                _layers(config, structure, stack, cuts)
+    rows = [(s, n) for s, n in counted if s.kind is StructureKind.ROW]
+    heads = [(s, n) for s, n in counted if s.kind is StructureKind.HEAD]
+    for stack, own in _by_stack(config, rows, "{}_ffn_dim").items():
+        _rows(config, own, stack)
+    for stack, own in _by_stack(config, heads, "{}_attention_heads").items():
+        _heads(config, own, stack)
+    for structure, count in counted:
+        if structure.kind is StructureKind.LAYER and count < structure.units:
+            _layers(config, structure, _stack(config, structure), cuts)
+        if structure.kind is StructureKind.HIDDEN and count < structure.units:
+            _hidden(config, structure.units, count)
 
 
 def private_config(holder: nn.Module, heads: int, key_value_heads: int) -> None:
@@ -48,6 +53,15 @@ def private_config(holder: nn.Module, heads: int, key_value_heads: int) -> None:
     config.num_attention_heads = heads
     config.num_key_value_heads = key_value_heads
     holder.config = config
+
+
+def _by_stack(config: Any, counted: Counted, key: str) -> dict[str, Counted]:
+    """Encoder and decoder apart where the config has a key for each."""
+    stacks: dict[str, list[tuple[Structure, int]]] = {}
+    for structure, count in counted:
+        stack = _stack(config, structure)
+        stacks.setdefault(stack if hasattr(config, key.format(stack)) else "", []).append((structure, count))
+    return dict(stacks)
 
 
 def _stack(config: Any, structure: Structure) -> str:
@@ -89,6 +103,15 @@ def _heads(config: Any, counted: Counted, stack: str) -> None:
     setattr(config, key, heads * kept // units)
     if isinstance(key_values, int) and key_values > 1:
         config.num_key_value_heads = key_values * kept // units
+
+
+def _hidden(config: Any, units: int, kept: int) -> None:
+    if getattr(config, "hidden_size", None) != units:
+        return
+    config.head_dim = getattr(config, "head_dim", None) or units // config.num_attention_heads
+    config.hidden_size = kept
+    if scales_epsilon(config):
+        config.rms_norm_eps *= units / kept
 
 
 def _layers(config: Any, structure: Structure, stack: str, cuts: Cuts) -> None:

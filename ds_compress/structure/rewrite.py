@@ -12,6 +12,7 @@ from torch import nn
 from ds_compress.config.modules import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attentions_of
 from ds_compress.structure.find import find_structures
+from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.inventory import Inventory
 from ds_compress.structure.model_config import configs_of, private_config, rewrite_config
 from ds_compress.structure.structure import Structure, StructureKind
@@ -27,17 +28,21 @@ _KEY_VALUE_HEADS = (
     "num_key_value_heads_per_layer",
 )
 _GROUPS = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "kv_groups")
-_WIDTHS = (
-    "all_head_size",
-    "embed_dim",
-    "split_size",
+_WIDTHS = ("all_head_size", "split_size", "inner_dim")
+_WIDTHS_OR_INPUTS = ("embed_dim", "hidden_size", "dim", "d_model", "attn_dim")
+"""Attributes of attention modules that say heads * head_dim; the second ones may as well say what goes in, and are
+changed only where the forward reads them."""
+_INNER_SIZES = (
+    "intermediate_size",
+    "hidden_dim",
+    "ffn_dim",
+    "d_ff",
     "inner_dim",
-    "hidden_size",
-    "dim",
-    "d_model",
-    "attn_dim",
+    "ffn_hidden_size",
+    "ffn_size",
 )
-"""Attributes of attention modules that say heads * head_dim; only those that the forward reads are changed."""
+_HIDDEN_SIZES = ("hidden_size", "embed_dim", "d_model", "dim")
+_DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
 
 @torch.no_grad()
@@ -55,6 +60,8 @@ def rewrite(model: nn.Module, cuts: Cuts, skeleton: bool = False) -> None:
     uniform = _uniform_heads(counted)
     for attention in attentions:
         _fix_attention(inventory, attention, uniform)
+    _fix_remarks(model, cuts)
+    _scale_epsilon(model, cuts)
     for config, prefixes in configs:
         below = [(s, n) for s, n in counted if any(_is_below(s, prefix) for prefix in prefixes)]
         rewrite_config(config, below, cuts)
@@ -157,17 +164,52 @@ def _fix_attention(inventory: Inventory, attention: Attention, uniform: bool) ->
     _set(holder, _KEY_VALUE_HEADS, attention.key_value_heads, key_values)
     _set(holder, _GROUPS, attention.heads // attention.key_value_heads, heads // key_values)
     width = attention.heads * attention.head_dim
-    for attribute in _WIDTHS:
-        if getattr(holder, attribute, None) == width and _is_read(holder, attribute):
-            setattr(holder, attribute, heads * attention.head_dim)
+    read = tuple(attribute for attribute in _WIDTHS_OR_INPUTS if _is_read(holder, attribute))
+    _set(holder, _WIDTHS + read, width, heads * attention.head_dim)
     if not uniform and _is_read(holder, "config.num_attention_heads"):
         # Phi3 splits q, k and v by the config that all its layers share.
         private_config(holder, heads, key_values)
 
 
+def _fix_remarks(model: nn.Module, cuts: Cuts) -> None:
+    """Attributes by which modules remember the sizes that they were built with."""
+    for structure in cuts.active():
+        attributes: tuple[str, ...]
+        if structure.kind is StructureKind.HIDDEN:
+            holders, attributes = list(model.modules()), _HIDDEN_SIZES
+        elif structure.kind is StructureKind.ROW:
+            parents = {name.rpartition(".")[0] for name in structure.modules}
+            holders, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
+        elif structure.kind is StructureKind.LAYER:
+            stack = structure.layers[0].rpartition(".")[0]
+            depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
+            left = depth - structure.units + cuts.count(structure)
+            _set(model.get_submodule(stack.rpartition(".")[0]), _DEPTHS, depth, left)
+            continue
+        else:
+            continue
+        for holder in holders:
+            _set(holder, attributes, structure.units, cuts.count(structure))
+
+
+def _scale_epsilon(model: nn.Module, cuts: Cuts) -> None:
+    """Norms over k of n entries: their epsilon weighs as much as before beside a mean that is n / k times as large."""
+    for structure in cuts.active():
+        if structure.kind is StructureKind.HIDDEN and scales_epsilon(getattr(model, "config", None)):
+            for member in structure.members:
+                norm = model.get_submodule(member.tensor.rpartition(".")[0])
+                for attribute in ("variance_epsilon", "eps") if member.rescale else ():
+                    if isinstance(getattr(norm, attribute, None), float):
+                        setattr(
+                            norm,
+                            attribute,
+                            getattr(norm, attribute) * (structure.units / cuts.count(structure)),
+                        )
+
+
 def _set(module: nn.Module, attributes: tuple[str, ...], old: int, new: int) -> None:
     for attribute in attributes:
-        if getattr(module, attribute, None) == old:
+        if type(vars(module).get(attribute)) is int and vars(module)[attribute] == old:
             setattr(module, attribute, new)
 
 

@@ -217,7 +217,10 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama_untied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_WIDE_HEADS)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA, tie_word_embeddings=True)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_WIDE_HEADS, tie_word_embeddings=True)),
+    # As for olmo2 below: one epsilon for norms over the hidden entries and over those of a head.
+    "qwen3": lambda: hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(**_WIDE_HEADS, tie_word_embeddings=True, rms_norm_eps=1e-9)
+    ),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_WIDE_HEADS)),
     "gemma3": _gemma3,
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**{**_LLAMA, "num_key_value_heads": 8})),
@@ -252,7 +255,7 @@ def _randomized(name: str) -> nn.Module:
             else:
                 # Fresh attention weights are near 0, and so would be the difference that a wrong cut makes.
                 fan_in = parameter[0].numel() if parameter.dim() > 2 else 16
-                parameter.normal_(0.0, 1.2 * fan_in**-0.5, generator=generator)
+                parameter.normal_(0.0, 0.8 * fan_in**-0.5, generator=generator)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None and module.running_var is not None

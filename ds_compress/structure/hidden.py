@@ -1,0 +1,151 @@
+"""The hidden size: entries of the residual stream, in models where what is left computes exactly the same.
+
+An entry that is zero in every embedding and that no layer writes to stays zero; matrices that read it can lose its
+column. Normalizations by the root mean square over all n entries see the zeros, so that over the k that are left
+their weights must grow by (n / k) ** 0.5. LayerNorm, which subtracts a mean first, has no such equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ds_compress.config.modules import kind_of, shape_of
+from ds_compress.structure.attention import attentions_of
+from ds_compress.structure.feed_forward import feed_forwards_of
+from ds_compress.structure.heads import OF_ROOT_MEAN_SQUARE
+from ds_compress.structure.inventory import Inventory, rows, unique
+from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
+
+_EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "glm")
+"""Model types whose residual stream meets nothing but matrices, root-mean-square norms and constant factors."""
+_WITH_OTHER_NORMS = ("qwen3", "olmo2")
+_WHY_NOT = {
+    "gemma": "embeddings are multiplied by the root of the hidden size, and norms by one plus their weight",
+    "t5": "outputs are scaled by the hidden size where embeddings are tied",
+}
+
+
+def hidden_structures(inventory: Inventory) -> tuple[list[Structure], list[Refusal]]:
+    """The one structure of the residual stream's entries, or why there is none."""
+    model = inventory.model
+    reason = _obstacle(model)
+    if reason is None:
+        try:
+            return [_structure(inventory)], []
+        except _Unclear as why:
+            reason = str(why)
+    return [], [Refusal(type(model).__name__, f"its hidden size cannot be cut exactly: {reason}")]
+
+
+def scales_epsilon(config: Any) -> bool:
+    """Whether all norms of the model are over the hidden entries, so that its epsilon can grow by n / k, too."""
+    return getattr(config, "model_type", None) in _EXACT and config.model_type not in _WITH_OTHER_NORMS
+
+
+class _Unclear(Exception):
+    """What keeps the hidden size from being cut, for the Refusal."""
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if model_type in _EXACT:
+        return None
+    for prefix, why in _WHY_NOT.items():
+        if model_type.startswith(prefix):
+            return why
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            return f"{name} is a LayerNorm, which subtracts a mean over the removed entries, too"
+    return f"what a {type(model).__name__} does with its hidden states is not known here"
+
+
+def _structure(inventory: Inventory) -> Structure:
+    embedding, units = _embedding(inventory)
+    index = rows(units)
+    table = inventory.tensor(embedding, "weight")
+    assert table is not None
+    members = [Member(table, 1, index, scored=True)]
+    names, inner = [embedding], set()
+    attentions, refused = attentions_of(inventory)
+    if refused:
+        raise _Unclear(f"{refused[0].module}: {refused[0].reason}")
+    for attention in attentions:
+        parts = {part.projection.name: part.projection for part in attention.inputs}
+        if attention.key_value_heads == 1:
+            own = (
+                inventory.projection(name)
+                for name in inventory.modules
+                if name.startswith(attention.name + ".")
+            )
+            parts.update({p.name: p for p in own if p is not None and p.name != attention.output.name})
+        members += [projection.reader(index, scored=True) for projection in parts.values()]
+        members += attention.output.writers(index, scored=True)
+        inner |= {*parts, attention.output.name}
+    for block in feed_forwards_of(inventory, frozenset(inner)):
+        members += [projection.reader(index, scored=True) for projection in block.widen]
+        members += block.narrow.writers(index, scored=True)
+        inner |= {block.narrow.name, *(projection.name for projection in block.widen)}
+    names += sorted(inner)
+    heads = list(_heads(inventory, inner, units))
+    if not heads:
+        raise _Unclear("it gives its hidden states to the caller; take the model with its head")
+    known = {member.tensor for member in members}
+    for head in heads:
+        weight = inventory.tensor(head, "weight")
+        if weight is not None and weight not in known:
+            members.append(Member(weight, 1, index, scored=True))
+    norms = list(_norms(inventory, units))
+    members += [Member(norm, 0, index, masked=False, rescale=OF_ROOT_MEAN_SQUARE) for norm in norms]
+    _check_complete(inventory, members, units)
+    return Structure(
+        name=embedding,
+        kind=StructureKind.HIDDEN,
+        modules=unique([*names, *heads, *(inventory.parent(norm) for norm in norms)]),
+        units=units,
+        members=tuple(members),
+        observed=heads[0],
+        observed_index=index,
+    )
+
+
+def _embedding(inventory: Inventory) -> tuple[str, int]:
+    found = [name for name, module in inventory.modules.items() if isinstance(module, nn.Embedding)]
+    if len(found) != 1:
+        raise _Unclear(f"it has {len(found)} embeddings")
+    return found[0], shape_of(inventory.modules[found[0]].get_parameter("weight"))[1]
+
+
+def _heads(inventory: Inventory, inner: set[str], units: int) -> Iterator[str]:
+    for name, module in inventory.modules.items():
+        if isinstance(module, nn.Linear) and name not in inner:
+            projection = inventory.projection(name)
+            if projection is None or kind_of(module) is None or projection.inputs != units:
+                raise _Unclear(f"what {name} reads is not known")
+            yield name
+
+
+def _norms(inventory: Inventory, units: int) -> Iterator[str]:
+    for name, module in inventory.modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None and "RMSNorm" in type(module).__name__ and shape_of(weight) == (units,):
+            # A norm over all heads (OLMo2) is not over the hidden entries, though there may be as many.
+            if name.rpartition(".")[2] in ("q_norm", "k_norm"):
+                continue
+            tensor = inventory.tensor(name, "weight")
+            assert tensor is not None
+            yield tensor
+
+
+def _check_complete(inventory: Inventory, members: list[Member], units: int) -> None:
+    """Every parameter is a member, or belongs to the inside of a layer."""
+    known = {member.tensor for member in members}
+    for name, parameter in inventory.model.named_parameters():
+        is_norm = name.split(".")[-2] in ("q_norm", "k_norm")
+        is_inner_bias = name.endswith(".bias") and inventory.projection(inventory.parent(name)) is not None
+        if name not in known and not is_norm and not is_inner_bias:
+            raise _Unclear(
+                f"what {name} {list(shape_of(parameter))} has to do with the {units} entries is not known"
+            )

@@ -1,0 +1,127 @@
+"""Whether stock transformers would rebuild a cut model from its config, found out by building it.
+
+Several architectures deduce the size of a head from hidden size and number of heads, so that a config with fewer
+heads silently means wider ones; others have one config key for what differs from layer to layer. Neither is listed
+here: the model class builds itself on the meta device from the rewritten config, and every shape and every number
+that its modules keep is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.structure.cut import Cuts
+
+_MOST = 8
+_NUMBERS = (int, float, bool)
+
+
+def stock_obstacles(model_or_config: Any, cuts: Cuts | None = None) -> list[str]:
+    """Why `type(model)(config)` is not the cut model; empty when stock transformers loads it.
+
+    Args:
+        model_or_config: the model before the cut, in any state of its weights (only its class and config
+            are used), or its config with `architectures`. Without `cuts`: a model that was cut, as it is.
+        cuts: what it will lose.
+
+    Returns:
+        Sentences that name the module; at most eight, then how many more.
+    """
+    try:
+        cls, config = _class_and_config(model_or_config)
+    except ValueError as error:
+        return [str(error)]
+    if cuts is None:
+        expected, rewritten = model_or_config, config
+    else:
+        if not cuts.active():
+            return []
+        expected = _built(cls, copy.deepcopy(config))
+        cuts.rewrite(expected, skeleton=True)
+        rewritten = expected.config
+    try:
+        rebuilt = _built(cls, _as_loaded(rewritten))
+    except Exception as error:  # whatever a model class finds wrong with a config
+        return [f"{cls.__name__} refuses the config: {_one_line(error)}"]
+    found = [*_shapes(expected, rebuilt, cls), *_numbers(expected, rebuilt, cls)]
+    more = len(found) - _MOST
+    return found[:_MOST] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _class_and_config(model_or_config: Any) -> tuple[type[nn.Module], Any]:
+    if isinstance(model_or_config, nn.Module):
+        config = getattr(model_or_config, "config", None)
+        if config is None or not hasattr(config, "to_dict"):
+            raise ValueError(f"a {type(model_or_config).__name__} has no config that could rebuild it")
+        return type(model_or_config), config
+    import transformers
+
+    names = getattr(model_or_config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise ValueError(f"the config names no class of transformers in architectures: {names}")
+    return cls, model_or_config
+
+
+def _built(cls: type[nn.Module], config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return cls(config).eval()
+
+
+def _as_loaded(config: Any) -> Any:
+    """The config as it comes back from config.json."""
+    return type(config).from_dict(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
+def _shapes(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> list[str]:
+    ours, theirs = _tensor_shapes(expected), _tensor_shapes(rebuilt)
+    found = [
+        f"{name} is missing from the {cls.__name__} that its config builds"
+        for name in ours
+        if name not in theirs
+    ]
+    found += [
+        f"{name} is new in the {cls.__name__} that its config builds" for name in theirs if name not in ours
+    ]
+    for name, shape in ours.items():
+        if theirs.get(name, shape) != shape:
+            found.append(
+                f"{name} is {list(shape)}, and {list(theirs[name])} in the {cls.__name__} that its config builds"
+            )
+    return found
+
+
+def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    parameters = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: b.shape for name, b in model.named_buffers(remove_duplicate=False)}
+    return {name: tuple(shape) for name, shape in {**parameters, **buffers}.items()}
+
+
+def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> list[str]:
+    found = []
+    theirs = dict(rebuilt.named_modules())
+    for name, module in expected.named_modules():
+        other = theirs.get(name)
+        if other is None:
+            continue
+        if type(other) is not type(module):
+            found.append(
+                f"{name} is a {type(module).__name__}, and a {type(other).__name__} in the stock model"
+            )
+            continue
+        for key, value in vars(module).items():
+            theirs_value = getattr(other, key, None)
+            if key[0] != "_" and key != "training" and isinstance(value, _NUMBERS) and theirs_value != value:
+                found.append(
+                    f"{name}.{key} is {value}, and {theirs_value} in the {cls.__name__} that its config builds"
+                )
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
