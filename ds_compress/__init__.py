@@ -6,6 +6,7 @@ Importing this package is all that a training script needs; the rest is for thos
     plan(model, config)           what would happen to which weight, and the predicted bytes; trains nothing
     initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
     engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
+    finalize(engine)              the smaller model that structured pruning leaves
     export_state_dict(engine)     the whole compressed model's weights, on process 0
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
 from ds_compress.engine.api import export_state_dict, initialize
+from ds_compress.engine.finalize import finalize
 from ds_compress.engine.registration import register, unregister
 from ds_compress.version import __version__
 
@@ -22,6 +24,7 @@ __all__ = [
     "Plan",
     "__version__",
     "export_state_dict",
+    "finalize",
     "initialize",
     "parse_config",
     "plan",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ds_compress.config.modules import ModuleKind
 from ds_compress.config.sparse_pruning import SparsePruningShared
+from ds_compress.config.structures import shape_after, share_after
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 from ds_compress.config.weight_quantization import WeightQuantizationShared
 
@@ -109,18 +110,20 @@ def _targets(plan: Plan, key: str) -> tuple[Target, ...]:
 
 
 def _stored_weight(plan: Plan, weight: Weight, pruned: Target | None, quantized: Target | None) -> Stored:
-    numel = math.prod(weight.shape)
-    before = numel * weight.itemsize
+    shape = shape_after(plan.structures, weight.name, weight.shape)
+    numel, stays = math.prod(shape), share_after(plan.structures, weight.name)
+    before = math.prod(weight.shape) * weight.itemsize
     # The decimal of the JSON, not its binary neighbour: 0.07 of 100 is 7.
     nonzeros = math.ceil(Fraction(repr(pruned.params.dense_ratio)) * numel) if pruned else numel
     bits, scale_bytes = 8 * weight.itemsize, 0
     if quantized:
         shared: WeightQuantizationShared = plan.techniques["weight_quantization"].shared
         per_scale = _SCALE_BYTES * (2 if shared.quantization_type == "asymmetric" else 1)
-        bits, scale_bytes = quantized.params.target_bits, per_scale * scales_of(quantized, shared)
+        scales = scales_of(replace(quantized, shape=shape), shared)
+        bits, scale_bytes = quantized.params.target_bits, per_scale * scales
     after = _bytes(numel * bits) + scale_bytes
     bitmask = _bytes(numel) + _bytes(nonzeros * bits) + scale_bytes if pruned else after
-    return Stored(before, after, bitmask, nonzeros)
+    return Stored(before, int(after * stays), int(bitmask * stays), int(nonzeros * stays))
 
 
 def _bytes(bits: int) -> int:

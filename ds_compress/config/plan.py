@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.source import block_of
+from ds_compress.config.structures import StructurePlan
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ class Plan:
     """What each enabled block does to which weight; `str()` gives a plain table, `rich.print` a coloured one.
 
     techniques: only the enabled ones, by block key (sparse_pruning, weight_quantization,
-    activation_quantization). weights: every parameter of the model. world_size: how many processes share the
-    training state.
+    activation_quantization); `structures` likewise for row, head, channel, depth and hidden pruning. weights: every
+    parameter of the model. world_size: how many processes share the training state.
     """
 
     config: CompressionConfig
     techniques: dict[str, TechniquePlan]
     weights: tuple[Weight, ...] = field(default=(), repr=False)
+    structures: dict[str, StructurePlan] = field(default_factory=dict, repr=False)
     world_size: int = 1
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,14 +57,17 @@ def plain_text(plan: Plan) -> str:
 def renderables(plan: Plan) -> Iterator[RenderableType]:
     """The parts of the report, for rich."""
     counts = {key: len(technique.targets) for key, technique in plan.techniques.items()}
-    blocks = list(words.block_lines(plan.config, counts))
+    blocks = [*words.structure_lines(plan.structures), *words.block_lines(plan.config, counts)]
     if not blocks:
         yield Text("compression_training: nothing is enabled")
         return
     for key, what in blocks:
         yield Text.assemble((key, "bold"), ": ", what)
+    if plan.structures:
+        yield _structure_table(plan)
     if plan.techniques:
         yield _table(lines_of(plan))
+    if plan.techniques or plan.structures:
         yield from map(Text, _totals(plan))
 
 
@@ -85,9 +88,9 @@ def lines_of(plan: Plan) -> list[Line]:
     return lines
 
 
-def collapse(treatments: dict[str, Treatment]) -> list[tuple[str, list[str]]]:
+def collapse(treatments: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
     """(`encoder.layer.{0-5}.query`, its modules) of all; numbers are joined where they form a grid."""
-    alike: dict[tuple[str, Treatment], list[str]] = {}
+    alike: dict[tuple[str, Hashable], list[str]] = {}
     for name, treatment in treatments.items():
         alike.setdefault((_NUMBER.sub("#", name), treatment), []).append(name)
     collapsed = []
@@ -168,6 +171,18 @@ def _table(lines: Iterable[Line]) -> Table:
         shape = " x ".join(map(str, treatment.shape))
         cells = [line.name, shape, treatment.pruning, treatment.weight_bits, treatment.input_bits, *numbers]
         table.add_row(*map(Text, cells))
+    return table
+
+
+def _structure_table(plan: Plan) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("structure", overflow="fold")
+    for heading in ("block", "kept"):
+        table.add_column(heading)
+    for key, structures in plan.structures.items():
+        kept = {target.structure.name: words.units_cell(target, structures) for target in structures.targets}
+        for name, members in collapse(kept):
+            table.add_row(*map(Text, (name, key, kept[members[0]])))
     return table
 
 

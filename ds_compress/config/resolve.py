@@ -17,6 +17,7 @@ from ds_compress.config.limits import limits_of
 from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.config.plan import Plan
 from ds_compress.config.schema import CompressionConfig, parse_config
+from ds_compress.config.structures import resolve_structures
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 
 LAYERS = frozenset({ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D})
@@ -26,7 +27,6 @@ KINDS = {
     # The input of an embedding is a list of indices.
     "activation_quantization": LAYERS,
 }
-STRUCTURED = ("row_pruning", "head_pruning", "channel_pruning")
 
 
 def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> Plan:
@@ -38,7 +38,7 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
         ConfigError: everything that is wrong with the block, or with what it asks of this model.
     """
     parsed = config if isinstance(config, CompressionConfig) else parse_config(config)
-    problems = list(_structured_problems(parsed))
+    problems: list[Problem] = []
     removed = _removed_layers(parsed, model, problems)
     entries = tuple(entry for entry in entries_of(model) if not f"{entry.name}.".startswith(removed))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -57,10 +57,12 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
         problems += [*claims.problems, *limits_of(key, block, targets)]
         techniques[key] = TechniquePlan(key, block.shared_parameters, targets)
     problems += integer_product_problems(techniques)
+    structures, structure_problems = resolve_structures(model, parsed, entries, removed)
+    problems += structure_problems
     if problems:
         raise ConfigError(problems)
     weights = tuple(weight for weight in _weights_of(model) if not weight.name.startswith(removed))
-    return Plan(parsed, techniques, weights)
+    return Plan(parsed, techniques, weights, structures)
 
 
 def _target(entry: Entry, group: str, params: Any, names: Mapping[int, str]) -> Target:
@@ -207,18 +209,6 @@ class Claims:
 def _kinds_in_words(kinds: frozenset[ModuleKind]) -> str:
     *names, last = (kind for kind in ModuleKind if kind in kinds)
     return f"{', '.join(names)} or {last}"
-
-
-def _structured_problems(config: CompressionConfig) -> Iterator[Problem]:
-    for key in STRUCTURED:
-        block = getattr(config, key)
-        if block is not None and block.shared_parameters.enabled:
-            yield Problem(
-                dotted(key, "shared_parameters", "enabled"),
-                "true",
-                "false: structured pruning is not in this version",
-                f'set it to false or remove "{key}"; sparse_pruning can prune NxM blocks',
-            )
 
 
 def _layer_reduction_problems(config: CompressionConfig, entries: tuple[Entry, ...]) -> Iterator[Problem]:

@@ -21,7 +21,13 @@ from ds_compress.config.errors import ROOT, ConfigError, Problem, shown
 from ds_compress.config.fields import Conflict, Section, Seed
 from ds_compress.config.layer_reduction import LayerReduction
 from ds_compress.config.sparse_pruning import SparsePruning
-from ds_compress.config.structured_pruning import ChannelPruning, HeadPruning, RowPruning
+from ds_compress.config.structured_pruning import (
+    ChannelPruning,
+    DepthPruning,
+    HeadPruning,
+    HiddenPruning,
+    RowPruning,
+)
 from ds_compress.config.translate import Where, translate
 from ds_compress.config.weight_quantization import WeightQuantization
 
@@ -41,11 +47,15 @@ class CompressionConfig(Section):
     activation_quantization: ActivationQuantization | None = Field(
         default=None, description="Fewer bits for the inputs of layers."
     )
-    row_pruning: RowPruning | None = Field(default=None, description="Remove rows of Linear layers.")
+    row_pruning: RowPruning | None = Field(default=None, description="Remove neurons of feed-forward blocks.")
     head_pruning: HeadPruning | None = Field(default=None, description="Remove attention heads.")
     channel_pruning: ChannelPruning | None = Field(
         default=None, description="Remove channels of Conv2d layers."
     )
+    depth_pruning: DepthPruning | None = Field(
+        default=None, description="Remove whole layers, by importance, while training."
+    )
+    hidden_pruning: HiddenPruning | None = Field(default=None, description="Narrow the hidden size.")
     layer_reduction: LayerReduction | None = Field(default=None, description="Remove whole layers.")
     distillation: Distillation | None = Field(
         default=None, description="Learn from a teacher while compressing."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ds_compress.config.activation_quantization import ActivationQuantizationShared
@@ -11,6 +11,8 @@ from ds_compress.config.layer_reduction import LayerReduction
 from ds_compress.config.modules import ModuleKind
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.sparse_pruning import SparsePruningShared
+from ds_compress.config.structured_pruning import StructuredShared
+from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
 from ds_compress.config.targets import Target
 from ds_compress.config.weight_quantization import WeightQuantizationShared
 
@@ -32,6 +34,28 @@ def weight_bits_cell(target: Target, shared: WeightQuantizationShared) -> str:
 def activation_bits_cell(target: Target, offset: int) -> str:
     """E.g. "8 bits, from step 0"."""
     return f"{target.params.bits} bits, {_steps(offset)}"
+
+
+def structure_lines(plans: Mapping[str, StructurePlan]) -> Iterator[tuple[str, str]]:
+    """(key of the block, what it does) of each enabled structured-pruning block."""
+    for key, plan in plans.items():
+        shared = plan.shared
+        facts = [f"method {shared.method}", _pruning_steps(shared)]
+        if shared.scope == "global":
+            facts.append("units of all structures compete")
+        if shared.effective_schedule != "constant":
+            facts.append(f"{shared.effective_schedule} schedule")
+        if shared.shrink_at_end_of_schedule:
+            facts.append("then removed from model and optimizer")
+        yield key, f"{_plural(len(plan.targets), 'structure')}: {', '.join(facts)}"
+
+
+def units_cell(target: StructureTarget, plan: StructurePlan) -> str:
+    """E.g. "768 of 1,536 rows"."""
+    units = target.structure.units
+    kept = kept_units(target.dense_ratio, units, plan.shared.round_to)
+    only_zeroed = "" if target.structure.removable else ", the others zero"
+    return f"{kept:,} of {_plural(units, str(plan.kind))}{only_zeroed}"
 
 
 def block_lines(config: CompressionConfig, techniques: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -113,7 +137,7 @@ def _distillation_facts(block: Distillation) -> str:
     return f"teacher {teacher}{dtype} at ZeRO stage {block.teacher_zero_stage}; loss = {' + '.join(losses)}"
 
 
-def _pruning_steps(shared: SparsePruningShared) -> str:
+def _pruning_steps(shared: SparsePruningShared | StructuredShared) -> str:
     return _steps(shared.schedule_offset, shared.schedule_offset_end)
 
 
@@ -132,4 +156,4 @@ def _granularity(target: Target, shared: WeightQuantizationShared) -> str:
 
 
 def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -50,10 +50,14 @@ def wrap(engine: Any, session: Compression) -> None:
 
     @functools.wraps(original_load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        units = _shrunk_units(Path(load_dir), tag)
+        if units and not session.shrunk_units:
+            # The weights that were saved have another shape: become that model first, then load into it.
+            session.shrink_to(units)
+            return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
         path, client_state = original_load(load_dir, tag, *args, **kwargs)
         if path is not None and not kwargs.get("load_module_only", False):
-            folder = Path(load_dir) / str(tag if tag is not None else _latest(load_dir)) / _FOLDER
-            load(folder, session)
+            load(_folder(Path(load_dir), tag), session)
         return path, client_state
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
@@ -181,8 +185,16 @@ class _StoredParts:
         return joined
 
 
-def _latest(load_dir: str) -> str:
-    return (Path(load_dir) / "latest").read_text().strip()
+def _folder(load_dir: Path, tag: str | None) -> Path:
+    return load_dir / str((load_dir / "latest").read_text().strip() if tag is None else tag) / _FOLDER
+
+
+def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor]:
+    """The units that a run had kept when it removed the others; empty when it never did, or nothing is there."""
+    if tag is None and not (load_dir / "latest").exists():
+        return {}
+    path = _folder(load_dir, tag) / _STATE
+    return torch.load(path, weights_only=True).get("shrunk_units", {}) if path.exists() else {}
 
 
 def _file_name(rank: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,3 +73,32 @@ def adopt_parameters(
     if added:
         groups.append({"params": list(added), "weight_decay": 0.0})
     arguments["model_parameters"] = groups if grouped or added else groups[0]["params"]
+
+
+def replace_parameters(
+    arguments: dict[str, Any],
+    client_groups: Sequence[Sequence[nn.Parameter]],
+    made: Mapping[int, nn.Parameter | None],
+) -> None:
+    """Edits the constructor's arguments for a model whose parameters were replaced: `made[id of the old one]`.
+
+    `client_groups`: the parameters that the caller's optimizer had in each group before ZeRO flattened them. Those
+    that are not in `made` (learned scales), or whose layer went (None), are left out.
+    """
+
+    def replaced(listed: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        found = (made.get(id(parameter)) for parameter in listed)
+        return [parameter for parameter in found if parameter is not None]
+
+    listed = arguments["model_parameters"]
+    if listed and isinstance(listed[0], dict):
+        groups = [{**group, "params": replaced(group["params"])} for group in listed]
+        arguments["model_parameters"] = [group for group in groups if group["params"]]
+    elif listed is not None:
+        arguments["model_parameters"] = replaced(listed)
+    optimizer = arguments["optimizer"]
+    if hasattr(optimizer, "param_groups"):
+        optimizer.state.clear()
+        for group, before in zip(optimizer.param_groups, client_groups, strict=True):
+            group["params"] = replaced(before)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

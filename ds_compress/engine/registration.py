@@ -97,8 +97,8 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
             from ds_compress.engine.session import Compression
 
             session = Compression.prepare(call.arguments, block, type(engine).__name__)
-            original(*call.args, **call.kwargs)
-            session.attach(engine)
+            arguments = {name: value for name, value in call.arguments.items() if name != "self"}
+            session.construct(engine, arguments, original)
         else:
             original(*args, **kwargs)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ds_compress.config import parse_config
@@ -14,7 +15,8 @@ from ds_compress.config.errors import ConfigError, Problem
 from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
-from ds_compress.engine import checkpoint, parameters, seams
+from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
+from ds_compress.engine import checkpoint, parameters, seams, shrink
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
@@ -24,8 +26,13 @@ from ds_compress.stages import STAGES
 from ds_compress.stages.base import Stage
 from ds_compress.stages.distillation import Distillation
 from ds_compress.stages.layer_reduction import reduce_layers
+from ds_compress.stages.structured_pruning import StructuredPruning
+from ds_compress.structure.cut import Cuts
 
 logger = logging.getLogger("ds_compress")
+
+_QUANTIZERS = ("weight_quantization", "activation_quantization")
+_DONE_WHEN_SHRUNK = (*KIND_OF_BLOCK, "layer_reduction", "distillation")
 
 _given_teacher: nn.Module | None = None
 
@@ -48,15 +55,30 @@ class Compression:
         plan: which weight gets what.
         stages: the attached stages by block name.
         applied_steps: optimizer steps applied so far; what every schedule counts.
+        shrunk_units: what is left of the structures that a shrink removed, by name; empty before. shrunk: the same
+            as a description for `structure.cut.rebuild`.
     """
 
     def __init__(
-        self, config: CompressionConfig, plan: Plan, stages: dict[str, Stage], model: nn.Module
+        self,
+        block: Mapping[str, Any],
+        plan: Plan,
+        stages: dict[str, Stage],
+        model: nn.Module,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.config = config
+        self.block = block
         self.plan = plan
         self.stages = stages
         self.model = model
+        self.teacher = teacher
+        self.shrunk_units: dict[str, torch.Tensor] = {}
+        self.shrunk: dict[str, Any] = {}
+        self._construction: dict[str, Any] = {}
+
+    @property
+    def config(self) -> CompressionConfig:
+        return self.plan.config
 
     @classmethod
     def prepare(cls, arguments: dict[str, Any], block: Mapping[str, Any], engine_class: str) -> Compression:
@@ -73,18 +95,46 @@ class Compression:
         _choose_kernels(config)
         teacher = Teacher.of(config, _given_teacher, model)
         removed = reduce_layers(model, config, teacher.model if teacher else None, parameters.copy_parameters)
-        plan = resolve(model, config)
-        stages = {name: _stage(name, technique, config.seed) for name, technique in plan.techniques.items()}
+        session = cls._with_stages(arguments, block, config, removed)
+        session.teacher = teacher
         if teacher is not None and config.distillation is not None and config.distillation.enabled:
-            stages[Distillation.name] = Distillation(
+            session.stages[Distillation.name] = Distillation(
                 config.distillation, model, teacher, config.layer_reduction
             )
+        return session
+
+    @classmethod
+    def _with_stages(
+        cls,
+        arguments: dict[str, Any],
+        block: Mapping[str, Any],
+        config: CompressionConfig,
+        removed: list[nn.Parameter],
+    ) -> Compression:
+        model = arguments["model"]
+        plan = resolve(model, config)
+        blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
+        stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
         added: dict[str, nn.Parameter] = {}
         for stage in stages.values():
             added.update(stage.prepare(model, parameters.full_parameters))
         seams.reduce_in_autocast_dtype(arguments["config_class"], model)
         parameters.adopt_parameters(arguments, removed, list(added.values()))
-        return cls(config, plan, stages, model)
+        return cls(block, plan, stages, model)
+
+    def construct(self, engine: Any, arguments: Mapping[str, Any], constructor: Callable[..., None]) -> None:
+        """Runs DeepSpeed's own constructor on `engine` and attaches; `rebuild` does it again on a smaller model."""
+        optimizer, listed = arguments["optimizer"], arguments["model_parameters"]
+        if listed and isinstance(listed[0], dict):
+            # The optimizer takes these dictionaries for its own, and ZeRO then puts flat tensors into them.
+            listed = [{**group, "params": list(group["params"])} for group in listed]
+        self._construction = {
+            "arguments": {**arguments, "model_parameters": listed},
+            "constructor": constructor,
+            "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
+        }
+        constructor(engine, **arguments)
+        self.attach(engine)
 
     def attach(self, engine: Any) -> None:
         """Connects the stages to the constructed engine: fragments, step hooks, loss, checkpoints."""
@@ -96,6 +146,8 @@ class Compression:
         if isinstance(distillation, Distillation):
             distillation.attach_engine(engine)
         checkpoint.wrap(engine, self)
+        if any(stage.shrinks for stage in self.structured):
+            shrink.at_end_of_schedule(engine, self)
         logger.info("ds_compress: %s", ", ".join(self.stages) or "no stage enabled")
 
     def _map_fragments(self, check: bool) -> None:
@@ -108,6 +160,38 @@ class Compression:
     def applied_steps(self) -> int:
         return self._hooks.applied_steps
 
+    @property
+    def structured(self) -> list[StructuredPruning]:
+        """The stages that will remove structures."""
+        return [stage for stage in self.stages.values() if isinstance(stage, StructuredPruning)]
+
+    @property
+    def structures_are_final(self) -> bool:
+        """No mask of a structure will be made any more, and the last ones are in force."""
+        return all(stage.is_over and stage.is_applied for stage in self.structured)
+
+    def cuts(self) -> Cuts:
+        """What the masks that are in force now will remove from the model."""
+        structures = [structure for stage in self.structured for structure in stage.structures.values()]
+        return Cuts.of(
+            structures, {name: kept for stage in self.structured for name, kept in stage.kept.items()}
+        )
+
+    def shrink_to(self, units: Mapping[str, torch.Tensor]) -> None:
+        """Shrinks now, to these units, whatever the schedules say; for a checkpoint of a run that had shrunk.
+
+        Raises ValueError when the units are of other structures than those of the JSON.
+        """
+        known = {name: stage for stage in self.structured for name in stage.structures}
+        if set(known) != set(units):
+            unknown = sorted(set(known) ^ set(units))
+            raise ValueError(
+                f"the checkpoint was shrunk in other structures than the JSON has: {unknown[:3]}"
+            )
+        for name, stage in known.items():
+            stage.kept[name] = units[name].clone()
+        shrink.shrink(self.engine)
+
     def metrics(self) -> dict[str, float]:
         """{"<stage>/<number>": value} of all stages."""
         return {
@@ -118,15 +202,55 @@ class Compression:
         """Takes every hook and class swap away; masked weights stay zero, parameters stay the same objects."""
         self._hooks.remove()
         checkpoint.unwrap(self.engine)
+        vars(self.engine).pop("step", None)
         for stage in self.stages.values():
             stage.detach()
         del self.engine.compression
+
+    def end(self) -> None:
+        """Training is over: as `detach`, but quantizers stay on the modules, for those who store what they say."""
+        self._hooks.remove()
+        checkpoint.unwrap(self.engine)
+        vars(self.engine).pop("step", None)
+        for name, stage in self.stages.items():
+            if name not in _QUANTIZERS:
+                stage.detach()
+        del self.engine.compression
+
+    def rebuild(self, engine: Any, made: Mapping[int, nn.Parameter | None], cuts: Cuts) -> Compression:
+        """The session of the model after `cuts`, attached to `engine`, which is constructed here.
+
+        `made`: the new parameter for the id of each old one. Structured blocks and layer reduction are done; the
+        other stages start with the replicated state that they have here.
+        """
+        arguments = {**self._construction["arguments"], "training_data": None}
+        parameters.replace_parameters(arguments, self._construction["client_groups"], made)
+        block = {key: value for key, value in self.block.items() if key not in _DONE_WHEN_SHRUNK}
+        successor = self._with_stages(arguments, block, parse_config(block), [])
+        successor.block, successor.teacher = self.block, self.teacher
+        successor.shrunk = cuts.description()
+        successor.shrunk_units = {
+            name: units for stage in self.structured for name, units in stage.kept.items()
+        }
+        distillation = self.stages.get(Distillation.name)
+        if isinstance(distillation, Distillation):
+            for structured in self.structured:
+                for name, structure in structured.structures.items():
+                    if structure.layers and name in structured.kept:
+                        distillation.keep_layers(structured.kept[name].tolist())
+            successor.stages[Distillation.name] = distillation
+        successor.construct(engine, arguments, self._construction["constructor"])
+        successor._hooks.applied_steps = self.applied_steps
+        for name, stage in successor.stages.items():
+            stage.load_state_dict(self.stages[name].renamed_state(_renamed_modules(cuts)))
+        return successor
 
     # -- state, for checkpoints ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "applied_steps": self.applied_steps,
+            "shrunk_units": self.shrunk_units,
             "stages": {name: stage.state_dict() for name, stage in self.stages.items()},
         }
 
@@ -139,10 +263,21 @@ class Compression:
                 stage.load_state_dict(state["stages"][name])
 
 
+def _renamed_modules(cuts: Cuts) -> Callable[[str], str | None]:
+    def renamed(module: str) -> str | None:
+        parameter = cuts.renamed(f"{module}.weight")
+        return None if parameter is None else parameter.removesuffix(".weight")
+
+    return renamed
+
+
 def _choose_kernels(config: CompressionConfig) -> None:
     """Before any weight is touched, so that a wish that cannot be met costs nothing."""
     blocks = (config.sparse_pruning, config.weight_quantization, config.activation_quantization)
-    if not any(block is not None and block.shared_parameters.enabled for block in blocks):
+    structured = (getattr(config, key) for key in KIND_OF_BLOCK)
+    if not any(block is not None and block.shared_parameters.enabled for block in blocks) and not any(
+        block is not None and block.shared.enabled for block in structured
+    ):
         return
     insists = config.insists_on_native
     try:
@@ -152,7 +287,7 @@ def _choose_kernels(config: CompressionConfig) -> None:
         raise ConfigError([Problem(path, "native kernels", str(error))]) from error
 
 
-def _stage(name: str, technique: TechniquePlan, seed: int) -> Stage:
+def _stage(name: str, technique: TechniquePlan | StructurePlan, seed: int) -> Stage:
     try:
         return STAGES[name](technique, seed)
     except ValueError as error:

@@ -73,6 +73,18 @@ class Shards:
         """Element-wise maximum over all data-parallel processes."""
         return self._reduce(tensor, dist.ReduceOp.MAX, self._dp_group)
 
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over all data-parallel processes, whoever holds the weights."""
+        return self._reduce(tensor, dist.ReduceOp.SUM, self._dp_group)
+
+    def of_all(self, own: Any) -> list[Any]:
+        """What each holder has to say, a small picklable object; only the own one when nothing is spread."""
+        if self._group is None:
+            return [own]
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, own, group=self._group)
+        return everyone
+
     def _any(self, flag: bool) -> bool:
         return bool(self.reduce_max(torch.tensor(int(flag))).item())
 
@@ -88,12 +100,8 @@ class Shards:
     def _exchange_layout(self) -> dict[str, list[int]]:
         """{parameter name: start offsets of all its fragments}, the same in every process."""
         own = {name: f.start for name, f in self.fragments.items()}
-        if self._group is None:
-            return {name: [start] for name, start in own.items()}
-        everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather_object(everyone, own, group=self._group)
         layout: dict[str, list[int]] = {}
-        for starts in everyone:
+        for starts in self.of_all(own):
             for name, start in starts.items():
                 layout.setdefault(name, []).append(start)
         return {name: sorted(starts) for name, starts in layout.items()}

@@ -82,6 +82,11 @@ class ActivationQuantization(Stage):
             },
         }
 
+    def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
+        state = self.state_dict()
+        ranges = {renamed(name): input_range for name, input_range in state["ranges"].items()}
+        return {**state, "ranges": {name: r for name, r in ranges.items() if name is not None}}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, quantizer in self._quantizers.items():
             saved = state["ranges"].get(name)

@@ -72,6 +72,13 @@ class Stage:
     def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Restores what `fragment_state` returned, for the fragments that this process owns now."""
 
+    def after_shrink(self) -> None:
+        """The model was cut, and this stage (of the smaller model) has all state of its predecessor."""
+
+    def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
+        """`state_dict` for a model whose names change by `renamed`; None: the module is gone."""
+        return self.state_dict()
+
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor; may be called in every process at any time."""
         return {}

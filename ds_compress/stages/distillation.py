@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,7 @@ class Distillation(Stage):
         self._prefix = (
             layer_reduction.module_name_prefix if layer_reduction and layer_reduction.enabled else None
         )
+        self._mapped: tuple[int, ...] = ()
         self._pending: list[tuple[bool, torch.Tensor]] = []
         self._last: dict[str, torch.Tensor] = {}
         self._handles: list[Any] = []
@@ -82,7 +83,9 @@ class Distillation(Stage):
         if wants_hidden or wants_relations:
             own = find_layers(self._student, self._prefix)[1]
             theirs = find_layers(self.teacher.model, self._prefix)[1]
-            mapped = [theirs[index] for index in self._layer_map(len(own), len(theirs))]
+            if not self._mapped:
+                self._mapped = self._layer_map(len(own), len(theirs))
+            mapped = [theirs[index] for index in self._mapped]
             self._student_records = Recorder(list(own), wants_hidden, wants_relations)
             self._teacher_records = Recorder(mapped, wants_hidden, wants_relations)
         self._parameters = inspect.signature(self._student.forward).parameters
@@ -96,6 +99,11 @@ class Distillation(Stage):
             return original(self._total(loss), *args, **kwargs)
 
         engine.backward = backward
+
+    def keep_layers(self, kept: Sequence[int]) -> None:
+        """The student was cut to these of its layers: each goes on imitating the layer that it did."""
+        if self._mapped:
+            self._mapped = tuple(self._mapped[index] for index in kept)
 
     def detach(self) -> None:
         for handle in self._handles:

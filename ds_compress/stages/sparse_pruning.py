@@ -260,6 +260,15 @@ class SparsePruning(Stage):
         self.hidden = dict(state.get("hidden", {}))
         self.score.load_fragment_state(state)
 
+    def after_shrink(self) -> None:
+        """Counts anew: some of the masked weights are gone for good."""
+        if not self.total:
+            return
+        own = sum(int(bitmask.unpack(m, self._fragments[n].numel).sum()) for n, m in self.masks.items())
+        weights = sum(math.prod(target.shape) for target in self.targets.values())
+        self.total = sum(grid.units for grid in self.grids.values())
+        self.kept = round(self.total * int(self._shards.sum(torch.tensor(own)).item()) / weights)
+
     def metrics(self) -> dict[str, float]:
         """`sparsity`: fraction of pruned units among all that the block claims, 0 before the first mask."""
         return {"sparsity": 1.0 - self.kept / self.total if self.total else 0.0}

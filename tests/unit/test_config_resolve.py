@@ -320,14 +320,6 @@ class TestRefusals:
         problem = only_problem_of(nn.ModuleDict({"table": nn.Embedding(4, 4, **option)}), bits("table"))
         assert next(iter(option)) in problem.got
 
-    @pytest.mark.parametrize("name", ["row_pruning", "channel_pruning", "head_pruning"])
-    def test_structured_pruning_is_not_in_this_version(self, bert: nn.Module, name: str) -> None:
-        shared = {"enabled": True, **({"num_heads": 2} if name == "head_pruning" else {})}
-        problem = only_problem_of(bert, {name: {"shared_parameters": shared}})
-        assert problem.path == f"compression_training.{name}.shared_parameters.enabled"
-        assert "not in this version" in problem.allowed
-        resolve(bert, {name: {"shared_parameters": {**shared, "enabled": False}}})
-
     def test_layer_reduction_names_modules_that_exist(self, bert: nn.Module) -> None:
         block = {
             "layer_reduction": {"enabled": True, "keep_number_layer": 2, "other_module_name": ["bert.poler"]}
@@ -347,15 +339,15 @@ class TestRefusals:
             **pruning("nowhere", "pooler", excluded_modules=["neither"]),
             **bits("nothing", quantize_groups=1),
             **inputs("LayerNorm"),
-            "row_pruning": {"shared_parameters": {"enabled": True}},
+            "row_pruning": {"dense_ratio": 0.5, "different_groups": {"g": {"modules": ["nobody"]}}},
         }
         paths = [problem.path.removeprefix("compression_training.") for problem in problems_of(bert, block)]
         assert paths == [
-            "row_pruning.shared_parameters.enabled",
             "sparse_pruning.shared_parameters.excluded_modules[0]",
             "sparse_pruning.different_groups.g.modules[0]",
             "weight_quantization.different_groups.g.modules[0]",
             "activation_quantization.different_groups.g.modules[0]",
+            "row_pruning.different_groups.g.modules[0]",
         ]
 
     def test_an_invalid_block_is_refused_before_any_model_is_read(self) -> None:

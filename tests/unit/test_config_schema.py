@@ -191,6 +191,15 @@ class TestLegacyBlocks:
         assert shared.range_momentum == 0.95
         assert inputs.groups["all"].params.bits == 8
 
+    def test_the_short_form_of_structured_pruning(self) -> None:
+        config = parse_config({"head_pruning": {"dense_ratio": 0.5}})
+        assert config.head_pruning is not None
+        shared = config.head_pruning.shared
+        assert (shared.enabled, shared.dense_ratio, shared.schedule_offset) == (True, 0.5, 0)
+        assert config.head_pruning.groups["all"].params.dense_ratio == 0.5
+        off = parse_config({"row_pruning": {"dense_ratio": 0.5, "shared_parameters": {"enabled": False}}})
+        assert off.row_pruning is not None and not off.row_pruning.shared.enabled
+
     def test_structured_pruning_validates(self) -> None:
         block = {
             "row_pruning": {
@@ -521,10 +530,23 @@ class TestConflicts:
     def test_activation_quantization(self, shared: dict[str, Any], key: str) -> None:
         only_problem_of(activation(shared), _shared(key, "activation_quantization"))
 
-    def test_head_pruning_needs_the_number_of_heads(self) -> None:
-        only_problem_of(
-            {"head_pruning": {"shared_parameters": {"enabled": True}}}, _shared("num_heads", "head_pruning")
-        )
+    @pytest.mark.parametrize("key", ["row_pruning", "head_pruning", "channel_pruning", "depth_pruning"])
+    def test_structured_pruning_needs_a_ratio(self, key: str) -> None:
+        only_problem_of({key: {"shared_parameters": {"enabled": True}}}, _shared("dense_ratio", key))
+        block = {key: {"shared_parameters": {"enabled": True}, "different_groups": {"g": {}}}}
+        only_problem_of(block, f"{key}.different_groups.g.params.dense_ratio")
+        only_problem_of({key: {"dense_ratio": 0.0}}, f"{key}.dense_ratio")
+        both = {"dense_ratio": 0.5, "shared_parameters": {"dense_ratio": 0.5}}
+        only_problem_of({key: both}, f"{key}.dense_ratio")
+
+    def test_what_cannot_learn_scores(self) -> None:
+        shared = {"method": "topk", "dense_ratio": 0.5}
+        only_problem_of({"depth_pruning": {"shared_parameters": shared}}, _shared("method", "depth_pruning"))
+
+    def test_shrinking_needs_the_last_word_of_topk(self) -> None:
+        shared = {"method": "topk", "dense_ratio": 0.5, "shrink_at_end_of_schedule": True}
+        block = {"head_pruning": {"shared_parameters": shared}}
+        only_problem_of(block, _shared("schedule_offset_end", "head_pruning"))
 
     def test_layer_reduction(self) -> None:
         only_problem_of({"layer_reduction": {"enabled": True}}, "layer_reduction.teacher_layer")
@@ -596,8 +618,8 @@ class TestAllAtOnce:
             "compression_training.sed\n"
             '  got:     the unknown key "sed"\n'
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
-            '"row_pruning", "head_pruning", "channel_pruning", "layer_reduction", "distillation", "seed" and '
-            '"kernels"\n'
+            '"row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
+            '"layer_reduction", "distillation", "seed" and "kernels"\n'
             '  hint:    did you mean "seed"?\n'
             "\n"
             "compression_training.distillation.enabled\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +36,7 @@ class TestUnits:
     def test_sums_of_fragments_add_up(self, case: tuple[torch.Tensor, int, torch.Tensor, list[int]]) -> None:
         values, dim, index, cuts = case
         flat, total = values.flatten(), torch.zeros(index.shape[0], dtype=torch.float64)
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in itertools.pairwise(cuts):
             total += unit_sums(flat[low:high], low, values.shape, dim, index)
         torch.testing.assert_close(total, whole_sums(values, dim, index), rtol=1e-12, atol=1e-12)
 
@@ -48,7 +50,7 @@ class TestUnits:
         joined = torch.cat(
             [
                 unit_mask(keep, low, high - low, values.shape, dim, index)
-                for low, high in zip(cuts, cuts[1:], strict=False)
+                for low, high in itertools.pairwise(cuts)
             ]
         )
         expected = torch.ones(values.shape, dtype=torch.bool)

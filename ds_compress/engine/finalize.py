@@ -1,0 +1,79 @@
+"""`finalize`: what training has masked is removed, and a smaller, plain model is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.plan import plan
+from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
+from ds_compress.engine.plain import cut_in_place
+from ds_compress.select.units import best, unit_sums
+from ds_compress.structure.cut import Cuts
+
+
+def finalize(
+    engine_or_model: Any, config: Mapping[str, Any] | str | PathLike[str] | None = None
+) -> nn.Module:
+    """Removes the structures that training masked: weights, biases and norms sliced, attributes and config rewritten.
+
+    Args:
+        engine_or_model: a DeepSpeed engine with a `compression_training` block, on any ZeRO stage: its training is
+            over afterwards, and the model that it trained comes back whole and plain in every process (a
+            collective). Or a model whose structures are zero already (a checkpoint of a masked model).
+        config: with a model, the block (or the DeepSpeed config) that it was trained with: it says which structures
+            there are, and how many units each keeps; those with the largest weights are.
+
+    Returns:
+        The same module object, smaller. Its quantizers, if any, are still attached, so that an export knows them.
+
+    Raises:
+        ConfigError: the config does not fit the model. ValueError: an engine without a block, a model without config.
+    """
+    if hasattr(engine_or_model, "compression"):
+        return _finalize_engine(engine_or_model)
+    if not isinstance(engine_or_model, nn.Module) or hasattr(engine_or_model, "module"):
+        raise ValueError("finalize: this engine has no compression_training block: nothing was masked")
+    if config is None:
+        raise ValueError("finalize(model, config): say with which compression_training block it was trained")
+    return _finalize_model(engine_or_model, config)
+
+
+def _finalize_engine(engine: Any) -> nn.Module:
+    session, model = engine.compression, engine.module
+    cuts = session.cuts()
+    session.end()
+    cut_in_place(engine, cuts)
+    return model
+
+
+@torch.no_grad()
+def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
+    resolved = plan(model, config)
+    kept = {
+        target.structure.name: _largest_units(model, structures, target)
+        for structures in resolved.structures.values()
+        for target in structures.targets
+    }
+    structures = [t.structure for p in resolved.structures.values() for t in p.targets]
+    Cuts.of(structures, kept).rewrite(model)
+    return model
+
+
+def _largest_units(model: nn.Module, structures: StructurePlan, target: StructureTarget) -> torch.Tensor:
+    structure = target.structure
+    parameters = dict(model.named_parameters())
+    total = torch.zeros(structure.units, dtype=torch.float64)
+    for member in structure.members:
+        if member.scored:
+            weight = parameters[member.tensor]
+            total += unit_sums(
+                weight.detach().float().abs().flatten(), 0, weight.shape, member.dim, member.index
+            )
+    for unit, layer in enumerate(structure.layers):
+        total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
+    return best(total, kept_units(target.dense_ratio, structure.units, structures.shared.round_to))

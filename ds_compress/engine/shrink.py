@@ -1,0 +1,185 @@
+"""`shrink_at_end_of_schedule`: the masked structures leave model and optimizer while training goes on.
+
+DeepSpeed cannot resize a parameter, so the engine is built anew around the smaller model, with the arguments that it
+was first built with, and everything that training has written is carried over: fp32 masters and optimizer moments
+(sliced like the weights), hyperparameters, schedules, loss scale, counters, and the state of the other stages. The
+old engine, optimizer and scheduler objects then share the state of the new ones, so that whoever holds them, a
+training script or a Trainer, goes on without knowing. The next loss is that of the masked model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import shape_of
+from ds_compress.engine.plain import cut_in_place
+from ds_compress.engine.shards import Shards
+from ds_compress.engine.snapshot import MASTER, Snapshot, optimizer_state, write_state
+from ds_compress.quant import layers
+from ds_compress.structure.cut import Cuts
+
+if TYPE_CHECKING:
+    from ds_compress.engine.session import Compression
+
+logger = logging.getLogger("ds_compress")
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "training", "losses")
+_KEPT_OBJECTS = ("training_dataloader", "monitor")
+_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
+
+
+def shrink(engine: Any) -> None:
+    """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
+    session: Compression = engine.compression
+    cuts = session.cuts()
+    before = _total(engine.module)
+    old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
+    axes = _output_axes(engine.module)
+    snapshot = Snapshot(engine, session.shards, session.stages.values())
+    carried = _Carried(engine)
+    session.detach()
+    made = cut_in_place(engine, cuts)
+    fresh = object.__new__(type(engine))
+    successor = session.rebuild(fresh, made, cuts)
+    restored = _Restored(old, cuts, snapshot, axes)
+    restored.optimizer(fresh, successor.shards)
+    restored.stages(successor)
+    carried.into(fresh)
+    after = _total(engine.module)
+    logger.info(
+        "ds_compress: shrunk from %s to %s parameters at step %d", before, after, successor.applied_steps
+    )
+
+
+def at_end_of_schedule(engine: Any, session: Compression) -> None:
+    """`engine.step` shrinks as soon as no mask will change any more."""
+    step = engine.step
+
+    @functools.wraps(step)
+    def step_and_shrink(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if session.structures_are_final:
+            shrink(engine)
+        return result
+
+    engine.step = step_and_shrink
+
+
+def _total(model: nn.Module) -> str:
+    return f"{sum(torch.Size(shape_of(p)).numel() for p in model.parameters()):,}"
+
+
+def _output_axes(model: nn.Module) -> dict[str, int]:
+    """{name of a learned step size: the dimension of its weight that has one output per entry}."""
+    return {
+        f"{name}{_STEP_SIZE_SUFFIX}": 1 if "Conv1D" in type(module).__name__ else 0
+        for name, module in model.named_modules()
+        if layers.STEP_SIZE in module._parameters
+    }
+
+
+class _Carried:
+    """What belongs to the run rather than to a weight."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.optimizer, self.basic, self.scheduler = (
+            engine.optimizer,
+            engine.basic_optimizer,
+            engine.lr_scheduler,
+        )
+        self.values = {
+            name: getattr(engine, name) for name in (*_COUNTERS, *_KEPT_OBJECTS) if hasattr(engine, name)
+        }
+        self.settings = [{k: v for k, v in g.items() if k != "params"} for g in self.basic.param_groups]
+        self.scheduler_state = self.scheduler.state_dict() if hasattr(self.scheduler, "state_dict") else None
+
+    def into(self, fresh: Any) -> None:
+        for name, value in self.values.items():
+            setattr(fresh, name, value)
+        for group, settings in zip(fresh.basic_optimizer.param_groups, self.settings, strict=False):
+            group.update(settings)
+        if fresh.lr_scheduler is not self.scheduler and self.scheduler_state is not None:
+            fresh.lr_scheduler.load_state_dict(self.scheduler_state)
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        if hasattr(scaler, "__dict__") and hasattr(fresh.optimizer, "loss_scaler"):
+            vars(fresh.optimizer.loss_scaler).update(vars(scaler))
+        for ours, theirs in (
+            (self.optimizer, fresh.optimizer),
+            (self.basic, fresh.basic_optimizer),
+            (self.scheduler, fresh.lr_scheduler),
+            (self.engine, fresh),
+        ):
+            if ours is not theirs and ours is not None:
+                object.__setattr__(ours, "__dict__", vars(theirs))
+
+
+class _Restored:
+    """The state of each weight, cut, in the places that the new engine has for it."""
+
+    def __init__(
+        self, old: Mapping[str, tuple[int, ...]], cuts: Cuts, snapshot: Snapshot, axes: Mapping[str, int]
+    ) -> None:
+        self._old, self._cuts, self._snapshot, self._axes = old, cuts, snapshot, axes
+        renamed = {name: cuts.renamed(name) for name in old}
+        self._origin = {new: name for name, new in renamed.items() if new is not None}
+
+    def optimizer(self, engine: Any, shards: Shards) -> None:
+        kinds = sorted(kind for owner, kind in self._snapshot.names if owner == "optimizer")
+        for new, _ in engine.module.named_parameters():
+            fragment = shards.fragments.get(new)
+            for kind in kinds:
+                values = self._part("optimizer", kind, new, fragment)
+                if values is None or fragment is None:
+                    continue
+                if kind == MASTER:
+                    fragment.values.copy_(values)
+                else:
+                    write_state(engine, fragment, kind, values)
+            if fragment is not None:
+                scalars = self._snapshot.scalars.get(self._origin[new], {})
+                optimizer_state(engine, fragment).update(scalars)
+
+    def stages(self, session: Compression) -> None:
+        for name, stage in session.stages.items():
+            kinds = sorted(kind for owner, kind in self._snapshot.names if owner == name)
+            state: dict[str, dict[str, torch.Tensor]] = {}
+            for kind in kinds:
+                for new in sorted(self._origin):
+                    fragment = session.shards.fragments.get(new)
+                    values = self._part(name, kind, new, fragment)
+                    if values is not None and fragment is not None:
+                        made = values > 0.5 if kind == "mask" else values
+                        state.setdefault(kind, {})[new] = made.to(fragment.values.device)
+            stage.load_fragment_state(state)
+            stage.after_shrink()
+
+    def _part(self, owner: str, kind: str, new: str, fragment: Any) -> torch.Tensor | None:
+        """The values of this process' fragment; None where there is no such state. A collective all the same."""
+        name = self._origin.get(new)
+        if name is None or name not in self._snapshot.names.get((owner, kind), ()):
+            return None
+        whole = self._snapshot.whole(owner, kind, name, self._old[name])
+        if fragment is None:
+            return None
+        cut = self._cut(name, whole, is_weight=kind in (MASTER, "hidden"))
+        return cut.flatten()[fragment.start : fragment.start + fragment.numel]
+
+    def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
+        if not name.endswith(_STEP_SIZE_SUFFIX):
+            return self._cuts.apply(name, whole, is_weight)
+        weight = name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"
+        shape, axis = self._old[weight], self._axes[name]
+        if whole.dim() == 0 or whole.shape[0] != shape[axis]:
+            return whole  # one scale for all outputs
+        # Which outputs are left shows in what the cut makes of their numbers.
+        numbers = torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - 1))
+        numbers = numbers.movedim(0, axis) if axis else numbers
+        left = self._cuts.apply(weight, numbers.expand(shape), False).movedim(axis, 0).flatten(1)[:, 0].long()
+        return whole[left]

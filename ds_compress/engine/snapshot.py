@@ -1,0 +1,100 @@
+"""All that training has written for each weight, kept while the engine around it is taken down and built anew.
+
+Masters, the optimizer's moments and the stages' own tensors live on fragments. A snapshot keeps this process' parts
+and, by a collective for each tensor, makes one of them whole at a time: no process ever holds the state of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_compress.engine import seams
+from ds_compress.engine.fragments import Fragment
+from ds_compress.engine.shards import Shards
+from ds_compress.stages.base import Stage
+
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + numel) of one kind of state of one parameter."""
+
+    start: int
+    values: torch.Tensor
+
+
+class Snapshot:
+    """Parts of this process by (owner, kind) and parameter name; owner is a stage's name or "optimizer"."""
+
+    def __init__(self, engine: Any, shards: Shards, stages: Iterable[Stage]) -> None:
+        self._shards = shards
+        self.parts: dict[tuple[str, str], dict[str, Part]] = {}
+        self.scalars: dict[str, dict[str, Any]] = {}
+        """What the optimizer keeps once per tensor, such as `step`, by parameter name."""
+        optimizers = seams.stepped_optimizers(engine)
+        for fragment in shards.fragments.values():
+            self._keep("optimizer", MASTER, fragment, fragment.values)
+            for key, value in _state_of(optimizers, fragment.stepped).items():
+                if is_per_element(value, fragment.stepped):
+                    flat = value.view(-1).narrow(0, fragment.offset, fragment.numel)
+                    self._keep("optimizer", key, fragment, flat)
+                else:
+                    kept = value.clone() if isinstance(value, torch.Tensor) else value
+                    self.scalars.setdefault(fragment.name, {})[key] = kept
+        for stage in stages:
+            for kind, by_name in stage.fragment_state().items():
+                for name, values in by_name.items():
+                    self._keep(stage.name, kind, shards.fragments[name], values)
+        # Every process asks for the same tensors in the same order, also for those that it has no part of.
+        named = {key: sorted(by_name) for key, by_name in self.parts.items()}
+        self.names: dict[tuple[str, str], set[str]] = {}
+        for theirs, scalars in shards.of_all((named, self.scalars)):
+            for key, names in theirs.items():
+                self.names.setdefault(key, set()).update(names)
+            self.scalars |= scalars
+
+    def _keep(self, owner: str, kind: str, fragment: Fragment, values: torch.Tensor) -> None:
+        self.parts.setdefault((owner, kind), {})[fragment.name] = Part(
+            fragment.start, values.detach().clone()
+        )
+
+    def whole(self, owner: str, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor of `shape`, the same in every process: a collective."""
+        part = self.parts.get((owner, kind), {}).get(name)
+        numel = torch.Size(shape).numel()
+        flat = torch.zeros(numel, dtype=torch.float32)
+        if part is not None:
+            flat[part.start : part.start + part.values.numel()] = part.values.to("cpu", torch.float32)
+        return self._shards.sum(flat).view(shape)
+
+
+def is_per_element(value: Any, stepped: torch.Tensor) -> bool:
+    """Whether a value of an optimizer's state belongs to each element of the tensor that it steps."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() == stepped.numel()
+
+
+def write_state(engine: Any, fragment: Fragment, key: str, values: torch.Tensor) -> None:
+    """Sets the part of one kind of the optimizer's state that belongs to `fragment`."""
+    state = optimizer_state(engine, fragment)
+    if not is_per_element(state.get(key), fragment.stepped):
+        state[key] = torch.zeros_like(fragment.stepped.data, dtype=torch.float32)
+    state[key].view(-1).narrow(0, fragment.offset, fragment.numel).copy_(values)
+
+
+def optimizer_state(engine: Any, fragment: Fragment) -> dict[str, Any]:
+    """The (changeable) state of the tensor that the optimizer steps for `fragment`."""
+    for optimizer in seams.stepped_optimizers(engine):
+        if any(fragment.stepped is p for group in optimizer.param_groups for p in group["params"]):
+            return optimizer.state[fragment.stepped]
+        if fragment.stepped in optimizer.state:
+            return optimizer.state[fragment.stepped]
+    return seams.stepped_optimizers(engine)[0].state[fragment.stepped]
+
+
+def _state_of(optimizers: list[torch.optim.Optimizer], stepped: torch.Tensor) -> dict[str, Any]:
+    return next((dict(o.state[stepped]) for o in optimizers if stepped in o.state), {})

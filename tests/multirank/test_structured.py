@@ -1,0 +1,87 @@
+"""Structured pruning on every ZeRO stage: the same units, an equal finalized model, an unbroken loss after a shrink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.multirank import structured
+from tests.multirank.launch import run_ranks
+
+SCENARIO = "tests.multirank.structured:"
+
+
+@pytest.fixture(scope="module")
+def masked() -> dict[int, Any]:
+    names = tuple(structured.BLOCKS)
+    return {size: run_ranks(size, SCENARIO + "masked_and_final", names=names)[0] for size in (1, 2)}
+
+
+@pytest.mark.parametrize("name", structured.BLOCKS)
+class TestMasks:
+    def test_the_same_units_on_every_stage_and_world_size(self, masked: dict[int, Any], name: str) -> None:
+        expected = masked[1][name, 0]["kept"]
+        assert all(
+            masked[size][name, stage]["kept"] == expected for size in (1, 2) for stage in structured.STAGES
+        )
+
+    def test_units_are_half_of_all(self, masked: dict[int, Any], name: str) -> None:
+        kept = masked[2][name, 3]["kept"]
+        full = {"row": 96, "head": 4, "dept": 4}
+        units = sum(next(size for key, size in full.items() if _kind(name, s).startswith(key)) for s in kept)
+        assert sum(map(len, kept.values())) == units // 2
+
+    def test_finalized_equals_masked(self, masked: dict[int, Any], name: str) -> None:
+        for size in (1, 2):
+            for stage in structured.STAGES:
+                result = masked[size][name, stage]
+                torch.testing.assert_close(result["final"], result["masked"], rtol=1e-5, atol=1e-5)
+                assert result["plain"] and result["parameters"] < 61_000
+
+    def test_losses_agree(self, masked: dict[int, Any], name: str) -> None:
+        reference = torch.tensor(masked[1][name, 0]["losses"])
+        for size in (1, 2):
+            for stage in structured.STAGES:
+                losses = torch.tensor(masked[size][name, stage]["losses"])
+                torch.testing.assert_close(losses, reference, rtol=1e-4, atol=1e-5)
+
+
+def _kind(name: str, structure: str) -> str:
+    if name != "all-random":
+        return name
+    return "head" if "attention" in structure else "row" if ".layer." in structure else "depth"
+
+
+@pytest.fixture(scope="module")
+def shrunk() -> dict[Any, Any]:
+    names, wrappers = tuple(structured.SHRINKING), tuple(structured.WRAPPERS)
+    return run_ranks(2, SCENARIO + "shrunk_and_masked", names=names, wrappers=wrappers)[0]
+
+
+@pytest.mark.parametrize("wrapper", structured.WRAPPERS)
+@pytest.mark.parametrize("name", structured.SHRINKING)
+class TestShrink:
+    def test_training_goes_on_as_if_nothing_had_happened(
+        self, shrunk: dict[Any, Any], name: str, wrapper: str
+    ) -> None:
+        small, full = shrunk[name, wrapper, True], shrunk[name, wrapper, False]
+        tolerance = 2e-2 if wrapper.startswith("bf16") else 2e-4
+        torch.testing.assert_close(
+            torch.tensor(small["losses"]), torch.tensor(full["losses"]), rtol=tolerance, atol=tolerance
+        )
+
+    def test_the_model_is_smaller_and_the_run_the_same(
+        self, shrunk: dict[Any, Any], name: str, wrapper: str
+    ) -> None:
+        small, full = shrunk[name, wrapper, True], shrunk[name, wrapper, False]
+        assert small["parameters"] < 0.8 * full["parameters"]
+        assert small["same_state"]
+        assert [small[k] for k in ("applied", "steps", "lr")] == [full[k] for k in ("applied", "steps", "lr")]
+
+
+@pytest.mark.parametrize("wrapper", ["fp32-0", "fp32-2", "bf16-3-sub-groups"])
+def test_resume_of_a_shrunk_run(wrapper: str) -> None:
+    result = run_ranks(2, SCENARIO + "resumed_after_shrink", wrapper=wrapper)[0]
+    assert result["resumed"] == result["unbroken"]
