@@ -135,6 +135,15 @@ DSC_INLINE auto largest_of(V value) {
     return best;
 }
 
+// By halves: for a row of a few hundred values, lane after lane would take longer than all before it.
+DSC_INLINE int32_t largest_of(Ints value) {
+    Ints other;
+    for (int i = 0; i < kLanes; i++) other[i] = i;
+#pragma GCC unroll 8
+    for (int half = kLanes / 2; half > 0; half /= 2) value = larger(value, __builtin_shuffle(value, other + half));
+    return value[0];
+}
+
 template <class V>
 DSC_INLINE auto least_of(V value) {
     auto best = value[0];

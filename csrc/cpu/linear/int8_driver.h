@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockBytes = 8 << 20;  // codes of a block, where K is huge
+constexpr int64_t kScaleRows = 4;
 constexpr int64_t kSliceColumns = 256;
 
 // Row-major int8 as an input of `quantize_row`: with scale 1 a code is its own code.
@@ -112,12 +113,17 @@ struct Int8Driver {
 
     template <class Format>
     static void quantize_block(const LinearCall& call, Range rows, const Scratch& scratch) {
-        const int64_t columns = call.weight.columns, stride = stride_of(columns);
+        const int64_t columns = call.weight.columns, count = rows.end - rows.begin;
         const auto* x = static_cast<const typename Format::Stored*>(call.x) + rows.begin * columns;
-        for (int64_t m = 0; m < rows.end - rows.begin; m++, x += columns) {
-            const RowScale scale = row_scale<Format>(x, columns, call.input_scale, call.steps);
+        RowScale scales[kScaleRows];
+        for (int64_t m = 0; m < count; m++, x += columns) {
+            // A few scales at once: the last steps of one, which wait for each other, hide behind the next row.
+            if (m % kScaleRows == 0)
+                for (int64_t i = 0; i < kScaleRows && m + i < count; i++)
+                    scales[i] = row_scale<Format>(x + i * columns, columns, call.input_scale, call.steps);
+            const RowScale scale = scales[m % kScaleRows];
             typename Codes::Correction correction;
-            Stored* codes = scratch.codes + m * stride;
+            Stored* codes = scratch.codes + m * stride_of(columns);
             if (scale.codes_are_zero) {
                 zero_row<Codes>(columns, codes);
             } else if (call.input_scale != nullptr) {
