@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ds_compress.structure.attention import attentions_of
+from ds_compress.structure.channels import channel_structures
 from ds_compress.structure.feed_forward import row_structures
 from ds_compress.structure.heads import head_structures
 from ds_compress.structure.hidden import hidden_structures
@@ -48,7 +49,7 @@ def find_structures(
     elif kind is StructureKind.HIDDEN:
         structures, refusals = hidden_structures(inventory)
     else:
-        structures, refusals = [], []
+        structures, refusals = channel_structures(inventory, example_inputs)
     return Found(tuple(structures), tuple(refusals))
 
 

@@ -139,6 +139,8 @@ def _fix_sizes(module: nn.Module) -> None:
         changes = {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         changes = {"num_features": shape[0]}
+    elif isinstance(module, nn.PReLU):
+        changes = {"num_parameters": shape[0]}
     elif isinstance(module, nn.GroupNorm):
         changes = {"num_channels": shape[0]}
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

@@ -1,0 +1,49 @@
+"""The masked model that a cut must equal, made without any of the library's training code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.structure.structure import Structure, StructureKind
+
+
+def kept_units(
+    structures: Iterable[Structure], fraction: float = 0.5, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """For each structure random units, the same number in structures of equal size."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for structure in structures:
+        count = max(1, round(structure.units * fraction))
+        kept[structure.name] = torch.randperm(structure.units, generator=generator)[:count].sort().values
+    return kept
+
+
+@torch.no_grad()
+def masked_copy(
+    model: nn.Module, structures: Iterable[Structure], kept: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """A copy in which the entries of all other units are zero, and all other layers hand their input on."""
+    masked = copy.deepcopy(model)
+    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
+    for structure in structures:
+        gone = torch.ones(structure.units, dtype=torch.bool)
+        gone[kept[structure.name]] = False
+        if structure.kind is StructureKind.LAYER:
+            for name, is_gone in zip(structure.layers, gone, strict=True):
+                if is_gone:
+                    masked.get_submodule(name).register_forward_hook(_hand_on, with_kwargs=True)
+        for member in structure.members:
+            if member.masked:
+                tensors[member.tensor].index_fill_(member.dim, member.index[gone].flatten(), 0)
+    return masked
+
+
+def _hand_on(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
