@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.structure.inventory import second_names
 from ds_compress.structure.structure import Structure, StructureKind
 
 
@@ -26,7 +27,8 @@ class Cuts:
     ) -> None:
         self.structures = structures
         self.kept = kept
-        self._aliases = dict(aliases)
+        self.aliases = dict(aliases)
+        """Second name -> first-listed name of tied tensors, as far as known."""
         self._removed: dict[str, dict[int, torch.Tensor]] = {}
         self._scales: dict[str, float] = {}
         self._layers: dict[str, int | None] = {}
@@ -39,10 +41,11 @@ class Cuts:
         structures: Iterable[Structure],
         kept: Mapping[str, torch.Tensor],
         model: nn.Module | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> Cuts:
         """Cuts `structures` down to the units `kept`, by structure name; one that is not named keeps all.
 
-        model: gives the second names of tied tensors, so that `apply` and `shape_of` know them, too.
+        model, or aliases: gives the second names of tied tensors, so that `apply` and `shape_of` know them, too.
 
         Raises:
             ValueError: `kept` names no structure, or keeps none, unknown or unsorted units.
@@ -58,7 +61,7 @@ class Cuts:
             indices[name] = _checked(known[name], units)
         for name, structure in known.items():
             indices.setdefault(name, torch.arange(structure.units))
-        return cls(whole, indices, {} if model is None else second_names(model))
+        return cls(whole, indices, second_names(model) if model is not None else aliases or {})
 
     def active(self) -> tuple[Structure, ...]:
         """Structures that lose something: removable, and not all of their units kept."""
@@ -72,12 +75,12 @@ class Cuts:
 
     def touches(self, name: str) -> bool:
         """Whether the tensor loses entries or is rescaled."""
-        name = self._aliases.get(name, name)
+        name = self.aliases.get(name, name)
         return name in self._removed or name in self._scales
 
     def shape_of(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the tensor `name` after the cut, `shape` before it."""
-        removed = self._removed.get(self._aliases.get(name, name), {})
+        removed = self._removed.get(self.aliases.get(name, name), {})
         return tuple(
             size - removed[dim].numel() if dim in removed else size for dim, size in enumerate(shape)
         )
@@ -87,7 +90,7 @@ class Cuts:
 
         is_weight: False for what belongs to the parameter entry by entry but is no weight (optimizer moments).
         """
-        name = self._aliases.get(name, name)
+        name = self.aliases.get(name, name)
         if tensor.is_meta:
             shape = self.shape_of(name, tensor.shape)
             return tensor if shape == tuple(tensor.shape) else tensor.new_empty(shape)
@@ -137,7 +140,10 @@ class Cuts:
         rewrite_config(config, [(s, self.count(s)) for s in self.structures], self)
 
     def description(self) -> dict[str, Any]:
-        """JSON-able; with it `rebuild` does the same to another copy of the model."""
+        """JSON-able; with it `rebuild` does the same to another copy of the model.
+
+        Tied tensors are in it when the model was given to `of`, or was rewritten.
+        """
         from ds_compress.structure.description import describe
 
         return describe(self)
@@ -168,17 +174,6 @@ class Cuts:
         for index in range(last + 1):
             new = None if index in gone else index - sum(other < index for other in gone)
             self._layers[f"{stack}.{index}"] = new
-
-
-def second_names(model: nn.Module) -> dict[str, str]:
-    """Second name -> first-listed name of every tied parameter and shared buffer."""
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors:
-        if first.setdefault(id(tensor), name) != name:
-            aliases[name] = first[id(tensor)]
-    return aliases
 
 
 def _checked(structure: Structure, units: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,10 @@ _FORMAT = 1
 
 
 def describe(cuts: Cuts) -> dict[str, Any]:
-    """`{"format": 1, "structures": [...]}` of the structures that lose something; see `rebuild`."""
+    """`{"format": 1, "tied": {...}, "structures": [...]}` of the structures that lose something; see `rebuild`."""
     return {
         "format": _FORMAT,
+        "tied": cuts.aliases,
         "structures": [
             {
                 "name": structure.name,
@@ -52,7 +53,7 @@ def cuts_described(description: dict[str, Any]) -> Cuts:
         for entry in description["structures"]
     ]
     kept = {entry["name"]: torch.tensor(entry["kept"]) for entry in description["structures"]}
-    return Cuts.of(structures, kept)
+    return Cuts.of(structures, kept, aliases=description["tied"])
 
 
 def rebuild(model: nn.Module, description: dict[str, Any]) -> None:

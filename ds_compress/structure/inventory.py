@@ -115,3 +115,14 @@ def settled(
 def unique(names: Sequence[str]) -> tuple[str, ...]:
     """Without repetitions, in order."""
     return tuple(dict.fromkeys(names))
+
+
+def second_names(model: nn.Module) -> dict[str, str]:
+    """Second name -> first-listed name of every tied parameter and shared buffer."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        if first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return aliases

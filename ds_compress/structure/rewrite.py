@@ -13,7 +13,7 @@ from ds_compress.config.modules import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attentions_of
 from ds_compress.structure.find import find_structures
 from ds_compress.structure.hidden import scales_epsilon
-from ds_compress.structure.inventory import Inventory
+from ds_compress.structure.inventory import Inventory, second_names
 from ds_compress.structure.model_config import configs_of, private_config, rewrite_config
 from ds_compress.structure.structure import Structure, StructureKind
 
@@ -49,6 +49,7 @@ _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 def rewrite(model: nn.Module, cuts: Cuts, skeleton: bool = False) -> None:
     """See `Cuts.rewrite`."""
     inventory = Inventory(model)
+    cuts.aliases |= second_names(model)
     # What the model looks like is read before anything changes.
     attentions, _ = attentions_of(inventory)
     counted = _with_uncut(model, cuts)

@@ -97,9 +97,13 @@ def _shapes(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> li
 
 
 def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    parameters = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: b.shape for name, b in model.named_buffers(remove_duplicate=False)}
-    return {name: tuple(shape) for name, shape in {**parameters, **buffers}.items()}
+    """Of all parameters and of the buffers that are saved."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                shapes[f"{prefix}.{name}"] = tuple(buffer.shape)
+    return shapes
 
 
 def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> list[str]:
@@ -115,7 +119,7 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
             )
             continue
         for key, value in vars(module).items():
-            theirs_value = getattr(other, key, None)
+            theirs_value = getattr(other, key, value)
             if key[0] != "_" and key != "training" and isinstance(value, _NUMBERS) and theirs_value != value:
                 found.append(
                     f"{name}.{key} is {value}, and {theirs_value} in the {cls.__name__} that its config builds"
