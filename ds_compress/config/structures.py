@@ -57,7 +57,9 @@ class StructurePlan:
 
 
 def kept_units(dense_ratio: float, units: int, round_to: int) -> int:
-    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one, at most `units`."""
+    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one; `units` for a ratio of 1."""
+    if dense_ratio == 1:
+        return units
     multiples = Fraction(repr(dense_ratio)) * units / round_to
     return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
 

@@ -24,6 +24,8 @@ class UnitScore:
     """The first mask waits for a gradient."""
     may_change: ClassVar[bool] = False
     """A masked unit keeps its hidden weights and may return."""
+    sums_weights: ClassVar[bool] = False
+    """`of` needs the sum of `of_weights` over each unit, for which all processes talk."""
     observes: ClassVar[bool] = False
     """Looks at activations: `see` is called with the input of each structure's `observed` module."""
 
@@ -49,9 +51,9 @@ class UnitScore:
         """fp64 (units,) scores; `weights`: sum over the unit's scored weights of `of_weights`."""
         raise NotImplementedError
 
-    def of_weights(self, values: torch.Tensor) -> torch.Tensor | None:
-        """What is summed over a unit's weights, elementwise fp32; None for methods that do not look at weights."""
-        return None
+    def of_weights(self, values: torch.Tensor) -> torch.Tensor:
+        """What is summed over a unit's weights, elementwise fp32; of methods with `sums_weights`."""
+        raise NotImplementedError
 
     def after_selection(self) -> None:
         """A mask was just made from these scores."""
@@ -87,6 +89,8 @@ class UnitScore:
 class L1Norm(UnitScore):
     """Sum of |w| (Li et al. 2017)."""
 
+    sums_weights = True
+
     def of_weights(self, values: torch.Tensor) -> torch.Tensor:
         return values.float().abs()
 
@@ -96,6 +100,8 @@ class L1Norm(UnitScore):
 
 class L2Norm(UnitScore):
     """Square root of the sum of w^2."""
+
+    sums_weights = True
 
     def of_weights(self, values: torch.Tensor) -> torch.Tensor:
         return values.float().square()

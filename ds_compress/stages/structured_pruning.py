@@ -210,10 +210,10 @@ class StructuredPruning(Stage):
         units = [structure.units for structure in self.structures.values()]
         flat = torch.zeros(sum(units), dtype=torch.float64)
         sums = dict(zip(self.structures, flat.split(units), strict=True))
+        if not self.score.sums_weights:
+            return sums
         for name, fragment in self._fragments.items():
             weights = self.score.of_weights(self.hidden.get(name, fragment.values))
-            if weights is None:
-                return sums
             for structure, member in self._places[name]:
                 if member.scored:
                     sums[structure.name] += self._unit_sums(structure, member, fragment, weights).cpu()

@@ -26,6 +26,15 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "rows-activation-global": {
         "row_pruning": shared(dense_ratio=0.5, method="activation", scope="global", round_to=4, **SCHEDULE)
     },
+    # One process of two owns nothing of this layer under ZeRO.
+    "one-layer-taylor": {
+        "row_pruning": {
+            "shared_parameters": {"enabled": True, "method": "taylor", "schedule_offset": 2},
+            "different_groups": {
+                "g": {"params": {"dense_ratio": 0.5}, "modules": [r"layer\.0\.intermediate"]}
+            },
+        }
+    },
     "heads-taylor": {"head_pruning": shared(dense_ratio=0.5, method="taylor", **SCHEDULE)},
     "heads-topk": {"head_pruning": shared(dense_ratio=0.5)},
     "depth-activation": {"depth_pruning": shared(dense_ratio=0.5)},
@@ -148,27 +157,26 @@ def _arguments(net: torch.nn.Module, groups: bool) -> dict[str, Any]:
     return {"model_parameters": [{"params": decayed}, {"params": others, "weight_decay": 0.0}]}
 
 
-def shrunk_and_masked(names: tuple[str, ...], wrappers: tuple[str, ...], steps: int = 8) -> dict[Any, Any]:
+def shrunk_and_masked(cases: list[tuple[str, str]], steps: int = 8) -> dict[Any, Any]:
     """{(block, wrapper): losses of a run that shrinks and of one that only masks, and what they have in the end}."""
     results: dict[Any, Any] = {}
-    for name in names:
-        for wrapper in wrappers:
-            for shrinks in (True, False):
-                net = model()
-                config, groups = _config(wrapper, SHRINKING[name], shrinks)
-                with engine_of(net, config, **_arguments(net, groups)) as engine:
-                    optimizer, scheduler = engine.optimizer, engine.lr_scheduler
-                    losses = train(engine, batches(steps))
-                    results[name, wrapper, shrinks] = {
-                        "losses": losses,
-                        "applied": engine.compression.applied_steps,
-                        "steps": engine.global_steps,
-                        "lr": engine.get_lr()[0],
-                        "same_state": vars(optimizer) is vars(engine.optimizer)
-                        and vars(scheduler) is vars(engine.lr_scheduler),
-                        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters()),
-                        "metrics": engine.compression.metrics(),
-                    }
+    for name, wrapper in cases:
+        for shrinks in (True, False):
+            net = model()
+            config, groups = _config(wrapper, SHRINKING[name], shrinks)
+            with engine_of(net, config, **_arguments(net, groups)) as engine:
+                optimizer, scheduler = engine.optimizer, engine.lr_scheduler
+                losses = train(engine, batches(steps))
+                results[name, wrapper, shrinks] = {
+                    "losses": losses,
+                    "applied": engine.compression.applied_steps,
+                    "steps": engine.global_steps,
+                    "lr": engine.get_lr()[0],
+                    "same_state": vars(optimizer) is vars(engine.optimizer)
+                    and vars(scheduler) is vars(engine.lr_scheduler),
+                    "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters()),
+                    "metrics": engine.compression.metrics(),
+                }
     return results
 
 
