@@ -1,6 +1,10 @@
 // The linear ops on CPU tensors: checks, results, and the cutting of the work for threads.
 #include <torch/csrc/stable/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -64,12 +68,23 @@ int64_t panels_of(const LinearKernels& kernels, int64_t rows) {
 
 // --- packing ------------------------------------------------------------------------------------------------------
 
+// Asks for huge pages: a product that reads weights from memory waits for the addresses of small ones, too.
+void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kHuge = 2 << 20;
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: it is a wish
+#endif
+}
+
 // With its header, and zeros behind the panels: equal weights have equal bytes.
 Tensor new_packed(const Tensor& like, int64_t layout, const LinearWeight& weight, int64_t body_bytes) {
     const int64_t bytes = packed_bytes(weight.rows, weight.columns, weight.groups > 0 ? 4 : 8, weight.groups);
     Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
     const PackedHeader header{kPackedMagic, layout, weight.rows, weight.columns, weight.groups, {}};
     auto* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+    advise_huge_pages(data, bytes);
     std::memcpy(data, &header, sizeof header);
     const int64_t used = static_cast<int64_t>(sizeof header) + body_bytes;
     std::memset(data + used, 0, static_cast<size_t>(bytes - used));
