@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.nn import functional
 
 from benchmarks import record
+from benchmarks.bandwidth import keep_freed_memory
 from benchmarks.linear_peers import FP32, Absent, codes_of, is_8_bit, peers
 from benchmarks.peaks import Peaks, read_bandwidth
 from ds_compress.ops.library import native
@@ -247,6 +248,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
+    keep_freed_memory()  # in all of them the result is allocated
     console, device = Console(width=120), torch.device(args.device)
     everything: dict[str, dict[str, float]] = {}
     for threads in map(int, args.threads.split(",")):

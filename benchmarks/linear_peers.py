@@ -99,6 +99,7 @@ def torchao_dynamic(compiled: bool) -> Maker:
         module: torch.nn.Module = _module(weight, bias)
         torchao.quantize_(module, torchao.Int8DynamicActivationInt8WeightConfig())
         if compiled:
+            torch._dynamo.reset()  # it gives up compiling at its ninth shape
             module = torch.compile(module)  # type: ignore[assignment]
         return torch.no_grad()(module)
 
