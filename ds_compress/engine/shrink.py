@@ -10,6 +10,7 @@ training script or a Trainer, goes on without knowing. The next loss is that of 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ def at_end_of_schedule(engine: Any, session: Compression) -> None:
         result = step(*args, **kwargs)
         if session.structures_are_final:
             shrink(engine)
+            gc.collect()  # the old engine refers to itself: its weights and moments would stay for a while
         return result
 
     engine.step = step_and_shrink
