@@ -112,6 +112,25 @@ class TestErrors:
         assert "related_modules" in problem(bert, block("row_pruning", group=group)).path
 
 
+ROWS = {"row_pruning": {"dense_ratio": 0.4}}
+
+
+class TestOtherBlocks:
+    def test_a_pattern_that_a_cut_would_break(self, bert: nn.Module) -> None:
+        sparse = block("sparse_pruning", group={"modules": ["intermediate"]}, pattern="2:4")
+        assert "intermediate" in problem(bert, {**sparse, **ROWS}).got
+        elsewhere = block("sparse_pruning", group={"modules": ["attention"]}, pattern="2:4")
+        assert len(claimed(bert, {**elsewhere, **ROWS})) == 2
+
+    def test_groups_of_columns_that_no_longer_fit(self, bert: nn.Module) -> None:
+        shared = {"enabled": True, "granularity": "per_column_group", "group_size": 32}
+        groups = {"g": {"params": {"start_bits": 4, "target_bits": 4}, "modules": [r"\d.output.dense"]}}
+        bits = {"weight_quantization": {"shared_parameters": shared, "different_groups": groups}}
+        found = problem(bert, {**bits, **ROWS})
+        assert found.path.endswith("group_size") and "[32, 24]" in found.got
+        assert len(claimed(bert, {**bits, "row_pruning": {"dense_ratio": 0.5}})) == 2
+
+
 class TestForecast:
     def test_the_plan_says_what_is_left(self, bert: nn.Module) -> None:
         text = str(plan(bert, {"row_pruning": {"dense_ratio": 0.5}, "head_pruning": {"dense_ratio": 0.25}}))
