@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_compress.config.modules import shape_of
+from ds_compress.structure.head_companions import Unclear, Vector, check_surroundings, companions
 from ds_compress.structure.inventory import Inventory, Projection
 from ds_compress.structure.structure import Refusal
 
@@ -43,6 +44,7 @@ _FUSED = {
     "ModernBertAttention": ("Wqkv", False),
     "Phi3Attention": ("qkv_proj", False),
     "GPTNeoXAttention": ("query_key_value", True),
+    "PersimmonAttention": ("query_key_value", True),
 }
 """Class -> projection of q, k and v in one; True: head by head [head, 3, dim], False: whole [q | k | v]."""
 _FUSED_NAMES = (
@@ -58,7 +60,6 @@ _FUSED_NAMES = (
 )
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads")
-_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +76,8 @@ class Attention:
     """One attention layer.
 
     name: the module that holds all of it. holder: the module whose attributes count heads. inputs: the rows of each
-    unit. norms: (module name, entries per unit) of normalizations over all heads at once. bias_table: an
-    Embedding [buckets, heads] that is added to the scores. A unit is a key/value head with its query heads, or
-    a query head where all share the only key/value head.
+    unit. vectors: other tensors that are cut along. bias_table: the Embedding [buckets, heads] that is added to the
+    scores. A unit is a key/value head with its query heads, or a query head where all share the only key/value head.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Attention:
     heads: int
     key_value_heads: int
     head_dim: int
-    norms: tuple[tuple[str, int], ...] = ()
+    vectors: tuple[Vector, ...] = ()
     bias_table: str | None = None
 
     @property
@@ -105,10 +105,6 @@ class Attention:
         return heads, 1 if self.key_value_heads == 1 else heads * self.key_value_heads // self.heads
 
 
-class _Unclear(Exception):
-    """What keeps an attention layer from being pruned, for the Refusal."""
-
-
 def attentions_of(
     inventory: Inventory, num_heads: int | None = None
 ) -> tuple[list[Attention], list[Refusal]]:
@@ -123,7 +119,9 @@ def attentions_of(
             continue
         try:
             attention = _attention(inventory, name, module, num_heads)
-        except _Unclear as why:
+            if attention is not None:
+                check_surroundings(inventory, name, attention.heads)
+        except Unclear as why:
             refusals.append(Refusal(name, str(why)))
             continue
         if attention is not None:
@@ -134,7 +132,7 @@ def attentions_of(
 
 def _attention(inventory: Inventory, name: str, module: nn.Module, num_heads: int | None) -> Attention | None:
     if isinstance(module, nn.MultiheadAttention):
-        raise _Unclear(
+        raise Unclear(
             "a torch.nn.MultiheadAttention keeps q, k and v in one tensor that its fast path reads by width; use an "
             "attention with q, k and v as Linear layers"
         )
@@ -152,8 +150,10 @@ def _attention(inventory: Inventory, name: str, module: nn.Module, num_heads: in
     fused = inventory.projection(inventory.child(name, fused_name)) if fused_name else None
     if fused is None:
         return None
+    if cls is None and not _is_attention(module):
+        return None
     if cls is None:
-        raise _Unclear(
+        raise Unclear(
             f"how {fused.name} lays out queries, keys and values is not known for a {type(module).__name__}; name its "
             "parts with modules and related_modules"
         )
@@ -173,7 +173,7 @@ def _separate(inventory: Inventory, name: str) -> tuple[Projection, Projection, 
             )
             module = inventory.modules[strange]
             if next(module.parameters(), None) is not None:
-                raise _Unclear(
+                raise Unclear(
                     f"{strange} is a {type(module).__name__}, whose layout is not known here; merge or unwrap it first"
                 )
     return None
@@ -191,16 +191,17 @@ def _from_three(
     head_dim = _head_dim(inventory, name, module, q.outputs, num_heads)
     heads, key_values = q.outputs // head_dim, k.outputs // head_dim
     if k.outputs != v.outputs or output.inputs != q.outputs or k.outputs % head_dim or heads % key_values:
-        raise _Unclear(
+        raise Unclear(
             f"q, k, v and o are {q.outputs}, {k.outputs}, {v.outputs} and {output.inputs} wide: heads of unequal size"
         )
-    norms, table = _companions(inventory, name, {p.name for p in (*qkv, output)}, heads, key_values, head_dim)
+    vectors, table = companions(
+        inventory, name, {p.name for p in (*qkv, output)}, heads, key_values, head_dim
+    )
     if key_values == 1:
         inputs: tuple[Rows, ...] = (Rows(q, head_dim),)
-        norms = tuple(norm for norm in norms if norm[1] * heads == q.outputs)
     else:
         inputs = (Rows(q, heads // key_values * head_dim), Rows(k, head_dim), Rows(v, head_dim))
-    return Attention(whole, name, inputs, output, heads, key_values, head_dim, norms, table)
+    return Attention(whole, name, inputs, output, heads, key_values, head_dim, vectors, table)
 
 
 def _from_fused(
@@ -211,10 +212,10 @@ def _from_fused(
     heads = output.inputs // head_dim
     key_values = (fused.outputs // head_dim - heads) // 2
     if (heads + 2 * key_values) * head_dim != fused.outputs or key_values < 1 or heads % key_values:
-        raise _Unclear(
+        raise Unclear(
             f"{fused.name} has {fused.outputs} rows, which is not q, k and v of {heads} heads of {head_dim}"
         )
-    norms, table = _companions(inventory, name, {fused.name, output.name}, heads, key_values, head_dim)
+    vectors, table = companions(inventory, name, {fused.name, output.name}, heads, key_values, head_dim)
     group, keys = heads // key_values * head_dim, heads * head_dim
     if interleaved:
         inputs: tuple[Rows, ...] = (Rows(fused, 3 * head_dim),)
@@ -223,7 +224,7 @@ def _from_fused(
     else:
         values = keys + key_values * head_dim
         inputs = (Rows(fused, group), Rows(fused, head_dim, keys), Rows(fused, head_dim, values))
-    return Attention(whole, name, inputs, output, heads, key_values, head_dim, norms, table)
+    return Attention(whole, name, inputs, output, heads, key_values, head_dim, vectors, table)
 
 
 def _output(
@@ -237,7 +238,7 @@ def _output(
         output = inventory.projection(path)
         if output is not None and output not in inputs and width in (None, output.inputs):
             return whole, output
-    raise _Unclear(
+    raise Unclear(
         "the projection that reads its heads was not found; name it in modules, and q, k, v as related_modules"
     )
 
@@ -252,46 +253,26 @@ def _head_dim(inventory: Inventory, name: str, module: nn.Module, width: int, nu
     for count in (*counts, num_heads, getattr(config, "num_attention_heads", None)):
         if isinstance(count, int) and count > 0 and width % count == 0:
             return width // count
-    raise _Unclear("how many heads it has is not known; say it with shared_parameters.num_heads")
+    raise Unclear("how many heads it has is not known; say it with shared_parameters.num_heads")
 
 
-def _companions(
-    inventory: Inventory, name: str, known: set[str], heads: int, key_values: int, head_dim: int
-) -> tuple[tuple[tuple[str, int], ...], str | None]:
-    """Normalizations over all heads, and the table of position biases; refuses anything else with weights."""
-    norms: list[tuple[str, int]] = []
-    table: str | None = None
-    units = heads if key_values == 1 else key_values
-    for child, _ in inventory.modules[name].named_children():
-        path = inventory.child(name, child)
-        shapes = [shape_of(p) for p in inventory.modules[path].parameters()]
-        if path in known or not shapes or any(other.startswith(path + ".") for other in known):
-            continue
-        if child in _NORMS and all(shape == (head_dim,) for shape in shapes):
-            continue
-        if child in _NORMS and shapes in ([(heads * head_dim,)], [(key_values * head_dim,)]):
-            norms.append((path, shapes[0][0] // units))
-        elif child == "relative_attention_bias" and len(shapes) == 1 and shapes[0][1] == heads:
-            table = path
-        elif child != "distance_embedding":
-            raise _Unclear(f"it also has {path}, and which of its entries belong to which head is not known")
-    own = [key for key, parameter in inventory.modules[name]._parameters.items() if parameter is not None]
-    if own:
-        raise _Unclear(
-            f"it also has a parameter {own[0]}, and which of its entries belong to which head is not known"
-        )
-    return tuple(norms), table
+def _is_attention(module: nn.Module) -> bool:
+    has_heads = any(isinstance(getattr(module, attribute, None), int) for attribute in HEADS)
+    return has_heads or "attention" in type(module).__name__.lower()
 
 
 def _unknown(inventory: Inventory, found: list[Attention], refusals: list[Refusal]) -> Iterator[Refusal]:
-    """Modules that are called attention, have projections of their own, and were not understood."""
+    """Modules that are called attention, have matrices of their own, and were not understood."""
     known = [attention.name for attention in found] + [refusal.module for refusal in refusals]
+    holders = {attention.holder for attention in found}
     for name, module in inventory.modules.items():
-        if "attention" not in type(module).__name__.lower() or not inventory.own_projections(name):
-            continue
+        matrices = any(
+            len(shape_of(parameter)) >= 2
+            for child in (module, *module.children())
+            for parameter in child.parameters(recurse=False)
+        )
         related = any(name == k or name.startswith(k + ".") or k.startswith(name + ".") for k in known)
-        holders = any(name == attention.holder for attention in found)
-        if not related and not holders:
+        if matrices and "attention" in type(module).__name__.lower() and not related and name not in holders:
             yield Refusal(
                 name,
                 f"how a {type(module).__name__} uses its projections is not known; name them with modules (the output "

@@ -124,7 +124,7 @@ class Cuts:
     def rewrite(self, model: nn.Module, skeleton: bool = False) -> None:
         """Cuts `model` in place: tensors, layers, the attributes that say how wide it is, and its configs.
 
-        skeleton: `model` is on the meta device; its tensors get shapes, and no values.
+        skeleton: tensors of `model` may be on the meta device: they get shapes, and no values.
 
         Raises:
             ValueError: a tensor of the cut is missing, or is not whole in this process.

@@ -62,7 +62,7 @@ def rebuild(model: nn.Module, description: dict[str, Any]) -> None:
     Raises:
         ValueError: the model has not the tensors or sizes of the one that was cut.
     """
-    cuts_described(description).rewrite(model)
+    cuts_described(description).rewrite(model, skeleton=True)
 
 
 def _described(member: Member) -> dict[str, Any]:

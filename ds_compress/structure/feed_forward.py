@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.structure.inventory import Inventory, Projection, rows, settled, unique
 from ds_compress.structure.structure import Refusal, Structure, StructureKind
 
@@ -29,6 +30,7 @@ _NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fc1",), "fc2"),
     (("linear1",), "linear2"),
     (("fc_in",), "fc_out"),
+    (("ffn",), "ffn_output"),
     (("c_fc",), "c_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
@@ -94,7 +96,41 @@ def row_structures(inventory: Inventory, claimed: frozenset[str]) -> tuple[list[
         for name in _experts(inventory)
     ]
     refusals += _wrapped(inventory)
-    return settled(inventory, (_structure(inventory, block) for block in blocks), refusals)
+    structures = []
+    known = claimed | {p.name for block in blocks for p in (*block.widen, block.narrow)}
+    for block in blocks:
+        between = _between(inventory, block, known)
+        if between is None:
+            structures.append(_structure(inventory, block))
+        else:
+            reason = f"{between} has as many entries as it has neurons, and which is whose is not known"
+            refusals.append(Refusal(block.widen[0].name, reason))
+    return settled(inventory, structures, refusals)
+
+
+def _between(inventory: Inventory, block: FeedForward, known: frozenset[str]) -> str | None:
+    """A parameter of the block's parent that might have to be cut, too: a convolution or norm of the neurons.
+
+    known: projections whose part is clear.
+    """
+    outer = {block.narrow.outputs, *(projection.inputs for projection in block.widen)}
+    if block.units in outer or not block.parent:
+        return None
+    for name, module in inventory.modules.items():
+        within = name.startswith(block.parent + ".") and name not in known
+        if within and not any(
+            "attention" in type(inventory.modules[above]).__name__.lower() for above in _above(name)
+        ):
+            for key, parameter in module.named_parameters(recurse=False):
+                if block.units in shape_of(parameter):
+                    return f"{name}.{key}"
+    return None
+
+
+def _above(name: str) -> list[str]:
+    """The names of the module and of all that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
 def _structure(inventory: Inventory, block: FeedForward) -> Structure:
@@ -145,6 +181,8 @@ def _by_shape(inventory: Inventory, parent: str, taken: set[str]) -> Iterator[Fe
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)):
         return
     own = inventory.own_projections(parent)
+    if any(projection.kind is ModuleKind.CONV2D for projection in own):
+        return
     if len(own) not in (2, 3) or any(projection.name in taken for projection in own):
         return
     parameters = {f"{p.name}.{name}" for p in own for name in ("weight", "bias")}

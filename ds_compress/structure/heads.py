@@ -11,22 +11,19 @@ from ds_compress.structure.attention import Attention, attentions_of
 from ds_compress.structure.inventory import Inventory, rows, settled, unique
 from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
 
-OF_ROOT_MEAN_SQUARE = -0.5
-"""Rescale of a normalization's weight: the mean over k entries is n / k times that over n, of which n - k are 0."""
-
 
 def head_structures(
     inventory: Inventory, num_heads: int | None = None
 ) -> tuple[list[Structure], list[Refusal]]:
-    """One structure per attention layer; one for all layers that add the same table of position biases (T5)."""
+    """One structure per attention layer; one for all layers that hand on the same position biases (T5)."""
     attentions, refusals = attentions_of(inventory, num_heads)
-    structures = [_structure(inventory, group) for group in _sharing_a_table(inventory, attentions)]
+    structures = [_structure(group) for group in _sharing_a_bias(inventory, attentions)]
     return settled(inventory, structures, refusals)
 
 
-def _structure(inventory: Inventory, attentions: list[Attention]) -> Structure:
+def _structure(attentions: list[Attention]) -> Structure:
     first = attentions[0]
-    members = [member for attention in attentions for member in _members(inventory, attention)]
+    members = [member for attention in attentions for member in _members(attention)]
     alone = len(attentions) == 1
     return Structure(
         name=first.name,
@@ -40,7 +37,7 @@ def _structure(inventory: Inventory, attentions: list[Attention]) -> Structure:
     )
 
 
-def _members(inventory: Inventory, attention: Attention) -> list[Member]:
+def _members(attention: Attention) -> list[Member]:
     units = attention.units
     members = [
         member
@@ -48,14 +45,10 @@ def _members(inventory: Inventory, attention: Attention) -> list[Member]:
         for member in part.projection.writers(rows(units, part.width, part.start))
     ]
     members.append(attention.output.reader(rows(units, attention.width), scored=True))
-    for norm, width in attention.norms:
-        weight = inventory.tensor(norm, "weight")
-        if weight is not None:
-            members.append(Member(weight, 0, rows(units, width), masked=False, rescale=OF_ROOT_MEAN_SQUARE))
-    if attention.bias_table is not None:
-        table = inventory.tensor(attention.bias_table, "weight")
-        assert table is not None
-        members.append(Member(table, 1, rows(units, attention.heads // units), masked=False))
+    members += [
+        Member(vector.tensor, vector.dim, rows(units, vector.width), masked=False, rescale=vector.rescale)
+        for vector in attention.vectors
+    ]
     return members
 
 
@@ -65,15 +58,19 @@ def _modules(attention: Attention) -> list[str]:
     return [*names, attention.bias_table] if attention.bias_table is not None else names
 
 
-def _sharing_a_table(inventory: Inventory, attentions: Iterable[Attention]) -> list[list[Attention]]:
-    """Groups that must lose the same heads: the layers of a stack in which only one has a table."""
+def _sharing_a_bias(inventory: Inventory, attentions: Iterable[Attention]) -> list[list[Attention]]:
+    """Groups that must lose the same heads: the same attention of all layers, when it hands its position bias on.
+
+    In T5 the first self-attention of a stack makes it from its table, the first cross-attention from zeros.
+    """
     groups: dict[str, list[Attention]] = {}
     for attention in attentions:
         groups.setdefault(_place(inventory, attention.name), []).append(attention)
     result = []
     for group in groups.values():
         tables = sum(attention.bias_table is not None for attention in group)
-        if tables == 1:
+        hand_on = any(hasattr(inventory.modules[a.holder], "has_relative_attention_bias") for a in group)
+        if tables == 1 or (tables == 0 and hand_on):
             result.append(sorted(group, key=lambda attention: attention.bias_table is None))
         else:
             result += [[attention] for attention in group]

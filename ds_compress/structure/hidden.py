@@ -15,7 +15,7 @@ from torch import nn
 from ds_compress.config.modules import kind_of, shape_of
 from ds_compress.structure.attention import attentions_of
 from ds_compress.structure.feed_forward import feed_forwards_of
-from ds_compress.structure.heads import OF_ROOT_MEAN_SQUARE
+from ds_compress.structure.head_companions import OF_ROOT_MEAN_SQUARE
 from ds_compress.structure.inventory import Inventory, rows, unique
 from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
 

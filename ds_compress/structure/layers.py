@@ -7,8 +7,10 @@ first layer has no normalization before its attention.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +20,7 @@ from ds_compress.config.modules import shape_of
 from ds_compress.structure.inventory import Inventory
 from ds_compress.structure.structure import Refusal, Structure, StructureKind
 
+_OF_HEADS = ("q_norm", "k_norm")
 _LIST_NAMES = ("layers", "layer", "block", "blocks", "h")
 
 
@@ -25,16 +28,16 @@ def layer_structures(inventory: Inventory) -> tuple[list[Structure], list[Refusa
     """One structure per stack: one in most models, two in encoder-decoders."""
     structures: list[Structure] = []
     refusals: list[Refusal] = []
-    config = getattr(inventory.model, "config", None)
     try:
         stacks = list(stacks_of(inventory))
     except ConfigError as error:
         why = "; ".join(problem.hint for problem in error.problems)
         return [], [Refusal(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}")]
     for name, layers in stacks:
-        # A stage of a convolutional network, say, changes the width: without a config nothing else tells.
-        units = _alike(name, layers, with_shapes=not hasattr(config, "num_hidden_layers"))
-        if len(units) > 1:
+        units = _alike(name, layers)
+        if not _may_change_depth(inventory.model):
+            refusals.append(Refusal(name, "its config does not allow another number of layers"))
+        elif len(units) > 1:
             structures.append(Structure(name, StructureKind.LAYER, (name,), len(units), (), layers=units))
         else:
             refusals.append(Refusal(name, "its layers are all different: none can stand in for another"))
@@ -62,18 +65,37 @@ def stacks_of(inventory: Inventory) -> Iterator[tuple[str, nn.ModuleList]]:
         yield find_layers(inventory.model)
 
 
-def _alike(name: str, layers: nn.ModuleList, with_shapes: bool) -> tuple[str, ...]:
-    signatures = [_signature(layer, with_shapes) for layer in layers]
+def _may_change_depth(model: nn.Module) -> bool:
+    config: Any = copy.copy(getattr(model, "config", None))
+    if not hasattr(config, "num_hidden_layers"):
+        return True
+    try:
+        config.num_hidden_layers = config.num_hidden_layers
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _alike(name: str, layers: nn.ModuleList) -> tuple[str, ...]:
+    signatures = [_signature(layer) for layer in layers]
     usual, count = Counter(signatures).most_common(1)[0]
     if count == 1 and len(layers) > 1:
         return ()
     return tuple(f"{name}.{index}" for index, own in enumerate(signatures) if own == usual)
 
 
-def _signature(layer: nn.Module, with_shapes: bool) -> tuple[tuple[str, ...], ...]:
-    modules = tuple((name, type(module).__name__) for name, module in layer.named_modules())
-    parameters = tuple(
-        (name, str(shape_of(parameter)) if with_shapes else "")
+def _signature(layer: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Classes and parameters, and the shapes of those that tell how wide the stream is that goes through.
+
+    Those are the normalizations; the inside of layers may differ in width after an earlier cut.
+    """
+    modules = dict(layer.named_modules())
+    norms = {
+        name
+        for name, m in modules.items()
+        if "norm" in type(m).__name__.lower() and name[-6:] not in _OF_HEADS
+    }
+    return tuple((name, type(module).__name__) for name, module in modules.items()) + tuple(
+        (name, str(shape_of(parameter)) if not norms or name.rpartition(".")[0] in norms else "")
         for name, parameter in layer.named_parameters()
     )
-    return modules + parameters

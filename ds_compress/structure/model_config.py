@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Counted = Sequence[tuple[Structure, int]]
 _ROWS = ("intermediate_size", "d_ff", "hidden_dim", "ffn_dim", "ffn_hidden_size", "n_inner")
+_PER_LAYER = ("attention_window",)
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 
 
@@ -79,8 +80,8 @@ def _rows(config: Any, counted: Counted, stack: str) -> None:
     old, new = sizes
     for key in (f"{stack}_ffn_dim", *_ROWS):
         value = getattr(config, key, None)
-        # GPT-2's n_inner is None for four times the width.
-        if value == old or (key == "n_inner" and value is None and hasattr(config, key)):
+        # GPT-2's n_inner, GPT-Neo's intermediate_size: None for four times the width.
+        if value == old or (value is None and hasattr(config, key)):
             setattr(config, key, new)
             return
 
@@ -129,7 +130,9 @@ def _layers(config: Any, structure: Structure, stack: str, cuts: Cuts) -> None:
         key: value
         for key, value in vars(config).items()
         # `layer_types` and its relatives say something about each layer.
-        if isinstance(value, list) and "layer" in key and len(value) == getattr(config, keys[-1], None)
+        if isinstance(value, list)
+        and ("layer" in key or key in _PER_LAYER)
+        and len(value) == getattr(config, keys[-1], None)
     }
     for key in keys:
         depth = getattr(config, key, None)
@@ -139,6 +142,17 @@ def _layers(config: Any, structure: Structure, stack: str, cuts: Cuts) -> None:
                 break
     for key, value in lists.items():
         setattr(config, key, [item for index, item in enumerate(value) if index not in deleted])
+    _stages(config)
+
+
+def _stages(config: Any) -> None:
+    """Names that vision backbones give to the outputs of their layers, the last of which is given out."""
+    stages, indices = getattr(config, "stage_names", None), getattr(config, "_out_indices", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    if isinstance(stages, list) and isinstance(depth, int) and len(stages) > depth + 1:
+        if indices == [len(stages) - 1]:
+            config._out_indices, config._out_features = [depth], [stages[depth]]
+        config.stage_names = stages[: depth + 1]
 
 
 def _agreed(counted: Iterable[tuple[Structure, int]]) -> tuple[int, int] | None:

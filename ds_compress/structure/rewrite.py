@@ -118,7 +118,11 @@ def _replace_tensors(model: nn.Module, cuts: Cuts, skeleton: bool) -> None:
 
 def _smaller(tensor: torch.Tensor, name: str, cuts: Cuts, skeleton: bool) -> torch.Tensor:
     whole = tensor.detach()
-    values = cuts.apply(name, whole.to("meta") if skeleton else whole).contiguous()
+    if whole.is_meta and not skeleton:
+        raise ValueError(
+            f"{name} is on the meta device: say skeleton=True if its shape is all that is wanted"
+        )
+    values = cuts.apply(name, whole).contiguous()
     if not isinstance(tensor, nn.Parameter):
         return values
     return nn.Parameter(values, requires_grad=tensor.requires_grad)

@@ -46,4 +46,4 @@ def masked_copy(
 
 def _hand_on(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden

@@ -274,16 +274,17 @@ ZOO: dict[str, Callable[[], nn.Module]] = {name: _builder(name) for name in _BUI
 
 def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Random inputs for `model(**inputs)`: 2 sequences of 12 tokens, the last 3 of the second one masked."""
+    dtype = next(model.parameters()).dtype
     generator = torch.Generator().manual_seed(1)
     parameters: Any = inspect.signature(model.forward).parameters
     if "x" in parameters:
-        return {"x": torch.randn(2, 3, 8, 8, generator=generator)}
+        return {"x": torch.randn(2, 3, 8, 8, generator=generator).to(dtype)}
     if "pixel_values" in parameters:
         size = getattr(model.config, "image_size", 32)
-        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator).to(dtype)}
     tokens = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
     if "input_features" in parameters:
-        features = torch.randn(2, 8, 40, generator=generator)
+        features = torch.randn(2, 8, 40, generator=generator).to(dtype)
         return {"input_features": features, "decoder_input_ids": tokens}
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[1, -3:] = 0

@@ -1,0 +1,113 @@
+"""What an attention layer has beside its projections, and which of its entries belong to which head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ds_compress.config.modules import shape_of
+from ds_compress.structure.inventory import Inventory
+
+OF_ROOT_MEAN_SQUARE = -0.5
+"""Rescale of a normalization's weight: the mean over k entries is n / k times that over n, of which n - k are 0."""
+_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "q_ln", "k_ln")
+_BEHIND = ("LayerNorm", "layer_norm")
+"""Normalizations of the output projection's outputs (ALBERT)."""
+_TABLE = re.compile(r"relative.*bias|position_bias|rel_pos|alibi|slopes")
+
+
+class Unclear(Exception):
+    """What keeps an attention layer from being pruned, in words for the Refusal."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A tensor with `width` entries per unit along `dim`, that is cut but not masked."""
+
+    tensor: str
+    width: int
+    dim: int = 0
+    rescale: float = 0.0
+
+
+def companions(
+    inventory: Inventory, name: str, known: set[str], heads: int, key_values: int, head_dim: int
+) -> tuple[tuple[Vector, ...], str | None]:
+    """(tensors that are cut along, the table of position biases or None) of the module `name`.
+
+    known: its projections. A normalization over all heads at once (OLMo2) keeps its epsilon, which weighs a little
+    less beside the mean over fewer entries.
+
+    Raises:
+        Unclear: it has other weights.
+    """
+    units = heads if key_values == 1 else key_values
+    vectors: list[Vector] = []
+    table: str | None = None
+    for child, _ in inventory.modules[name].named_children():
+        path = inventory.child(name, child)
+        shapes = [shape_of(p) for p in inventory.modules[path].parameters()]
+        if path in known or not shapes or any(other.startswith(path + ".") for other in known):
+            continue
+        if child in _NORMS and all(shape == (head_dim,) for shape in shapes):
+            continue
+        weight = inventory.tensor(path, "weight")
+        if (
+            child in _NORMS
+            and weight is not None
+            and len(shapes) == 1
+            and _is_root_mean_square(inventory, path)
+        ):
+            if shapes[0] == (heads * head_dim,):
+                vectors.append(Vector(weight, heads * head_dim // units, rescale=OF_ROOT_MEAN_SQUARE))
+                continue
+            if shapes[0] == (key_values * head_dim,):
+                # The only key/value head stays whole.
+                if key_values > 1:
+                    vectors.append(Vector(weight, head_dim, rescale=OF_ROOT_MEAN_SQUARE))
+                continue
+        if child == "relative_attention_bias" and weight is not None and shapes[0][-1] == heads:
+            table = path
+            vectors.append(Vector(weight, heads // units, dim=1))
+        elif child not in ("distance_embedding", *_BEHIND):
+            raise Unclear(f"it also has {path}, and which of its entries belong to which head is not known")
+    for key, parameter in inventory.modules[name]._parameters.items():
+        tensor = inventory.tensor(name, key)
+        if parameter is None or tensor is None:
+            continue
+        if key != "sinks" or shape_of(parameter) != (heads,):
+            raise Unclear(
+                f"it also has a parameter {key}, and which of its entries belong to which head is not known"
+            )
+        vectors.append(Vector(tensor, heads // units))
+    return tuple(vectors), table
+
+
+def check_surroundings(inventory: Inventory, name: str, heads: int) -> None:
+    """Refuses heads that something outside of the attention layer knows by their number.
+
+    Raises:
+        Unclear: a table of position biases above it, or slopes by the head's number (ALiBi).
+    """
+    config = getattr(inventory.model, "config", None)
+    if getattr(config, "alibi", False) is True or getattr(config, "position_embedding_type", "") == "alibi":
+        raise Unclear("its model has ALiBi position biases, whose slopes follow from the number of the head")
+    for tensor, scope in _tables(inventory, heads):
+        if not scope or name.startswith(scope + "."):
+            raise Unclear(f"{tensor} is added to its scores head by head, and is not cut along")
+
+
+def _tables(inventory: Inventory, heads: int) -> Iterator[tuple[str, str]]:
+    """(name, module below which it counts) of tables of position biases that no attention layer holds itself."""
+    for tensor, parameter in inventory.model.named_parameters():
+        owner = inventory.parent(tensor)
+        scope = inventory.parent(owner)
+        if _TABLE.search(tensor) and heads in shape_of(parameter):
+            inside = "attention" in type(inventory.modules[scope]).__name__.lower()
+            if not inside:
+                yield tensor, scope
+
+
+def _is_root_mean_square(inventory: Inventory, path: str) -> bool:
+    return "rms" in type(inventory.modules[path]).__name__.lower()
