@@ -110,3 +110,24 @@ def test_hugging_face_trainer(folder: Path, stage: int) -> None:
     assert int(weight.count_nonzero()) == weight.numel() // 2
     with torch.no_grad():
         assert loaded(input_ids=torch.arange(12).view(1, 12)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_goes_on_after_its_engine_has_shrunk(folder: Path, stage: int) -> None:
+    """The Trainer holds model, engine, optimizer and scheduler; all of them are other objects inside by then."""
+    shared = {"enabled": True, "dense_ratio": 0.5, "schedule_offset": 3, "shrink_at_end_of_schedule": True}
+    block = {key: {"shared_parameters": shared} for key in ("row_pruning", "depth_pruning")}
+    config = ds_config(stage, block)
+    config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    config["optimizer"]["params"]["lr"] = "auto"
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    output = folder / f"shrunk-{stage}"
+    launch(str(_HERE / "trainer_script.py"), written(folder / f"shrunk{stage}.json", config),
+           str(folder / "teacher"), str(output))  # fmt: skip
+    report = json.loads((output / "report.json").read_text())
+    assert (report["applied"], len(report["losses"])) == (6, 6)
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(output)
+    assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (2, 48)
+    assert loaded.bert.encoder.layer[1].intermediate.dense.weight.shape == (48, 32)
