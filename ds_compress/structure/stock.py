@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.config.modules import shape_of
 from ds_compress.structure.cut import Cuts
 
 _MOST = 8
@@ -25,7 +26,7 @@ def stock_obstacles(model_or_config: Any, cuts: Cuts | None = None) -> list[str]
     """Why `type(model)(config)` is not the cut model; empty when stock transformers loads it.
 
     Args:
-        model_or_config: the model before the cut, in any state of its weights (only its class and config
+        model_or_config: the model before the cut, in any state of its weights (only its class, config and shapes
             are used), or its config with `architectures`. Without `cuts`: a model that was cut, as it is.
         cuts: what it will lose.
 
@@ -42,13 +43,19 @@ def stock_obstacles(model_or_config: Any, cuts: Cuts | None = None) -> list[str]
         if not cuts.active():
             return []
         expected = _built(cls, copy.deepcopy(config))
+        if isinstance(model_or_config, nn.Module) and (already := _shapes(model_or_config, expected, cls)):
+            # An earlier cut has left a model that its config does not describe.
+            return _first(already)
         cuts.rewrite(expected, skeleton=True)
         rewritten = expected.config
     try:
         rebuilt = _built(cls, _as_loaded(rewritten))
     except Exception as error:  # whatever a model class finds wrong with a config
         return [f"{cls.__name__} refuses the config: {_one_line(error)}"]
-    found = [*_shapes(expected, rebuilt, cls), *_numbers(expected, rebuilt, cls)]
+    return _first([*_shapes(expected, rebuilt, cls), *_numbers(expected, rebuilt, cls)])
+
+
+def _first(found: list[str]) -> list[str]:
     more = len(found) - _MOST
     return found[:_MOST] + ([f"and {more} more"] if more > 0 else [])
 
@@ -98,11 +105,18 @@ def _shapes(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> li
 
 def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of all parameters and of the buffers that are saved."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {}
     for prefix, module in model.named_modules():
+        if type(module) is not _stock_class(module):
+            # What a quantizer has added is not for stock classes.
+            names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
+        else:
+            names = [name for name, p in module._parameters.items() if p is not None]
+        for name in names:
+            shapes[f"{prefix}.{name}" if prefix else name] = shape_of(module.get_parameter(name))
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                shapes[f"{prefix}.{name}"] = tuple(buffer.shape)
+                shapes[f"{prefix}.{name}" if prefix else name] = tuple(buffer.shape)
     return shapes
 
 
@@ -113,7 +127,7 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
         other = theirs.get(name)
         if other is None:
             continue
-        if type(other) is not type(module):
+        if type(other) is not _stock_class(module):
             found.append(
                 f"{name} is a {type(module).__name__}, and a {type(other).__name__} in the stock model"
             )
@@ -128,6 +142,12 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
                     f"{name}.{key} is {value}, and {theirs_value} in the {cls.__name__} that its config builds"
                 )
     return found
+
+
+def _stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before this package swapped it."""
+    cls: type[nn.Module] = getattr(type(module), "_ds_compress_base_class", type(module))
+    return cls
 
 
 def _one_line(error: Exception) -> str:

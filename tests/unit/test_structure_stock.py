@@ -88,3 +88,28 @@ def test_the_model_is_left_alone() -> None:
     before = model.config.to_dict()
     stock_obstacles(model, _cuts(model, StructureKind.ROW))
     assert model.config.to_dict() == before and model.lm_head.weight.shape == (61, 32)
+
+
+def test_a_model_that_its_config_has_long_ceased_to_describe() -> None:
+    model: Any = ZOO["llama"]()
+    structures = find_structures(model, StructureKind.ROW).structures[:1]
+    Cuts.of(structures, kept_units(structures)).rewrite(model)
+    obstacles = stock_obstacles(model, _cuts(model, StructureKind.HEAD))
+    assert "model.layers.0.mlp.gate_proj.weight is [24, 32], and [48, 32]" in obstacles[0]
+
+
+def test_quantizers_are_no_obstacles() -> None:
+    class Quantized(torch.nn.Linear):
+        _ds_compress_base_class = torch.nn.Linear
+
+    model: Any = ZOO["llama"]()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Quantized
+            module.weight_step_size = torch.nn.Parameter(torch.ones(1))
+    assert not stock_obstacles(model)
+    cuts = _cuts(model, StructureKind.ROW)
+    assert not stock_obstacles(model, cuts)
+    cuts.rewrite(model)
+    assert not stock_obstacles(model)
+    assert model.model.layers[0].mlp.up_proj.out_features == 24
