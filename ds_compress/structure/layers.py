@@ -51,14 +51,17 @@ def stacks_of(inventory: Inventory) -> Iterator[tuple[str, nn.ModuleList]]:
         ConfigError: which ModuleList it is, is not clear.
     """
     config = getattr(inventory.model, "config", None)
-    two = [
-        (name, module)
-        for name, module in inventory.modules.items()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and name.rpartition(".")[2] in _LIST_NAMES
-        and name.split(".")[-2:-1] in (["encoder"], ["decoder"])
-    ]
+    two: list[tuple[str, nn.ModuleList]] = []
+    for name, module in inventory.modules.items():
+        *above, own = name.split(".")
+        nested = any(name.startswith(other + ".") for other, _ in two)
+        if (
+            isinstance(module, nn.ModuleList)
+            and own in _LIST_NAMES
+            and {"encoder", "decoder"} & set(above)
+            and not nested
+        ):
+            two.append((name, module))
     if getattr(config, "is_encoder_decoder", False) and two:
         yield from two
     else:

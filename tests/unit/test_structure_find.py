@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from ds_compress.structure.cut import Cuts
 from ds_compress.structure.find import Found, find_structures
 from ds_compress.structure.structure import Member, Structure, StructureKind
 from tests.zoo.models import ZOO
@@ -256,6 +257,21 @@ class TestHeads:
 
 
 class TestLayers:
+    def test_stacks_of_a_model_made_of_two(self) -> None:
+        encoder = hf.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+        )
+        decoder = hf.GPT2Config(
+            vocab_size=61, n_embd=32, n_layer=3, n_head=4, add_cross_attention=True, is_decoder=True
+        )
+        config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+        model: Any = hf.VisionEncoderDecoderModel(config)
+        found = find_structures(model, StructureKind.LAYER).structures
+        assert [(s.name, s.units) for s in found] == [("encoder.layers", 2), ("decoder.transformer.h", 3)]
+        kept = {"encoder.layers": torch.tensor([1]), "decoder.transformer.h": torch.tensor([0, 2])}
+        Cuts.of(found, kept).rewrite(model)
+        assert (model.config.encoder.num_hidden_layers, model.config.decoder.n_layer) == (1, 2)
+
     def test_encoder_decoders_have_two_stacks(self) -> None:
         found = find_structures(ZOO["whisper"](), StructureKind.LAYER)
         assert [(s.name, s.units) for s in found.structures] == [
@@ -320,6 +336,11 @@ def test_members_fit_their_tensors(name: str) -> None:
         for structure in find_structures(model, kind).structures:
             names.append(structure.name)
             assert set(structure.modules) <= set(modules)
+            if structure.observed is not None:
+                assert structure.observed_index is not None and structure.observed in structure.modules
+                weight = modules[structure.observed].get_parameter("weight")
+                reads = [m for m in structure.members if tensors[m.tensor] is weight]
+                assert any(torch.equal(member.index, structure.observed_index) for member in reads)
             seen: dict[tuple[str, int], list[int]] = {}
             for member in structure.members:
                 assert member.index.dtype is torch.int64 and member.index.shape[0] == structure.units
