@@ -103,7 +103,7 @@ def _replace_tensors(model: nn.Module, cuts: Cuts, skeleton: bool) -> None:
     """Puts one new tensor per old one in every place that used it, so that ties stay ties."""
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     new: dict[int, torch.Tensor] = {}
-    old: list[torch.Tensor] = []
+    old: list[torch.Tensor] = []  # kept until all is done, so that no new tensor has the id of an old one
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             for key, tensor in own.items():
@@ -112,7 +112,6 @@ def _replace_tensors(model: nn.Module, cuts: Cuts, skeleton: bool) -> None:
                 if id(tensor) not in new:
                     old.append(tensor)
                     new[id(tensor)] = _smaller(tensor, names[id(tensor)], cuts, skeleton)
-                    names[id(new[id(tensor)])] = ""
                 own[key] = new[id(tensor)]  # type: ignore[assignment]
 
 
