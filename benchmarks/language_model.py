@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import ds_compress
 from benchmarks import record
@@ -204,7 +203,7 @@ def train(folder: Path, variant: str, steps: int) -> None:
     figures["seconds per step, at the end"] = sum(seconds[1:]) / max(1, len(seconds) - 1)
     figures["parameters after"] = float(size)
     figures["perplexity after training"] = perplexity(engine, held_out)
-    final = ds_compress.finalize(engine)
+    final: Any = ds_compress.finalize(engine)
     if rank == 0:
         final.save_pretrained(folder / variant.replace(" ", "_"))
         AutoTokenizer.from_pretrained(folder / "original").save_pretrained(folder / variant.replace(" ", "_"))
@@ -218,7 +217,7 @@ def perplexity(engine: Any, rows: torch.Tensor) -> float:
     """exp of the mean loss of a token, in bf16 as in training; each process reads its share."""
     import torch.distributed as dist
 
-    module: nn.Module = engine.module
+    module = engine.module
     was_training = module.training
     module.eval()
     total = torch.zeros(())

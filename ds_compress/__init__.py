@@ -15,7 +15,7 @@ from __future__ import annotations
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
 from ds_compress.engine.api import export_state_dict, initialize
-from ds_compress.engine.finalize import finalize
+from ds_compress.engine.finalize import finalize, redundancy_clean
 from ds_compress.engine.registration import register, unregister
 from ds_compress.version import __version__
 
@@ -28,6 +28,7 @@ __all__ = [
     "initialize",
     "parse_config",
     "plan",
+    "redundancy_clean",
     "register",
     "unregister",
 ]

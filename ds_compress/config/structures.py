@@ -102,7 +102,11 @@ class _Claims:
         self.targets: dict[str, StructureTarget] = {}
         shared = block.shared
         self._num_heads = shared.num_heads if isinstance(shared, HeadPruningShared) else None
-        found = find_structures(model, kind, self._num_heads)
+        try:
+            found = find_structures(model, kind, self._num_heads)
+        except ImportError as error:
+            self.problems.append(Problem(dotted(key), "a missing package", str(error)))
+            found = Found((), ())
         here = [s for s in found.structures if not f"{s.name}.".startswith(removed)]
         self.found = Found(tuple(here), found.refusals)
         self._excluded = {s.name for s in here if self._is_excluded(s)}
@@ -214,6 +218,8 @@ class _Claims:
             if has_group
             else dotted(self.key)
         )
+        if self.problems and not self.found.structures:
+            return
         if not self.found.structures:
             reasons = [f"{refusal.module}: {refusal.reason}" for refusal in self.found.refusals]
             why = "; ".join(dict.fromkeys(reasons[:3])) or f"no {what} was recognised in this model"

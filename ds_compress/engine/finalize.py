@@ -43,6 +43,11 @@ def finalize(
     return _finalize_model(engine_or_model, config)
 
 
+def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.Module:
+    """The legacy name of `finalize`. `mpu` is accepted and not used: there is no tensor parallelism here."""
+    return finalize(model, None if hasattr(model, "compression") else deepspeed_config)
+
+
 def _finalize_engine(engine: Any) -> nn.Module:
     session, model = engine.compression, engine.module
     cuts = session.cuts()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.modules import shape_of
+from ds_compress.engine import seams
 from ds_compress.engine.parameters import full_parameters
 from ds_compress.structure.cut import Cuts
 
@@ -34,7 +35,7 @@ def cut_in_place(
                     values[id(parameter)] = whole.to(device or parameter.device, copy=True).contiguous()
                 else:
                     values[id(parameter)] = parameter.new_empty(0)
-    engine.destroy()
+    seams.take_down(engine)
     shells = {key: _shell(parameter) for key, parameter in zip(names, old.values(), strict=True)}
     _replace(model, shells)
     cuts.rewrite(model, skeleton=True)

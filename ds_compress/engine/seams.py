@@ -45,6 +45,16 @@ SEAMS: tuple[Seam, ...] = (
     Seam("deepspeed.runtime.engine:DeepSpeedEngine.load_checkpoint", ("self", "load_dir", "tag")),
     Seam("deepspeed.runtime.engine:DeepSpeedEngine.destroy", ("self",)),
     Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine._create_module_forward_pre_hook",
+        ("self",),
+        source_mentions=("self.module.register_forward_pre_hook",),
+    ),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine._create_module_forward_post_hook",
+        ("self",),
+        source_mentions=("self.module.register_forward_hook",),
+    ),
+    Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine._configure_optimizer",
         source_mentions=("self.basic_optimizer",),
     ),
@@ -132,6 +142,15 @@ def stepped_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
     optimizers = [engine.basic_optimizer]
     backup = getattr(engine.optimizer, "backup_optimizer", None)
     return optimizers if backup is None else [*optimizers, backup]
+
+
+def take_down(engine: Any) -> None:
+    """Ends `engine`: its ZeRO hooks go, and the two hooks on the model that `destroy` leaves behind."""
+    engine.destroy()
+    for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+        handle = getattr(engine, name, None)
+        if handle is not None:
+            handle.remove()
 
 
 def flat_16bit_groups(wrapper: Any) -> list[torch.Tensor] | None:

@@ -237,7 +237,8 @@ class Compression:
             for structured in self.structured:
                 for name, structure in structured.structures.items():
                     if structure.layers and name in structured.kept:
-                        distillation.keep_layers(structured.kept[name].tolist())
+                        units = structured.kept[name].tolist()
+                        distillation.drop_layers(set(structure.layers) - {structure.layers[u] for u in units})
             successor.stages[Distillation.name] = distillation
         successor.construct(engine, arguments, self._construction["constructor"])
         successor._hooks.applied_steps = self.applied_steps

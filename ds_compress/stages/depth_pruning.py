@@ -89,9 +89,9 @@ def hidden_input(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def replace_hidden(output: Any, hidden: torch.Tensor) -> Any:
     """A layer's output with `hidden` in the place of its hidden states."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden

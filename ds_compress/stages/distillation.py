@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,7 @@ class Distillation(Stage):
         self._prefix = (
             layer_reduction.module_name_prefix if layer_reduction and layer_reduction.enabled else None
         )
+        self._stack = ""
         self._mapped: tuple[int, ...] = ()
         self._pending: list[tuple[bool, torch.Tensor]] = []
         self._last: dict[str, torch.Tensor] = {}
@@ -81,7 +83,7 @@ class Distillation(Stage):
         wants_relations = self.config.losses.attention is not None
         self._student_records = self._teacher_records = Recorder([], False, False)
         if wants_hidden or wants_relations:
-            own = find_layers(self._student, self._prefix)[1]
+            self._stack, own = find_layers(self._student, self._prefix)
             theirs = find_layers(self.teacher.model, self._prefix)[1]
             if not self._mapped:
                 self._mapped = self._layer_map(len(own), len(theirs))
@@ -100,10 +102,10 @@ class Distillation(Stage):
 
         engine.backward = backward
 
-    def keep_layers(self, kept: Sequence[int]) -> None:
-        """The student was cut to these of its layers: each goes on imitating the layer that it did."""
-        if self._mapped:
-            self._mapped = tuple(self._mapped[index] for index in kept)
+    def drop_layers(self, names: Collection[str]) -> None:
+        """The student loses these of its layers: each of the others goes on imitating the layer that it did."""
+        stays = [f"{self._stack}.{index}" not in names for index in range(len(self._mapped))]
+        self._mapped = tuple(compress(self._mapped, stays))
 
     def detach(self) -> None:
         for handle in self._handles:
