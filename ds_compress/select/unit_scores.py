@@ -45,7 +45,7 @@ class UnitScore:
         self._add(structure, sums)
 
     def fold(self, sum_of_shards: Sum, sum_of_data: Sum) -> None:
-        """After each applied step, in every process: makes what was gathered everybody's."""
+        """Once a step, in every process: makes what was gathered everybody's."""
 
     def of(self, structure: str, weights: torch.Tensor) -> torch.Tensor:
         """fp64 (units,) scores; `weights`: sum over the unit's scored weights of `of_weights`."""

@@ -70,7 +70,7 @@ class DepthPruning(StructuredPruning):
         for unit, name in enumerate(structure.layers):
 
             def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any, unit: int = unit) -> None:
-                if not layer.training or self.is_over:
+                if not layer.training or self._done:
                     return
                 before, after = hidden_input(args, kwargs).detach(), first_tensor(output).detach()
                 cosine = F.cosine_similarity(

@@ -80,7 +80,7 @@ class StructuredPruning(Stage):
             for member in structure.members:
                 self._places.setdefault(member.tensor, []).append((structure, member))
         self._step = 0
-        self._applied = True
+        self._applied, self._done = True, False
         self._fragments: dict[str, Fragment] = {}
         self._handles: list[Any] = []
 
@@ -106,6 +106,8 @@ class StructuredPruning(Stage):
 
     def before_step(self, step: int) -> None:
         self._step = step
+        if self.score.observes and not self._done:
+            self._fold()  # the forwards of this step are all done
         if self.schedule.is_due(step + 1, self.score.may_change):
             self.select_units(step + 1)
 
@@ -140,9 +142,10 @@ class StructuredPruning(Stage):
             bitmask.apply_(fragment.values, mask)
 
     def after_step(self, step: int) -> None:
-        self._applied = True
+        self._applied, self._done = True, self.is_over
         if not self.is_over:
-            self.score.fold(self._shards.sum, self._shards.sum_over_data)
+            if not self.score.observes:
+                self._fold()
         elif self.hidden or self.score.totals:
             self.hidden.clear()
             self.score.totals = {}
@@ -151,6 +154,9 @@ class StructuredPruning(Stage):
     def is_over(self) -> bool:
         """No mask will be made after the one that the step now running applies."""
         return self.schedule.is_over(self._step + 1, self.score.may_change)
+
+    def _fold(self) -> None:
+        self.score.fold(self._shards.sum, self._shards.sum_over_data)
 
     @property
     def is_applied(self) -> bool:
@@ -283,7 +289,7 @@ class StructuredPruning(Stage):
         axis = 1 if isinstance(module, nn.Conv2d) else -1
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module.training and not self.is_over and args:
+            if module.training and not self._done and args:
                 x = args[0].detach().abs().movedim(axis, -1).flatten(0, -2)
                 by_entry = x.sum(0, dtype=torch.float32)
                 score.see(structure.name, by_entry[index.to(x.device)].sum(1), x.shape[0])
@@ -294,10 +300,10 @@ class StructuredPruning(Stage):
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: units.clone() for name, units in self.kept.items()}
-        return {"step": self._step, "kept": kept, "score": self.score.state_dict()}
+        return {"step": self._step, "done": self._done, "kept": kept, "score": self.score.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step = int(state["step"])
+        self._step, self._done = int(state["step"]), bool(state["done"])
         self.kept = {name: units.clone() for name, units in state["kept"].items()}
         self.score.load_state_dict(state["score"])
         self._make_masks()
