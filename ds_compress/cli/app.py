@@ -1,0 +1,96 @@
+"""Commands; each is one call of the library and prints what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Compressed models: export them, look at an export, see what a config would do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+
+
+class FormatName(StrEnum):
+    """Formats of `ds_compress.export`."""
+
+    HF = "hf"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    TORCH = "torch"
+    ONNX = "onnx"
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="folder of a DeepSpeed checkpoint, or of a transformers model")],
+    out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    format: Annotated[
+        FormatName | None, typer.Option(help="by default hf, or compressed-tensors when something is quantized")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="folder to copy the tokenizer from")] = None,
+    scheme: Annotated[str | None, typer.Option(help="fp8: round an unquantized model for compressed-tensors")] = None,
+    check: Annotated[bool, typer.Option(help="load the folder in a fresh process and compare logits")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+) -> None:
+    """Writes a trained model as a folder that other programs load, and checks it."""
+    with _one_line_errors():
+        from ds_compress.export.api import export as run
+
+        report = run(
+            source,
+            out,
+            None if format is None else format.value,
+            tokenizer=tokenizer,
+            scheme=scheme,
+            check=check,
+            overwrite=overwrite,
+        )
+        _out.print(str(report))
+        for note in report.notes:
+            _out.print(f"note: {note}")
+        if report.check:
+            _out.print(f"checked with {report.check['loaded']}: {report.check['verdict']}")
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="an exported folder")]) -> None:
+    """Prints how every module of an export is stored, its size, and how it was checked."""
+    with _one_line_errors():
+        from ds_compress.export.report import ExportReport
+
+        _out.print(ExportReport.read(folder))
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="folder of a transformers model")],
+    config: Annotated[Path, typer.Argument(help="DeepSpeed JSON, or its compression_training block")],
+) -> None:
+    """Prints what a config would do to which weight, and the predicted bytes; reads no weights."""
+    with _one_line_errors():
+        from ds_compress.cli.models import skeleton
+        from ds_compress.config.plan import plan as make
+
+        _out.print(make(skeleton(model), str(config)))
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    from ds_compress.config.errors import ConfigError
+    from ds_compress.export.errors import ExportError
+
+    try:
+        yield
+    except (ExportError, ConfigError, OSError, ValueError) as error:
+        print(f"ds_compress: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None

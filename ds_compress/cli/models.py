@@ -1,0 +1,30 @@
+"""Models from folders, without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ds_compress.export.errors import ExportError
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The class that a transformers folder names, on the meta device.
+
+    Raises:
+        ExportError: the folder has no config, or transformers no such class.
+    """
+    import transformers
+
+    if not (folder / "config.json").exists():
+        raise ExportError(f"{folder} has no config.json")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise ExportError(f"{folder}/config.json names no class of transformers in architectures: {names}")
+    with torch.device("meta"):
+        model: nn.Module = cls(config)
+    return model

@@ -1,0 +1,34 @@
+"""A model's modules one by one, each with whole parameters while it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ds_compress.engine.parameters import full_parameters
+from ds_compress.quant import layers
+
+
+def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module); until the next one is asked for, its own parameters are whole.
+
+    So are the learned scales of whatever module quantizes one of them, which need not be the same where weights are
+    tied. A collective where parameters are partitioned: every process goes through all modules.
+    """
+    quantized_by: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if layers.weight_recipe(module) is not None:
+            quantized_by.setdefault(id(module.weight), []).append(module)
+    for name, module in list(model.named_modules()):
+        own: list[Any] = [p for p in module._parameters.values() if p is not None]
+        scales = [
+            scale
+            for parameter in own
+            for owner in quantized_by.get(id(parameter), ())
+            if (scale := owner._parameters.get(layers.STEP_SIZE)) is not None
+        ]
+        unique = {id(parameter): parameter for parameter in (*own, *scales)}
+        with full_parameters(unique.values()):
+            yield name, module

@@ -1,0 +1,264 @@
+"""`export`: a trained model as a folder that other programs load, checked by loading it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import shape_of
+from ds_compress.engine.open_source import opened
+from ds_compress.export import check as checking
+from ds_compress.export.attributes import fresh, unsaid
+from ds_compress.export.compressed_tensors import CompressedTensorsFormat
+from ds_compress.export.errors import ExportError
+from ds_compress.export.format import Format, Options
+from ds_compress.export.hf import HfFormat
+from ds_compress.export.inputs import exact_activations, example_inputs, run
+from ds_compress.export.onnx import OnnxFormat
+from ds_compress.export.read import read_layers
+from ds_compress.export.report import ExportReport
+from ds_compress.export.serving_format import ServingFormat
+from ds_compress.export.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from ds_compress.export.source import Trained
+from ds_compress.export.tokenizer import save_tokenizer
+from ds_compress.export.versions import versions
+from ds_compress.export.writing import UnfinishedFolder
+from ds_compress.quant import layers
+
+FORMATS: dict[str, type[Format]] = {
+    format.name: format for format in (HfFormat, CompressedTensorsFormat, ServingFormat, OnnxFormat)
+}
+
+
+@torch.no_grad()
+def export(
+    source: Any,
+    out_dir: str | PathLike[str],
+    format: str | None = None,
+    *,
+    tokenizer: Any = None,
+    model: nn.Module | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    embeddings: str | None = None,
+    scheme: str | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> ExportReport:
+    """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
+
+    Args:
+        source: a DeepSpeed engine (a collective: every process calls it, one writes), an `nn.Module` with or without
+            quantizers, or the path of a DeepSpeed checkpoint.
+        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: "hf"
+            where nothing is quantized, else "compressed-tensors".
+        tokenizer: an object with `save_pretrained`, or a folder to copy one from.
+        model: with a checkpoint, an instance of the trained class when that is none of transformers.
+        inputs: what to check with, by argument name; None: made up from the config.
+        check: False writes without loading.
+        overwrite: replace `out_dir` if it exists.
+        dtype: of tensors that are not quantized; None: as they are.
+        embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
+        scheme: "fp8" with "compressed-tensors" rounds a model that was not trained in integers.
+        shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
+
+    Raises:
+        ExportError: with a reason that names the module; `out_dir` is then as it was before.
+    """
+    trained = opened(source, model)
+    out = Path(out_dir)
+    failure: BaseException | None = None
+    unfinished = None
+    try:
+        if trained.writes:
+            unfinished = UnfinishedFolder(out, overwrite).__enter__()
+    except (OSError, ExportError) as error:
+        failure = error
+    try:
+        trained.agree(failure)
+        job = _Export(trained, format, Options(dtype, embeddings, scheme), inputs if check else None, check)
+        job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
+        if unfinished is not None:
+            unfinished.finish()
+        trained.agree(None)
+        return job.report
+    finally:
+        if unfinished is not None:
+            unfinished.__exit__(None, None, None)
+
+
+class _Export:
+    """One export: what `export` was told, and the report that grows."""
+
+    def __init__(
+        self,
+        trained: Trained,
+        format: str | None,
+        options: Options,
+        inputs: Mapping[str, torch.Tensor] | None,
+        check: bool,
+    ) -> None:
+        self.trained = trained
+        name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
+        if name not in FORMATS:
+            raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
+        self.format = FORMATS[name](options)
+        self.final = _after_cuts(trained)
+        self.format.check_source(trained, self.final)
+        self.inputs = (inputs or example_inputs(trained.model)) if check else None
+        self.report = ExportReport("", name, _class_name(trained.model), trained.description)
+
+    def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
+        trained, report = self.trained, self.report
+        report.folder = str(out)
+        report.dense_bytes = 4 * sum(_sizes(trained.model))
+        failure: BaseException | None = None
+        try:
+            if trained.writes:
+                self._write_config(folder)
+                save_tokenizer(tokenizer, folder)
+        except Exception as error:
+            failure = error
+        failure = failure or self._write_tensors(folder, shard_bytes)
+        trained.agree(failure)
+        # The model runs in every process; only one compares.
+        expected = self._expected()
+        failure = None
+        try:
+            if trained.writes:
+                self._finish(folder, expected)
+        except Exception as error:
+            failure = error if isinstance(error, ExportError) else ExportError(f"{type(error).__name__}: {error}")
+        trained.agree(failure)
+
+    def _write_tensors(self, folder: Path, shard_bytes: int) -> BaseException | None:
+        failure: BaseException | None = None
+        writer = ShardWriter(folder, shard_bytes)
+        reading = read_layers(self.trained)
+        while True:
+            try:
+                layer = next(reading)
+                if self.trained.writes and failure is None:
+                    stored = self.format.tensors(layer)
+                    for name, tensor in stored.items():
+                        writer.add(name, tensor)
+                    self.report.count(layer, stored)
+            except StopIteration as end:
+                failure = failure or end.value
+                break
+            except (ExportError, OSError, ValueError) as error:
+                # Other processes go through all modules, and wait for this one at each.
+                failure = error
+        if self.trained.writes and failure is None:
+            writer.close()
+        return failure
+
+    def _write_config(self, folder: Path) -> None:
+        config = self.trained.config
+        if config is None:
+            return
+        written = copy.deepcopy(self.final.config)
+        written.architectures = [self.report.model_class]
+        dtype = self.format.options.dtype or _dtype(self.trained.model)
+        written.dtype = dtype
+        written.save_pretrained(folder)
+        generation = getattr(self.trained.model, "generation_config", None)
+        if generation is not None and self.trained.model.can_generate():  # type: ignore[operator]
+            generation.save_pretrained(folder)
+
+    def _expected(self) -> checking.Expected | None:
+        if self.inputs is None:
+            return None
+        model = self.trained.model
+        with self.trained.changed(self.format.rounded):
+            logits = run(model, self.inputs)
+            with exact_activations(model):
+                exact = run(model, self.inputs)
+        return checking.Expected(
+            self.inputs,
+            logits,
+            exact,
+            min(_dtype(model), self.format.options.dtype or torch.float32, key=lambda d: torch.finfo(d).bits),
+            rounds_activations=self.format.options.scheme == "fp8",
+            same_activations=self.format.name in ("torch", "onnx"),
+        )
+
+    def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
+        report = self.report
+        self._add_config_entries(folder)
+        self.format.finish(folder, self.trained, expected.inputs if expected else None)
+        for name, stored in self.format.schemes.items():
+            report.modules.setdefault(name, {})["scheme"] = stored
+        report.notes = self.format.notes + _sparsity_notes(report)
+        if self.trained.config is not None and self.format.name == "torch":
+            report.attributes = unsaid(self.final, self.final.config)
+        report.versions = versions()
+        report.write(folder)
+        if expected is not None:
+            report.check = checking.verdict(expected, self._reloaded(folder, expected))
+            report.write(folder)
+
+    def _reloaded(self, folder: Path, expected: checking.Expected) -> checking.Answer:
+        answer = self.format.reload_here(folder, expected.inputs, self.final)
+        if answer is not None:
+            return answer
+        loader = "stock" if self.format.loads_in_stock else "own"
+        request = checking.Request(folder, self.report.model_class, expected.inputs, loader)
+        return checking.reload([request])[0]
+
+    def _add_config_entries(self, folder: Path) -> None:
+        entries = self.format.config_entries(self.final)
+        if not entries:
+            return
+        import json
+
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a weight or an input of the model is quantized now."""
+    return any(
+        layers.weight_recipe(module) is not None
+        or getattr(getattr(module, "input_quantizer", None), "enabled", False)
+        for module in model.modules()
+    )
+
+
+def _after_cuts(trained: Trained) -> nn.Module:
+    cuts = trained.cuts
+    if cuts is None or not cuts.active():
+        return trained.model
+    if trained.config is None:
+        raise ExportError("structures are masked and the model has no config: export what ds_compress.finalize returns")
+    skeleton = fresh(type(trained.model), trained.config)
+    cuts.rewrite(skeleton, skeleton=True)
+    return skeleton
+
+
+def _sizes(model: nn.Module) -> Iterator[int]:
+    for name, parameter in model.named_parameters():
+        if not name.endswith(layers.STEP_SIZE):
+            yield math.prod(shape_of(parameter))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _class_name(model: nn.Module) -> str:
+    return getattr(type(model), "_ds_compress_base_class", type(model)).__name__
+
+
+def _sparsity_notes(report: ExportReport) -> list[str]:
+    if report.sparsity < 0.3:
+        return []
+    return ["zeros are stored like all other weights: no format here is sparse, and neither is any served 2:4 format"]

@@ -1,0 +1,174 @@
+"""`compressed-tensors`: integers that stock transformers and vLLM load.
+
+    8-bit weights with 8-bit inputs     int-quantized   codes int8
+    other weights of 2 to 8 bits        pack-quantized  codes packed into int32
+    scheme="fp8"                        float-quantized codes float8_e4m3fn; weights are rounded here, per channel
+
+Scales are those of training. Binary and ternary weights are 2-bit codes -1, 0, 1. What the library (0.20) cannot
+load back is refused with its reason: asymmetric weights, and layers that are no nn.Linear. Quantized embeddings are
+written as floats on their grid. Its emulation rounds dynamic inputs with scale max / 127.5, training with max / 127
+(narrow) or max / 128, so logits agree to the size of one rounding and not to the bit; see `check`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import ModuleKind
+from ds_compress.export.encoded import EncodedWeight
+from ds_compress.export.errors import ExportError
+from ds_compress.export.format import OTHER_FORMAT, Format, refuse_two_values
+from ds_compress.export.read import InputScheme, Layer
+from ds_compress.export.source import Trained
+from ds_compress.quant.grid import TokenGranularity, ranges_between
+
+_LARGEST_FP8 = 448.0
+_INT8 = 8
+
+
+@dataclass
+class CompressedTensorsFormat(Format):
+    """One config group per scheme; every Linear that has none is listed in `ignore`."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def check_source(self, trained: Trained, final: nn.Module) -> None:
+        super().check_source(trained, final)
+        if self.options.scheme not in (None, "fp8"):
+            raise ExportError(f'scheme is None or "fp8", got {self.options.scheme!r}')
+        if self.options.dtype not in (None, torch.float32):
+            self.note("scales are loaded in the dtype of the model, which rounds them")
+
+    def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
+        refuse_two_values(layer)
+        stored = self.plain(layer)
+        if self.options.scheme == "fp8":
+            return self._fp8(layer, stored)
+        if layer.encoded is None and layer.input is None:
+            return stored
+        if layer.kind is ModuleKind.EMBEDDING and layer.encoded is not None:
+            stored[layer.full("weight")] = self.cast(layer.encoded.values())
+            self.note(f"{layer.name}: a quantized embedding does not load back, so its rounded values are floats")
+            return stored
+        if layer.kind is not ModuleKind.LINEAR:
+            raise ExportError(
+                f"{layer.name} is a {layer.kind}, and compressed-tensors quantizes nn.Linear only; {OTHER_FORMAT}"
+            )
+        scheme: dict[str, Any] = {"weights": None, "input_activations": None, "format": "dense"}
+        if layer.encoded is not None:
+            stored |= self._integers(layer, layer.encoded, scheme)
+        if layer.input is not None:
+            stored |= self._input(layer, layer.input, scheme)
+        self._use(layer.name, scheme)
+        return stored
+
+    def config_entries(self, final: nn.Module) -> dict[str, Any]:
+        import compressed_tensors
+
+        if not self.groups:
+            raise ExportError('nothing is quantized: use format="hf", or scheme="fp8"')
+        linears = {name for name, module in final.named_modules() if isinstance(module, nn.Linear)}
+        formats = {group["format"] for group in self.groups.values()}
+        groups = list(self.groups.values())
+        quantized = {name for group in groups for name in group["targets"]}
+        if len(groups) == 1:
+            groups = [{**groups[0], "targets": ["Linear"]}]
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "version": compressed_tensors.__version__,
+                "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+                "quantization_status": "compressed",
+                "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+                "ignore": sorted(linears - quantized),
+                "kv_cache_scheme": None,
+                "global_compression_ratio": None,
+            }
+        }
+
+    def _use(self, module: str, scheme: dict[str, Any]) -> None:
+        group = self.groups.setdefault(json.dumps(scheme, sort_keys=True), {"targets": [], **scheme})
+        group["targets"].append(module)
+        self.schemes[module] = {key: value for key, value in scheme.items() if value is not None}
+
+    def _integers(self, layer: Layer, encoded: EncodedWeight, scheme: dict[str, Any]) -> dict[str, torch.Tensor]:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        if encoded.offset is not None:
+            raise ExportError(
+                f"{layer.name}: its weight is asymmetric (code * scale + offset), which compressed-tensors 0.20 does not "
+                f"load back; train with quantization_type symmetric, or {OTHER_FORMAT}"
+            )
+        grouped = encoded.groups > 1
+        scheme["weights"] = _arguments(encoded.bits, "group" if grouped else "channel", False)
+        if grouped:
+            scheme["weights"]["group_size"] = encoded.group_size
+        stored = {layer.full("weight_scale"): encoded.scale}
+        if encoded.bits == _INT8 and layer.input is not None:
+            scheme["format"] = "int-quantized"
+            stored[layer.full("weight")] = encoded.codes
+        else:
+            scheme["format"] = "pack-quantized"
+            stored[layer.full("weight_packed")] = pack_to_int32(encoded.codes, encoded.bits)
+            stored[layer.full("weight_shape")] = torch.tensor(encoded.codes.shape)
+        return stored
+
+    def _input(self, layer: Layer, used: InputScheme, scheme: dict[str, Any]) -> dict[str, torch.Tensor]:
+        grid = used.grid
+        per_token = grid.granularity is TokenGranularity.PER_TOKEN
+        strategy = "token" if per_token and not grid.static else "tensor"
+        arguments = _arguments(grid.bits, strategy, not grid.static)
+        arguments["symmetric"] = grid.symmetric
+        scheme["input_activations"] = arguments
+        if used.input_range is None:
+            self.note(
+                "dynamic activation ranges are rounded with scale max / 127.5 by compressed-tensors' emulation, with "
+                "max / 127 or 128 in training"
+            )
+            return {}
+        ranges = ranges_between(*used.input_range.unbind(), grid)
+        stored = {layer.full("input_scale"): ranges.scale.reshape(1)}
+        if ranges.offset is not None:
+            half = 2 ** (grid.bits - 1)
+            zero = -torch.round(ranges.offset / ranges.scale) - half
+            if not -half <= float(zero) < half:
+                raise ExportError(
+                    f"{layer.name}: the range of its input, {used.input_range.tolist()}, does not contain 0, which an "
+                    f"int8 zero point needs; {OTHER_FORMAT}"
+                )
+            stored[layer.full("input_zero_point")] = zero.to(torch.int8).reshape(1)
+        return stored
+
+    def _fp8(self, layer: Layer, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if layer.encoded is not None or layer.input is not None:
+            raise ExportError(f'{layer.name} was trained in integers: scheme="fp8" is for models that were not')
+        is_head = layer.name.rpartition(".")[2] in ("lm_head", "embed_out", "decoder")
+        if layer.kind is not ModuleKind.LINEAR or "weight" not in layer.tensors or is_head:
+            return stored
+        weight = layer.tensors["weight"].float()
+        scale = (weight.abs().amax(1, keepdim=True) / _LARGEST_FP8).clamp_min(2.0**-126)
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        stored[layer.full("weight")] = codes
+        stored[layer.full("weight_scale")] = scale
+        self.rounded[layer.full("weight")] = codes.float() * scale
+        floats = {"type": "float"}
+        scheme = {
+            "weights": _arguments(8, "channel", False) | floats,
+            "input_activations": _arguments(8, "token", True) | floats,
+            "format": "float-quantized",
+        }
+        self._use(layer.name, scheme)
+        self.note("fp8 weights and activations are rounded after training")
+        return stored
+
+
+def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+
+

@@ -1,0 +1,165 @@
+"""A quantized weight as the integers and scales that training computed with, in one layout for all formats.
+
+value[o, i] = codes[o, i] * scale[o, i // group_size] (+ offset[o, i // group_size])
+
+whatever granularity the grid had: a scale that several rows share is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ds_compress.quant.grid import Granularity, Levels, WeightGrid, quantize, working_dtype
+from ds_compress.quant.operands import WeightRecipe, quantize_weight, rounding_noise
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """codes: int8 `[out, in]`, uint8 where there is an offset; scale, offset: fp32 `[out, groups]`.
+
+    group_size: columns that share a scale; `in` when a row has one. shape: that of the weight itself, of which
+    `[out, in]` is a view; transposed: it is stored `[in, out]` (Conv1D). bits: that hold every code.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+    bits: int
+    group_size: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1]
+
+    def matrix(self) -> torch.Tensor:
+        """fp32 `[out, in]`: the values, in the arithmetic of `quant.grid`."""
+        rows, columns = self.codes.shape
+        blocks = self.codes.float().view(rows, self.groups, columns // self.groups)
+        values = blocks * self.scale.unsqueeze(2)
+        if self.offset is not None:
+            values = values + self.offset.unsqueeze(2)
+        return values.view(rows, columns)
+
+    def values(self) -> torch.Tensor:
+        """The same in the shape of the weight."""
+        return (self.matrix().t() if self.transposed else self.matrix()).reshape(self.shape).contiguous()
+
+    def cut(self, apply: Callable[[torch.Tensor], torch.Tensor]) -> EncodedWeight:
+        """What is left of it after `apply`, which drops entries of tensors in the weight's shape.
+
+        Raises:
+            ValueError: columns go, but not by whole groups.
+        """
+        rows, columns = self.codes.shape
+        codes = apply(self._outer(self.codes))
+        shape = tuple(codes.shape)
+        if shape == self.shape:
+            return self
+        inner = (codes.t() if self.transposed else codes).reshape(-1, _columns(shape, self.transposed))
+        # What stays shows in the places of the entries that stay.
+        place = torch.arange(rows * columns, dtype=torch.int64).view(rows, columns)
+        left = apply(self._outer(place))
+        left = (left.t() if self.transposed else left).reshape(inner.shape)
+        kept_rows, kept_columns = left[:, 0] // columns, left[0] % columns
+        groups = kept_columns // self.group_size
+        kept_groups, counts = groups.unique(return_counts=True)
+        if self.groups > 1 and bool((counts != self.group_size).any()):
+            raise ValueError(f"its columns are cut across groups of {self.group_size} that share a scale")
+        part = (kept_rows[:, None], kept_groups[None, :])
+        return replace(
+            self,
+            codes=inner.contiguous(),
+            scale=self.scale[part],
+            offset=None if self.offset is None else self.offset[part],
+            group_size=self.group_size if self.groups > 1 else inner.shape[1],
+            shape=shape,
+        )
+
+    def _outer(self, matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix.t() if self.transposed else matrix).reshape(self.shape)
+
+
+def encode(
+    weight: torch.Tensor, recipe: WeightRecipe, step_size: torch.Tensor | None = None
+) -> EncodedWeight:
+    """The integers behind `quant.layers.quantized_weight`, of which they are checked to be.
+
+    Raises:
+        ValueError: the weight has no integers (still blended, NaN), or its scales do not fit the layout.
+    """
+    if recipe.real_share:
+        raise ValueError(
+            f"it is still a blend of {recipe.real_share:.0%} real weights (fp16_mixed_quantize): train on until that is 0"
+        )
+    if not bool(weight.isfinite().all()):
+        raise ValueError("it has NaN or Inf")
+    grid = recipe.grid
+    scale = None if step_size is None else step_size.to(working_dtype(weight)) * recipe.step_ratio
+    quantized = quantize(weight.detach(), grid, rounding_noise(weight, recipe), scale)
+    transposed = grid.channel_axis == 1
+    columns = _columns(tuple(weight.shape), transposed)
+    matrix = (quantized.codes.t() if transposed else quantized.codes).reshape(-1, columns)
+    rows = matrix.shape[0]
+    scales = _by_row(quantized.scale, grid, rows, columns)
+    encoded = EncodedWeight(
+        codes=matrix.contiguous().cpu(),
+        scale=scales,
+        offset=None if quantized.offset is None else _by_row(quantized.offset, grid, rows, columns),
+        bits=grid.bits if grid.levels is Levels.UNIFORM else 2,
+        group_size=columns // scales.shape[1],
+        shape=tuple(weight.shape),
+        transposed=transposed,
+    )
+    trained = quantize_weight(weight.detach(), recipe, step_size).values
+    if not torch.equal(encoded.values().to(trained.dtype), trained.cpu()):
+        raise ValueError("its codes and scales do not give the weight that training computed with")
+    return encoded
+
+
+def encode_rows(weight: torch.Tensor) -> EncodedWeight:
+    """A weight that was not trained in integers, rounded to int8 with one scale per row: max|row| / 127."""
+    grid = WeightGrid(bits=8, narrow_range=True, granularity=Granularity.PER_CHANNEL)
+    return encode(weight.float(), WeightRecipe(grid))
+
+
+def _columns(shape: tuple[int, ...], transposed: bool) -> int:
+    if transposed:
+        return shape[0]
+    return int(torch.Size(shape[1:]).numel())
+
+
+def _by_row(scale: torch.Tensor, grid: WeightGrid, rows: int, columns: int) -> torch.Tensor:
+    """fp32 `[rows, groups]` of scales of `layout.scale_shape`."""
+    scale = scale.float().cpu()
+    match grid.granularity:
+        case Granularity.PER_TENSOR:
+            found = scale.view(1, 1).expand(rows, 1)
+        case Granularity.PER_CHANNEL:
+            found = scale.view(rows, 1)
+        case Granularity.PER_COLUMN_GROUP:
+            if columns % grid.group_size and columns > grid.group_size:
+                raise ValueError(f"its {columns} columns are no multiple of group_size {grid.group_size}")
+            found = scale.t() if grid.channel_axis else scale
+        case Granularity.PER_GROUP:
+            found = _of_runs(scale, rows, columns, bool(grid.channel_axis))
+    return found.contiguous()
+
+
+def _of_runs(scale: torch.Tensor, rows: int, columns: int, transposed: bool) -> torch.Tensor:
+    run = rows * columns // scale.numel()
+    if scale.numel() == 1:
+        return scale.view(1, 1).expand(rows, 1)
+    if transposed and run % rows == 0:  # some inputs, all outputs
+        return scale.view(1, -1).expand(rows, -1)
+    if not transposed and run % columns == 0:
+        return scale.repeat_interleave(run // columns).view(rows, 1)
+    if not transposed and columns % run == 0:
+        return scale.view(rows, columns // run)
+    raise ValueError(
+        f"quantize_groups {scale.numel()} cuts across its rows: train with granularity per_channel or per_column_group"
+    )

@@ -1,0 +1,106 @@
+"""What a format of the export is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ds_compress.export.check import Answer
+from ds_compress.export.errors import ExportError
+from ds_compress.export.read import Layer
+from ds_compress.export.source import Trained
+from ds_compress.structure.stock import stock_obstacles
+
+OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can store it'
+
+
+@dataclass
+class Options:
+    """dtype: of tensors that are not quantized, None: as they are. embeddings: "int8" or "float" for tables that
+    were not trained in integers (None: as the format likes). scheme: "fp8" rounds an unquantized model."""
+
+    dtype: torch.dtype | None = None
+    embeddings: str | None = None
+    scheme: str | None = None
+
+
+@dataclass
+class Format(ABC):
+    """Turns layers into tensors of a file, and says what `config.json` must know of them.
+
+    schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
+    values that only the export rounded, by parameter name, so that the check compares like with like.
+    """
+
+    name: ClassVar[str]
+    loads_in_stock: ClassVar[bool] = True
+
+    options: Options
+    schemes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    rounded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @abstractmethod
+    def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What is stored of a layer, by full name.
+
+        Raises:
+            ExportError: this format has no words for it; names the module.
+        """
+
+    def check_source(self, trained: Trained, final: nn.Module) -> None:
+        """Raises ExportError before anything is read; `final` is the model after its cuts, shapes only."""
+        if self.loads_in_stock:
+            refuse_unless_stock(trained, final, self.name)
+
+    def config_entries(self, final: nn.Module) -> dict[str, Any]:
+        """Entries of `config.json` that say how the weights are stored."""
+        return {}
+
+    def finish(self, folder: Path, trained: Trained, inputs: Mapping[str, torch.Tensor] | None) -> None:  # noqa: B027
+        """After all tensors were written. inputs: those of the check, if there is one."""
+
+    def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
+        """What the folder computes, where that needs no loader of a fresh process; None: ask one."""
+        return None
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def plain(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Its tensors that are not quantized, in the dtype asked for."""
+        return {layer.full(name): self.cast(tensor) for name, tensor in layer.tensors.items()}
+
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        is_float = tensor.is_floating_point() and self.options.dtype is not None
+        return tensor.to(self.options.dtype) if is_float else tensor
+
+
+def refuse_unless_stock(trained: Trained, final: nn.Module, name: str) -> None:
+    """Raises ExportError where stock transformers would build another model than `final` from its config."""
+    if trained.config is None:
+        raise ExportError(
+            f'format "{name}" is for models of transformers, and a {type(trained.model).__name__} has no config; '
+            + OTHER_FORMAT
+        )
+    obstacles = stock_obstacles(final)
+    if obstacles:
+        raise ExportError(
+            f'stock transformers would load another model from format "{name}": {"; ".join(obstacles)}. {OTHER_FORMAT}'
+        )
+
+
+def refuse_two_values(layer: Layer) -> None:
+    """Raises ExportError for a tied weight of which one user computes with another value."""
+    if layer.split_from:
+        raise ExportError(
+            f"{layer.name}: its weight is tied to {layer.split_from}, and only one of them quantizes it, so it has two "
+            f"values where the format stores one: quantize both or none; or {OTHER_FORMAT}"
+        )

@@ -1,0 +1,26 @@
+"""`hf`: the layout of `save_pretrained`, for models of which nothing is quantized, or with the rounded values as floats."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from ds_compress.export.format import Format, refuse_two_values
+from ds_compress.export.read import Layer
+
+
+class HfFormat(Format):
+    """Weights as floats; quantized ones with the values that training computed with."""
+
+    name: ClassVar[str] = "hf"
+
+    def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
+        refuse_two_values(layer)
+        stored = self.plain(layer)
+        if layer.encoded is not None:
+            stored[layer.full("weight")] = self.cast(layer.encoded.values())
+            self.note("quantized weights are written as floats on their grid: this format stores no integers")
+        if layer.input is not None:
+            self.note("activations are not quantized when this folder is loaded: the format cannot say so")
+        return stored

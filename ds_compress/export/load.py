@@ -1,0 +1,160 @@
+"""`from_pretrained`: the `torch` format as a module that runs on the integer kernels."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ds_compress.export.attributes import restore
+from ds_compress.export.errors import ExportError
+from ds_compress.export.fuse import fuse
+from ds_compress.export.read import InputScheme
+from ds_compress.export.report import ExportReport
+from ds_compress.export.serve import serving_module
+from ds_compress.export.serving_format import loaded_weight
+
+_OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset")
+
+
+def from_pretrained(
+    folder: str | PathLike[str], model: nn.Module | None = None, *, fused: bool = True
+) -> nn.Module:
+    """The model of a folder that `ds_compress.export(..., format="torch")` wrote, in eval mode, on the CPU.
+
+    Args:
+        folder: with `ds_compress.json`.
+        model: a new instance to load into, for models that transformers cannot build from `config.json`.
+        fused: whether layers that share an input or feed an activation run as one kernel.
+
+    Raises:
+        ExportError: the folder is incomplete, or of another format.
+    """
+    path = Path(folder)
+    report = ExportReport.read(path)
+    if report.format != "torch":
+        raise ExportError(
+            f'{path} is of format "{report.format}": load it with transformers, {report.model_class}.from_pretrained'
+        )
+    if model is None:
+        model = _skeleton(path, report)
+    restore(model, report.attributes)
+    stored = _Stored(path)
+    schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
+    for name, module in list(model.named_modules()):
+        _fill(module, stored.of_module(name))
+    for name, scheme in schemes.items():
+        _serve(model, name, scheme, stored)
+    _tie(model, schemes, stored)
+    _check_complete(model)
+    model.requires_grad_(False).eval()
+    if fused:
+        fuse(model)
+    return model
+
+
+class _Stored:
+    """Tensors by name, from one file or several."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = ["model.safetensors"]
+        self._where: dict[str, Path] = {}
+        for file in files:
+            if not (folder / file).exists():
+                raise ExportError(f"{folder} lacks {file}: the export is incomplete")
+            with safe_open(folder / file, framework="pt") as opened:
+                self._where |= dict.fromkeys(opened.keys(), folder / file)
+        self._by_module: dict[str, list[str]] = {}
+        for name in self._where:
+            self._by_module.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def of_module(self, module: str) -> dict[str, torch.Tensor]:
+        """By local name."""
+        found = {}
+        for name in self._by_module.get(module, ()):
+            with safe_open(self._where[name], framework="pt") as opened:
+                found[name.rpartition(".")[2]] = opened.get_tensor(name)
+        return found
+
+
+def _skeleton(folder: Path, report: ExportReport) -> nn.Module:
+    """The stock class without weights; buffers are computed, as they are not all stored."""
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    cls = getattr(transformers, report.model_class, None)
+    if cls is None or not (folder / "config.json").exists():
+        raise ExportError(
+            f"transformers has no {report.model_class}: pass model=<a new instance> to from_pretrained"
+        )
+    config = cls.config_class.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        built: nn.Module = cls(config)
+    return built
+
+
+def _fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    for name, tensor in stored.items():
+        if name in module._parameters:
+            is_whole = tensor.is_floating_point()
+            module._parameters[name] = nn.Parameter(tensor.float() if is_whole else tensor, requires_grad=False)
+        elif name in module._buffers:
+            before = module._buffers[name]
+            module._buffers[name] = tensor if before is None else tensor.to(before.dtype)
+    weight = module._parameters.get("weight")
+    if weight is not None and isinstance(module, (nn.Linear, nn.Embedding)):
+        rows, columns = weight.shape
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = rows, columns
+        else:
+            module.num_embeddings, module.embedding_dim = rows, columns
+
+
+def _serve(model: nn.Module, name: str, scheme: dict[str, Any], stored: _Stored) -> None:
+    if "weight" not in scheme and "input" not in scheme:
+        return
+    tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
+    encoded = loaded_weight(tensors, scheme["weight"]) if "weight" in scheme else None
+    used = InputScheme.from_json(scheme["input"]) if "input" in scheme else None
+    served = serving_module(model.get_submodule(name), encoded, used)
+    if name:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, served)
+
+
+def _tie(model: nn.Module, schemes: dict[str, dict[str, Any]], stored: _Stored) -> None:
+    for name, scheme in schemes.items():
+        for local, first in scheme.get("ties", {}).items():
+            owner, _, first_local = first.rpartition(".")
+            module = model.get_submodule(name)
+            if "weight" in schemes.get(owner, {}) and first_local == "weight":
+                tensors = stored.of_module(owner)
+                encoded = loaded_weight(tensors, schemes[owner]["weight"])
+                if isinstance(module, nn.Embedding):
+                    _replace(model, name, serving_module(module, encoded, None))
+                    continue
+                value = nn.Parameter(encoded.values(), requires_grad=False)
+            else:
+                value = model.get_parameter(first)
+            module._parameters[local] = value
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _check_complete(model: nn.Module) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ExportError(f"the folder lacks {', '.join(missing[:4])} ({len(missing)} in all)")

@@ -1,0 +1,166 @@
+"""The modules of a trained model, one by one, as what is to be stored of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import ModuleKind, kind_of
+from ds_compress.export.encoded import EncodedWeight, encode
+from ds_compress.export.errors import ExportError
+from ds_compress.export.source import Trained
+from ds_compress.quant import layers
+from ds_compress.quant.grid import ActivationGrid, TokenGranularity
+
+
+@dataclass(frozen=True)
+class InputScheme:
+    """How a layer's input is quantized when it is served; input_range: fp32 (min, max) of a static grid."""
+
+    grid: ActivationGrid
+    input_range: torch.Tensor | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        grid = self.grid
+        return {
+            "bits": grid.bits,
+            "symmetric": grid.symmetric,
+            "narrow_range": grid.narrow_range,
+            "granularity": grid.granularity.value,
+            "range": None if self.input_range is None else [float(end) for end in self.input_range],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> InputScheme:
+        grid = ActivationGrid(
+            bits=data["bits"],
+            symmetric=data["symmetric"],
+            narrow_range=data["narrow_range"],
+            granularity=TokenGranularity(data["granularity"]),
+            static=data["range"] is not None,
+        )
+        return cls(grid, None if data["range"] is None else torch.tensor(data["range"]))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one module stores.
+
+    name: after the cut, if there is one. encoded: its weight, where that is quantized. tensors: everything else by
+    its name in the module; CPU. ties: those that are the tensors of an earlier module, by that one's full name.
+    split_from: the tied weight's other name where only one of its users quantizes it, so that it has two values.
+    """
+
+    name: str
+    kind: ModuleKind | None
+    encoded: EncodedWeight | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    input: InputScheme | None = None
+    ties: dict[str, str] = field(default_factory=dict)
+    split_from: str = ""
+
+    def full(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+
+def read_layers(trained: Trained) -> Generator[Layer, None, ExportError | None]:
+    """Every module that stores something. A collective where weights are sharded.
+
+    In processes that do not write, the layers are empty. Goes through all modules whatever happens, because other
+    processes do, and returns the first failure, named by its module: a weight that has no integers.
+    """
+    failure: ExportError | None = None
+    seen: dict[int, tuple[str, tuple[Any, ...]]] = {}
+    tied = _with_several_users(trained.model)
+    for name, module in trained.modules():
+        if not trained.writes:
+            yield Layer(name, None)
+        elif failure is None:
+            try:
+                layer = _read(trained, name, module, seen, tied)
+            except (ExportError, ValueError) as error:
+                failure = error if isinstance(error, ExportError) else ExportError(f"{name}: {error}")
+                continue
+            if layer is not None:
+                yield layer
+    return failure
+
+
+def _read(
+    trained: Trained,
+    name: str,
+    module: nn.Module,
+    seen: dict[int, tuple[str, tuple[Any, ...]]],
+    tied: set[int],
+) -> Layer | None:
+    cuts = trained.cuts
+
+    def cut(full: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return (lambda t: t) if cuts is None else (lambda t: cuts.apply(full, t, is_weight=False))
+
+    prefix = f"{name}." if name else ""
+    new_name = name
+    if cuts is not None:
+        renamed = cuts.renamed(f"{prefix}x")
+        if renamed is None:
+            return None
+        new_name = renamed.rpartition(".")[0]
+    encoded, split_from = None, ""
+    tensors: dict[str, torch.Tensor] = {}
+    ties: dict[str, str] = {}
+    recipe = layers.weight_recipe(module)
+    for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if local == layers.STEP_SIZE:
+            continue
+        is_quantized = local == "weight" and recipe is not None
+        step_size = module._parameters.get(layers.STEP_SIZE) if is_quantized else None
+        how = (recipe if is_quantized else None, id(step_size))
+        if id(parameter) in tied:
+            first, how_first = seen.setdefault(id(parameter), (prefix + local, how))
+            if first != prefix + local:
+                if how == how_first:
+                    ties[local] = first if cuts is None else str(cuts.renamed(first))
+                    continue
+                split_from = first
+        if is_quantized and recipe is not None:
+            used = step_size if recipe.grid.learned else None
+            try:
+                encoded = encode(parameter.detach(), recipe, used).cut(cut(prefix + local))
+            except ValueError as error:
+                raise ExportError(f"{name}: {error}") from error
+        else:
+            whole = parameter.detach()
+            left = whole if cuts is None else cuts.apply(prefix + local, whole)
+            tensors[local] = left.to("cpu", copy=True).contiguous()
+    for local, buffer in module.named_buffers(recurse=False):
+        if local not in module._non_persistent_buffers_set:
+            left = buffer if cuts is None else cuts.apply(prefix + local, buffer)
+            tensors[local] = left.detach().to("cpu", copy=True).contiguous()
+    scheme = _input_scheme(module)
+    if encoded is None and not tensors and not ties:
+        return None
+    return Layer(new_name, kind_of(module), encoded, tensors, scheme, ties, split_from)
+
+
+def _input_scheme(module: nn.Module) -> InputScheme | None:
+    quantizer = getattr(module, "input_quantizer", None)
+    if quantizer is None or not quantizer.enabled:
+        return None
+    if quantizer.grid.static and quantizer.input_range is None:
+        return None  # nothing was seen yet: inputs pass as they are
+    static = quantizer.input_range.detach().float().cpu() if quantizer.grid.static else None
+    return InputScheme(quantizer.grid, static)
+
+
+def _with_several_users(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    several: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (several if id(parameter) in seen else seen).add(id(parameter))
+    return several

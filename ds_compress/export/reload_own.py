@@ -1,0 +1,33 @@
+"""`reload_stock`, for folders of the `torch` format: `ds_compress.from_pretrained` loads them.
+
+    python -m ds_compress.export.reload_own REQUESTS.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ds_compress.export.inputs import run
+from ds_compress.export.load import from_pretrained
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with open(sys.argv[1]) as file:
+        requests = json.load(file)
+    for request in requests:
+        tensors: dict[str, torch.Tensor] = {}
+        try:
+            tensors["logits"] = run(from_pretrained(request["folder"]), load_file(request["inputs"]))
+            metadata = {"loaded": "ds_compress.from_pretrained"}
+        except Exception as error:
+            metadata = {"error": f"{type(error).__name__}: {error}"}
+        save_file(tensors, request["outputs"], metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What an export did and how it was checked: `ds_compress.json` beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_compress.export.errors import ExportError
+from ds_compress.export.read import Layer
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+FILE_NAME = "ds_compress.json"
+_FORMAT_VERSION = 1
+_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
+
+
+@dataclass
+class ExportReport:
+    """bytes: of the weight files; dense_bytes: of the model's parameters before any cut in fp32; ratio: how many
+    times smaller. nonzeros: of the parameters that are left. modules: how each module that holds parameters is stored.
+    check: how the folder was loaded and how far its logits are from the trained model's; empty without a check.
+    """
+
+    folder: str
+    format: str
+    model_class: str
+    source: str = "model"
+    bytes: int = 0
+    dense_bytes: int = 0
+    parameters: int = 0
+    nonzeros: int = 0
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    check: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        return self.dense_bytes / max(1, self.bytes)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nonzeros / max(1, self.parameters)
+
+    def count(self, layer: Layer, stored: dict[str, torch.Tensor]) -> None:
+        """Adds one layer to the figures."""
+        weights = {n: t for n, t in layer.tensors.items() if t.is_floating_point()}
+        numbers = sum(t.numel() for t in weights.values())
+        nonzeros = sum(int(t.count_nonzero()) for t in weights.values())
+        if layer.encoded is not None:
+            numbers += layer.encoded.codes.numel()
+            found = layer.encoded.codes if layer.encoded.offset is None else layer.encoded.matrix()
+            nonzeros += int(found.count_nonzero())
+        self.parameters += numbers
+        self.nonzeros += nonzeros
+        if numbers:
+            self.modules[layer.name] = {
+                "parameters": numbers,
+                "nonzeros": nonzeros,
+                "sparsity": round(1 - nonzeros / numbers, 4),
+                "bytes": sum(t.nbytes for t in stored.values()),
+            }
+
+    def write(self, folder: Path) -> None:
+        """`ds_compress.json` in `folder`."""
+        self.bytes = sum(file.stat().st_size for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+        data = {"format_version": _FORMAT_VERSION, **asdict(self)}
+        data |= {"ratio": round(self.ratio, 3), "sparsity": round(self.sparsity, 4)}
+        (folder / FILE_NAME).write_text(json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> ExportReport:
+        """Raises ExportError where there is none, or one of a newer version."""
+        path = Path(folder) / FILE_NAME
+        try:
+            data = json.loads(path.read_text())
+            if data.pop("format_version") != _FORMAT_VERSION:
+                raise ExportError(f"{path} was written by a newer version of ds_compress")
+            data.pop("ratio"), data.pop("sparsity")
+            return cls(**data)
+        except OSError as error:
+            raise ExportError(f"{path}: there is no such file; ds_compress.export writes it") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{path} is damaged: {error}") from error
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.format}, {self.bytes:,} bytes, {self.ratio:.2f}x smaller than fp32, "
+            f"{self.sparsity:.1%} zeros"
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        facts = Table(title=self.folder, show_header=False)
+        for key, value in self._facts():
+            facts.add_row(key, value)
+        yield facts
+        table = Table("module", "stored as", "parameters", "zeros", "bytes")
+        for name, module in self.modules.items():
+            table.add_row(
+                name,
+                _scheme(module),
+                f"{module.get('parameters', 0):,}",
+                f"{module.get('sparsity', 0):.1%}",
+                f"{module.get('bytes', 0):,}",
+            )
+        yield table
+        for note in self.notes:
+            yield f"note: {note}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "format", f"{self.format} of a {self.model_class}"
+        yield "bytes", f"{self.bytes:,} ({self.ratio:.2f}x smaller than {self.dense_bytes:,} in fp32)"
+        yield "parameters", f"{self.parameters:,} ({self.sparsity:.1%} zeros)"
+        if self.check:
+            yield "check", f"{self.check['loaded']}: {self.check['verdict']}"
+        else:
+            yield "check", "none"
+        yield "versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())
+
+
+def _scheme(module: dict[str, Any]) -> str:
+    stored = module.get("scheme", {})
+    weight = stored.get("weight") or stored.get("weights")
+    inputs = stored.get("input") or stored.get("input_activations")
+    parts = []
+    if weight:
+        bits = weight.get("bits") or weight.get("num_bits")
+        parts.append(f"{weight.get('type', 'int')}{bits}")
+    if inputs:
+        static = inputs.get("range") is not None or inputs.get("dynamic") is False
+        parts.append(f"inputs int{inputs.get('bits') or inputs.get('num_bits')} {'static' if static else 'dynamic'}")
+    return ", ".join(parts) or "float"

@@ -1,0 +1,93 @@
+"""`torch`: codes and scales for `ds_compress.from_pretrained`, whatever grid they are on.
+
+    weight_codes    int8 or uint8 `[out, in]`; weight_packed: int32, the same in fewer bits
+    weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights
+
+Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ds_compress.config.modules import ModuleKind
+from ds_compress.export.encoded import EncodedWeight, encode_rows
+from ds_compress.export.errors import ExportError
+from ds_compress.export.format import Format
+from ds_compress.export.read import Layer
+from ds_compress.export.source import Trained
+
+_BYTE = 8
+
+
+class ServingFormat(Format):
+    """The only format for Conv1D, Conv2d, asymmetric grids, and cuts that stock configs cannot express."""
+
+    name: ClassVar[str] = "torch"
+    loads_in_stock: ClassVar[bool] = False
+
+    def check_source(self, trained: Trained, final: nn.Module) -> None:
+        if self.options.embeddings not in (None, "int8", "float"):
+            raise ExportError(f'embeddings is "int8" or "float", got {self.options.embeddings!r}')
+        if trained.config is None:
+            self.note("no config: load it with ds_compress.from_pretrained(folder, model=<a new instance>)")
+
+    def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
+        stored = self.plain(layer)
+        encoded = layer.encoded
+        is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
+        if encoded is None and is_table and self.options.embeddings != "float":
+            encoded = encode_rows(layer.tensors["weight"])
+            del stored[layer.full("weight")]
+            self.rounded[layer.full("weight")] = encoded.values()
+            self.note("embeddings that were not trained in integers are rounded to int8, one scale per row")
+        scheme: dict[str, Any] = {}
+        if encoded is not None:
+            stored |= {layer.full(name): tensor for name, tensor in stored_weight(encoded).items()}
+            scheme["weight"] = {
+                "bits": encoded.bits,
+                "group_size": encoded.group_size,
+                "shape": list(encoded.shape),
+                "transposed": encoded.transposed,
+            }
+        if layer.input is not None:
+            scheme["input"] = layer.input.as_json()
+        if layer.ties:
+            scheme["ties"] = layer.ties
+        if scheme:
+            self.schemes[layer.name] = scheme
+        return stored
+
+
+def stored_weight(encoded: EncodedWeight) -> dict[str, torch.Tensor]:
+    """`loaded_weight` reads it back."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    stored = {"weight_scale": encoded.scale}
+    if encoded.offset is not None:
+        stored["weight_offset"] = encoded.offset
+    if encoded.bits == _BYTE:
+        return {**stored, "weight_codes": encoded.codes}
+    codes = encoded.codes
+    if encoded.offset is not None:  # packing is for signed codes
+        codes = (codes.to(torch.int16) - 2 ** (encoded.bits - 1)).to(torch.int8)
+    return {**stored, "weight_packed": pack_to_int32(codes, encoded.bits)}
+
+
+def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> EncodedWeight:
+    """The weight from its tensors by local name, and the "weight" entry of its scheme."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    shape, transposed, scale = tuple(scheme["shape"]), scheme["transposed"], stored["weight_scale"]
+    offset = stored.get("weight_offset")
+    if "weight_codes" in stored:
+        codes = stored["weight_codes"]
+    else:
+        columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
+        codes = unpack_from_int32(stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns)))
+        if offset is not None:
+            codes = (codes.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
+    return EncodedWeight(codes, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)

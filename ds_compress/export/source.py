@@ -1,0 +1,71 @@
+"""A trained model to export, wherever its weights are; the engine package opens sharded ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.structure.cut import Cuts
+
+Modules = Iterator[tuple[str, nn.Module]]
+
+
+def _no_modules() -> Modules:
+    return iter(())
+
+
+def _nothing(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+@dataclass
+class Trained:
+    """model: for its modules, quantizers and config; its parameters may be in other places.
+
+    modules: (name, module) of every module, whose own parameters are whole until the next one is asked for. A
+    collective where weights are sharded, as are `logits` and `agree`: every process runs through all of it.
+    writes: whether this process writes; the others only take part. cuts: structures that are masked, and must go.
+    agree: raises, in every process, the failure that the writing one had. logits: of the model as it was trained.
+    changed: a context in which parameters have other values, by name. steps: applied optimizer steps, if known.
+    """
+
+    model: nn.Module
+    modules: Callable[[], Modules]
+    writes: bool = True
+    cuts: Cuts | None = None
+    agree: Callable[[BaseException | None], None] = _nothing
+    changed: Callable[[Mapping[str, torch.Tensor]], contextlib.AbstractContextManager[None]] = field(
+        default=lambda values: contextlib.nullcontext()
+    )
+    steps: int | None = None
+    description: str = "model"
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, None when it is no such model."""
+        config = getattr(self.model, "config", None)
+        return config if hasattr(config, "to_diff_dict") else None
+
+
+def of_module(model: nn.Module) -> Trained:
+    """A model that is whole in this process."""
+
+    @contextlib.contextmanager
+    def changed(values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        parameters = {name: model.get_parameter(name) for name in values}
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = before[name]
+
+    return Trained(model, modules=lambda: iter(list(model.named_modules())), changed=changed)
