@@ -6,6 +6,8 @@ Importing this package is all that a training script needs; the rest is for thos
     plan(model, config)           what would happen to which weight, and the predicted bytes; trains nothing
     initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
     engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
+    export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
+    from_pretrained(folder)       what format="torch" stores, on the int8 kernels
     finalize(engine)              the smaller model that structured pruning leaves
     export_state_dict(engine)     the whole compressed model's weights, on process 0
 """
@@ -17,14 +19,20 @@ from ds_compress.config.plan import Plan, plan
 from ds_compress.engine.api import export_state_dict, initialize
 from ds_compress.engine.finalize import finalize, redundancy_clean
 from ds_compress.engine.registration import register, unregister
+from ds_compress.export.api import export
+from ds_compress.export.errors import ExportError
+from ds_compress.export.load import from_pretrained
 from ds_compress.version import __version__
 
 __all__ = [
     "ConfigError",
+    "ExportError",
     "Plan",
     "__version__",
+    "export",
     "export_state_dict",
     "finalize",
+    "from_pretrained",
     "initialize",
     "parse_config",
     "plan",

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ class StepFailed(RuntimeError):
 
 
 def train(
-    config: dict[str, Any], model: Path, folder: Path, seed: int, freeze_embeddings: bool = False
+    config: dict[str, Any],
+    model: Path,
+    folder: Path,
+    seed: int,
+    freeze_embeddings: bool = False,
+    export: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One `deepspeed` run of the training script; returns its `metrics.json`.
+    """One `deepspeed` run of the training script; returns its `metrics.json`. `export`: formats to write.
 
     Its log goes to `<folder>.log`, its progress to stderr. Raises `StepFailed`.
     """
@@ -33,6 +39,7 @@ def train(
     command += ["--module", "ds_compress.examples.train", "--deepspeed_config", str(config_file)]
     command += ["--model", str(model), "--output", str(folder), "--steps", str(steps), "--seed", str(seed)]
     command += ["--title", f"    {folder.name}"] + ["--freeze_embeddings"] * freeze_embeddings
+    command += ["--export", *export] if export else []
     print(f"    starting {PROCESSES} processes; log: {folder.with_suffix('.log')}", flush=True)
     with open(folder.with_suffix(".log"), "w") as log:
         code = subprocess.run(command, stdout=log, env=environment()).returncode

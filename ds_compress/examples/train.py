@@ -6,7 +6,8 @@
 Whether and how the model is compressed is up to the `compression_training` block of the JSON: `import
 ds_compress` makes DeepSpeed understand it, and the training loop knows nothing of it. The output folder gets
 the model and the tokenizer as stock transformers load them, the logits of the held-out sentences
-(`logits.safetensors`) and the figures of the run (`metrics.json`).
+(`logits.safetensors`) and the figures of the run (`metrics.json`). With `--export torch compressed-tensors` it gets
+those formats instead of the model, each in a folder of its name.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     logits = {"logits": evaluate(engine, held_out, args.title)}
-    weights = ds_compress.export_state_dict(engine)
+    weights = {} if args.export else ds_compress.export_state_dict(engine)
+    exported = export_all(engine, tokenizer, Path(args.output), args.export)
     if stop_activation_quantization(engine):
         logits["logits_exact_activations"] = evaluate(engine, held_out, args.title)
     figures = {
@@ -72,7 +74,7 @@ def main() -> None:
         "losses": losses,
     }
     if dist.get_rank() == 0:
-        save(engine.module, weights, tokenizer, Path(args.output), logits, figures)
+        save(engine.module, weights, tokenizer, Path(args.output), logits, {**figures, "exported": exported})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -87,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--freeze_embeddings", action="store_true", help="half of a small encoder, and rarely worth it"
     )
+    parser.add_argument("--export", nargs="*", default=[], help="formats of ds_compress.export")
     parser.add_argument("--title", default="training", help="what the progress bar says")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return deepspeed.add_config_arguments(parser).parse_args()
@@ -136,6 +139,24 @@ def evaluate(
     return logits.cpu()
 
 
+def export_all(
+    engine: deepspeed.DeepSpeedEngine, tokenizer: Any, folder: Path, formats: list[str]
+) -> dict[str, Any]:
+    """Writes and checks each format beside `folder`, to be moved into it; {format: bytes on disk}."""
+    sizes = {}
+    for name in formats:
+        # What is not quantized takes 16 bits where another program runs it, 32 where we do.
+        dtype = torch.float16 if name == "compressed-tensors" else None
+        target = beside(folder, name)
+        report = ds_compress.export(engine, target, format=name, tokenizer=tokenizer, dtype=dtype, overwrite=True)
+        sizes[name] = report.bytes
+    return sizes
+
+
+def beside(folder: Path, name: str) -> Path:
+    return folder.with_name(f".{folder.name}-{name}")
+
+
 def stop_activation_quantization(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Leaves activations as they are from here on, as a stock model will; False if nothing quantized them."""
     stages = engine.compression.stages if hasattr(engine, "compression") else {}
@@ -156,7 +177,10 @@ def save(
     """Writes the output folder as a whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    model.save_pretrained(unfinished, state_dict=weights)
+    for name in figures["exported"]:
+        beside(folder, name).rename(unfinished / name)
+    if weights:
+        model.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
     save_file(logits, unfinished / "logits.safetensors")
     (unfinished / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
