@@ -15,30 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from benchmarks import record
 from benchmarks.hard_compression import train_teacher
 from ds_compress.examples import assets
 from ds_compress.examples.demo import prepare
 from ds_compress.examples.launch import StepFailed, environment, load_json, train
-from ds_compress.examples.stock_check import LATENCY_BATCH, LATENCY_TOKENS, predict
 
 CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "small_zero2.json"
 STOCK_CHECK = Path(__file__).resolve().parents[1] / "ds_compress" / "examples" / "stock_check.py"
 ALL = (0, 1, 2, 3, 4, 5)
 TEACHER, STOCK = "teacher", "compressed-tensors"
-ROUNDS = 21
 
 
 def point(
@@ -67,11 +61,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="points whose names contain this")
     parser.add_argument("--measure-only", action="store_true", help="measure what an earlier run has exported")
     parser.add_argument("--json", action="store_true", help="one last line with every figure")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(Path(args.measure[0]), [Path(folder) for folder in args.measure[1:]])))
-        return
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     chosen = {name: settings for name, settings in POINTS.items() if args.only in name}
@@ -127,7 +117,7 @@ def config_of(settings: dict[str, Any], teacher: Path) -> dict[str, Any]:
 def figures(sentences: Path, teacher: Path, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Of every point, measured in fresh processes."""
     exported = {name: folder / "torch" for name, folder in folders.items()}
-    command = [sys.executable, "-m", "benchmarks.compression_curve", "--measure", str(sentences), str(teacher)]
+    command = [sys.executable, "-m", "ds_compress.examples.exported_check", str(sentences), str(teacher)]
     done = subprocess.run([*command, *map(str, exported.values())], **_captured())
     if done.returncode != 0:
         raise StepFailed("the exported folders could not be measured")
@@ -158,71 +148,6 @@ def stock_figures(sentences: Path, folder: Path) -> dict[str, float]:
 
 def _captured() -> dict[str, Any]:
     return {"stdout": subprocess.PIPE, "text": True, "env": environment()}
-
-
-# --- in the fresh process --------------------------------------------------------------------------------------------
-
-
-def measure(sentences_file: Path, folders: list[Path]) -> list[dict[str, float]]:
-    """Figures of the teacher (first) and of each exported folder."""
-    from transformers import AutoModelForSequenceClassification
-
-    import ds_compress
-    from ds_compress.examples.cpu import keep_freed_memory
-
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    sentences = json.loads(sentences_file.read_text())
-    stock = AutoModelForSequenceClassification.from_pretrained(folders[0]).eval()
-    models: list[nn.Module] = [stock, *(ds_compress.from_pretrained(folder) for folder in folders[1:])]
-    cuts = [in_floats(ds_compress.from_pretrained(folder, fused=False)) for folder in folders[1:]]
-    found = []
-    for folder, model in zip(folders, models, strict=True):
-        logits = predict(model, sentences, folder.parent.name)
-        right = logits.argmax(-1) == torch.tensor(sentences["labels"])
-        weights = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-        found.append({"accuracy": right.double().mean().item(), "bytes": float(weights)})
-    for values, milliseconds in zip(found, latencies(models), strict=True):
-        values["latency ms"] = milliseconds
-    for values, milliseconds in zip(found, latencies([stock, *cuts]), strict=True):
-        values["latency ms of the cut alone, fp32"] = milliseconds
-    return found
-
-
-def in_floats(model: nn.Module) -> nn.Module:
-    """The same layers with weights read back to fp32 and inputs as they are."""
-    from ds_compress.export.serve import Int8Embedding, Int8Linear
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Int8Linear):
-            columns = module.codes.shape[1]
-            scale = module.scale.view(module.codes.shape[0], -1)
-            weight = module.codes.float() * scale.repeat_interleave(columns // scale.shape[1], 1)
-            layer: nn.Module = nn.Linear(columns, weight.shape[0], bias=module.bias is not None)
-            layer.load_state_dict(
-                {"weight": weight, **({} if module.bias is None else {"bias": module.bias})}
-            )
-        elif isinstance(module, Int8Embedding):
-            layer = nn.Embedding.from_pretrained(module.weight)
-        else:
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
-    return model.eval()
-
-
-@torch.inference_mode()
-def latencies(models: list[nn.Module]) -> list[float]:
-    """Median milliseconds of a batch; the models take turns, round by round. CPU time, for others may be at work."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1_000, 20_000, (LATENCY_BATCH, LATENCY_TOKENS), generator=generator)
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(ROUNDS):
-        for model, taken in zip(models, seconds, strict=True):
-            start = time.process_time()
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            taken.append(time.process_time() - start)
-    return [1e3 * statistics.median(taken[1:]) for taken in seconds]
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

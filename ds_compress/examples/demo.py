@@ -7,7 +7,8 @@
    3, to half of the encoder's weights and to 8-bit weights and activations, while it goes on learning, guided
    by the teacher.
 3. The same run without the teacher.
-4. A process that knows only transformers loads all three, checks their logits and measures them.
+4. A process that knows only transformers loads all three, checks their logits and measures them; another loads what
+   `ds_compress.export` wrote of the second, integers on disk and in the matrix products, and measures that.
 
 Every figure of the table is measured in this run. Logs of DeepSpeed lie beside the models.
 """
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.print("[bold]3/5[/] 3 layers, 50 % sparse, W8A8, with distillation: one run")
     config = load_json(args.configs / "demo_zero2.json")
     config["compression_training"]["distillation"]["teacher"] = str(teacher)
-    train(config, teacher, output / "with_distillation", args.seed)
+    train(config, teacher, output / "with_distillation", args.seed, export=["torch"])
 
     console.print("[bold]4/5[/] the same without distillation")
     alone = {**config, "compression_training": dict(config["compression_training"])}
@@ -82,9 +83,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
     figures = stock_figures(sentences, folders, output)
     for name, folder in folders.items():
         figures[name]["training"] = load_json(folder / "metrics.json")
-    predicted = predicted_bytes(config, teacher)
-    for name in list(folders)[1:]:
-        figures[name]["packed_bytes_predicted"] = predicted
+    figures["compressed, distillation"]["exported"] = exported_figures(
+        sentences, teacher, output / "with_distillation" / "torch", output
+    )
     (output / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
     print_result(console, figures)
     console.print(
@@ -121,15 +122,17 @@ def stock_figures(sentences: Path, folders: dict[str, Path], output: Path) -> di
     return {name: measured[str(folder)] for name, folder in folders.items()}
 
 
-def predicted_bytes(config: dict[str, Any], teacher: Path) -> int:
-    """What the compressed model takes once its integers and its mask are stored as such."""
-    from transformers import AutoModelForSequenceClassification
-
-    import ds_compress
-    from ds_compress.config import forecast
-
-    model = AutoModelForSequenceClassification.from_pretrained(teacher)
-    return forecast.total(forecast.stored(ds_compress.plan(model, config)).values()).bitmask
+def exported_figures(sentences: Path, teacher: Path, exported: Path, output: Path) -> dict[str, float]:
+    """Of the integers on disk, beside the teacher's latency in the same rounds."""
+    command = [sys.executable, "-m", "ds_compress.examples.exported_check", str(sentences), str(teacher)]
+    done = subprocess.run(
+        [*command, str(exported)], stdout=subprocess.PIPE, text=True, env=environment(), cwd=output
+    )
+    if done.returncode != 0:
+        raise StepFailed(f"ds_compress.from_pretrained did not load {exported} (code {done.returncode})")
+    base, found = json.loads(done.stdout)
+    return {**found, "times smaller": base["bytes"] / found["bytes"],
+            "times faster": base["latency ms"] / found["latency ms"]}  # fmt: skip
 
 
 def print_result(console: Console, figures: dict[str, dict[str, Any]]) -> None:
@@ -145,12 +148,17 @@ def print_result(console: Console, figures: dict[str, dict[str, Any]]) -> None:
     row("parameters", lambda v: f"{v['parameters']:,}")
     row("non-zero", lambda v: f"{v['non_zeros']:,}")
     row("model.safetensors, fp32", lambda v: f"{v['bytes'] / 1e6:.1f} MB")
-    row("packed, predicted", lambda v: megabytes(v.get("packed_bytes_predicted")))
     row("latency, 32 x 40 tokens, 1 thread", lambda v: f"{v['latency_ms']:.0f} ms")
     row("training, seconds per step", lambda v: f"{v['training']['seconds_per_step']:.2f}")
     row("largest logit difference to training", exact_difference)
     row("  the same, to A8 activations", quantized_difference)
     console.print(table)
+    if exported := figures["compressed, distillation"].get("exported"):
+        console.print(
+            f"Exported as integers: {exported['bytes'] / 1e6:.1f} MB ({exported['times smaller']:.2f}x smaller than "
+            f"the teacher), {exported['latency ms']:.0f} ms ({exported['times faster']:.2f}x faster), accuracy "
+            f"{100 * exported['accuracy']:.2f} %, loaded by ds_compress.from_pretrained in another process."
+        )
     teacher, *_, last = figures.values()
     lost = 100 * (teacher["training"]["accuracy"] - last["training"]["accuracy"])
     count = teacher["training"]["held_out"]
@@ -169,10 +177,6 @@ def exact_difference(values: dict[str, Any]) -> str:
 def quantized_difference(values: dict[str, Any]) -> str:
     quantizes = "difference_of_logits_exact_activations" in values
     return f"{values['difference_of_logits']:.1e}" if quantizes else "-"
-
-
-def megabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

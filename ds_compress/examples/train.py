@@ -6,8 +6,8 @@
 Whether and how the model is compressed is up to the `compression_training` block of the JSON: `import
 ds_compress` makes DeepSpeed understand it, and the training loop knows nothing of it. The output folder gets
 the model and the tokenizer as stock transformers load them, the logits of the held-out sentences
-(`logits.safetensors`) and the figures of the run (`metrics.json`). With `--export torch compressed-tensors` it gets
-those formats instead of the model, each in a folder of its name.
+(`logits.safetensors`) and the figures of the run (`metrics.json`); with `--export torch compressed-tensors` also those
+formats, each in a folder of its name. A model that stock transformers would misread is only exported.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 import ds_compress
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
+from ds_compress.structure.stock import stock_obstacles
 
 EVALUATION_BATCH = 64
 
@@ -59,7 +60,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     logits = {"logits": evaluate(engine, held_out, args.title)}
-    weights = {} if args.export else ds_compress.export_state_dict(engine)
+    weights = ds_compress.export_state_dict(engine)
     exported = export_all(engine, tokenizer, Path(args.output), args.export)
     if stop_activation_quantization(engine):
         logits["logits_exact_activations"] = evaluate(engine, held_out, args.title)
@@ -148,7 +149,9 @@ def export_all(
         # What is not quantized takes 16 bits where another program runs it, 32 where we do.
         dtype = torch.float16 if name == "compressed-tensors" else None
         target = beside(folder, name)
-        report = ds_compress.export(engine, target, format=name, tokenizer=tokenizer, dtype=dtype, overwrite=True)
+        report = ds_compress.export(
+            engine, target, format=name, tokenizer=tokenizer, dtype=dtype, overwrite=True
+        )
         sizes[name] = report.bytes
     return sizes
 
@@ -179,7 +182,7 @@ def save(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     for name in figures["exported"]:
         beside(folder, name).rename(unfinished / name)
-    if weights:
+    if not stock_obstacles(model):
         model.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
     save_file(logits, unfinished / "logits.safetensors")
