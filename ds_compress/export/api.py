@@ -18,7 +18,7 @@ from ds_compress.export import check as checking
 from ds_compress.export.attributes import fresh, unsaid
 from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.errors import ExportError
-from ds_compress.export.format import Format, Options
+from ds_compress.export.format import OTHER_FORMAT, Format, Options
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import exact_activations, example_inputs, run
 from ds_compress.export.onnx import OnnxFormat
@@ -203,8 +203,21 @@ class _Export:
         report.versions = versions()
         report.write(folder)
         if expected is not None:
-            report.check = checking.verdict(expected, self._reloaded(folder, expected))
+            answer = self._reloaded(folder, expected)
+            try:
+                report.check = checking.verdict(expected, answer)
+            except ExportError as error:
+                raise ExportError(f"{self._suspect()}{error}") from error
             report.write(folder)
+
+    def _suspect(self) -> str:
+        """What the export did that not every model class takes."""
+        if not self.format.untied or not self.format.loads_in_stock:
+            return ""
+        return (
+            f"{self.format.untied[0]}: the weight is tied, only one of them quantizes it, and this model is not the same "
+            f"when both are stored; quantize both or none, or {OTHER_FORMAT}: "
+        )
 
     def _reloaded(self, folder: Path, expected: checking.Expected) -> checking.Answer:
         answer = self.format.reload_here(folder, expected.inputs, self.final)

@@ -22,7 +22,7 @@ from torch import nn
 from ds_compress.config.modules import ModuleKind
 from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
-from ds_compress.export.format import OTHER_FORMAT, Format, refuse_two_values
+from ds_compress.export.format import OTHER_FORMAT, Format
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.export.source import Trained
 from ds_compress.quant.grid import TokenGranularity, ranges_between
@@ -46,7 +46,7 @@ class CompressedTensorsFormat(Format):
             self.note("scales are loaded in the dtype of the model, which rounds them")
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
-        refuse_two_values(layer)
+        self.untie(layer)
         stored = self.plain(layer)
         if self.options.scheme == "fp8":
             return self._fp8(layer, stored)
@@ -79,7 +79,7 @@ class CompressedTensorsFormat(Format):
         quantized = {name for group in groups for name in group["targets"]}
         if len(groups) == 1:
             groups = [{**groups[0], "targets": ["Linear"]}]
-        return {
+        return super().config_entries(final) | {
             "quantization_config": {
                 "quant_method": "compressed-tensors",
                 "version": compressed_tensors.__version__,

@@ -35,7 +35,8 @@ class Format(ABC):
     """Turns layers into tensors of a file, and says what `config.json` must know of them.
 
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
-    values that only the export rounded, by parameter name, so that the check compares like with like.
+    values that only the export rounded, by parameter name, so that the check compares like with like. untied: modules
+    whose tied weight is stored a second time.
     """
 
     name: ClassVar[str]
@@ -45,6 +46,7 @@ class Format(ABC):
     schemes: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
 
     @abstractmethod
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
@@ -61,7 +63,7 @@ class Format(ABC):
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         """Entries of `config.json` that say how the weights are stored."""
-        return {}
+        return {"tie_word_embeddings": False} if self.untied else {}
 
     def finish(self, folder: Path, trained: Trained, inputs: Mapping[str, torch.Tensor] | None) -> None:  # noqa: B027
         """After all tensors were written. inputs: those of the check, if there is one."""
@@ -69,6 +71,12 @@ class Format(ABC):
     def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
         """What the folder computes, where that needs no loader of a fresh process; None: ask one."""
         return None
+
+    def untie(self, layer: Layer) -> None:
+        """Of a tied weight that only one user quantizes, both values are stored, and the config says so."""
+        if layer.split_from:
+            self.untied.append(f"{layer.name} from {layer.split_from}")
+            self.note(f"{layer.name} is untied from {layer.split_from}: only one of them is quantized")
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -94,13 +102,4 @@ def refuse_unless_stock(trained: Trained, final: nn.Module, name: str) -> None:
     if obstacles:
         raise ExportError(
             f'stock transformers would load another model from format "{name}": {"; ".join(obstacles)}. {OTHER_FORMAT}'
-        )
-
-
-def refuse_two_values(layer: Layer) -> None:
-    """Raises ExportError for a tied weight of which one user computes with another value."""
-    if layer.split_from:
-        raise ExportError(
-            f"{layer.name}: its weight is tied to {layer.split_from}, and only one of them quantizes it, so it has two "
-            f"values where the format stores one: quantize both or none; or {OTHER_FORMAT}"
         )

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ds_compress.export.format import Format, refuse_two_values
+from ds_compress.export.format import Format
 from ds_compress.export.read import Layer
 
 
@@ -16,7 +16,7 @@ class HfFormat(Format):
     name: ClassVar[str] = "hf"
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
-        refuse_two_values(layer)
+        self.untie(layer)
         stored = self.plain(layer)
         if layer.encoded is not None:
             stored[layer.full("weight")] = self.cast(layer.encoded.values())

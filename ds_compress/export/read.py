@@ -122,10 +122,11 @@ def _read(
         if id(parameter) in tied:
             first, how_first = seen.setdefault(id(parameter), (prefix + local, how))
             if first != prefix + local:
-                if how == how_first:
+                if how == how_first and not split_from:
                     ties[local] = first if cuts is None else str(cuts.renamed(first))
                     continue
-                split_from = first
+                # What goes with it (BERT's decoder and its bias) is untied together.
+                split_from = split_from or first
         if is_quantized and recipe is not None:
             used = step_size if recipe.grid.learned else None
             try:

@@ -8,17 +8,23 @@ Embeddings that were not trained in integers are rounded to int8 per row unless 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ds_compress.config.modules import ModuleKind
+from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight, encode_rows
 from ds_compress.export.errors import ExportError
 from ds_compress.export.format import Format
+from ds_compress.export.inputs import run
 from ds_compress.export.read import Layer
 from ds_compress.export.source import Trained
+from ds_compress.quant import layers
 
 _BYTE = 8
 
@@ -34,6 +40,20 @@ class ServingFormat(Format):
             raise ExportError(f'embeddings is "int8" or "float", got {self.options.embeddings!r}')
         if trained.config is None:
             self.note("no config: load it with ds_compress.from_pretrained(folder, model=<a new instance>)")
+
+    def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
+        """Of a model that only its own code can build, a copy of it is filled in this very process."""
+        if hasattr(getattr(final, "config", None), "to_diff_dict"):
+            return None
+        from ds_compress.export.load import from_pretrained
+
+        copied = copy.deepcopy(final)
+        for module in copied.modules():
+            if isinstance(module, layers.QATModule):
+                module.weight_quantizer = module.input_quantizer = None
+                layers.detach(module)
+        logits = run(from_pretrained(folder, copied), inputs)
+        return Answer({"logits": logits}, "ds_compress.from_pretrained(model=), in the process that wrote it")
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = self.plain(layer)
