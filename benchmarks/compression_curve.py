@@ -121,7 +121,8 @@ def figures(sentences: Path, teacher: Path, folders: dict[str, Path]) -> dict[st
     done = subprocess.run([*command, *map(str, exported.values())], **_captured())
     if done.returncode != 0:
         raise StepFailed("the exported folders could not be measured")
-    measured = dict(zip([TEACHER, *exported], json.loads(done.stdout), strict=True))
+    printed = done.stdout.splitlines()[-1]  # DeepSpeed talks first
+    measured = dict(zip([TEACHER, *exported], json.loads(printed), strict=True))
     for name, folder in folders.items():
         if (folder / STOCK).exists():
             measured[name] |= stock_figures(sentences, folder)

@@ -130,7 +130,7 @@ def exported_figures(sentences: Path, teacher: Path, exported: Path, output: Pat
     )
     if done.returncode != 0:
         raise StepFailed(f"ds_compress.from_pretrained did not load {exported} (code {done.returncode})")
-    base, found = json.loads(done.stdout)
+    base, found = json.loads(done.stdout.splitlines()[-1])  # DeepSpeed talks first
     return {**found, "times smaller": base["bytes"] / found["bytes"],
             "times faster": base["latency ms"] / found["latency ms"]}  # fmt: skip
 

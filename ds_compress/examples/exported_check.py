@@ -3,9 +3,9 @@
     python -m ds_compress.examples.exported_check sentences.json TEACHER_FOLDER EXPORTED_FOLDER [...]
 
 The first folder is loaded by stock transformers, the others, of format "torch", by `ds_compress.from_pretrained`.
-Prints a JSON list with the figures of each: accuracy on the sentences (see `stock_check` for the file), bytes of the
-weights, median latency of a batch of 32 x 40 tokens on one thread, and that of the structural cut alone: the same
-layers with their weights read back to fp32 and their inputs left as they are.
+Prints, as its last line, a JSON list with the figures of each: accuracy on the sentences (see `stock_check` for the
+file), bytes of the weights, median latency of a batch of 32 x 40 tokens on one thread, and that of the structural cut
+alone: the same layers with their weights read back to fp32 and their inputs left as they are.
 """
 
 from __future__ import annotations
