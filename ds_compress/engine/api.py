@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_compress.config.errors import ConfigError, Problem
-from ds_compress.engine.parameters import full_parameters
+from ds_compress.engine.gather import whole_modules
 from ds_compress.engine.session import teacher_given
 from ds_compress.quant import layers
 
@@ -55,23 +55,20 @@ def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
     }
     result: dict[str, torch.Tensor] = {}
     values_of: dict[int, torch.Tensor] = {}
-    for module_name, module in engine.module.named_modules():
-        own = [(n, p) for n, p in module.named_parameters(recurse=False) if n != layers.STEP_SIZE]
-        owners = [quantized_by[id(p)] for _, p in own if id(p) in quantized_by]
-        scales = [
-            p for owner in owners for n, p in owner.named_parameters(recurse=False) if n == layers.STEP_SIZE
-        ]
-        with full_parameters([*(p for _, p in own), *scales]):
-            for name, parameter in own if keep else ():
-                if id(parameter) not in values_of:
-                    owner = quantized_by.get(id(parameter))
-                    values = parameter if owner is None else layers.quantized_weight(owner)
-                    values_of[id(parameter)] = values.detach().float().cpu().clone()
-                result[_join(module_name, name)] = values_of[id(parameter)]
-        if keep:
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    result[_join(module_name, name)] = buffer.detach().cpu().clone()
+    for module_name, module in whole_modules(engine.module):
+        if not keep:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == layers.STEP_SIZE:
+                continue
+            if id(parameter) not in values_of:
+                owner = quantized_by.get(id(parameter))
+                values = parameter if owner is None else layers.quantized_weight(owner)
+                values_of[id(parameter)] = values.detach().float().cpu().clone()
+            result[_join(module_name, name)] = values_of[id(parameter)]
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                result[_join(module_name, name)] = buffer.detach().cpu().clone()
     return result
 
 

@@ -1,6 +1,7 @@
 """Compression state beside a DeepSpeed checkpoint, in global parameter coordinates.
 
     <save_dir>/<tag>/ds_compress/fragments_00000.safetensors    one per process: masks (1 bit), scores, hidden values
+    <save_dir>/<tag>/ds_compress/model.json                     class, config and block: see `checkpoint_model`
     <save_dir>/<tag>/ds_compress/state.pt                       counters, bits, ranges; written last, lists the files
 
 Every tensor is stored with the parameter it belongs to and the element it starts at, so a run with another
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ds_compress.engine import checkpoint_model
 from ds_compress.select import bitmask
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
-_FOLDER = "ds_compress"
-_STATE = "state.pt"
+FOLDER = "ds_compress"
+STATE = "state.pt"
 
 
 class CheckpointError(RuntimeError):
@@ -45,7 +47,7 @@ def wrap(engine: Any, session: Compression) -> None:
     @functools.wraps(original_save)
     def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-        save(Path(save_dir) / tag / _FOLDER, session)
+        save(Path(save_dir) / tag / FOLDER, session)
         return original_save(save_dir, tag, *args, **kwargs)
 
     @functools.wraps(original_load)
@@ -77,10 +79,11 @@ def save(folder: Path, session: Compression) -> None:
         _write_fragments(folder / _file_name(rank), session)
     _barrier()
     if rank == 0:
+        checkpoint_model.write(folder, session)
         state = {"format": 1, "files": [_file_name(writer) for writer in writers], **session.state_dict()}
-        temporary = folder / f".{_STATE}.{os.getpid()}"
+        temporary = folder / f".{STATE}.{os.getpid()}"
         torch.save(state, temporary)
-        os.replace(temporary, folder / _STATE)
+        os.replace(temporary, folder / STATE)
     _barrier()
 
 
@@ -90,13 +93,13 @@ def load(folder: Path, session: Compression) -> None:
     Raises:
         CheckpointError: when a file is missing, or the stored parts do not cover a fragment.
     """
-    if not (folder / _STATE).exists():
+    if not (folder / STATE).exists():
         logger.warning(
             "ds_compress: %s has no compression state; compression starts from step 0", folder.parent
         )
         session.load_state_dict({"applied_steps": 0, "stages": {}})
         return
-    state = torch.load(folder / _STATE, weights_only=True)
+    state = torch.load(folder / STATE, weights_only=True)
     missing = [name for name in state["files"] if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}: the checkpoint is incomplete")
@@ -186,14 +189,14 @@ class _StoredParts:
 
 
 def _folder(load_dir: Path, tag: str | None) -> Path:
-    return load_dir / str((load_dir / "latest").read_text().strip() if tag is None else tag) / _FOLDER
+    return load_dir / str((load_dir / "latest").read_text().strip() if tag is None else tag) / FOLDER
 
 
 def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor]:
     """The units that a run had kept when it removed the others; empty when it never did, or nothing is there."""
     if tag is None and not (load_dir / "latest").exists():
         return {}
-    path = _folder(load_dir, tag) / _STATE
+    path = _folder(load_dir, tag) / STATE
     return torch.load(path, weights_only=True).get("shrunk_units", {}) if path.exists() else {}
 
 

@@ -52,6 +52,7 @@ def test_no_temporary_files_stay_behind(tmp_path: Path) -> None:
     engine.save_checkpoint(str(tmp_path), tag="here")
     assert sorted(os.listdir(tmp_path / "here" / "ds_compress")) == [
         "fragments_00000.safetensors",
+        "model.json",
         "state.pt",
     ]
     engine.destroy()
