@@ -21,7 +21,7 @@ FILE_NAME = "model.json"
 
 def write(folder: Path, session: Compression) -> None:
     """Writes the file; appears only when complete."""
-    config = getattr(session.model, "config", None)
+    config: Any = getattr(session.model, "config", None)
     data = {
         "format": 1,
         "class": type(session.model).__name__,

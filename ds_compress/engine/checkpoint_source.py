@@ -27,8 +27,8 @@ _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -> Trained:
     """The trained model: masked structures are cut, and its quantizers attached as they were when it was saved.
 
-    path: what `engine.save_checkpoint` was given, or one tag's folder in it; or a folder of transformers' own. model: an
-    instance of the trained class, before compression, for models that transformers does not know.
+    path: what `engine.save_checkpoint` was given, or one tag's folder in it; or a folder of transformers' own.
+    model: an instance of the trained class, before compression, for models that transformers does not know.
 
     Raises:
         ExportError: a file is missing or damaged, or there is no way to know the model's class.
@@ -44,7 +44,7 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
         raise ExportError(str(error)) from error
     if saved is None and model is None:
         raise ExportError(
-            f"{folder} has no ds_compress/{checkpoint_model.FILE_NAME}, so nothing says which model this is: pass model="
+            f"{folder} has no ds_compress/{checkpoint_model.FILE_NAME} that says which model this is: pass model="
         )
     built = model if model is not None else _skeleton(saved or {})
     weights = _weights(folder)
@@ -133,7 +133,8 @@ def _load(model: nn.Module, weights: Mapping[str, Any], dtype: torch.dtype) -> N
             raise ExportError(f"the checkpoint has no {name}: it is of another model")
         value = weights[name].contiguous().to("cpu", dtype if parameter.is_floating_point() else None)
         if value.shape != parameter.shape:
-            raise ExportError(f"{name} is {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model")
+            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
+            raise ExportError(f"{name} is {shapes}")
         made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     for prefix, module in model.named_modules():
         for name, old in module._parameters.items():

@@ -31,7 +31,7 @@ def opened(source: Any, model: nn.Module | None = None) -> Trained:
         return of_module(source)
     if isinstance(getattr(source, "module", None), nn.Module):
         return _of_engine(source)
-    raise ExportError(f"export takes an engine, an nn.Module or the path of a checkpoint, got a {type(source).__name__}")
+    raise ExportError(f"export takes an engine, an nn.Module or a checkpoint's path, got a {type(source).__name__}")
 
 
 def _of_engine(engine: Any) -> Trained:

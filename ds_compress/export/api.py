@@ -157,7 +157,7 @@ class _Export:
             except (ExportError, OSError, ValueError) as error:
                 # Other processes go through all modules, and wait for this one at each.
                 failure = error
-        if self.trained.writes and failure is None:
+        if self.trained.writes and failure is None and self.format.has_shards:
             writer.close()
         return failure
 
@@ -165,13 +165,14 @@ class _Export:
         config = self.trained.config
         if config is None:
             return
-        written = copy.deepcopy(self.final.config)
+        written: Any = copy.deepcopy(self.final.config)
         written.architectures = [self.report.model_class]
         dtype = self.format.options.dtype or _dtype(self.trained.model)
         written.dtype = dtype
         written.save_pretrained(folder)
-        generation = getattr(self.trained.model, "generation_config", None)
-        if generation is not None and self.trained.model.can_generate():  # type: ignore[operator]
+        model: Any = self.trained.model
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and model.can_generate():
             generation.save_pretrained(folder)
 
     def _expected(self) -> checking.Expected | None:
@@ -184,7 +185,7 @@ class _Export:
                 exact = run(model, self.inputs)
         return checking.Expected(
             self.inputs,
-            logits,
+            exact if self.format.ignores_inputs else logits,
             exact,
             min(_dtype(model), self.format.options.dtype or torch.float32, key=lambda d: torch.finfo(d).bits),
             rounds_activations=self.format.options.scheme == "fp8",
@@ -194,7 +195,7 @@ class _Export:
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
         self._add_config_entries(folder)
-        self.format.finish(folder, self.trained, expected.inputs if expected else None)
+        self.format.finish(folder, self.trained, self.final, expected.inputs if expected else None)
         for name, stored in self.format.schemes.items():
             report.modules.setdefault(name, {})["scheme"] = stored
         report.notes = self.format.notes + _sparsity_notes(report)
@@ -215,16 +216,15 @@ class _Export:
         if not self.format.untied or not self.format.loads_in_stock:
             return ""
         return (
-            f"{self.format.untied[0]}: the weight is tied, only one of them quantizes it, and this model is not the same "
-            f"when both are stored; quantize both or none, or {OTHER_FORMAT}: "
+            f"{self.format.untied[0]}: the weight is tied, only one of them quantizes it, and this model is not the "
+            f"same when both are stored; quantize both or none, or {OTHER_FORMAT}: "
         )
 
     def _reloaded(self, folder: Path, expected: checking.Expected) -> checking.Answer:
         answer = self.format.reload_here(folder, expected.inputs, self.final)
         if answer is not None:
             return answer
-        loader = "stock" if self.format.loads_in_stock else "own"
-        request = checking.Request(folder, self.report.model_class, expected.inputs, loader)
+        request = checking.Request(folder, self.report.model_class, expected.inputs, self.format.loader)
         return checking.reload([request])[0]
 
     def _add_config_entries(self, folder: Path) -> None:

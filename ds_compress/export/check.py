@@ -51,7 +51,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Request:
-    """A folder to load in a fresh process. loader: "stock" (transformers) or "own" (`from_pretrained`)."""
+    """A folder to load in a fresh process. loader: "stock" (transformers), "own" (`from_pretrained`), "onnx"."""
 
     folder: Path
     model_class: str
@@ -83,8 +83,10 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
             save_file({key: value.contiguous() for key, value in request.inputs.items()}, files["inputs"])
             listed.append({"folder": str(request.folder), "class": request.model_class, **files})
         (folder / "requests.json").write_text(json.dumps(listed))
-        script = ["-P", str(Path(__file__).with_name("reload_stock.py"))]
-        program = script if loader == "stock" else ["-m", "ds_compress.export.reload_own"]
+        # -P: beside the script lie files that are named like the libraries that it imports.
+        program = ["-P", str(Path(__file__).with_name(f"reload_{loader}.py"))]
+        if loader == "own":
+            program = ["-m", "ds_compress.export.reload_own"]
         command = [sys.executable, *program, str(folder / "requests.json")]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
@@ -130,7 +132,8 @@ def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:
         what = "the root mean square of the difference"
     result["allowed"] = allowed
     if not measured <= allowed:
-        raise ExportError(f"the exported model computes something else: {what} is {measured:.3g}, allowed {allowed:.3g}")
+        figures = f"{what} is {measured:.3g}, allowed {allowed:.3g}"
+        raise ExportError(f"the exported model computes something else: {figures}")
     result["verdict"] = f"logits within {measured:.2g} of the trained model's, of {largest:.3g} at most"
     return result
 

@@ -102,8 +102,8 @@ class CompressedTensorsFormat(Format):
 
         if encoded.offset is not None:
             raise ExportError(
-                f"{layer.name}: its weight is asymmetric (code * scale + offset), which compressed-tensors 0.20 does not "
-                f"load back; train with quantization_type symmetric, or {OTHER_FORMAT}"
+                f"{layer.name}: its weight is asymmetric (code * scale + offset), which compressed-tensors 0.20 does "
+                f"not load back; train with quantization_type symmetric, or {OTHER_FORMAT}"
             )
         grouped = encoded.groups > 1
         scheme["weights"] = _arguments(encoded.bits, "group" if grouped else "channel", False)
@@ -132,7 +132,7 @@ class CompressedTensorsFormat(Format):
                 "max / 127 or 128 in training"
             )
             return {}
-        ranges = ranges_between(*used.input_range.unbind(), grid)
+        ranges = ranges_between(used.input_range[0], used.input_range[1], grid)
         stored = {layer.full("input_scale"): ranges.scale.reshape(1)}
         if ranges.offset is not None:
             half = 2 ** (grid.bits - 1)

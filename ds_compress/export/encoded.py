@@ -94,7 +94,7 @@ def encode(
     """
     if recipe.real_share:
         raise ValueError(
-            f"it is still a blend of {recipe.real_share:.0%} real weights (fp16_mixed_quantize): train on until that is 0"
+            f"it is still a blend of {recipe.real_share:.0%} real weights (fp16_mixed_quantize): train on until 0"
         )
     if not bool(weight.isfinite().all()):
         raise ValueError("it has NaN or Inf")

@@ -34,19 +34,24 @@ class Options:
 class Format(ABC):
     """Turns layers into tensors of a file, and says what `config.json` must know of them.
 
+    loads_in_stock: transformers does. loader: who checks, see `check`. has_shards: tensors are written one by one.
+
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
-    values that only the export rounded, by parameter name, so that the check compares like with like. untied: modules
-    whose tied weight is stored a second time.
+    values that only the export rounded, by parameter name, so that the check compares like with like. untied:
+    modules whose tied weight is stored a second time. ignores_inputs: what is loaded does not quantize activations.
     """
 
     name: ClassVar[str]
     loads_in_stock: ClassVar[bool] = True
+    loader: ClassVar[str] = "stock"
+    has_shards: ClassVar[bool] = True
 
     options: Options
     schemes: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
+    ignores_inputs: bool = False
 
     @abstractmethod
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
@@ -65,8 +70,10 @@ class Format(ABC):
         """Entries of `config.json` that say how the weights are stored."""
         return {"tie_word_embeddings": False} if self.untied else {}
 
-    def finish(self, folder: Path, trained: Trained, inputs: Mapping[str, torch.Tensor] | None) -> None:  # noqa: B027
-        """After all tensors were written. inputs: those of the check, if there is one."""
+    def finish(  # noqa: B027
+        self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        """After all tensors were written. final: the model after its cuts; inputs: those of the check, if there is one."""
 
     def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
         """What the folder computes, where that needs no loader of a fresh process; None: ask one."""

@@ -1,4 +1,4 @@
-"""`hf`: the layout of `save_pretrained`, for models of which nothing is quantized, or with the rounded values as floats."""
+"""`hf`: the layout of `save_pretrained`, for models of which nothing is quantized; else values on the grid."""
 
 from __future__ import annotations
 
@@ -22,5 +22,6 @@ class HfFormat(Format):
             stored[layer.full("weight")] = self.cast(layer.encoded.values())
             self.note("quantized weights are written as floats on their grid: this format stores no integers")
         if layer.input is not None:
+            self.ignores_inputs = True
             self.note("activations are not quantized when this folder is loaded: the format cannot say so")
         return stored

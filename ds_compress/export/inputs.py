@@ -29,7 +29,8 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(dummy, Mapping):
             return {name: value.clone() for name, value in dummy.items()}
         raise ExportError(
-            f"a {type(model).__name__} says nothing of its inputs: pass inputs={{name: tensor}} to check it with, or check=False"
+            f"a {type(model).__name__} says nothing of its inputs: pass inputs={{name: tensor}} to check it with, "
+            "or check=False"
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     low, high = min(3, text.vocab_size - 1) if hasattr(text, "vocab_size") else 0, getattr(text, "vocab_size", 2)

@@ -42,12 +42,12 @@ def from_pretrained(
             f'{path} is of format "{report.format}": load it with transformers, {report.model_class}.from_pretrained'
         )
     if model is None:
-        model = _skeleton(path, report)
+        model = skeleton(path, report.model_class)
     restore(model, report.attributes)
     stored = _Stored(path)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
     for name, module in list(model.named_modules()):
-        _fill(module, stored.of_module(name))
+        fill(module, stored.of_module(name))
     for name, scheme in schemes.items():
         _serve(model, name, scheme, stored)
     _tie(model, schemes, stored)
@@ -86,16 +86,16 @@ class _Stored:
         return found
 
 
-def _skeleton(folder: Path, report: ExportReport) -> nn.Module:
+def skeleton(folder: Path, model_class: str) -> nn.Module:
     """The stock class without weights; buffers are computed, as they are not all stored."""
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    cls = getattr(transformers, report.model_class, None)
+    cls = getattr(transformers, model_class, None)
     if cls is None or not (folder / "config.json").exists():
         raise ExportError(
-            f"transformers has no {report.model_class}: pass model=<a new instance> to from_pretrained"
+            f"transformers has no {model_class}: pass model=<a new instance> to from_pretrained"
         )
     config = cls.config_class.from_pretrained(folder)
     with init_empty_weights(include_buffers=False), no_init_weights():
@@ -103,7 +103,8 @@ def _skeleton(folder: Path, report: ExportReport) -> nn.Module:
     return built
 
 
-def _fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    """Sets parameters (floats as fp32) and buffers by local name, whatever their size was."""
     for name, tensor in stored.items():
         if name in module._parameters:
             is_whole = tensor.is_floating_point()

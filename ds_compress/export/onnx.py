@@ -1,18 +1,145 @@
-"""`onnx`."""
+"""`onnx`: quantize/dequantize pairs around the products of an encoder, for onnxruntime and its relatives.
+
+The float model is exported, and each weight that has codes is replaced by them with a DequantizeLinear (int4 where
+4 bits suffice); a static input range becomes QuantizeLinear and DequantizeLinear. Per-token ranges have no operator:
+such inputs stay floats, which the report says. Tables with one scale per row are looked up as codes.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from ds_compress.config.modules import ModuleKind
+from ds_compress.export.attributes import restore, unsaid
+from ds_compress.export.encoded import encode_rows
 from ds_compress.export.errors import ExportError
-from ds_compress.export.format import Format
+from ds_compress.export.format import OTHER_FORMAT, Format
+from ds_compress.export.inputs import example_inputs
+from ds_compress.export.load import fill, skeleton
 from ds_compress.export.read import Layer
+from ds_compress.export.source import Trained
+
+FILE_NAME = "model.onnx"
+_PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 
 
+@dataclass
 class OnnxFormat(Format):
+    """Keeps the whole model in memory: a graph is exported at once."""
+
     name: ClassVar[str] = "onnx"
+    loader: ClassVar[str] = "onnx"
+    has_shards: ClassVar[bool] = False
+
+    layers: list[Layer] = field(default_factory=list)
+
+    def check_source(self, trained: Trained, final: nn.Module) -> None:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ExportError(f'format "onnx" needs {error.name}: pip install "ds_compress[onnx]"') from error
+        config = trained.config
+        if config is None:
+            raise ExportError(f'format "onnx" is for models of transformers; {OTHER_FORMAT}')
+        if getattr(config, "is_encoder_decoder", False) or getattr(trained.model, "can_generate", lambda: False)():
+            raise ExportError(
+                f'format "onnx" is for encoders; a {type(trained.model).__name__} generates, with a cache: {OTHER_FORMAT}'
+            )
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
-        raise ExportError("onnx: not yet")
+        encoded = layer.encoded
+        if encoded is not None and layer.kind not in (*_PRODUCTS, ModuleKind.EMBEDDING):
+            raise ExportError(f'{layer.name} is a {layer.kind}, which format "onnx" has no integers for; {OTHER_FORMAT}')
+        is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
+        if encoded is None and is_table and self.options.embeddings == "int8":
+            encoded = encode_rows(layer.tensors["weight"])
+            self.rounded[layer.full("weight")] = encoded.values()
+            layer = Layer(layer.name, layer.kind, encoded, {}, layer.input, layer.ties)
+        if layer.input is not None and layer.input.input_range is None:
+            self.ignores_inputs = True
+            self.note("inputs with a range per token stay floats: ONNX has no operator that rounds them as training did")
+        self.layers.append(layer)
+        if encoded is not None:
+            weight = {"type": "int", "bits": encoded.bits, "group_size": encoded.group_size}
+            self.schemes[layer.name] = {"weight": weight}
+        if encoded is not None and layer.kind in _PRODUCTS and (layer.input is None or layer.input.input_range is None):
+            self.note(
+                "onnxruntime rounds the inputs of weight-only products to int8 unless the session option "
+                "session.qdq_matmulnbits_accuracy_level is 1, which the check sets"
+            )
+        if layer.input is not None and layer.input.input_range is not None:
+            self.schemes.setdefault(layer.name, {})["input"] = layer.input.as_json()
+        return {}
+
+    @torch.no_grad()
+    def finish(self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None) -> None:
+        from ds_compress.export.onnx_graph import quantize_graph
+
+        model = self._float_model(folder, final)
+        graph = exported(model, dict(inputs or example_inputs(model)))
+        unquantized = quantize_graph(graph, [layer for layer in self.layers if layer.encoded is not None])
+        if unquantized:
+            raise ExportError(f"{unquantized[0]}: its product was not found in the exported graph; {OTHER_FORMAT}")
+        import onnx
+
+        onnx.save(graph, folder / FILE_NAME)
+        onnx.checker.check_model(str(folder / FILE_NAME))
+
+    def _float_model(self, folder: Path, final: nn.Module) -> nn.Module:
+        model = skeleton(folder, type(final).__name__)
+        restore(model, unsaid(final, json_config(folder, final)))
+        for layer in self.layers:
+            values = dict(layer.tensors)
+            if layer.encoded is not None:
+                values["weight"] = layer.encoded.values()
+            fill(model.get_submodule(layer.name), values)
+        for layer in self.layers:
+            for local, first in layer.ties.items():
+                model.get_submodule(layer.name)._parameters[local] = model.get_parameter(first)
+        return model.requires_grad_(False).eval()
+
+
+def json_config(folder: Path, final: nn.Module) -> Any:
+    """The config that was written."""
+    cls: Any = type(final)
+    return cls.config_class.from_dict(json.loads((folder / "config.json").read_text()))
+
+
+class _Positional(nn.Module):
+    """The exporter wants positions, and one tensor back."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        output = self.model(**dict(zip(self.names, values, strict=True)))
+        result: torch.Tensor = output["logits"] if "logits" in output else output[0]
+        return result
+
+
+def exported(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    """The onnx.ModelProto of a float model; batch and sequence length stay free."""
+    dynamic = torch.export.Dim.DYNAMIC
+    axes = tuple({0: dynamic, 1: dynamic} if value.dim() == 2 else {0: dynamic} for value in inputs.values())
+    program = torch.onnx.export(
+        _Positional(model, list(inputs)).eval(),
+        tuple(inputs.values()),
+        input_names=list(inputs),
+        output_names=["logits"],
+        dynamo=True,
+        dynamic_shapes=(axes,),
+        opset_version=21,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto

@@ -30,7 +30,8 @@ class Int8Linear(nn.Module):
         self.steps, self.activation = used.grid.steps, "none"
         self.input_scale: torch.Tensor | None = None
         if used.input_range is not None:
-            self.input_scale = ranges_between(*used.input_range.unbind(), used.grid).scale.reshape(1)
+            lowest, highest = used.input_range[0], used.input_range[1]
+            self.input_scale = ranges_between(lowest, highest, used.grid).scale.reshape(1)
         self._packed: torch.Tensor | None = None
 
     @property

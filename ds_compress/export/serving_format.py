@@ -34,6 +34,7 @@ class ServingFormat(Format):
 
     name: ClassVar[str] = "torch"
     loads_in_stock: ClassVar[bool] = False
+    loader: ClassVar[str] = "own"
 
     def check_source(self, trained: Trained, final: nn.Module) -> None:
         if self.options.embeddings not in (None, "int8", "float"):

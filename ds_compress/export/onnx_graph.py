@@ -1,0 +1,170 @@
+"""Edits of an exported ONNX graph: integers and scales instead of float weights."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from ds_compress.config.modules import ModuleKind
+from ds_compress.export.read import InputScheme, Layer
+from ds_compress.quant.grid import ranges_between
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_PREFIX = "model."
+_INT4_BITS = 4
+
+
+def quantize_graph(model: Any, layers: Iterable[Layer]) -> list[str]:
+    """Replaces the weights of `layers` in place; returns the names of those whose node was not found."""
+    graph = model.graph
+    by_module: dict[str, Any] = {}
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm", "Gather"):
+            by_module.setdefault(_module_of(node), node)
+    missing = []
+    for layer in layers:
+        node = by_module.get(layer.name)
+        if node is None:
+            missing.append(layer.name)
+        elif layer.kind is ModuleKind.EMBEDDING:
+            _replace_table(graph, node, layer)
+        else:
+            _replace_weight(graph, node, layer)
+            if layer.input is not None and layer.input.input_range is not None:
+                _round_input(graph, node, layer, layer.input)
+    _drop_unused(graph)
+    _sort(graph)
+    return missing
+
+
+def _module_of(node: Any) -> str:
+    for property in node.metadata_props:
+        if property.key == _SCOPES:
+            scopes = ast.literal_eval(property.value)
+            return str(scopes[-2]).removeprefix(_PREFIX) if len(scopes) > 1 else ""
+    return ""
+
+
+def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
+    assert layer.encoded is not None
+    encoded, name = layer.encoded, layer.full("weight")
+    outputs_first = any(a.name == "transB" and a.i for a in node.attribute)  # [out, in]; a MatMul's is [in, out]
+    codes, scale, offset = encoded.codes, encoded.scale, encoded.offset
+    zero = None
+    if offset is not None:
+        zero = -torch.round(offset / scale)
+    if not outputs_first:
+        codes, scale = codes.t(), scale.t()
+        zero = None if zero is None else zero.t()
+    axis = 0 if outputs_first else 1
+    attributes: dict[str, Any] = {"axis": axis}
+    if encoded.groups > 1:
+        attributes = {"axis": 1 - axis, "block_size": encoded.group_size}
+    else:
+        scale = scale.flatten()
+        zero = None if zero is None else zero.flatten()
+    signed = zero is None
+    packs = encoded.bits <= _INT4_BITS
+    kind = {
+        (True, True): TensorProto.INT4,
+        (True, False): TensorProto.INT8,
+        (False, True): TensorProto.UINT4,
+        (False, False): TensorProto.UINT8,
+    }[signed, packs]
+    inputs = [f"{name}_codes", f"{name}_scale"]
+    graph.initializer.append(_integers(inputs[0], codes.contiguous(), kind))
+    graph.initializer.append(_floats(inputs[1], scale))
+    if zero is not None:
+        inputs.append(f"{name}_zero_point")
+        graph.initializer.append(_integers(inputs[2], zero.clamp(0, 255).to(torch.uint8).contiguous(), kind))
+    graph.node.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_values"], **attributes))
+    node.input[1] = f"{name}_values"
+
+
+def _replace_table(graph: Any, node: Any, layer: Layer) -> None:
+    """Codes and scales of the rows that are looked up, and no others, are read."""
+    assert layer.encoded is not None
+    encoded, name = layer.encoded, layer.full("weight")
+    if encoded.groups > 1 or encoded.offset is not None:
+        return  # the float values are on the grid
+    graph.initializer.append(_integers(f"{name}_codes", encoded.codes, TensorProto.INT8))
+    graph.initializer.append(_floats(f"{name}_scale", encoded.scale))
+    indices, output = node.input[1], node.output[0]
+    graph.node.extend(
+        [
+            helper.make_node("Gather", [f"{name}_codes", indices], [f"{name}_row_codes"], axis=0),
+            helper.make_node("Cast", [f"{name}_row_codes"], [f"{name}_row_floats"], to=TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}_scale", indices], [f"{name}_row_scale"], axis=0),
+            helper.make_node("Mul", [f"{name}_row_floats", f"{name}_row_scale"], [output]),
+        ]
+    )
+    graph.node.remove(node)
+
+
+def _round_input(graph: Any, node: Any, layer: Layer, used: InputScheme) -> None:
+    assert used.input_range is not None
+    name, grid = layer.full("input"), used.grid
+    ranges = ranges_between(used.input_range[0], used.input_range[1], grid)
+    graph.initializer.append(_floats(f"{name}_scale", ranges.scale.reshape(())))
+    if ranges.offset is None:
+        zero = numpy_helper.from_array(np.array(0, np.int8), f"{name}_zero_point")
+    else:
+        point = float((-torch.round(ranges.offset / ranges.scale)).clamp(0, 255))
+        zero = numpy_helper.from_array(np.array(point, np.uint8), f"{name}_zero_point")
+    graph.initializer.append(zero)
+    scale_and_zero = [f"{name}_scale", f"{name}_zero_point"]
+    graph.node.append(helper.make_node("QuantizeLinear", [node.input[0], *scale_and_zero], [f"{name}_codes"]))
+    graph.node.append(helper.make_node("DequantizeLinear", [f"{name}_codes", *scale_and_zero], [f"{name}_values"]))
+    node.input[0] = f"{name}_values"
+
+
+def _integers(name: str, codes: torch.Tensor, kind: int) -> Any:
+    return helper.make_tensor(name, kind, codes.shape, codes.flatten().tolist()) if kind in (
+        TensorProto.INT4,
+        TensorProto.UINT4,
+    ) else numpy_helper.from_array(codes.contiguous().numpy(), name)  # fmt: skip
+
+
+def _floats(name: str, values: torch.Tensor) -> Any:
+    return numpy_helper.from_array(values.float().contiguous().numpy(), name)
+
+
+def _drop_unused(graph: Any) -> None:
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    described = [value for value in graph.value_info if value.name in used]
+    del graph.value_info[:]
+    graph.value_info.extend(described)
+    for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        if hasattr(value, "metadata_props"):
+            value.ClearField("metadata_props")
+
+
+def _sort(graph: Any) -> None:
+    """Nodes after those that they read from."""
+    known = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input} | {""}
+    waiting, ordered = list(graph.node), []
+    while waiting:
+        ready = [node for node in waiting if all(name in known for name in node.input)]
+        if not ready:
+            raise ValueError("the exported graph has a cycle")
+        for node in ready:
+            known.update(node.output)
+        ordered += ready
+        done = {id(node) for node in ready}
+        waiting = [node for node in waiting if id(node) not in done]
+    for node in ordered:
+        # Where in the Python source a node came from, several times the size of a small model.
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)
