@@ -73,7 +73,7 @@ class Format(ABC):
     def finish(  # noqa: B027
         self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
     ) -> None:
-        """After all tensors were written. final: the model after its cuts; inputs: those of the check, if there is one."""
+        """After all tensors were written. final: the model after its cuts; inputs: those of the check, if any."""
 
     def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
         """What the folder computes, where that needs no loader of a fresh process; None: ask one."""

@@ -50,15 +50,16 @@ class OnnxFormat(Format):
         config = trained.config
         if config is None:
             raise ExportError(f'format "onnx" is for models of transformers; {OTHER_FORMAT}')
-        if getattr(config, "is_encoder_decoder", False) or getattr(trained.model, "can_generate", lambda: False)():
+        model: Any = trained.model
+        if config.is_encoder_decoder or (hasattr(model, "can_generate") and model.can_generate()):
             raise ExportError(
-                f'format "onnx" is for encoders; a {type(trained.model).__name__} generates, with a cache: {OTHER_FORMAT}'
+                f'format "onnx" is for encoders, and a {type(model).__name__} generates, with a cache; {OTHER_FORMAT}'
             )
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         encoded = layer.encoded
         if encoded is not None and layer.kind not in (*_PRODUCTS, ModuleKind.EMBEDDING):
-            raise ExportError(f'{layer.name} is a {layer.kind}, which format "onnx" has no integers for; {OTHER_FORMAT}')
+            raise ExportError(f'{layer.name}: format "onnx" has no integers for a {layer.kind}; {OTHER_FORMAT}')
         is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
         if encoded is None and is_table and self.options.embeddings == "int8":
             encoded = encode_rows(layer.tensors["weight"])
@@ -66,7 +67,7 @@ class OnnxFormat(Format):
             layer = Layer(layer.name, layer.kind, encoded, {}, layer.input, layer.ties)
         if layer.input is not None and layer.input.input_range is None:
             self.ignores_inputs = True
-            self.note("inputs with a range per token stay floats: ONNX has no operator that rounds them as training did")
+            self.note("inputs with a range per token stay floats: no operator of ONNX rounds them as training did")
         self.layers.append(layer)
         if encoded is not None:
             weight = {"type": "int", "bits": encoded.bits, "group_size": encoded.group_size}
@@ -81,7 +82,9 @@ class OnnxFormat(Format):
         return {}
 
     @torch.no_grad()
-    def finish(self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None) -> None:
+    def finish(
+        self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
+    ) -> None:
         from ds_compress.export.onnx_graph import quantize_graph
 
         model = self._float_model(folder, final)
