@@ -59,12 +59,14 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="a fine-tuned teacher, for example demo_result/teacher")
     parser.add_argument("--output", type=Path, default=Path("small_result"))
     parser.add_argument("--only", default="", help="points whose names contain this")
-    parser.add_argument("--measure-only", action="store_true", help="measure what an earlier run has exported")
+    parser.add_argument("--measure-only", action="store_true", help="measure what earlier runs have exported")
     parser.add_argument("--json", action="store_true", help="one last line with every figure")
     args = parser.parse_args()
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     chosen = {name: settings for name, settings in POINTS.items() if args.only in name}
+    if args.measure_only:
+        chosen = {name: s for name, s in chosen.items() if (folder_of(output, name) / "torch").exists()}
     try:
         sentences = prepare(output)[1]
         teacher = args.teacher.resolve() if args.teacher else output / TEACHER
@@ -81,8 +83,11 @@ def main() -> None:
         sys.exit(str(failure))
     print_result(result)
     print(f"appended to {record.append('compression_curve', ' '.join(sys.argv[1:]), result)}")
-    if len(chosen) == len(POINTS):
-        print(f"drawn: {draw(result, record.HERE / 'results' / 'compression_curve.png')}")
+    if len(chosen) > 1:
+        try:
+            print(f"drawn: {draw(result, record.HERE / 'results' / 'compression_curve.png')}")
+        except ImportError:
+            print("not drawn: pip install 'ds_compress[benchmarks]'")
     if args.json:
         print(record.json_line("compression_curve", result))
 
