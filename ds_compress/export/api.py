@@ -86,9 +86,12 @@ def export(
         trained.agree(failure)
         job = _Export(trained, format, Options(dtype, embeddings, scheme), inputs if check else None, check)
         job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
-        if unfinished is not None:
-            unfinished.finish()
-        trained.agree(None)
+        try:
+            if unfinished is not None:
+                unfinished.finish()
+        except OSError as error:
+            failure = error
+        trained.agree(failure)
         return job.report
     finally:
         if unfinished is not None:
@@ -119,6 +122,7 @@ class _Export:
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
         trained, report = self.trained, self.report
         report.folder = str(out)
+        report.steps = trained.steps
         report.dense_bytes = 4 * sum(_sizes(trained.model))
         failure: BaseException | None = None
         try:
@@ -188,7 +192,7 @@ class _Export:
             exact if self.format.ignores_inputs else logits,
             exact,
             min(_dtype(model), self.format.options.dtype or torch.float32, key=lambda d: torch.finfo(d).bits),
-            rounds_activations=self.format.options.scheme == "fp8",
+            fp8_products=len(self.format.schemes) if self.format.options.scheme == "fp8" else 0,
             same_activations=self.format.name in ("torch", "onnx"),
         )
 

@@ -25,6 +25,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
 class ExportReport:
     """bytes: of the weight files; dense_bytes: of the model's parameters before any cut in fp32; ratio: how many
     times smaller. nonzeros: of the parameters that are left. modules: how each module that holds parameters is stored.
+    steps: optimizer steps that the training had applied, if known.
     check: how the folder was loaded and how far its logits are from the trained model's; empty without a check.
     """
 
@@ -32,6 +33,7 @@ class ExportReport:
     format: str
     model_class: str
     source: str = "model"
+    steps: int | None = None
     bytes: int = 0
     dense_bytes: int = 0
     parameters: int = 0
