@@ -30,6 +30,21 @@ class FormatName(StrEnum):
     ONNX = "onnx"
 
 
+class DtypeName(StrEnum):
+    """Of stored floats."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class EmbeddingsName(StrEnum):
+    """How tables are stored."""
+
+    INT8 = "int8"
+    FLOAT = "float"
+
+
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="folder of a DeepSpeed checkpoint, or of a transformers model")],
@@ -39,11 +54,19 @@ def export(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder to copy the tokenizer from")] = None,
     scheme: Annotated[str | None, typer.Option(help="fp8: round an unquantized model for compressed-tensors")] = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="in which tensors that are not quantized are stored")
+    ] = None,
+    embeddings: Annotated[
+        EmbeddingsName | None, typer.Option(help="tables that were not trained in integers: torch rounds them to int8")
+    ] = None,
     check: Annotated[bool, typer.Option(help="load the folder in a fresh process and compare logits")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
 ) -> None:
     """Writes a trained model as a folder that other programs load, and checks it."""
     with _one_line_errors():
+        import torch
+
         from ds_compress.export.api import export as run
 
         report = run(
@@ -52,6 +75,8 @@ def export(
             None if format is None else format.value,
             tokenizer=tokenizer,
             scheme=scheme,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            embeddings=None if embeddings is None else embeddings.value,
             check=check,
             overwrite=overwrite,
         )

@@ -65,7 +65,7 @@ def export(
         inputs: what to check with, by argument name; None: made up from the config.
         check: False writes without loading.
         overwrite: replace `out_dir` if it exists.
-        dtype: of tensors that are not quantized; None: as they are.
+        dtype: in which tensors that are not quantized are stored; None: as they are.
         embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
         scheme: "fp8" with "compressed-tensors" rounds a model that was not trained in integers.
         shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
@@ -171,8 +171,7 @@ class _Export:
             return
         written: Any = copy.deepcopy(self.final.config)
         written.architectures = [self.report.model_class]
-        dtype = self.format.options.dtype or _dtype(self.trained.model)
-        written.dtype = dtype
+        written.dtype = self.format.loaded_dtype(_dtype(self.trained.model))
         written.save_pretrained(folder)
         model: Any = self.trained.model
         generation = getattr(model, "generation_config", None)

@@ -38,12 +38,14 @@ class CompressedTensorsFormat(Format):
     name: ClassVar[str] = "compressed-tensors"
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def check_source(self, trained: Trained, final: nn.Module) -> None:
         super().check_source(trained, final)
         if self.options.scheme not in (None, "fp8"):
             raise ExportError(f'scheme is None or "fp8", got {self.options.scheme!r}')
-        if self.options.dtype not in (None, torch.float32):
-            self.note("scales are loaded in the dtype of the model, which rounds them")
+        self.note("config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them")
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         self.untie(layer)

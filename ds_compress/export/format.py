@@ -66,6 +66,10 @@ class Format(ABC):
         if self.loads_in_stock:
             refuse_unless_stock(trained, final, self.name)
 
+    def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
+        """In which a loader should hold the model: `dtype` of `config.json`."""
+        return self.options.dtype or trained_dtype
+
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         """Entries of `config.json` that say how the weights are stored."""
         return {"tie_word_embeddings": False} if self.untied else {}

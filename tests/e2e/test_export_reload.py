@@ -16,7 +16,7 @@ import sys, torch, transformers
 import compressed_tensors
 model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1])
 out = model(input_ids=torch.arange(1, 9).view(1, 8)).logits
-assert out.isfinite().all() and not any("ds_compress" in name for name in sys.modules)
+assert out.isfinite().all() and "ds_compress" not in sys.modules
 ids = model.generate(torch.arange(1, 5).view(1, 4), max_new_tokens=4, do_sample=False)
 print(tuple(ids.shape))
 """

@@ -121,6 +121,16 @@ class TestFormats:
         report = export(bert(), tmp_path / "out", dtype=torch.bfloat16)
         assert report.ratio == pytest.approx(2, abs=0.2)
 
+    def test_16_bit_embeddings_beside_exact_scales(self, tmp_path: Path) -> None:
+        model = quantized(bert(), 8, DYNAMIC, ("layer",))
+        export(model, tmp_path / "out", dtype=torch.float16)
+        name = "bert.encoder.layer.0.intermediate.dense"
+        loaded = hf.BertForSequenceClassification.from_pretrained(tmp_path / "out")
+        run(loaded, inputs_of(model))
+        assert torch.equal(loaded.get_submodule(name).weight, layers.quantized_weight(model.get_submodule(name)))
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        assert stored["bert.embeddings.word_embeddings.weight"].dtype is torch.float16
+
     def test_tokenizer_is_copied(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer").mkdir()
         (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
