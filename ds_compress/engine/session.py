@@ -55,8 +55,7 @@ class Compression:
         plan: which weight gets what.
         stages: the attached stages by block name.
         applied_steps: optimizer steps applied so far; what every schedule counts.
-        shrunk_units: what is left of the structures that a shrink removed, by name; empty before. shrunk: the same
-            as a description for `structure.cut.rebuild`.
+        shrunk_units: what is left of the structures that a shrink removed, by name; empty before.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class Compression:
         self.model = model
         self.teacher = teacher
         self.shrunk_units: dict[str, torch.Tensor] = {}
-        self.shrunk: dict[str, Any] = {}
         self._construction: dict[str, Any] = {}
 
     @property
@@ -228,7 +226,6 @@ class Compression:
         block = {key: value for key, value in self.block.items() if key not in _DONE_WHEN_SHRUNK}
         successor = self._with_stages(arguments, block, parse_config(block), [])
         successor.block, successor.teacher = self.block, self.teacher
-        successor.shrunk = cuts.description()
         successor.shrunk_units = {
             name: units for stage in self.structured for name, units in stage.kept.items()
         }

@@ -41,11 +41,10 @@ class Cuts:
         structures: Iterable[Structure],
         kept: Mapping[str, torch.Tensor],
         model: nn.Module | None = None,
-        aliases: Mapping[str, str] | None = None,
     ) -> Cuts:
         """Cuts `structures` down to the units `kept`, by structure name; one that is not named keeps all.
 
-        model, or aliases: gives the second names of tied tensors, so that `apply` and `shape_of` know them, too.
+        model: gives the second names of tied tensors, so that `apply` and `shape_of` know them, too.
 
         Raises:
             ValueError: `kept` names no structure, or keeps none, unknown or unsorted units.
@@ -61,7 +60,7 @@ class Cuts:
             indices[name] = _checked(known[name], units)
         for name, structure in known.items():
             indices.setdefault(name, torch.arange(structure.units))
-        return cls(whole, indices, second_names(model) if model is not None else aliases or {})
+        return cls(whole, indices, {} if model is None else second_names(model))
 
     def active(self) -> tuple[Structure, ...]:
         """Structures that lose something: removable, and not all of their units kept."""
@@ -138,15 +137,6 @@ class Cuts:
         from ds_compress.structure.model_config import rewrite_config
 
         rewrite_config(config, [(s, self.count(s)) for s in self.structures], self)
-
-    def description(self) -> dict[str, Any]:
-        """JSON-able; with it `rebuild` does the same to another copy of the model.
-
-        Tied tensors are in it when the model was given to `of`, or was rewritten.
-        """
-        from ds_compress.structure.description import describe
-
-        return describe(self)
 
     # --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import transformers as hf
 from torch import nn
 
 from ds_compress.structure.cut import Cuts
-from ds_compress.structure.description import cuts_described, rebuild
 from ds_compress.structure.find import find_structures
 from ds_compress.structure.structure import Member, Structure, StructureKind
 from tests.zoo.masked import kept_units, masked_copy
@@ -260,42 +258,11 @@ class TestRewrite:
         assert config.to_dict() == model.config.to_dict()
         assert (config.intermediate_size, config.num_hidden_layers) == (24, 2)
 
-
-class TestDescription:
-    def test_it_is_short_json(self) -> None:
-        cuts = _cut(ZOO["llama"](), StructureKind.ROW)
-        text = json.dumps(cuts.description())
-        entry = json.loads(text)["structures"][0]
-        assert entry["members"][0]["index"] == {"start": 0, "unit": 1, "entry": 0, "width": 1}
-        assert "array" not in text and len(text) < 4000
-
-    @pytest.mark.parametrize("name", ["t5", "phi3", "modernbert", "gpt_neox", "gpt2"])
-    def test_indices_come_back(self, name: str) -> None:
-        cuts = _cut(ZOO[name](), StructureKind.ROW, StructureKind.HEAD, StructureKind.LAYER)
-        again = cuts_described(json.loads(json.dumps(cuts.description())))
-        assert [s.name for s in again.structures] == [s.name for s in cuts.structures]
-        for ours, theirs in zip(cuts.structures, again.structures, strict=True):
-            assert torch.equal(cuts.kept[ours.name], again.kept[theirs.name])
-            for a, b in zip(ours.members, theirs.members, strict=True):
-                assert (a.tensor, a.dim, a.rescale) == (b.tensor, b.dim, b.rescale) and torch.equal(
-                    a.index, b.index
-                )
-
-    def test_uneven_indices_come_back(self) -> None:
-        index = torch.tensor([[0, 5], [3, 7], [1, 2]])
-        cuts = Cuts.of([_structure("a", Member("w", 0, index), units=3)], {"a": torch.tensor([1])})
-        again = cuts_described(json.loads(json.dumps(cuts.description())))
-        assert torch.equal(again.structures[0].members[0].index, index)
-
     def test_a_skeleton_whose_ties_are_lost_is_cut_everywhere(self) -> None:
         model: Any = ZOO["llama"]()
-        cuts = _cut(model, StructureKind.HIDDEN)
+        found = _cut(model, StructureKind.HIDDEN)
+        cuts = Cuts.of(found.structures, found.kept, model)
         skeleton: Any = copy.deepcopy(model).to("meta")
         assert skeleton.lm_head.weight is not skeleton.model.embed_tokens.weight
-        cuts.rewrite(model)
-        rebuild(skeleton, cuts.description())
+        cuts.rewrite(skeleton, skeleton=True)
         assert skeleton.lm_head.weight.shape == skeleton.model.embed_tokens.weight.shape == (61, 16)
-
-    def test_a_newer_format_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="format 2"):
-            cuts_described({"format": 2})

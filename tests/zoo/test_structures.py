@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ds_compress.structure.cut import Cuts
-from ds_compress.structure.description import rebuild
 from ds_compress.structure.find import find_structures
 from ds_compress.structure.stock import stock_obstacles
 from ds_compress.structure.structure import Structure, StructureKind
@@ -150,13 +149,13 @@ def _check_streaming(original: nn.Module, model: nn.Module, cuts: Cuts) -> None:
 
 
 def _check_rebuilding(original: nn.Module, model: nn.Module, cuts: Cuts) -> None:
-    """A skeleton of the model before the cut, shrunk by the description, is the cut model without its weights."""
+    """A skeleton of the model before the cut, cut alike, is the cut model without its weights."""
     if hasattr(original, "config"):
         with torch.device("meta"):
             skeleton = type(original)(copy.deepcopy(original.config)).eval()
     else:
         skeleton = copy.deepcopy(original).to("meta")
-    rebuild(skeleton, cuts.description())
+    cuts.rewrite(skeleton, skeleton=True)
     for name, buffer in model.named_buffers():
         # As from_pretrained does for those that are not saved.
         owner, _, key = name.rpartition(".")
