@@ -45,6 +45,7 @@ GROUP = 64
 OURS, OURS_GELU, OURS_INT4 = "int8_linear", "int8_linear, GELU", f"int4_linear, groups of {GROUP}"
 SMALL, LARGE = 5e7, 5e8  # operations of a call
 HOPELESS = 10.0
+FAR = 1.5
 
 Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
@@ -227,12 +228,16 @@ def summary(bench: Bench) -> dict[str, dict[str, float]]:
 
 
 def essentials(everything: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """For the committed file, which would grow by a megabyte a run: of a peer only how much slower it is than ours."""
-    peers_figure = "times slower than int8_linear"
-    return {
-        variant: {peers_figure: figures[peers_figure]} if peers_figure in figures else dict(figures)
-        for variant, figures in everything.items()
-    }
+    """For the committed file, which would grow by megabytes a run: of a peer only how many times slower it is than
+    ours, and of an 8-bit one nothing where that is more than `FAR` times."""
+    kept: dict[str, dict[str, float]] = {}
+    for variant, figures in everything.items():
+        slower = {figure: value for figure, value in figures.items() if figure.startswith("times slower")}
+        if not slower or variant.endswith(OURS_INT4):
+            kept[variant] = dict(figures)
+        elif variant.endswith(FP32) or max(slower.values()) <= FAR:
+            kept[variant] = slower
+    return kept
 
 
 def _listed(figures: Mapping[str, float]) -> str:
