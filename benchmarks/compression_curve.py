@@ -107,7 +107,7 @@ def config_of(settings: dict[str, Any], teacher: Path) -> dict[str, Any]:
         if ratio == 1:
             del block[key]
     weights = block["weight_quantization"]
-    if min(settings["bits"], settings["words"]) < 8:
+    if settings["bits"] < 8:
         weights["shared_parameters"] |= {"granularity": "per_column_group", "group_size": 32}
     for group, bits in (("encoder", settings["bits"]), ("words", settings["words"])):
         weights["different_groups"][group]["params"] = {
