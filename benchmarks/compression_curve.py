@@ -202,7 +202,7 @@ def draw(result: dict[str, dict[str, float]], path: Path) -> Path:
         axis.xaxis.set_major_formatter("{x:g}x")
         axis.set_xlabel(f"{label}: times less than the teacher's")
         axis.grid(True, alpha=0.3)
-    axes[0].set_ylabel("accuracy on 2,049 held-out sentences, % (bars: one standard error)")
+    axes[0].set_ylabel("held-out accuracy, % (bars: one standard error)")
     axes[0].legend(fontsize=7, loc="lower left")
     figure.suptitle("all-MiniLM-L6-v2 on movie sentences, compressed while it trains; one CPU thread")
     figure.tight_layout()
