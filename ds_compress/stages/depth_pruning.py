@@ -62,7 +62,8 @@ class DepthPruning(StructuredPruning):
     def _bypass(self, layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if layer not in self._bypassed:
             return None
-        return replace_hidden(output, hidden_input(args, kwargs))
+        handed_on = _HandOn.apply(hidden_input(args, kwargs), first_tensor(output))
+        return replace_hidden(output, handed_on)
 
     def _observe(self, model: nn.Module, structure: Structure) -> Iterator[Any]:
         score = self.score
@@ -81,6 +82,24 @@ class DepthPruning(StructuredPruning):
                 score.see(structure.name, influence, 1)
 
             yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+
+
+class _HandOn(torch.autograd.Function):
+    """The first of two tensors; the second gets a gradient of zeros.
+
+    Without any, ZeRO-3 would go on with the last gradients of a layer that takes no part: in its updates, and in
+    the global norm that everything is clipped by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        ctx.like = output.new_empty(0), output.shape
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        like, shape = ctx.like
+        return gradient, like.new_zeros(shape)
 
 
 def hidden_input(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
