@@ -97,7 +97,7 @@ class _HandOn(torch.autograd.Function):
         return hidden.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like, shape = ctx.like
         return gradient, like.new_zeros(shape)
 
