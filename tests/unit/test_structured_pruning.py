@@ -90,6 +90,16 @@ class TestDepth:
             output = engine.module.bert.encoder.layer[gone[0]](hidden)
             assert torch.equal(output[0] if isinstance(output, tuple) else output, hidden)
 
+    def test_a_dropped_layer_gets_gradients_of_zero(self) -> None:
+        """None at all, and ZeRO-3 would go on with the last ones."""
+        with engine_of(tiny_bert(layers=4), ds_config(0, {"depth_pruning": shared()})) as engine:
+            train(engine, batches(2))
+            (kept,) = engine.compression.stages["depth_pruning"].kept.values()
+            engine.backward(engine(**next(batches(1))).loss)
+            for index, layer in enumerate(engine.module.bert.encoder.layer):
+                gradients = [p.grad for p in layer.parameters()]
+                assert all(g is not None and bool(g.any()) == (index in kept.tolist()) for g in gradients[:1])
+
     def test_influence_prefers_the_layer_that_changes_most(self) -> None:
         model = tiny_bert(layers=4)
         with torch.no_grad():
