@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,12 @@ from torch import nn
 from ds_compress.config.plan import plan
 from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
 from ds_compress.engine.plain import cut_in_place
+from ds_compress.engine.sessions import session_of
 from ds_compress.select.units import best, unit_sums
 from ds_compress.structure.cut import Cuts
+
+if TYPE_CHECKING:
+    from ds_compress.engine.session import Compression
 
 
 def finalize(
@@ -24,9 +28,11 @@ def finalize(
     Args:
         engine_or_model: a DeepSpeed engine with a `compression_training` block, on any ZeRO stage: its training is
             over afterwards, and the model that it trained comes back whole and plain in every process (a
-            collective). Or a model whose structures are zero already (a checkpoint of a masked model).
-        config: with a model, the block (or the DeepSpeed config) that it was trained with: it says which structures
-            there are, and how many units each keeps; those with the largest weights are.
+            collective). Or the model of such an engine, or of a training loop with a `compression_scheduler`: the
+            masks in force decide likewise. Or a model whose structures are zero already (a checkpoint of a masked
+            model).
+        config: with a model of the last kind, the block (or the DeepSpeed config) that it was trained with: it says
+            which structures there are, and how many units each keeps; those with the largest weights are.
 
     Returns:
         The same module object, smaller. Its quantizers, if any, are still attached, so that an export knows them.
@@ -36,6 +42,9 @@ def finalize(
     """
     if hasattr(engine_or_model, "compression"):
         return _finalize_engine(engine_or_model)
+    session = session_of(engine_or_model) if isinstance(engine_or_model, nn.Module) else None
+    if session is not None:
+        return _finalize_engine(session.engine) if session.engine is not None else _finalize_loop(session)
     if not isinstance(engine_or_model, nn.Module) or hasattr(engine_or_model, "module"):
         raise ValueError("finalize: this engine has no compression_training block: nothing was masked")
     if config is None:
@@ -54,6 +63,13 @@ def _finalize_engine(engine: Any) -> nn.Module:
     session.end()
     cut_in_place(engine, cuts)
     return model
+
+
+def _finalize_loop(session: Compression) -> nn.Module:
+    cuts = session.cuts()
+    session.end()
+    cuts.rewrite(session.model)
+    return session.model
 
 
 @torch.no_grad()

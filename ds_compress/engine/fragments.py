@@ -78,6 +78,13 @@ def master_fragments(engine: Any) -> Iterator[Fragment]:
             yield fragment
 
 
+def plain_fragments(model: nn.Module) -> Iterator[Fragment]:
+    """The trained parameters of a model without an engine: each is its own master, whole in this process."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.numel():
+            yield _whole(name, parameter, stepped=parameter, offset=0)
+
+
 def _whole(name: str, parameter: nn.Parameter, stepped: torch.Tensor, offset: int) -> Fragment:
     return Fragment(name, parameter, tuple(parameter.shape), 0, parameter.numel(), stepped, offset, None)
 

@@ -92,7 +92,7 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         engine, config_class = call.arguments["self"], call.arguments["config_class"]
-        block = getattr(config_class, _BLOCK, None)
+        block = getattr(config_class, _BLOCK, None) or _block_of_prepared(call.arguments["model"])
         if block is not None and _trains(call.arguments["optimizer"], config_class):
             from ds_compress.engine.session import Compression
 
@@ -103,6 +103,14 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
             original(*args, **kwargs)
 
     return engine_init
+
+
+def _block_of_prepared(model: Any) -> Mapping[str, Any] | None:
+    """Of a model that `compat.init_compression` prepared and whose DeepSpeed JSON came without the block."""
+    from ds_compress.engine.sessions import session_of
+
+    session = session_of(model)
+    return session.block if session is not None and session.engine is None else None
 
 
 def _trains(optimizer: Any, config_class: Any) -> bool:

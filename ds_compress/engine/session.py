@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from ds_compress.config import parse_config
-from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.config.errors import ROOT, ConfigError, Problem
 from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
-from ds_compress.engine import checkpoint, parameters, seams, shrink
+from ds_compress.engine import checkpoint, parameters, seams, sessions, shrink
+from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
@@ -49,13 +50,14 @@ def teacher_given(teacher: nn.Module | None) -> Iterator[None]:
 
 
 class Compression:
-    """What `engine.compression` is.
+    """What `engine.compression` is; without an engine, what drives the stages in a plain training loop.
 
     Attributes:
         plan: which weight gets what.
         stages: the attached stages by block name.
         applied_steps: optimizer steps applied so far; what every schedule counts.
         shrunk_units: what is left of the structures that a shrink removed, by name; empty before.
+        removed, added: parameters that preparing the model took away, and new ones that an optimizer has to train.
     """
 
     def __init__(
@@ -72,6 +74,10 @@ class Compression:
         self.model = model
         self.teacher = teacher
         self.shrunk_units: dict[str, torch.Tensor] = {}
+        self.removed: list[nn.Parameter] = []
+        self.added: list[nn.Parameter] = []
+        self.engine: Any = None
+        self._hooks: StepHooks | LoopHooks | None = None
         self._construction: dict[str, Any] = {}
 
     @property
@@ -88,13 +94,27 @@ class Compression:
             ConfigError: with all problems of block, model and DeepSpeed config that can be known now.
         """
         model: nn.Module = arguments["model"]
-        config = parse_config(block)
+        parse_config(block)
         refuse_unsupported(model, engine_class, arguments["config_class"])
+        session = sessions.taken_over(model, block) or cls.of_model(model, block, _given_teacher)
+        session._enter(arguments)
+        return session
+
+    @classmethod
+    def of_model(
+        cls, model: nn.Module, block: Mapping[str, Any], given_teacher: nn.Module | None = None
+    ) -> Compression:
+        """What can be done to `model` without an engine: layers cut or filled, classes swapped, nothing attached.
+
+        Raises:
+            ConfigError: with all problems of block and model.
+        """
+        config = parse_config(block)
         _choose_kernels(config)
-        teacher = Teacher.of(config, _given_teacher, model)
+        teacher = Teacher.of(config, given_teacher, model)
         removed = reduce_layers(model, config, teacher.model if teacher else None, parameters.copy_parameters)
-        session = cls._with_stages(arguments, block, config, removed)
-        session.teacher = teacher
+        session = cls._with_stages(model, block, config)
+        session.removed, session.teacher = removed, teacher
         if teacher is not None and config.distillation is not None and config.distillation.enabled:
             session.stages[Distillation.name] = Distillation(
                 config.distillation, model, teacher, config.layer_reduction
@@ -103,22 +123,20 @@ class Compression:
 
     @classmethod
     def _with_stages(
-        cls,
-        arguments: dict[str, Any],
-        block: Mapping[str, Any],
-        config: CompressionConfig,
-        removed: list[nn.Parameter],
+        cls, model: nn.Module, block: Mapping[str, Any], config: CompressionConfig
     ) -> Compression:
-        model = arguments["model"]
         plan = resolve(model, config)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
         stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
-        added: dict[str, nn.Parameter] = {}
+        session = cls(block, plan, stages, model)
         for stage in stages.values():
-            added.update(stage.prepare(model, parameters.full_parameters))
-        seams.reduce_in_autocast_dtype(arguments["config_class"], model)
-        parameters.adopt_parameters(arguments, removed, list(added.values()))
-        return cls(block, plan, stages, model)
+            session.added += stage.prepare(model, parameters.full_parameters).values()
+        return session
+
+    def _enter(self, arguments: dict[str, Any]) -> None:
+        """Edits the constructor's arguments for the model that this session has prepared."""
+        seams.reduce_in_autocast_dtype(arguments["config_class"], self.model)
+        parameters.adopt_parameters(arguments, self.removed, self.added)
 
     def construct(self, engine: Any, arguments: Mapping[str, Any], constructor: Callable[..., None]) -> None:
         """Runs DeepSpeed's own constructor on `engine` and attaches; `rebuild` does it again on a smaller model."""
@@ -136,8 +154,11 @@ class Compression:
 
     def attach(self, engine: Any) -> None:
         """Connects the stages to the constructed engine: fragments, step hooks, loss, checkpoints."""
+        if self._hooks is not None:
+            self._hooks.remove()
         self.engine = engine
         engine.compression = self
+        sessions.keep(self.model, self)
         self._hooks = StepHooks(engine, list(self.stages.values()))
         self._map_fragments(check=True)
         distillation = self.stages.get(Distillation.name)
@@ -148,15 +169,41 @@ class Compression:
             shrink.at_end_of_schedule(engine, self)
         logger.info("ds_compress: %s", ", ".join(self.stages) or "no stage enabled")
 
+    def attach_to_loop(self) -> None:
+        """Connects the stages to a training loop without an engine, which calls `end_step` after each step.
+
+        Raises:
+            ConfigError: for what only an engine can do.
+        """
+        if self._hooks is not None:
+            return
+        _refuse_what_needs_an_engine(self)
+        steps = [name for name in self.stages if name not in _QUANTIZERS]
+        self._hooks = LoopHooks(list(self.stages.values()), needs_gradients=bool(steps))
+        self._map_fragments(check=False)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether an engine or a loop drives the stages; before, the model is only prepared."""
+        return self._hooks is not None
+
+    def end_step(self) -> None:
+        """In a loop without an engine: the optimizer has stepped. With one, which counts by itself, nothing."""
+        if isinstance(self._hooks, LoopHooks) and self.engine is None:
+            self._hooks.end_step()
+
     def _map_fragments(self, check: bool) -> None:
-        self.shards = Shards.of_engine(self.engine, check=check)
+        assert self._hooks is not None
+        self.shards = (
+            Shards.of_model(self.model) if self.engine is None else Shards.of_engine(self.engine, check)
+        )
         self._hooks.use(self.shards)
         for stage in self.stages.values():
             stage.attach(self.shards)
 
     @property
     def applied_steps(self) -> int:
-        return self._hooks.applied_steps
+        return 0 if self._hooks is None else self._hooks.applied_steps
 
     @property
     def structured(self) -> list[StructuredPruning]:
@@ -198,22 +245,25 @@ class Compression:
 
     def detach(self) -> None:
         """Takes every hook and class swap away; masked weights stay zero, parameters stay the same objects."""
-        self._hooks.remove()
-        checkpoint.unwrap(self.engine)
-        vars(self.engine).pop("step", None)
+        self._release()
         for stage in self.stages.values():
             stage.detach()
-        del self.engine.compression
 
     def end(self) -> None:
         """Training is over: as `detach`, but quantizers stay on the modules, for those who store what they say."""
-        self._hooks.remove()
-        checkpoint.unwrap(self.engine)
-        vars(self.engine).pop("step", None)
+        self._release()
         for name, stage in self.stages.items():
             if name not in _QUANTIZERS:
                 stage.detach()
-        del self.engine.compression
+
+    def _release(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+        sessions.forget(self.model)
+        if self.engine is not None:
+            checkpoint.unwrap(self.engine)
+            vars(self.engine).pop("step", None)
+            del self.engine.compression
 
     def rebuild(self, engine: Any, made: Mapping[int, nn.Parameter | None], cuts: Cuts) -> Compression:
         """The session of the model after `cuts`, attached to `engine`, which is constructed here.
@@ -224,7 +274,8 @@ class Compression:
         arguments = {**self._construction["arguments"], "training_data": None}
         parameters.replace_parameters(arguments, self._construction["client_groups"], made)
         block = {key: value for key, value in self.block.items() if key not in _DONE_WHEN_SHRUNK}
-        successor = self._with_stages(arguments, block, parse_config(block), [])
+        successor = self._with_stages(arguments["model"], block, parse_config(block))
+        successor._enter(arguments)
         successor.block, successor.teacher = self.block, self.teacher
         successor.shrunk_units = {
             name: units for stage in self.structured for name, units in stage.kept.items()
@@ -238,10 +289,14 @@ class Compression:
                         distillation.drop_layers(set(structure.layers) - {structure.layers[u] for u in units})
             successor.stages[Distillation.name] = distillation
         successor.construct(engine, arguments, self._construction["constructor"])
-        successor._hooks.applied_steps = self.applied_steps
+        successor._start_at(self.applied_steps)
         for name, stage in successor.stages.items():
             stage.load_state_dict(self.stages[name].renamed_state(_renamed_modules(cuts)))
         return successor
+
+    def _start_at(self, step: int) -> None:
+        assert self._hooks is not None
+        self._hooks.applied_steps = step
 
     # -- state, for checkpoints ------------------------------------------------------------------------
 
@@ -255,7 +310,7 @@ class Compression:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores counters and replicated state after the masters were loaded; fragments are mapped anew."""
         self._map_fragments(check=False)
-        self._hooks.applied_steps = int(state["applied_steps"])
+        self._start_at(int(state["applied_steps"]))
         for name, stage in self.stages.items():
             if name in state["stages"]:
                 stage.load_state_dict(state["stages"][name])
@@ -267,6 +322,22 @@ def _renamed_modules(cuts: Cuts) -> Callable[[str], str | None]:
         return None if parameter is None else parameter.removesuffix(".weight")
 
     return renamed
+
+
+def _refuse_what_needs_an_engine(session: Compression) -> None:
+    problems = []
+    hint = "deepspeed.initialize takes a prepared model over, also on ZeRO-0 with one process"
+    if Distillation.name in session.stages:
+        got = "enabled, in a training loop of its own"
+        problems.append(Problem(f"{ROOT}.{Distillation.name}", got, "a DeepSpeed engine", hint))
+    for stage in session.structured:
+        if stage.shrinks:
+            path = f"{ROOT}.{stage.name}.shared_parameters.shrink_at_end_of_schedule"
+            problems.append(Problem(path, "true", "false without a DeepSpeed engine", hint))
+    if any(seams.is_zero3_parameter(parameter) for parameter in session.model.parameters()):
+        problems.append(Problem(ROOT, "a model under zero.Init", "whole parameters, or an engine", hint))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _choose_kernels(config: CompressionConfig) -> None:

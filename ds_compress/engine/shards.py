@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from ds_compress.engine.fragments import Fragment, check_fragments, master_fragments
+from ds_compress.engine.fragments import Fragment, check_fragments, master_fragments, plain_fragments
 
 
 class Shards:
@@ -41,6 +42,13 @@ class Shards:
             check_fragments(fragments)
         group = getattr(engine, "seq_data_parallel_group", None) or engine.data_parallel_group
         return cls(fragments, group, engine.device)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Shards:
+        """The parameters themselves, whole in every process: a training loop without an engine, alone or in DDP."""
+        fragments = list(plain_fragments(model))
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return cls(fragments, group, fragments[0].values.device if fragments else "cpu")
 
     def select(self, names: Sequence[str]) -> dict[str, Fragment]:
         """The fragments of `names` that this process owns, in the order of `names`."""
