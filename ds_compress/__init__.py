@@ -10,9 +10,12 @@ Importing this package is all that a training script needs; the rest is for thos
     from_pretrained(folder)       what format="torch" stores, on the int8 kernels
     finalize(engine)              the smaller model that structured pruning leaves
     export_state_dict(engine)     the whole compressed model's weights, on process 0
+    CompressionCallback, DistillationTrainer      for Hugging Face's Trainer: see `ds_compress.hf`
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
@@ -24,8 +27,13 @@ from ds_compress.export.errors import ExportError
 from ds_compress.export.load import from_pretrained
 from ds_compress.version import __version__
 
+if TYPE_CHECKING:
+    from ds_compress.hf import CompressionCallback, DistillationTrainer
+
 __all__ = [
+    "CompressionCallback",
     "ConfigError",
+    "DistillationTrainer",
     "ExportError",
     "Plan",
     "__version__",
@@ -40,5 +48,14 @@ __all__ = [
     "register",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("CompressionCallback", "DistillationTrainer"):
+        from ds_compress import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ds_compress.config.adapters import hosts
 from ds_compress.config.fields import EVERY_LAYER
 from ds_compress.config.modules import ModuleKind, is_layer, kind_of, shape_of
 
@@ -17,11 +18,15 @@ _NAMES_SUGGESTED = 3
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One module with every name that reaches it (a shared module has several); `name` is the first."""
+    """One module with every name that reaches it (a shared module has several); `name` is the first.
+
+    `hosts`: for a module of an adapter, the names of the layer that it adapts (see `adapters`).
+    """
 
     names: tuple[str, ...]
     module: nn.Module
     kind: ModuleKind | None
+    hosts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,7 +51,19 @@ class Entry:
         return is_layer(self.module)
 
     def is_reached_by(self, pattern: str) -> bool:
-        """re.search on any of its names; "*" is for every Linear, Conv1D and Conv2d."""
+        """re.search on any of its names; "*" is for every Linear, Conv1D and Conv2d.
+
+        A module of an adapter is only reached by what does not reach the layer that it adapts.
+        """
+        return self._is_named_by(pattern) and not self.is_left_out_by(pattern)
+
+    def is_left_out_by(self, pattern: str) -> bool:
+        """Whether only its being part of an adapter saves it from `pattern`."""
+        if not self.hosts or not self._is_named_by(pattern):
+            return False
+        return pattern == EVERY_LAYER or any(re.search(pattern, host) for host in self.hosts)
+
+    def _is_named_by(self, pattern: str) -> bool:
         if pattern == EVERY_LAYER:
             return self.is_layer
         return any(re.search(pattern, name) for name in self.names)
@@ -57,7 +74,10 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    return tuple(Entry(tuple(every), module, kind_of(module)) for module, every in names.items())
+    host = hosts(model)
+    return tuple(
+        Entry(tuple(every), module, kind_of(module), host.get(module, ())) for module, every in names.items()
+    )
 
 
 def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:

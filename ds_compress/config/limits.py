@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ds_compress.config.errors import Problem, dotted, shown
+from ds_compress.config.errors import Problem, dotted, listed, shown
 from ds_compress.config.inventory import exact_pattern, few
 from ds_compress.config.modules import ModuleKind
-from ds_compress.config.sparse_pruning import SparsePruning, parse_pattern
+from ds_compress.config.sparse_pruning import METHODS_WITHOUT_TRAINING, SparsePruning, parse_pattern
 from ds_compress.config.targets import Target
 from ds_compress.config.weight_quantization import WeightQuantization
 
@@ -17,7 +17,7 @@ from ds_compress.config.weight_quantization import WeightQuantization
 def limits_of(key: str, block: Any, targets: tuple[Target, ...]) -> Iterator[Problem]:
     """Problems of the weights `targets` that the block `key` claims."""
     if isinstance(block, SparsePruning):
-        yield from _frozen(key, targets)
+        yield from _frozen(key, block, targets)
         yield from _uneven_n_of_m(key, block, targets)
     if isinstance(block, WeightQuantization):
         yield from _uneven_groups(key, block, targets)
@@ -29,14 +29,19 @@ def inputs_of(target: Target) -> int:
     return target.shape[0] if target.kind is ModuleKind.CONV1D else math.prod(target.shape[1:])
 
 
-def _frozen(key: str, targets: tuple[Target, ...]) -> Iterator[Problem]:
+def _frozen(key: str, block: SparsePruning, targets: tuple[Target, ...]) -> Iterator[Problem]:
+    shared = block.shared_parameters
+    if shared.method in METHODS_WITHOUT_TRAINING and not shared.effective_regrowth:
+        return
     frozen = [target.module_name for target in targets if not target.param.requires_grad]
     if frozen:
         yield Problem(
-            dotted(key),
-            f"{few(frozen)}, whose weight is frozen (requires_grad is False)",
-            "weights that train: a frozen one cannot recover from pruning",
-            "unfreeze it, or add it to shared_parameters.excluded_modules, "
+            dotted(key, "shared_parameters", "method"),
+            f"{shown(shared.method)}{' with regrowth' if shared.regrowth else ''} on {few(frozen)}, whose weight is "
+            "frozen (requires_grad is False)",
+            f"{listed(METHODS_WITHOUT_TRAINING)} without regrowth: a weight that does not train has no gradient to "
+            "score by",
+            "choose such a method, unfreeze these weights, or add them to shared_parameters.excluded_modules, "
             f"e.g. {shown(exact_pattern(frozen[0]))}",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from ds_compress.config.schema import CompressionConfig, parse_config
 from ds_compress.config.structure_limits import structure_conflicts
 from ds_compress.config.structures import resolve_structures
 from ds_compress.config.targets import Target, TechniquePlan, Weight
+
+logger = logging.getLogger("ds_compress")
 
 LAYERS = frozenset({ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D})
 KINDS = {
@@ -96,6 +99,7 @@ class Claims:
         for group, settings in self.block.groups.items():
             self._claim_group(group, settings.modules)
         self.problems += [*self._contested(), *self._tied()]
+        self._say_what_is_left_out()
 
     def in_order(self) -> Iterator[tuple[Entry, str]]:
         """(module, group that claims it), in model order."""
@@ -134,6 +138,23 @@ class Claims:
             )
         for entry in claimed:
             self._groups_of.setdefault(entry, []).append(group)
+
+    def _say_what_is_left_out(self) -> None:
+        patterns = [pattern for settings in self.block.groups.values() for pattern in settings.modules]
+        adapters = [
+            entry
+            for entry in self.entries
+            if entry.kind in self.kinds
+            and entry not in self._groups_of
+            and any(entry.is_left_out_by(pattern) for pattern in patterns)
+        ]
+        if adapters:
+            logger.info(
+                "%s: %d layers of adapters stay as they are, such as %s; a regex that names only them reaches them",
+                self.key,
+                len(adapters),
+                adapters[0].name,
+            )
 
     def _reached(self, pattern: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.is_reached_by(pattern)]

@@ -28,6 +28,7 @@ from ds_compress.config.fields import (
 UNSTRUCTURED = "unstructured"
 _LEGACY_SNIP_PATTERN = "4x1"
 _LEGACY_SNIP_DENSE_RATIO = 0.1
+METHODS_WITHOUT_TRAINING = ("l1", "random")
 _FREE_TO_REGROW = ("topk", "movement")
 _PATTERN = re.compile(r"(?:([1-9][0-9]{0,3})(x|:)([1-9][0-9]{0,3}))")
 

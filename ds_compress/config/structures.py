@@ -259,7 +259,7 @@ class _Claims:
             yield Problem(
                 dotted(self.key),
                 f"{few(frozen)}, of which some weights are frozen (requires_grad is False)",
-                "structures that train: frozen weights cannot be masked",
+                "structures of which every weight trains",
                 f"unfreeze them, or add {shown(exact_pattern(frozen[0]))} to shared_parameters.excluded_modules",
             )
 

@@ -107,6 +107,7 @@ def load(folder: Path, session: Compression) -> None:
     stored = _StoredParts(folder, state["files"])
     for name, stage in session.stages.items():
         stage.load_fragment_state(stored.of_stage(name, session))
+    session.mask_frozen_weights()
 
 
 def _write_fragments(path: Path, session: Compression) -> None:

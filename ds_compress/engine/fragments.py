@@ -11,6 +11,9 @@ Which wrapper DeepSpeed chose decides where the masters are, and the wrapper is 
 
 At stages 1 and 2 a parameter is found by its *address* in the flat 16-bit buffer. DeepSpeed's own
 `_hp_mapping` points at the wrong parameter when `round_robin_gradients` is set.
+
+A weight that no optimizer steps (frozen, or left out of `model_parameters`) has no master. Its fragment is a part of
+the weight itself, spread over processes exactly where masters are spread: see `frozen`.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ class Fragment:
     stepped: torch.Tensor
     offset: int
     group: dist.ProcessGroup | None
+    is_stepped: bool = True
+    """False: no optimizer ever writes to `stepped`, which is (a part of) the weight in the model's own dtype."""
 
     @property
     def values(self) -> torch.Tensor:
@@ -56,40 +61,43 @@ class Fragment:
         return None if gradient is None else gradient.view(-1).narrow(0, self.offset, self.numel)
 
 
-def master_fragments(engine: Any) -> Iterator[Fragment]:
-    """All fragments this process owns, in the order of `engine.module.named_parameters()`.
+def all_fragments(engine: Any, data_parallel_group: Any) -> Iterator[Fragment]:
+    """One fragment of each parameter, in the order of `engine.module.named_parameters()`.
 
-    Frozen parameters have no master and yield nothing; a tied parameter is yielded once, under its first
-    name. A parameter of which this process owns no element yields nothing.
+    A tied parameter comes once, under its first name. Where this process owns no element of a parameter, `numel` is 0.
     """
     wrapper = engine.optimizer
+    stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if seams.is_zero3_parameter(parameter):
-            fragment = _zero3_fragment(name, parameter)
+            yield _zero3_master(name, parameter) or _zero3_weight(name, parameter)
         elif seams.flat_16bit_groups(wrapper) is not None:
-            fragment = _flat_slice_fragment(name, parameter, wrapper)
+            master = _flat_slice_master(name, parameter, wrapper) if parameter.requires_grad else None
+            yield master or _slice_of_weight(name, parameter, data_parallel_group)
         elif hasattr(wrapper, "fp16_groups"):
-            fragment = _replicated_master_fragment(name, parameter, wrapper)
+            master = _replicated_master(name, parameter, wrapper)
+            yield master or _whole(name, parameter, parameter, 0, is_stepped=False)
         else:
-            fragment = _whole(name, parameter, stepped=parameter, offset=0)
-        if fragment is not None and fragment.numel > 0:
-            yield fragment
+            yield _whole(
+                name, parameter, parameter, 0, is_stepped=parameter.requires_grad and id(parameter) in stepped
+            )
 
 
 def plain_fragments(model: nn.Module) -> Iterator[Fragment]:
-    """The trained parameters of a model without an engine: each is its own master, whole in this process."""
+    """The parameters of a model without an engine: each that trains is its own master, whole in this process."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.numel():
-            yield _whole(name, parameter, stepped=parameter, offset=0)
+        if parameter.numel():
+            yield _whole(name, parameter, parameter, 0, is_stepped=parameter.requires_grad)
 
 
-def _whole(name: str, parameter: nn.Parameter, stepped: torch.Tensor, offset: int) -> Fragment:
-    return Fragment(name, parameter, tuple(parameter.shape), 0, parameter.numel(), stepped, offset, None)
+def _whole(
+    name: str, parameter: nn.Parameter, stepped: torch.Tensor, offset: int, is_stepped: bool = True
+) -> Fragment:
+    shape, numel = tuple(parameter.shape), parameter.numel()
+    return Fragment(name, parameter, shape, 0, numel, stepped, offset, None, is_stepped)
 
 
-def _zero3_fragment(name: str, parameter: Any) -> Fragment | None:
+def _zero3_master(name: str, parameter: Any) -> Fragment | None:
     zero3 = getattr(parameter, "_z3_optimizer", None)
     if zero3 is None or zero3.get_param_id(parameter) not in zero3.grad_position:
         return None
@@ -109,7 +117,15 @@ def _zero3_fragment(name: str, parameter: Any) -> Fragment | None:
     )
 
 
-def _flat_slice_fragment(name: str, parameter: nn.Parameter, wrapper: Any) -> Fragment | None:
+def _zero3_weight(name: str, parameter: Any) -> Fragment:
+    group, slice_numel = parameter.ds_process_group, parameter.ds_tensor.numel()
+    start = dist.get_rank(group) * slice_numel
+    numel = max(0, min(parameter.ds_numel - start, slice_numel))
+    shape = tuple(parameter.ds_shape)
+    return Fragment(name, parameter, shape, start, numel, parameter.ds_tensor, 0, group, is_stepped=False)
+
+
+def _flat_slice_master(name: str, parameter: nn.Parameter, wrapper: Any) -> Fragment | None:
     for index, flat in enumerate(seams.flat_16bit_groups(wrapper) or ()):
         byte_offset = parameter.data_ptr() - flat.data_ptr()
         if not 0 <= byte_offset < flat.numel() * flat.element_size():
@@ -120,14 +136,12 @@ def _flat_slice_fragment(name: str, parameter: nn.Parameter, wrapper: Any) -> Fr
         slice_begin = dist.get_rank(group) * slice_numel
         low = max(begin, slice_begin)
         high = min(begin + parameter.numel(), slice_begin + slice_numel)
-        if low >= high:
-            return None
         return Fragment(
             name,
             parameter,
             tuple(parameter.shape),
             low - begin,
-            high - low,
+            max(0, high - low),
             seams.flat_master_partitions(wrapper)[index],
             low - slice_begin,
             group,
@@ -135,7 +149,16 @@ def _flat_slice_fragment(name: str, parameter: nn.Parameter, wrapper: Any) -> Fr
     return None
 
 
-def _replicated_master_fragment(name: str, parameter: nn.Parameter, wrapper: Any) -> Fragment | None:
+def _slice_of_weight(name: str, parameter: nn.Parameter, group: Any) -> Fragment:
+    """Every process holds the whole weight; each answers for an equal part of it."""
+    slice_numel = -(-parameter.numel() // dist.get_world_size(group))
+    start = min(dist.get_rank(group) * slice_numel, parameter.numel())
+    numel = min(slice_numel, parameter.numel() - start)
+    shape = tuple(parameter.shape)
+    return Fragment(name, parameter, shape, start, numel, parameter, start, group, is_stepped=False)
+
+
+def _replicated_master(name: str, parameter: nn.Parameter, wrapper: Any) -> Fragment | None:
     flat_masters = getattr(wrapper, "fp32_groups_flat", None)
     for index, group in enumerate(wrapper.fp16_groups):
         offset = 0
@@ -155,6 +178,8 @@ def check_fragments(fragments: list[Fragment]) -> None:
     one check that a new DeepSpeed layout cannot slip through.
     """
     for fragment in fragments:
+        if not fragment.is_stepped:
+            continue
         parameter = fragment.parameter
         if seams.is_zero3_parameter(parameter):
             stored = parameter.ds_tensor.data.view(-1)[: fragment.numel]  # type: ignore[attr-defined]

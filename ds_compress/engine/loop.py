@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from ds_compress.engine.fragments import Fragment
+from ds_compress.engine.frozen import FrozenWeights
 from ds_compress.engine.shards import Shards
 from ds_compress.stages.base import Stage
 
@@ -36,6 +37,7 @@ class LoopHooks:
         self.applied_steps = 0
         self._needs_gradients = needs_gradients
         self._begun = self._ran = self._warned = False
+        self._frozen_due = False
         self._by_stepped: dict[int, Fragment] = {}
         # The hooks are global to the process: they must not keep this model alive, nor outlive it.
         before, after = weakref.WeakMethod(self._on_gradients), weakref.WeakMethod(self._on_update)
@@ -46,6 +48,7 @@ class LoopHooks:
         self._remove = weakref.finalize(self, _remove, *handles)
 
     def use(self, shards: Shards) -> None:
+        self._frozen = FrozenWeights(self.stages, shards.unstepped)
         self._by_stepped = {id(fragment.stepped): fragment for fragment in shards.fragments.values()}
 
     def remove(self) -> None:
@@ -63,8 +66,15 @@ class LoopHooks:
             return
         self._begun = self._ran = False
         self.applied_steps += 1
+        if self._frozen_due:
+            self.mask_frozen_weights()
         for stage in self.stages:
             stage.after_step(self.applied_steps)
+
+    def mask_frozen_weights(self) -> None:
+        """For masks that are new, or newly loaded."""
+        self._frozen.apply()
+        self._frozen_due = False
 
     @torch.no_grad()
     def _on_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -80,6 +90,7 @@ class LoopHooks:
             self._begun = True
             for stage in self.stages:
                 stage.before_step(self.applied_steps)
+                self._frozen_due = self._frozen_due or stage.has_new_masks
         for fragments, group in groups:
             for stage in self.stages if fragments else ():
                 stage.on_gradients(fragments, group)

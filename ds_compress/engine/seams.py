@@ -34,8 +34,13 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",
         ("self", "lr_kwargs"),
-        source_mentions=("self.optimizer.step()", '"overflow"', "self.skipped_steps"),
+        source_mentions=("self.optimizer.step()", '"overflow"', "self.skipped_steps", "self.global_samples +="),
     ),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine.step",
+        source_mentions=("self.monitor.enabled", "self.monitor.write_events"),
+    ),
+    Seam("deepspeed.runtime.engine:DeepSpeedEngine.steps_per_print", ("self",)),
     Seam("deepspeed.runtime.engine:DeepSpeedEngine.backward"),
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine.save_checkpoint",
@@ -97,6 +102,11 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "sub_group_id"),
         source_mentions=("self.backup_optimizer",),
     ),
+    Seam("deepspeed.runtime.zero.partition_parameters:ZeroParamStatus.AVAILABLE"),
+    Seam(
+        "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
+        source_mentions=("def all_gather(param_list", "def partition(param_list"),
+    ),
     Seam(
         "deepspeed.runtime.torch_autocast:init_autocast_params",
         source_mentions=("module.__class__ in", "PARAM_COMM_DTYPE_ATTR_NAME"),
@@ -135,6 +145,13 @@ def missing_seams() -> list[str]:
 def is_zero3_parameter(parameter: nn.Parameter) -> bool:
     """True once zero.Init or a stage-3 engine has taken the parameter over (its `.data` may be empty)."""
     return hasattr(parameter, "ds_id")
+
+
+def is_gathered(parameter: Any) -> bool:
+    """Whether a parameter that ZeRO-3 has taken over is whole in this process just now."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return bool(parameter.ds_status == ZeroParamStatus.AVAILABLE)
 
 
 def stepped_optimizers(engine: Any) -> list[torch.optim.Optimizer]:

@@ -16,7 +16,7 @@ from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
-from ds_compress.engine import checkpoint, parameters, seams, sessions, shrink
+from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
@@ -197,6 +197,7 @@ class Compression:
         self.shards = (
             Shards.of_model(self.model) if self.engine is None else Shards.of_engine(self.engine, check)
         )
+        frozen.refuse_learning(self.stages.values(), [fragment.name for fragment in self.shards.unstepped])
         self._hooks.use(self.shards)
         for stage in self.stages.values():
             stage.attach(self.shards)
@@ -293,6 +294,11 @@ class Compression:
         for name, stage in successor.stages.items():
             stage.load_state_dict(self.stages[name].renamed_state(_renamed_modules(cuts)))
         return successor
+
+    def mask_frozen_weights(self) -> None:
+        """Puts the masks into weights that no optimizer steps, which a checkpoint may have brought back dense."""
+        assert self._hooks is not None
+        self._hooks.mask_frozen_weights()
 
     def _start_at(self, step: int) -> None:
         assert self._hooks is not None

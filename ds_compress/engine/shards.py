@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_compress.engine.fragments import Fragment, check_fragments, master_fragments, plain_fragments
+from ds_compress.engine.fragments import Fragment, all_fragments, check_fragments, plain_fragments
 
 
 class Shards:
@@ -25,7 +25,10 @@ class Shards:
     def __init__(
         self, fragments: Iterable[Fragment], data_parallel_group: Any, device: torch.device | str = "cpu"
     ) -> None:
-        self.fragments: dict[str, Fragment] = {f.name: f for f in fragments}
+        every = list(fragments)
+        self.fragments: dict[str, Fragment] = {f.name: f for f in every if f.numel > 0}
+        self.unstepped: tuple[Fragment, ...] = tuple(f for f in every if not f.is_stepped)
+        """Of all weights without a master, in model order, the same weights in every process; some may be empty."""
         self._dp_group = data_parallel_group
         self._device = torch.device(device)
         spread = any(f.group is not None for f in self.fragments.values())
@@ -37,10 +40,10 @@ class Shards:
     @classmethod
     def of_engine(cls, engine: Any, check: bool = False) -> Shards:
         """All fragments of `engine`; with `check`, after comparing each master with its parameter."""
-        fragments = list(master_fragments(engine))
-        if check:
-            check_fragments(fragments)
         group = getattr(engine, "seq_data_parallel_group", None) or engine.data_parallel_group
+        fragments = list(all_fragments(engine, group))
+        if check:
+            check_fragments([fragment for fragment in fragments if fragment.numel > 0])
         return cls(fragments, group, engine.device)
 
     @classmethod

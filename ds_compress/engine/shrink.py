@@ -144,7 +144,7 @@ class _Restored:
                     fragment.values.copy_(values)
                 else:
                     write_state(engine, fragment, kind, values)
-            if fragment is not None:
+            if fragment is not None and fragment.is_stepped:
                 scalars = self._snapshot.scalars.get(self._origin[new], {})
                 optimizer_state(engine, fragment).update(scalars)
 

@@ -38,6 +38,8 @@ class Snapshot:
         """What the optimizer keeps once per tensor, such as `step`, by parameter name."""
         optimizers = seams.stepped_optimizers(engine)
         for fragment in shards.fragments.values():
+            if not fragment.is_stepped:
+                continue
             self._keep("optimizer", MASTER, fragment, fragment.values)
             for key, value in _state_of(optimizers, fragment.stepped).items():
                 if is_per_element(value, fragment.stepped):

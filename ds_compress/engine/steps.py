@@ -6,6 +6,8 @@
                           post-hook                  on_update     (fp32 masters changed, 16-bit copies not yet)
     -> back in _take_model_step                      after_step    (only if the step was applied)
 
+Weights that no optimizer steps get new masks there too (see `frozen`).
+
 The base optimizer is called once per parameter group or ZeRO-3 sub-group, with only those tensors in its
 `param_groups`, so hooks act on the fragments of the tensors that they find there. A step counts as applied when
 the base optimizer really ran: overflow checks and gradient scalers that skip it skip us too.
@@ -19,8 +21,9 @@ from typing import Any
 
 import torch
 
-from ds_compress.engine import seams
+from ds_compress.engine import monitoring, seams
 from ds_compress.engine.fragments import Fragment
+from ds_compress.engine.frozen import FrozenWeights
 from ds_compress.engine.shards import Shards
 from ds_compress.stages.base import Stage
 
@@ -35,6 +38,7 @@ class StepHooks:
         self.stages = stages
         self.applied_steps = 0
         self._ran = False
+        self._frozen_due = False
         self._by_stepped: dict[int, list[Fragment]] = {}
         self._handles: list[Any] = []
         for optimizer in seams.stepped_optimizers(engine):
@@ -47,8 +51,14 @@ class StepHooks:
     def use(self, shards: Shards) -> None:
         """Takes the current map of fragments (it changes when a checkpoint is loaded)."""
         self._by_stepped = {}
+        self._frozen = FrozenWeights(self.stages, shards.unstepped)
         for fragment in shards.fragments.values():
             self._by_stepped.setdefault(id(fragment.stepped), []).append(fragment)
+
+    def mask_frozen_weights(self) -> None:
+        """A collective, for masks that are new, or newly loaded beside weights that may not have been stored."""
+        self._frozen.apply()
+        self._frozen_due = False
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -63,12 +73,17 @@ class StepHooks:
             )
         for stage in self.stages:
             stage.before_step(self.applied_steps)
+            self._frozen_due = self._frozen_due or stage.has_new_masks
         with self._guard(self.engine):
             result = self._original_step(*args, **kwargs)
         if self._ran:
             self.applied_steps += 1
+            if self._frozen_due:
+                self.mask_frozen_weights()
             for stage in self.stages:
                 stage.after_step(self.applied_steps)
+            if monitoring.is_due(self.engine):
+                monitoring.write(self.engine, self.engine.compression.metrics())
         return result
 
     @torch.no_grad()

@@ -64,6 +64,13 @@ def _unsupported(model: nn.Module, engine_class: str, ds_config: Any) -> Any:
         )
     if getattr(zero, "zenflow", None) is not None:
         yield "zero_optimization.zenflow", "enabled", "absent", "it has its own optimizer step"
+    if hasattr(model, "_orig_mod") and getattr(zero, "stage", 0) == 3:
+        yield (
+            "zero_optimization.stage",
+            "3 with the result of torch.compile(model)",
+            "a model that is not compiled yet",
+            "ZeRO-3 cannot run one: give DeepSpeed the plain model, then call engine.compile() (the Trainer does so)",
+        )
     compile_config = getattr(ds_config, "compile_config", None)
     if getattr(compile_config, "deepcompile", False):
         yield "compile.deepcompile", True, "false", "use torch.compile(model) instead"

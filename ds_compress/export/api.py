@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.config.adapters import has_adapters
 from ds_compress.config.modules import shape_of
 from ds_compress.engine.open_source import opened
 from ds_compress.export import check as checking
@@ -110,6 +111,11 @@ class _Export:
         check: bool,
     ) -> None:
         self.trained = trained
+        if has_adapters(trained.model):
+            raise ExportError(
+                "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
+                "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
+            )
         name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")

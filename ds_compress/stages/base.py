@@ -8,7 +8,7 @@ processes goes through the `Shards` it was given, so the same code runs on every
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -55,6 +55,19 @@ class Stage:
     def after_step(self, step: int) -> None:
         """`step` optimizer steps are now applied."""
 
+    def masked_weights(self) -> Collection[str]:
+        """Names of all parameters that `on_update` may clear elements of; the same in every process."""
+        return ()
+
+    def learning_weights(self) -> Collection[str]:
+        """Those whose masks follow their gradients, or come and go while they train."""
+        return ()
+
+    @property
+    def has_new_masks(self) -> bool:
+        """Whether `before_step` of the step now running made masks; the same in every process."""
+        return False
+
     def detach(self) -> None:
         """Gives the model its own classes back; parameters, hooks and flags stay as they are."""
 
@@ -80,5 +93,5 @@ class Stage:
         return self.state_dict()
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the log and the monitor; may be called in every process at any time."""
+        """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""
         return {}

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,16 @@ class SparsePruning(Stage):
     def _is_over(self) -> bool:
         """No mask will be made after the one that the step now running applies."""
         return self.schedule.is_over(self._step + 1, self.regrowth)
+
+    def masked_weights(self) -> Collection[str]:
+        return self.targets
+
+    def learning_weights(self) -> Collection[str]:
+        return self.targets if self.regrowth or self.score.needs_gradient else ()
+
+    @property
+    def has_new_masks(self) -> bool:
+        return self.masks is not self._in_force
 
     def _mine(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
         return (fragment for fragment in fragments if fragment.name in self._fragments)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,6 +162,20 @@ class StructuredPruning(Stage):
     def is_applied(self) -> bool:
         """Whether the masks that were made last are in the weights."""
         return len(self.kept) == len(self.structures) and self._applied
+
+    def masked_weights(self) -> Collection[str]:
+        return self._places
+
+    def learning_weights(self) -> Collection[str]:
+        if self.score.may_change:
+            return self._places
+        if not self.score.needs_gradient:
+            return ()
+        return [name for name, places in self._places.items() if any(member.scored for _, member in places)]
+
+    @property
+    def has_new_masks(self) -> bool:
+        return not self._applied
 
     def _mine(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
         return (fragment for fragment in fragments if fragment.name in self._fragments)

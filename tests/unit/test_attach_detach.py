@@ -129,14 +129,14 @@ def test_an_optimizer_object_of_the_caller_gets_the_learned_scales() -> None:
     engine.destroy()
 
 
-def test_a_frozen_weight_asked_to_be_pruned_is_an_error() -> None:
+def test_a_frozen_weight_asked_to_be_pruned_by_its_gradient_is_an_error() -> None:
     model = tiny_bert()
     model.bert.encoder.layer[1].requires_grad_(False)
     with pytest.raises(ds_compress.ConfigError, match=r"layer\.1"):
         deepspeed.initialize(
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
-            config=ds_config(0, pruning_block()),
+            config=ds_config(0, pruning_block("taylor")),
         )
 
 

@@ -284,14 +284,25 @@ class TestRefusals:
         second.weight = first.weight
         assert names_of(nn.Sequential(first, second), inputs("*")) == ["0", "1"]
 
-    def test_pruning_a_frozen_weight(self, bert: nn.Module) -> None:
+    @pytest.mark.parametrize("settings", [{"method": "taylor"}, {"method": "topk"}, {"regrowth": True}])
+    def test_training_dependent_masks_of_a_frozen_weight(self, bert: nn.Module, settings: dict[str, Any]) -> None:
         bert.get_submodule("bert.pooler").requires_grad_(False)
         try:
-            problem = only_problem_of(bert, pruning())
+            problem = only_problem_of(bert, pruning(**settings))
         finally:
             bert.get_submodule("bert.pooler").requires_grad_(True)
-        assert problem.got.startswith("bert.pooler.dense, whose weight is frozen")
+        assert problem.path.endswith("sparse_pruning.shared_parameters.method")
+        assert "bert.pooler.dense, whose weight is frozen" in problem.got
+        assert '"l1" or "random"' in problem.allowed
         assert r'"^bert\\.pooler\\.dense$"' in problem.hint
+
+    @pytest.mark.parametrize("method", ["l1", "random"])
+    def test_a_frozen_weight_may_be_pruned_once(self, bert: nn.Module, method: str) -> None:
+        bert.get_submodule("bert.pooler").requires_grad_(False)
+        try:
+            assert "bert.pooler.dense" in names_of(bert, pruning(method=method))
+        finally:
+            bert.get_submodule("bert.pooler").requires_grad_(True)
 
     def test_a_group_of_which_nothing_is_left(self, bert: nn.Module) -> None:
         problem = only_problem_of(bert, pruning("pooler", excluded_modules=["pooler"]))

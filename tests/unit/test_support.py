@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
 import ds_compress
 from tests.multirank.common import ds_config, pruning_block, tiny_bert
@@ -53,6 +54,15 @@ def test_expert_parameters_are_refused() -> None:
     with pytest.raises(ds_compress.ConfigError, match=r"classifier\.weight"):
         deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config=ds_config(0, pruning_block())
+        )
+
+
+def test_a_compiled_model_under_zero3_is_refused() -> None:
+    """Plain DeepSpeed dies in its first forward: "'dict' object has no attribute '_in_forward'"."""
+    model: Any = torch.compile(tiny_bert(), backend="aot_eager")
+    with pytest.raises(ds_compress.ConfigError, match=r"engine\.compile\(\)"):
+        deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=ds_config(3, pruning_block())
         )
 
 
