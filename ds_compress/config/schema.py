@@ -19,7 +19,10 @@ from ds_compress.config.activation_quantization import ActivationQuantization
 from ds_compress.config.distillation import Distillation
 from ds_compress.config.errors import ROOT, ConfigError, Problem, shown
 from ds_compress.config.fields import Conflict, Section, Seed
+from ds_compress.config.gradient_compression import GradientCompression
 from ds_compress.config.layer_reduction import LayerReduction
+from ds_compress.config.parameter_compression import ParameterCompression
+from ds_compress.config.robust_reduction import RobustReduction
 from ds_compress.config.sparse_pruning import SparsePruning
 from ds_compress.config.structured_pruning import (
     ChannelPruning,
@@ -60,6 +63,15 @@ class CompressionConfig(Section):
     distillation: Distillation | None = Field(
         default=None, description="Learn from a teacher while compressing."
     )
+    gradient_compression: GradientCompression | None = Field(
+        default=None, description="Fewer bits for gradients on the wire."
+    )
+    parameter_compression: ParameterCompression | None = Field(
+        default=None, description="Fewer bits for weights on the wire."
+    )
+    robust_reduction: RobustReduction | None = Field(
+        default=None, description="Withstand bad gradients of a few workers."
+    )
     seed: Seed = Field(default=0, description="Seed of everything random in this block.")
     kernels: Literal["auto", "native", "reference"] = Field(
         default="auto",
@@ -87,6 +99,7 @@ class CompressionConfig(Section):
                 f'"auto" or "native", because {self.insists_on_native} is true',
                 "remove one of the two",
             )
+        yield from self._reduction_conflicts()
         reduction, distillation = self.layer_reduction, self.distillation
         if not (reduction and reduction.enabled and distillation and distillation.enabled):
             return
@@ -97,6 +110,17 @@ class CompressionConfig(Section):
                 distillation.layer_map,
                 f"{kept} entries, one for each layer that layer_reduction keeps",
             )
+
+    def _reduction_conflicts(self) -> Iterator[Conflict]:
+        gradients, robust = self.gradient_compression, self.robust_reduction
+        if gradients and gradients.enabled and robust and robust.enabled:
+            reasons = {
+                "hierarchical": "robust_reduction has to see every worker, not the sum of a host",
+                "error_feedback": "robust_reduction judges gradients, not gradients plus what was left of others",
+            }
+            for key, reason in reasons.items():
+                if getattr(gradients, key):
+                    yield Conflict(("gradient_compression", key), True, f"false, because {reason}")
 
 
 def parse_config(block: Mapping[str, Any]) -> CompressionConfig:

@@ -1,0 +1,35 @@
+"""`robust_reduction`: what becomes of the gradients of all workers when some of them are bad."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ds_compress.config.fields import Flag, Real, Section, Whole
+
+Rule = Literal["mean", "trimmed_mean", "median", "centered_clip", "norm_clip"]
+OnOutlier = Literal["report", "exclude", "abort"]
+
+
+class RobustReduction(Section):
+    """Replaces the mean over workers by a rule that a few bad contributions cannot move far."""
+
+    enabled: Flag = Field(default=False, description="Whether this block does anything.")
+    rule: Rule = Field(
+        default="centered_clip",
+        description=(
+            "mean; trimmed_mean and median per coordinate; centered_clip: distances to the centre are clipped at "
+            "their median, three times; norm_clip: norms are clipped at their median."
+        ),
+    )
+    max_malicious: Annotated[Whole, Field(ge=0)] = Field(
+        default=1, description="Bad workers f to withstand; needs at least 2 f + 1 workers."
+    )
+    on_outlier: OnOutlier = Field(
+        default="report",
+        description="A worker with an outlying norm is named in the log, left out of this reduction, or ends the run.",
+    )
+    outlier_ratio: Annotated[Real, Field(gt=1)] = Field(
+        default=5.0, description="A norm that is this many times the median of all workers is an outlier."
+    )

@@ -1,0 +1,121 @@
+"""Error feedback: what the last message of each gradient element lost, added to its next gradient.
+
+Seide et al. 2014 (1-bit SGD), Karimireddy et al. 2019 (EF-SGD). A sender's residuals are as large as its gradients; in
+fp32 they would undo what ZeRO saves, so they are kept in 8 bits (blocks of 512 with a scale) or in bfloat16.
+
+They belong to elements of a parameter, [start, start + n), whatever bucket these travelled in: when buckets change,
+stored runs are cut and joined. Nothing here is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_compress.reduce.codec import BlockCodec
+
+_LARGEST_BLOCK, _SMALLEST_BLOCK = 512, 32
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Residuals of `numel` elements, stored; `unit` is the loss scale that they are multiplied by."""
+
+    numel: int
+    stored: torch.Tensor
+    unit: float
+
+
+class Residuals:
+    """Residuals by parameter and element.
+
+    Between `begin` and `commit` every change can be undone by `rollback`: what a skipped step sent never reached the
+    weights, so neither may what it lost be forgotten.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self._runs: dict[str, dict[int, _Run]] = {}
+        self._before: dict[str, dict[int, _Run]] = {}
+
+    def load(self, key: str, start: int, numel: int, device: torch.device, unit: float = 1.0) -> torch.Tensor:
+        """fp32 (numel,) on `device`; zero where nothing was lost yet. `unit`: the loss scale of now."""
+        runs = self._runs.get(key, {})
+        exact = runs.get(start)
+        if exact is not None and exact.numel == numel:
+            return self._decoded(exact, unit)
+        found = torch.zeros(numel, device=device)
+        for first, run in runs.items():
+            low, high = max(start, first), min(start + numel, first + run.numel)
+            if low < high:
+                found[low - start : high - start] = self._decoded(run, unit)[low - first : high - first]
+        return found
+
+    def store(self, key: str, start: int, values: torch.Tensor, unit: float = 1.0) -> None:
+        """Replaces the residuals of elements [start, start + n) of `key` by `values` fp32 (n,)."""
+        runs = self._runs.setdefault(key, {})
+        # Runs are immutable: a shallow copy is all that an undo needs.
+        self._before.setdefault(key, dict(runs))
+        end = start + values.numel()
+        for first, run in list(runs.items()):
+            last = first + run.numel
+            if first < end and start < last and (first, last) != (start, end):
+                del runs[first]
+                rest = self._decoded(run, run.unit)
+                if first < start:
+                    runs[first] = self._encoded(rest[: start - first], run.unit)
+                if end < last:
+                    runs[end] = self._encoded(rest[end - first :], run.unit)
+        runs[start] = self._encoded(values, unit)
+
+    def commit(self) -> None:
+        """The step that these residuals belong to was applied."""
+        self._before.clear()
+
+    def rollback(self) -> None:
+        """The step was skipped: as if nothing had been stored since the last `commit`."""
+        self._runs.update(self._before)
+        self._before.clear()
+
+    def clear(self) -> None:
+        self._runs.clear()
+        self._before.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept between steps."""
+        return sum(run.stored.nbytes for runs in self._runs.values() for run in runs.values())
+
+    def state(self) -> Iterator[tuple[Mapping[str, Any], torch.Tensor]]:
+        """(what it is, the stored tensor) of every run, for a checkpoint."""
+        for key, runs in self._runs.items():
+            for start, run in runs.items():
+                yield {"key": key, "start": start, "numel": run.numel, "unit": run.unit}, run.stored
+
+    def restore(self, run: Mapping[str, Any], stored: torch.Tensor) -> None:
+        """Puts back one run of `state`, which must have been stored in as many bits."""
+        self._runs.setdefault(run["key"], {})[run["start"]] = _Run(run["numel"], stored, run["unit"])
+
+    def _encoded(self, values: torch.Tensor, unit: float) -> _Run:
+        if self.bits == 16:
+            return _Run(values.numel(), values.to(torch.bfloat16, copy=True), unit)
+        codec = _codec(values.numel())
+        stored = torch.empty(codec.message_bytes(values.numel()), dtype=torch.uint8, device=values.device)
+        codec.encode(values.contiguous(), stored)
+        return _Run(values.numel(), stored, unit)
+
+    def _decoded(self, run: _Run, unit: float) -> torch.Tensor:
+        if self.bits == 16:
+            values = run.stored.float()
+        else:
+            values = torch.empty(run.numel, device=run.stored.device)
+            _codec(run.numel).decode(run.stored, values)
+        return values if unit == run.unit else values.mul_(unit / run.unit)
+
+
+def _codec(numel: int) -> BlockCodec:
+    """Blocks that are not much longer than what is in them: most parameters are biases and norms."""
+    return BlockCodec(8, min(_LARGEST_BLOCK, -(-numel // _SMALLEST_BLOCK) * _SMALLEST_BLOCK))

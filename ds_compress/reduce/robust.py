@@ -1,0 +1,231 @@
+"""The exchange under a robust rule: every owner gets the slices of all workers, and decides what they say together.
+
+    all-to-all -> inner products of my slices -> one small all-reduce -> who is bad, which weights -> my slice
+
+All pieces of a bucket arrive before anything is decided, because a worker whose gradient is NaN somewhere is
+dropped everywhere; what has arrived is kept as it was sent, at most one bucket of it. A bucket is one vector to
+the rules: norms and distances are those of all its owners' slices together.
+
+A worker with NaN or Inf is dropped before the rule, and counts as one of the f bad ones. When more than f workers are
+non-finite it is an overflow and no attack: the result is NaN, and the loss scaler does what it does without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_compress.reduce.codec import Codec
+from ds_compress.reduce.pipeline import pipelined
+from ds_compress.reduce.rules import COORDINATES, WEIGHTS
+from ds_compress.reduce.slices import Part, Segment, Slices, count, joined
+from ds_compress.reduce.workers import OutlierAbort, Report, report
+
+# Elements of all workers that are decoded at a time.
+_AT_A_TIME = 1 << 18
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do about bad workers: see `config.robust_reduction`."""
+
+    rule: str = "centered_clip"
+    max_malicious: int = 1
+    on_outlier: str = "report"
+    outlier_ratio: float = 5.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who takes part, and how: `weights` (n,) fp64 for rules that have them; `trim` bad workers may be left."""
+
+    keep: tuple[int, ...]
+    trim: int
+    weights: torch.Tensor | None
+    overflow: bool
+    report: Report
+
+
+def judge(gram: torch.Tensor, non_finite: Sequence[int], policy: Policy) -> Verdict:
+    """Pure: the same inner products give the same verdict in every process.
+
+    gram: fp64 (n, n) on the CPU; rows and columns of non-finite workers are ignored.
+
+    Raises:
+        OutlierAbort: a worker stands out and the policy says abort.
+    """
+    found = report(gram, non_finite, policy.outlier_ratio)
+    overflow = len(non_finite) > policy.max_malicious
+    if policy.on_outlier == "abort" and found.accused and not overflow:
+        raise OutlierAbort(accusation(found) + "; robust_reduction.on_outlier is abort")
+    dropped = list(non_finite)
+    if policy.on_outlier == "exclude":
+        by_norm = sorted(found.outliers, key=lambda i: -float(found.norms[i]))
+        dropped += by_norm[: max(0, policy.max_malicious - len(dropped))]
+    keep = tuple(i for i in range(len(gram)) if i not in set(dropped))
+    trim = max(0, policy.max_malicious - len(dropped))
+    weights = None
+    if policy.rule in WEIGHTS and keep:
+        index = list(keep)
+        weights = WEIGHTS[policy.rule](gram[index][:, index])
+    return Verdict(keep, trim, weights, overflow or not keep, found)
+
+
+def accusation(found: Report) -> str:
+    """In words, e.g. "worker 3: gradient norm 10.4 times the median"."""
+    finite = found.norms[torch.isfinite(found.norms)]
+    middle = float(finite.quantile(0.5)) if finite.numel() else 0.0
+    said = [f"worker {i}: NaN, Inf or values too large to square in its gradient" for i in found.non_finite]
+    said += [
+        f"worker {i}: gradient norm {float(found.norms[i]) / middle:.1f} times the median"
+        if middle
+        else f"worker {i}: gradient norm {float(found.norms[i]):.3g}, the median is 0"
+        for i in found.outliers
+    ]
+    return "; ".join(said)
+
+
+class RobustSum:
+    """`n` times the robust mean over the processes of `group`, so that it stands where a sum stood.
+
+    Args:
+        codec: how gradients travel, as they are or quantized.
+        piece_elements: elements of a bucket that travel at a time.
+        on_report: told about every reduction.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        codec: Codec,
+        policy: Policy,
+        piece_elements: int = 1 << 20,
+        on_report: Callable[[torch.Tensor, Report], None] | None = None,
+    ) -> None:
+        self.group, self.codec, self.policy = group, codec, policy
+        self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.quantum = max(1, piece_elements // self.world_size // codec.granule) * codec.granule
+        self._on_report = on_report or (lambda gram, found: None)
+
+    @torch.no_grad()
+    def reduce_scatter(
+        self,
+        segments: Sequence[Segment],
+        take: Callable[[Part, torch.Tensor], None],
+        multiplier: float = 1.0,
+    ) -> None:
+        """As `QuantizedSum.reduce_scatter`; `take` gets the rule's result times n times `multiplier`.
+
+        Raises:
+            OutlierAbort: in all processes alike.
+        """
+        slices = Slices(segments, self.world_size, self.quantum)
+        if not slices.pieces:
+            return
+        arrived: list[torch.Tensor] = []
+        gram = torch.zeros((self.world_size, self.world_size), dtype=torch.float64)
+
+        def finish(piece: int, wire: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
+            work, received, _ = wire
+            work.wait()
+            arrived.append(received.view(self.world_size, -1))
+            self._add_products(gram, arrived[-1], count(slices.parts(self.rank, piece)))
+
+        pipelined(range(slices.pieces), lambda piece: self._send(slices, piece), finish)
+        verdict = self._judge(gram, _device(slices))
+        for piece, messages in enumerate(arrived):
+            self._combine(slices.parts(self.rank, piece), messages, verdict, multiplier, take)
+
+    @torch.no_grad()
+    def all_reduce(self, flat: torch.Tensor, multiplier: float = 1.0) -> None:
+        """Replaces `flat` (n,) by what `reduce_scatter` would give the owners; the same bits in every process."""
+        chunk = -(-flat.numel() // self.world_size)
+        segments = [
+            Segment(flat[owner * chunk : (owner + 1) * chunk], owner) for owner in range(self.world_size)
+        ]
+        own = torch.zeros(chunk, dtype=flat.dtype, device=flat.device)
+
+        def take(part: Part, values: torch.Tensor) -> None:
+            own[part.begin : part.end].copy_(values)
+
+        self.reduce_scatter(segments, take, multiplier)
+        if chunk:
+            whole = torch.empty(chunk * self.world_size, dtype=flat.dtype, device=flat.device)
+            dist.all_gather_into_tensor(whole, own, group=self.group)
+            flat.copy_(whole[: flat.numel()])
+
+    def _send(self, slices: Slices, piece: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        parts = [slices.parts(owner, piece) for owner in range(self.world_size)]
+        sizes = [self.codec.message_bytes(count(own)) for own in parts]
+        device = _device(slices)
+        sent = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        for own, message in zip(parts, sent.split(sizes), strict=True):
+            if own:
+                self.codec.encode(joined(own), message)
+        mine = sizes[self.rank]
+        received = torch.empty(mine * self.world_size, dtype=torch.uint8, device=device)
+        work = dist.all_to_all_single(
+            received, sent, [mine] * self.world_size, sizes, group=self.group, async_op=True
+        )
+        return work, received, sent
+
+    def _add_products(self, gram: torch.Tensor, messages: torch.Tensor, numel: int) -> None:
+        """Adds <x_i, x_j> of one piece; NaN and Inf come through."""
+        rows = self._decoded(messages, numel)
+        for block in rows.split(max(1, _AT_A_TIME // self.world_size), dim=1):
+            # fp32 products of a few thousand elements, fp64 sums of those.
+            gram += (block @ block.T).double().cpu()
+
+    def _decoded(self, messages: torch.Tensor, numel: int) -> torch.Tensor:
+        rows = torch.empty((len(messages), numel), device=messages.device)
+        if numel:
+            for row, message in zip(rows, messages, strict=True):
+                self.codec.decode(message, row)
+        return rows
+
+    def _judge(self, gram: torch.Tensor, device: torch.device) -> Verdict:
+        # Added up in the order of the ranks, so that all of them judge by the same bits.
+        everyones = torch.empty((self.world_size, gram.numel()), dtype=gram.dtype, device=device)
+        dist.all_gather_into_tensor(everyones.view(-1), gram.view(-1).to(device), group=self.group)
+        gram = everyones.cpu().sum(0).view_as(gram)
+        non_finite = [
+            i for i, square in enumerate(gram.diagonal().tolist()) if not abs(square) < float("inf")
+        ]
+        verdict = judge(gram, non_finite, self.policy)
+        self._on_report(gram, verdict.report)
+        return verdict
+
+    def _combine(
+        self,
+        parts: Sequence[Part],
+        messages: torch.Tensor,
+        verdict: Verdict,
+        multiplier: float,
+        take: Callable[[Part, torch.Tensor], None],
+    ) -> None:
+        numel = count(parts)
+        if not numel:
+            return
+        scale = multiplier * self.world_size
+        if verdict.overflow:
+            result = torch.full((numel,), torch.nan, device=messages.device)
+        else:
+            rows = self._decoded(messages[list(verdict.keep)], numel)
+            if verdict.weights is None:
+                result = COORDINATES[self.policy.rule](rows, verdict.trim)
+            else:
+                result = verdict.weights.to(rows) @ rows
+            result.mul_(scale)
+        for part, values in zip(parts, result.split([part.numel for part in parts]), strict=True):
+            take(part, values)
+
+
+def _device(slices: Slices) -> torch.device:
+    for one in slices.of:
+        for part in one.parts(0, 1):
+            return part.values.device
+    raise AssertionError("an empty bucket has no pieces")
