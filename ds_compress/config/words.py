@@ -7,8 +7,11 @@ from typing import Any
 
 from ds_compress.config.activation_quantization import ActivationQuantizationShared
 from ds_compress.config.distillation import Distillation
+from ds_compress.config.gradient_compression import GradientCompression, Wire
 from ds_compress.config.layer_reduction import LayerReduction
 from ds_compress.config.modules import ModuleKind
+from ds_compress.config.parameter_compression import ParameterCompression
+from ds_compress.config.robust_reduction import RobustReduction
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.sparse_pruning import SparsePruningShared
 from ds_compress.config.structured_pruning import StructuredShared
@@ -72,6 +75,12 @@ def block_lines(config: CompressionConfig, techniques: dict[str, int]) -> Iterat
         yield "layer_reduction", _layer_reduction_facts(config.layer_reduction)
     if config.distillation and config.distillation.enabled:
         yield "distillation", _distillation_facts(config.distillation)
+    if config.gradient_compression and config.gradient_compression.enabled:
+        yield "gradient_compression", _gradient_facts(config.gradient_compression)
+    if config.parameter_compression and config.parameter_compression.enabled:
+        yield "parameter_compression", _parameter_facts(config.parameter_compression)
+    if config.robust_reduction and config.robust_reduction.enabled:
+        yield "robust_reduction", _robust_facts(config.robust_reduction)
 
 
 def _pruning_facts(shared: SparsePruningShared) -> str:
@@ -135,6 +144,36 @@ def _distillation_facts(block: Distillation) -> str:
     teacher = block.teacher or "the model passed to ds_compress.initialize"
     dtype = f" in {block.teacher_dtype}" if block.teacher_dtype else ""
     return f"teacher {teacher}{dtype} at ZeRO stage {block.teacher_zero_stage}; loss = {' + '.join(losses)}"
+
+
+def _gradient_facts(block: GradientCompression) -> str:
+    facts = ["gradients", *_wire_facts(block)]
+    if block.effective_error_feedback_bits:
+        facts.append(f"error feedback in {block.effective_error_feedback_bits} bits")
+    if block.hierarchical:
+        facts.append("full precision inside a host")
+    return ", ".join(facts)
+
+
+def _parameter_facts(block: ParameterCompression) -> str:
+    return ", ".join(
+        ["weights", *_wire_facts(block), f"exact every {_plural(block.refresh_interval, 'step')}"]
+    )
+
+
+def _wire_facts(block: Wire) -> Iterator[str]:
+    yield f"{block.bits} bits on the wire in blocks of {block.effective_block_size}"
+    if block.warmup_steps:
+        yield _steps(block.warmup_steps)
+    if block.measure_link:
+        yield "if the link is slow enough to gain"
+
+
+def _robust_facts(block: RobustReduction) -> str:
+    return (
+        f"{block.rule} of all workers, up to {block.max_malicious} of them bad; outliers "
+        f"({block.outlier_ratio:g} times the median norm): {block.on_outlier}"
+    )
 
 
 def _pruning_steps(shared: SparsePruningShared | StructuredShared) -> str:

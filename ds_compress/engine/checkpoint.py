@@ -1,6 +1,7 @@
 """Compression state beside a DeepSpeed checkpoint, in global parameter coordinates.
 
     <save_dir>/<tag>/ds_compress/fragments_00000.safetensors    one per process: masks (1 bit), scores, hidden values
+    <save_dir>/<tag>/ds_compress/process_00000.pt               what only that process has: error feedback
     <save_dir>/<tag>/ds_compress/model.json                     class, config and block: see `checkpoint_model`
     <save_dir>/<tag>/ds_compress/state.pt                       counters, bits, ranges; written last, lists the files
 
@@ -77,10 +78,13 @@ def save(folder: Path, session: Compression) -> None:
     if rank in writers:
         folder.mkdir(parents=True, exist_ok=True)
         _write_fragments(folder / _file_name(rank), session)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_process_state(folder / _process_file(rank), session)
     _barrier()
     if rank == 0:
         checkpoint_model.write(folder, session)
-        state = {"format": 1, "files": [_file_name(writer) for writer in writers], **session.state_dict()}
+        state = {"format": 1, "files": [_file_name(writer) for writer in writers]}
+        state |= {"world_size": world_size, **session.state_dict()}
         temporary = folder / f".{STATE}.{os.getpid()}"
         torch.save(state, temporary)
         os.replace(temporary, folder / STATE)
@@ -108,6 +112,34 @@ def load(folder: Path, session: Compression) -> None:
     for name, stage in session.stages.items():
         stage.load_fragment_state(stored.of_stage(name, session))
     session.mask_frozen_weights()
+    _load_process_state(folder, state.get("world_size"), session)
+
+
+def _write_process_state(path: Path, session: Compression) -> None:
+    own = {name: state for name, stage in session.stages.items() if (state := stage.process_state())}
+    if not own:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(own, temporary)
+    os.replace(temporary, path)
+
+
+def _load_process_state(folder: Path, stored_world_size: int | None, session: Compression) -> None:
+    rank, world_size = _rank_and_world_size()
+    path = folder / _process_file(rank)
+    own: dict[str, Any] = {}
+    if stored_world_size == world_size and path.exists():
+        own = torch.load(path, weights_only=True)
+    elif stored_world_size != world_size and next(folder.glob("process_*.pt"), None) is not None:
+        logger.warning(
+            "ds_compress: %s was stored by %s processes, there are %s now; error feedback begins anew",
+            folder.parent,
+            stored_world_size,
+            world_size,
+        )
+    for name, stage in session.stages.items():
+        stage.load_process_state(own.get(name))
 
 
 def _write_fragments(path: Path, session: Compression) -> None:
@@ -203,6 +235,10 @@ def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor]:
 
 def _file_name(rank: int) -> str:
     return f"fragments_{rank:05d}.safetensors"
+
+
+def _process_file(rank: int) -> str:
+    return f"process_{rank:05d}.pt"
 
 
 def _rank_and_world_size() -> tuple[int, int]:

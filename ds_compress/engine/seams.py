@@ -112,6 +112,55 @@ SEAMS: tuple[Seam, ...] = (
         source_mentions=("module.__class__ in", "PARAM_COMM_DTYPE_ATTR_NAME"),
     ),
     Seam("deepspeed.runtime.torch_autocast:get_default_autocast_lower_precision_modules"),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine.allreduce_bucket",
+        ("self", "bucket", "dp_group", "dp_world_size"),
+        source_mentions=("self.flatten(bucket)", "self.gradient_average", "dist.all_reduce", "return tensor"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.average_tensor",
+        ("self", "tensor", "communication_data_type"),
+        source_mentions=(
+            "self.gradient_reduction_w_predivide(tensor, communication_data_type)",
+            "self.allreduce_and_scatter(",
+            "bucket.params",
+            "self.use_multi_rank_bucket_allreduce",
+            "divide=False",
+        ),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks",
+        (
+            *("self", "small_bucket", "communication_data_type", "log", "divide", "process_group"),
+            *("bucket_ranks", "output_bucket"),
+        ),
+        source_mentions=("self._add_to_grad_partition_buffer(output, synced)", "buf.copy_(synced)"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.gradient_reduction_w_predivide",
+        ("self", "tensor", "communication_data_type"),
+        source_mentions=("self.sequence_parallel_size", "self.gradient_average"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.allreduce_bucket",
+        ("self", "bucket", "communication_data_type", "rank", "log", "divide", "process_group"),
+        source_mentions=("self.flatten(bucket)", "return tensor_to_allreduce"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
+        ("self", "params_to_reduce", "communication_data_type"),
+        source_mentions=("reduce_scatter_coalesced(full_grads_for_rank, process_group)",),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage3:reduce_scatter_coalesced",
+        ("tensors", "group"),
+        source_mentions=("math.ceil(tensor.numel() / world_sz)", "div_(world_sz)"),
+    ),
+    Seam(
+        "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.get_grads_for_reduction",
+        ("self",),
+        source_mentions=("self.non_expert_gradients",),
+    ),
     Seam("deepspeed.runtime.zero.config:DeepSpeedZeroConfig"),
     Seam("deepspeed.runtime.pipe.engine:PipelineEngine"),
     Seam("deepspeed.runtime.config_utils:dict_raise_error_on_duplicate_keys"),
@@ -130,7 +179,7 @@ def missing_seams() -> list[str]:
         except (ImportError, AttributeError) as error:
             problems.append(f"{seam.path} is gone ({error})")
             continue
-        target = inspect.unwrap(target)
+        target = _innermost(target)
         names = tuple(inspect.signature(target).parameters) if seam.parameters else ()
         if names[: len(seam.parameters)] != seam.parameters:
             problems.append(f"{seam.path} takes {names}, expected it to start with {seam.parameters}")
@@ -140,6 +189,44 @@ def missing_seams() -> list[str]:
                 f"{seam.path} no longer mentions {m}" for m in seam.source_mentions if m not in source
             ]
     return problems
+
+
+def _innermost(function: Any) -> Any:
+    """What decorators wrap, DeepSpeed's `instrument_w_nvtx` too, which leaves no `__wrapped__` behind."""
+    function = inspect.unwrap(function)
+    if getattr(function, "__qualname__", "").startswith("instrument_w_nvtx.<locals>"):
+        (wrapped,) = (cell.cell_contents for cell in function.__closure__)
+        return _innermost(wrapped)
+    return function
+
+
+AVERAGE_OF_STAGE_3 = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+
+def is_zero12(wrapper: Any) -> bool:
+    """DeepSpeedZeroOptimizer: stages 1 and 2, but for BF16_Optimizer."""
+    return hasattr(wrapper, "bit16_groups_flat")
+
+
+def is_zero3(wrapper: Any) -> bool:
+    """DeepSpeedZeroOptimizer_Stage3."""
+    return hasattr(wrapper, "fp32_partitioned_groups_flat")
+
+
+def is_bf16_optimizer(wrapper: Any) -> bool:
+    """BF16_Optimizer: stage 1 with fp32 gradient accumulation."""
+    return hasattr(wrapper, "bf16_groups_flat")
+
+
+def data_parallel_group(engine: Any) -> Any:
+    """The processes over which gradients are averaged."""
+    return getattr(engine, "seq_data_parallel_group", None) or engine.data_parallel_group
+
+
+def loss_scale(wrapper: Any) -> float:
+    """What gradients are multiplied by at the moment; 1 without loss scaling."""
+    config = getattr(wrapper, "loss_scale_config", None)
+    return float(getattr(wrapper, "loss_scale", 1.0) if config is None else config.cur_scale)
 
 
 def is_zero3_parameter(parameter: nn.Parameter) -> bool:

@@ -18,6 +18,8 @@ from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
 from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink
 from ds_compress.engine.loop import LoopHooks
+from ds_compress.engine.reduction import GradientReduction
+from ds_compress.engine.reduction_limits import refuse_unsupported_reductions, traffic_blocks
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
@@ -94,8 +96,9 @@ class Compression:
             ConfigError: with all problems of block, model and DeepSpeed config that can be known now.
         """
         model: nn.Module = arguments["model"]
-        parse_config(block)
+        config = parse_config(block)
         refuse_unsupported(model, engine_class, arguments["config_class"])
+        refuse_unsupported_reductions(config, arguments["config_class"])
         session = sessions.taken_over(model, block) or cls.of_model(model, block, _given_teacher)
         session._enter(arguments)
         return session
@@ -128,6 +131,9 @@ class Compression:
         plan = resolve(model, config)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
         stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
+        reduction = GradientReduction.of(config)
+        if reduction is not None:
+            stages[reduction.name] = reduction
         session = cls(block, plan, stages, model)
         for stage in stages.values():
             session.added += stage.prepare(model, parameters.full_parameters).values()
@@ -164,6 +170,9 @@ class Compression:
         distillation = self.stages.get(Distillation.name)
         if isinstance(distillation, Distillation):
             distillation.attach_engine(engine)
+        reduction = self.stages.get(GradientReduction.name)
+        if isinstance(reduction, GradientReduction):
+            reduction.attach_engine(engine)
         checkpoint.wrap(engine, self)
         if any(stage.shrinks for stage in self.structured):
             shrink.at_end_of_schedule(engine, self)
@@ -336,6 +345,8 @@ def _refuse_what_needs_an_engine(session: Compression) -> None:
     if Distillation.name in session.stages:
         got = "enabled, in a training loop of its own"
         problems.append(Problem(f"{ROOT}.{Distillation.name}", got, "a DeepSpeed engine", hint))
+    for block in traffic_blocks(session.config):
+        problems.append(Problem(f"{ROOT}.{block}.enabled", "true", "false without a DeepSpeed engine", hint))
     for stage in session.structured:
         if stage.shrinks:
             path = f"{ROOT}.{stage.name}.shared_parameters.shrink_at_end_of_schedule"
@@ -350,8 +361,11 @@ def _choose_kernels(config: CompressionConfig) -> None:
     """Before any weight is touched, so that a wish that cannot be met costs nothing."""
     blocks = (config.sparse_pruning, config.weight_quantization, config.activation_quantization)
     structured = (getattr(config, key) for key in KIND_OF_BLOCK)
-    if not any(block is not None and block.shared_parameters.enabled for block in blocks) and not any(
-        block is not None and block.shared.enabled for block in structured
+    wires = (config.gradient_compression, config.parameter_compression)
+    if (
+        not any(block is not None and block.shared_parameters.enabled for block in blocks)
+        and not any(block is not None and block.shared.enabled for block in structured)
+        and not any(wire is not None and wire.enabled for wire in wires)
     ):
         return
     insists = config.insists_on_native

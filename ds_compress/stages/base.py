@@ -85,6 +85,13 @@ class Stage:
     def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Restores what `fragment_state` returned, for the fragments that this process owns now."""
 
+    def process_state(self) -> dict[str, Any]:
+        """State of this process alone, whatever it owns; tensors and plain values. Empty: nothing is stored."""
+        return {}
+
+    def load_process_state(self, state: Mapping[str, Any] | None) -> None:
+        """Restores what `process_state` returned here; None: nothing that fits was stored, begin anew."""
+
     def after_shrink(self) -> None:
         """The model was cut, and this stage (of the smaller model) has all state of its predecessor."""
 

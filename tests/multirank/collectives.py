@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.reduce import hosts as hosts_module
-from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
+from ds_compress.reduce.codec import BlockCodec, PlainCodec
 from ds_compress.reduce.differences import CopiedWeights
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.hosts import find_hosts

@@ -99,6 +99,35 @@ COMPLETE: dict[str, Any] = {
             "attention": {"weight": 1.0, "relation_heads": 4},
         },
     },
+    "gradient_compression": {
+        "enabled": False,
+        "bits": 4,
+        "block_size": 64,
+        "error_feedback": True,
+        "error_feedback_bits": 16,
+        "piece_elements": 4096,
+        "hierarchical": True,
+        "warmup_steps": 3,
+        "min_elements": 0,
+        "measure_link": False,
+    },
+    "parameter_compression": {
+        "enabled": True,
+        "bits": 8,
+        "block_size": 512,
+        "piece_elements": 4096,
+        "warmup_steps": 3,
+        "min_elements": 100,
+        "measure_link": True,
+        "refresh_interval": 50,
+    },
+    "robust_reduction": {
+        "enabled": True,
+        "rule": "median",
+        "max_malicious": 2,
+        "on_outlier": "exclude",
+        "outlier_ratio": 4.0,
+    },
     "seed": 7,
     "kernels": "native",
 }
@@ -142,6 +171,8 @@ def test_the_complete_block_is_complete_and_valid() -> None:
     for block in ("sparse_pruning", "weight_quantization", "activation_quantization"):
         shared = getattr(config, block).shared_parameters
         assert set(COMPLETE[block]["shared_parameters"]) == set(type(shared).model_fields)
+    for block in ("gradient_compression", "parameter_compression", "robust_reduction"):
+        assert set(COMPLETE[block]) == set(type(getattr(config, block)).model_fields)
 
 
 @given(st.data())

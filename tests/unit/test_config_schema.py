@@ -619,7 +619,8 @@ class TestAllAtOnce:
             '  got:     the unknown key "sed"\n'
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
             '"row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
-            '"layer_reduction", "distillation", "seed" and "kernels"\n'
+            '"layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
+            '"robust_reduction", "seed" and "kernels"\n'
             '  hint:    did you mean "seed"?\n'
             "\n"
             "compression_training.distillation.enabled\n"

@@ -1,0 +1,278 @@
+"""`gradient_compression` and `robust_reduction` at work: what DeepSpeed's reductions call instead of all-reduce.
+
+`GradientReduction` decides for each bucket of gradients whether it is ours, and keeps what outlives a bucket: error
+feedback, who stood out, how many steps were applied. Where DeepSpeed calls it is `reduction_seams`.
+
+A bucket stays DeepSpeed's own while `warmup_steps` last, when it is smaller than `min_elements`, and always when the
+link was measured and sending more bytes is faster. Under `robust_reduction` every bucket is ours, quantized or not.
+
+Threat model of `robust_reduction`: bad *contributions*, of at most `max_malicious` workers: a broken device, a poisoned
+shard, a spoofed gradient. A process that runs code of its own owns a slice of the result and is not held by this.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.config.schema import CompressionConfig
+from ds_compress.engine import reduction_seams, seams
+from ds_compress.reduce.codec import BlockCodec, PlainCodec
+from ds_compress.reduce.exchange import Feedback, QuantizedSum
+from ds_compress.reduce.hosts import Hosts, UnevenHosts, find_hosts
+from ds_compress.reduce.residuals import Residuals
+from ds_compress.reduce.robust import Policy, RobustSum, accusation
+from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.workers import Accusations, Report, report
+from ds_compress.stages.base import Stage
+
+logger = logging.getLogger("ds_compress")
+
+Take = Callable[[Part, torch.Tensor], None]
+
+_KINDS = ("sent", "summed")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class GradientReduction(Stage):
+    """See the module."""
+
+    name = "gradient_reduction"
+
+    @classmethod
+    def of(cls, config: CompressionConfig) -> GradientReduction | None:
+        """None when neither block is enabled."""
+        blocks = (config.gradient_compression, config.robust_reduction)
+        return cls(config) if any(block is not None and block.enabled for block in blocks) else None
+
+    def __init__(self, config: CompressionConfig) -> None:
+        wire, robust = config.gradient_compression, config.robust_reduction
+        self.wire = wire if wire is not None and wire.enabled else None
+        self.robust = robust if robust is not None and robust.enabled else None
+        bits = self.wire.effective_error_feedback_bits if self.wire else None
+        self.residuals = {kind: Residuals(bits) for kind in _KINDS} if bits else {}
+        self.accusations = Accusations()
+        self.last_report: Report | None = None
+        self._hosts: Hosts | None = None
+        self._link_is_slow = True
+        self._awaits_outcome = False
+        self._sums: dict[Any, QuantizedSum] = {}
+        self._robust_sums: dict[Any, RobustSum] = {}
+        self._gram: torch.Tensor | None = None
+        self._non_finite: set[int] = set()
+        self._quantized = 0
+        self._undo: Callable[[], None] = lambda: None
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    def attach_engine(self, engine: Any) -> None:
+        """Takes over the reductions of `engine`; a collective.
+
+        Raises:
+            ConfigError: too few workers for `max_malicious`, or hosts of unequal size under `hierarchical`.
+        """
+        self.engine = engine
+        self.group = seams.data_parallel_group(engine)
+        self._check_workers()
+        if self.wire is not None and self.wire.hierarchical:
+            self._find_hosts()
+        if self.wire is not None and self.wire.measure_link and self._link_is_slow:
+            self._measure_link(self.wire.min_elements)
+        self._undo = reduction_seams.connect(engine, self)
+
+    def detach(self) -> None:
+        self._undo()
+
+    def _check_workers(self) -> None:
+        workers = dist.get_world_size(self.group)
+        if self.robust is None or workers >= 2 * self.robust.max_malicious + 1:
+            return
+        raise ConfigError(
+            [
+                Problem(
+                    "compression_training.robust_reduction.max_malicious",
+                    str(self.robust.max_malicious),
+                    f"at most {(workers - 1) // 2} with {workers} data-parallel processes",
+                    "f bad workers can be outvoted by 2 f + 1 or more: lower it, or start more processes",
+                )
+            ]
+        )
+
+    def _find_hosts(self) -> None:
+        try:
+            self._hosts = find_hosts(self.group)
+        except UnevenHosts as error:
+            path = "compression_training.gradient_compression.hierarchical"
+            raise ConfigError([Problem(path, "true", str(error), "set it to false")]) from error
+        if self._hosts is not None and self._hosts.layout.hosts == 1:
+            self._link_is_slow = False
+            _say(self.group, "gradient_compression is off: hierarchical, and all processes are on one host")
+
+    def _measure_link(self, min_elements: int) -> None:
+        if dist.get_world_size(self.group) == 1:
+            return
+        found = reduction_seams.measure(self.engine, self._sum_over(self.group))
+        self._link_is_slow = found.quantizing_pays
+        state = "on" if found.quantizing_pays else "off on this link; measure_link: false insists"
+        _say(self.group, f"gradient_compression is {state}: {found}")
+
+    # -- for the seams ---------------------------------------------------------------------------------
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether segments have to say which parameter they belong to."""
+        return bool(self.residuals)
+
+    def takes(self, numel: int, dtype: torch.dtype) -> bool:
+        """Whether a bucket of `numel` elements in all is ours; the same in every process."""
+        if dtype not in _FLOATS:
+            return False
+        return self.robust is not None or self._quantizes(numel)
+
+    def _quantizes(self, numel: int) -> bool:
+        return (
+            self.wire is not None
+            and self._link_is_slow
+            and numel >= self.wire.min_elements
+            and self.engine.compression.applied_steps >= self.wire.warmup_steps
+        )
+
+    def reduce_scatter(self, group: Any, segments: Sequence[Segment], take: Take, multiplier: float) -> None:
+        """Gives each owner `multiplier` times the sum of its segments: see `reduce.exchange`."""
+        self._settle()
+        numel, dtype = _size(segments)
+        if self.robust is not None:
+            self._robust_sum(group, numel, dtype).reduce_scatter(segments, take, multiplier)
+        else:
+            self._quantized += numel
+            self._sum_over(group).reduce_scatter(segments, take, multiplier, self._feedback())
+
+    def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:
+        """Replaces all segments by `multiplier` times their sum, with the same bits everywhere."""
+        self._settle()
+        numel, dtype = _size(segments)
+        if self.robust is None:
+            self._quantized += numel
+            self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
+            return
+        flat = segments[0].values if len(segments) == 1 else torch.cat([s.values for s in segments])
+        self._robust_sum(group, numel, dtype).all_reduce(flat, multiplier)
+        if len(segments) > 1:
+            for segment, values in zip(segments, flat.split([s.numel for s in segments]), strict=True):
+                segment.values.copy_(values)
+
+    def _sum_over(self, group: Any) -> QuantizedSum:
+        if group not in self._sums:
+            assert self.wire is not None
+            codec = BlockCodec(self.wire.bits, self.wire.effective_block_size)
+            hosts = self._hosts if group is self.group else None
+            self._sums[group] = QuantizedSum(group, codec, self.wire.piece_elements, hosts)
+        return self._sums[group]
+
+    def _robust_sum(self, group: Any, numel: int, dtype: torch.dtype) -> RobustSum:
+        quantizes = self._quantizes(numel)
+        self._quantized += numel if quantizes else 0
+        key = (group, quantizes or dtype)
+        if key not in self._robust_sums:
+            robust, wire = self.robust, self.wire
+            assert robust is not None
+            policy = Policy(robust.rule, robust.max_malicious, robust.on_outlier, robust.outlier_ratio)
+            codec: BlockCodec | PlainCodec = PlainCodec(dtype)
+            if quantizes and wire is not None:
+                codec = BlockCodec(wire.bits, wire.effective_block_size)
+            pieces = wire.piece_elements if wire is not None else 1 << 20
+            self._robust_sums[key] = RobustSum(group, codec, policy, pieces, self._add_report)
+        return self._robust_sums[key]
+
+    def _feedback(self) -> Feedback | None:
+        if not self.residuals:
+            return None
+        unit = seams.loss_scale(self.engine.optimizer)
+        return Feedback(self.residuals["sent"], self.residuals["summed"], unit)
+
+    # -- steps -----------------------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
+        self._settle()
+        self._awaits_outcome = True
+        if self._gram is not None:
+            self._report(step)
+
+    def after_step(self, step: int) -> None:
+        self._awaits_outcome = False
+        for residuals in self.residuals.values():
+            residuals.commit()
+
+    def _settle(self) -> None:
+        """A step that was begun and never reported as applied was skipped: its messages were for nothing."""
+        if self._awaits_outcome:
+            self._awaits_outcome = False
+            for residuals in self.residuals.values():
+                residuals.rollback()
+
+    def _add_report(self, gram: torch.Tensor, found: Report) -> None:
+        """Adds one bucket to the step's inner products: those of whole gradients are the sums over buckets."""
+        self._non_finite.update(found.non_finite)
+        finite = torch.nan_to_num(gram, 0.0, 0.0, 0.0)
+        self._gram = finite if self._gram is None else self._gram + finite
+
+    def _report(self, step: int) -> None:
+        assert self.robust is not None and self._gram is not None
+        found = report(self._gram, sorted(self._non_finite), self.robust.outlier_ratio)
+        self._gram, self._non_finite = None, set()
+        if found.accused and (self.last_report is None or found.accused != self.last_report.accused):
+            _say(self.group, f"step {step}: {accusation(found)}", logging.WARNING)
+        self.last_report = found
+        self.accusations.add(found.accused)
+        monitor = getattr(self.engine, "monitor", None)
+        if monitor is not None and monitor.enabled:
+            samples = self.engine.global_samples
+            monitor.write_events(
+                [(f"Train/robust_reduction/{key}", value, samples) for key, value in self._workers().items()]
+            )
+
+    def metrics(self) -> dict[str, float]:
+        counts = {} if self.wire is None else {"quantized_elements": float(self._quantized)}
+        return {**counts, **self._workers()}
+
+    def _workers(self) -> dict[str, float]:
+        if self.last_report is None:
+            return {}
+        result = {}
+        for worker, (norm, cosine) in enumerate(
+            zip(self.last_report.norms.tolist(), self.last_report.cosines.tolist(), strict=True)
+        ):
+            result[f"worker_{worker}_norm"] = norm
+            result[f"worker_{worker}_cosine"] = cosine
+            result[f"worker_{worker}_accused"] = float(worker in self.last_report.accused)
+        return result
+
+    # -- checkpoints -----------------------------------------------------------------------------------
+
+    def process_state(self) -> dict[str, Any]:
+        self._settle()
+        return {
+            kind: [{"run": dict(run), "stored": stored.cpu()} for run, stored in residuals.state()]
+            for kind, residuals in self.residuals.items()
+        }
+
+    def load_process_state(self, state: Mapping[str, Any] | None) -> None:
+        for kind, residuals in self.residuals.items():
+            residuals.clear()
+            for item in (state or {}).get(kind, ()):
+                residuals.restore(item["run"], item["stored"].to(self.engine.device))
+        self._awaits_outcome = False
+
+
+def _size(segments: Sequence[Segment]) -> tuple[int, torch.dtype]:
+    return sum(segment.numel for segment in segments), segments[0].values.dtype
+
+
+def _say(group: Any, text: str, level: int = logging.INFO) -> None:
+    if dist.get_rank(group) == 0:
+        logger.log(level, "ds_compress: %s", text)

@@ -1,0 +1,369 @@
+"""Engines whose gradients travel quantized or under a robust rule, run in several processes by test_reduction.py."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+import ds_compress
+from ds_compress.engine.fragments import master_fragments
+from ds_compress.engine.seams import loss_scale
+from ds_compress.reduce.workers import OutlierAbort
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "0 fp32": {"stage": 0},
+    "0 bf16": {"stage": 0, "dtype": "bf16"},
+    "1 fp32": {"stage": 1},
+    "1 bf16": {"stage": 1, "dtype": "bf16"},
+    "1 bf16, fp32 accumulation": {"stage": 1, "dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
+    "2 fp32": {"stage": 2},
+    "2 bf16": {"stage": 2, "dtype": "bf16", "gradient_accumulation_steps": 2},
+    "2 bf16, fp32 accumulation": {
+        "stage": 2,
+        "dtype": "bf16",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_accumulation_steps": 2,
+    },
+    "2 round robin": {"stage": 2, "zero": {"round_robin_gradients": True}},
+    "2 small buckets": {"stage": 2, "zero": {"reduce_bucket_size": 3000}},
+    "2 no reduce-scatter": {"stage": 2, "zero": {"reduce_scatter": False}},
+    "1 not contiguous": {"stage": 1, "zero": {"contiguous_gradients": False}},
+    "3 fp32": {"stage": 3},
+    "3 bf16": {"stage": 3, "dtype": "bf16", "gradient_accumulation_steps": 2},
+    "3 small buckets": {"stage": 3, "zero": {"reduce_bucket_size": 3000}},
+}
+
+
+WITH_ALL_KINDS = ("0 bf16", "2 fp32", "3 bf16")
+
+
+class Scale(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class Odd(torch.nn.Module):
+    """Shapes that divide by nothing, one parameter of a single element, two parameter groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(128, 37)
+        self.first = torch.nn.Linear(37, 53)
+        self.second = torch.nn.Linear(53, 37)
+        self.scale = Scale()
+        self.head = torch.nn.Linear(37, 2)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> Any:
+        hidden = self.embed(input_ids).mean(1)
+        hidden = hidden + self.scale(self.second(torch.nn.functional.gelu(self.first(hidden))))
+        loss = torch.nn.functional.cross_entropy(self.head(hidden).float(), labels)
+        return type("Output", (), {"loss": loss})
+
+    def groups(self) -> list[dict[str, Any]]:
+        decayed = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() <= 1]
+        return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def wire(bits: int = 8, **settings: Any) -> dict[str, Any]:
+    return {
+        "gradient_compression": {
+            "enabled": True,
+            "bits": bits,
+            "min_elements": 0,
+            "measure_link": False,
+            "piece_elements": 2048,
+            **settings,
+        }
+    }
+
+
+@contextmanager
+def engine_for(layout: dict[str, Any], block: dict[str, Any] | None, **extra: Any) -> Iterator[Any]:
+    layout = copy.deepcopy(layout)
+    config = ds_config(
+        layout.pop("stage"), block, layout.pop("dtype", "fp32"), layout.pop("zero", None), **layout
+    )
+    config |= extra
+    model = Odd()
+    with engine_of(model, config, model_parameters=model.groups()) as engine:
+        yield engine
+
+
+def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
+    """Whole gradients of the last step as the optimizer sees them, in every process."""
+    seen: dict[str, torch.Tensor] = {}
+    accumulation = engine.gradient_accumulation_steps()
+
+    shards = {fragment.name: fragment for fragment in master_fragments(engine)}
+
+    def look(optimizer: Any, args: Any, kwargs: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for fragment in shards.values():
+            if id(fragment.stepped) in stepped and fragment.gradient is not None:
+                whole = seen.setdefault(fragment.name, torch.zeros(fragment.shape).flatten())
+                whole[fragment.start : fragment.start + fragment.numel] = fragment.gradient.float()
+
+    handle = engine.basic_optimizer.register_step_pre_hook(look)
+    train(engine, batches(steps * accumulation, rank=dist.get_rank()))
+    handle.remove()
+    spread = any(fragment.group is not None for fragment in shards.values())
+    for name, parameter in engine.module.named_parameters():
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        whole = seen.setdefault(name, torch.zeros(numel))
+        if spread:
+            dist.all_reduce(whole)
+    return seen
+
+
+def gradients(names: list[str]) -> dict[str, Any]:
+    """For each layout: how far quantized and robust gradients are from those of stock DeepSpeed."""
+    found: dict[str, Any] = {}
+    blocks = {
+        "int8": wire(8),
+        "int4": wire(4, block_size=64),
+        "feedback": wire(8, error_feedback=True),
+        "mean": {"robust_reduction": {"enabled": True, "rule": "mean", "max_malicious": 0}},
+    }
+    for name in names:
+        with engine_for(LAYOUTS[name], None) as engine:
+            stock = final_gradients(engine)
+        found[name] = {}
+        for kind, block in blocks.items():
+            if kind not in ("int8", "mean") and name not in WITH_ALL_KINDS:
+                continue
+            with engine_for(LAYOUTS[name], block) as engine:
+                ours = final_gradients(engine)
+                metrics = engine.compression.metrics()
+                weights = full_weights(engine.module)
+                residual_bytes = sum(
+                    r.nbytes for r in engine.compression.stages["gradient_reduction"].residuals.values()
+                )
+            found[name][kind] = {
+                "error": {key: relative(ours[key], stock[key]) for key in stock},
+                "largest": max(float((ours[k] - stock[k]).abs().max()) for k in stock)
+                / max(float(stock[k].abs().max()) for k in stock),
+                "metrics": metrics,
+                "residual_bytes": residual_bytes,
+                "weights": {key: value.numpy().tobytes() for key, value in weights.items()},
+            }
+    return found
+
+
+def relative(ours: torch.Tensor, stock: torch.Tensor) -> float:
+    return float((ours - stock).norm() / stock.norm().clamp(min=1e-12))
+
+
+def masks() -> dict[str, Any]:
+    """sparse_pruning under quantized gradients: still exact."""
+    found = {}
+    for stage in (0, 2, 3):
+        sparse = copy.deepcopy(pruning_block(density=0.4))
+        sparse["sparse_pruning"]["different_groups"] = {
+            "all": {"params": {"dense_ratio": 0.4}, "modules": ["first", "second"]}
+        }
+        with engine_for({"stage": stage, "dtype": "bf16"}, {**sparse, **wire()}) as engine:
+            train(engine, batches(4, rank=dist.get_rank()))
+            weight = full_weights(engine.module)["first.weight"]
+            found[stage] = (int(weight.count_nonzero()), weight.numel())
+    return found
+
+
+def special_steps() -> dict[str, Any]:
+    """Warm-up, small buckets, an unmeasured and a measured link."""
+    found: dict[str, Any] = {}
+    with engine_for({"stage": 2}, wire(warmup_steps=2)) as engine:
+        counts = []
+        for _ in range(3):
+            train(engine, batches(1))
+            counts.append(engine.compression.metrics()["gradient_reduction/quantized_elements"])
+        found["warmup"] = counts
+    with engine_for({"stage": 2}, wire(min_elements=10**6)) as engine:
+        train(engine, batches(1))
+        found["small"] = engine.compression.metrics()
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_compress").addHandler(handler)
+    logging.getLogger("ds_compress").setLevel(logging.INFO)
+    with engine_for({"stage": 2}, wire(measure_link=True)) as engine:
+        train(engine, batches(1))
+        found["measured"] = engine.compression.metrics()
+    logging.getLogger("ds_compress").removeHandler(handler)
+    found["messages"] = [message for message in messages if "gradient_compression is" in message]
+    return found
+
+
+def loss_scales() -> dict[str, Any]:
+    """fp16 on the CPU: the loss scale of every step, stock, quantized, and with NaN hidden from the scaler."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    fp16 = {"enabled": True, "initial_scale_power": 17, "loss_scale_window": 2, "hysteresis": 1}
+    found: dict[str, Any] = {}
+    for stage in (0, 2, 3):
+        for kind in ("stock", "int8", "feedback", "nan_to_num"):
+            block = None if kind == "stock" else wire(error_feedback=kind == "feedback")
+            with engine_for({"stage": stage}, block, fp16=fp16) as engine:
+                engine.module.half()
+                reduction = engine.compression.stages["gradient_reduction"] if block else None
+                if kind == "nan_to_num":
+                    hide_overflow(reduction)
+                scales, kept = [], []
+                overflows = overflow_at(engine, {0, 4, 7})
+                for step, batch in enumerate(batches(12, rank=dist.get_rank())):
+                    overflows["step"] = step
+                    engine.backward(engine(**batch).loss)
+                    engine.step()
+                    scales.append(loss_scale(engine.optimizer))
+                    if kind == "feedback":
+                        kept.append(all_residuals(reduction))
+                found[f"{stage} {kind}"] = (scales, engine.skipped_steps)
+                if kind == "feedback":
+                    finite = all(bool(torch.isfinite(r).all()) for state in kept for r in state.values())
+                    skipped = [not state for state in kept]
+                    found[f"{stage} residuals"] = (finite, skipped[0], skipped[-1])
+    return found
+
+
+def overflow_at(engine: Any, steps: set[int]) -> dict[str, int]:
+    """One gradient of one process becomes Inf in these steps; set "step" of the result.
+
+    DeepSpeed's unfused stage 0 does not multiply the loss by its scale, so nothing overflows there by itself.
+    """
+    now = {"step": 0}
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (float("inf") if now["step"] in steps else 1.0)
+
+    if dist.get_rank() == 1:
+        next(iter(engine.module.second.parameters())).register_hook(hook)
+    return now
+
+
+def hide_overflow(reduction: Any) -> None:
+    original = reduction.reduce_scatter, reduction.all_reduce
+
+    def clean(segments: Any) -> Any:
+        for segment in segments:
+            torch.nan_to_num_(segment.values, 0.0, 0.0, 0.0)
+        return segments
+
+    reduction.reduce_scatter = lambda group, segments, take, m: original[0](group, clean(segments), take, m)
+    reduction.all_reduce = lambda group, segments, m: original[1](group, clean(segments), m)
+
+
+def all_residuals(reduction: Any) -> dict[str, torch.Tensor]:
+    """Decoded residuals by what they belong to, as a checkpoint of now would have them."""
+    reduction.process_state()
+    return {
+        f"{kind} {run['key']} {run['start']}": residuals.load(
+            run["key"], run["start"], run["numel"], torch.device("cpu"), run["unit"]
+        )
+        for kind, residuals in reduction.residuals.items()
+        for run, _ in residuals.state()
+    }
+
+
+def checkpoints(folder: str) -> dict[str, Any]:
+    """Training goes on from a checkpoint as if it had never stopped, error feedback included."""
+    found = {}
+    for stage in (0, 2, 3):
+        block = wire(4, error_feedback=True, block_size=256)
+        rank = dist.get_rank()
+        with engine_for({"stage": stage}, block) as engine:
+            train(engine, batches(2, rank=rank))
+            engine.save_checkpoint(f"{folder}/{stage}")
+            train(engine, batches(2, seed=2, rank=rank))
+            unbroken = full_weights(engine.module)
+        outcome = []
+        for drop in (False, True):
+            with engine_for({"stage": stage}, block) as engine:
+                engine.load_checkpoint(f"{folder}/{stage}")
+                reduction = engine.compression.stages["gradient_reduction"]
+                if drop:
+                    reduction.load_process_state(None)
+                train(engine, batches(2, seed=2, rank=rank))
+                weights = full_weights(engine.module)
+            outcome.append(all(torch.equal(unbroken[k], weights[k]) for k in unbroken))
+        found[stage] = outcome
+    return found
+
+
+def robust_engines() -> dict[str, Any]:
+    """One bad worker of three or more: who is named, and whether its gradient got through."""
+    found: dict[str, Any] = {}
+    bad = dist.get_world_size() - 1
+    for stage in (0, 1, 2, 3):
+        for attack in ("none", "large", "nan"):
+            block = {"robust_reduction": {"enabled": True, "rule": "trimmed_mean", "max_malicious": 1}}
+            if stage == 2:
+                block |= wire()
+            with engine_for({"stage": stage}, block) as engine:
+                if dist.get_rank() == bad and attack != "none":
+                    poison(engine, attack)
+                gradients = final_gradients(engine, steps=2)
+                metrics = engine.compression.metrics()
+                accusations = engine.compression.stages["gradient_reduction"].accusations
+                found[f"{stage} {attack}"] = {
+                    "norm": float(torch.cat(list(gradients.values())).norm()),
+                    "named": dict(accusations.named),
+                    "steps": accusations.steps,
+                    "norms": [metrics[f"gradient_reduction/worker_{w}_norm"] for w in range(bad + 1)],
+                    "weights": [w.numpy().tobytes() for w in full_weights(engine.module).values()],
+                    "skipped": engine.skipped_steps,
+                }
+    block = {"robust_reduction": {"enabled": True, "rule": "mean", "on_outlier": "abort"}}
+    with engine_for({"stage": 2}, block) as engine:
+        if dist.get_rank() == bad:
+            poison(engine, "large")
+        try:
+            train(engine, batches(1, rank=dist.get_rank()))
+            found["abort"] = "went on"
+        except OutlierAbort as error:
+            found["abort"] = str(error)
+    try:
+        with engine_for({"stage": 1}, {"robust_reduction": {"enabled": True, "max_malicious": bad}}):
+            found["too many"] = "went on"
+    except ds_compress.ConfigError as error:
+        found["too many"] = str(error)
+    return found
+
+
+def poison(engine: Any, attack: str) -> None:
+    """This worker's gradients are `attack` from now on."""
+    factor = {"large": 100.0, "nan": float("nan")}[attack]
+    for parameter in engine.module.parameters():
+        parameter.register_hook(lambda gradient: gradient * factor)
+
+
+def run_two(folder: str) -> dict[str, Any]:
+    deepspeed.utils.logger.setLevel("ERROR")
+    return {
+        "gradients": gradients(list(LAYOUTS)),
+        "masks": masks(),
+        "special": special_steps(),
+        "loss scales": loss_scales(),
+        "checkpoints": checkpoints(folder),
+    }
+
+
+def run_four() -> dict[str, Any]:
+    deepspeed.utils.logger.setLevel("ERROR")
+    return {
+        "gradients": gradients(["0 fp32", "1 bf16", "2 small buckets", "3 small buckets"]),
+        "robust": robust_engines(),
+    }

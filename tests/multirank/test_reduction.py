@@ -1,0 +1,116 @@
+"""Gradients that travel quantized or under a robust rule, at every ZeRO stage, beside those of stock DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.multirank.launch import run_ranks
+from tests.multirank.reduction import LAYOUTS
+
+Results = list[dict[str, Any]]
+
+# The largest error over the largest element: one or two roundings to 127 or 7 steps of gradients that are larger
+# before they are averaged. "mean" sums in fp32 where DeepSpeed sums in the dtype of the gradients.
+LARGEST = {"int8": 0.02, "feedback": 0.02, "int4": 0.3, "mean": 0.01}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    return run_ranks(2, "tests.multirank.reduction:run_two", timeout_s=240, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def four() -> Results:
+    return run_ranks(4, "tests.multirank.reduction:run_four", timeout_s=240)
+
+
+def check_gradients(ranks: Results, name: str) -> None:
+    for kind, found in ranks[0]["gradients"][name].items():
+        assert found["largest"] < LARGEST[kind], kind
+        if kind != "mean":
+            assert found["metrics"]["gradient_reduction/quantized_elements"] >= 8825
+            assert found["largest"] > 1e-5, f"{kind}: nothing was quantized"
+        for rank in ranks:
+            assert rank["gradients"][name][kind]["weights"] == found["weights"], "the same bits everywhere"
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_gradients_are_those_of_stock_deepspeed_within_the_scales(two: Results, name: str) -> None:
+    check_gradients(two, name)
+
+
+@pytest.mark.parametrize("name", ["0 fp32", "1 bf16", "2 small buckets", "3 small buckets"])
+def test_gradients_in_four_processes(four: Results, name: str) -> None:
+    check_gradients(four, name)
+
+
+def test_error_feedback_costs_about_a_byte_per_element(two: Results) -> None:
+    for name in ("2 fp32", "3 bf16"):
+        kept = two[0]["gradients"][name]["feedback"]["residual_bytes"]
+        assert 8825 < kept < 1.3 * 8825
+
+
+def test_error_feedback_helps_when_gradients_accumulate(two: Results) -> None:
+    found = two[0]["gradients"]["3 bf16"]
+    assert found["feedback"]["largest"] < found["int8"]["largest"]
+
+
+def test_masks_stay_exact(two: Results) -> None:
+    for kept, numel in two[0]["masks"].values():
+        assert kept == -(-numel * 4 // 10)
+
+
+def test_warmup_small_buckets_and_fast_links_are_left_to_deepspeed(two: Results) -> None:
+    special = two[0]["special"]
+    assert special["warmup"] == [0, 0, 8825]
+    assert special["small"]["gradient_reduction/quantized_elements"] == 0
+    assert special["measured"]["gradient_reduction/quantized_elements"] == 0
+    (message,) = special["messages"]
+    assert "off on this link" in message and "Mbit/s" in message
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_loss_scale_goes_the_way_of_stock(two: Results, stage: int) -> None:
+    found = two[0]["loss scales"]
+    stock, skipped = found[f"{stage} stock"]
+    assert skipped >= 3 and len(set(stock)) >= 3, "there were overflows, and a recovery"
+    assert found[f"{stage} int8"] == (stock, skipped)
+    assert found[f"{stage} feedback"] == (stock, skipped)
+    assert found[f"{stage} nan_to_num"][0] != stock, "the control: a reduction that hides NaN is noticed"
+    finite, empty_after_a_skip, empty_at_the_end = found[f"{stage} residuals"]
+    assert finite and empty_after_a_skip and not empty_at_the_end
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_error_feedback_is_in_the_checkpoint(two: Results, stage: int) -> None:
+    resumed, without = two[0]["checkpoints"][stage]
+    assert resumed
+    assert not without, "the control: residuals that are lost are noticed"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_bad_worker_is_named_and_does_not_get_through(four: Results, stage: int) -> None:
+    found = four[0]["robust"]
+    clean = found[f"{stage} none"]
+    assert clean["named"] == {} and clean["steps"] == 2
+    for attack in ("large", "nan"):
+        case = found[f"{stage} {attack}"]
+        assert case["named"] == {3: 2}, attack
+        assert case["norm"] < 1.5 * clean["norm"]
+        assert case["skipped"] == 0
+        assert all(rank["robust"][f"{stage} {attack}"]["weights"] == case["weights"] for rank in four)
+    norms = found[f"{stage} large"]["norms"]
+    assert norms[3] > 30 * max(norms[:3])
+
+
+def test_abort_names_the_worker_in_every_process(four: Results) -> None:
+    for rank in four:
+        assert rank["robust"]["abort"].startswith("worker 3: gradient norm ")
+
+
+def test_more_bad_workers_than_can_be_outvoted_are_refused(four: Results) -> None:
+    assert "max_malicious" in four[0]["robust"]["too many"]
+    assert "at most 1 with 4 data-parallel processes" in four[0]["robust"]["too many"]

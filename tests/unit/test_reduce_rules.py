@@ -1,0 +1,126 @@
+"""Robust rules and verdicts, without any process group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_compress.reduce.robust import Policy, accusation, judge
+from ds_compress.reduce.rules import COORDINATES, WEIGHTS, centered_clip_weights, distances_to
+from ds_compress.reduce.workers import OutlierAbort, report
+
+
+def workers(n: int = 5, m: int = 300, seed: int = 0) -> torch.Tensor:
+    """Gradients that mostly agree, fp64 (n, m)."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(m, generator=generator, dtype=torch.float64)
+    return common + 0.3 * torch.randn((n, m), generator=generator, dtype=torch.float64)
+
+
+def centered_clip(rows: torch.Tensor, iterations: int = 3) -> torch.Tensor:
+    """Karimireddy et al. 2021, algorithm 2, with the radius that is the median distance."""
+    centre = torch.zeros_like(rows[0])
+    for _ in range(iterations):
+        distances = torch.stack([(row - centre).norm() for row in rows])
+        radius = distances.quantile(0.5)
+        steps = [(row - centre) * min(1.0, float(radius / d)) for row, d in zip(rows, distances, strict=True)]
+        centre = centre + torch.stack(steps).mean(0)
+    return centre
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_centered_clip_needs_only_inner_products(n: int) -> None:
+    rows = workers(n)
+    rows[-1] *= -10
+    weights = centered_clip_weights(rows @ rows.T)
+    torch.testing.assert_close(weights @ rows, centered_clip(rows))
+
+
+def test_distances_follow_from_inner_products() -> None:
+    rows = workers()
+    weights = torch.tensor([0.5, 0.1, 0.0, -0.2, 0.3], dtype=torch.float64)
+    expected = (rows - weights @ rows).norm(dim=1)
+    torch.testing.assert_close(distances_to(rows @ rows.T, weights), expected)
+
+
+def test_equal_workers_are_their_mean_under_every_rule() -> None:
+    rows = workers(1).repeat(5, 1)
+    for rule in WEIGHTS:
+        torch.testing.assert_close(WEIGHTS[rule](rows @ rows.T) @ rows, rows[0])
+    for rule in COORDINATES:
+        torch.testing.assert_close(COORDINATES[rule](rows.clone(), 1), rows[0])
+
+
+@pytest.mark.parametrize("rule", ["trimmed_mean", "median", "centered_clip", "norm_clip"])
+def test_one_worker_cannot_move_a_robust_rule_far(rule: str) -> None:
+    rows = workers()
+    honest = rows[:4].mean(0)
+    for factor in (-1e6, 1e6):
+        attacked = rows.clone()
+        attacked[4] = factor * rows[4]
+        if rule in WEIGHTS:
+            result = WEIGHTS[rule](attacked @ attacked.T) @ attacked
+        else:
+            result = COORDINATES[rule](attacked.clone(), 1)
+        assert float((result - honest).norm() / honest.norm()) < 0.6
+    assert float((attacked.mean(0) - honest).norm() / honest.norm()) > 1e4, "the mean can be moved anywhere"
+
+
+class TestVerdict:
+    def verdict(self, rows: torch.Tensor, **policy: object) -> object:
+        gram = rows @ rows.T
+        bad = [i for i, row in enumerate(rows) if not bool(torch.isfinite(row).all())]
+        return judge(gram, bad, Policy(**policy))  # type: ignore[arg-type]
+
+    def test_honest_workers_all_take_part(self) -> None:
+        verdict = self.verdict(workers())
+        assert verdict.keep == (0, 1, 2, 3, 4) and verdict.report.accused == () and not verdict.overflow
+
+    def test_a_non_finite_worker_is_dropped_and_counts_as_a_bad_one(self) -> None:
+        rows = workers()
+        rows[2, 7] = torch.inf
+        verdict = self.verdict(rows, rule="trimmed_mean", max_malicious=2)
+        assert verdict.keep == (0, 1, 3, 4) and verdict.trim == 1
+        assert verdict.report.non_finite == (2,)
+        assert "worker 2" in accusation(verdict.report)
+
+    def test_an_outlier_is_only_reported_unless_told_otherwise(self) -> None:
+        rows = workers()
+        rows[1] *= 10
+        reported = self.verdict(rows)
+        assert reported.keep == (0, 1, 2, 3, 4) and reported.report.outliers == (1,)
+        excluded = self.verdict(rows, on_outlier="exclude")
+        assert excluded.keep == (0, 2, 3, 4)
+        with pytest.raises(OutlierAbort, match=r"worker 1: gradient norm \d+\.\d times the median"):
+            self.verdict(rows, on_outlier="abort")
+
+    def test_no_more_than_max_malicious_are_excluded_the_worst_first(self) -> None:
+        rows = workers(7)
+        rows[1] *= 10
+        rows[2] *= 1000
+        assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 3, 4, 5, 6)
+        assert self.verdict(rows, on_outlier="exclude", max_malicious=3).keep == (0, 3, 4, 5, 6)
+
+    def test_more_non_finite_workers_than_can_be_bad_is_an_overflow(self) -> None:
+        rows = workers()
+        rows[0, 0] = rows[3, 1] = torch.nan
+        assert self.verdict(rows, max_malicious=1, on_outlier="abort").overflow
+        assert not self.verdict(rows, max_malicious=2).overflow
+
+    def test_all_workers_non_finite(self) -> None:
+        verdict = self.verdict(torch.full((3, 4), torch.nan, dtype=torch.float64), max_malicious=3)
+        assert verdict.overflow and verdict.report.outliers == ()
+
+
+def test_the_report_has_norms_and_cosines_to_the_mean() -> None:
+    rows = workers()
+    rows[4] = -rows[4]
+    found = report(rows @ rows.T, [], 5.0)
+    torch.testing.assert_close(found.norms, rows.norm(dim=1))
+    expected = torch.nn.functional.cosine_similarity(rows, rows.mean(0)[None])
+    torch.testing.assert_close(found.cosines, expected)
+    assert float(found.cosines[4]) < 0 < float(found.cosines[0])
+
+
+def test_zero_gradients_accuse_nobody() -> None:
+    assert report(torch.zeros((4, 4), dtype=torch.float64), [], 5.0).accused == ()
