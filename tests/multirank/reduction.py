@@ -20,12 +20,10 @@ from tests.multirank.common import batches, ds_config, engine_of, full_weights, 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "0 fp32": {"stage": 0},
-    "0 bf16": {"stage": 0, "dtype": "bf16"},
-    "1 fp32": {"stage": 1},
+    "0 bf16": {"stage": 0, "dtype": "bf16", "gradient_accumulation_steps": 2},
     "1 bf16": {"stage": 1, "dtype": "bf16"},
     "1 bf16, fp32 accumulation": {"stage": 1, "dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
     "2 fp32": {"stage": 2},
-    "2 bf16": {"stage": 2, "dtype": "bf16", "gradient_accumulation_steps": 2},
     "2 bf16, fp32 accumulation": {
         "stage": 2,
         "dtype": "bf16",
@@ -36,7 +34,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2 small buckets": {"stage": 2, "zero": {"reduce_bucket_size": 3000}},
     "2 no reduce-scatter": {"stage": 2, "zero": {"reduce_scatter": False}},
     "1 not contiguous": {"stage": 1, "zero": {"contiguous_gradients": False}},
-    "3 fp32": {"stage": 3},
     "3 bf16": {"stage": 3, "dtype": "bf16", "gradient_accumulation_steps": 2},
     "3 small buckets": {"stage": 3, "zero": {"reduce_bucket_size": 3000}},
 }
@@ -199,7 +196,7 @@ def special_steps() -> dict[str, Any]:
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ds_compress").addHandler(handler)
     logging.getLogger("ds_compress").setLevel(logging.INFO)
-    with engine_for({"stage": 2}, wire(measure_link=True)) as engine:
+    with engine_for({"stage": 2}, wire(measure_link=True, piece_elements=1 << 20)) as engine:
         train(engine, batches(1))
         found["measured"] = engine.compression.metrics()
     logging.getLogger("ds_compress").removeHandler(handler)
@@ -308,7 +305,7 @@ def robust_engines() -> dict[str, Any]:
     found: dict[str, Any] = {}
     bad = dist.get_world_size() - 1
     for stage in (0, 1, 2, 3):
-        for attack in ("none", "large", "nan"):
+        for attack in ("none", "large", "nan") if stage != 1 else ("none", "large"):
             block = {"robust_reduction": {"enabled": True, "rule": "trimmed_mean", "max_malicious": 1}}
             if stage == 2:
                 block |= wire()
@@ -364,6 +361,6 @@ def run_two(folder: str) -> dict[str, Any]:
 def run_four() -> dict[str, Any]:
     deepspeed.utils.logger.setLevel("ERROR")
     return {
-        "gradients": gradients(["0 fp32", "1 bf16", "2 small buckets", "3 small buckets"]),
+        "gradients": gradients(["0 fp32", "2 small buckets", "3 small buckets"]),
         "robust": robust_engines(),
     }
