@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
+from ds_compress.engine import reduction_seams
 from ds_compress.engine.fragments import master_fragments
 from ds_compress.engine.seams import loss_scale
+from ds_compress.reduce.link import Comparison
 from ds_compress.reduce.workers import OutlierAbort
 from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
 
@@ -196,11 +198,22 @@ def special_steps() -> dict[str, Any]:
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ds_compress").addHandler(handler)
     logging.getLogger("ds_compress").setLevel(logging.INFO)
-    with engine_for({"stage": 2}, wire(measure_link=True, piece_elements=1 << 20)) as engine:
-        train(engine, batches(1))
-        found["measured"] = engine.compression.metrics()
+    for kind, comparison in (
+        ("really", None),
+        ("slow", Comparison(2.0, 1.0, 1)),
+        ("fast", Comparison(1.0, 2.0, 1)),
+    ):
+        measure = reduction_seams.measure
+        if comparison is not None:
+            reduction_seams.measure = lambda engine, quantized, found=comparison: found
+        messages.clear()
+        with engine_for({"stage": 2}, wire(measure_link=True, piece_elements=1 << 20)) as engine:
+            train(engine, batches(1))
+            quantized = engine.compression.metrics()["gradient_reduction/quantized_elements"]
+        reduction_seams.measure = measure
+        said = [message for message in messages if "gradient_compression is" in message]
+        found[kind] = (quantized, "".join(said))
     logging.getLogger("ds_compress").removeHandler(handler)
-    found["messages"] = [message for message in messages if "gradient_compression is" in message]
     return found
 
 
