@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 import ds_compress
 from ds_compress.engine import reduction_seams
-from ds_compress.engine.fragments import master_fragments
 from ds_compress.engine.seams import loss_scale
+from ds_compress.engine.shards import Shards
 from ds_compress.reduce.link import Comparison
 from ds_compress.reduce.workers import OutlierAbort
 from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
@@ -107,7 +107,7 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
     accumulation = engine.gradient_accumulation_steps()
 
-    shards = {fragment.name: fragment for fragment in master_fragments(engine)}
+    shards = Shards.of_engine(engine).fragments
 
     def look(optimizer: Any, args: Any, kwargs: Any) -> None:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
