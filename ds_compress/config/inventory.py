@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_compress.config.adapters import hosts
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.fields import EVERY_LAYER
 from ds_compress.config.modules import ModuleKind, is_layer, kind_of, shape_of
 
@@ -70,10 +71,11 @@ class Entry:
 
 
 def entries_of(model: nn.Module) -> tuple[Entry, ...]:
-    """All modules of the model, itself included, in `named_modules` order."""
+    """All modules of the model, itself included, in `named_modules` order; nothing auxiliary."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+        if not is_auxiliary(name):
+            names.setdefault(module, []).append(name)
     host = hosts(model)
     return tuple(
         Entry(tuple(every), module, kind_of(module), host.get(module, ())) for module, every in names.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.config.fields import EVERY_LAYER
 from ds_compress.config.integer_products import integer_product_problems
@@ -79,6 +80,7 @@ def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
     return tuple(
         Weight(name, shape_of(parameter), parameter.element_size(), parameter.requires_grad)
         for name, parameter in model.named_parameters()
+        if not is_auxiliary(name)
     )
 
 

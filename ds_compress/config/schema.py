@@ -100,6 +100,7 @@ class CompressionConfig(Section):
                 "remove one of the two",
             )
         yield from self._reduction_conflicts()
+        yield from self._distillation_conflicts()
         reduction, distillation = self.layer_reduction, self.distillation
         if not (reduction and reduction.enabled and distillation and distillation.enabled):
             return
@@ -121,6 +122,49 @@ class CompressionConfig(Section):
             for key, reason in reasons.items():
                 if getattr(gradients, key):
                     yield Conflict(("gradient_compression", key), True, f"false, because {reason}")
+
+    def _distillation_conflicts(self) -> Iterator[Conflict]:
+        distillation = self.distillation
+        if distillation is None or not distillation.enabled:
+            return
+        own = distillation.self_teacher.weights if distillation.self_teacher else None
+        quantizers = self.weight_quantization, self.activation_quantization
+        if own == "current" and not any(q and q.shared_parameters.enabled for q in quantizers):
+            yield Conflict(
+                ("distillation", "self_teacher", "weights"),
+                own,
+                "an enabled weight_quantization or activation_quantization beside it: the teacher is the model "
+                "without its quantizers",
+                'for a pruned model use "initial" or "ema"',
+            )
+        structured = (
+            self.row_pruning,
+            self.head_pruning,
+            self.channel_pruning,
+            self.depth_pruning,
+            self.hidden_pruning,
+        )
+        shrinks = any(b and b.shared.enabled and b.shared.shrink_at_end_of_schedule for b in structured)
+        if own in ("ema", "current") and shrinks:
+            yield Conflict(
+                ("distillation", "self_teacher", "weights"),
+                own,
+                '"initial" where shrink_at_end_of_schedule is true: the average has the shape of the whole model',
+            )
+        narrows = self.hidden_pruning is not None and self.hidden_pruning.shared.enabled
+        if (
+            narrows
+            and self.hidden_pruning is not None
+            and self.hidden_pruning.shared.shrink_at_end_of_schedule
+        ):
+            for name in ("hidden", "embedding", "contrastive"):
+                if getattr(distillation.losses, name) is not None:
+                    yield Conflict(
+                        ("distillation", "losses", name),
+                        {},
+                        "no such loss while hidden_pruning shrinks the width that it compares",
+                        "set shrink_at_end_of_schedule to false, or use logits and attention",
+                    )
 
 
 def parse_config(block: Mapping[str, Any]) -> CompressionConfig:

@@ -1,25 +1,20 @@
-"""Records what a forward pass shows of its layers: hidden states, and queries, keys and values."""
+"""Records what a forward pass shows of its layers: hidden states, queries, keys and values, attention scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.distill.attention_scores import AttentionScores, send_scores
+from ds_compress.distill.projections import find_projections
 
-# Names of the projections that make queries, keys and values, in the families of transformers.
-_SEPARATE = (
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-    ("to_q", "to_k", "to_v"),
-)
-_FUSED = ("c_attn", "qkv", "Wqkv", "qkv_proj")
+if TYPE_CHECKING:
+    from ds_compress.distill.lazy_logits import Imitation, LazyLogits
+    from ds_compress.distill.sparse_logits import SparseLogits
 
 
 @dataclass
@@ -27,97 +22,90 @@ class Record:
     """One forward pass; lists follow the layer map.
 
     hidden: (batch, tokens, width) after each mapped layer. relations: per mapped layer (q, k, v), each
-    (batch, tokens, width of its projection). logits: the model's prediction. token_mask: bool
-    (batch, tokens), False where the input is padding, or None.
+    (batch, tokens, width of its projection). maps: attention scores of each mapped layer. embedding: (batch, tokens,
+    width) that the first layer was given. last: (batch, tokens, width) after the last layer. logits: the model's
+    prediction, perhaps not computed yet. token_mask: bool (batch, tokens), False where the input is padding, or None.
+    imitation: the loss of the logits, when it may be computed beside the task's.
     """
 
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor | LazyLogits | SparseLogits | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
     relations: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    maps: list[AttentionScores] = field(default_factory=list)
+    embedding: torch.Tensor | None = None
+    last: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
+    imitation: Imitation | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that layers gave, which must carry a gradient in a student."""
+        flat = [*self.hidden, *(tensor for layer in self.relations for tensor in layer)]
+        flat += [tensor for layer in self.maps for tensor in (layer.query, layer.key)]
+        return flat + ([] if self.last is None else [self.last])
 
 
 class Recorder:
-    """Hooks on some layers of a model; records between `start` and `finish` only.
+    """Hooks on the layers of a model; records between `start` and `finish` only.
 
     The window matters: activation checkpointing runs the layers once more in backward.
+
+    Args:
+        layers: the whole stack, first to last. mapped: the indices of those that are compared, in order.
+        wanted: names of the fields of `Record` to fill.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], hidden: bool, relations: bool) -> None:
-        self._hidden: dict[int, torch.Tensor] = {}
-        self._projected: dict[tuple[int, int], torch.Tensor] = {}
-        self._layers = len(layers)
+    def __init__(self, layers: Sequence[nn.Module], mapped: Sequence[int], wanted: Collection[str]) -> None:
+        self._found: dict[tuple[str, int, int], Any] = {}
+        self._mapped = len(mapped)
         self._recording = False
         self._handles: list[Any] = []
-        for index, layer in enumerate(layers):
-            if hidden:
-                self._handles.append(layer.register_forward_hook(self._hidden_hook(index)))
-            if relations:
-                self._handles += self._projection_hooks(index, layer)
+        if "embedding" in wanted:
+            self._handles.append(layers[0].register_forward_pre_hook(self._input, with_kwargs=True))
+        if "last" in wanted:
+            self._handles.append(layers[-1].register_forward_hook(self._output("last", 0)))
+        for index, layer in enumerate(layers[at] for at in mapped):
+            if "hidden" in wanted:
+                self._handles.append(layer.register_forward_hook(self._output("hidden", index)))
+            if "relations" in wanted:
+                for slot, module in enumerate(find_projections(layer)):
+                    self._handles.append(module.register_forward_hook(self._output("relations", index, slot)))
+            if "maps" in wanted:
+                self._handles.append(send_scores(layer, self._scores(index)))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def start(self) -> None:
-        self._hidden, self._projected, self._recording = {}, {}, True
+        self._found, self._recording = {}, True
 
     def finish(self) -> Record:
         self._recording = False
-        hidden = [self._hidden[i] for i in range(self._layers)] if self._hidden else []
-        relations = []
-        if self._projected:
-            slots = range(1 + max(slot for _, slot in self._projected))
-            for i in range(self._layers):
-                parts = tuple(self._projected[i, slot] for slot in slots)
-                relations.append(parts if len(parts) == 3 else parts[0].chunk(3, dim=-1))
-        self._hidden, self._projected = {}, {}
-        return Record(hidden=hidden, relations=relations)
+        found, self._found = self._found, {}
+        record = Record(embedding=found.get(("embedding", 0, 0)), last=found.get(("last", 0, 0)))
+        for index in range(self._mapped):
+            if ("hidden", index, 0) in found:
+                record.hidden.append(found["hidden", index, 0])
+            if ("maps", index, 0) in found:
+                record.maps.append(found["maps", index, 0])
+            parts = [found[key] for key in sorted(k for k in found if k[:2] == ("relations", index))]
+            if parts:
+                record.relations.append(tuple(parts) if len(parts) == 3 else tuple(parts[0].chunk(3, dim=-1)))
+        return record
 
-    def _hidden_hook(self, index: int) -> Any:
+    def _keep(self, kind: str, index: int, slot: int, value: Any) -> None:
+        # A layer that runs twice in a pass (shared weights) counts as it was the first time.
+        if self._recording:
+            self._found.setdefault((kind, index, slot), value)
+
+    def _input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._keep("embedding", 0, 0, args[0] if args else kwargs["hidden_states"])
+
+    def _output(self, kind: str, index: int, slot: int = 0) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._recording:
-                self._hidden[index] = output[0] if isinstance(output, tuple) else output
+            self._keep(kind, index, slot, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    def _projection_hooks(self, index: int, layer: nn.Module) -> list[Any]:
-        def recorder(slot: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-                if self._recording:
-                    self._projected[index, slot] = output
-
-            return hook
-
-        return [
-            projection.register_forward_hook(recorder(slot))
-            for slot, projection in enumerate(find_projections(layer))
-        ]
-
-
-def find_projections(layer: nn.Module) -> list[nn.Module]:
-    """The modules that make queries, keys and values in a layer: three, or one that makes all of them.
-
-    Raises:
-        ConfigError: when none of the known names is in the layer.
-    """
-    for parent in layer.modules():
-        for names in _SEPARATE:
-            found = [getattr(parent, name, None) for name in names]
-            if all(isinstance(module, nn.Module) for module in found):
-                return found  # type: ignore[return-value]
-        for name in _FUSED:
-            module = getattr(parent, name, None)
-            # With grouped-query attention the fused output is not three equal parts.
-            if isinstance(module, nn.Module) and getattr(parent, "num_key_value_groups", 1) == 1:
-                return [module]
-    raise ConfigError(
-        [
-            Problem(
-                "compression_training.distillation.losses.attention",
-                f"layers of class {type(layer).__name__}",
-                "layers with query, key and value projections of a known name",
-                "remove the attention loss, or use the hidden loss instead",
-            )
-        ]
-    )
+    def _scores(self, index: int) -> Any:
+        return lambda scores: self._keep("maps", index, 0, scores)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.engine.parameters import full_parameters
 from ds_compress.quant import layers
 
@@ -15,13 +16,16 @@ def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module); until the next one is asked for, its own parameters are whole.
 
     So are the learned scales of whatever module quantizes one of them, which need not be the same where weights are
-    tied. A collective where parameters are partitioned: every process goes through all modules.
+    tied. Nothing auxiliary is among them. A collective where parameters are partitioned: every process goes through
+    all modules.
     """
     quantized_by: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         if layers.weight_recipe(module) is not None:
             quantized_by.setdefault(id(module.weight), []).append(module)
     for name, module in list(model.named_modules()):
+        if is_auxiliary(name):
+            continue
         own: list[Any] = [p for p in module._parameters.values() if p is not None]
         scales = [
             scale

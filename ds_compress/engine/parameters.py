@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_compress.engine import seams
@@ -46,6 +47,26 @@ def _same_partition(target: Any, source: Any) -> bool:
         and target.ds_process_group is source.ds_process_group
         and target.ds_tensor.shape == source.ds_tensor.shape
         and target.ds_tensor.device == source.ds_tensor.device
+    )
+
+
+def rows_of_all(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """[rows, ...] of this process -> those of all processes, in order of rank, and where its own begin.
+
+    Without a gradient; numbers of rows may differ. A collective.
+    """
+    rows = rows.detach().contiguous()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows, 0
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyone, padded)
+    return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)]), sum(
+        sizes[: dist.get_rank()]
     )
 
 

@@ -20,6 +20,7 @@ from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, 
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.reduction import GradientReduction
 from ds_compress.engine.reduction_limits import refuse_unsupported_reductions, traffic_blocks
+from ds_compress.engine.self_teacher import self_teacher
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
@@ -114,19 +115,25 @@ class Compression:
         """
         config = parse_config(block)
         _choose_kernels(config)
-        teacher = Teacher.of(config, given_teacher, model)
+        teacher = Teacher.of(config, given_teacher, model) or self_teacher(config, model, before=True)
         removed = reduce_layers(model, config, teacher.model if teacher else None, parameters.copy_parameters)
-        session = cls._with_stages(model, block, config)
-        session.removed, session.teacher = removed, teacher
+        teacher = teacher or self_teacher(config, model, before=False)
+        distillation = None
         if teacher is not None and config.distillation is not None and config.distillation.enabled:
-            session.stages[Distillation.name] = Distillation(
-                config.distillation, model, teacher, config.layer_reduction
+            distillation = Distillation(
+                config.distillation, model, teacher, config.layer_reduction, parameters.rows_of_all
             )
+        session = cls._with_stages(model, block, config, distillation)
+        session.removed, session.teacher = removed, teacher
         return session
 
     @classmethod
     def _with_stages(
-        cls, model: nn.Module, block: Mapping[str, Any], config: CompressionConfig
+        cls,
+        model: nn.Module,
+        block: Mapping[str, Any],
+        config: CompressionConfig,
+        distillation: Distillation | None = None,
     ) -> Compression:
         plan = resolve(model, config)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
@@ -134,6 +141,8 @@ class Compression:
         reduction = GradientReduction.of(config)
         if reduction is not None:
             stages[reduction.name] = reduction
+        if distillation is not None:
+            stages[Distillation.name] = distillation
         session = cls(block, plan, stages, model)
         for stage in stages.values():
             session.added += stage.prepare(model, parameters.full_parameters).values()
@@ -255,6 +264,11 @@ class Compression:
 
     def detach(self) -> None:
         """Takes every hook and class swap away; masked weights stay zero, parameters stay the same objects."""
+        self.make_way()
+        self._forget_distillation()
+
+    def make_way(self) -> None:
+        """As `detach`, for `rebuild` to go on: what distillation learned beside the model stays with it."""
         self._release()
         for stage in self.stages.values():
             stage.detach()
@@ -265,6 +279,7 @@ class Compression:
         for name, stage in self.stages.items():
             if name not in _QUANTIZERS:
                 stage.detach()
+        self._forget_distillation()
 
     def _release(self) -> None:
         if self._hooks is not None:
@@ -274,6 +289,11 @@ class Compression:
             checkpoint.unwrap(self.engine)
             vars(self.engine).pop("step", None)
             del self.engine.compression
+
+    def _forget_distillation(self) -> None:
+        distillation = self.stages.get(Distillation.name)
+        if isinstance(distillation, Distillation):
+            distillation.forget()
 
     def rebuild(self, engine: Any, made: Mapping[int, nn.Parameter | None], cuts: Cuts) -> Compression:
         """The session of the model after `cuts`, attached to `engine`, which is constructed here.

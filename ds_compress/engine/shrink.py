@@ -44,7 +44,7 @@ def shrink(engine: Any) -> None:
     axes = _output_axes(engine.module)
     snapshot = Snapshot(engine, session.shards, session.stages.values())
     carried = _Carried(engine)
-    session.detach()
+    session.make_way()
     made = cut_in_place(engine, cuts)
     fresh = object.__new__(type(engine))
     successor = session.rebuild(fresh, made, cuts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import nn
 
 from ds_compress.config.errors import ConfigError, Problem, shown
 from ds_compress.config.schema import CompressionConfig
+from ds_compress.engine import seams
+from ds_compress.engine.shards import Shards
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PATH = "compression_training.distillation.teacher"
 
 
@@ -23,13 +27,26 @@ class Teacher:
         zero_stage: 3 keeps 1/world_size of it in each process and gathers one module at a time;
             0 keeps it whole everywhere (faster, for small teachers).
         dtype: of its parameters; None leaves them as they are.
+        offload: "cpu" keeps a sharded teacher in host memory.
+        autocast: what it computes in where that is not the precision of its weights.
     """
 
-    def __init__(self, model: nn.Module, zero_stage: int = 3, dtype: torch.dtype | None = None) -> None:
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        zero_stage: int = 3,
+        dtype: torch.dtype | None = None,
+        offload: str = "none",
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         if dtype is not None:
-            self.model.to(dtype)
+            _cast(model, dtype)
         self._zero_stage = zero_stage
+        self._offload = offload
+        self._autocast = autocast
         self._engine: Any = None
 
     @classmethod
@@ -42,14 +59,22 @@ class Teacher:
         block = config.distillation
         if block is None or not block.enabled:
             return None if given is None else cls._for_layers(config, given)
-        dtype = None if block.teacher_dtype is None else _DTYPES[block.teacher_dtype]
+        dtype = None if block.teacher_dtype is None else DTYPES[block.teacher_dtype]
+        if given is not None and (block.self_teacher or block.teacher_cache):
+            other = "self_teacher" if block.self_teacher else "teacher_cache"
+            raise _error("a teacher object", f'no object where "{other}" is the teacher')
+        if block.self_teacher is not None or block.teacher_cache is not None:
+            return None
+        settings = block.teacher_zero_stage, dtype, block.teacher_offload
         if given is not None:
-            return cls(given, block.teacher_zero_stage, dtype)
+            return cls(given, *settings)
         if block.teacher is None:
             raise _error(
-                None, "a path or name, or an object given to ds_compress.initialize(..., teacher=model)"
+                None,
+                "a path or name, an object given to ds_compress.initialize(..., teacher=model), self_teacher or "
+                "teacher_cache",
             )
-        return cls(_load(block.teacher, student), block.teacher_zero_stage, dtype)
+        return cls(_load(block.teacher, student, block.teacher_zero_stage, dtype), *settings)
 
     @classmethod
     def _for_layers(cls, config: CompressionConfig, given: nn.Module) -> Teacher:
@@ -66,30 +91,75 @@ class Teacher:
         with torch.no_grad():
             return self._engine(*args, **kwargs)
 
+    def place(self, student: nn.Module, shards: Shards) -> None:
+        """The student's engine exists, and its masters are at `shards`."""
+
+    def follow(self, student: nn.Module) -> None:
+        """The student took a step."""
+
+    def fragment_state(self, shards: Shards) -> dict[str, dict[str, torch.Tensor]]:
+        """What of its weights only this run knows, as `Stage.fragment_state`."""
+        return {}
+
+    def load_fragment_state(self, shards: Shards, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Restores what `fragment_state` returned."""
+
     def _build_engine(self) -> Any:
+        assert self.model is not None
         parameter = next(self.model.parameters())
-        if self._zero_stage == 0 and not hasattr(parameter, "ds_id"):
+        if self._zero_stage == 0 and not seams.is_zero3_parameter(parameter):
             from deepspeed.accelerator import get_accelerator
 
-            return self.model.to(get_accelerator().current_device_name())
+            model = self.model.to(get_accelerator().current_device_name())
+            return model if self._autocast is None else _UnderAutocast(model, self._autocast)
         import deepspeed
 
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "steps_per_print": 2**31 - 1,
-            "zero_optimization": {"stage": 3},
-        }
-        if parameter.dtype is torch.bfloat16:
-            config["bf16"] = {"enabled": True}
-        elif parameter.dtype is torch.float16:
-            config["fp16"] = {"enabled": True}
+        config = zero3_config(parameter.dtype)
+        if self._offload == "cpu":
+            config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+        if self._autocast is not None:
+            config["torch_autocast"] = {"enabled": True, "dtype": str(self._autocast).removeprefix("torch.")}
         engine, *_ = deepspeed.initialize(model=self.model, config=config)
         engine.eval()
         return engine
 
 
-def _load(name_or_path: str, student: nn.Module) -> nn.Module:
-    """The same class as the student, as transformers loads it."""
+class _UnderAutocast:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(self._model.parameters()).device.type
+        with torch.autocast(device, dtype=self._dtype):
+            return self._model(*args, **kwargs)
+
+
+def zero3_config(dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed config of a sharded model that never trains."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31 - 1,
+        # Small parameters that ZeRO-3 keeps whole would not notice when their shards change.
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    if dtype is torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+    elif dtype is torch.float16:
+        config["fp16"] = {"enabled": True}
+    return config
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    if not any(seams.is_zero3_parameter(parameter) for parameter in model.parameters()):
+        model.to(dtype)
+        return
+    if any(p.is_floating_point() and p.dtype is not dtype for p in model.parameters()):
+        allowed = "a teacher object that already has that precision, when it is sharded by zero.Init"
+        raise ConfigError([Problem(f"{_PATH}_dtype", shown(str(dtype).removeprefix("torch.")), allowed)])
+
+
+def _load(name_or_path: str, student: nn.Module, zero_stage: int, dtype: torch.dtype | None) -> nn.Module:
+    """The same class as the student, as transformers loads it; sharded from the start under ZeRO-3."""
     loader = getattr(type(student), "from_pretrained", None)
     if loader is None:
         raise _error(
@@ -100,11 +170,32 @@ def _load(name_or_path: str, student: nn.Module) -> nn.Module:
     if os.sep in name_or_path and not os.path.isdir(name_or_path):
         raise _error(name_or_path, "an existing folder with config.json and weights, or a model name")
     try:
-        teacher: nn.Module = loader(name_or_path)
+        with _loading_for(zero_stage, dtype):
+            teacher: nn.Module = loader(name_or_path, **({} if dtype is None else {"dtype": dtype}))
     except (OSError, ValueError) as error:
         allowed = f"something that {type(student).__name__}.from_pretrained can load ({error})"
         raise _error(name_or_path, allowed) from error
     return teacher
+
+
+@contextlib.contextmanager
+def _loading_for(zero_stage: int, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, transformers loads models as the teacher's stage wants them, whatever the student's is."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    before = None if reference is None else reference()
+    shards = zero_stage == 3 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    integration.unset_hf_deepspeed_config()
+    # Held here: the integration keeps a weak reference.
+    chosen = integration.HfDeepSpeedConfig(zero3_config(dtype or torch.float32)) if shards else None
+    try:
+        yield
+    finally:
+        del chosen
+        integration.unset_hf_deepspeed_config()
+        if before is not None:
+            integration.set_hf_deepspeed_config(before)
 
 
 def _error(got: Any, allowed: str) -> ConfigError:

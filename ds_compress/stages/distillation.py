@@ -3,21 +3,26 @@
     "distillation": {"enabled": true, "teacher": "path/to/finetuned", "task_loss_weight": 0.5,
                      "losses": {"logits": {"weight": 1.0, "temperature": 2.0}, "hidden": {"weight": 1.0}}}
 
-The training loop does not change. Each training forward of the student is followed by one of the teacher on
+The training loop does not change. Each training forward of the student is preceded by one of the teacher on
 the same inputs, and `engine.backward(loss)` becomes the backward of
 
     task_loss_weight * loss + sum over the losses of weight * loss_k
 
 so the loss that the script sees, computed by the model or by itself, stays the task's own. Student layer i
-imitates teacher layer `layer_map[i]`; by default they are evenly spaced, the last one included.
+imitates teacher layer `layer_map[i]`; by default they are evenly spaced, the last one included. Logits of language
+models exist a chunk at a time only: see `distill.lazy_logits`.
+
+The teacher is another model (`teacher`, or an object given to `ds_compress.initialize`), the model itself
+(`self_teacher`), or a folder of stored logits (`teacher_cache`). With `task_loss_weight` 0 no labels are needed:
+the loss that the model returns then is the imitation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +30,16 @@ import torch
 from torch import nn
 
 from ds_compress.config import distillation as schema
+from ds_compress.config.auxiliary import AUXILIARY
 from ds_compress.config.errors import ConfigError, Problem, shown
 from ds_compress.config.layer_reduction import LayerReduction
 from ds_compress.config.layers import find_layers
-from ds_compress.distill.losses import (
-    AttentionDistillation,
-    DistillationLoss,
-    HiddenDistillation,
-    LogitsDistillation,
-)
+from ds_compress.distill.attention_scores import hide_scores, show_scores
+from ds_compress.distill.fit import check_pair, check_records, common_heads, hidden_widths
+from ds_compress.distill.lazy_logits import LazyHead
+from ds_compress.distill.lm_head import lazy_head
+from ds_compress.distill.losses import LOSSES, DistillationLoss, Pair
+from ds_compress.distill.losses.logits import LogitsDistillation
 from ds_compress.distill.record import Record, Recorder
 from ds_compress.stages.base import Stage
 from ds_compress.stages.layer_reduction import uniform_map
@@ -42,8 +48,6 @@ if TYPE_CHECKING:
     from ds_compress.engine.teacher import Teacher
 
 _PATH = "compression_training.distillation"
-# Vocabularies are padded to multiples of up to this many rows; a larger difference is another vocabulary.
-_LARGEST_PADDING = 512
 
 
 class Distillation(Stage):
@@ -55,44 +59,63 @@ class Distillation(Stage):
         student: nn.Module,
         teacher: Teacher,
         layer_reduction: LayerReduction | None = None,
+        gather: Callable[[torch.Tensor], tuple[torch.Tensor, int]] | None = None,
     ) -> None:
+        """`gather`: [rows, ...] of this process -> those of all, and where its own begin."""
         self.config = config
         self.teacher = teacher
-        _check_pair(config, student, teacher.model)
-        losses = config.losses
-        self.losses: list[DistillationLoss] = []
-        if losses.logits is not None:
-            self.losses.append(LogitsDistillation(losses.logits))
-        if losses.hidden is not None:
-            self.losses.append(HiddenDistillation(losses.hidden))
-        if losses.attention is not None:
-            self.losses.append(AttentionDistillation(losses.attention, _common_heads(student, teacher.model)))
         self._student = student
+        check_pair(config, student, teacher.model)
+        pair = Pair(hidden_widths(student, teacher.model), common_heads(student, teacher.model))
+        if gather is not None:
+            pair = Pair(pair.widths, pair.heads, gather)
+        self.losses: dict[str, DistillationLoss] = {
+            name: LOSSES[name](loss, pair) for name, loss in config.losses.active().items()
+        }
         self._prefix = (
             layer_reduction.module_name_prefix if layer_reduction and layer_reduction.enabled else None
         )
         self._stack = ""
         self._mapped: tuple[int, ...] = ()
-        self._pending: list[tuple[bool, torch.Tensor]] = []
+        self._step = 0
+        self._theirs: Record | None = None
+        self._pending: list[tuple[bool, Callable[[], torch.Tensor]]] = []
         self._last: dict[str, torch.Tensor] = {}
         self._handles: list[Any] = []
+        self._heads: tuple[LazyHead, ...] = ()
+
+    def prepare(
+        self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
+    ) -> Mapping[str, nn.Parameter]:
+        learned = nn.ModuleDict(
+            {n: loss.module for n, loss in self.losses.items() if loss.module is not None}
+        )
+        if not learned:
+            return {}
+        learned.to(dtype=next(model.parameters()).dtype, device=next(model.parameters()).device)
+        model.add_module(AUXILIARY, learned)
+        added = {f"{AUXILIARY}.{name}": parameter for name, parameter in learned.named_parameters()}
+        if getattr(model, "_keys_to_ignore_on_save", self) is not self:
+            # What transformers saves is the model, as others load it.
+            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *added}  # type: ignore[assignment, misc]
+        return added
 
     def attach_engine(self, engine: Any) -> None:
         """Hooks the student's forward and the engine's backward."""
-        wants_hidden = self.config.losses.hidden is not None
-        wants_relations = self.config.losses.attention is not None
-        self._student_records = self._teacher_records = Recorder([], False, False)
-        if wants_hidden or wants_relations:
-            self._stack, own = find_layers(self._student, self._prefix)
-            theirs = find_layers(self.teacher.model, self._prefix)[1]
-            if not self._mapped:
-                self._mapped = self._layer_map(len(own), len(theirs))
-            mapped = [theirs[index] for index in self._mapped]
-            self._student_records = Recorder(list(own), wants_hidden, wants_relations)
-            self._teacher_records = Recorder(mapped, wants_hidden, wants_relations)
+        self._record_layers()
+        logits = self.config.losses.logits
+        if logits is not None and logits.chunk_tokens != 0:
+            heads = (
+                lazy_head(self._student, logits.chunk_tokens),
+                lazy_head(self.teacher.model, logits.chunk_tokens),
+            )
+            self._heads = tuple(head for head in heads if head is not None)
+            if len(self._heads) < 2 and self.teacher.model is not None:
+                self._heads = ()
         self._parameters = inspect.signature(self._student.forward).parameters
-        self._handles.append(self._student.register_forward_pre_hook(self._before_forward))
-        self._handles.append(self._student.register_forward_hook(self._after_forward, with_kwargs=True))
+        before = self._student.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        after = self._student.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._handles += [before, after]
         self._engine = engine
         original = engine.backward
 
@@ -102,17 +125,44 @@ class Distillation(Stage):
 
         engine.backward = backward
 
+    def _record_layers(self) -> None:
+        wanted = {record for loss in self.losses.values() for record in loss.records} - {"logits"}
+        self._student_records = self._teacher_records = Recorder([], [], ())
+        if not wanted:
+            return
+        assert self.teacher.model is not None
+        self._stack, own = find_layers(self._student, self._prefix)
+        theirs = find_layers(self.teacher.model, self._prefix)[1]
+        if not self._mapped:
+            self._mapped = self._layer_map(len(own), len(theirs))
+        if "maps" in wanted:
+            show_scores(self._student)
+            show_scores(self.teacher.model)
+        self._student_records = Recorder(list(own), range(len(own)), wanted)
+        self._teacher_records = Recorder(list(theirs), self._mapped, wanted)
+
     def drop_layers(self, names: Collection[str]) -> None:
         """The student loses these of its layers: each of the others goes on imitating the layer that it did."""
         stays = [f"{self._stack}.{index}" not in names for index in range(len(self._mapped))]
         self._mapped = tuple(compress(self._mapped, stays))
 
     def detach(self) -> None:
+        """What was learned beside the model stays with it until `forget`."""
         for handle in self._handles:
             handle.remove()
         self._student_records.remove()
         self._teacher_records.remove()
+        for head in self._heads:
+            head.remove()
+        self._handles, self._heads = [], ()
+        for model in (self._student, self.teacher.model):
+            if model is not None:
+                hide_scores(model)
         del self._engine.backward
+
+    def forget(self) -> None:
+        """Training is over: the model loses what was learned beside it."""
+        self._student._modules.pop(AUXILIARY, None)
 
     def _layer_map(self, students: int, depth: int) -> tuple[int, ...]:
         chosen = self.config.layer_map or uniform_map(students, depth)
@@ -123,33 +173,87 @@ class Distillation(Stage):
 
     # -- forward and backward ----------------------------------------------------------------------------
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self._student_records.start()
+    @property
+    def _is_label_free(self) -> bool:
+        return self.config.task_loss_weight == 0
 
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
-            return
-        own = self._student_records.finish()
+            return None
+        unlabelled = {name: value for name, value in kwargs.items() if name != "labels"}
+        self._theirs = self._imitated(args, unlabelled)
+        self._theirs.token_mask = _token_mask(self._parameters, args, kwargs)
+        if self._heads:
+            loss = self.losses["logits"]
+            assert isinstance(loss, LogitsDistillation)
+            self._heads[0].imitation = loss.imitation_of(self._theirs, self._theirs.token_mask)
+            self._heads[0].is_on = True
+        self._student_records.start()
+        return (args, unlabelled) if self._is_label_free else None
+
+    def _imitated(self, args: Any, kwargs: Mapping[str, Any]) -> Record:
+        """What the teacher says, and shows, of the same inputs."""
         self._teacher_records.start()
-        imitated = self.teacher.forward(*args, **{k: v for k, v in kwargs.items() if k != "labels"})
-        theirs = self._teacher_records.finish()
-        own.token_mask = _token_mask(self._parameters, args, kwargs)
-        own.logits = _logits(output, has_labels=kwargs.get("labels") is not None)
-        theirs.logits = _logits(imitated, has_labels=False)
-        _check_records(own, theirs, self.config)
-        total = torch.zeros((), device=own.logits.device)
-        for loss in self.losses:
-            value = loss(own, theirs)
-            self._last[loss.name] = value.detach()
-            total = total + loss.weight * value
+        if len(self._heads) > 1:
+            self._heads[1].is_on = True
+        try:
+            output = self.teacher.forward(*args, **kwargs)
+        finally:
+            if len(self._heads) > 1:
+                self._heads[1].is_on = False
+        record = self._teacher_records.finish()
+        record.logits = _logits(output, has_labels=False) if "logits" in self.losses else None
+        return record
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        own, theirs = self._student_records.finish(), self._theirs
+        self._theirs = None
+        assert theirs is not None
+        own.token_mask = theirs.token_mask
+        if "logits" in self.losses:
+            own.logits = _logits(output, has_labels=kwargs.get("labels") is not None)
+        if self._heads:
+            own.imitation, self._heads[0].imitation = self._heads[0].imitation, None
+            self._heads[0].is_on = False
+        check_records(own, theirs)
+        total = self._imitation(own, theirs)
         # An evaluation outside torch.no_grad() leaves a loss that nobody will ask for.
         self._pending = [(trained, earlier) for trained, earlier in self._pending if trained]
         self._pending.append((module.training, total))
+        return _with_loss(output, total()) if self._is_label_free else None
+
+    def _imitation(self, own: Record, theirs: Record) -> Callable[[], torch.Tensor]:
+        """The weighted sum of the losses; that of lazy logits waits, for the script's cross entropy may join it."""
+        early = {
+            name: self._value(name, own, theirs)
+            for name in self.losses
+            if name != "logits" or not self._heads
+        }
+        late = [name for name in self.losses if name not in early]
+
+        @functools.cache
+        def total() -> torch.Tensor:
+            values = [*early.values(), *(self._value(name, own, theirs) for name in late)]
+            return torch.stack(values).sum()
+
+        return total
+
+    def _value(self, name: str, own: Record, theirs: Record) -> torch.Tensor:
+        loss = self.losses[name]
+        value = loss(own, theirs).float()
+        self._last[name] = value.detach()
+        return loss.weight_at(self._step) * value
 
     def _total(self, loss: torch.Tensor) -> torch.Tensor:
-        imitation, self._pending = self._pending, []
-        return self.config.task_loss_weight * loss + sum(total for _, total in imitation)
+        pending, self._pending = self._pending, []
+        imitation = sum((total() for _, total in pending), torch.zeros((), device=loss.device))
+        if self._is_label_free:
+            return imitation if pending else loss
+        return self.config.task_loss_weight * loss + imitation
+
+    # -- steps -------------------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
         if any(trained for trained, _ in self._pending):
@@ -157,6 +261,29 @@ class Distillation(Stage):
                 "distillation: a training forward was never followed by engine.backward(loss); "
                 "loss.backward() bypasses the teacher, and forwards that train nothing belong under torch.no_grad()"
             )
+
+    def after_step(self, step: int) -> None:
+        self._step = step
+        self.teacher.follow(self._student)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "losses": {name: loss.state_dict() for name, loss in self.losses.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step = int(state.get("step", 0))
+        for name, remembered in state.get("losses", {}).items():
+            if remembered and name in self.losses:
+                self.losses[name].load_state_dict(remembered)
+
+    def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return self.teacher.fragment_state(self._fragments)
+
+    def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self.teacher.load_fragment_state(self._fragments, state)
+
+    def attach(self, shards: Any) -> None:
+        self._fragments = shards
+        self.teacher.place(self._student, shards)
 
     def metrics(self) -> dict[str, float]:
         """The last value of each loss, unweighted."""
@@ -169,86 +296,18 @@ def _token_mask(parameters: Mapping[str, Any], args: Any, kwargs: Mapping[str, A
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
-def _logits(output: Any, has_labels: bool) -> torch.Tensor:
+def _logits(output: Any, has_labels: bool) -> Any:
     """The prediction in what a model returned: an output with `.logits`, a tuple, or a tensor."""
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, Mapping) or hasattr(output, "logits"):
-        logits = output["logits"] if isinstance(output, Mapping) else output.logits
-    else:
-        logits = output[1] if has_labels else output[0]
-    return logits
+        return output["logits"] if isinstance(output, Mapping) else output.logits
+    return output[1] if has_labels else output[0]
 
 
-def _check_records(own: Record, theirs: Record, config: schema.Distillation) -> None:
-    if any(
-        not hidden.requires_grad for hidden in (*own.hidden, *(q for layer in own.relations for q in layer))
-    ):
-        raise RuntimeError(
-            "distillation: the student's hidden states carry no gradient; "
-            "use gradient checkpointing with use_reentrant=False"
-        )
-    for mine, other in zip(own.hidden, theirs.hidden, strict=True):
-        if mine.shape != other.shape:
-            raise ConfigError(
-                [
-                    Problem(
-                        f"{_PATH}.losses.hidden",
-                        f"hidden states {tuple(mine.shape)} and {tuple(other.shape)}",
-                        "a teacher with the student's hidden size",
-                        "remove the hidden loss; logits and attention work across widths",
-                    )
-                ]
-            )
-
-
-def _check_pair(config: schema.Distillation, student: nn.Module, teacher: nn.Module) -> None:
-    """Raises ConfigError for a teacher that this student cannot imitate, as far as their configs tell."""
-    if teacher is student:
-        raise ConfigError([Problem(f"{_PATH}.teacher", "the student itself", "another model object")])
-    own, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
-    problems = []
-    widths = getattr(own, "hidden_size", None), getattr(theirs, "hidden_size", None)
-    if config.losses.hidden is not None and None not in widths and widths[0] != widths[1]:
-        problems.append(
-            Problem(
-                f"{_PATH}.losses.hidden",
-                f"a student of hidden size {widths[0]} and a teacher of {widths[1]}",
-                "equal hidden sizes",
-                "remove the hidden loss; logits and attention work across widths",
-            )
-        )
-    labels = getattr(own, "num_labels", None), getattr(theirs, "num_labels", None)
-    if _classifies(student) and None not in labels and labels[0] != labels[1]:
-        problems.append(
-            Problem(
-                f"{_PATH}.teacher",
-                f"a teacher of {labels[1]} classes",
-                f"{labels[0]} classes, as the student",
-            )
-        )
-    vocabularies: Any = getattr(own, "vocab_size", None), getattr(theirs, "vocab_size", None)
-    if None not in vocabularies and abs(vocabularies[0] - vocabularies[1]) > _LARGEST_PADDING:
-        problems.append(
-            Problem(
-                f"{_PATH}.teacher",
-                f"a teacher with a vocabulary of {vocabularies[1]}",
-                f"{vocabularies[0]}, as the student (padding of up to {_LARGEST_PADDING} rows is cut)",
-                "teacher and student must read the same token ids",
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _classifies(model: nn.Module) -> bool:
-    return "Classification" in type(model).__name__
-
-
-def _common_heads(student: nn.Module, teacher: nn.Module) -> int:
-    """The largest number of heads that divides every query, key and value of both models."""
-    counts = []
-    for model in (student, teacher):
-        config: Any = getattr(model, "config", None)
-        counts += [getattr(config, key, 0) or 0 for key in ("num_attention_heads", "num_key_value_heads")]
-    return math.gcd(*counts) or 1
+def _with_loss(output: Any, loss: torch.Tensor) -> Any:
+    """What a model returned without labels, now with a loss, as it would be with labels."""
+    if isinstance(output, Mapping):
+        output["loss"] = loss  # type: ignore[index]
+        return output
+    return (loss, *output) if isinstance(output, tuple) else output

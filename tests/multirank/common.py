@@ -13,7 +13,9 @@ import torch
 VOCAB = 128
 
 
-def tiny_bert(seed: int = 0, layers: int = 2, hidden: int = 32, labels: int = 2) -> torch.nn.Module:
+def tiny_bert(
+    seed: int = 0, layers: int = 2, hidden: int = 32, labels: int = 2, heads: int = 4
+) -> torch.nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -21,7 +23,7 @@ def tiny_bert(seed: int = 0, layers: int = 2, hidden: int = 32, labels: int = 2)
         vocab_size=VOCAB,
         hidden_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         intermediate_size=3 * hidden,
         max_position_embeddings=32,
         num_labels=labels,

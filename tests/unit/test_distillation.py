@@ -12,8 +12,12 @@ from torch import nn
 
 import ds_compress
 from ds_compress.config.distillation import AttentionLoss, HiddenLoss, LogitsLoss
-from ds_compress.distill.losses import AttentionDistillation, HiddenDistillation, LogitsDistillation
-from ds_compress.distill.record import Record, Recorder, find_projections
+from ds_compress.distill.losses.attention import RelationDistillation
+from ds_compress.distill.losses.base import Pair
+from ds_compress.distill.losses.hidden import HiddenDistillation
+from ds_compress.distill.losses.logits import LogitsDistillation
+from ds_compress.distill.projections import find_projections
+from ds_compress.distill.record import Record, Recorder
 from tests.multirank.common import batches, ds_config, tiny_bert
 from tests.single import init_single_process
 
@@ -69,7 +73,9 @@ def test_attention_loss_compares_relations_of_any_width() -> None:
     expected = (
         sum(kl(relation(b, 2), relation(a, 2)).mean() for a, b in zip(own[0], theirs[0], strict=True)) / 3
     )
-    got = AttentionDistillation(AttentionLoss(), heads=2)(Record(relations=own), Record(relations=theirs))
+    got = RelationDistillation(AttentionLoss(), Pair(heads=2))(
+        Record(relations=own), Record(relations=theirs)
+    )
     assert float(got) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -78,7 +84,7 @@ def test_attention_to_padding_does_not_count() -> None:
     own, theirs = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     changed = own.clone()
     changed[:, 2] += 100.0
-    loss = AttentionDistillation(AttentionLoss(), heads=2)
+    loss = RelationDistillation(AttentionLoss(), Pair(heads=2))
     a, b = (
         loss(Record(relations=[(x,) * 3], token_mask=mask), Record(relations=[(theirs,) * 3]))
         for x in (own, changed)
@@ -92,7 +98,7 @@ def test_identical_models_lose_nothing() -> None:
     for loss in (
         LogitsDistillation(LogitsLoss()),
         HiddenDistillation(HiddenLoss()),
-        AttentionDistillation(AttentionLoss(), 2),
+        RelationDistillation(AttentionLoss(), Pair(heads=2)),
     ):
         assert abs(float(loss(record, record))) < 1e-6
 
@@ -115,12 +121,12 @@ def test_projections_are_found_by_family() -> None:
 
 def test_nothing_is_recorded_outside_the_window() -> None:
     layer = nn.Linear(2, 2)
-    recorder = Recorder([layer], hidden=True, relations=False)
+    recorder = Recorder([layer], [0], {"hidden"})
     recorder.start()
     layer(torch.ones(1, 2))
     assert len(recorder.finish().hidden) == 1
     layer(torch.ones(1, 2))
-    assert recorder._hidden == {}
+    assert recorder.finish().hidden == []
 
 
 def engine_with_teacher(
@@ -195,7 +201,7 @@ def test_evaluation_between_steps_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("teacher", "losses", "message"),
     [
-        (lambda: tiny_bert(hidden=64), {"hidden": {}}, "hidden size 32 and a teacher of 64"),
+        (lambda: tiny_bert(heads=2), {"attention": {"kind": "maps"}}, "between 4 and 2 heads"),
         (lambda: tiny_bert(labels=5), {"logits": {}}, "5 classes"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Attention scores of models whose attention kernels never show them.
+
+transformers looks attention kernels up by name. For models whose scores are wanted the name is changed to one that
+passes query and key on before it calls the kernel that the model had. Scores are computed from them only where
+they are compared, so rotary embeddings, grouped queries and any kernel are covered.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.errors import ConfigError, Problem
+
+_PREFIX = "ds_compress_shows_scores_of_"
+_receivers: weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionScores], None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class AttentionScores:
+    """query: (batch, heads, tokens, width of a head), rotated if the model does. key: so, perhaps of fewer heads."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    is_causal: bool
+
+    def scores(self) -> torch.Tensor:
+        """fp32 (batch, heads, tokens, tokens), before any mask and softmax."""
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        return self.query.float() @ key.float().transpose(2, 3) * self.scaling
+
+
+class _Handle:
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
+
+    def remove(self) -> None:
+        for module in self._modules:
+            _receivers.pop(module, None)
+
+
+def send_scores(layer: nn.Module, receive: Callable[[AttentionScores], None]) -> _Handle:
+    """Every attention module in `layer` tells `receive` its scores, once `show_scores` prepared its model."""
+    modules = list(layer.modules())
+    for module in modules:
+        _receivers[module] = receive
+    return _Handle(modules)
+
+
+def show_scores(model: Any) -> None:
+    """Makes the attention of `model` pass its scores on; idempotent.
+
+    Raises:
+        ConfigError: the model is not one of transformers with exchangeable attention kernels.
+    """
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if name is None or not hasattr(model, "set_attn_implementation"):
+        raise ConfigError(
+            [
+                Problem(
+                    "compression_training.distillation.losses.attention.kind",
+                    f'"maps" with a {type(model).__name__}',
+                    "a model of transformers whose attention kernel can be chosen",
+                    'use "kind": "relation"',
+                )
+            ]
+        )
+    if not name.startswith(_PREFIX):
+        model.set_attn_implementation(_registered(name))
+
+
+def hide_scores(model: Any) -> None:
+    """Gives `model` its own kernel's name back."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    if name.startswith(_PREFIX):
+        model.set_attn_implementation(name.removeprefix(_PREFIX))
+
+
+def _registered(name: str) -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    kernels, masks = AttentionInterface(), AttentionMaskInterface()
+    # "eager" has no kernel of its own here, every model brings one: SDPA computes the same.
+    kernel = name if name in kernels.valid_keys() else "sdpa"
+    AttentionInterface.register(_PREFIX + name, _passing_on(kernels[kernel]))
+    AttentionMaskInterface.register(_PREFIX + name, masks[kernel])
+    return _PREFIX + name
+
+
+def _passing_on(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        receive = _receivers.get(module)
+        if receive is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            receive(AttentionScores(query, key, scaling, bool(getattr(module, "is_causal", False))))
+        return kernel(module, query, key, value, *args, **kwargs)
+
+    return attention

@@ -1,0 +1,27 @@
+"""Which module of a model is its LM head, and how many rows of its logits may exist at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ds_compress.config.modules import shape_of
+from ds_compress.distill.lazy_logits import LazyHead
+
+_BYTES_OF_A_CHUNK = 64 * 2**20
+_FEWEST_ROWS = 16
+
+
+def lazy_head(model: Any, chunk: int | None) -> LazyHead | None:
+    """The head of a language model of transformers, made lazy; None for every other model.
+
+    `chunk`: rows of logits at a time; None: as many fp32 ones as fit 64 MiB.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Module):
+        return None
+    vocabulary = getattr(head, "out_features", None) or shape_of(head.get_parameter("weight"))[0]
+    rows = chunk or max(_FEWEST_ROWS, _BYTES_OF_A_CHUNK // (4 * vocabulary))
+    return LazyHead(head, vocabulary, rows)

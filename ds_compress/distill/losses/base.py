@@ -1,0 +1,95 @@
+"""What a distillation loss is. A new one is one subclass in one file here, and its keys in `config/distillation.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ds_compress.config.distillation import Loss
+from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.distill.record import Record
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is known of student and teacher before training.
+
+    widths: hidden sizes of student and teacher, or None where a model does not say. heads: the largest number of
+    attention heads that divides every query, key and value of both. gather: [rows, ...] of this process -> those of
+    all, in the same order everywhere, without a gradient, and where those of this process begin.
+    """
+
+    widths: tuple[int, int] | None = None
+    heads: int = 1
+    gather: Callable[[torch.Tensor], tuple[torch.Tensor, int]] = lambda rows: (rows.detach(), 0)
+
+
+UNKNOWN = Pair()
+"""Two models that say nothing of themselves, in one process."""
+
+
+class DistillationLoss:
+    """A scalar for a pair of records: how far the student is from the teacher.
+
+    name: its key in the JSON. records: what it needs of a forward pass, see `Recorder`. module: what it learns beside
+    the student, or None; made in the constructor, trained with the student, left out of what is exported.
+    """
+
+    name: ClassVar[str]
+    records: ClassVar[frozenset[str]] = frozenset()
+    module: nn.Module | None = None
+
+    def __init__(self, config: Loss, pair: Pair = Pair()) -> None:
+        self._schedule = config
+
+    def weight_at(self, step: int) -> float:
+        """The factor at `step` applied steps."""
+        return self._schedule.weight_at(step)
+
+    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, equal in every process."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+
+
+def mean_over_tokens(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of (batch, tokens) over real tokens; plain mean for any other shape (one row per example)."""
+    if token_mask is None or token_mask.shape != values.shape:
+        return values.mean()
+    mask = token_mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp_(min=1.0)
+
+
+def distance(kind: str, own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """[..., width] twice -> [...]: mean squared error over the width, or one minus the cosine."""
+    if own.shape != theirs.shape:
+        raise ConfigError(
+            [
+                Problem(
+                    "compression_training.distillation.losses",
+                    f"hidden states {tuple(own.shape)} and {tuple(theirs.shape)}",
+                    "a teacher with the student's hidden size, or models with a hidden_size in their config",
+                    "logits and attention work across widths",
+                )
+            ]
+        )
+    own, theirs = own.float(), theirs.float()
+    if kind == "mse":
+        return (own - theirs).square().mean(-1)
+    return 1.0 - nn.functional.cosine_similarity(own, theirs, dim=-1)
+
+
+def projection(pair: Pair) -> nn.Linear | None:
+    """The learned matrix from the student's width to the teacher's (Jiao et al. 2020, W_h); None for equal widths."""
+    if pair.widths is None or pair.widths[0] == pair.widths[1]:
+        return None
+    return nn.Linear(*pair.widths, bias=False)

@@ -1,0 +1,91 @@
+"""`losses.logits`: the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ds_compress.config.distillation import LogitsLoss
+from ds_compress.distill.chunked_head import RowLosses
+from ds_compress.distill.divergence import divergence_of, with_tail
+from ds_compress.distill.lazy_logits import Imitation, LazyLogits
+from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair
+from ds_compress.distill.record import Record
+from ds_compress.distill.sparse_logits import SparseLogits
+
+
+class LogitsDistillation(DistillationLoss):
+    """T^2 * divergence of predictions softened by T (Hinton et al. 2015), mean over rows or real tokens.
+
+    Padded vocabularies are cut to the smaller of the two. Logits of a language model are compared a chunk at a time.
+    """
+
+    name: ClassVar[str] = "logits"
+    records: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    def __init__(self, config: LogitsLoss, pair: Pair = UNKNOWN) -> None:
+        super().__init__(config, pair)
+        self.temperature = config.temperature
+        self.top_k = config.top_k
+        self._divergence = divergence_of(config.kind, config.beta)
+
+    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+        logits = student.logits
+        assert logits is not None and not isinstance(logits, SparseLogits)
+        imitation = student.imitation or self.imitation_of(teacher, student.token_mask, logits.shape)
+        if isinstance(logits, LazyLogits):
+            return imitation.value(logits)
+        rows = logits.reshape(-1, logits.shape[-1])
+        return imitation.losses.of_rows(rows, slice(0, rows.shape[0]))
+
+    def imitation_of(
+        self, teacher: Record, token_mask: torch.Tensor | None, shape: torch.Size | None = None
+    ) -> Imitation:
+        """The loss of a student whose logits are still to come, [batch, (tokens,) categories].
+
+        `shape`: of the student's logits, absent: as the teacher's.
+        """
+        theirs = teacher.logits
+        assert theirs is not None
+        leading = (theirs.shape if shape is None else shape)[:-1]
+        weights = _row_weights(leading, token_mask, theirs.device) * self.temperature**2
+
+        def of_rows(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+            return (self._rows(logits, predictions(rows)) * weights[rows]).sum()
+
+        if isinstance(theirs, LazyLogits):
+            flat = theirs.reshape(-1, theirs.shape[-1])
+            predictions: Callable[[slice], torch.Tensor | SparseLogits] = flat.chunk_of
+            return Imitation(RowLosses(of_rows, flat.around))
+        if isinstance(theirs, SparseLogits):
+            predictions = theirs.rows
+        else:
+            whole = theirs.reshape(-1, theirs.shape[-1])
+            predictions = whole.__getitem__
+        return Imitation(RowLosses(of_rows))
+
+    def _rows(self, student: torch.Tensor, teacher: torch.Tensor | SparseLogits) -> torch.Tensor:
+        """Divergence of each row, fp32 [rows]."""
+        if isinstance(teacher, SparseLogits):
+            own = F.log_softmax(student.float() / self.temperature, dim=-1)
+            return self._divergence(with_tail(own.gather(-1, teacher.indices)), with_tail(teacher.log_probs))
+        classes = min(student.shape[-1], teacher.shape[-1])
+        own = F.log_softmax(student[..., :classes].float() / self.temperature, dim=-1)
+        with torch.no_grad():
+            theirs = F.log_softmax(teacher[..., :classes].float() / self.temperature, dim=-1)
+        if self.top_k is None or self.top_k >= classes:
+            return self._divergence(own, theirs)
+        likely, indices = theirs.topk(self.top_k, dim=-1)
+        return self._divergence(with_tail(own.gather(-1, indices)), with_tail(likely))
+
+
+def _row_weights(leading: torch.Size, token_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """fp32 [rows], sum 1: equal for all rows, or for real tokens only."""
+    if token_mask is None or token_mask.shape != leading:
+        rows = max(1, leading.numel())
+        return torch.full((leading.numel(),), 1.0 / rows, device=device)
+    mask = token_mask.reshape(-1).float()
+    return mask / mask.sum().clamp_(min=1.0)
