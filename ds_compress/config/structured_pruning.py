@@ -64,7 +64,8 @@ class StructuredShared(Section):
         ),
     )
     round_to: Rounding = Field(
-        default=8, description="Kept counts are multiples of this (the nearest one, at least one)."
+        default=8,
+        description="Kept counts are multiples of this (the nearest one, at least one); 1: ceil(dense_ratio * units).",
     )
     dense_ratio: Ratio | None = Field(default=None, description="Fraction kept by groups that do not say.")
     schedule: Schedule | None = Field(
@@ -89,6 +90,11 @@ class StructuredShared(Section):
     seed: Seed | None = Field(
         default=None, description="Seed of methods topk and random; absent: the seed of the whole block."
     )
+
+    @property
+    def rounds_up(self) -> bool:
+        """Whether the count is ceil(dense_ratio * units): where the removed library had the block, so did it."""
+        return self.round_to == 1
 
     @property
     def effective_schedule(self) -> Schedule:
@@ -126,7 +132,10 @@ class HeadPruningShared(StructuredShared):
     method: Literal["l1", "l2", "topk", "taylor", "activation", "random"] = Field(
         default="topk", description="Score of a head; see row_pruning."
     )
-    round_to: Rounding = Field(default=1, description="Kept heads (key/value groups) are multiples of this.")
+    round_to: Rounding = Field(
+        default=1,
+        description="Kept heads (key/value groups) are multiples of this; 1: ceil(dense_ratio * heads).",
+    )
     num_heads: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="Attention heads of a layer; absent: as the model says."
     )
@@ -136,6 +145,10 @@ class WholeModelShared(StructuredShared):
     """What `depth_pruning` and `hidden_pruning` share: one structure, and weights that cannot learn a score."""
 
     schedule_offset: Step = Field(default=0, description="Applied optimizer steps before the first mask.")
+
+    @property
+    def rounds_up(self) -> bool:
+        return False
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()

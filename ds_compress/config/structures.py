@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,16 @@ class StructurePlan:
     targets: tuple[StructureTarget, ...]
 
 
-def kept_units(dense_ratio: float, units: int, round_to: int) -> int:
-    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one; `units` for a ratio of 1."""
+def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = False) -> int:
+    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one; `units` for a ratio of 1.
+
+    `rounds_up`: ceil(dense_ratio * units) instead, as single weights are counted and as the removed library did.
+    """
     if dense_ratio == 1:
         return units
     multiples = Fraction(repr(dense_ratio)) * units / round_to
+    if rounds_up:
+        return math.ceil(Fraction(repr(dense_ratio)) * units)
     return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
 
 
@@ -314,4 +320,6 @@ def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
 
 
 def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to)
+    return kept_units(
+        target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up
+    )

@@ -56,7 +56,7 @@ def structure_lines(plans: Mapping[str, StructurePlan]) -> Iterator[tuple[str, s
 def units_cell(target: StructureTarget, plan: StructurePlan) -> str:
     """E.g. "768 of 1,536 rows"."""
     units = target.structure.units
-    kept = kept_units(target.dense_ratio, units, plan.shared.round_to)
+    kept = kept_units(target.dense_ratio, units, plan.shared.round_to, plan.shared.rounds_up)
     only_zeroed = "" if target.structure.removable else ", the others zero"
     return f"{kept:,} of {_plural(units, str(plan.kind))}{only_zeroed}"
 

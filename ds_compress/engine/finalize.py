@@ -97,4 +97,5 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
             )
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
-    return best(total, kept_units(target.dense_ratio, structure.units, structures.shared.round_to))
+    shared = structures.shared
+    return best(total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up))

@@ -62,6 +62,7 @@ class StructuredPruning(Stage):
             self.structures.values(), seed if shared.seed is None else shared.seed
         )
         self._scope, self._round_to = shared.scope, shared.round_to
+        self._rounds_up = shared.rounds_up
         first, end = (
             max(shared.schedule_offset, 2 if self.score.needs_gradient else 1),
             shared.schedule_offset_end,
@@ -260,7 +261,7 @@ class StructuredPruning(Stage):
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
         density = self.schedule.density(step, self.targets[name].dense_ratio)
-        return kept_units(density, self.structures[name].units, self._round_to)
+        return kept_units(density, self.structures[name].units, self._round_to, self._rounds_up)
 
     # -- masks -----------------------------------------------------------------------------------------
 
