@@ -205,7 +205,7 @@ class _Claims:
             for entry in self.entries
             if (
                 entry.is_layer
-                or (pattern != EVERY_LAYER and entry.module._parameters.get("weight") is not None)
+                or (pattern != EVERY_LAYER and _has_entries(entry.module))
             )
             and entry.is_reached_by(pattern)
             and not any(entry.is_reached_by(regex) for regex in excluded)
@@ -288,6 +288,11 @@ def claim_names(structure: Structure) -> list[str]:
     owners = {member.tensor.rpartition(".")[0] for member in structure.members}
     writers = {member.tensor.rpartition(".")[0] for member in structure.members if member.scored}
     return [name for name in structure.modules if name in writers or name not in owners]
+
+
+def _has_entries(module: nn.Module) -> bool:
+    """Whether channels can be cut out of it: a weight, or the statistics of a normalization without one."""
+    return module._parameters.get("weight") is not None or module._buffers.get("running_mean") is not None
 
 
 def _reaches(pattern: str, names: Sequence[str]) -> bool:

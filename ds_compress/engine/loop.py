@@ -11,14 +11,14 @@ before it, after a micro-step or a step that a gradient scaler skipped, counts n
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from ds_compress.engine.fragments import Fragment
 from ds_compress.engine.frozen import FrozenWeights
@@ -26,6 +26,27 @@ from ds_compress.engine.shards import Shards
 from ds_compress.stages.base import Stage
 
 logger = logging.getLogger("ds_compress")
+
+
+_live: weakref.WeakSet[LoopHooks] = weakref.WeakSet()
+"""Those in use. torch's hooks are global to the process, so they must not keep a model alive; and they stay for good,
+because the collector would take them away while torch walks through them."""
+
+
+@functools.cache
+def _install() -> None:
+    register_optimizer_step_pre_hook(_before_any_step)
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for hooks in list(_live):
+        hooks.on_gradients(optimizer, args, kwargs)
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for hooks in list(_live):
+        hooks.on_update(optimizer)
 
 
 class LoopHooks:
@@ -39,20 +60,15 @@ class LoopHooks:
         self._begun = self._ran = self._warned = False
         self._frozen_due = False
         self._by_stepped: dict[int, Fragment] = {}
-        # The hooks are global to the process: they must not keep this model alive, nor outlive it.
-        before, after = weakref.WeakMethod(self._on_gradients), weakref.WeakMethod(self._on_update)
-        handles = (
-            register_optimizer_step_pre_hook(lambda *call: _called(before, *call)),
-            register_optimizer_step_post_hook(lambda *call: _called(after, *call)),
-        )
-        self._remove = weakref.finalize(self, _remove, *handles)
+        _install()
+        _live.add(self)
 
     def use(self, shards: Shards) -> None:
         self._frozen = FrozenWeights(self.stages, shards.unstepped)
         self._by_stepped = {id(fragment.stepped): fragment for fragment in shards.fragments.values()}
 
     def remove(self) -> None:
-        self._remove()
+        _live.discard(self)
 
     def end_step(self) -> None:
         """The optimizers have stepped; counts it."""
@@ -77,7 +93,8 @@ class LoopHooks:
         self._frozen_due = False
 
     @torch.no_grad()
-    def _on_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def on_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Right before the optimizer steps, with `args` (itself first) and `kwargs`."""
         groups = [(self._fragments_of(group["params"]), group) for group in optimizer.param_groups]
         if not any(fragments for fragments, _ in groups):
             return
@@ -96,7 +113,8 @@ class LoopHooks:
                 stage.on_gradients(fragments, group)
 
     @torch.no_grad()
-    def _on_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def on_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Right after the optimizer has stepped."""
         for group in optimizer.param_groups:
             fragments = self._fragments_of(group["params"])
             self._ran = self._ran or bool(fragments)
@@ -105,14 +123,3 @@ class LoopHooks:
 
     def _fragments_of(self, stepped: Sequence[torch.Tensor]) -> list[Fragment]:
         return [self._by_stepped[id(tensor)] for tensor in stepped if id(tensor) in self._by_stepped]
-
-
-def _remove(*handles: RemovableHandle) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _called(method: weakref.WeakMethod[Callable[..., None]], *call: Any) -> None:
-    bound = method()
-    if bound is not None:
-        bound(*call)

@@ -129,7 +129,9 @@ def _smaller(tensor: torch.Tensor, name: str, cuts: Cuts, skeleton: bool) -> tor
 
 def _fix_sizes(module: nn.Module) -> None:
     """Attributes of torch's own layers (and GPT-2's Conv1D) from the shapes of their tensors."""
-    weight = module._parameters.get("weight")
+    weight: torch.Tensor | None = module._parameters.get("weight")
+    if weight is None:  # a normalization without affine parameters has statistics
+        weight = module._buffers.get("running_mean")
     if weight is None:
         return
     shape = tuple(weight.shape)

@@ -39,6 +39,7 @@ from ds_compress.compat.helper import (
     recursive_getattr,
     recursive_setattr,
 )
+from ds_compress.engine import loop
 from ds_compress.quant.layers import QATModule
 from tests.legacy_blocks import CHANNELS, ENCODER_BLOCKS, HEADS, REDUCTION, ConvNet, images, sparse_pruning
 from tests.multirank.common import batches, ds_config, engine_of, full_weights, tiny_bert, train
@@ -340,14 +341,14 @@ def test_quantizers_stay_for_an_export() -> None:
 def test_hooks_go_with_the_model() -> None:
     config = ds_config(0, sparse_pruning("l1"))
     gc.collect()
-    before = len(torch_optimizer._global_optimizer_pre_hooks)
+    before = len(loop._live)
     model = init_compression(training_bert(), config)
     scheduler = compression_scheduler(model, config)
     compression_scheduler(model, config)
-    assert len(torch_optimizer._global_optimizer_pre_hooks) == before + 1
+    assert len(loop._live) == before + 1 and len(torch_optimizer._global_optimizer_pre_hooks) == 1
     del model, scheduler
     gc.collect()
-    assert len(torch_optimizer._global_optimizer_pre_hooks) == before
+    assert len(loop._live) == before
 
 
 def test_bf16_weights_in_a_loop_keep_their_zeros() -> None:
