@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ds_compress.cli.migrate import migrate
+
 app = typer.Typer(
     help="Compressed models: export them, look at an export, see what a config would do.",
     no_args_is_help=True,
@@ -19,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out = Console()
+app.command()(migrate)
 
 
 class FormatName(StrEnum):

@@ -26,6 +26,8 @@ class Seam:
 
 SEAMS: tuple[Seam, ...] = (
     Seam("deepspeed.runtime.config:DeepSpeedConfig.__init__", ("self", "config", "mpu", "mesh_device")),
+    Seam("deepspeed.runtime.config:_REMOVED_TOP_LEVEL_CONFIG_KEYS"),
+    Seam("deepspeed.runtime.config:_REMOVED_ZERO_CONFIG_KEYS"),
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine.__init__",
         ("self", "args", "model", "optimizer", "model_parameters"),
@@ -227,6 +229,13 @@ def loss_scale(wrapper: Any) -> float:
     """What gradients are multiplied by at the moment; 1 without loss scaling."""
     config = getattr(wrapper, "loss_scale_config", None)
     return float(getattr(wrapper, "loss_scale", 1.0) if config is None else config.cur_scale)
+
+
+def removed_config_keys() -> tuple[dict[str, str], dict[str, str]]:
+    """Keys that DeepSpeed has removed, with its words: at the top level of its JSON, and in `zero_optimization`."""
+    from deepspeed.runtime import config
+
+    return dict(config._REMOVED_TOP_LEVEL_CONFIG_KEYS), dict(config._REMOVED_ZERO_CONFIG_KEYS)
 
 
 def is_zero3_parameter(parameter: nn.Parameter) -> bool:

@@ -1,0 +1,79 @@
+"""`ds_compress migrate`: an old DeepSpeed JSON becomes one for this library, with what changes said line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ds_compress.config.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from ds_compress.compat.migrate import Note
+
+
+def migrate(
+    config: Annotated[Path, typer.Argument(help="old DeepSpeed JSON, or its compression_training block")],
+    output: Annotated[
+        Path | None, typer.Option(help="file to write; without it the new JSON goes to standard output")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing OUTPUT")] = False,
+) -> None:
+    """Rewrites a JSON of the removed deepspeed.compression (or MoQ), and explains what changes."""
+    from ds_compress.compat.migrate import migrate as run
+    from ds_compress.config.source import read_json
+
+    try:
+        if output is not None and output.exists() and not overwrite:
+            raise OSError(f"{output} exists: give another file, or --overwrite")
+        result = run(read_json(str(config)))
+        text = json.dumps(result.config, indent=2, ensure_ascii=False) + "\n"
+        if output is not None:
+            _write_whole(output, text)
+    except ConfigError as error:
+        raise _refused("; ".join(_one_line(problem) for problem in error.problems)) from None
+    except OSError as error:
+        raise _refused(str(error)) from None
+    if output is None:
+        typer.echo(text, nl=False)
+    # Explanations must not get between the braces of a JSON that is piped on.
+    for line in _explanation(result.notes, output):
+        typer.echo(line, err=output is None)
+
+
+def _explanation(notes: Sequence[Note], output: Path | None) -> Iterator[str]:
+    for note in notes:
+        yield f"{note.kind.value:8}{note.path}"
+        yield textwrap.indent(textwrap.fill(note.text, 100), " " * 8)
+    if not any(note.kind == "changed" for note in notes):
+        yield "nothing to change: the JSON is one for ds_compress as it is"
+    if output is not None:
+        yield f"written to {output}"
+
+
+def _one_line(problem: Problem) -> str:
+    hint = f" ({problem.hint})" if problem.hint else ""
+    return f"{problem.path}: {problem.got}; allowed: {problem.allowed}{hint}"
+
+
+def _refused(message: str) -> typer.Exit:
+    typer.echo(f"ds_compress: {' '.join(message.split())}", err=True)
+    return typer.Exit(2)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
