@@ -54,7 +54,8 @@ def init_compression(
             objects. Under `layer_reduction` the layers that are not kept go.
         deepspeed_config: a dict or the path of a JSON file: the DeepSpeed config, or the block by itself.
         teacher_model: what `layer_reduction` copies layers from (without one the model is cut from itself) and
-            `distillation` imitates; frozen, and set to eval, if one of the two is enabled, otherwise not looked at.
+            `distillation` imitates, whatever `distillation.teacher` names; frozen, and set to eval, if one of the two
+            is enabled, otherwise not looked at.
         mpu: accepted if its model-parallel world size is 1: there are no layers here that are split over processes.
 
     Returns:

@@ -81,7 +81,31 @@ def legacy_jsons() -> dict[tuple[str, int], Any]:
                 "metrics": (new["metrics"], old["metrics"]),
                 "ranges": old["ranges"],
             }
-    return {"jsons": results, "cleaned": cleaned(), "student": initialised_student()}
+    return {
+        "jsons": results,
+        "cleaned": cleaned(),
+        "student": initialised_student(),
+        "loops": {name: in_ddp(name) for name in ("activation_quantization_static", "sparse_pruning_topk")},
+    }
+
+
+def in_ddp(name: str) -> dict[str, Any]:
+    """Plain torch in two processes: DistributedDataParallel around a prepared model."""
+    config = ds_config(0, block_of(name))
+    model = init_compression(model_of(name), config)
+    wrapped = nn.parallel.DistributedDataParallel(model).train()
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+    scheduler = compression_scheduler(wrapped, config)
+    losses = []
+    for batch in batches(STEPS, rank=dist.get_rank(), size=2, tokens=8):
+        loss = wrapped(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    return {"losses": losses, "weights": full_weights(model), "state": scheduler.state_dict()["stages"]}
 
 
 def cleaned() -> dict[int, Any]:

@@ -49,6 +49,19 @@ def test_05_static_ranges_are_those_of_all_ranks(runs: Any, stage: int) -> None:
     assert len(ranges[0]) == 10 and ranges[0] == ranges[1]
 
 
+@pytest.mark.parametrize("name", ["activation_quantization_static", "sparse_pruning_topk"])
+def test_a_loop_in_ddp_is_one_run_in_all_processes_and_that_of_an_engine(runs: Any, name: str) -> None:
+    one, other = (runs[rank]["loops"][name] for rank in (0, 1))
+    assert all(torch.equal(weight, other["weights"][key]) for key, weight in one["weights"].items())
+    if "static" in name:
+        ranges = [run["state"]["activation_quantization"]["ranges"] for run in (one, other)]
+        assert len(ranges[0]) == 10
+        assert all(torch.equal(value, ranges[1][key]) for key, value in ranges[0].items())
+    for rank in (0, 1):
+        expected = runs[rank]["jsons"][name, 0]["losses"][0]
+        torch.testing.assert_close(runs[rank]["loops"][name]["losses"], expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_02_cleaning_a_sharded_engine(runs: Any, stage: int) -> None:
     """Old: redundancy_clean indexed partitioned weights of shape [0]."""
