@@ -332,8 +332,8 @@ def test_14_words_for_what_is_wrong() -> None:
 
 
 def test_15_heads_leave_sizes_and_config_right() -> None:
-    """Old: in_features, out_features, num_attention_heads and the config kept their old values: the next forward
-    failed in view(), and what was saved did not load."""
+    """Old: weights were cut, but in_features, out_features, num_attention_heads and the config kept their old values:
+    the forward went on only where nothing reads them, and what was saved did not load."""
     config = {"compression_training": HEADS}
     model = init_compression(tiny_bert().train(), config)
     loop(model, config, 6, of_bert)
