@@ -131,8 +131,6 @@ def _uniform(
         return _in_groups(x, grid, groups)
     exact = working_dtype(x)
     lowest, highest = (value.detach().to(exact).reshape(()) for value in (low, high))
-    if grid.symmetric:
-        lowest = -lowest.abs()
     ranges = ranges_between(lowest, highest, grid)
     return decode_(encode(x.detach().to(exact), ranges, grid), ranges).to(x.dtype)
 

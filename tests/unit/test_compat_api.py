@@ -124,14 +124,19 @@ def test_the_engine_takes_a_prepared_model_over_once(with_block: bool) -> None:
 
 
 def test_an_engine_after_a_scheduler_leaves_the_scheduler_nothing_to_do() -> None:
-    config = ds_config(0, sparse_pruning("l1", schedule_offset=1))
+    """Were the loop's hooks still there, topk would hide its hidden values twice."""
+    config = ds_config(0, sparse_pruning("topk", schedule_offset=1))
+    with engine_of(tiny_bert(), config) as engine:
+        expected = train(engine, batches(STEPS))
     model = init_compression(tiny_bert(), config)
     scheduler = compression_scheduler(model, config)
+    losses = []
     with engine_of(model, config) as engine:
-        for batch in batches(3):
-            train(engine, iter([batch]))
+        for batch in batches(STEPS):
+            losses += train(engine, iter([batch]))
             scheduler.step()
-        assert engine.compression.applied_steps == scheduler.training_steps == 3
+        assert engine.compression.applied_steps == scheduler.training_steps == STEPS
+    assert losses == expected
 
 
 def test_the_given_teacher_fills_layers_and_is_imitated() -> None:
@@ -567,3 +572,24 @@ def test_fixed_channels() -> None:
     assert network.conv1.out_channels == network.norm.num_features == network.conv2.in_channels == 8
     # Masked channels had a zero bias behind their normalization, so nothing is lost.
     torch.testing.assert_close(network.logits(pictures), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fixed_rows_of_a_conv1d() -> None:
+    """GPT-2 stores its layers as [in, out]: rows are columns there."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout)).train()
+    shared = {"enabled": True, "method": "l1", "schedule_offset": 1, "round_to": 1}
+    group = {"params": {"dense_ratio": 0.5}, "modules": ["mlp.c_fc"], "related_modules": [["mlp.c_proj"]]}
+    block = {"row_pruning": {"shared_parameters": shared, "different_groups": {"g": group}}}
+    ids = torch.arange(12)[None]
+    in_loop(init_compression(model, block), block, [{"input_ids": ids, "labels": ids}] * 2)
+    expected = model.eval()(ids).logits
+    kept = fix_compression(model, "transformer.h.0.mlp.c_fc", block, dim_reduction=True)
+    fix_compression(model, "transformer.h.0.mlp.c_proj", block, mask=kept, dim_reduction=True)
+    mlp = model.transformer.h[0].mlp
+    assert (mlp.c_fc.nf, mlp.c_fc.nx, mlp.c_proj.nf, mlp.c_proj.nx) == (32, 16, 16, 32)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-6)
