@@ -73,6 +73,7 @@ def unwrap(engine: Any) -> None:
 
 def save(folder: Path, session: Compression) -> None:
     """Writes the compression state; a collective."""
+    session.refresh_weights()
     rank, world_size = _rank_and_world_size()
     writers = range(world_size) if session.shards.is_spread else range(1)
     if rank in writers:

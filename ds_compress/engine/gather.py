@@ -9,6 +9,7 @@ from torch import nn
 
 from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.engine.parameters import full_parameters
+from ds_compress.engine.sessions import session_of
 from ds_compress.quant import layers
 
 
@@ -19,6 +20,9 @@ def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     tied. Nothing auxiliary is among them. A collective where parameters are partitioned: every process goes through
     all modules.
     """
+    session = session_of(model)
+    if session is not None:
+        session.refresh_weights()
     quantized_by: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         if layers.weight_recipe(module) is not None:

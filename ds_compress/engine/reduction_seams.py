@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.engine import seams
+from ds_compress.engine.replaced import Replaced
 from ds_compress.reduce import link
 from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
@@ -68,32 +69,13 @@ def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
     return link.compare(plain, ours, group, device, sent)
 
 
-class _Replaced:
-    """Attributes put on an object in front of its class's methods."""
-
-    def __init__(self, target: Any) -> None:
-        self._target = target
-        self._names: list[str] = []
-
-    def put(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns what was there."""
-        original: Callable[..., Any] = getattr(self._target, name)
-        setattr(self._target, name, function)
-        self._names.append(name)
-        return original
-
-    def undo(self) -> None:
-        for name in self._names:
-            vars(self._target).pop(name, None)
-
-
 class _Whole:
     """Stage 0 and BF16_Optimizer: every process needs every gradient."""
 
     def __init__(self, engine: Any, reduction: GradientReduction) -> None:
         self._engine, self._reduction = engine, reduction
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
-        replaced = _Replaced(engine)
+        replaced = Replaced(engine)
         self._original = replaced.put("allreduce_bucket", self._allreduce_bucket)
         self.undo = replaced.undo
 
@@ -148,7 +130,7 @@ class _Partitioned:
         self._wrapper, self._reduction = wrapper, reduction
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         self._bucket: tuple[torch.Tensor, torch.dtype] | None = None
-        replaced = _Replaced(wrapper)
+        replaced = Replaced(wrapper)
         self._average = replaced.put("average_tensor", self._average_tensor)
         self._scatter = replaced.put("allreduce_and_copy_with_multiple_ranks", self._reduce_slices)
         self._predivide = replaced.put("gradient_reduction_w_predivide", self._reduce_whole)
@@ -291,7 +273,7 @@ class _Sharded:
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         self._parameters: list[Any] = []
         _switch_reduce_scatter_coalesced()
-        replaced = _Replaced(wrapper)
+        replaced = Replaced(wrapper)
         self._average = replaced.put(seams.AVERAGE_OF_STAGE_3, self._avg_scatter_grads)
         self.undo = replaced.undo
 

@@ -36,7 +36,12 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",
         ("self", "lr_kwargs"),
-        source_mentions=("self.optimizer.step()", '"overflow"', "self.skipped_steps", "self.global_samples +="),
+        source_mentions=(
+            "self.optimizer.step()",
+            '"overflow"',
+            "self.skipped_steps",
+            "self.global_samples +=",
+        ),
     ),
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine.step",
@@ -163,6 +168,32 @@ SEAMS: tuple[Seam, ...] = (
         ("self",),
         source_mentions=("self.non_expert_gradients",),
     ),
+    Seam(
+        "deepspeed.runtime.utils:all_gather_dp_groups",
+        ("groups_flat", "partitioned_param_groups", "dp_process_group"),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step",
+        source_mentions=("all_gather_dp_groups(groups_flat=self.bit16_groups_flat",),
+    ),
+    Seam(
+        "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.update_lp_params",
+        source_mentions=("all_gather_dp_groups(groups_flat=self.bf16_groups_flat",),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
+        source_mentions=(
+            "def all_gather_coalesced(params: Iterable[Parameter],",
+            "param.all_gather_coalesced = all_gather_coalesced",
+            "param.ds_status = ZeroParamStatus.INFLIGHT",
+            "params = sorted(params, key=lambda p: p.ds_id)",
+        ),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator"
+        "._PartitionedParameterCoordinator__all_gather_params_",
+        source_mentions=("param_group[0].all_gather_coalesced(param_group, quantize=quantize)",),
+    ),
     Seam("deepspeed.runtime.zero.config:DeepSpeedZeroConfig"),
     Seam("deepspeed.runtime.pipe.engine:PipelineEngine"),
     Seam("deepspeed.runtime.config_utils:dict_raise_error_on_duplicate_keys"),
@@ -218,6 +249,37 @@ def is_zero3(wrapper: Any) -> bool:
 def is_bf16_optimizer(wrapper: Any) -> bool:
     """BF16_Optimizer: stage 1 with fp32 gradient accumulation."""
     return hasattr(wrapper, "bf16_groups_flat")
+
+
+def modules_with_all_gather() -> tuple[Any, Any]:
+    """Those that call `all_gather_dp_groups` after a step, each by a global of its own."""
+    return (
+        importlib.import_module("deepspeed.runtime.zero.stage_1_and_2"),
+        importlib.import_module("deepspeed.runtime.bf16_optimizer"),
+    )
+
+
+def mark_in_flight(parameter: Any) -> None:
+    """A stage-3 parameter is being made whole; raises RuntimeError when it already is, or is whole."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+        raise RuntimeError(parameter.ds_summary())
+    parameter.ds_status = ZeroParamStatus.INFLIGHT
+
+
+def mark_available(parameter: Any) -> None:
+    """A stage-3 parameter is whole."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def current_device() -> str:
+    """Where whole parameters live."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().current_device_name())
 
 
 def data_parallel_group(engine: Any) -> Any:

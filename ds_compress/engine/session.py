@@ -18,6 +18,7 @@ from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
 from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink
 from ds_compress.engine.loop import LoopHooks
+from ds_compress.engine.parameter_traffic import ParameterTraffic
 from ds_compress.engine.reduction import GradientReduction
 from ds_compress.engine.reduction_limits import refuse_unsupported_reductions, traffic_blocks
 from ds_compress.engine.self_teacher import self_teacher
@@ -138,9 +139,9 @@ class Compression:
         plan = resolve(model, config)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
         stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
-        reduction = GradientReduction.of(config)
-        if reduction is not None:
-            stages[reduction.name] = reduction
+        for traffic in (GradientReduction.of(config), ParameterTraffic.of(config)):
+            if traffic is not None:
+                stages[traffic.name] = traffic
         if distillation is not None:
             stages[Distillation.name] = distillation
         session = cls(block, plan, stages, model)
@@ -179,9 +180,9 @@ class Compression:
         distillation = self.stages.get(Distillation.name)
         if isinstance(distillation, Distillation):
             distillation.attach_engine(engine)
-        reduction = self.stages.get(GradientReduction.name)
-        if isinstance(reduction, GradientReduction):
-            reduction.attach_engine(engine)
+        for stage in self.stages.values():
+            if isinstance(stage, GradientReduction | ParameterTraffic):
+                stage.attach_engine(engine)
         checkpoint.wrap(engine, self)
         if any(stage.shrinks for stage in self.structured):
             shrink.at_end_of_schedule(engine, self)
@@ -255,6 +256,12 @@ class Compression:
         for name, stage in known.items():
             stage.kept[name] = units[name].clone()
         shrink.shrink(self.engine)
+
+    def refresh_weights(self) -> None:
+        """Makes the weights of the model exact where `parameter_compression` sends differences; a collective."""
+        for stage in self.stages.values():
+            if isinstance(stage, ParameterTraffic):
+                stage.refresh()
 
     def metrics(self) -> dict[str, float]:
         """{"<stage>/<number>": value} of all stages."""

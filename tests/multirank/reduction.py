@@ -360,6 +360,86 @@ def poison(engine: Any, attack: str) -> None:
         parameter.register_hook(lambda gradient: gradient * factor)
 
 
+def weights_on_the_wire(folder: str) -> dict[str, Any]:
+    """parameter_compression: how far weights are from stock, whether copies are equal, exact when they have to be."""
+    found: dict[str, Any] = {}
+    layouts = {
+        "1 bf16": {"stage": 1, "dtype": "bf16"},
+        "1 bf16, fp32 accumulation": LAYOUTS["1 bf16, fp32 accumulation"],
+        "2 fp32": {"stage": 2},
+        "3 bf16": {"stage": 3, "dtype": "bf16"},
+    }
+    wish = {
+        "enabled": True,
+        "min_elements": 0,
+        "measure_link": False,
+        "piece_elements": 1024,
+        "block_size": 64,
+    }
+    block = {"parameter_compression": {**wish, "refresh_interval": 4}}
+    sparse = copy.deepcopy(pruning_block(density=0.4, schedule_offset=3))
+    sparse["sparse_pruning"]["different_groups"] = {
+        "all": {"params": {"dense_ratio": 0.4}, "modules": ["first", "second"]}
+    }
+    rank = dist.get_rank()
+    for name, layout in layouts.items():
+        with engine_for(layout, None) as engine:
+            train(engine, batches(7, rank=rank))
+            stock = full_weights(engine.module)
+        with engine_for(layout, block) as engine:
+            train(engine, batches(7, rank=rank))
+            metrics = engine.compression.metrics()
+            copies = full_weights(engine.module)
+            engine.compression.refresh_weights()
+            exact = full_weights(engine.module)
+            masters = master_weights(engine)
+            half = engine.module.first.weight.dtype
+        case = {
+            "to stock": max(relative(exact[k], stock[k]) for k in stock),
+            "to exact": max(float((copies[k] - exact[k]).abs().max()) for k in exact),
+            "refreshed": all(torch.equal(exact[k].to(half), masters[k].to(half)) for k in exact),
+            "copies": [w.numpy().tobytes() for w in copies.values()],
+            "metrics": metrics,
+        }
+        with engine_for(layout, {**sparse, **block}) as engine:
+            zeros = []
+            for batch in batches(6, rank=rank):
+                train(engine, iter([batch]))
+                weight = full_weights(engine.module)["first.weight"]
+                zeros.append(int((weight == 0).sum()))
+            case["zeros"] = zeros
+        with engine_for(layout, block) as engine:
+            train(engine, batches(2, rank=rank))
+            engine.save_checkpoint(f"{folder}/{name}")
+            train(engine, batches(2, seed=2, rank=rank))
+            unbroken = full_weights(engine.module)
+        with engine_for(layout, block) as engine:
+            engine.load_checkpoint(f"{folder}/{name}")
+            train(engine, batches(2, seed=2, rank=rank))
+            resumed = full_weights(engine.module)
+            engine.compression.detach()
+            before = engine.module.first.weight
+            train(engine, batches(1, rank=rank))
+            case["detached"] = before is engine.module.first.weight
+        case["resumed"] = all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
+        found[name] = case
+    return found
+
+
+def master_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The fp32 masters, whole, in every process."""
+    result = {}
+    fragments = Shards.of_engine(engine).fragments
+    for name, parameter in engine.module.named_parameters():
+        whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()))
+        if name in fragments:
+            fragment = fragments[name]
+            whole[fragment.start : fragment.start + fragment.numel] = fragment.values
+        dist.all_reduce(whole)
+        result[name] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
+    return result
+
+
 def run_two(folder: str) -> dict[str, Any]:
     deepspeed.utils.logger.setLevel("ERROR")
     return {
@@ -368,6 +448,7 @@ def run_two(folder: str) -> dict[str, Any]:
         "special": special_steps(),
         "loss scales": loss_scales(),
         "checkpoints": checkpoints(folder),
+        "weights": weights_on_the_wire(folder),
     }
 
 

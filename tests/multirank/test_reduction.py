@@ -93,6 +93,33 @@ def test_error_feedback_is_in_the_checkpoint(two: Results, stage: int) -> None:
     assert not without, "the control: residuals that are lost are noticed"
 
 
+class TestWeightsOnTheWire:
+    """`parameter_compression`."""
+
+    @pytest.fixture(params=["1 bf16", "1 bf16, fp32 accumulation", "2 fp32", "3 bf16"])
+    def name(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    def test_training_goes_as_it_would_have(self, two: Results, name: str) -> None:
+        case = two[0]["weights"][name]
+        assert case["to stock"] < 0.01
+        assert case["metrics"]["parameter_compression/quantized_elements"] > 4 * 8825
+        assert all(rank["weights"][name]["copies"] == case["copies"] for rank in two)
+
+    def test_copies_are_exact_after_a_refresh_and_close_before(self, two: Results, name: str) -> None:
+        case = two[0]["weights"][name]
+        assert case["refreshed"]
+        assert case["to exact"] <= (2**-7 if "bf16" in name else 1e-4), "a unit of bfloat16 between 1 and 2"
+
+    def test_a_new_mask_is_exact_at_once_and_stays(self, two: Results, name: str) -> None:
+        zeros = two[0]["weights"][name]["zeros"]
+        assert zeros == [0, 0, *[37 * 53 - -(-37 * 53 * 4 // 10)] * 4]
+
+    def test_checkpoints_resume_and_detaching_gives_everything_back(self, two: Results, name: str) -> None:
+        assert two[0]["weights"][name]["resumed"]
+        assert two[0]["weights"][name]["detached"]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_bad_worker_is_named_and_does_not_get_through(four: Results, stage: int) -> None:
     found = four[0]["robust"]
