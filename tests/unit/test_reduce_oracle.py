@@ -1,8 +1,8 @@
 """Our rules and verdicts against ByzFL, a library of Byzantine-robust aggregation.
 
 ByzFL's package imports torchvision and more at once, for benchmarks that are of no interest here; its aggregators and
-attacks need numpy, scipy and torch. So it is installed without its dependencies, and only they are imported; given numpy, they
-compute in fp64.
+attacks need numpy, scipy and torch. So it is installed without its dependencies, and only they are imported.
+Given numpy, they compute in fp64.
 """
 
 from __future__ import annotations
