@@ -192,6 +192,17 @@ class LazyLogits:
         """Calls `job` while the head's weights are whole."""
         self._head.around(job)
 
+    def each_chunk(self, use: Callable[[torch.Tensor], None]) -> None:
+        """Calls `use` with the real logits of all rows, a chunk [rows, vocabulary] at a time; without a graph."""
+        flat = self._of(self._hidden.reshape(-1, self._hidden.shape[-1]))
+        rows, chunk = flat._hidden.shape[0], self._head.chunk
+
+        def loop() -> None:
+            for start in range(0, rows, chunk):
+                use(flat.chunk_of(slice(start, min(start + chunk, rows))))
+
+        self.around(loop)
+
 
 class Imitation:
     """The divergence from the teacher that is waiting for a pass over the student's logits.

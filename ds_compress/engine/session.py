@@ -17,6 +17,7 @@ from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
 from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink
+from ds_compress.engine.cached_teacher import cached_teacher
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.parameter_traffic import ParameterTraffic
 from ds_compress.engine.reduction import GradientReduction
@@ -116,7 +117,11 @@ class Compression:
         """
         config = parse_config(block)
         _choose_kernels(config)
-        teacher = Teacher.of(config, given_teacher, model) or self_teacher(config, model, before=True)
+        teacher = (
+            Teacher.of(config, given_teacher, model)
+            or cached_teacher(config, model)
+            or self_teacher(config, model, before=True)
+        )
         removed = reduce_layers(model, config, teacher.model if teacher else None, parameters.copy_parameters)
         teacher = teacher or self_teacher(config, model, before=False)
         distillation = None
