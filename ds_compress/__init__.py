@@ -8,6 +8,8 @@ Importing this package is all that a training script needs; the rest is for thos
     engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
     export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
     from_pretrained(folder)       what format="torch" stores, on the int8 kernels
+    distill_layers(engine, ...)   post-training quantization: each layer learns to be what it was, without labels
+    cache_teacher(model, ...)     what a teacher says of a data set, stored once
     finalize(engine)              the smaller model that structured pruning leaves
     export_state_dict(engine)     the whole compressed model's weights, on process 0
     CompressionCallback, DistillationTrainer      for Hugging Face's Trainer: see `ds_compress.hf`
@@ -19,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
+from ds_compress.distill.cache_write import cache_teacher
 from ds_compress.engine.api import export_state_dict, initialize
 from ds_compress.engine.finalize import finalize, redundancy_clean
+from ds_compress.engine.layerwise import distill_layers
 from ds_compress.engine.registration import register, unregister
 from ds_compress.export.api import export
 from ds_compress.export.errors import ExportError
@@ -37,6 +41,8 @@ __all__ = [
     "ExportError",
     "Plan",
     "__version__",
+    "cache_teacher",
+    "distill_layers",
     "export",
     "export_state_dict",
     "finalize",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +9,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ds_compress.cli import teachers
+from ds_compress.cli.errors import one_line_errors
 from ds_compress.cli.migrate import migrate
 
 app = typer.Typer(
-    help="Compressed models: export them, look at an export, see what a config would do.",
+    help="Compressed models: export them, look at an export, see what a config would do, ask a teacher ahead.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 _out = Console()
 app.command()(migrate)
+app.command()(teachers.cache_teacher)
+app.command()(teachers.teacher_text)
 
 
 class FormatName(StrEnum):
@@ -50,24 +51,30 @@ class EmbeddingsName(StrEnum):
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="folder of a DeepSpeed checkpoint, or of a transformers model")],
+    source: Annotated[
+        Path, typer.Argument(help="folder of a DeepSpeed checkpoint, or of a transformers model")
+    ],
     out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
     format: Annotated[
-        FormatName | None, typer.Option(help="by default hf, or compressed-tensors when something is quantized")
+        FormatName | None,
+        typer.Option(help="by default hf, or compressed-tensors when something is quantized"),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder to copy the tokenizer from")] = None,
-    scheme: Annotated[str | None, typer.Option(help="fp8: round an unquantized model for compressed-tensors")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="fp8: round an unquantized model for compressed-tensors")
+    ] = None,
     dtype: Annotated[
         DtypeName | None, typer.Option(help="in which tensors that are not quantized are stored")
     ] = None,
     embeddings: Annotated[
-        EmbeddingsName | None, typer.Option(help="tables that were not trained in integers: torch rounds them to int8")
+        EmbeddingsName | None,
+        typer.Option(help="tables that were not trained in integers: torch rounds them to int8"),
     ] = None,
     check: Annotated[bool, typer.Option(help="load the folder in a fresh process and compare logits")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
 ) -> None:
     """Writes a trained model as a folder that other programs load, and checks it."""
-    with _one_line_errors():
+    with one_line_errors():
         import torch
 
         from ds_compress.export.api import export as run
@@ -93,7 +100,7 @@ def export(
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="an exported folder")]) -> None:
     """Prints how every module of an export is stored, its size, and how it was checked."""
-    with _one_line_errors():
+    with one_line_errors():
         from ds_compress.export.report import ExportReport
 
         _out.print(ExportReport.read(folder))
@@ -105,20 +112,8 @@ def plan(
     config: Annotated[Path, typer.Argument(help="DeepSpeed JSON, or its compression_training block")],
 ) -> None:
     """Prints what a config would do to which weight, and the predicted bytes; reads no weights."""
-    with _one_line_errors():
+    with one_line_errors():
         from ds_compress.cli.models import skeleton
         from ds_compress.config.plan import plan as make
 
         _out.print(make(skeleton(model), str(config)))
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    from ds_compress.config.errors import ConfigError
-    from ds_compress.export.errors import ExportError
-
-    try:
-        yield
-    except (ExportError, ConfigError, OSError, ValueError) as error:
-        print(f"ds_compress: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None

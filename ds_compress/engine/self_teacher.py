@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class CurrentTeacher(Teacher):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
-        with torch.no_grad(), _quantizers_off(self.model):
+        with torch.no_grad(), quantizers_off(self.model):
             return self.model(*args, **kwargs)
 
 
@@ -161,11 +161,14 @@ def _aligned(average: Any, own: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _quantizers_off(model: nn.Module) -> Iterator[None]:
+def quantizers_off(
+    model: nn.Module, kinds: Sequence[str] = ("weight_quantizer", "input_quantizer")
+) -> Iterator[None]:
+    """Inside, the layers of `model` compute as they do without quantization; `kinds`: without which of them."""
     switched: list[tuple[Any, str, Any]] = []
     for module in model.modules():
         if isinstance(module, layers.QATModule):
-            for attribute in ("weight_quantizer", "input_quantizer"):
+            for attribute in kinds:
                 switched.append((module, attribute, getattr(module, attribute, None)))
                 setattr(module, attribute, None)
     try:

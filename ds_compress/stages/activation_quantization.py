@@ -104,6 +104,11 @@ class ActivationQuantization(Stage):
         return numbers
 
     @property
+    def lacks_ranges(self) -> bool:
+        """Whether a layer still waits for its static range, and does not quantize its input until then."""
+        return self._static and any(q.input_range is None for q in self._quantizers.values())
+
+    @property
     def _enabled(self) -> bool:
         return self._step >= self._shared.schedule_offset
 

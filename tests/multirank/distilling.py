@@ -51,7 +51,9 @@ def llama(hidden: int = 16, layers: int = 2, seed: int = 0, tied: bool = True, h
     )
 
 
-def token_batches(steps: int, rows: slice = slice(None), labels: bool = True) -> Iterator[dict[str, torch.Tensor]]:
+def token_batches(
+    steps: int, rows: slice = slice(None), labels: bool = True
+) -> Iterator[dict[str, torch.Tensor]]:
     """`rows` of batches of 8 x 9 tokens, some of them padding."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(steps):
@@ -126,8 +128,14 @@ def quantized(losses: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {
         **block(losses, **settings),
         "weight_quantization": {
-            "shared_parameters": {"enabled": True, "quantize_weight_in_forward": True, "granularity": "per_channel"},
-            "different_groups": {"all": {"params": {"start_bits": 3, "target_bits": 3}, "modules": ["layers"]}},
+            "shared_parameters": {
+                "enabled": True,
+                "quantize_weight_in_forward": True,
+                "granularity": "per_channel",
+            },
+            "different_groups": {
+                "all": {"params": {"start_bits": 3, "target_bits": 3}, "modules": ["layers"]}
+            },
         },
     }
 
@@ -148,6 +156,46 @@ def selves(folder: str) -> dict[Any, Any]:
         student=functools.partial(llama, layers=3),
     )
     return results
+
+
+def layer_by_layer() -> dict[Any, Any]:
+    """Post-training quantization, each layer for itself, on every stage and in bf16; masks and static ranges too."""
+    return {
+        (name, stage): _layer_by_layer(name, stage)
+        for name in ("weights", "bf16", "static and sparse")
+        for stage in ((0, 2, 3) if name == "weights" else (3,))
+    }
+
+
+def _layer_by_layer(name: str, stage: int) -> dict[str, Any]:
+    compression = {key: value for key, value in quantized({}).items() if key != "distillation"}
+    if name == "static and sparse":
+        shared = {"enabled": True, "range_calibration": "static", "schedule_offset": 0}
+        groups = {"all": {"params": {"bits": 8}, "modules": ["layers"]}}
+        compression["activation_quantization"] = {"shared_parameters": shared, "different_groups": groups}
+        shared = {"enabled": True, "method": "l1", "schedule_offset": 0, "schedule_offset_end": 1}
+        groups = {"all": {"params": {"dense_ratio": 0.5}, "modules": ["mlp"]}}
+        compression["sparse_pruning"] = {"shared_parameters": shared, "different_groups": groups}
+    rank, model = dist.get_rank(), llama()
+    config = ds_config(stage, compression, "bf16" if name == "bf16" else "fp32")
+    with engine_of(model, config) as engine:
+        if name == "static and sparse":
+            for batch in token_batches(2):
+                engine.backward(engine(**batch).loss)
+                engine.step()
+        batches = list(token_batches(2, slice(rank * 4, rank * 4 + 4)))
+        results = ds_compress.distill_layers(engine, batches, steps=40, learning_rate=1e-3)
+        fragments = engine.compression.shards.fragments.values()
+        follow = all(torch.equal(f.values.to(f.parameter.dtype), _part_of(f)) for f in fragments)
+        weights = full_weights(model)
+    return {"results": results, "weights": weights, "masters follow": follow}
+
+
+def _part_of(fragment: Any) -> torch.Tensor:
+    parameter = fragment.parameter
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor[: fragment.numel]
+    return parameter.detach().flatten()[fragment.start : fragment.start + fragment.numel]
 
 
 def _average_across_a_checkpoint(stage: int, folder: str) -> dict[str, Any]:

@@ -45,12 +45,18 @@ def test_every_loss_is_there_and_moves(languages: Any) -> None:
 
 def test_what_is_learned_beside_the_model_is_trained_and_then_gone(languages: Any) -> None:
     result = languages[0]["every loss", 3]
-    assert {n.split(".")[1] for n in result["weights"] if "auxiliary" in n} == {"hidden", "embedding", "contrastive"}
+    assert {n.split(".")[1] for n in result["weights"] if "auxiliary" in n} == {
+        "hidden",
+        "embedding",
+        "contrastive",
+    }
     assert result["left"] == []
 
 
 def test_the_contrastive_loss_of_two_processes_is_that_of_one_with_both_batches(languages: Any) -> None:
-    alone = run_ranks(1, "tests.multirank.distilling:run", stage=0, compression=contrastive(), teacher=None)[0]
+    alone = run_ranks(1, "tests.multirank.distilling:run", stage=0, compression=contrastive(), teacher=None)[
+        0
+    ]
     both = run_ranks(2, "tests.multirank.distilling:run", stage=0, compression=contrastive(), teacher=None)
     mean = sum(result["metrics"]["distillation/contrastive"] for result in both) / 2
     assert mean == pytest.approx(alone["metrics"]["distillation/contrastive"], abs=1e-4)
@@ -104,6 +110,38 @@ def test_the_average_is_exact_and_survives_a_checkpoint(selves: Any, stage: int)
     assert result["expected"].keys() == result["found"].keys()
     for name, value in result["expected"].items():
         torch.testing.assert_close(result["found"][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def layer_by_layer() -> Any:
+    return run_ranks(2, "tests.multirank.distilling:layer_by_layer")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("name", ["weights", "bf16", "static and sparse"])
+def test_each_layer_learns_what_it_was(layer_by_layer: Any, name: str, stage: int) -> None:
+    if (name, stage) not in layer_by_layer[0]:
+        pytest.skip("only 3 of this one")
+    one, two = (ranks[name, stage] for ranks in layer_by_layer)
+    assert len(one["results"]) == 2
+    for result in one["results"]:
+        assert 0 < result.after < 0.98 * result.before, result
+    assert one["results"] == two["results"]
+    assert one["masters follow"] and two["masters follow"]
+
+
+def test_layers_learn_the_same_on_every_stage(layer_by_layer: Any) -> None:
+    first, *others = (layer_by_layer[0]["weights", stage]["weights"] for stage in (0, 2, 3))
+    for other in others:
+        for name, weight in first.items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_zeros_stay_zero_layer_by_layer(layer_by_layer: Any) -> None:
+    weights = layer_by_layer[0]["static and sparse", 3]["weights"]
+    pruned = [weight for name, weight in weights.items() if ".mlp." in name]
+    assert len(pruned) == 6
+    assert all(int(weight.count_nonzero()) <= weight.numel() // 2 for weight in pruned)
 
 
 def test_the_whole_model_teaches_what_is_left_of_it(selves: Any) -> None:
