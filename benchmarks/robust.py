@@ -1,0 +1,255 @@
+"""Bad workers against robust rules: final accuracy on digits, who was named, and who was accused wrongly.
+
+    python -m benchmarks.robust [--quick] [--json] [--workers 5,1;8,2] [--stages 0,2] [--seeds 2] [--steps 200]
+
+A small network on scikit-learn's 8x8 digits, n real processes under DeepSpeed, the last f of them bad from the first
+step on: they replace their gradients just before these are sent. Shards are alike (iid) or hold few classes each
+(skewed). "mean" is what stock DeepSpeed computes. Attacks: the gradient's sign flipped (x 1, x 10), scale x 100,
+noise of ten times its length, ALIE (Baruch et al. 2019: just inside the spread of the others), IPM (Xie et al. 2019:
+against their mean), NaN, and gradients of twenty steps ago. ALIE and IPM see all honest gradients.
+
+Every line: mean accuracy on held-out digits; the share of steps in which a bad worker was named, and the share of
+honest workers' steps in which one was accused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import record
+
+RULES = ("mean", "trimmed_mean", "median", "centered_clip", "norm_clip")
+ATTACKS = ("none", "sign flip", "sign flip x10", "scale x100", "noise", "ALIE", "IPM", "NaN", "stale")
+BATCH, STALE_STEPS = 16, 20
+
+Figures = dict[str, dict[str, float]]
+
+
+def attack(name: str, own: torch.Tensor, honest: torch.Tensor, past: deque[torch.Tensor]) -> torch.Tensor:
+    """What a bad worker sends instead of `own` (m,); `honest` (n - f, m): what the others send."""
+    if name == "sign flip":
+        return -own
+    if name == "sign flip x10":
+        return -10 * own
+    if name == "scale x100":
+        return 100 * own
+    if name == "noise":
+        noise = torch.randn_like(own)
+        return noise * (10 * own.norm() / noise.norm())
+    if name == "ALIE":
+        return honest.mean(0) - 1.5 * honest.std(0)
+    if name == "IPM":
+        return -0.5 * honest.mean(0)
+    if name == "NaN":
+        return torch.full_like(own, torch.nan)
+    if name == "stale":
+        return past[0]
+    return own
+
+
+def corrupt(reduction: Any, name: str, bad: int) -> None:
+    """From now on the last `bad` processes send what `attack` makes of their gradients."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    past: deque[torch.Tensor] = deque(maxlen=STALE_STEPS + 1)
+
+    def replaced(segments: Sequence[Any]) -> None:
+        own = torch.cat([segment.values.float() for segment in segments])
+        past.append(own)
+        everyones = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(everyones, own)
+        if rank >= world - bad:
+            sent = attack(name, own, torch.stack(everyones[: world - bad]), past)
+            for segment, values in zip(segments, sent.split([s.numel for s in segments]), strict=True):
+                segment.values.copy_(values)
+
+    def before(original: Callable[..., None]) -> Callable[..., None]:
+        def reduce(group: Any, segments: Sequence[Any], *rest: Any) -> None:
+            replaced(segments)
+            original(group, segments, *rest)
+
+        return reduce
+
+    if bad and name != "none":
+        reduction.reduce_scatter = before(reduction.reduce_scatter)
+        reduction.all_reduce = before(reduction.all_reduce)
+
+
+def shards(workers: int, skewed: bool, seed: int) -> tuple[list[Any], Any]:
+    """One (x, y) per worker, and the held-out one."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.tensor(digits.data, dtype=torch.float32) / 16
+    y = torch.tensor(digits.target)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    held_out, rest = order[:360], order[360:]
+    if skewed:
+        rest = rest[torch.argsort(y[rest], stable=True)]
+        # Two runs of the sorted digits each: about four classes.
+        runs = rest.tensor_split(2 * workers)
+        parts = [torch.cat((runs[w], runs[2 * workers - 1 - w])) for w in range(workers)]
+    else:
+        parts = list(rest.tensor_split(workers))
+    return [(x[part], y[part]) for part in parts], (x[held_out], y[held_out])
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.layers(x)
+        return logits if y is None else torch.nn.functional.cross_entropy(logits, y)
+
+
+def run(stage: int, rule: str, name: str, bad: int, skewed: bool, seed: int, steps: int) -> dict[str, float]:
+    """One training run in all processes."""
+    import deepspeed
+
+    torch.manual_seed(seed)
+    own, held_out = shards(dist.get_world_size(), skewed, seed)
+    x, y = own[dist.get_rank()]
+    model = Classifier()
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.2, "momentum": 0.9}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "compression_training": {
+            "robust_reduction": {"enabled": True, "rule": rule, "max_malicious": 0 if rule == "mean" else bad}
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    reduction = engine.compression.stages["gradient_reduction"]
+    corrupt(reduction, name, bad)
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    for _ in range(steps):
+        rows = torch.randint(len(y), (BATCH,), generator=generator)
+        engine.backward(engine(x[rows], y[rows]))
+        engine.step()
+    engine.eval()
+    with torch.no_grad():
+        correct = (engine(held_out[0]).argmax(1) == held_out[1]).float().mean()
+    accusations, world = reduction.accusations, dist.get_world_size()
+    first_bad = world - bad if name != "none" else world
+    share = [accusations.named.get(worker, 0) / max(1, accusations.steps) for worker in range(world)]
+    engine.destroy()
+    return {
+        "accuracy": float(correct),
+        "named": statistics.mean(share[first_bad:]) if first_bad < world else 0.0,
+        "accused honest": statistics.mean(share[:first_bad]),
+    }
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    import deepspeed
+
+    from benchmarks.engines import quiet
+    from ds_compress.examples.cpu import skip_shared_memory_build
+
+    torch.set_num_threads(1)
+    quiet()
+    skip_shared_memory_build()
+    figures: Figures = {}
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        deepspeed.init_distributed("gloo")
+        for stage in map(int, arguments.stages.split(",")):
+            for distribution in arguments.distributions.split(","):
+                for name in arguments.attacks.split(","):
+                    for rule in arguments.rules.split(","):
+                        runs = [
+                            run(
+                                stage,
+                                rule,
+                                name,
+                                arguments.bad,
+                                distribution == "skewed",
+                                seed,
+                                arguments.steps,
+                            )
+                            for seed in range(arguments.seeds)
+                        ]
+                        line = f"stage {stage}, {distribution}, {name}, {rule}"
+                        figures[line] = {key: statistics.mean(r[key] for r in runs) for key in runs[0]}
+                        if dist.get_rank() == 0:
+                            print(line, figures[line], file=sys.stderr, flush=True)
+    if dist.get_rank() == 0:
+        Path(arguments.result).write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps, few cases; nothing is recorded")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--workers", default="5,1;8,2", help="n,f;n,f")
+    parser.add_argument("--stages", default="2")
+    parser.add_argument("--distributions", default="iid,skewed")
+    parser.add_argument("--attacks", default=",".join(ATTACKS))
+    parser.add_argument("--rules", default=",".join(RULES))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--bad", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--result", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.result:
+        worker(arguments)
+        return
+    if arguments.quick:
+        arguments.workers, arguments.distributions, arguments.seeds, arguments.steps = "5,1", "iid", 1, 60
+        arguments.attacks, arguments.rules = "none,scale x100,ALIE,NaN", "mean,centered_clip,trimmed_mean"
+    figures: Figures = {}
+    for pair in arguments.workers.split(";"):
+        n, f = map(int, pair.split(","))
+        figures |= {f"n {n}, f {f}, {key}": values for key, values in launched(n, f, arguments).items()}
+    for key, values in figures.items():
+        print(
+            f"{key:64s} {100 * values['accuracy']:6.1f} %  named {100 * values['named']:5.1f} %  "
+            f"honest accused {100 * values['accused honest']:4.1f} %"
+        )
+    if arguments.json:
+        print(record.json_line("robust", figures))
+    if not arguments.quick:
+        print(record.append("robust", " ".join(sys.argv[1:]), figures))
+
+
+def launched(n: int, f: int, arguments: argparse.Namespace) -> Figures:
+    """The figures of one job of n processes."""
+    names = ("stages", "distributions", "attacks", "rules", "seeds", "steps")
+    options = [word for name in names for word in (f"--{name}", str(getattr(arguments, name)))]
+    with tempfile.TemporaryDirectory() as folder:
+        result = f"{folder}/figures.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+        command += ["-m", "benchmarks.robust", *options, "--bad", str(f), "--result", result]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONWARNINGS": "ignore",
+        }
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        found: Figures = json.loads(Path(result).read_text())
+    return found
+
+
+if __name__ == "__main__":
+    main()
