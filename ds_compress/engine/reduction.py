@@ -148,8 +148,14 @@ class GradientReduction(Stage):
         numel, dtype = _size(segments)
         if self.robust is not None:
             self._robust_sum(group, numel, dtype).reduce_scatter(segments, take, multiplier)
+            return
+        self._quantized += numel
+        if is_lopsided(segments, dist.get_world_size(group)):
+            self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
+            for segment in segments:
+                if segment.owner == dist.get_rank(group):
+                    take(Part(segment, 0, segment.numel), segment.values.float())
         else:
-            self._quantized += numel
             self._sum_over(group).reduce_scatter(segments, take, multiplier, self._feedback())
 
     def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:
@@ -267,6 +273,18 @@ class GradientReduction(Stage):
             for item in (state or {}).get(kind, ()):
                 residuals.restore(item["run"], item["stored"].to(self.engine.device))
         self._awaits_outcome = False
+
+
+def is_lopsided(segments: Sequence[Segment], owners: int) -> bool:
+    """Whether one owner gets so much of a bucket that its link would be the wall.
+
+    All W - 1 others send it their n_w elements; an all-reduce brings 2 (W - 1) / W of all n elements to everybody. With
+    many buckets a bucket of ZeRO-2 belongs to one or two of all processes.
+    """
+    of_owner = [0] * owners
+    for segment in segments:
+        of_owner[segment.owner] += segment.numel
+    return owners > 2 and max(of_owner) * owners > 2 * sum(of_owner)
 
 
 def _size(segments: Sequence[Segment]) -> tuple[int, torch.dtype]:
