@@ -1,5 +1,11 @@
 """`gradient_compression` and `robust_reduction` at work: what DeepSpeed's reductions call instead of all-reduce.
 
+    "gradient_compression": {"enabled": true, "bits": 8}
+    "robust_reduction": {"enabled": true, "rule": "centered_clip", "max_malicious": 1, "on_outlier": "report"}
+
+Stages 2 and 3 reduce after every micro-step, stage 1 once per step: on a slow link, stage 1 with accumulation sends
+less than any compression of stage 2 does.
+
 `GradientReduction` decides for each bucket of gradients whether it is ours, and keeps what outlives a bucket: error
 feedback, who stood out, how many steps were applied. Where DeepSpeed calls it is `reduction_seams`.
 

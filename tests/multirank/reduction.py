@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import ds_compress
 from ds_compress.engine import reduction_seams
 from ds_compress.engine.seams import loss_scale
 from ds_compress.engine.shards import Shards
+from ds_compress.reduce.hosts import HOST_VARIABLE
 from ds_compress.reduce.link import Comparison
 from ds_compress.reduce.workers import OutlierAbort
 from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
@@ -440,6 +442,37 @@ def master_weights(engine: Any) -> dict[str, torch.Tensor]:
     return result
 
 
+def hierarchies() -> dict[str, Any]:
+    """`hierarchical` with two hosts of two, one host of four, and hosts of unequal size."""
+    found: dict[str, Any] = {}
+    rank = dist.get_rank()
+    block = wire(8, hierarchical=True)
+    for stage in (0, 2, 3):
+        with engine_for({"stage": stage}, None) as engine:
+            stock = final_gradients(engine)
+        os.environ[HOST_VARIABLE] = f"host{rank // 2}"
+        with engine_for({"stage": stage}, block) as engine:
+            ours = final_gradients(engine)
+            found[f"two hosts, {stage}"] = {
+                "largest": max(float((ours[k] - stock[k]).abs().max()) for k in stock)
+                / max(float(stock[k].abs().max()) for k in stock),
+                "quantized": engine.compression.metrics()["gradient_reduction/quantized_elements"],
+                "weights": [w.numpy().tobytes() for w in full_weights(engine.module).values()],
+            }
+    os.environ[HOST_VARIABLE] = "the only one"
+    with engine_for({"stage": 2}, block) as engine:
+        train(engine, batches(1))
+        found["one host"] = engine.compression.metrics()["gradient_reduction/quantized_elements"]
+    os.environ[HOST_VARIABLE] = f"host{rank // 3}"
+    try:
+        with engine_for({"stage": 2}, block):
+            found["uneven"] = "went on"
+    except ds_compress.ConfigError as error:
+        found["uneven"] = str(error)
+    del os.environ[HOST_VARIABLE]
+    return found
+
+
 def run_two(folder: str) -> dict[str, Any]:
     deepspeed.utils.logger.setLevel("ERROR")
     return {
@@ -457,4 +490,5 @@ def run_four() -> dict[str, Any]:
     return {
         "gradients": gradients(["0 fp32", "2 small buckets", "3 small buckets"]),
         "robust": robust_engines(),
+        "hosts": hierarchies(),
     }

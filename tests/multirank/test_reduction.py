@@ -93,6 +93,24 @@ def test_error_feedback_is_in_the_checkpoint(two: Results, stage: int) -> None:
     assert not without, "the control: residuals that are lost are noticed"
 
 
+class TestHosts:
+    """`hierarchical`."""
+
+    @pytest.mark.parametrize("stage", [0, 2, 3])
+    def test_sums_inside_a_host_are_quantized_once_they_leave_it(self, four: Results, stage: int) -> None:
+        case = four[0]["hosts"][f"two hosts, {stage}"]
+        assert 1e-5 < case["largest"] < LARGEST["int8"]
+        assert case["quantized"] == 8825
+        assert all(rank["hosts"][f"two hosts, {stage}"]["weights"] == case["weights"] for rank in four)
+
+    def test_one_host_has_nothing_to_quantize(self, four: Results) -> None:
+        assert four[0]["hosts"]["one host"] == 0
+
+    def test_hosts_of_unequal_size_are_refused_everywhere(self, four: Results) -> None:
+        for rank in four:
+            assert "3 on host0, 1 on host1" in rank["hosts"]["uneven"]
+
+
 class TestWeightsOnTheWire:
     """`parameter_compression`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -78,6 +79,20 @@ def test_a_shrunk_engine_goes_on_reducing(stage: int) -> None:
     reduction = engine.compression.stages["gradient_reduction"]
     assert reduction.accusations.steps > 0, "the new engine's steps"
     engine.destroy()
+
+
+def test_the_monitor_gets_every_worker(tmp_path: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
+    engine = engine_on(2, {"robust_reduction": {"enabled": True, "max_malicious": 0}}, csv_monitor=monitor)
+    train(engine, batches(2))
+    engine.destroy()
+    for number in ("norm", "cosine", "accused"):
+        (file,) = tmp_path.rglob(f"*robust_reduction_worker_0_{number}.csv")
+        rows = file.read_text().splitlines()[1:]
+        assert len(rows) == 2
+        assert float(rows[0].split(",")[1]) == pytest.approx(
+            {"cosine": 1.0, "accused": 0.0}.get(number, 2.0), abs=2.0
+        )
 
 
 def test_rules_that_outvote_need_enough_workers() -> None:
