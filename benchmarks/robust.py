@@ -1,6 +1,7 @@
 """Bad workers against robust rules: final accuracy on digits, who was named, and who was accused wrongly.
 
-    python -m benchmarks.robust [--quick] [--json] [--workers 5,1;8,2] [--stages 0,2] [--seeds 2] [--steps 200]
+    python -m benchmarks.robust [--quick] [--json] [--task digits|encoder] [--workers "5,1;8,2"] [--stages 0,2]
+                                [--seeds 2] [--steps 200]
 
 A small network on scikit-learn's 8x8 digits, n real processes under DeepSpeed, the last f of them bad from the first
 step on: they replace their gradients just before these are sent. Shards are alike (iid) or hold few classes each
@@ -8,7 +9,10 @@ step on: they replace their gradients just before these are sent. Shards are ali
 noise of ten times its length, ALIE (Baruch et al. 2019: just inside the spread of the others), IPM (Xie et al. 2019:
 against their mean), NaN, and gradients of twenty steps ago. ALIE and IPM see all honest gradients.
 
-Every line: mean accuracy on held-out digits; the share of steps in which a bad worker was named, and the share of
+With --task encoder: MiniLM on the movie sentences with AdamW, which takes far longer: choose few
+cases.
+
+Every line: mean accuracy on what was held out; the share of steps in which a bad worker was named, and the share of
 honest workers' steps in which one was accused.
 """
 
@@ -117,17 +121,63 @@ class Classifier(torch.nn.Module):
         return logits if y is None else torch.nn.functional.cross_entropy(logits, y)
 
 
-def run(stage: int, rule: str, name: str, bad: int, skewed: bool, seed: int, steps: int) -> dict[str, float]:
+Batches = Callable[[torch.Generator], dict[str, torch.Tensor]]
+
+
+def digits(skewed: bool, seed: int) -> tuple[torch.nn.Module, Batches, Callable[[Any], float]]:
+    """A network, this process' batches, and the accuracy of an engine on what was held out."""
+    own, (held_out, labels) = shards(dist.get_world_size(), skewed, seed)
+    x, y = own[dist.get_rank()]
+
+    def batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        rows = torch.randint(len(y), (BATCH,), generator=generator)
+        return {"x": x[rows], "y": y[rows]}
+
+    return Classifier(), batch, lambda engine: float((engine(held_out).argmax(1) == labels).float().mean())
+
+
+def sentences(skewed: bool, seed: int) -> tuple[torch.nn.Module, Batches, Callable[[Any], float]]:
+    """The same of the real encoder on movie sentences; skewed: nine tenths of a worker's sentences have one label."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from ds_compress.examples import assets, movie_reviews
+
+    folder = assets.fetch(assets.MINILM)
+    training, held_out = movie_reviews.load(AutoTokenizer.from_pretrained(folder))
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mine = list(range(rank, len(training), world))
+    liked = [row for row in mine if training.labels[row] == rank % 2]
+    others = [row for row in mine if training.labels[row] != rank % 2]
+    rows = torch.tensor(liked + others[: len(liked) // 9] if skewed else mine)
+
+    def batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return training.batch(rows[torch.randint(len(rows), (BATCH,), generator=generator)].tolist())
+
+    def accuracy(engine: Any) -> float:
+        correct = 0
+        for chosen in movie_reviews.evaluation_batches(held_out, 64):
+            inputs = held_out.batch(chosen)
+            predicted = engine(**{k: v for k, v in inputs.items() if k != "labels"}).logits.argmax(1)
+            correct += int((predicted == inputs["labels"]).sum())
+        return correct / len(held_out)
+
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), batch, accuracy
+
+
+def run(
+    task: str, stage: int, rule: str, name: str, bad: int, skewed: bool, seed: int, steps: int
+) -> dict[str, float]:
     """One training run in all processes."""
     import deepspeed
 
     torch.manual_seed(seed)
-    own, held_out = shards(dist.get_world_size(), skewed, seed)
-    x, y = own[dist.get_rank()]
-    model = Classifier()
+    model, batch, accuracy = (digits if task == "digits" else sentences)(skewed, seed)
+    optimizer = {"type": "SGD", "params": {"lr": 0.2, "momentum": 0.9}}
+    if task != "digits":
+        optimizer = {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.2, "momentum": 0.9}},
+        "optimizer": optimizer,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -140,18 +190,18 @@ def run(stage: int, rule: str, name: str, bad: int, skewed: bool, seed: int, ste
     corrupt(reduction, name, bad)
     generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
     for _ in range(steps):
-        rows = torch.randint(len(y), (BATCH,), generator=generator)
-        engine.backward(engine(x[rows], y[rows]))
+        output = engine(**batch(generator))
+        engine.backward(output if task == "digits" else output.loss)
         engine.step()
     engine.eval()
     with torch.no_grad():
-        correct = (engine(held_out[0]).argmax(1) == held_out[1]).float().mean()
+        correct = accuracy(engine)
     accusations, world = reduction.accusations, dist.get_world_size()
     first_bad = world - bad if name != "none" else world
     share = [accusations.named.get(worker, 0) / max(1, accusations.steps) for worker in range(world)]
     engine.destroy()
     return {
-        "accuracy": float(correct),
+        "accuracy": correct,
         "named": statistics.mean(share[first_bad:]) if first_bad < world else 0.0,
         "accused honest": statistics.mean(share[:first_bad]),
     }
@@ -173,18 +223,8 @@ def worker(arguments: argparse.Namespace) -> None:
             for distribution in arguments.distributions.split(","):
                 for name in arguments.attacks.split(","):
                     for rule in arguments.rules.split(","):
-                        runs = [
-                            run(
-                                stage,
-                                rule,
-                                name,
-                                arguments.bad,
-                                distribution == "skewed",
-                                seed,
-                                arguments.steps,
-                            )
-                            for seed in range(arguments.seeds)
-                        ]
+                        where = (arguments.task, stage, rule, name, arguments.bad, distribution == "skewed")
+                        runs = [run(*where, seed, arguments.steps) for seed in range(arguments.seeds)]
                         line = f"stage {stage}, {distribution}, {name}, {rule}"
                         figures[line] = {key: statistics.mean(r[key] for r in runs) for key in runs[0]}
                         if dist.get_rank() == 0:
@@ -201,6 +241,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="few steps, few cases; nothing is recorded")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--task", choices=["digits", "encoder"], default="digits")
     parser.add_argument("--workers", default="5,1;8,2", help="n,f;n,f")
     parser.add_argument("--stages", default="2")
     parser.add_argument("--distributions", default="iid,skewed")
@@ -217,10 +258,16 @@ def main() -> None:
     if arguments.quick:
         arguments.workers, arguments.distributions, arguments.seeds, arguments.steps = "5,1", "iid", 1, 60
         arguments.attacks, arguments.rules = "none,scale x100,ALIE,NaN", "mean,centered_clip,trimmed_mean"
+        if arguments.task == "encoder":
+            arguments.workers, arguments.distributions, arguments.steps = "3,1", "skewed", 3
+            arguments.attacks, arguments.rules = "scale x100", "centered_clip"
     figures: Figures = {}
     for pair in arguments.workers.split(";"):
         n, f = map(int, pair.split(","))
-        figures |= {f"n {n}, f {f}, {key}": values for key, values in launched(n, f, arguments).items()}
+        figures |= {
+            f"{arguments.task}, n {n}, f {f}, {key}": values
+            for key, values in launched(n, f, arguments).items()
+        }
     for key, values in figures.items():
         print(
             f"{key:64s} {100 * values['accuracy']:6.1f} %  named {100 * values['named']:5.1f} %  "
@@ -234,7 +281,7 @@ def main() -> None:
 
 def launched(n: int, f: int, arguments: argparse.Namespace) -> Figures:
     """The figures of one job of n processes."""
-    names = ("stages", "distributions", "attacks", "rules", "seeds", "steps")
+    names = ("task", "stages", "distributions", "attacks", "rules", "seeds", "steps")
     options = [word for name in names for word in (f"--{name}", str(getattr(arguments, name)))]
     with tempfile.TemporaryDirectory() as folder:
         result = f"{folder}/figures.json"
