@@ -161,6 +161,8 @@ def _write_fragments(path: Path, session: Compression) -> None:
 
 
 def _parts(session: Compression) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    if not session.shards.is_first_copy and session.shards.is_spread:
+        return
     for stage_name, stage in session.stages.items():
         for kind, by_parameter in stage.fragment_state().items():
             for parameter, values in by_parameter.items():

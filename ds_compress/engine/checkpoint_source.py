@@ -37,6 +37,11 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
     if (root / "config.json").exists() and not (root / "latest").exists():
         return _of_transformers(root)
     folder = _tag_folder(root)
+    if any(folder.glob("*mp_rank_01_model_states.pt")):
+        raise ExportError(
+            f"{folder} has layers sharded by tensor parallelism: load it into an engine, and export what a model with "
+            "the weights of ds_compress.export_state_dict(engine) is"
+        )
     try:
         saved = checkpoint_model.read(folder / checkpoint.FOLDER)
         state = _state(folder)

@@ -13,6 +13,7 @@ from ds_compress.config.plan import plan
 from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
 from ds_compress.engine.plain import cut_in_place
 from ds_compress.engine.sessions import session_of
+from ds_compress.engine.tensor_parallel import require_whole_layers
 from ds_compress.select.units import best, unit_sums
 from ds_compress.structure.cut import Cuts
 
@@ -38,7 +39,8 @@ def finalize(
         The same module object, smaller. Its quantizers, if any, are still attached, so that an export knows them.
 
     Raises:
-        ConfigError: the config does not fit the model. ValueError: an engine without a block, a model without config.
+        ConfigError: the config does not fit the model. ValueError: an engine without a block, or with
+            layers sharded by tensor parallelism; a model without config.
     """
     if hasattr(engine_or_model, "compression"):
         return _finalize_engine(engine_or_model)
@@ -58,6 +60,7 @@ def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.M
 
 
 def _finalize_engine(engine: Any) -> nn.Module:
+    require_whole_layers(engine, "finalize")
     session, model = engine.compression, engine.module
     cuts = session.cuts()
     session.end()

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_compress.engine.gather import whole_modules
 from ds_compress.engine.parameters import full_parameters
+from ds_compress.engine.tensor_parallel import require_whole_layers
 from ds_compress.export.errors import ExportError
 from ds_compress.export.source import Trained, of_module
 
@@ -35,6 +36,10 @@ def opened(source: Any, model: nn.Module | None = None) -> Trained:
 
 
 def _of_engine(engine: Any) -> Trained:
+    try:
+        require_whole_layers(engine, "export")
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     session = getattr(engine, "compression", None)
     cuts = session.cuts() if session is not None and session.structured else None
     alone = not dist.is_initialized()

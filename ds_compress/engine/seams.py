@@ -109,6 +109,18 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "sub_group_id"),
         source_mentions=("self.backup_optimizer",),
     ),
+    Seam("deepspeed.runtime.engine:DeepSpeedEngine.autotp_size", ("self",)),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine._consolidated_16bit_state_dict",
+        ("self",),
+        source_mentions=("_replace_module_consolidated_state_dict",),
+    ),
+    Seam("deepspeed.utils.groups:get_tensor_model_parallel_group"),
+    Seam(
+        "deepspeed.module_inject.layers:TensorParallel_Layer.config_tp_params",
+        ("self", "weight"),
+        source_mentions=("setattr(weight, DS_TENSOR_MODEL_PARALLEL, True)",),
+    ),
     Seam("deepspeed.runtime.zero.partition_parameters:ZeroParamStatus.AVAILABLE"),
     Seam(
         "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
@@ -303,6 +315,26 @@ def removed_config_keys() -> tuple[dict[str, str], dict[str, str]]:
 def is_zero3_parameter(parameter: nn.Parameter) -> bool:
     """True once zero.Init or a stage-3 engine has taken the parameter over (its `.data` may be empty)."""
     return hasattr(parameter, "ds_id")
+
+
+def tensor_parallel_group(engine: Any) -> Any:
+    """The group of AutoTP that this process is in; None where layers are whole."""
+    if engine.autotp_size() <= 1:
+        return None
+    from deepspeed.utils import groups
+
+    return groups.get_tensor_model_parallel_group()
+
+
+def whole_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The model of an engine with tensor parallelism, fp32 on the CPU in process 0, empty elsewhere; a collective."""
+    state = engine._consolidated_16bit_state_dict() or {}
+    return {name: values.detach().float().cpu().clone() for name, values in state.items()}
+
+
+def is_tensor_parallel_shard(parameter: nn.Parameter) -> bool:
+    """Whether this process holds a part only of what is one weight in the model's checkpoint."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def is_gathered(parameter: Any) -> bool:

@@ -16,7 +16,7 @@ from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
-from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink
+from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink, tensor_parallel
 from ds_compress.engine.cached_teacher import cached_teacher
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.parameter_traffic import ParameterTraffic
@@ -103,6 +103,9 @@ class Compression:
         refuse_unsupported(model, engine_class, arguments["config_class"])
         refuse_unsupported_reductions(config, arguments["config_class"])
         session = sessions.taken_over(model, block) or cls.of_model(model, block, _given_teacher)
+        tensor_parallel.refuse_unsupported(
+            session, arguments["config_class"].tensor_parallel_config.autotp_size
+        )
         session._enter(arguments)
         return session
 
@@ -218,13 +221,19 @@ class Compression:
 
     def _map_fragments(self, check: bool) -> None:
         assert self._hooks is not None
-        self.shards = (
-            Shards.of_model(self.model) if self.engine is None else Shards.of_engine(self.engine, check)
-        )
+        self.shards = Shards.of_model(self.model) if self.engine is None else self._shards_of_engine(check)
         frozen.refuse_learning(self.stages.values(), [fragment.name for fragment in self.shards.unstepped])
         self._hooks.use(self.shards)
         for stage in self.stages.values():
             stage.attach(self.shards)
+
+    def _shards_of_engine(self, check: bool) -> Shards:
+        sharded = tensor_parallel.TensorParallel.of_engine(self.engine)
+        if sharded is not None:
+            # A model may also say it, by `deepspeed.tp_model_init`, where the JSON does not.
+            tensor_parallel.refuse_unsupported(self, self.engine.autotp_size())
+            tensor_parallel.refuse_replicated(self, sharded)
+        return Shards.of_engine(self.engine, check, sharded)
 
     @property
     def applied_steps(self) -> int:

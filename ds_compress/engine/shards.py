@@ -14,18 +14,24 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_compress.engine.fragments import Fragment, all_fragments, check_fragments, plain_fragments
+from ds_compress.engine.tensor_parallel import TensorParallel
 
 
 class Shards:
     """Fragments of the parameters named in `names`, with the collectives over their common group.
 
     `device` is where collectives run (NCCL needs GPU tensors although offloaded masters live on the CPU).
+    `tensor_parallel`: where its shards lie, when layers are sharded.
     """
 
     def __init__(
-        self, fragments: Iterable[Fragment], data_parallel_group: Any, device: torch.device | str = "cpu"
+        self,
+        fragments: Iterable[Fragment],
+        data_parallel_group: Any,
+        device: torch.device | str = "cpu",
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
-        every = list(fragments)
+        every = [tensor_parallel.placed(f) if tensor_parallel is not None else f for f in fragments]
         self.fragments: dict[str, Fragment] = {f.name: f for f in every if f.numel > 0}
         self.unstepped: tuple[Fragment, ...] = tuple(f for f in every if not f.is_stepped)
         """Of all weights without a master, in model order, the same weights in every process; some may be empty."""
@@ -35,16 +41,22 @@ class Shards:
         if data_parallel_group is not None and dist.is_initialized():
             spread = self._any(spread)
         self._group = data_parallel_group if spread else None
+        if tensor_parallel is not None:
+            self._group = tensor_parallel.holders(spread)
+        self.is_first_copy = spread or data_parallel_group is None or dist.get_rank(data_parallel_group) == 0
+        """Whether what this process holds has not been counted in another one."""
         self._layout = self._exchange_layout()
 
     @classmethod
-    def of_engine(cls, engine: Any, check: bool = False) -> Shards:
+    def of_engine(
+        cls, engine: Any, check: bool = False, tensor_parallel: TensorParallel | None = None
+    ) -> Shards:
         """All fragments of `engine`; with `check`, after comparing each master with its parameter."""
         group = getattr(engine, "seq_data_parallel_group", None) or engine.data_parallel_group
         fragments = list(all_fragments(engine, group))
         if check:
             check_fragments([fragment for fragment in fragments if fragment.numel > 0])
-        return cls(fragments, group, engine.device)
+        return cls(fragments, group, engine.device, tensor_parallel)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Shards:

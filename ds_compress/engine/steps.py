@@ -25,6 +25,7 @@ from ds_compress.engine import monitoring, seams
 from ds_compress.engine.fragments import Fragment
 from ds_compress.engine.frozen import FrozenWeights
 from ds_compress.engine.shards import Shards
+from ds_compress.engine.tensor_parallel import any_in_group
 from ds_compress.stages.base import Stage
 
 logger = logging.getLogger("ds_compress")
@@ -121,11 +122,13 @@ class _NoGuard:
 class _SkipNonFiniteStep:
     """Stage 0 in fp32: DeepSpeed would apply NaN gradients. Makes the step look like an overflow instead.
 
-    Gradients are already averaged over processes, so all of them decide alike without talking.
+    Gradients are already averaged over processes, so all of them decide alike without talking, unless they hold
+    different shards of the layers.
     """
 
     def __call__(self, engine: Any) -> _SkipNonFiniteStep:
-        self.optimizer = engine.optimizer
+        self.optimizer, self.device = engine.optimizer, engine.device
+        self.group = seams.tensor_parallel_group(engine)
         return self
 
     def __enter__(self) -> None:
@@ -133,7 +136,10 @@ class _SkipNonFiniteStep:
         # The 2-norm is NaN or Inf when an element is (and when squares overflow, which no optimizer survives
         # either); it takes a twentieth of the time of the maximum norm.
         norms = list(torch._foreach_norm(gradients, 2)) if gradients else []
-        self.optimizer.overflow = bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
+        broken = bool(norms) and not bool(torch.isfinite(torch.stack(norms)).all())
+        self.optimizer.overflow = (
+            broken if self.group is None else any_in_group(broken, self.group, self.device)
+        )
         if self.optimizer.overflow:
             logger.warning("ds_compress: gradients are NaN or Inf; this step is skipped")
             self.optimizer.step = lambda *args, **kwargs: None

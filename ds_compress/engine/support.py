@@ -38,9 +38,6 @@ def _unsupported(model: nn.Module, engine_class: str, ds_config: Any) -> Any:
             "models without expert parallelism",
             ("experts live in other process groups than the rest of the model; remove the MoE layers"),
         )
-    tensor_parallel = getattr(getattr(ds_config, "tensor_parallel_config", None), "autotp_size", 0) or 0
-    if tensor_parallel > 1:
-        yield "tensor_parallel.autotp_size", tensor_parallel, "0 or 1", "AutoTP drops swapped layer classes"
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key, False):
             yield (

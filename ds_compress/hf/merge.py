@@ -16,6 +16,7 @@ from torch import nn
 from ds_compress.config.adapters import adapted_layers
 from ds_compress.engine.finalize import finalize
 from ds_compress.engine.plain import cut_in_place
+from ds_compress.engine.tensor_parallel import require_whole_layers
 from ds_compress.select import bitmask
 from ds_compress.structure.cut import Cuts
 
@@ -36,11 +37,12 @@ def merge_and_unload(model_or_engine: Any, **kwargs: Any) -> nn.Module:
         zero; other layers are as they were.
 
     Raises:
-        ValueError: the model has no adapters to merge.
+        ValueError: the model has no adapters to merge, or tensor parallelism has sharded its layers.
     """
     model = model_or_engine
     if isinstance(getattr(model_or_engine, "module", None), nn.Module):
         model = model_or_engine.module
+        require_whole_layers(model_or_engine, "merge_and_unload")
         if hasattr(model_or_engine, "compression"):
             finalize(model_or_engine)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import deepspeed
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import ds_compress
-from tests.multirank.common import ds_config, pruning_block, tiny_bert
+from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
 from tests.single import init_single_process
 
 
@@ -64,6 +65,23 @@ def test_a_compiled_model_under_zero3_is_refused() -> None:
         deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config=ds_config(3, pruning_block())
         )
+
+
+def test_weights_that_tensor_parallelism_does_not_shard_cannot_be_pruned() -> None:
+    """Each process would count them as its own."""
+    from ds_compress.engine.tensor_parallel import TensorParallel, refuse_replicated
+
+    with engine_of(tiny_bert(), ds_config(0, pruning_block())) as engine:
+        session = engine.compression
+        places = {name: (0, math.prod(target.shape)) for name, target in targets_of(session).items()}
+        refuse_replicated(session, TensorParallel(None, places))
+        replicated = places.popitem()[0]
+        with pytest.raises(ds_compress.ConfigError, match=replicated.replace(".", r"\.")):
+            refuse_replicated(session, TensorParallel(None, places))
+
+
+def targets_of(session: Any) -> dict[str, Any]:
+    return session.stages["sparse_pruning"].targets
 
 
 def test_a_pipeline_engine_is_refused() -> None:
