@@ -1,10 +1,9 @@
 """Sums of losses over logits, of which only a chunk exists at a time, forward and backward.
 
-Forward computes a chunk of logits, its losses, and forgets it. Backward computes it again, and from it the
-gradients of the chunk's hidden states and a share of those of the head's weights. The additional work is one
-more product with the head; the memory is one chunk, whatever batch, sequence and vocabulary are. (Storing gradients
-in forward, as others do, would need one copy of the head's gradient for each loss whose factor is not known
-yet.)
+A chunk of logits is computed, its losses and their gradients are taken, and it is forgotten; the memory is one chunk,
+whatever batch, sequence and vocabulary are. The gradient of several losses together is known in forward only if
+their factors are, so those of the last steps are tried (`Upstream`). Where they prove wrong, as while a weight moves,
+backward computes every chunk again: one more product with the head.
 """
 
 from __future__ import annotations
@@ -25,21 +24,57 @@ class RowLosses:
     Args:
         of_rows: (logits of some rows, which rows) -> the sum over them, a scalar.
         around: calls its argument while what `of_rows` needs is there, such as a sharded teacher's head.
+        averaged_over: by what number the sum will probably be divided.
     """
 
     def __init__(
         self,
         of_rows: Callable[[torch.Tensor, slice], torch.Tensor],
         around: Callable[[Callable[[], None]], None] | None = None,
+        averaged_over: torch.Tensor | float = 1.0,
     ) -> None:
         self.of_rows = of_rows
         self.around = around
+        self.averaged_over = averaged_over
+
+
+class Upstream:
+    """The gradients of a pass's sums, foretold from those of the passes before.
+
+    Losses usually have the same factors at every step, once the number of rows that they are averaged over is
+    taken out. Two equal steps make a forecast.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.Tensor | None = None
+        self._steady = False
+
+    def forecast(self, averaged_over: torch.Tensor) -> torch.Tensor | None:
+        """fp32 [losses], or None where it would be a guess."""
+        if not self._steady or self._last is None:
+            return None
+        return self._last / averaged_over
+
+    def learn(self, gradient: torch.Tensor, averaged_over: torch.Tensor) -> None:
+        now = gradient * averaged_over
+        self._steady = self._last is not None and factor_between(self._last, now) is not None
+        self._last = now
+
+
+def factor_between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+    """The number that makes `other` of `one`, None where there is none."""
+    if one.shape != other.shape or not bool((one[-1] != 0) & torch.isfinite(one).all()):
+        return None
+    factor = other[-1] / one[-1]
+    alike = torch.allclose(one * factor, other, rtol=1e-5, atol=0.0)
+    return factor if alike else None
 
 
 class Head(Protocol):
     """What turns hidden states into logits: see `LazyHead`."""
 
     chunk: int
+    upstream: dict[int, Upstream]
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -72,7 +107,14 @@ def chunked_sums(
         loop()
 
     def job(hidden: torch.Tensor) -> torch.Tensor:
-        work = _Pass(values, around, head.chunk, len(losses))
+        divisors = torch.stack(
+            [
+                torch.as_tensor(loss.averaged_over, dtype=torch.float32, device=hidden.device)
+                for loss in losses
+            ]
+        )
+        upstream = head.upstream.setdefault(len(losses), Upstream())
+        work = _Pass(values, around, head.chunk, divisors, upstream)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
             return work.forward(hidden)
@@ -89,30 +131,47 @@ class _Pass:
     values: Callable[[torch.Tensor, slice], torch.Tensor]
     around: Callable[[Callable[[], None]], None]
     chunk: int
-    losses: int
+    averaged_over: torch.Tensor
+    upstream: Upstream
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(self.losses, dtype=torch.float32, device=hidden.device)
-
-        def loop() -> None:
-            nonlocal total
-            for rows in self._chunks(hidden):
-                total = total + self.values(hidden[rows], rows)
-
-        self.around(loop)
+        """The sums."""
+        total = torch.zeros_like(self.averaged_over)
+        self._loop(hidden, lambda rows: total.add_(self.values(hidden[rows], rows)))
         return total
 
-    def backward(self, each_chunk: Callable[[slice], None], hidden: torch.Tensor) -> None:
+    def with_gradients(
+        self, hidden: torch.Tensor, trained: Sequence[nn.Parameter], gradient: torch.Tensor, of_hidden: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """The sums, and for `gradient` of them those of the hidden states (if wanted) and of `trained`."""
+        total = torch.zeros_like(self.averaged_over)
+        by_rows = torch.zeros_like(hidden) if of_hidden else None
+        # Summed in fp32: in 16 bits the last chunks would hardly count.
+        by_weights = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
+
+        def each_chunk(rows: slice) -> None:
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_(of_hidden)
+                value = self.values(part, rows)
+            total.add_(value.detach())
+            inputs = ([part] if of_hidden else []) + list(trained)
+            found = list(torch.autograd.grad(value, inputs, gradient, allow_unused=True))
+            if by_rows is not None and (own := found.pop(0)) is not None:
+                by_rows[rows] = own
+            for weight, share in zip(by_weights, found, strict=True):
+                if share is not None:
+                    weight.add_(share)
+
+        self._loop(hidden, each_chunk)
+        return total, by_rows, [weight.to(p.dtype) for weight, p in zip(by_weights, trained, strict=True)]
+
+    def _loop(self, hidden: torch.Tensor, each_chunk: Callable[[slice], object]) -> None:
         def loop() -> None:
-            for rows in self._chunks(hidden):
-                each_chunk(rows)
+            for start in range(0, hidden.shape[0], self.chunk):
+                each_chunk(slice(start, min(start + self.chunk, hidden.shape[0])))
 
         self.around(loop)
-
-    def _chunks(self, hidden: torch.Tensor) -> Iterator[slice]:
-        rows = hidden.shape[0]
-        return (slice(start, min(start + self.chunk, rows)) for start in range(0, rows, self.chunk))
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -124,31 +183,29 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.work, ctx.trained = work, trained
         ctx.autocast = autocast_of_now(hidden.device.type)
         ctx.save_for_backward(hidden)
-        return work.forward(hidden)
+        ctx.forecast = work.upstream.forecast(work.averaged_over)
+        if ctx.forecast is None:
+            return work.forward(hidden)
+        total, *ctx.gradients = work.with_gradients(hidden, trained, ctx.forecast, ctx.needs_input_grad[1])
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         (hidden,) = ctx.saved_tensors
-        wants_hidden = ctx.needs_input_grad[1]
-        of_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        # Summed in fp32: in 16 bits the last chunks would hardly count.
-        of_trained = [torch.zeros_like(p, dtype=torch.float32) for p in ctx.trained]
-
-        def each_chunk(rows: slice) -> None:
-            with torch.enable_grad(), ctx.autocast():
-                part = hidden[rows].detach().requires_grad_(wants_hidden)
-                value = ctx.work.values(part, rows)
-            inputs = ([part] if wants_hidden else []) + list(ctx.trained)
-            found = list(torch.autograd.grad(value, inputs, gradient, allow_unused=True))
-            if of_hidden is not None and (own := found.pop(0)) is not None:
-                of_hidden[rows] = own
-            for total, share in zip(of_trained, found, strict=True):
-                if share is not None:
-                    total += share
-
-        ctx.work.backward(each_chunk, hidden)
-        cast = [total.to(p.dtype) for total, p in zip(of_trained, ctx.trained, strict=True)]
-        return None, of_hidden, *cast
+        work: _Pass = ctx.work
+        work.upstream.learn(gradient, work.averaged_over)
+        factor = None if ctx.forecast is None else factor_between(ctx.forecast, gradient)
+        if factor is None:
+            with ctx.autocast():
+                _, of_hidden, of_trained = work.with_gradients(
+                    hidden, ctx.trained, gradient, ctx.needs_input_grad[1]
+                )
+        else:
+            of_hidden, of_trained = ctx.gradients
+            for found in ([] if of_hidden is None else [of_hidden], of_trained):
+                for tensor in found:
+                    tensor.mul_(factor)
+        return None, of_hidden, *of_trained
 
 
 def autocast_of_now(device: str) -> Callable[[], AbstractContextManager[Any]]:

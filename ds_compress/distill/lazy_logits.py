@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.distill.chunked_head import RowLosses, autocast_of_now, chunked_sums
+from ds_compress.distill.chunked_head import RowLosses, Upstream, autocast_of_now, chunked_sums
 
 logger = logging.getLogger("ds_compress")
 
@@ -248,6 +248,7 @@ class LazyHead:
         self.chunk = chunk
         self.is_on = False
         self.imitation: Imitation | None = None
+        self.upstream: dict[int, Upstream] = {}
         self._warned = False
         self._job: Callable[[torch.Tensor], Any] | None = None
         self._given: list[torch.Tensor] = []
@@ -365,11 +366,13 @@ def _cross_entropy(
             label_smoothing=label_smoothing,
         )
 
+    predicted = (target != ignore_index).sum()
+    task = RowLosses(of_rows, averaged_over=predicted.clamp(min=1))
     imitation = input._imitation
     if imitation is not None and imitation.is_pending:
-        total, imitated = input.sums([RowLosses(of_rows), imitation.losses])
+        total, imitated = input.sums([task, imitation.losses])
         imitation.found(imitated)
     else:
-        (total,) = input.sums([RowLosses(of_rows)])
+        (total,) = input.sums([task])
     # As torch does it: nothing to predict is 0 / 0.
-    return total / (target != ignore_index).sum() if reduction == "mean" else total
+    return total / predicted if reduction == "mean" else total
