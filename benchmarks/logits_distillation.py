@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one last line with every figure")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    batch, rounds = (2, 1) if args.quick else (args.batch, args.rounds, WARM_UP)
+    batch, rounds = (2, 1) if args.quick else (args.batch, args.rounds)
     if args.variant:
         print(json.dumps(peak(args.variant, batch)))
         return

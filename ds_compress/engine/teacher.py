@@ -139,8 +139,12 @@ def zero3_config(dtype: torch.dtype) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31 - 1,
-        # Small parameters that ZeRO-3 keeps whole would not notice when their shards change.
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        # What ZeRO-3 kept whole because it is small, or used again soon, would not notice when its shards change.
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+        },
     }
     if dtype is torch.bfloat16:
         config["bf16"] = {"enabled": True}
