@@ -7,6 +7,7 @@ they are compared, so rotary embeddings, grouped queries and any kernel are cove
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,14 +89,15 @@ def _registered(name: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     kernels, masks = AttentionInterface(), AttentionMaskInterface()
-    # "eager" has no kernel of its own here, every model brings one: SDPA computes the same.
-    kernel = name if name in kernels.valid_keys() else "sdpa"
-    AttentionInterface.register(_PREFIX + name, _passing_on(kernels[kernel]))
-    AttentionMaskInterface.register(_PREFIX + name, masks[kernel])
+    # "eager" is no kernel of the library: each model's file brings one, with its own soft caps and sinks.
+    kernel = kernels[name] if name in kernels.valid_keys() else None
+    AttentionInterface.register(_PREFIX + name, _passing_on(kernel))
+    if name in masks.valid_keys():
+        AttentionMaskInterface.register(_PREFIX + name, masks[name])
     return _PREFIX + name
 
 
-def _passing_on(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _passing_on(kernel: Callable[..., Any] | None) -> Callable[..., Any]:
     def attention(
         module: nn.Module,
         query: torch.Tensor,
@@ -108,6 +110,15 @@ def _passing_on(kernel: Callable[..., Any]) -> Callable[..., Any]:
         if receive is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             receive(AttentionScores(query, key, scaling, bool(getattr(module, "is_causal", False))))
-        return kernel(module, query, key, value, *args, **kwargs)
+        return (kernel or _eager_kernel(type(module)))(module, query, key, value, *args, **kwargs)
 
     return attention
+
+
+def _eager_kernel(of: type[nn.Module]) -> Callable[..., Any]:
+    from transformers import AttentionInterface
+
+    files = (vars(sys.modules[base.__module__]) for base in of.__mro__)
+    found = (file["eager_attention_forward"] for file in files if "eager_attention_forward" in file)
+    kernel: Callable[..., Any] = next(found, AttentionInterface()["sdpa"])
+    return kernel

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ds_compress.distill.cache_format import (
@@ -21,6 +20,7 @@ from ds_compress.distill.cache_format import (
     real_tokens,
     tokenizer_hash,
 )
+from ds_compress.distill.divergence import log_probabilities
 from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.distill.lm_head import lazy_head
 
@@ -129,7 +129,7 @@ class _Writer:
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def of_rows(rows: torch.Tensor) -> None:
-            likely = F.log_softmax(rows.float() / self._temperature, dim=-1).topk(k, dim=-1)
+            likely = log_probabilities(rows, self._temperature).topk(k, dim=-1)
             parts.append((likely.values.cpu(), likely.indices.int().cpu()))
 
         if isinstance(logits, LazyLogits):

@@ -15,8 +15,15 @@ import torch.nn.functional as F
 
 # The smallest probability that is left for "everything else", so that its logarithm and gradient stay finite.
 _LEAST_TAIL = 1e-6
+# Of what a model forbids, whether it says -inf or the most negative number: a difference of two stays finite.
+_LEAST_LOG_PROBABILITY = torch.finfo(torch.float32).min / 4
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """fp32 log-probabilities of softened logits [..., categories]; finite where those are -inf."""
+    return F.log_softmax(logits.float() / temperature, dim=-1).clamp_min(_LEAST_LOG_PROBABILITY)
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

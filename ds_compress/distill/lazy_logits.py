@@ -10,14 +10,17 @@ through `ChunkedHead`, in one pass over the rows when they can. Anything else ge
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ds_compress.distill.chunked_head import RowLosses, Upstream, autocast_of_now, chunked_sums
 
@@ -40,12 +43,14 @@ class LazyLogits:
         operations: tuple[ElementWise, ...] = (),
         imitation: Imitation | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        is_detached: bool = False,
     ) -> None:
         self._head = head
         self._hidden = hidden
         self._operations = operations
         self._imitation = imitation
         self._autocast = autocast or autocast_of_now(hidden.device.type)
+        self._is_detached = is_detached
 
     # -- what is known without computing ---------------------------------------------------------------
 
@@ -69,7 +74,8 @@ class LazyLogits:
 
     @property
     def requires_grad(self) -> bool:
-        return self._hidden.requires_grad
+        learns = self._hidden.requires_grad or any(p.requires_grad for p in self._head.parameters())
+        return learns and not self._is_detached
 
     def dim(self) -> int:
         return self.ndim
@@ -87,6 +93,7 @@ class LazyLogits:
             "operations": self._operations,
             "imitation": self._imitation,
             "autocast": self._autocast,
+            "is_detached": self._is_detached,
             **changed,
         }
         return LazyLogits(self._head, self._hidden if hidden is None else hidden, **kept)
@@ -100,16 +107,16 @@ class LazyLogits:
         return self._with(hidden, imitation=self._imitation if same_rows else None)
 
     def float(self) -> LazyLogits:
-        return self._then(torch.Tensor.float)
+        return self._then(_Cast((torch.float32,), {}))
 
     def to(self, *args: Any, **kwargs: Any) -> LazyLogits:
-        return self._then(lambda logits: logits.to(*args, **kwargs))
+        return self._then(_Cast(args, kwargs))
 
     def contiguous(self) -> LazyLogits:
         return self
 
     def detach(self) -> LazyLogits:
-        return self._with(self._hidden.detach(), imitation=None)
+        return self._with(self._hidden.detach(), imitation=None, is_detached=True)
 
     def view(self, *shape: Any) -> Any:
         return self.reshape(*shape)
@@ -123,11 +130,33 @@ class LazyLogits:
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
         takes_rows = all(part is Ellipsis or isinstance(part, slice) for part in parts)
-        covers_last = len(parts) == self.ndim or (parts and parts[0] is Ellipsis and len(parts) > 1)
-        whole_last = not covers_last or parts[-1] in (slice(None), Ellipsis)
+        whole_last = not self._names_last(parts) or parts[-1] == slice(None)
         if not takes_rows or not whole_last:
             return self.materialize()[index]
         return self._of(self._hidden[index])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Of every row: a model that forbids some tokens does so."""
+        parts = index if isinstance(index, tuple) else (index,)
+        every_row = all(part is Ellipsis or part == slice(None) for part in parts[:-1])
+        if not every_row or not self._names_last(parts) or isinstance(value, torch.Tensor):
+            raise TypeError(
+                "distillation: these logits are not computed yet, so only whole categories can be set, to a number; "
+                "assign into logits.clone(), or set losses.logits.chunk_tokens to 0"
+            )
+        last = parts[-1]
+
+        def with_value(logits: torch.Tensor) -> torch.Tensor:
+            changed = logits.clone()
+            changed[..., last] = value
+            return changed
+
+        self._operations = (*self._operations, with_value)
+
+    def _names_last(self, parts: tuple[Any, ...]) -> bool:
+        """Whether the last of these indices is one of categories."""
+        spread = any(part is Ellipsis for part in parts[:-1])
+        return bool(parts) and parts[-1] is not Ellipsis and (spread or len(parts) == self.ndim)
 
     def __mul__(self, other: Any) -> Any:
         return self._scaled(other, torch.mul)
@@ -138,7 +167,9 @@ class LazyLogits:
         return self._scaled(other, torch.div)
 
     def _scaled(self, other: Any, operation: Callable[..., torch.Tensor]) -> Any:
-        if isinstance(other, (int, float)) or (isinstance(other, torch.Tensor) and other.dim() == 0):
+        # A factor that is learned needs a gradient, which a pass in chunks has for the head only.
+        is_scalar = isinstance(other, torch.Tensor) and other.dim() == 0 and not other.requires_grad
+        if isinstance(other, (int, float)) or is_scalar:
             return self._then(lambda logits: operation(logits, other))
         return operation(self.materialize(), other)
 
@@ -147,8 +178,11 @@ class LazyLogits:
     def materialize(self) -> torch.Tensor:
         """The real logits, whole."""
         self._head.warn_that_whole(self.shape)
-        with self._autocast():
+        with self._autocast(), self._gradients():
             return self._apply(self._head.plain(self._hidden))
+
+    def _gradients(self) -> AbstractContextManager[Any]:
+        return torch.no_grad() if self._is_detached else contextlib.nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -166,9 +200,13 @@ class LazyLogits:
                 return result
         if function in (torch.tanh, torch.Tensor.tanh) and len(args) == 1 and not kwargs:
             return args[0]._then(torch.tanh)
-        plain = [arg.materialize() if isinstance(arg, LazyLogits) else arg for arg in args]
-        named = {k: arg.materialize() if isinstance(arg, LazyLogits) else arg for k, arg in kwargs.items()}
+        plain, named = tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs))
         return function(*plain, **named)
+
+    def says_the_same_as(self, other: LazyLogits) -> bool:
+        """Whether the same was done to both but for casts. (A script may scale its logits for its own loss.)"""
+        own, theirs = ([op for op in x._operations if not isinstance(op, _Cast)] for x in (self, other))
+        return own == theirs
 
     def _apply(self, logits: torch.Tensor) -> torch.Tensor:
         for operation in self._operations:
@@ -180,7 +218,7 @@ class LazyLogits:
     def sums(self, losses: Sequence[RowLosses]) -> torch.Tensor:
         """fp32 [len(losses)]: each loss summed over all rows, a chunk of logits at a time."""
         rows = self._hidden.reshape(-1, self._hidden.shape[-1])
-        with self._autocast():
+        with self._autocast(), self._gradients():
             return chunked_sums(self._head, rows, self._apply, losses)
 
     def chunk_of(self, rows: slice) -> torch.Tensor:
@@ -204,6 +242,28 @@ class LazyLogits:
         self.around(loop)
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda logits, *others: getattr(logits.materialize(), name)(*others)
+
+
+# Python looks operators up in the class, so __getattr__ never sees them.
+for _name in ("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "neg", "abs"):
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """`logits.to(*args, **kwargs)`, an operation that leaves the prediction what it is."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.to(*self.args, **self.kwargs)
+
+
 class Imitation:
     """The divergence from the teacher that is waiting for a pass over the student's logits.
 
@@ -214,19 +274,21 @@ class Imitation:
     def __init__(self, losses: RowLosses) -> None:
         self.losses = losses
         self._value: torch.Tensor | None = None
+        self._of: LazyLogits | None = None
 
-    def found(self, value: torch.Tensor) -> None:
-        """`value` was computed beside something else."""
-        self._value = value
+    def found(self, value: torch.Tensor, of: LazyLogits) -> None:
+        """`value` was computed beside something else of these logits."""
+        self._value, self._of = value, of
 
     @property
     def is_pending(self) -> bool:
         return self._value is None
 
     def value(self, logits: LazyLogits) -> torch.Tensor:
-        """The scalar, from an earlier pass or one of its own over `logits`."""
-        if self._value is None:
-            self._value = logits.sums([self.losses])[0]
+        """The scalar, from an earlier pass over logits that say the same or one of its own over `logits`."""
+        if self._value is None or (self._of is not None and not self._of.says_the_same_as(logits)):
+            self.found(logits.sums([self.losses])[0], logits)
+        assert self._value is not None
         return self._value
 
 
@@ -371,8 +433,10 @@ def _cross_entropy(
     imitation = input._imitation
     if imitation is not None and imitation.is_pending:
         total, imitated = input.sums([task, imitation.losses])
-        imitation.found(imitated)
+        imitation.found(imitated, input)
     else:
         (total,) = input.sums([task])
-    # As torch does it: nothing to predict is 0 / 0.
-    return total / predicted if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    # As torch does it: nothing to predict is NaN, without one in the gradients, those of the imitation included.
+    return torch.where(predicted > 0, total / predicted.clamp(min=1), torch.nan)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from ds_compress.config.distillation import LogitsLoss
 from ds_compress.distill.chunked_head import RowLosses
-from ds_compress.distill.divergence import divergence_of, with_tail
+from ds_compress.distill.divergence import divergence_of, log_probabilities, with_tail
 from ds_compress.distill.lazy_logits import Imitation, LazyLogits
 from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair
 from ds_compress.distill.record import Record
@@ -70,12 +69,12 @@ class LogitsDistillation(DistillationLoss):
     def _rows(self, student: torch.Tensor, teacher: torch.Tensor | SparseLogits) -> torch.Tensor:
         """Divergence of each row, fp32 [rows]."""
         if isinstance(teacher, SparseLogits):
-            own = F.log_softmax(student.float() / self.temperature, dim=-1)
+            own = log_probabilities(student[..., : teacher.shape[-1]], self.temperature)
             return self._divergence(with_tail(own.gather(-1, teacher.indices)), with_tail(teacher.log_probs))
         classes = min(student.shape[-1], teacher.shape[-1])
-        own = F.log_softmax(student[..., :classes].float() / self.temperature, dim=-1)
+        own = log_probabilities(student[..., :classes], self.temperature)
         with torch.no_grad():
-            theirs = F.log_softmax(teacher[..., :classes].float() / self.temperature, dim=-1)
+            theirs = log_probabilities(teacher[..., :classes], self.temperature)
         if self.top_k is None or self.top_k >= classes:
             return self._divergence(own, theirs)
         likely, indices = theirs.topk(self.top_k, dim=-1)
