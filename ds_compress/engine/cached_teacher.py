@@ -20,7 +20,7 @@ def cached_teacher(config: CompressionConfig, student: nn.Module) -> Teacher | N
     """The teacher of the JSON's `teacher_cache`, None when it has none.
 
     Raises:
-        ConfigError: a cache that cannot be read, or of another temperature or vocabulary.
+        ConfigError: a cache that cannot be read, or of another temperature, vocabulary or number of classes.
     """
     block = config.distillation
     if block is None or not block.enabled or block.teacher_cache is None:
@@ -38,6 +38,10 @@ def cached_teacher(config: CompressionConfig, student: nn.Module) -> Teacher | N
         allowed = (
             f"a cache of a teacher with at most {vocabulary} tokens, as the student, not {made.vocabulary}"
         )
+        raise _error("teacher_cache", block.teacher_cache, allowed)
+    classes = getattr(getattr(student, "config", None), "num_labels", None)
+    if not made.per_token and isinstance(classes, int) and made.vocabulary != classes:
+        allowed = f"a cache of a teacher of {classes} classes, as the student, not of {made.vocabulary}"
         raise _error("teacher_cache", block.teacher_cache, allowed)
     return CachedTeacher(cache)
 
