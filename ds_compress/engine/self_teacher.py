@@ -48,7 +48,7 @@ class CurrentTeacher(Teacher):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
-        with torch.no_grad(), quantizers_off(self.model):
+        with torch.no_grad(), quantizers_off(self.model), _evaluating(self.model):
             return self.model(*args, **kwargs)
 
 
@@ -158,6 +158,19 @@ def _aligned(average: Any, own: Any) -> tuple[torch.Tensor, torch.Tensor]:
     start = shard.numel() * dist.get_rank(average.ds_process_group)
     part = own.detach().flatten()[start : start + shard.numel()]
     return shard[: part.numel()], part
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """As every teacher: without dropout, and without moving what a normalization remembers."""
+    trained = [module for module in model.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 @contextlib.contextmanager

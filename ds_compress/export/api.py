@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.adapters import has_adapters
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.modules import shape_of
 from ds_compress.engine.open_source import opened
 from ds_compress.export import check as checking
@@ -268,7 +269,7 @@ def _after_cuts(trained: Trained) -> nn.Module:
 
 def _sizes(model: nn.Module) -> Iterator[int]:
     for name, parameter in model.named_parameters():
-        if not name.endswith(layers.STEP_SIZE):
+        if not name.endswith(layers.STEP_SIZE) and not is_auxiliary(name):
             yield math.prod(shape_of(parameter))
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.modules import ModuleKind
 from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
@@ -75,7 +76,8 @@ class CompressedTensorsFormat(Format):
 
         if not self.groups:
             raise ExportError('nothing is quantized: use format="hf", or scheme="fp8"')
-        linears = {name for name, module in final.named_modules() if isinstance(module, nn.Linear)}
+        modules = ((name, module) for name, module in final.named_modules() if not is_auxiliary(name))
+        linears = {name for name, module in modules if isinstance(module, nn.Linear)}
         formats = {group["format"] for group in self.groups.values()}
         groups = list(self.groups.values())
         quantized = {name for group in groups for name in group["targets"]}

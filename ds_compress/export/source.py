@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.structure.cut import Cuts
 
 Modules = Iterator[tuple[str, nn.Module]]
@@ -68,4 +69,5 @@ def of_module(model: nn.Module) -> Trained:
             for name, parameter in parameters.items():
                 parameter.data = before[name]
 
-    return Trained(model, modules=lambda: iter(list(model.named_modules())), changed=changed)
+    exported = [(name, module) for name, module in model.named_modules() if not is_auxiliary(name)]
+    return Trained(model, modules=lambda: iter(exported), changed=changed)

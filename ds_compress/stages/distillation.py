@@ -180,8 +180,8 @@ class Distillation(Stage):
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return None
-        unlabelled = {name: value for name, value in kwargs.items() if name != "labels"}
-        self._theirs = self._imitated(args, unlabelled)
+        unlabelled = _without_labels(self._parameters, args, kwargs)
+        self._theirs = self._imitated(*unlabelled)
         self._theirs.token_mask = _token_mask(self._parameters, args, kwargs)
         if self._heads:
             loss = self.losses["logits"]
@@ -189,7 +189,7 @@ class Distillation(Stage):
             self._heads[0].imitation = loss.imitation_of(self._theirs, self._theirs.token_mask)
             self._heads[0].is_on = True
         self._student_records.start()
-        return (args, unlabelled) if self._is_label_free else None
+        return unlabelled if self._is_label_free else None
 
     def _imitated(self, args: Any, kwargs: Mapping[str, Any]) -> Record:
         """What the teacher says, and shows, of the same inputs."""
@@ -213,7 +213,7 @@ class Distillation(Stage):
         assert theirs is not None
         own.token_mask = theirs.token_mask
         if "logits" in self.losses:
-            own.logits = _logits(output, has_labels=kwargs.get("labels") is not None)
+            own.logits = _logits(output, _named(self._parameters, args, kwargs).get("labels") is not None)
         if self._heads:
             own.imitation, self._heads[0].imitation = self._heads[0].imitation, None
             self._heads[0].is_on = False
@@ -290,9 +290,25 @@ class Distillation(Stage):
         return {name: float(value) for name, value in self._last.items()}
 
 
+def _named(parameters: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the call by name, however they were passed."""
+    return {**dict(zip(parameters, args, strict=False)), **kwargs}
+
+
+def _without_labels(
+    parameters: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the same call, but for `labels`."""
+    names = [*parameters][: len(args)]
+    positional = tuple(
+        None if name == "labels" else value for name, value in zip(names, args, strict=False)
+    ) + tuple(args[len(names) :])
+    return positional, {name: value for name, value in kwargs.items() if name != "labels"}
+
+
 def _token_mask(parameters: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """bool (batch, tokens) from the call's `attention_mask`, however it was passed."""
-    mask = {**dict(zip(parameters, args, strict=False)), **kwargs}.get("attention_mask")
+    mask = _named(parameters, args, kwargs).get("attention_mask")
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 

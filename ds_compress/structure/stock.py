@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.modules import shape_of
 from ds_compress.structure.cut import Cuts
 
@@ -104,9 +105,11 @@ def _shapes(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> li
 
 
 def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of all parameters and of the buffers that are saved."""
+    """Of all parameters and of the buffers that are saved; of nothing auxiliary."""
     shapes = {}
     for prefix, module in model.named_modules():
+        if is_auxiliary(prefix):
+            continue
         if type(module) is not _stock_class(module):
             # What a quantizer has added is not for stock classes.
             names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]

@@ -167,19 +167,18 @@ def test_loss_imitation_and_every_gradient(name: str, chunk: int) -> None:
     (task + 0.7 * imitation).backward()
     expected = gradients(model)
     with lazy(model, chunk, theirs) as head:
-        output = model(**batch)
-        own = Record(logits=output.logits, imitation=head.imitation)
-        assert name == "bart" or isinstance(output.logits, LazyLogits)
-        got = KD(own, Record(logits=theirs))
-        (output.loss + 0.7 * got).backward()
-    assert float(output.loss) == pytest.approx(float(task), rel=1e-5)
-    assert float(got) == pytest.approx(float(imitation), rel=1e-5)
-    assert_same_gradients(gradients(model), expected)
-    assert expected[
-        "transformer.wte.weight"
-        if name == "gpt2"
-        else next(n for n in expected if "embed" in n or "shared" in n)
-    ].any()
+        # From the third step on, forward takes the gradients of the steps before for granted.
+        for factor in (1.0, 1.0, 1.0, 4.0):
+            head.imitation = KD.imitation_of(Record(logits=theirs), None)
+            output = model(**batch)
+            own = Record(logits=output.logits, imitation=head.imitation)
+            assert name == "bart" or isinstance(output.logits, LazyLogits)
+            got = KD(own, Record(logits=theirs))
+            (factor * (output.loss + 0.7 * got)).backward()
+            assert float(output.loss) == pytest.approx(float(task), rel=1e-5)
+            assert float(got) == pytest.approx(float(imitation), rel=1e-5)
+            assert_same_gradients({n: g / factor for n, g in gradients(model).items()}, expected)
+    assert all(gradient.any() for n, gradient in expected.items() if "embed" in n or "wte" in n)
 
 
 def test_in_float64_too() -> None:
@@ -276,6 +275,41 @@ def test_the_number_of_items_of_an_accumulated_batch(name: str) -> None:
         got.backward()
     assert float(got) == pytest.approx(float(expected), rel=1e-5)
     assert_same_gradients(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_two_backwards_of_one_forward_add_up(steps_before: int) -> None:
+    model, batch = made("llama"), batch_of()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    with lazy(model, 7):
+        for _ in range(steps_before):
+            model(**batch).loss.backward()
+        model.zero_grad()
+        loss = model(**batch).loss
+        (2.0 * loss).backward(retain_graph=True)
+        (3.0 * loss).backward()
+    assert_same_gradients({n: g / 5.0 for n, g in gradients(model).items()}, expected)
+
+
+def test_other_factors_and_batches_than_those_of_the_steps_before() -> None:
+    model, theirs = made("llama"), teacher_logits()
+    few = batch_of()
+    few["labels"] = few["labels"].clone()
+    few["labels"][:, 3:] = -100
+    nothing = {**few, "labels": torch.full_like(few["labels"], -100)}
+    with lazy(model, 7, theirs) as head:
+        steps = [(0.7, batch_of())] * 3 + [(0.7, few), (0.2, few), (0.2, few), (0.0, few), (0.2, nothing)]
+        for weight, batch in steps + [(0.7, batch_of())] * 3:
+            head.is_on, head.imitation = True, KD.imitation_of(Record(logits=theirs), None)
+            output = model(**batch)
+            kd = KD(Record(logits=output.logits, imitation=head.imitation), Record(logits=theirs))
+            (output.loss + weight * kd).backward()
+            got = gradients(model)
+            head.is_on = False
+            task, imitation = plain_run(model, batch, theirs)
+            (task + weight * imitation).backward()
+            assert_same_gradients(got, gradients(model))
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
@@ -576,8 +610,9 @@ def rows_alive(chunk: int | None, script: Callable[[Any, dict[str, torch.Tensor]
         model=student, model_parameters=student.parameters(), config=ds_config(0, block), teacher=teacher
     )
     with LargestLogits() as largest:
-        engine.backward(script(engine, batch_of()))
-    engine.step()
+        for _ in range(3):
+            engine.backward(script(engine, batch_of()))
+            engine.step()
     engine.destroy()
     return largest.rows
 
