@@ -205,6 +205,8 @@ class _ChunkedHead(torch.autograd.Function):
             for found in ([] if of_hidden is None else [of_hidden], of_trained):
                 for tensor in found:
                     tensor.mul_(factor)
+            # A second backward of the same graph finds them as they are now.
+            ctx.forecast = gradient.clone()
         return None, of_hidden, *of_trained
 
 
