@@ -436,7 +436,5 @@ def _cross_entropy(
         imitation.found(imitated, input)
     else:
         (total,) = input.sums([task])
-    if reduction == "sum":
-        return total
-    # As torch does it: nothing to predict is NaN, without one in the gradients, those of the imitation included.
-    return torch.where(predicted > 0, total / predicted.clamp(min=1), torch.nan)
+    # As torch does it: nothing to predict is 0 / 0.
+    return total / predicted if reduction == "mean" else total

@@ -239,25 +239,27 @@ def test_no_rows_at_all() -> None:
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore_index", [-100, 5])
 def test_cross_entropies_of_a_script(reduction: str, label_smoothing: float, ignore_index: int) -> None:
-    """Shifted by hand, as scripts do; on more rows than one reduction of torch would be asked for."""
-    model, batch = made("llama"), batch_of()
+    """Shifted by hand, as scripts do; the imitation is of all rows all the same."""
+    model, batch, theirs = made("llama"), batch_of(), teacher_logits()
     labels = batch["labels"].masked_fill(batch["labels"] == -100, ignore_index)
 
-    def loss_of() -> torch.Tensor:
+    def loss_of(head: LazyHead | None = None) -> torch.Tensor:
         logits = model(input_ids=batch["input_ids"]).logits
-        return F.cross_entropy(
+        imitation = None if head is None else head.imitation
+        task = F.cross_entropy(
             logits[..., :-1, :].contiguous().view(-1, VOCABULARY),
             labels[:, 1:].reshape(-1),
             reduction=reduction,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
         )
+        return task + KD(Record(logits=logits, imitation=imitation), Record(logits=theirs))
 
     expected_loss = loss_of()
     expected_loss.backward()
     expected = gradients(model)
-    with lazy(model, 5):
-        got = loss_of()
+    with lazy(model, 5, theirs) as head:
+        got = loss_of(head)
         got.backward()
     assert float(got) == pytest.approx(float(expected_loss), rel=1e-5)
     assert_same_gradients(gradients(model), expected)
