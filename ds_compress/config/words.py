@@ -133,17 +133,21 @@ def _layer_reduction_facts(block: LayerReduction) -> str:
 
 def _distillation_facts(block: Distillation) -> str:
     losses = [f"task x {block.task_loss_weight:g}"]
-    if block.losses.logits:
-        losses.append(
-            f"logits x {block.losses.logits.weight:g} at temperature {block.losses.logits.temperature:g}"
-        )
-    if block.losses.hidden:
-        losses.append(f"hidden states x {block.losses.hidden.weight:g} ({block.losses.hidden.kind})")
-    if block.losses.attention:
-        losses.append(f"attention x {block.losses.attention.weight:g}")
+    for name, loss in block.losses.active().items():
+        end = "" if loss.final_weight is None else f" to {loss.final_weight:g}"
+        kind = getattr(loss, "kind", None)
+        losses.append(f"{name} x {loss.weight:g}{end}" + (f" ({kind})" if kind else ""))
+    return f"{_teacher(block)}; loss = {' + '.join(losses)}"
+
+
+def _teacher(block: Distillation) -> str:
+    if block.self_teacher is not None:
+        return f"teacher: the model itself ({block.self_teacher.weights})"
+    if block.teacher_cache is not None:
+        return f"teacher: what {block.teacher_cache} stores"
     teacher = block.teacher or "the model passed to ds_compress.initialize"
     dtype = f" in {block.teacher_dtype}" if block.teacher_dtype else ""
-    return f"teacher {teacher}{dtype} at ZeRO stage {block.teacher_zero_stage}; loss = {' + '.join(losses)}"
+    return f"teacher {teacher}{dtype} at ZeRO stage {block.teacher_zero_stage}"
 
 
 def _gradient_facts(block: GradientCompression) -> str:

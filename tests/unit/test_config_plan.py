@@ -159,7 +159,7 @@ class TestPrintedPlan:
         assert text.splitlines() == [
             "layer_reduction: keeps 3 layers, from teacher layers 1, 3, 5; copies classifier",
             "distillation: teacher some/teacher in bf16 at ZeRO stage 3; loss = task x 1 + "
-            "logits x 1 at temperature 2 + hidden states x 0.5 (cosine) + attention x 1",
+            "logits x 1 (forward_kl) + hidden x 0.5 (cosine) + attention x 1 (relation)",
         ]
         by_number = {"layer_reduction": {"enabled": True, "keep_number_layer": 1}}
         assert "keeps 1 layer, spread evenly" in str(plan(bert, by_number))
