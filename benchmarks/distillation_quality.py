@@ -12,6 +12,7 @@ several settings may run side by side.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import statistics
 import sys
@@ -72,6 +73,8 @@ def main() -> None:
             sees_all = args.setting == "half" or chosen is not None
             batches = batches_of(training, sees_all, args.setting == "half", args.steps, seed)
             accuracies[variant].append(train_and_test(engine, batches, held_out))
+            del engine
+            gc.collect()  # it refers to itself, and holds a model and its moments
             print(f"seed {seed}, {variant}: {100 * accuracies[variant][-1]:.2f} %", flush=True)
     result = figures(accuracies, load_json(args.teacher / "metrics.json")["accuracy"])
     print_result(args.setting, result)
