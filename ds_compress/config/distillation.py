@@ -13,6 +13,7 @@ from ds_compress.config.layer_reduction import LayerIndices
 LossWeight = Annotated[Real, Field(ge=0)]
 Temperature = Annotated[Real, Field(gt=0)]
 Pooling = Literal["mean", "first", "last"]
+_OF_A_MODEL = ("teacher_dtype", "teacher_zero_stage")
 _NEEDS_HIDDEN = ("hidden", "attention", "embedding", "contrastive")
 
 
@@ -242,14 +243,25 @@ class Distillation(Section):
             yield from self._beyond_a_cache()
         if self.teacher_offload == "cpu" and self.teacher_zero_stage != 3:
             yield Conflict(("teacher_offload",), "cpu", "teacher_zero_stage 3 beside it")
-        if self.self_teacher is not None and self.self_teacher.weights != "initial":
-            for key in ("teacher_dtype",):
-                if self.given(key):
-                    yield Conflict((key,), getattr(self, key), 'a teacher other than "ema" or "current"')
+        yield from self._without_effect()
         if self.self_teacher is not None and self.self_teacher.weights == "current" and self.layer_map:
             yield Conflict(
                 ("layer_map",), self.layer_map, "nothing: every layer imitates itself", "remove it"
             )
+
+    def _without_effect(self) -> Iterator[Conflict]:
+        """Settings of a teacher model that the chosen teacher does not have."""
+        weights = self.self_teacher.weights if self.self_teacher is not None else None
+        if self.teacher_cache is not None or weights == "current":
+            keys: tuple[str, ...] = (*_OF_A_MODEL, "teacher_offload")
+            what = "nothing: this teacher is no model of its own"
+        elif weights == "ema":
+            what, keys = "nothing: the average is in fp32 and sharded as the student is", _OF_A_MODEL
+        else:
+            return
+        for key in keys:
+            if self.given(key):
+                yield Conflict((key,), getattr(self, key), what, "remove it")
 
     def _beyond_a_cache(self) -> Iterator[Conflict]:
         for name in _NEEDS_HIDDEN:

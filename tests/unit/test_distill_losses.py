@@ -128,9 +128,7 @@ def test_gradients_reach_both_projections_and_the_student_only(kind: str) -> Non
 def test_padding_on_either_side_represents_the_same_example(pooling: str, side: str) -> None:
     lengths, longest = (2, 4, 3), 5
     generator = torch.Generator().manual_seed(0)
-    examples = [
-        [torch.randn(length, width, generator=generator) for width in WIDTHS] for length in lengths
-    ]
+    examples = [[torch.randn(length, width, generator=generator) for width in WIDTHS] for length in lengths]
     of = {"mean": lambda x: x.mean(0), "first": lambda x: x[0], "last": lambda x: x[-1]}[pooling]
     own, theirs = (torch.stack([of(example[s]) for example in examples]) for s in (0, 1))
     expected = contrastive(pooling=pooling)(Record(last=own), Record(last=theirs))
@@ -232,7 +230,8 @@ def test_scores_are_those_behind_the_models_own_probabilities(make: Any) -> None
 
 # SDPA has no soft caps, so Gemma 2 has only one kernel here.
 @pytest.mark.parametrize(
-    ("make", "kernel"), [(bert, "eager"), (bert, "sdpa"), (llama, "eager"), (llama, "sdpa"), (gemma2, "eager")]
+    ("make", "kernel"),
+    [(bert, "eager"), (bert, "sdpa"), (llama, "eager"), (llama, "sdpa"), (gemma2, "eager")],
 )
 def test_a_model_whose_scores_are_shown_says_what_it_said(make: Any, kernel: str) -> None:
     model = make()
@@ -372,8 +371,10 @@ CONFLICTS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         {"self_teacher": {"weights": "ema"}, "teacher_dtype": "bf16"},
         {},
         "teacher_dtype",
-        'other than "ema" or "current"',
+        "sharded as the student is",
     ),
+    ({"teacher_cache": "folder", "teacher_zero_stage": 0}, {}, "teacher_zero_stage", "no model of its own"),
+    ({"teacher_cache": "folder", "teacher_offload": "cpu"}, {}, "teacher_offload", "no model of its own"),
     (
         {"self_teacher": {"weights": "current"}, "layer_map": [0]},
         QUANTIZED,
@@ -443,7 +444,9 @@ CONFLICTS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "others", "path", "words"), CONFLICTS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("settings", "others", "path", "words"), CONFLICTS, ids=lambda value: str(value)[:60]
+)
 def test_conflicts_name_the_place_and_the_fix(
     settings: dict[str, Any], others: dict[str, Any], path: str, words: str
 ) -> None:
@@ -465,5 +468,7 @@ def test_conflicts_name_the_place_and_the_fix(
 
 
 def test_a_block_that_is_off_conflicts_with_nothing() -> None:
-    parsed = parse_config({"distillation": {"enabled": False, "losses": {}, "teacher": "x", "teacher_cache": "y"}})
+    parsed = parse_config(
+        {"distillation": {"enabled": False, "losses": {}, "teacher": "x", "teacher_cache": "y"}}
+    )
     assert parsed.distillation is not None and not parsed.distillation.enabled
