@@ -67,7 +67,8 @@ def test_import_alone_loads_no_trainer() -> None:
         "import sys, ds_compress; print([m for m in ('transformers.trainer', 'peft') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    # DeepSpeed may print warnings before it.
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("first", [False, True])
