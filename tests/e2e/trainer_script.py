@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import deepspeed.ops
 import torch
@@ -44,5 +45,8 @@ if trainer.is_world_process_zero():
     }
     with open(f"{output}/report.json", "w") as file:
         json.dump(report, file)
-# Without this a gloo worker thread may outlive the interpreter, which aborts a run that has finished.
+# Without this a gloo worker thread may outlive the interpreter, which aborts a run that has finished: every process is
+# done with its collectives, and a moment later so are the threads that ran them.
+torch.distributed.barrier()
+time.sleep(0.5)
 torch.distributed.destroy_process_group()
