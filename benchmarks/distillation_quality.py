@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import ds_compress  # noqa: F401  (DeepSpeed learns the block)
-from benchmarks import record
+from benchmarks import hard_compression, record
 from benchmarks.engines import start_single_process
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.launch import load_json
@@ -161,15 +161,8 @@ def train_and_test(
 
 
 def figures(accuracies: dict[str, list[float]], teacher: float) -> dict[str, dict[str, float]]:
-    result: dict[str, dict[str, float]] = {"teacher": {"accuracy": teacher}}
+    result = hard_compression.figures(accuracies, teacher)
     for variant, values in accuracies.items():
-        mean = statistics.mean(values)
-        result[variant] = {
-            "mean accuracy": mean,
-            "standard deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "share of teacher": mean / teacher,
-            **{f"accuracy, seed {seed}": value for seed, value in enumerate(values)},
-        }
         if variant != NONE and NONE in accuracies and len(values) > 1:
             result[variant]["welch t to none"] = welch(values, accuracies[NONE])
     return result
