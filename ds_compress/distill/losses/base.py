@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ds_compress.config.distillation import Loss
+from ds_compress.config.distillation import EmbeddingLoss, HiddenLoss, Loss
 from ds_compress.config.errors import ConfigError, Problem
 from ds_compress.distill.record import Record
 
@@ -93,3 +93,19 @@ def projection(pair: Pair) -> nn.Linear | None:
     if pair.widths is None or pair.widths[0] == pair.widths[1]:
         return None
     return nn.Linear(*pair.widths, bias=False)
+
+
+class StateDistillation(DistillationLoss):
+    """A loss that compares states of the student, projected where the widths differ, with states of the teacher."""
+
+    def __init__(self, config: HiddenLoss | EmbeddingLoss, pair: Pair = UNKNOWN) -> None:
+        super().__init__(config, pair)
+        self.kind = config.kind
+        self.module = projection(pair)
+
+    def distance(
+        self, own: torch.Tensor, theirs: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(batch, tokens, width) twice -> the mean distance of real tokens, a scalar."""
+        projected = own if self.module is None else self.module(own)
+        return mean_over_tokens(distance(self.kind, projected, theirs), token_mask)

@@ -6,19 +6,11 @@ from typing import ClassVar
 
 import torch
 
-from ds_compress.config.distillation import HiddenLoss
-from ds_compress.distill.losses.base import (
-    UNKNOWN,
-    DistillationLoss,
-    Pair,
-    distance,
-    mean_over_tokens,
-    projection,
-)
+from ds_compress.distill.losses.base import StateDistillation
 from ds_compress.distill.record import Record
 
 
-class HiddenDistillation(DistillationLoss):
+class HiddenDistillation(StateDistillation):
     """Mean squared error, or 1 - cosine, between hidden states of mapped layers (Jiao et al. 2020, equation 8).
 
     Where the widths differ, one learned matrix, shared by all layers, takes the student's states to the teacher's
@@ -28,14 +20,7 @@ class HiddenDistillation(DistillationLoss):
     name: ClassVar[str] = "hidden"
     records: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
-    def __init__(self, config: HiddenLoss, pair: Pair = UNKNOWN) -> None:
-        super().__init__(config, pair)
-        self.kind = config.kind
-        self.module = projection(pair)
-
     def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
-        distances = []
-        for own, theirs in zip(student.hidden, teacher.hidden, strict=True):
-            projected = own if self.module is None else self.module(own)
-            distances.append(mean_over_tokens(distance(self.kind, projected, theirs), student.token_mask))
+        pairs = zip(student.hidden, teacher.hidden, strict=True)
+        distances = [self.distance(own, theirs, student.token_mask) for own, theirs in pairs]
         return torch.stack(distances).mean()
