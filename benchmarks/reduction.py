@@ -14,16 +14,17 @@ With --picture: step time against link speed, measured points and the line of th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import record
 from benchmarks.netlab import Lab, unavailable
-from benchmarks.reduction_worker import RESULT
+from benchmarks.reduction_worker import RESULT, STEP_VARIANTS
 from benchmarks.timing import ratio
 
 PICTURE = Path(__file__).parent / "results" / "reduction.png"
@@ -118,11 +119,18 @@ def main() -> None:
     parser.add_argument("--stages", default="2")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kinds", default="collective,step")
+    parser.add_argument(
+        "--variants", default=";".join(STEP_VARIANTS), help="of steps, separated by semicolons"
+    )
     parser.add_argument("--picture", action="store_true")
     arguments = parser.parse_args()
     reason = unavailable()
+    if reason is None and arguments.picture and importlib.util.find_spec("matplotlib") is None:
+        reason = "a picture needs matplotlib: pip install 'ds_compress[benchmarks]'"
     if reason is not None:
         parser.error(reason)
+    if BASES[1] not in arguments.variants.split(";"):
+        parser.error(f'--variants needs "{BASES[1]}", which the others are compared with')
     if arguments.quick:
         arguments.worlds, arguments.models, arguments.rates, arguments.rounds = "2", "tiny", "1gbit", 2
     if arguments.picture:
@@ -158,23 +166,26 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     if "step" in arguments.kinds:
         for model in arguments.models.split(","):
             for stage in arguments.stages.split(","):
-                found.append(
-                    ("step", f"step of {model}, stage {stage}", ["--model", model, "--stage", stage])
-                )
+                options = ["--model", model, "--stage", stage, "--variants", listed(arguments.variants.split(";"))]
+                found.append(("step", f"step of {model}, stage {stage}", options))
     return found
+
+
+def listed(variants: Iterable[str]) -> str:
+    """Names as the worker takes them: their own commas become semicolons."""
+    return ",".join(name.strip().replace(",", ";") for name in variants)
 
 
 def picture(arguments: argparse.Namespace) -> None:
     model = arguments.models.split(",")[0]
     variants = list(BYTES_OF_TWO)
     job = ["--model", model, "--rounds", str(arguments.rounds)]
-    job += ["--variants", ",".join(name.replace(",", ";") for name in variants)]
+    job += ["--variants", listed(variants)]
     rates = ["none", *(["1gbit"] if arguments.quick else RATES)]
     times = {rate: measured(2, rate, "step", job, timeout_s=3000) for rate in rates}
     medians = {rate: {name: statistics.median(times[rate][name]) for name in variants} for rate in rates}
     points = {name: {rate: medians[rate][name] for rate in rates if rate != "none"} for name in variants}
     path = PICTURE.with_name("reduction_quick.png") if arguments.quick else PICTURE
-    draw(points, medians["none"], model, path)
     if not arguments.quick:
         figures = {
             f"picture {model}, {rate}: {name}": {"median_ms": medians[rate][name] * 1e3}
@@ -182,6 +193,7 @@ def picture(arguments: argparse.Namespace) -> None:
             for name in variants
         }
         record.append("reduction", " ".join(sys.argv[1:]), figures)
+    draw(points, medians["none"], model, path)
     print(path)
 
 

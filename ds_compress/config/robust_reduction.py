@@ -31,5 +31,9 @@ class RobustReduction(Section):
         description="A worker with an outlying norm is named in the log, left out of this reduction, or ends the run.",
     )
     outlier_ratio: Annotated[Real, Field(gt=1)] = Field(
-        default=5.0, description="A norm that is this many times the median of all workers is an outlier."
+        default=5.0,
+        description=(
+            "A worker is an outlier when its norm is this many times the median of all workers, in the geometric mean "
+            "of about twenty steps, or the square of it in one step; excluded is whoever exceeds it in one reduction."
+        ),
     )

@@ -34,7 +34,7 @@ from ds_compress.reduce.hosts import Hosts, UnevenHosts, find_hosts
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum, accusation
 from ds_compress.reduce.slices import Part, Segment
-from ds_compress.reduce.workers import Accusations, Report, report
+from ds_compress.reduce.workers import Accusations, OutlierAbort, Report, Watch, report
 from ds_compress.stages.base import Stage
 
 logger = logging.getLogger("ds_compress")
@@ -63,6 +63,7 @@ class GradientReduction(Stage):
         bits = self.wire.effective_error_feedback_bits if self.wire else None
         self.residuals = {kind: Residuals(bits) for kind in _KINDS} if bits else {}
         self.accusations = Accusations()
+        self._watch = Watch(self.robust.outlier_ratio) if self.robust else None
         self.last_report: Report | None = None
         self._hosts: Hosts | None = None
         self._link_is_slow = True
@@ -234,9 +235,17 @@ class GradientReduction(Stage):
         self._gram = finite if self._gram is None else self._gram + finite
 
     def _report(self, step: int) -> None:
-        assert self.robust is not None and self._gram is not None
-        found = report(self._gram, sorted(self._non_finite), self.robust.outlier_ratio)
+        """Judges the step whose gradients are reduced and not yet applied.
+
+        Raises:
+            OutlierAbort: a worker stands out and `on_outlier` is abort; in all processes alike.
+        """
+        assert self.robust is not None and self._watch is not None and self._gram is not None
+        found = self._watch.judge(report(self._gram, sorted(self._non_finite), self.robust.outlier_ratio))
         self._gram, self._non_finite = None, set()
+        overflow = len(found.non_finite) > self.robust.max_malicious
+        if self.robust.on_outlier == "abort" and found.accused and not overflow:
+            raise OutlierAbort(f"step {step}: {accusation(found)}; robust_reduction.on_outlier is abort")
         if found.accused and (self.last_report is None or found.accused != self.last_report.accused):
             _say(self.group, f"step {step}: {accusation(found)}", logging.WARNING)
         self.last_report = found

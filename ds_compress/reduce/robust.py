@@ -23,7 +23,7 @@ from ds_compress.reduce.codec import Codec
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS
 from ds_compress.reduce.slices import Part, Segment, Slices, count, joined
-from ds_compress.reduce.workers import OutlierAbort, Report, report
+from ds_compress.reduce.workers import Report, report
 
 # Elements of all workers that are decoded at a time.
 _AT_A_TIME = 1 << 18
@@ -31,7 +31,7 @@ _AT_A_TIME = 1 << 18
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do about bad workers: see `config.robust_reduction`."""
+    """What to do about bad workers: see `config.robust_reduction`. "abort" is up to whoever reads the reports."""
 
     rule: str = "centered_clip"
     max_malicious: int = 1
@@ -54,14 +54,9 @@ def judge(gram: torch.Tensor, non_finite: Sequence[int], policy: Policy) -> Verd
     """Pure: the same inner products give the same verdict in every process.
 
     gram: fp64 (n, n) on the CPU; rows and columns of non-finite workers are ignored.
-
-    Raises:
-        OutlierAbort: a worker stands out and the policy says abort.
     """
     found = report(gram, non_finite, policy.outlier_ratio)
     overflow = len(non_finite) > policy.max_malicious
-    if policy.on_outlier == "abort" and found.accused and not overflow:
-        raise OutlierAbort(accusation(found) + "; robust_reduction.on_outlier is abort")
     dropped = list(non_finite)
     if policy.on_outlier == "exclude":
         by_norm = sorted(found.outliers, key=lambda i: -float(found.norms[i]))
@@ -76,7 +71,7 @@ def judge(gram: torch.Tensor, non_finite: Sequence[int], policy: Policy) -> Verd
 
 
 def accusation(found: Report) -> str:
-    """In words, e.g. "worker 3: gradient norm 10.4 times the median"."""
+    """In words, e.g. "worker 3: gradient norm 10.4 times the median" (of this step)."""
     finite = found.norms[torch.isfinite(found.norms)]
     middle = float(finite.quantile(0.5)) if finite.numel() else 0.0
     said = [f"worker {i}: NaN, Inf or values too large to square in its gradient" for i in found.non_finite]
@@ -118,11 +113,7 @@ class RobustSum:
         take: Callable[[Part, torch.Tensor], None],
         multiplier: float = 1.0,
     ) -> None:
-        """As `QuantizedSum.reduce_scatter`; `take` gets the rule's result times n times `multiplier`.
-
-        Raises:
-            OutlierAbort: in all processes alike.
-        """
+        """As `QuantizedSum.reduce_scatter`; `take` gets the rule's result times n times `multiplier`."""
         slices = Slices(segments, self.world_size, self.quantum)
         if not slices.pieces:
             return

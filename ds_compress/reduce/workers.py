@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+
+MEMORY_STEPS = 20
 
 
 class OutlierAbort(RuntimeError):
@@ -48,6 +51,37 @@ def report(gram: torch.Tensor, non_finite: Sequence[int], ratio: float) -> Repor
     else:
         outliers = ()
     return Report(norms, cosines, tuple(non_finite), outliers)
+
+
+class Watch:
+    """Tells a worker that keeps standing out from an honest one with a rare batch.
+
+    Norms of honest gradients have heavy tails: in a model that has learned its task, one small batch in forty is five
+    times as long as the median. So a worker is an outlier when the geometric mean of its norm over the median norm,
+    over about the last `MEMORY_STEPS` steps, is above `ratio`; or at once when this step's alone is above its square.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self._limit = math.log(ratio)
+        self._logs: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+
+    def judge(self, found: Report) -> Report:
+        """The report of a step with the outliers among all steps, not of this one; called once per step."""
+        finite = torch.isfinite(found.norms)
+        middle = found.norms[finite].quantile(0.5) if finite.any() else torch.tensor(0.0)
+        if not middle > 0:
+            return found
+        # Bounded, so that no single step is remembered for longer than it is worth.
+        logs = (found.norms / middle).log().clamp(-3 * self._limit, 3 * self._limit)
+        if self._logs is None or self._counts is None:
+            self._logs, self._counts = torch.zeros_like(logs), torch.zeros_like(logs)
+        kept = 1 - 1 / MEMORY_STEPS
+        self._logs = torch.where(finite, self._logs * kept + logs, self._logs)
+        self._counts = torch.where(finite, self._counts * kept + 1, self._counts)
+        stands_out = (self._logs > self._limit * self._counts) | (logs >= 2 * self._limit)
+        outliers = (stands_out & finite).nonzero().flatten().tolist()
+        return replace(found, outliers=tuple(outliers))
 
 
 @dataclass

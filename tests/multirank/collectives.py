@@ -19,6 +19,7 @@ from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.rules import COORDINATES
 from ds_compress.reduce.slices import Part, Segment
+from tests.multirank.common import device
 
 LENGTHS = (0, 1, 5, 512, 1000, 12295, 100001)
 
@@ -39,7 +40,8 @@ def contribution(rank: int, numel: int, seed: int = 0) -> torch.Tensor:
     """What a rank has; every rank can make that of any other."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     # Scales that differ along the tensor, as those of the layers of a model do.
-    return torch.randn(numel, generator=generator) * torch.logspace(-3, 0, max(numel, 1))[:numel]
+    values = torch.randn(numel, generator=generator) * torch.logspace(-3, 0, max(numel, 1))[:numel]
+    return values.to(device())
 
 
 def error_over_bound(result: torch.Tensor, rows: torch.Tensor, bits: int, block: int, twice: bool) -> float:
@@ -87,7 +89,7 @@ def all_reduces() -> list[dict[str, Any]]:
                     {
                         "numel": numel,
                         "hosts": hosts is not None,
-                        "bits": x.numpy().tobytes(),
+                        "bits": x.cpu().numpy().tobytes(),
                         "error": error_over_bound(x, rows_on_wire, bits, block, twice=True),
                     }
                 )
@@ -116,7 +118,7 @@ def scatters() -> list[dict[str, Any]]:
                 for owner, size in layout:
                     segments.append(Segment(rows[rank, begin : begin + size].clone(), owner))
                     begin += size
-                got = {id(s): torch.full((s.numel,), math.nan) for s in segments}
+                got = {id(s): torch.full((s.numel,), math.nan, device=device()) for s in segments}
 
                 def take(part: Part, values: torch.Tensor, got: dict[int, torch.Tensor] = got) -> None:
                     got[id(part.segment)][part.begin : part.end] = values
@@ -143,7 +145,7 @@ def specials() -> dict[str, Any]:
     sum_of = QuantizedSum(None, BlockCodec(8, 512), 1 << 20)
     found: dict[str, Any] = {}
     for name, value in (("nan", math.nan), ("inf", math.inf), ("tiny", 1e-38), ("huge", 3e38), ("zero", 0.0)):
-        x = torch.zeros(4096 * world)
+        x = torch.zeros(4096 * world, device=device())
         if rank == 1:
             x[1000] = value
         sum_of.all_reduce([Segment(x, 0)], 1 / world)
@@ -160,7 +162,7 @@ def feedback() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ("none", "8", "16"):
         residuals = None if kind == "none" else Feedback(Residuals(int(kind)), Residuals(int(kind)))
-        total = torch.zeros(numel, dtype=torch.float64)
+        total = torch.zeros(numel, dtype=torch.float64, device=device())
         sums = QuantizedSum(None, BlockCodec(4, 512), 2048)
         for _ in range(rounds):
             x = rows[rank].clone()
@@ -178,12 +180,12 @@ def feedback() -> dict[str, Any]:
             residuals.sent.commit(), residuals.summed.commit()
         else:
             residuals.sent.rollback(), residuals.summed.rollback()
-        found[f"step {step}"] = x.numpy().tobytes()
+        found[f"step {step}"] = x.cpu().numpy().tobytes()
     replay = Feedback(Residuals(8), Residuals(8))
     for step in range(2):
         x = rows[rank].clone()
         sums.all_reduce([Segment(x, 0, "a", 0)], 1 / world, replay)
-        found[f"replayed {step}"] = x.numpy().tobytes()
+        found[f"replayed {step}"] = x.cpu().numpy().tobytes()
     return found
 
 
@@ -210,7 +212,7 @@ def copied_weights() -> dict[str, Any]:
             weights.update(masters[rank])
             errors.append(float((copies.view(world, numel).float() - masters).abs().max()))
         zeros = int(copies.view(world, numel)[:, ::7].count_nonzero())
-        bits_now = copies.view(torch.int16).numpy().tobytes()
+        bits_now = copies.view(torch.int16).cpu().numpy().tobytes()
         weights.refresh(masters[rank])
         found[str(bits)] = {
             "new_zeros": new_zeros and no_new_zeros,
@@ -253,11 +255,11 @@ def robust() -> list[dict[str, Any]]:
                         "bad": bad,
                         "plain": isinstance(codec, PlainCodec),
                         "error": float((x.double() - expected).norm() / expected.norm()),
-                        "bits": x.numpy().tobytes(),
+                        "bits": x.cpu().numpy().tobytes(),
                         "accused": reports[0].accused,
                     }
                 )
-    rows = torch.full((world, 300), math.nan)
+    rows = torch.full((world, 300), math.nan, device=device())
     x = rows[rank].clone()
     RobustSum(None, PlainCodec(torch.float32), Policy()).all_reduce(x, 1 / world)
     found.append({"rule": "overflow", "all_nan": bool(x.isnan().all())})
@@ -291,8 +293,7 @@ def link() -> dict[str, Any]:
 
     def fast() -> None: ...
 
-    device = torch.device("cpu")
     return {
-        "slow link": compare(slow, fast, None, device, 10**6).quantizing_pays,
-        "fast link": compare(fast, slow, None, device, 10**6).quantizing_pays,
+        "slow link": compare(slow, fast, None, device(), 10**6).quantizing_pays,
+        "fast link": compare(fast, slow, None, device(), 10**6).quantizing_pays,
     }

@@ -9,8 +9,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 VOCAB = 128
+
+
+def device() -> torch.device:
+    """Where this process trains: see `launch`."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def tiny_bert(
@@ -64,7 +70,7 @@ def batches(
     and training is bitwise equal at world sizes 1, 2 and 4."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     for _ in range(steps):
-        ids = torch.randint(0, VOCAB, (size, tokens), generator=generator)
+        ids = torch.randint(0, VOCAB, (size, tokens), generator=generator).to(device())
         yield {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
@@ -99,12 +105,12 @@ def train(engine: Any, data: Iterator[dict[str, torch.Tensor]]) -> list[float]:
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter whole, on every rank."""
+    """Every parameter whole, on every rank, in CPU memory."""
     result = {}
     for name, parameter in model.named_parameters():
         partitioned = [parameter] if hasattr(parameter, "ds_id") else []
         with deepspeed.zero.GatheredParameters(partitioned):
-            result[name] = parameter.detach().float().clone()
+            result[name] = parameter.detach().float().cpu().clone()
     return result
 
 

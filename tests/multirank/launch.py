@@ -1,6 +1,10 @@
 """Runs a function in several gloo processes and returns what each of them returned.
 
 A launch costs seconds, so one launch runs a whole list of scenarios and tests look at the results.
+
+With DS_COMPRESS_TEST_BACKEND=nccl in the environment the processes train on CUDA devices over NCCL. They share the
+devices that there are: one is enough, because NCCL takes processes with different NCCL_HOSTID for those of different
+hosts, which may have the same device.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+BACKEND = os.environ.get("DS_COMPRESS_TEST_BACKEND", "gloo")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -38,6 +43,7 @@ def run_ranks(world_size: int, function: str, timeout_s: float = 600, **argument
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
+                **(_on_cuda(rank, torch.cuda.device_count()) if BACKEND == "nccl" else {}),
             }
             with open(f"{folder}/{rank}.log", "w") as log:
                 command = [sys.executable, "-m", "tests.multirank.launch", function, folder]
@@ -51,6 +57,15 @@ def run_ranks(world_size: int, function: str, timeout_s: float = 600, **argument
             log = Path(f"{folder}/{failed}.log").read_text()[-6000:]
             raise AssertionError(f"rank {failed} of {function} failed or hung:\n{log}")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _on_cuda(rank: int, devices: int) -> dict[str, str]:
+    return {
+        "DS_ACCELERATOR": "cuda",
+        "LOCAL_RANK": str(rank % devices),
+        "NCCL_HOSTID": f"rank{rank}",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products ask for
+    }
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> int | None:
@@ -88,7 +103,11 @@ def _main() -> None:
 
     # Its C++ build takes minutes and changes nothing here: gloo carries the collectives.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    if BACKEND == "nccl":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    deepspeed.init_distributed(BACKEND)
     module, _, name = function.partition(":")
     arguments = torch.load(f"{folder}/arguments.pt", weights_only=False)
     result = getattr(importlib.import_module(module), name)(**arguments)

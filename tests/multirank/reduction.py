@@ -20,7 +20,7 @@ from ds_compress.engine.shards import Shards
 from ds_compress.reduce.hosts import HOST_VARIABLE
 from ds_compress.reduce.link import Comparison
 from ds_compress.reduce.workers import OutlierAbort
-from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
+from tests.multirank.common import batches, device, ds_config, engine_of, full_weights, pruning_block, train
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "0 fp32": {"stage": 0},
@@ -115,7 +115,9 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for fragment in shards.values():
             if id(fragment.stepped) in stepped and fragment.gradient is not None:
-                whole = seen.setdefault(fragment.name, torch.zeros(fragment.shape).flatten())
+                whole = seen.setdefault(
+                    fragment.name, torch.zeros(fragment.shape, device=device()).flatten()
+                )
                 whole[fragment.start : fragment.start + fragment.numel] = fragment.gradient.float()
 
     handle = engine.basic_optimizer.register_step_pre_hook(look)
@@ -124,7 +126,7 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
     spread = any(fragment.group is not None for fragment in shards.values())
     for name, parameter in engine.module.named_parameters():
         numel = getattr(parameter, "ds_numel", parameter.numel())
-        whole = seen.setdefault(name, torch.zeros(numel))
+        whole = seen.setdefault(name, torch.zeros(numel, device=device()))
         if spread:
             dist.all_reduce(whole)
     return seen
@@ -433,12 +435,12 @@ def master_weights(engine: Any) -> dict[str, torch.Tensor]:
     result = {}
     fragments = Shards.of_engine(engine).fragments
     for name, parameter in engine.module.named_parameters():
-        whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()))
+        whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=device())
         if name in fragments:
             fragment = fragments[name]
             whole[fragment.start : fragment.start + fragment.numel] = fragment.values
         dist.all_reduce(whole)
-        result[name] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
+        result[name] = whole.view(getattr(parameter, "ds_shape", parameter.shape)).cpu()
     return result
 
 

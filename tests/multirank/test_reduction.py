@@ -155,7 +155,7 @@ def test_a_bad_worker_is_named_and_does_not_get_through(four: Results, stage: in
 
 def test_abort_names_the_worker_in_every_process(four: Results) -> None:
     for rank in four:
-        assert rank["robust"]["abort"].startswith("worker 3: gradient norm ")
+        assert rank["robust"]["abort"].startswith("step 1: worker 3: gradient norm ")
 
 
 def test_more_bad_workers_than_can_be_outvoted_are_refused(four: Results) -> None:
