@@ -26,6 +26,20 @@ class RobustReduction(Section):
     max_malicious: Annotated[Whole, Field(ge=0)] = Field(
         default=1, description="Bad workers f to withstand; needs at least 2 f + 1 workers."
     )
+    neighbor_mixing: Flag = Field(
+        default=True,
+        description=(
+            "Before any rule but mean, each worker's gradient becomes the mean of the n - f nearest to it; helps where "
+            "workers see different data."
+        ),
+    )
+    worker_momentum: Annotated[Real, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description=(
+            "Workers send running means of their gradients with this beta, which attacks have less room in. Costs 2 "
+            "bytes per parameter in each process, and stands for the optimizer's own momentum: set that to 0."
+        ),
+    )
     on_outlier: OnOutlier = Field(
         default="report",
         description="A worker with an outlying norm is named in the log, left out of this reduction, or ends the run.",

@@ -174,8 +174,10 @@ def _wire_facts(block: Wire) -> Iterator[str]:
 
 
 def _robust_facts(block: RobustReduction) -> str:
+    what = f"momenta ({block.worker_momentum:g})" if block.worker_momentum else "gradients"
+    mixed = ", mixed with their nearest," if block.neighbor_mixing and block.rule != "mean" else ""
     return (
-        f"{block.rule} of all workers, up to {block.max_malicious} of them bad; outliers "
+        f"{block.rule} of the {what} of all workers{mixed} up to {block.max_malicious} of them bad; outliers "
         f"({block.outlier_ratio:g} times the median norm): {block.on_outlier}"
     )
 

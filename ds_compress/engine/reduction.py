@@ -31,6 +31,7 @@ from ds_compress.engine import reduction_seams, seams
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.hosts import Hosts, UnevenHosts, find_hosts
+from ds_compress.reduce.momentum import WorkerMomentum
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum, accusation
 from ds_compress.reduce.slices import Part, Segment
@@ -42,6 +43,10 @@ logger = logging.getLogger("ds_compress")
 Take = Callable[[Part, torch.Tensor], None]
 
 _KINDS = ("sent", "summed")
+_TWO_MOMENTA = (
+    "robust_reduction.worker_momentum stands for the momentum of the optimizer, which has one too: set betas[0] of "
+    "Adam to 0; or momentum of SGD to 0, and its lr to lr / (1 - momentum)"
+)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,6 +67,10 @@ class GradientReduction(Stage):
         self.robust = robust if robust is not None and robust.enabled else None
         bits = self.wire.effective_error_feedback_bits if self.wire else None
         self.residuals = {kind: Residuals(bits) for kind in _KINDS} if bits else {}
+        beta = self.robust.worker_momentum if self.robust else 0.0
+        self.momentum = WorkerMomentum(beta) if beta else None
+        if self.momentum is not None:
+            self.residuals["momentum"] = self.momentum.kept
         self.accusations = Accusations()
         self._watch = Watch(self.robust.outlier_ratio) if self.robust else None
         self.last_report: Report | None = None
@@ -86,6 +95,8 @@ class GradientReduction(Stage):
         self.engine = engine
         self.group = seams.data_parallel_group(engine)
         self._check_workers()
+        if self.momentum is not None and seams.has_momentum(engine):
+            _say(self.group, _TWO_MOMENTA, logging.WARNING)
         if self.wire is not None and self.wire.hierarchical:
             self._find_hosts()
         if self.wire is not None and self.wire.measure_link and self._link_is_slow:
@@ -153,6 +164,8 @@ class GradientReduction(Stage):
         """Gives each owner `multiplier` times the sum of its segments: see `reduce.exchange`."""
         self._settle()
         numel, dtype = _size(segments)
+        if self.momentum is not None:
+            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer))
         if self.robust is not None:
             self._robust_sum(group, numel, dtype).reduce_scatter(segments, take, multiplier)
             return
@@ -173,6 +186,8 @@ class GradientReduction(Stage):
             self._quantized += numel
             self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
             return
+        if self.momentum is not None:
+            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer))
         flat = segments[0].values if len(segments) == 1 else torch.cat([s.values for s in segments])
         self._robust_sum(group, numel, dtype).all_reduce(flat, multiplier)
         if len(segments) > 1:
@@ -194,7 +209,13 @@ class GradientReduction(Stage):
         if key not in self._robust_sums:
             robust, wire = self.robust, self.wire
             assert robust is not None
-            policy = Policy(robust.rule, robust.max_malicious, robust.on_outlier, robust.outlier_ratio)
+            policy = Policy(
+                robust.rule,
+                robust.max_malicious,
+                robust.on_outlier,
+                robust.outlier_ratio,
+                robust.neighbor_mixing,
+            )
             codec: BlockCodec | PlainCodec = PlainCodec(dtype)
             if quantizes and wire is not None:
                 codec = BlockCodec(wire.bits, wire.effective_block_size)
@@ -203,7 +224,7 @@ class GradientReduction(Stage):
         return self._robust_sums[key]
 
     def _feedback(self) -> Feedback | None:
-        if not self.residuals:
+        if "sent" not in self.residuals:
             return None
         unit = seams.loss_scale(self.engine.optimizer)
         return Feedback(self.residuals["sent"], self.residuals["summed"], unit)

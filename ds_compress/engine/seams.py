@@ -305,6 +305,12 @@ def loss_scale(wrapper: Any) -> float:
     return float(getattr(wrapper, "loss_scale", 1.0) if config is None else config.cur_scale)
 
 
+def has_momentum(engine: Any) -> bool:
+    """Whether the optimizer keeps a running mean of gradients itself: SGD with momentum, Adam with betas[0] > 0."""
+    groups = getattr(engine.basic_optimizer, "param_groups", ())
+    return any(group.get("momentum") or (group.get("betas") or (0,))[0] for group in groups)
+
+
 def removed_config_keys() -> tuple[dict[str, str], dict[str, str]]:
     """Keys that DeepSpeed has removed, with its words: at the top level of its JSON, and in `zero_optimization`."""
     from deepspeed.runtime import config

@@ -54,6 +54,14 @@ class Residuals:
                 found[low - start : high - start] = self._decoded(run, unit)[low - first : high - first]
         return found
 
+    def covers(self, key: str, start: int, numel: int) -> bool:
+        """Whether something was stored for every one of these elements."""
+        at = start
+        for first, run in sorted(self._runs.get(key, {}).items()):
+            if first <= at < first + run.numel:
+                at = first + run.numel
+        return at >= start + numel
+
     def store(self, key: str, start: int, values: torch.Tensor, unit: float = 1.0) -> None:
         """Replaces the residuals of elements [start, start + n) of `key` by `values` fp32 (n,)."""
         runs = self._runs.setdefault(key, {})

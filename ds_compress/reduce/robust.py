@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ds_compress.reduce.codec import Codec
 from ds_compress.reduce.pipeline import pipelined
-from ds_compress.reduce.rules import COORDINATES, WEIGHTS
+from ds_compress.reduce.rules import COORDINATES, WEIGHTS, mixing
 from ds_compress.reduce.slices import Part, Segment, Slices, count, joined
 from ds_compress.reduce.workers import Report, report
 
@@ -37,15 +37,20 @@ class Policy:
     max_malicious: int = 1
     on_outlier: str = "report"
     outlier_ratio: float = 5.0
+    neighbor_mixing: bool = True
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who takes part, and how: `weights` (n,) fp64 for rules that have them; `trim` bad workers may be left."""
+    """Who takes part, and how; `trim` bad workers may be left among them.
+
+    weights: fp64 (len(keep),), for rules that have them. mixing: fp64 (len(keep), len(keep)), for the others, or None.
+    """
 
     keep: tuple[int, ...]
     trim: int
     weights: torch.Tensor | None
+    mixing: torch.Tensor | None
     overflow: bool
     report: Report
 
@@ -63,11 +68,14 @@ def judge(gram: torch.Tensor, non_finite: Sequence[int], policy: Policy) -> Verd
         dropped += by_norm[: max(0, policy.max_malicious - len(dropped))]
     keep = tuple(i for i in range(len(gram)) if i not in set(dropped))
     trim = max(0, policy.max_malicious - len(dropped))
-    weights = None
+    weights = mixed = None
+    kept = gram[list(keep)][:, list(keep)]
+    if policy.neighbor_mixing and policy.rule != "mean" and 0 < trim < len(keep):
+        mixed = mixing(kept, trim)
     if policy.rule in WEIGHTS and keep:
-        index = list(keep)
-        weights = WEIGHTS[policy.rule](gram[index][:, index])
-    return Verdict(keep, trim, weights, overflow or not keep, found)
+        weights = WEIGHTS[policy.rule](kept if mixed is None else mixed @ kept @ mixed.T)
+        weights, mixed = (weights if mixed is None else weights @ mixed), None
+    return Verdict(keep, trim, weights, mixed, overflow or not keep, found)
 
 
 def accusation(found: Report) -> str:
@@ -206,6 +214,8 @@ class RobustSum:
             result = torch.full((numel,), torch.nan, device=messages.device)
         else:
             rows = self._decoded(messages[list(verdict.keep)], numel)
+            if verdict.mixing is not None:
+                rows = verdict.mixing.to(rows) @ rows
             if verdict.weights is None:
                 result = COORDINATES[self.policy.rule](rows, verdict.trim)
             else:

@@ -13,10 +13,13 @@ some gradients and too small for others. Both clip rules stay in the span of the
 *weights* of the workers, and these follow from the inner products <x_i, x_j> alone: whoever holds only a part of each
 vector needs one small sum over the holders and no second look at distances.
 
+Before any of them but the mean, `mixing` may replace each vector by the mean of the n - f vectors nearest to it
+(nearest-neighbor mixing, Allouah et al. 2023): what only some honest workers see is then in most of the mixed vectors,
+so that rules do not drop it. This too is a matter of weights.
+
 Threat model: up to f workers *contribute* anything (a broken device, a bad shard, a poisoned or spoofed gradient).
 A process that runs code of its own owns a slice of the result and can write there what it likes: nothing here
-helps against that. Coordinate-wise rules assume that honest workers see alike data; on skewed shards they drop
-what only some workers see, and `centered_clip` does not.
+helps against that.
 """
 
 from __future__ import annotations
@@ -42,6 +45,15 @@ def median(rows: torch.Tensor, f: int = 0) -> torch.Tensor:
     middle, odd = divmod(len(rows), 2)
     ordered = sort_rows_(rows)
     return ordered[middle].clone() if odd else (ordered[middle - 1] + ordered[middle]).mul_(0.5)
+
+
+def mixing(gram: torch.Tensor, f: int) -> torch.Tensor:
+    """(n, n) whose row i averages the n - f vectors nearest to x_i, itself included, from the inner products (n, n)."""
+    squares = gram.diagonal()
+    distances = squares[:, None] + squares[None] - 2 * gram
+    distances.fill_diagonal_(-torch.inf)
+    nearest = distances.argsort(dim=1, stable=True)[:, : len(gram) - f]
+    return torch.zeros_like(gram).scatter_(1, nearest, 1 / (len(gram) - f))
 
 
 def mean_weights(gram: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,10 @@ def gradients(names: list[str]) -> dict[str, Any]:
     return found
 
 
+def joined(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
 def relative(ours: torch.Tensor, stock: torch.Tensor) -> float:
     return float((ours - stock).norm() / stock.norm().clamp(min=1e-12))
 
@@ -357,6 +361,39 @@ def robust_engines() -> dict[str, Any]:
     return found
 
 
+def momenta(folder: str) -> dict[str, Any]:
+    """Worker momentum under the mean: the running mean of stock gradients; and resumed from a checkpoint."""
+    found: dict[str, Any] = {}
+    rank, beta = dist.get_rank(), 0.5
+    robust = {"enabled": True, "rule": "mean", "max_malicious": 0, "worker_momentum": beta}
+    block = {"robust_reduction": robust}
+    still = {"optimizer": {"type": "SGD", "params": {"lr": 0.0}}, "zero_allow_untested_optimizer": True}
+    for stage in (0, 1, 2, 3):
+        stock = []
+        for steps in (1, 2, 3):
+            with engine_for({"stage": stage}, None, **still) as engine:
+                stock.append(final_gradients(engine, steps))
+        with engine_for({"stage": stage}, block, **still) as engine:
+            ours = final_gradients(engine, 3)
+        expected = {k: beta * (beta * stock[0][k] + (1 - beta) * stock[1][k]) + (1 - beta) * stock[2][k] for k in ours}
+        ends = []
+        for resumed in (False, True):
+            with engine_for({"stage": stage}, block) as engine:
+                if resumed:
+                    engine.load_checkpoint(f"{folder}/momentum-{stage}")
+                else:
+                    train(engine, batches(2, rank=rank))
+                    engine.save_checkpoint(f"{folder}/momentum-{stage}")
+                train(engine, batches(2, seed=2, rank=rank))
+                ends.append(full_weights(engine.module))
+        found[str(stage)] = {
+            "error": relative(joined(ours), joined(expected)),
+            "to stock": relative(joined(ours), joined(stock[2])),
+            "resumed": all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0]),
+        }
+    return found
+
+
 def poison(engine: Any, attack: str) -> None:
     """This worker's gradients are `attack` from now on."""
     factor = {"large": 100.0, "nan": float("nan")}[attack]
@@ -484,6 +521,7 @@ def run_two(folder: str) -> dict[str, Any]:
         "loss scales": loss_scales(),
         "checkpoints": checkpoints(folder),
         "weights": weights_on_the_wire(folder),
+        "momenta": momenta(folder),
     }
 
 

@@ -153,9 +153,17 @@ def test_a_bad_worker_is_named_and_does_not_get_through(four: Results, stage: in
     assert norms[3] > 30 * max(norms[:3])
 
 
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_worker_momentum_is_the_running_mean_and_is_in_checkpoints(two: Results, stage: int) -> None:
+    found = two[0]["momenta"][stage]
+    assert found["error"] < 0.01, "what is kept is bfloat16"
+    assert found["to stock"] > 0.1
+    assert found["resumed"]
+
+
 def test_abort_names_the_worker_in_every_process(four: Results) -> None:
     for rank in four:
-        assert rank["robust"]["abort"].startswith("step 1: worker 3: gradient norm ")
+        assert rank["robust"]["abort"].startswith("step 0: worker 3: gradient norm ")
 
 
 def test_more_bad_workers_than_can_be_outvoted_are_refused(four: Results) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_compress.reduce.rules import centered_clip_weights, median, trimmed_mean
+from ds_compress.reduce.rules import centered_clip_weights, median, mixing, trimmed_mean
 
 SPEC = importlib.util.find_spec("byzfl")
 pytestmark = pytest.mark.skipif(SPEC is None, reason="ByzFL is absent: pip install --no-deps byzfl")
@@ -86,3 +86,10 @@ def test_centered_clip_is_theirs_with_our_radius(n: int, f: int, attack: str) ->
         clipping.m = centre.numpy()  # its constructor refuses any centre
         centre = torch.as_tensor(clipping(rows.numpy()))
     torch.testing.assert_close(centered_clip_weights(rows @ rows.T) @ rows, centre)
+
+
+@pytest.mark.parametrize(("n", "f", "attack"), [case for case in CASES if case[2] != "Inf"])
+def test_neighbor_mixing(n: int, f: int, attack: str) -> None:
+    rows = attacked(n, f, attack)
+    expected = byzfl("aggregators.preaggregators").NNM(f=f)(rows.numpy())
+    torch.testing.assert_close(mixing(rows @ rows.T, f) @ rows, torch.as_tensor(expected))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_compress.reduce.momentum import WorkerMomentum
 from ds_compress.reduce.robust import Policy, accusation, judge
-from ds_compress.reduce.rules import COORDINATES, WEIGHTS, centered_clip_weights, distances_to
+from ds_compress.reduce.rules import COORDINATES, WEIGHTS, centered_clip_weights, distances_to, mixing
+from ds_compress.reduce.slices import Segment
 from ds_compress.reduce.workers import Report, Watch, report
 
 
@@ -123,6 +125,86 @@ def test_the_report_has_norms_and_cosines_to_the_mean() -> None:
 
 def test_zero_gradients_accuse_nobody() -> None:
     assert report(torch.zeros((4, 4), dtype=torch.float64), [], 5.0).accused == ()
+
+
+class TestMixing:
+    @pytest.mark.parametrize(("n", "f"), [(3, 1), (5, 1), (5, 2), (8, 2)])
+    def test_each_row_is_the_mean_of_the_nearest(self, n: int, f: int) -> None:
+        rows = workers(n)
+        rows[0] *= 100
+        mixed = mixing(rows @ rows.T, f) @ rows
+        for i, row in enumerate(rows):
+            nearest = sorted(range(n), key=lambda j: float((rows[j] - row).norm()))[: n - f]
+            torch.testing.assert_close(mixed[i], rows[nearest].mean(0))
+
+    @pytest.mark.parametrize("rule", ["trimmed_mean", "median", "centered_clip", "norm_clip"])
+    def test_a_rule_keeps_what_only_two_of_five_workers_see(self, rule: str) -> None:
+        """Coordinate-wise rules alone would drop it; the mean has 2/5 of it."""
+        rows = 0.01 * workers(5)
+        rows[:2, 0] += 1
+        seen = []
+        for neighbor_mixing in (False, True):
+            verdict = judge(rows @ rows.T, [], Policy(rule, max_malicious=1, neighbor_mixing=neighbor_mixing))
+            taken = rows if verdict.mixing is None else verdict.mixing @ rows
+            if verdict.weights is None:
+                result = COORDINATES[rule](taken.clone(), verdict.trim)
+            else:
+                assert verdict.mixing is None
+                result = verdict.weights @ rows
+            seen.append(float(result[0]))
+        assert seen[1] > (0.2 if rule in COORDINATES else 0.1)
+        if rule == "median":
+            assert seen[0] < 0.1
+
+    def test_the_mean_and_rules_with_nothing_left_to_outvote_are_not_mixed(self) -> None:
+        rows = workers()
+        assert judge(rows @ rows.T, [], Policy("mean")).weights.unique().tolist() == [0.2]  # type: ignore[union-attr]
+        assert judge(rows @ rows.T, [], Policy("median", max_malicious=0)).mixing is None
+        assert judge(rows @ rows.T, [3], Policy("median", max_malicious=1)).mixing is None
+
+
+class TestWorkerMomentum:
+    def sent(self, momentum: WorkerMomentum, gradient: torch.Tensor, unit: float = 1.0) -> torch.Tensor:
+        cut = 3
+        copy = gradient.clone()
+        segments = [Segment(copy[:cut], 0, "a", 0), Segment(copy[cut:], 1, "a", cut)]
+        momentum.apply(segments, unit)
+        return copy
+
+    def test_it_is_the_running_mean_and_starts_at_the_gradient(self) -> None:
+        momentum, expected = WorkerMomentum(0.9), None
+        for step in range(6):
+            gradient = workers(1, 10, seed=step)[0].float()
+            expected = gradient if expected is None else 0.9 * expected + 0.1 * gradient
+            torch.testing.assert_close(self.sent(momentum, gradient), expected, rtol=0.02, atol=0.02)
+
+    def test_it_follows_the_loss_scale(self) -> None:
+        momentum, gradient = WorkerMomentum(0.5), torch.ones(8)
+        self.sent(momentum, 1024 * gradient, unit=1024)
+        torch.testing.assert_close(self.sent(momentum, 256 * gradient, unit=256), 256 * gradient)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_nan_is_sent_and_forgotten(self, bad: float) -> None:
+        momentum, gradient = WorkerMomentum(0.5), torch.ones(8)
+        self.sent(momentum, gradient)
+        broken = gradient.clone()
+        broken[5] = bad
+        sent = self.sent(momentum, broken)
+        assert not torch.isfinite(sent[5]) and torch.equal(sent[:3], gradient[:3])
+        assert torch.equal(self.sent(momentum, gradient), gradient)
+
+    def test_a_skipped_step_leaves_no_trace_and_other_cuts_are_known(self) -> None:
+        momentum = WorkerMomentum(0.5)
+        self.sent(momentum, torch.ones(8))
+        momentum.kept.commit()
+        self.sent(momentum, torch.full((8,), 9.0))
+        momentum.kept.rollback()
+        whole = torch.ones(8)
+        momentum.apply([Segment(whole, 0, "a", 0)], 1.0)
+        assert torch.equal(whole, torch.ones(8))
+        more = torch.ones(10)
+        momentum.apply([Segment(more, 0, "b", 0)], 1.0)
+        assert torch.equal(more, torch.ones(10))
 
 
 class TestWatch:
