@@ -5,6 +5,7 @@
 The whole encoder is fine-tuned in bf16 on two processes, through the launcher, at each ZeRO stage: stock, int8, int4,
 int4 with error feedback, int4 with int8 weights; the same batches for each. Reported: accuracy on the 2,049 held-out
 sentences (standard error 0.8 points), its difference to stock of the same seed and stage, in points, and the loss.
+Runs whose results lie in --output already are not repeated.
 """
 
 from __future__ import annotations
@@ -63,8 +64,12 @@ def compare(
         loss: dict[str, list[float]] = {name: [] for name in names}
         for seed in range(seeds):
             for name in names:
-                folder = output / f"stage{stage}_{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-                metrics = train(config_of(stage, steps, blocks[name]), encoder, folder, seed)
+                folder = output / f"stage{stage}_{name.replace(', ', '_').replace(' ', '_')}_{steps}_{seed}"
+                done = folder / "metrics.json"
+                if done.is_file():
+                    metrics = load_json(done)
+                else:
+                    metrics = train(config_of(stage, steps, blocks[name]), encoder, folder, seed)
                 accuracy[name].append(metrics["accuracy"])
                 loss[name].append(statistics.mean(metrics["losses"][-LAST_LOSSES:]))
                 print(
