@@ -6,7 +6,7 @@ int8 and int4 in blocks of 512, fp32 and bf16 gradients, with and without error 
 peers are the formulas in eager torch: naively, a pass per operation over all elements, and as the reference does them,
 a piece at a time in cache.
 
-On CUDA the same runs are timed between events; that has never been tried on a GPU.
+On CUDA the same runs are timed between events.
 """
 
 from __future__ import annotations

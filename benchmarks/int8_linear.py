@@ -10,7 +10,7 @@ roofline of the two predicts, the error against fp32, and how many times longer 
 is faster). With GELU, a peer is followed by torch's own. The summary compares with the fastest 8-bit peer of a shape.
 
 A peer that is over ten times slower than ours at a small product is not measured at large ones, and one that fails is
-listed with its reason. On a CUDA device the same runs are timed between events; that has never been tried on a GPU.
+listed with its reason. On a CUDA device the same runs are timed between events.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
   masks after it, and the step cut into pieces that are masked while they are in cache.
 - N:M selection, packing and the histogram of magnitudes, beside the references in plain torch.
 
-On CUDA the same runs are timed between events; that has never been tried on a GPU.
+On CUDA the same runs are timed between events.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "recommended": {"rule": "trimmed_mean", "worker_momentum": MOMENTUM},
 }
 ATTACKS = ("none", "sign flip", "sign flip x10", "scale x100", "noise", "ALIE", "IPM", "NaN", "stale")
+OMNISCIENT = ("ALIE", "IPM")
 BATCH, STALE_STEPS = 16, 20
 
 Figures = dict[str, dict[str, float]]
@@ -87,11 +88,15 @@ def corrupted(name: str, bad: int) -> Iterator[None]:
 
     def replaced(segments: Sequence[Any]) -> None:
         own = torch.cat([segment.values.float() for segment in segments])
-        past.append(own)
-        everyones = [torch.empty_like(own) for _ in range(world)]
-        dist.all_gather(everyones, own)
+        if name == "stale":
+            past.append(own)
+        honest = own[None]
+        if name in OMNISCIENT:
+            everyones = [torch.empty_like(own) for _ in range(world)]
+            dist.all_gather(everyones, own)
+            honest = torch.stack(everyones[: world - bad])
         if rank >= world - bad:
-            sent = attack(name, own, torch.stack(everyones[: world - bad]), past)
+            sent = attack(name, own, honest, past)
             for segment, values in zip(segments, sent.split([s.numel for s in segments]), strict=True):
                 segment.values.copy_(values)
 
