@@ -230,7 +230,12 @@ def robust() -> list[dict[str, Any]]:
     found = []
     numel = 10007
     for rule in ("mean", "trimmed_mean", "median", "centered_clip", "norm_clip"):
-        for codec in (PlainCodec(torch.float32), BlockCodec(8, 512)):
+        for codec, mixed in (
+            (PlainCodec(torch.float32), False),
+            (PlainCodec(torch.float32), True),
+            # Independent gradients are about equally far from each other: who is nearest is up to the rounding.
+            (BlockCodec(8, 512), False),
+        ):
             for bad in ("none", "nan", "large"):
                 rows = torch.stack([contribution(r, numel) for r in range(world)])
                 if bad == "nan":
@@ -241,19 +246,20 @@ def robust() -> list[dict[str, Any]]:
                 reduction = RobustSum(
                     None,
                     codec,
-                    Policy(rule, max_malicious=1, on_outlier="exclude"),
+                    Policy(rule, max_malicious=1, on_outlier="exclude", neighbor_mixing=mixed),
                     2048,
                     lambda gram, report, reports=reports: reports.append(report),
                 )
                 x = rows[rank].clone()
                 reduction.all_reduce(x, 1 / world)
                 honest = [r for r in range(world) if bad == "none" or r != 1]
-                expected = whole_rule(rule, rows[honest].double(), 1 if bad == "none" else 0)
+                expected = whole_rule(rule, rows[honest].double(), 1 if bad == "none" else 0, mixed)
                 found.append(
                     {
                         "rule": rule,
                         "bad": bad,
                         "plain": isinstance(codec, PlainCodec),
+                        "mixed": mixed,
                         "error": float((x.double() - expected).norm() / expected.norm()),
                         "bits": x.cpu().numpy().tobytes(),
                         "accused": reports[0].accused,
@@ -266,10 +272,14 @@ def robust() -> list[dict[str, Any]]:
     return found
 
 
-def whole_rule(rule: str, rows: torch.Tensor, f: int) -> torch.Tensor:
+def whole_rule(rule: str, rows: torch.Tensor, f: int, mixed: bool) -> torch.Tensor:
     """Plain fp64, straight from the papers."""
     if rule == "mean":
         return rows.mean(0)
+    if mixed and f:
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distances.topk(len(rows) - f, largest=False).indices
+        rows = torch.stack([rows[own].mean(0) for own in nearest])
     if rule in COORDINATES:
         ordered = rows.sort(0).values
         if rule == "trimmed_mean":

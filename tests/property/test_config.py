@@ -127,6 +127,8 @@ COMPLETE: dict[str, Any] = {
         "max_malicious": 2,
         "on_outlier": "exclude",
         "outlier_ratio": 4.0,
+        "neighbor_mixing": False,
+        "worker_momentum": 0.9,
     },
     "seed": 7,
     "kernels": "native",

@@ -47,6 +47,7 @@ def test_int4_has_smaller_blocks_unless_told_otherwise() -> None:
         ),
         ({"robust_reduction": {"rule": "krum"}}, "robust_reduction.rule", "centered_clip"),
         ({"robust_reduction": {"outlier_ratio": 1}}, "robust_reduction.outlier_ratio", "> 1"),
+        ({"robust_reduction": {"worker_momentum": 1}}, "robust_reduction.worker_momentum", "< 1"),
         ({"robust_reduction": {"max_malicious": -1}}, "robust_reduction.max_malicious", ">= 0"),
         (
             {"parameter_compression": {"refresh_interval": 0}},
