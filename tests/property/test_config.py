@@ -144,6 +144,7 @@ def key_paths(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 PATHS = key_paths(COMPLETE)
+KEYS = {path[-1] for path in PATHS}
 
 
 @st.composite
@@ -180,7 +181,8 @@ def test_the_complete_block_is_complete_and_valid() -> None:
 @given(st.data())
 def test_a_misspelt_key_is_named_with_the_right_one(data: st.DataObject) -> None:
     *outer, key = path = data.draw(st.sampled_from(PATHS))
-    wrong = data.draw(misspelt(key))
+    # A slip that is another block's key ("weights" for "weight") is told where it belongs.
+    wrong = data.draw(misspelt(key).filter(lambda word: word not in KEYS))
     block = copy.deepcopy(COMPLETE)
     owner = value_at(block, tuple(outer))
     owner[wrong] = owner.pop(key)
