@@ -162,10 +162,7 @@ class GradientReduction(Stage):
 
     def reduce_scatter(self, group: Any, segments: Sequence[Segment], take: Take, multiplier: float) -> None:
         """Gives each owner `multiplier` times the sum of its segments: see `reduce.exchange`."""
-        self._settle()
-        numel, dtype = _size(segments)
-        if self.momentum is not None:
-            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer))
+        numel, dtype = self._begin(segments)
         if self.robust is not None:
             self._robust_sum(group, numel, dtype).reduce_scatter(segments, take, multiplier)
             return
@@ -180,19 +177,23 @@ class GradientReduction(Stage):
 
     def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:
         """Replaces all segments by `multiplier` times their sum, with the same bits everywhere."""
-        self._settle()
-        numel, dtype = _size(segments)
+        numel, dtype = self._begin(segments)
         if self.robust is None:
             self._quantized += numel
             self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
             return
-        if self.momentum is not None:
-            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer))
         flat = segments[0].values if len(segments) == 1 else torch.cat([s.values for s in segments])
         self._robust_sum(group, numel, dtype).all_reduce(flat, multiplier)
         if len(segments) > 1:
             for segment, values in zip(segments, flat.split([s.numel for s in segments]), strict=True):
                 segment.values.copy_(values)
+
+    def _begin(self, segments: Sequence[Segment]) -> tuple[int, torch.dtype]:
+        """Makes of gradients what is sent; the elements and dtype of the bucket."""
+        self._settle()
+        if self.momentum is not None:
+            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer))
+        return sum(segment.numel for segment in segments), segments[0].values.dtype
 
     def _sum_over(self, group: Any) -> QuantizedSum:
         if group not in self._sums:
@@ -321,10 +322,6 @@ def is_lopsided(segments: Sequence[Segment], owners: int) -> bool:
     for segment in segments:
         of_owner[segment.owner] += segment.numel
     return owners > 2 and max(of_owner) * owners > 2 * sum(of_owner)
-
-
-def _size(segments: Sequence[Segment]) -> tuple[int, torch.dtype]:
-    return sum(segment.numel for segment in segments), segments[0].values.dtype
 
 
 def _say(group: Any, text: str, level: int = logging.INFO) -> None:

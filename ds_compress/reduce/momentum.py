@@ -1,8 +1,8 @@
 """Worker momentum: each worker sends the running mean of its gradients in place of the gradient.
 
 Karimireddy et al. 2021 ("Learning from history for Byzantine robust optimization"): the spread of honest workers is
-what an attack hides in, and their momenta spread less than their gradients by 1 / sqrt((1 + beta) / (1 - beta)). It
-stands for the optimizer's own momentum.
+what an attack hides in, and momenta have sqrt((1 - beta) / (1 + beta)) of the spread of gradients. It stands for the
+optimizer's own momentum.
 
     m = g at first, then beta * m + (1 - beta) * g
 
