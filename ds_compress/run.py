@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import runpy
 import sys
+import time
 from pathlib import Path
 
 _USAGE = "usage: deepspeed --module ds_compress.run (script.py | -m package.module) [arguments]"
+_LETTING_GO_S = 0.1
 
 
 def split_arguments(argv: list[str]) -> tuple[str, bool, list[str]]:
@@ -36,16 +38,18 @@ def split_arguments(argv: list[str]) -> tuple[str, bool, list[str]]:
 
 
 def leave_process_group() -> None:
-    """Joins the threads of the process group, which a script may have left to the end of the process.
+    """Finishes the collectives of the process group, which a script may have left to the end of the process.
 
     With gloo, a collective whose last reference a worker thread still holds when the interpreter shuts down ends a
     finished run with "terminate called without an active exception", and the launcher then kills the other
-    processes, one that is still saving included.
+    processes, one that is still saving included. Destroying the group waits until its collectives are over; the
+    threads let go of them a moment later, for which they need the interpreter.
     """
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(_LETTING_GO_S)
 
 
 def main() -> None:

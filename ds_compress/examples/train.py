@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 import ds_compress
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
+from ds_compress.run import leave_process_group
 from ds_compress.structure.stock import stock_obstacles
 
 EVALUATION_BATCH = 64
@@ -77,7 +78,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         save(engine.module, weights, tokenizer, Path(args.output), logits, {**figures, "exported": exported})
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:

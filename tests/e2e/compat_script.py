@@ -13,6 +13,8 @@ from deepspeed.compression.helper import recursive_getattr
 from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from tests.ending import end
+
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=-1)
 parser.add_argument("--model", required=True)
@@ -52,5 +54,4 @@ if torch.distributed.get_rank() == 0:
     }
     with open(arguments.output, "w") as file:
         json.dump(report, file)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+end()

@@ -2,13 +2,13 @@
 
 import json
 import sys
-import time
 
 import deepspeed.ops
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import ds_compress  # noqa: F401
+from tests.ending import end
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 config_path, model_path, output = sys.argv[-3:]
@@ -45,8 +45,4 @@ if trainer.is_world_process_zero():
     }
     with open(f"{output}/report.json", "w") as file:
         json.dump(report, file)
-# Without this a gloo worker thread may outlive the interpreter, which aborts a run that has finished: every process is
-# done with its collectives, and a moment later so are the threads that ran them.
-torch.distributed.barrier()
-time.sleep(0.5)
-torch.distributed.destroy_process_group()
+end()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import ds_compress  # noqa: F401
 from benchmarks.netlab import bytes_sent
+from tests.ending import end
 from tests.multirank.common import ds_config, engine_of
 
 WIDTH, LAYERS, STEPS = 768, 6, 3
@@ -77,8 +78,7 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ def _main() -> None:
     import deepspeed
     import deepspeed.ops
 
+    from tests.ending import end
+
     # Its C++ build takes minutes and changes nothing here: gloo carries the collectives.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if BACKEND == "nccl":
@@ -112,8 +114,7 @@ def _main() -> None:
     arguments = torch.load(f"{folder}/arguments.pt", weights_only=False)
     result = getattr(importlib.import_module(module), name)(**arguments)
     torch.save(result, f"{folder}/{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":
