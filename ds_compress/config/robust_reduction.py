@@ -36,18 +36,21 @@ class RobustReduction(Section):
     worker_momentum: Annotated[Real, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description=(
-            "Workers send running means of their gradients with this beta, which attacks have less room in. Costs 2 "
-            "bytes per parameter in each process, and stands for the optimizer's own momentum: set that to 0."
+            "Workers send running means of their gradients with this beta per step, which attacks have less room in. "
+            "Costs 2 bytes per parameter in each process, and stands for the optimizer's own momentum: set that to 0."
         ),
     )
     on_outlier: OnOutlier = Field(
         default="report",
-        description="A worker with an outlying norm is named in the log, left out of this reduction, or ends the run.",
+        description=(
+            "A worker with an outlying norm is named in the log; left out from the next step on, and at once if it is "
+            "one by this step alone; or ends the run."
+        ),
     )
     outlier_ratio: Annotated[Real, Field(gt=1)] = Field(
         default=5.0,
         description=(
             "A worker is an outlier when its norm is this many times the median of all workers, in the geometric mean "
-            "of about twenty steps, or the square of it in one step; excluded is whoever exceeds it in one reduction."
+            "of about twenty steps, or the square of it in one step."
         ),
     )

@@ -192,7 +192,8 @@ class GradientReduction(Stage):
         """Makes of gradients what is sent; the elements and dtype of the bucket."""
         self._settle()
         if self.momentum is not None:
-            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer))
+            per_step = seams.reductions_per_step(self.engine)
+            self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer), per_step)
         return sum(segment.numel for segment in segments), segments[0].values.dtype
 
     def _sum_over(self, group: Any) -> QuantizedSum:
@@ -221,7 +222,9 @@ class GradientReduction(Stage):
             if quantizes and wire is not None:
                 codec = BlockCodec(wire.bits, wire.effective_block_size)
             pieces = wire.piece_elements if wire is not None else 1 << 20
-            self._robust_sums[key] = RobustSum(group, codec, policy, pieces, self._add_report)
+            self._robust_sums[key] = RobustSum(
+                group, codec, policy, pieces, self._add_report, lambda: self._watch.suspects if self._watch else ()
+            )
         return self._robust_sums[key]
 
     def _feedback(self) -> Feedback | None:
@@ -299,16 +302,19 @@ class GradientReduction(Stage):
 
     def process_state(self) -> dict[str, Any]:
         self._settle()
-        return {
+        kept: dict[str, Any] = {
             kind: [{"run": dict(run), "stored": stored.cpu()} for run, stored in residuals.state()]
             for kind, residuals in self.residuals.items()
         }
+        return kept if self._watch is None else {**kept, "watch": self._watch.state()}
 
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         for kind, residuals in self.residuals.items():
             residuals.clear()
             for item in (state or {}).get(kind, ()):
                 residuals.restore(item["run"], item["stored"].to(self.engine.device))
+        if self._watch is not None:
+            self._watch.restore((state or {}).get("watch", {}))
         self._awaits_outcome = False
 
 

@@ -311,6 +311,12 @@ def has_momentum(engine: Any) -> bool:
     return any(group.get("momentum") or (group.get("betas") or (0,))[0] for group in groups)
 
 
+def reductions_per_step(engine: Any) -> int:
+    """How many gradients of each parameter are reduced before a step: stages 2 and 3 keep no whole ones until then."""
+    steps: int = engine.gradient_accumulation_steps() if engine.zero_optimization_partition_gradients() else 1
+    return steps
+
+
 def removed_config_keys() -> tuple[dict[str, str], dict[str, str]]:
     """Keys that DeepSpeed has removed, with its words: at the top level of its JSON, and in `zero_optimization`."""
     from deepspeed.runtime import config

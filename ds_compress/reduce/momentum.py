@@ -6,8 +6,8 @@ optimizer's own momentum.
 
     m = g at first, then beta * m + (1 - beta) * g
 
-A worker keeps as much as its gradients, in bfloat16; with gradient accumulation at stages 2 and 3, every micro-step
-counts.
+A worker keeps as much as its gradients, in bfloat16. Where each of k micro-steps of a step is reduced (stages 2 and 3),
+each has beta^(1/k): beta is what is left of a gradient after one step.
 """
 
 from __future__ import annotations
@@ -28,17 +28,22 @@ class WorkerMomentum:
         self.kept = Residuals(bits=16)
 
     @torch.no_grad()
-    def apply(self, segments: Sequence[Segment], unit: float) -> None:
-        """Replaces each segment's values by its running mean; `unit` is the loss scale that they are multiplied by.
+    def apply(self, segments: Sequence[Segment], unit: float, per_step: int = 1) -> None:
+        """Replaces each segment's values by its running mean.
 
         A segment with NaN or Inf stays what it is, to be noticed, and leaves its running mean alone.
+
+        Args:
+            unit: the loss scale that the values are multiplied by.
+            per_step: how many gradients of a parameter are reduced in one step.
         """
+        beta = self.beta ** (1 / per_step)
         for segment in segments:
             gradient = segment.values.float()
             place = (segment.key, segment.start, segment.numel)
             if self.kept.covers(*place):
                 before = self.kept.load(*place, gradient.device, unit)
-                mean = before * self.beta + gradient * (1 - self.beta)
+                mean = before * beta + gradient * (1 - beta)
             else:
                 before, mean = torch.zeros_like(gradient), gradient
             finite = torch.isfinite(gradient).all()

@@ -55,16 +55,20 @@ class Verdict:
     report: Report
 
 
-def judge(gram: torch.Tensor, non_finite: Sequence[int], policy: Policy) -> Verdict:
+def judge(
+    gram: torch.Tensor, non_finite: Sequence[int], policy: Policy, suspects: Sequence[int] = ()
+) -> Verdict:
     """Pure: the same inner products give the same verdict in every process.
 
     gram: fp64 (n, n) on the CPU; rows and columns of non-finite workers are ignored.
+    suspects: who kept standing out in the steps before (`workers.Watch`), which one bucket cannot tell.
     """
-    found = report(gram, non_finite, policy.outlier_ratio)
+    found = report(gram, non_finite, policy.outlier_ratio**2)
     overflow = len(non_finite) > policy.max_malicious
     dropped = list(non_finite)
     if policy.on_outlier == "exclude":
-        by_norm = sorted(found.outliers, key=lambda i: -float(found.norms[i]))
+        bad = {*suspects, *found.outliers} - {*non_finite}
+        by_norm = sorted(bad, key=lambda i: (-float(found.norms[i]), i))
         dropped += by_norm[: max(0, policy.max_malicious - len(dropped))]
     keep = tuple(i for i in range(len(gram)) if i not in set(dropped))
     trim = max(0, policy.max_malicious - len(dropped))
@@ -99,6 +103,7 @@ class RobustSum:
         codec: how gradients travel, as they are or quantized.
         piece_elements: elements of a bucket that travel at a time.
         on_report: told about every reduction.
+        suspects: asked at every reduction who kept standing out before it.
     """
 
     def __init__(
@@ -108,11 +113,13 @@ class RobustSum:
         policy: Policy,
         piece_elements: int = 1 << 20,
         on_report: Callable[[torch.Tensor, Report], None] | None = None,
+        suspects: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         self.group, self.codec, self.policy = group, codec, policy
         self.world_size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.quantum = max(1, piece_elements // self.world_size // codec.granule) * codec.granule
         self._on_report = on_report or (lambda gram, found: None)
+        self._suspects = suspects
 
     @torch.no_grad()
     def reduce_scatter(
@@ -194,7 +201,7 @@ class RobustSum:
         non_finite = [
             i for i, square in enumerate(gram.diagonal().tolist()) if not abs(square) < float("inf")
         ]
-        verdict = judge(gram, non_finite, self.policy)
+        verdict = judge(gram, non_finite, self.policy, self._suspects())
         self._on_report(gram, verdict.report)
         return verdict
 

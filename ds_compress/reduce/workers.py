@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -66,6 +66,11 @@ class Watch:
         self._logs: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
 
+    @property
+    def suspects(self) -> tuple[int, ...]:
+        """The workers who kept standing out up to the last step, the same in every process."""
+        return _indices(self._stands_out())
+
     def judge(self, found: Report) -> Report:
         """The report of a step with the outliers among all steps, not of this one; called once per step."""
         finite = torch.isfinite(found.norms)
@@ -79,9 +84,27 @@ class Watch:
         kept = 1 - 1 / MEMORY_STEPS
         self._logs = torch.where(finite, self._logs * kept + logs, self._logs)
         self._counts = torch.where(finite, self._counts * kept + 1, self._counts)
-        stands_out = (self._logs > self._limit * self._counts) | (logs >= 2 * self._limit)
-        outliers = (stands_out & finite).nonzero().flatten().tolist()
-        return replace(found, outliers=tuple(outliers))
+        at_once = logs >= 2 * self._limit
+        return replace(found, outliers=_indices((self._stands_out() | at_once) & finite))
+
+    def _stands_out(self) -> torch.Tensor:
+        if self._logs is None or self._counts is None:
+            return torch.zeros(0, dtype=torch.bool)
+        return self._logs > self._limit * self._counts
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` takes; empty before the first step."""
+        if self._logs is None or self._counts is None:
+            return {}
+        return {"logs": self._logs, "counts": self._counts}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from a `state`; from an empty one, begins anew."""
+        self._logs, self._counts = state.get("logs"), state.get("counts")
+
+
+def _indices(flags: torch.Tensor) -> tuple[int, ...]:
+    return tuple(flags.nonzero().flatten().tolist())
 
 
 @dataclass

@@ -321,7 +321,7 @@ def checkpoints(folder: str) -> dict[str, Any]:
     return found
 
 
-def robust_engines() -> dict[str, Any]:
+def robust_engines(folder: str) -> dict[str, Any]:
     """One bad worker of three or more: who is named, and whether its gradient got through."""
     found: dict[str, Any] = {}
     bad = dist.get_world_size() - 1
@@ -353,6 +353,20 @@ def robust_engines() -> dict[str, Any]:
             found["abort"] = "went on"
         except OutlierAbort as error:
             found["abort"] = str(error)
+    block = {"robust_reduction": {"enabled": True, "rule": "mean", "on_outlier": "exclude"}}
+    norms = {}
+    for stage in (0, 2, 3):
+        with engine_for({"stage": stage}, block) as engine:
+            if dist.get_rank() == bad:
+                poison(engine, "tenfold")
+            norms[stage] = [float(joined(final_gradients(engine)).norm()) for _ in range(3)]
+            engine.save_checkpoint(f"{folder}/suspects-{stage}")
+        with engine_for({"stage": stage}, block) as engine:
+            engine.load_checkpoint(f"{folder}/suspects-{stage}")
+            if dist.get_rank() == bad:
+                poison(engine, "tenfold")
+            norms[stage] += [float(joined(final_gradients(engine)).norm())]
+    found["exclude"] = norms
     try:
         with engine_for({"stage": 1}, {"robust_reduction": {"enabled": True, "max_malicious": bad}}):
             found["too many"] = "went on"
@@ -386,7 +400,14 @@ def momenta(folder: str) -> dict[str, Any]:
                     engine.save_checkpoint(f"{folder}/momentum-{stage}")
                 train(engine, batches(2, seed=2, rank=rank))
                 ends.append(full_weights(engine.module))
+        micro = []
+        for steps in (1, 2, 3, 4):
+            with engine_for({"stage": stage}, None, **still) as engine:
+                micro.append(joined(final_gradients(engine, steps)))
+        with engine_for({"stage": stage}, block, gradient_accumulation_steps=2, **still) as engine:
+            accumulated = joined(final_gradients(engine, 2))
         found[str(stage)] = {
+            "accumulated": relative(accumulated, mean_of_momenta(micro, beta, every=1 if stage > 1 else 2)),
             "error": relative(joined(ours), joined(expected)),
             "to stock": relative(joined(ours), joined(stock[2])),
             "resumed": all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0]),
@@ -394,9 +415,19 @@ def momenta(folder: str) -> dict[str, Any]:
     return found
 
 
+def mean_of_momenta(micro: list[torch.Tensor], beta: float, every: int) -> torch.Tensor:
+    """What the second step gets, of gradients of four micro-steps, when every one or every second is reduced."""
+    gradients = [torch.stack(micro[at : at + every]).mean(0) for at in range(0, 4, every)]
+    beta **= every / 2
+    momenta = gradients[:1]
+    for gradient in gradients[1:]:
+        momenta.append(beta * momenta[-1] + (1 - beta) * gradient)
+    return torch.stack(momenta[len(momenta) // 2 :]).mean(0)
+
+
 def poison(engine: Any, attack: str) -> None:
     """This worker's gradients are `attack` from now on."""
-    factor = {"large": 100.0, "nan": float("nan")}[attack]
+    factor = {"large": 100.0, "tenfold": 10.0, "nan": float("nan")}[attack]
     for parameter in engine.module.parameters():
         parameter.register_hook(lambda gradient: gradient * factor)
 
@@ -525,10 +556,10 @@ def run_two(folder: str) -> dict[str, Any]:
     }
 
 
-def run_four() -> dict[str, Any]:
+def run_four(folder: str) -> dict[str, Any]:
     deepspeed.utils.logger.setLevel("ERROR")
     return {
         "gradients": gradients(["0 fp32", "2 small buckets", "3 small buckets"]),
-        "robust": robust_engines(),
+        "robust": robust_engines(folder),
         "hosts": hierarchies(),
     }

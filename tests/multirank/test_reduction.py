@@ -23,8 +23,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.fixture(scope="module")
-def four() -> Results:
-    return run_ranks(4, "tests.multirank.reduction:run_four", timeout_s=240)
+def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    return run_ranks(4, "tests.multirank.reduction:run_four", timeout_s=240, folder=folder)
 
 
 def check_gradients(ranks: Results, name: str) -> None:
@@ -157,6 +158,7 @@ def test_a_bad_worker_is_named_and_does_not_get_through(four: Results, stage: in
 def test_worker_momentum_is_the_running_mean_and_is_in_checkpoints(two: Results, stage: int) -> None:
     found = two[0]["momenta"][stage]
     assert found["error"] < 0.01, "what is kept is bfloat16"
+    assert found["accumulated"] < 0.01, "beta is per step, however many gradients make one"
     assert found["to stock"] > 0.1
     assert found["resumed"]
 
@@ -164,6 +166,14 @@ def test_worker_momentum_is_the_running_mean_and_is_in_checkpoints(two: Results,
 def test_abort_names_the_worker_in_every_process(four: Results) -> None:
     for rank in four:
         assert rank["robust"]["abort"].startswith("step 0: worker 3: gradient norm ")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_who_keeps_standing_out_is_excluded_from_the_next_step_on(four: Results, stage: int) -> None:
+    """Ten times is too little to tell in one bucket; that it was there before, a checkpoint remembers."""
+    first, *later = four[0]["robust"]["exclude"][stage]
+    assert len(later) == 3
+    assert all(norm < 0.6 * first for norm in later)
 
 
 def test_more_bad_workers_than_can_be_outvoted_are_refused(four: Results) -> None:

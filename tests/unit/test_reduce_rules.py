@@ -89,15 +89,26 @@ class TestVerdict:
     def test_an_outlier_is_only_reported_unless_told_otherwise(self) -> None:
         rows = workers()
         rows[1] *= 10
+        rows[1] *= 10
         reported = self.verdict(rows)
         assert reported.keep == (0, 1, 2, 3, 4) and reported.report.outliers == (1,)
         excluded = self.verdict(rows, on_outlier="exclude")
         assert excluded.keep == (0, 2, 3, 4)
         assert "worker 1: gradient norm" in accusation(excluded.report)
 
+    def test_who_stood_out_before_is_excluded_and_no_longer_trimmed(self) -> None:
+        rows = workers()
+        rows[1] *= 10
+        suspected = judge(rows @ rows.T, [], Policy("trimmed_mean", on_outlier="exclude"), suspects=[1])
+        assert suspected.keep == (0, 2, 3, 4) and suspected.trim == 0
+        assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 2, 3, 4), "an honest one may do this once"
+        assert judge(rows @ rows.T, [], Policy("trimmed_mean"), suspects=[1]).keep == (0, 1, 2, 3, 4)
+        rows[1] = torch.nan
+        assert judge(rows @ rows.T, [1], Policy(on_outlier="exclude"), suspects=[1]).keep == (0, 2, 3, 4)
+
     def test_no_more_than_max_malicious_are_excluded_the_worst_first(self) -> None:
         rows = workers(7)
-        rows[1] *= 10
+        rows[1] *= 100
         rows[2] *= 1000
         assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 3, 4, 5, 6)
         assert self.verdict(rows, on_outlier="exclude", max_malicious=3).keep == (0, 3, 4, 5, 6)
@@ -178,6 +189,15 @@ class TestWorkerMomentum:
             expected = gradient if expected is None else 0.9 * expected + 0.1 * gradient
             torch.testing.assert_close(self.sent(momentum, gradient), expected, rtol=0.02, atol=0.02)
 
+    @pytest.mark.parametrize("per_step", [1, 2, 5])
+    def test_beta_is_what_is_left_after_a_step(self, per_step: int) -> None:
+        momentum = WorkerMomentum(0.9)
+        self.sent(momentum, torch.ones(8))
+        for _ in range(per_step):
+            left = torch.zeros(8)
+            momentum.apply([Segment(left, 0, "a", 0)], 1.0, per_step)
+        torch.testing.assert_close(left, torch.full((8,), 0.9), rtol=0.02, atol=0)
+
     def test_it_follows_the_loss_scale(self) -> None:
         momentum, gradient = WorkerMomentum(0.5), torch.ones(8)
         self.sent(momentum, 1024 * gradient, unit=1024)
@@ -248,6 +268,21 @@ class TestWatch:
         norms = torch.ones(40, 5)
         norms[20, 1] = 24
         assert not self.named(norms).any()
+
+    def test_suspects_are_those_who_kept_standing_out_and_a_state_remembers_them(self) -> None:
+        watch = Watch(5.0)
+        assert watch.suspects == () and watch.state() == {}
+        norms = torch.ones(5, dtype=torch.float64)
+        for step in range(12):
+            norms[2] = 10
+            norms[3] = 1000 if step == 11 else 1
+            watch.judge(Report(norms, torch.zeros_like(norms)))
+        assert watch.suspects == (2,)
+        resumed = Watch(5.0)
+        resumed.restore(watch.state())
+        assert resumed.suspects == (2,)
+        resumed.restore({})
+        assert resumed.suspects == ()
 
     def test_nan_is_always_named_and_zeros_never(self) -> None:
         norms = torch.ones(3, 4)
