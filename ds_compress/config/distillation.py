@@ -244,10 +244,17 @@ class Distillation(Section):
         if self.teacher_offload == "cpu" and self.teacher_zero_stage != 3:
             yield Conflict(("teacher_offload",), "cpu", "teacher_zero_stage 3 beside it")
         yield from self._without_effect()
-        if self.self_teacher is not None and self.self_teacher.weights == "current" and self.layer_map:
-            yield Conflict(
-                ("layer_map",), self.layer_map, "nothing: every layer imitates itself", "remove it"
-            )
+        if self.layer_map is not None:
+            yield from self._nothing_to_map()
+
+    def _nothing_to_map(self) -> Iterator[Conflict]:
+        if self.self_teacher is not None and self.self_teacher.weights == "current":
+            reason, fix = "every layer imitates itself", "remove it"
+        elif self.losses.hidden is None and self.losses.attention is None:
+            reason, fix = "no loss is by layer", 'remove it, or add "hidden" or "attention" to losses'
+        else:
+            return
+        yield Conflict(("layer_map",), self.layer_map, f"nothing: {reason}", fix)
 
     def _without_effect(self) -> Iterator[Conflict]:
         """Settings of a teacher model that the chosen teacher does not have."""

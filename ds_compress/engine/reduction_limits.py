@@ -50,7 +50,7 @@ def _gradient_problems(ds_config: Any) -> Iterator[Problem]:
             "zero_optimization.reduce_scatter",
             "false",
             "true at stage 3",
-            "remove the key: gradients are reduce-scattered here",
+            "remove the key: gradients are reduce-scattered here; or, for Muon, which wants it, use stage 1 or 2",
         )
 
 

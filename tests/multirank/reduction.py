@@ -36,10 +36,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "2 round robin": {"stage": 2, "zero": {"round_robin_gradients": True}},
     "2 small buckets": {"stage": 2, "zero": {"reduce_bucket_size": 3000}},
+    "2 overlap": {"stage": 2, "zero": {"overlap_comm": True}},
+    "2 offload": {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
     "2 no reduce-scatter": {"stage": 2, "zero": {"reduce_scatter": False}},
     "1 not contiguous": {"stage": 1, "zero": {"contiguous_gradients": False}},
     "3 bf16": {"stage": 3, "dtype": "bf16", "gradient_accumulation_steps": 2},
     "3 small buckets": {"stage": 3, "zero": {"reduce_bucket_size": 3000}},
+    "3 offload": {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}}},
 }
 
 
@@ -172,6 +175,21 @@ def joined(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def relative(ours: torch.Tensor, stock: torch.Tensor) -> float:
     return float((ours - stock).norm() / stock.norm().clamp(min=1e-12))
+
+
+def muon() -> dict[int, tuple[float, float]]:
+    """{stage: how far weights are from stock Muon's, exact and quantized}; a matrix may have two owners."""
+    found = {}
+    optimizer = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2}}}
+    exact = {"robust_reduction": {"enabled": True, "rule": "mean", "max_malicious": 0}}
+    for stage in (0, 1, 2):
+        weights = []
+        for block in (None, exact, wire(8)):
+            with engine_for({"stage": stage, "zero": {"reduce_bucket_size": 3000}}, block, **optimizer) as engine:
+                train(engine, batches(3, rank=dist.get_rank()))
+                weights.append(joined(full_weights(engine.module)))
+        found[stage] = (relative(weights[1], weights[0]), relative(weights[2], weights[0]))
+    return found
 
 
 def masks() -> dict[str, Any]:
@@ -548,6 +566,7 @@ def run_two(folder: str) -> dict[str, Any]:
     return {
         "gradients": gradients(list(LAYOUTS)),
         "masks": masks(),
+        "muon": muon(),
         "special": special_steps(),
         "loss scales": loss_scales(),
         "checkpoints": checkpoints(folder),

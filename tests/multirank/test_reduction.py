@@ -59,6 +59,13 @@ def test_error_feedback_helps_when_gradients_accumulate(two: Results) -> None:
     assert found["feedback"]["largest"] < found["int8"]["largest"]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_muon_trains_as_in_stock_deepspeed(two: Results, stage: int) -> None:
+    exact, quantized = two[0]["muon"][stage]
+    assert exact < 1e-6
+    assert 0 < quantized < 0.01
+
+
 def test_masks_stay_exact(two: Results) -> None:
     for kept, numel in two[0]["masks"].values():
         assert kept == -(-numel * 4 // 10)

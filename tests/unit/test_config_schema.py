@@ -559,7 +559,7 @@ class TestConflicts:
     def test_the_layer_map_fits_the_kept_layers(self) -> None:
         block = {
             "layer_reduction": {"enabled": True, "keep_number_layer": 3},
-            "distillation": {"enabled": True, "layer_map": [1, 3]},
+            "distillation": {"enabled": True, "layer_map": [1, 3], "losses": {"hidden": {}}},
         }
         assert only_problem_of(block, "distillation.layer_map").allowed.startswith("3 entries")
 

@@ -400,7 +400,18 @@ CONFLICTS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "losses.hidden",
         "set shrink_at_end_of_schedule to false",
     ),
-    ({"layer_map": [0, 1]}, {"layer_reduction": "two of three"}, "layer_map", "3 entries"),
+    (
+        {"layer_map": [0, 1], "losses": {"hidden": {}}},
+        {"layer_reduction": "two of three"},
+        "layer_map",
+        "3 entries",
+    ),
+    (
+        {"layer_map": [0, 1], "losses": {"logits": {}, "embedding": {}, "contrastive": {}}},
+        {},
+        "layer_map",
+        'no loss is by layer.*"hidden" or "attention"',
+    ),
     *(
         (
             {"teacher_cache": "y", "losses": {name: {}, "logits": {}}},
