@@ -115,7 +115,8 @@ class Distillation(Stage):
         self._parameters = inspect.signature(self._student.forward).parameters
         before = self._student.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         after = self._student.register_forward_hook(self._after_forward, with_kwargs=True)
-        self._handles += [before, after]
+        last = self._student.register_forward_hook(self._end_forward, always_call=True)
+        self._handles += [before, after, last]
         self._engine = engine
         original = engine.backward
 
@@ -209,7 +210,6 @@ class Distillation(Stage):
         if not torch.is_grad_enabled():
             return None
         own, theirs = self._student_records.finish(), self._theirs
-        self._theirs = None
         assert theirs is not None
         own.token_mask = theirs.token_mask
         if "logits" in self.losses:
@@ -223,6 +223,16 @@ class Distillation(Stage):
         self._pending = [(trained, earlier) for trained, earlier in self._pending if trained]
         self._pending.append((module.training, total))
         return _with_loss(output, total()) if self._is_label_free else None
+
+    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After every forward; one that raised leaves nothing to the evaluation that may follow it."""
+        if not torch.is_grad_enabled():
+            return
+        self._theirs = None
+        self._student_records.finish()
+        if self._heads:
+            self._heads[0].imitation = None
+            self._heads[0].is_on = False
 
     def _imitation(self, own: Record, theirs: Record) -> Callable[[], torch.Tensor]:
         """The weighted sum of the losses; that of lazy logits waits, for the script's cross entropy may join it."""

@@ -603,14 +603,18 @@ def single_process() -> None:
     init_single_process()
 
 
-def rows_alive(chunk: int | None, script: Callable[[Any, dict[str, torch.Tensor]], Any], **kind: Any) -> int:
+def taught(**logits: Any) -> Any:
     torch.manual_seed(0)
     student, teacher = llama(), llama()
-    logits = {**kind} if chunk is None else {"chunk_tokens": chunk, **kind}
     block = {"distillation": {"enabled": True, "losses": {"logits": logits}, "teacher_zero_stage": 0}}
     engine, *_ = ds_compress.initialize(
         model=student, model_parameters=student.parameters(), config=ds_config(0, block), teacher=teacher
     )
+    return engine
+
+
+def rows_alive(chunk: int | None, script: Callable[[Any, dict[str, torch.Tensor]], Any], **kind: Any) -> int:
+    engine = taught(**({} if chunk is None else {"chunk_tokens": chunk}), **kind)
     with LargestLogits() as largest:
         for _ in range(3):
             engine.backward(script(engine, batch_of()))
@@ -646,3 +650,20 @@ def test_whole_logits_exist_without_chunks(script: Any) -> None:
 @pytest.mark.usefixtures("single_process")
 def test_a_small_batch_is_one_chunk_by_default() -> None:
     assert rows_alive(None, models_loss) == ROWS
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_forward_that_raises_leaves_nothing_lazy() -> None:
+    engine, batch = taught(chunk_tokens=5), batch_of()
+    expected = engine.module(**batch).loss.item()
+    handle = engine.module.lm_head.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine(**batch)
+    handle.remove()
+    with torch.no_grad():
+        assert type(engine(**batch).logits) is torch.Tensor
+    loss = engine(**batch).loss
+    assert loss.item() == pytest.approx(expected)
+    engine.backward(loss)
+    engine.step()
+    engine.destroy()
