@@ -84,8 +84,9 @@ def test_the_current_model_without_quantizers_is_the_teacher() -> None:
         with torch.no_grad():
             own = engine(**batch).logits
         expected = kl(plain.detach(), own, batch["attention_mask"])
-        assert float(expected) > 0
-        assert imitation_of(engine, batch) == pytest.approx(float(expected), rel=1e-4)
+        assert float(expected) > 1e-5
+        # A sum of rounded fp32 terms whose first order cancels; its noise depends on the CPU.
+        assert imitation_of(engine, batch) == pytest.approx(float(expected), abs=1e-7)
         with torch.no_grad():
             assert torch.equal(engine(**batch).logits, own)
 
