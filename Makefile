@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+# Files of tests at a time. Many tests start two to four processes themselves.
+JOBS   ?= 2
 
 BIN       := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-test
@@ -23,7 +25,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 .PHONY: help setup test demo lint benchmark clean
 
 help:
-	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest)"
+	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest; JOBS=1)"
 	@echo "make demo       set up $(VENV), compress a real encoder  (ARGS='--output DIR' goes to the demo)"
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
 	@echo "make lint       ruff and mypy"
@@ -50,7 +52,7 @@ $(LINTERS): $(INSTALLED)
 	@touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m ds_compress.examples.demo $(ARGS)

@@ -23,7 +23,7 @@ BACKEND = os.environ.get("DS_COMPRESS_TEST_BACKEND", "gloo")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(world_size: int, function: str, timeout_s: float = 600, **arguments: Any) -> list[Any]:
+def run_ranks(world_size: int, function: str, timeout_s: float = 540, **arguments: Any) -> list[Any]:
     """Calls `function` ("package.module:name") with `arguments` in `world_size` processes.
 
     Returns the results by rank. A failing or hanging process fails the test with its output.

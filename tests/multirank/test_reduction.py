@@ -19,13 +19,13 @@ LARGEST = {"int8": 0.02, "feedback": 0.02, "int4": 0.3, "mean": 0.01}
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(2, "tests.multirank.reduction:run_two", timeout_s=240, folder=folder)
+    return run_ranks(2, "tests.multirank.reduction:run_two", folder=folder)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(4, "tests.multirank.reduction:run_four", timeout_s=240, folder=folder)
+    return run_ranks(4, "tests.multirank.reduction:run_four", folder=folder)
 
 
 def check_gradients(ranks: Results, name: str) -> None:
