@@ -44,7 +44,7 @@ class RobustReduction(Section):
         default="report",
         description=(
             "A worker with an outlying norm is named in the log; left out from the next step on, and at once if it is "
-            "one by this step alone; or ends the run."
+            "one by this reduction alone; or ends the run."
         ),
     )
     outlier_ratio: Annotated[Real, Field(gt=1)] = Field(

@@ -134,7 +134,8 @@ def _load_process_state(folder: Path, stored_world_size: int | None, session: Co
         own = torch.load(path, weights_only=True)
     elif stored_world_size != world_size and next(folder.glob("process_*.pt"), None) is not None:
         logger.warning(
-            "ds_compress: %s was stored by %s processes, there are %s now; error feedback begins anew",
+            "ds_compress: %s was stored by %s processes, there are %s now; error feedback, worker momenta and who "
+            "stood out begin anew",
             folder.parent,
             stored_world_size,
             world_size,

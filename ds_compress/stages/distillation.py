@@ -215,8 +215,8 @@ class Distillation(Stage):
         if "logits" in self.losses:
             own.logits = _logits(output, _named(self._parameters, args, kwargs).get("labels") is not None)
         if self._heads:
-            own.imitation, self._heads[0].imitation = self._heads[0].imitation, None
-            self._heads[0].is_on = False
+            own.imitation = self._heads[0].imitation
+            self._close_head()
         check_records(own, theirs)
         total = self._imitation(own, theirs)
         # An evaluation outside torch.no_grad() leaves a loss that nobody will ask for.
@@ -230,6 +230,9 @@ class Distillation(Stage):
             return
         self._theirs = None
         self._student_records.finish()
+        self._close_head()
+
+    def _close_head(self) -> None:
         if self._heads:
             self._heads[0].imitation = None
             self._heads[0].is_on = False
