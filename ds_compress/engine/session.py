@@ -16,7 +16,16 @@ from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
-from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink, tensor_parallel
+from ds_compress.engine import (
+    checkpoint,
+    frozen,
+    parameters,
+    raw_reads,
+    seams,
+    sessions,
+    shrink,
+    tensor_parallel,
+)
 from ds_compress.engine.cached_teacher import cached_teacher
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.parameter_traffic import ParameterTraffic
@@ -83,6 +92,7 @@ class Compression:
         self.added: list[nn.Parameter] = []
         self.engine: Any = None
         self._hooks: StepHooks | LoopHooks | None = None
+        self._stop_watching: Callable[[], None] = lambda: None
         self._construction: dict[str, Any] = {}
 
     @property
@@ -191,6 +201,8 @@ class Compression:
         for stage in self.stages.values():
             if isinstance(stage, GradientReduction | ParameterTraffic):
                 stage.attach_engine(engine)
+        self._stop_watching()
+        self._stop_watching = raw_reads.watch(engine)
         checkpoint.wrap(engine, self)
         if any(stage.shrinks for stage in self.structured):
             shrink.at_end_of_schedule(engine, self)
@@ -305,6 +317,7 @@ class Compression:
     def _release(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
+        self._stop_watching()
         sessions.forget(self.model)
         if self.engine is not None:
             checkpoint.unwrap(self.engine)
