@@ -1,5 +1,6 @@
 """Kernels: `kernels()` gives the ops of `schemas`, native (C++ and CUDA, built from `csrc`) or in plain torch.
 
+    functional  the ops as typed functions, each with an example: start here
     schemas     the contract of every op, with fake implementations for tracing
     reference   every op in plain torch
     library     which of the two runs, and loading
