@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from ds_compress.ops import functional
 from ds_compress.ops.library import KernelsUnavailable, Preference, kernels, prefer
 
-__all__ = ["KernelsUnavailable", "Preference", "kernels", "prefer"]
+__all__ = ["KernelsUnavailable", "Preference", "functional", "kernels", "prefer"]
