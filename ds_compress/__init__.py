@@ -75,4 +75,5 @@ def __dir__() -> list[str]:
 
 
 log.set_up()
+log.print_one_traceback()
 register()

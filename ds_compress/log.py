@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from types import TracebackType
 
 NAME = "ds_compress"
 VARIABLE = "DS_COMPRESS_LOG_LEVEL"
@@ -34,6 +35,29 @@ def set_up() -> None:
         logger.setLevel(logging.INFO)
     if wish and wish not in _LEVELS:
         logger.warning("%s=%s is not one of %s: info is used", VARIABLE, wish, ", ".join(_LEVELS))
+
+
+def print_one_traceback() -> None:
+    """A ConfigError is the same in every process: process 0 prints its traceback, each other one a line. Idempotent."""
+    previous = sys.excepthook
+    if getattr(previous, "_ds_compress", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        from ds_compress.config.errors import ConfigError
+
+        if isinstance(error, ConfigError) and rank() != 0:
+            count = len(error.problems)
+            print(
+                f"{NAME}: process {rank()} ends by the same ConfigError as process 0 "
+                f"({count} problem{'s' if count > 1 else ''}, the first at {error.problems[0].path})",
+                file=sys.stderr,
+            )
+        else:
+            previous(kind, error, traceback)
+
+    hook._ds_compress = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
 
 
 def from_process_0(record: logging.LogRecord) -> bool:

@@ -59,15 +59,20 @@ def warn_if_unfinished(session: Compression) -> None:
         logger.warning("%s", line)
 
 
-def warn_if_alone() -> None:
-    """A launcher started several processes, and this one trains by itself."""
+def warn_if_alone(processes: int | None = None) -> None:
+    """A launcher started several processes, and this one believes that it trains by itself.
+
+    `processes`: how many there are for the one who asks (a Trainer splits its data among them); by default, those of
+    the process group.
+    """
     launched = os.environ.get("WORLD_SIZE", "")
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
-    if launched.isdigit() and int(launched) > 1 and alone:
+    if processes is None:
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+    if launched.isdigit() and int(launched) > 1 and processes == 1:
         logger.warning(
-            "the launcher started %s processes, but this one is in a process group of one: each trains a model of "
-            "its own on its own data, and all write to the same places. For Hugging Face's Trainer on a CPU, set "
-            "use_cpu=True in TrainingArguments (--use_cpu on the command line)",
+            "the launcher started %s processes, but each believes that it is the only one: all read the same data, "
+            "log, and write to the same places. For Hugging Face's Trainer on a CPU, set use_cpu=True in "
+            "TrainingArguments (--use_cpu on the command line)",
             launched,
             extra={"every_process": True},
         )

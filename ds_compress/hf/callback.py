@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ds_compress.config.run_length import refuse_unfinished
-from ds_compress.engine.run_end import warn_if_unfinished
+from ds_compress.engine.run_end import warn_if_alone, warn_if_unfinished
 from ds_compress.engine.sessions import session_of
 
 logger = logging.getLogger("ds_compress")
@@ -42,6 +42,8 @@ class CompressionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises ConfigError when a schedule ends after the Trainer's last optimizer step."""
         session = session_of(kwargs["model"])
+        if session is not None:
+            warn_if_alone(args.world_size)
         if session is not None and session.engine is not None and state.max_steps > 0:
             refuse_unfinished(session.config, state.max_steps, "the Trainer's max_steps")
 

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ds_compress
+from ds_compress.engine.sessions import keep
 from tests.multirank.common import batches, ds_config, pruning_block, tiny_bert
 from tests.single import init_single_process
 
@@ -151,6 +152,21 @@ def test_a_schedule_beyond_max_steps_is_refused_before_the_first_step(tmp_path: 
         model=tiny_bert(), args=arguments(tmp_path, block, max_steps=5), train_dataset=data()
     )
     trainer.train()
+
+
+def test_a_forgotten_use_cpu_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(model=tiny_bert(), args=arguments(tmp_path, pruning_block()), train_dataset=data())
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what the launcher says; this Trainer believes that it is alone
+    callback = ds_compress.CompressionCallback.add_to(trainer)
+    keep(trainer.model, Attached())
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert "use_cpu" in caplog.text
+
+
+class Attached:
+    engine = None
 
 
 def test_the_callback_is_silent_without_a_block(tmp_path: Path) -> None:

@@ -64,3 +64,23 @@ def test_an_application_that_configured_logging_gets_them_its_way_and_once(packa
 
 def test_the_package_sets_it_up() -> None:
     assert stderr_of("import ds_compress; " + SAY + "logger.info('said')") == ["ds_compress: said"]
+
+
+FAILS = (
+    "import ds_compress; from ds_compress.config.errors import ConfigError, Problem; "
+    "raise ConfigError([Problem('a.b', 'said', 'c')])"
+)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_prints_the_traceback(rank: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS], capture_output=True, text=True, check=False, env={**os.environ, "RANK": rank}
+    )
+    assert done.returncode == 1
+    if rank == "0":
+        assert "Traceback" in done.stderr and "got:     said" in done.stderr
+    else:
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("ds_compress")]
+        assert line.endswith("(1 problem, the first at a.b)")
