@@ -17,7 +17,8 @@ from ds_compress.engine import seams
 def full_parameters(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
     """Inside the block every parameter's `.data` is whole; with `write`, what rank 0 wrote is kept everywhere.
 
-    A collective when any of them is partitioned: every process enters with the same parameters.
+    Whole parameters are made of the shards, never of what a forward left whole, which may be rounded. A collective
+    when any of them is partitioned: every process enters with the same parameters.
     """
     partitioned = [p for p in parameters if seams.is_zero3_parameter(p)]
     if not partitioned:
@@ -25,6 +26,7 @@ def full_parameters(parameters: Iterable[nn.Parameter], write: bool = False) -> 
         return
     import deepspeed
 
+    seams.release(partitioned)
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,8 @@ SEAMS: tuple[Seam, ...] = (
         "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
         source_mentions=("def all_gather(param_list", "def partition(param_list"),
     ),
+    Seam("deepspeed.runtime.zero.partition_parameters:DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR"),
+    Seam("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params", ("self",)),
     Seam(
         "deepspeed.runtime.torch_autocast:init_autocast_params",
         source_mentions=("module.__class__ in", "PARAM_COMM_DTYPE_ATTR_NAME"),
@@ -354,6 +357,21 @@ def is_gathered(parameter: Any) -> bool:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     return bool(parameter.ds_status == ZeroParamStatus.AVAILABLE)
+
+
+def release(parameters: Iterable[nn.Parameter]) -> None:
+    """Of parameters that ZeRO-3 has taken over, only the shards stay: whoever needs whole ones gathers them anew.
+
+    A forward leaves some of them whole, and under `torch_autocast` those are rounded to 16 bits, which the shards are
+    not. What somebody has gathered by `GatheredParameters` stays whole: it may be about to change.
+    """
+    whole: list[Any] = [
+        p
+        for p in parameters
+        if is_zero3_parameter(p) and is_gathered(p) and not getattr(p, "_ds_z3_gathered_param_context_depth", 0)
+    ]
+    if whole:
+        whole[0].partition(whole)
 
 
 def stepped_optimizers(engine: Any) -> list[torch.optim.Optimizer]:

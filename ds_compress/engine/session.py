@@ -16,7 +16,16 @@ from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
-from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink, tensor_parallel
+from ds_compress.engine import (
+    checkpoint,
+    copies,
+    frozen,
+    parameters,
+    seams,
+    sessions,
+    shrink,
+    tensor_parallel,
+)
 from ds_compress.engine.cached_teacher import cached_teacher
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.parameter_traffic import ParameterTraffic
@@ -272,10 +281,12 @@ class Compression:
         shrink.shrink(self.engine)
 
     def refresh_weights(self) -> None:
-        """Makes the weights of the model exact where `parameter_compression` sends differences; a collective."""
+        """Every weight becomes its rounded fp32 master, for those who are about to read it; a collective."""
         for stage in self.stages.values():
             if isinstance(stage, ParameterTraffic):
                 stage.refresh()
+        if self.engine is not None:
+            copies.refresh(self.engine)
 
     def metrics(self) -> dict[str, float]:
         """{"<stage>/<number>": value} of all stages."""
