@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ds_compress import log
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
 from ds_compress.distill.cache_write import cache_teacher
@@ -64,4 +65,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+log.set_up()
 register()

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_compress.config import forecast, words
+from ds_compress.config.coverage import left_out
 from ds_compress.config.forecast import Stored
 from ds_compress.config.targets import Target
 
@@ -69,6 +70,8 @@ def renderables(plan: Plan) -> Iterator[RenderableType]:
         yield _table(lines_of(plan))
     if plan.techniques or plan.structures:
         yield from map(Text, _totals(plan))
+    for missing in left_out(plan):
+        yield Text(str(missing))
 
 
 def lines_of(plan: Plan) -> list[Line]:

@@ -77,8 +77,12 @@ def _target(entry: Entry, group: str, params: Any, names: Mapping[int, str]) -> 
 
 
 def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
+    def owner(name: str) -> str:
+        module = model.get_submodule(name.rpartition(".")[0])
+        return getattr(type(module), "_ds_compress_base_class", type(module)).__name__
+
     return tuple(
-        Weight(name, shape_of(parameter), parameter.element_size(), parameter.requires_grad)
+        Weight(name, shape_of(parameter), parameter.element_size(), parameter.requires_grad, owner(name))
         for name, parameter in model.named_parameters()
         if not is_auxiliary(name)
     )

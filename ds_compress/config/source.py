@@ -10,7 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from ds_compress.config.errors import ROOT, ConfigError, Problem, nearest, shown
+from ds_compress.config.placement import refuse_misplaced
 from ds_compress.config.schema import CompressionConfig
+
+_OF_DEEPSPEED = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "optimizer",
+        "scheduler",
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "gradient_clipping",
+        "steps_per_print",
+        "zero_allow_untested_optimizer",
+    }
+)
+"""Keys by which an object shows that it is a DeepSpeed config rather than a block of ours."""
 
 
 def block_of(config: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:
@@ -21,11 +40,17 @@ def block_of(config: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, An
         config = read_json(source)
     if not isinstance(config, Mapping):
         raise ConfigError([Problem(source, shown(config), "an object, or the path of a JSON file with one")])
+    keys = [key for key in config if isinstance(key, str)]
+    if ROOT in config or _OF_DEEPSPEED.intersection(keys):
+        refuse_misplaced(config)
     if ROOT in config:
         block: Mapping[str, Any] = config[ROOT]
         return block
-    keys = [key for key in config if isinstance(key, str)]
-    if not keys or any(nearest(key, CompressionConfig.model_fields) for key in keys):
+    if not keys:
+        return config
+    if not _OF_DEEPSPEED.intersection(keys) and any(
+        nearest(key, CompressionConfig.model_fields) for key in keys
+    ):
         return config
     near = next((key for key in keys if nearest(key, [ROOT])), None)
     raise ConfigError(

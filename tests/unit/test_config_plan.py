@@ -338,7 +338,15 @@ class TestSource:
     def test_a_deepspeed_config_without_the_block(self) -> None:
         with pytest.raises(ConfigError) as caught:
             block_of({"train_batch_size": 8, "compresion_training": {}})
-        assert '"compresion_training"' in caught.value.problems[0].hint
+        (problem,) = caught.value.problems
+        assert problem.path == "compresion_training"
+        assert '"compression_training"' in problem.hint
+
+    def test_a_deepspeed_config_without_any_block_is_one_problem(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            block_of({"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}})
+        (problem,) = caught.value.problems
+        assert 'the key "compression_training"' in problem.allowed
 
     @pytest.mark.parametrize("config", [3, None, [], "[1]"])
     def test_no_config_at_all(self, config: Any, tmp_path: Path) -> None:
