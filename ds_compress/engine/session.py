@@ -175,6 +175,7 @@ class Compression:
     def _enter(self, arguments: dict[str, Any]) -> None:
         """Edits the constructor's arguments for the model that this session has prepared."""
         seams.reduce_in_autocast_dtype(arguments["config_class"], self.model)
+        seams.tag_parameters(arguments["config_class"], self.model, self.added)
         parameters.adopt_parameters(arguments, self.removed, self.added)
 
     def construct(self, engine: Any, arguments: Mapping[str, Any], constructor: Callable[..., None]) -> None:
@@ -188,7 +189,8 @@ class Compression:
             "constructor": constructor,
             "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
         }
-        constructor(engine, **arguments)
+        with seams.groups_of_replaced_optimizers():
+            constructor(engine, **arguments)
         self.attach(engine)
 
     def attach(self, engine: Any) -> None:
