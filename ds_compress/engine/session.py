@@ -19,6 +19,7 @@ from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
 from ds_compress.engine import (
     checkpoint,
+    copies,
     frozen,
     parameters,
     run_end,
@@ -174,6 +175,7 @@ class Compression:
     def _enter(self, arguments: dict[str, Any]) -> None:
         """Edits the constructor's arguments for the model that this session has prepared."""
         seams.reduce_in_autocast_dtype(arguments["config_class"], self.model)
+        seams.tag_parameters(arguments["config_class"], self.model, self.added)
         parameters.adopt_parameters(arguments, self.removed, self.added)
 
     def construct(self, engine: Any, arguments: Mapping[str, Any], constructor: Callable[..., None]) -> None:
@@ -187,7 +189,8 @@ class Compression:
             "constructor": constructor,
             "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
         }
-        constructor(engine, **arguments)
+        with seams.groups_of_replaced_optimizers():
+            constructor(engine, **arguments)
         self.attach(engine)
 
     def attach(self, engine: Any) -> None:
@@ -286,10 +289,12 @@ class Compression:
         shrink.shrink(self.engine)
 
     def refresh_weights(self) -> None:
-        """Makes the weights of the model exact where `parameter_compression` sends differences; a collective."""
+        """Every weight becomes its rounded fp32 master, for those who are about to read it; a collective."""
         for stage in self.stages.values():
             if isinstance(stage, ParameterTraffic):
                 stage.refresh()
+        if self.engine is not None:
+            copies.refresh(self.engine)
 
     def metrics(self) -> dict[str, float]:
         """{"<stage>/<number>": value} of all stages; of those that a shrink has ended, the last values."""
