@@ -24,7 +24,7 @@ _OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset")
 
 
 def from_pretrained(
-    folder: str | PathLike[str], model: nn.Module | None = None, *, fused: bool = True
+    folder: str | PathLike[str], model: nn.Module | None = None, *, fused: bool = True, activations: bool = True
 ) -> nn.Module:
     """The model of a folder that `ds_compress.export(..., format="torch")` wrote, in eval mode, on the CPU.
 
@@ -32,6 +32,7 @@ def from_pretrained(
         folder: with `ds_compress.json`.
         model: a new instance to load into, for models that transformers cannot build from `config.json`.
         fused: whether layers that share an input or feed an activation run as one kernel.
+        activations: False leaves inputs as they are and computes in floats, with the same values of weights.
 
     Raises:
         ExportError: the folder is incomplete, or of another format.
@@ -46,6 +47,8 @@ def from_pretrained(
         model = skeleton(path, report.model_class)
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
+    if not activations:
+        schemes = {name: {k: v for k, v in scheme.items() if k != "input"} for name, scheme in schemes.items()}
     serve(model, schemes, Stored(path), fused)
     return model
 

@@ -27,6 +27,7 @@ from ds_compress.export.attributes import reshaped, unsaid
 from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight, encode_rows
 from ds_compress.export.errors import ExportError
+from ds_compress.export.fingerprint import fingerprint
 from ds_compress.export.format import Format
 from ds_compress.export.inputs import run
 from ds_compress.export.read import Layer
@@ -66,15 +67,24 @@ class ServingFormat(Format):
         """Of a model that only its own code can build, a copy of it is filled in this very process."""
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
+        from ds_compress.export.held import fingerprints_of, input_scales
         from ds_compress.export.load import from_pretrained
 
-        copied = copy.deepcopy(final)
-        for module in copied.modules():
-            if isinstance(module, layers.QATModule):
-                module.weight_quantizer = module.input_quantizer = None
-                layers.detach(module)
-        logits = run(from_pretrained(folder, copied), inputs)
-        return Answer({"logits": logits}, "ds_compress.from_pretrained(model=), in the process that wrote it")
+        def empty() -> nn.Module:
+            copied = copy.deepcopy(final)
+            for module in copied.modules():
+                if isinstance(module, layers.QATModule):
+                    module.weight_quantizer = module.input_quantizer = None
+                    layers.detach(module)
+            return copied
+
+        exact = from_pretrained(folder, empty(), fused=False, activations=False)
+        fingerprints = fingerprints_of(exact)
+        served = from_pretrained(folder, empty(), fused=False)
+        fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
+        logits = {"logits": run(from_pretrained(folder, empty()), inputs), "exact_logits": run(exact, inputs)}
+        loaded = "ds_compress.from_pretrained(model=), in the process that wrote it"
+        return Answer(logits, loaded, fingerprints=fingerprints)
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = self.plain(layer)
