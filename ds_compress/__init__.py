@@ -7,7 +7,7 @@ Importing this package is all that a training script needs; the rest is for thos
     initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
     engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
     export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
-    from_pretrained(folder)       what format="torch" stores, on the int8 kernels
+    from_pretrained(folder)       what format="torch" stores, on the int8 kernels; transformers' own loads it, too
     distill_layers(engine, ...)   post-training quantization: each layer learns to be what it was, without labels
     cache_teacher(model, ...)     what a teacher says of a data set, stored once
     finalize(engine)              the smaller model that structured pruning leaves
@@ -31,6 +31,7 @@ from ds_compress.engine.registration import register, unregister
 from ds_compress.export.api import export
 from ds_compress.export.errors import ExportError
 from ds_compress.export.load import from_pretrained
+from ds_compress.hf.auto import register_quantizer as _register_quantizer
 from ds_compress.version import __version__
 
 if TYPE_CHECKING:
@@ -77,3 +78,4 @@ def __dir__() -> list[str]:
 log.set_up()
 log.print_one_traceback()
 register()
+_register_quantizer()

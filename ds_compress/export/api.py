@@ -20,11 +20,14 @@ from ds_compress.export import check as checking
 from ds_compress.export.attributes import fresh, unsaid
 from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.errors import ExportError
+from ds_compress.export.exact import in_fp32, is_sharded
+from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options
+from ds_compress.export.held import input_scale
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import exact_activations, example_inputs, run
 from ds_compress.export.onnx import OnnxFormat
-from ds_compress.export.read import read_layers
+from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serving_format import ServingFormat
 from ds_compress.export.shards import DEFAULT_SHARD_BYTES, ShardWriter
@@ -120,10 +123,11 @@ class _Export:
         name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
-        self.format = FORMATS[name](options)
+        self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model))
         self.final = _after_cuts(trained)
         self.format.check_source(trained, self.final)
         self.inputs = (inputs or example_inputs(trained.model)) if check else None
+        self.fingerprints: dict[str, Fingerprint] = {}
         self.report = ExportReport("", name, _class_name(trained.model), trained.description)
 
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
@@ -162,6 +166,8 @@ class _Export:
                     for name, tensor in stored.items():
                         writer.add(name, tensor)
                     self.report.count(layer, stored)
+                    if self.inputs is not None:
+                        self._remember(layer)
             except StopIteration as end:
                 failure = failure or end.value
                 break
@@ -171,6 +177,12 @@ class _Export:
         if self.trained.writes and failure is None and self.format.has_shards:
             writer.close()
         return failure
+
+    def _remember(self, layer: Layer) -> None:
+        for name, value in self.format.values(layer).items():
+            self.fingerprints[name] = fingerprint(value)
+        if layer.input is not None and (scale := input_scale(layer.input)) is not None:
+            self.fingerprints[layer.full("input_scale")] = fingerprint(scale)
 
     def _write_config(self, folder: Path) -> None:
         config = self.trained.config
@@ -188,19 +200,38 @@ class _Export:
     def _expected(self) -> checking.Expected | None:
         if self.inputs is None:
             return None
-        model = self.trained.model
-        with self.trained.changed(self.format.rounded):
-            logits = run(model, self.inputs)
+        model, stored = self.trained.model, self.format.options.dtype
+        with in_fp32(model, stored), self.trained.changed(self.format.rounded):
+            logits = run(model, self.inputs, torch.float32)
             with exact_activations(model):
-                exact = run(model, self.inputs)
+                exact = run(model, self.inputs, torch.float32)
+        rounding = 0.0
+        if is_sharded(model) and _dtype(model) is not torch.float32:
+            # A module may ask for the dtype of weights before they are converted, and round what it gives them.
+            with self.trained.changed(self.format.rounded), exact_activations(model):
+                rounding = float((run(model, self.inputs) - exact).abs().max())
         return checking.Expected(
             self.inputs,
             exact if self.format.ignores_inputs else logits,
             exact,
-            min(_dtype(model), self.format.options.dtype or torch.float32, key=lambda d: torch.finfo(d).bits),
+            self._rounded_to(),
+            rounding,
             fp8_products=len(self.format.schemes) if self.format.options.scheme == "fp8" else 0,
             same_activations=self.format.name in ("torch", "onnx"),
+            fingerprints=self.fingerprints,
         )
+
+    def _rounded_to(self) -> torch.dtype:
+        """The dtype to which the export rounds what the trained model was not given to compute with."""
+        format, dtype = self.format, _dtype(self.trained.model)
+        if format.rounded and is_sharded(self.trained.model):
+            return dtype
+        loaded = format.options.dtype or dtype
+        is_rounded = format.name == "hf" and is_quantized(self.trained.model)
+        return loaded if is_rounded or (format.options.dtype and self._quantizes_tables()) else torch.float32
+
+    def _quantizes_tables(self) -> bool:
+        return any(isinstance(m, nn.Embedding) and layers.weight_recipe(m) for m in self.trained.model.modules())
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
@@ -238,6 +269,8 @@ class _Export:
         return checking.reload([request])[0]
 
     def _add_config_entries(self, folder: Path) -> None:
+        if self.trained.config is None:
+            return
         entries = self.format.config_entries(self.final)
         if not entries:
             return

@@ -56,7 +56,7 @@ class CompressedTensorsFormat(Format):
         if layer.encoded is None and layer.input is None:
             return stored
         if layer.kind is ModuleKind.EMBEDDING and layer.encoded is not None:
-            stored[layer.full("weight")] = self.cast(layer.encoded.values())
+            stored[layer.full("weight")] = self.decoded(layer, layer.encoded)
             self.note(f"{layer.name}: a quantized embedding does not load back, so its rounded values are floats")
             return stored
         if layer.kind is not ModuleKind.LINEAR:
@@ -70,6 +70,10 @@ class CompressedTensorsFormat(Format):
             stored |= self._input(layer, layer.input, scheme)
         self._use(layer.name, scheme)
         return stored
+
+    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+        values = encoded.values()
+        return self.cast(values) if layer.kind is ModuleKind.EMBEDDING else values
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         import compressed_tensors

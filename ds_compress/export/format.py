@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ds_compress.export.check import Answer
+from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
 from ds_compress.export.read import Layer
 from ds_compress.export.source import Trained
@@ -39,6 +40,7 @@ class Format(ABC):
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
     values that only the export rounded, by parameter name, so that the check compares like with like. untied:
     modules whose tied weight is stored a second time. ignores_inputs: what is loaded does not quantize activations.
+    trained_dtype: of the trained model.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Format(ABC):
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
     ignores_inputs: bool = False
+    trained_dtype: torch.dtype = torch.float32
 
     @abstractmethod
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
@@ -96,6 +99,17 @@ class Format(ABC):
     def plain(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Its tensors that are not quantized, in the dtype asked for."""
         return {layer.full(name): self.cast(tensor) for name, tensor in layer.tensors.items()}
+
+    def values(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What a loader must hold of a layer, by full name, once it was written."""
+        values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
+        if layer.encoded is not None:
+            values[layer.full("weight")] = self.decoded(layer, layer.encoded)
+        return {name: self.rounded.get(name, value) for name, value in values.items()}
+
+    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+        """A quantized weight as a loader must hold it."""
+        return encoded.values()
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None
