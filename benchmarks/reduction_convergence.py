@@ -3,8 +3,9 @@
     python -m benchmarks.reduction_convergence [--quick] [--seeds 3] [--stages 2,3] [--steps 500] [--json]
 
 The whole encoder is fine-tuned in bf16 on two processes, through the launcher, at each ZeRO stage: stock, int8, int4,
-int4 with error feedback, int4 with int8 weights; the same batches for each. Reported: accuracy on the 2,049 held-out
-sentences (standard error 0.8 points), its difference to stock of the same seed and stage, in points, and the loss.
+int4 with error feedback, int4 with stochastic rounding, int4 with int8 weights; the same batches for each. Reported:
+accuracy on the 2,049 held-out sentences (standard error 0.8 points), its difference to stock of the same seed and
+stage, in points, and the loss.
 Runs whose results lie in --output already are not repeated.
 """
 
@@ -32,11 +33,14 @@ LAST_LOSSES = 50
 def variants() -> dict[str, dict[str, Any]]:
     feedback = copy.deepcopy(traffic(4)) or {}
     feedback["gradient_compression"]["error_feedback"] = True
+    stochastic = copy.deepcopy(traffic(4)) or {}
+    stochastic["gradient_compression"]["rounding"] = "stochastic"
     return {
         STOCK: {},
         "int8": traffic(8) or {},
         "int4": traffic(4) or {},
         "int4, error feedback": feedback,
+        "int4, stochastic": stochastic,
         "int4, weights int8": traffic(4, 8) or {},
     }
 

@@ -25,6 +25,7 @@ from ds_compress.config.layers import find_layers
 from ds_compress.config.limits import limits_of
 from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.config.plan import Plan
+from ds_compress.config.pruned_grids import grid_problems, with_pruned_marked
 from ds_compress.config.schema import CompressionConfig, parse_config
 from ds_compress.config.structure_limits import structure_conflicts
 from ds_compress.config.structures import resolve_structures
@@ -70,7 +71,8 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
         techniques[key] = TechniquePlan(key, block.shared_parameters, targets)
     problems += integer_product_problems(techniques)
     structures, structure_problems = resolve_structures(model, parsed, entries, removed)
-    problems += [*structure_problems, *structure_conflicts(structures, techniques)]
+    techniques = with_pruned_marked(techniques, structures)
+    problems += [*structure_problems, *structure_conflicts(structures, techniques), *grid_problems(techniques)]
     if problems:
         raise ConfigError(problems)
     weights = tuple(weight for weight in _weights_of(model) if not weight.name.startswith(removed))

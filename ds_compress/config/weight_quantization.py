@@ -129,7 +129,8 @@ class WeightQuantizationShared(Section):
         default=None,
         description=(
             "true: the grid is symmetric and reaches +max and -max; false: the legacy grid, which cannot "
-            "represent +max; absent: true with learned_scale or a granularity other than per_group."
+            "represent +max; absent: true with learned_scale or a granularity other than per_group, and for pruned "
+            "weights on an asymmetric grid, whose zeros the legacy one cannot represent."
         ),
     )
     learned_scale: Flag = Field(
