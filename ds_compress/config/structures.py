@@ -11,12 +11,17 @@ from fractions import Fraction
 
 from torch import nn
 
-from ds_compress.config.errors import Problem, dotted, listed, shown
+from ds_compress.config.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.config.fields import EVERY_LAYER, Group
 from ds_compress.config.inventory import Entry, exact_pattern, few, nearest_names
 from ds_compress.config.modules import is_layer
 from ds_compress.config.schema import CompressionConfig
-from ds_compress.config.structured_pruning import HeadPruningShared, StructuredPruning, StructuredShared
+from ds_compress.config.structured_pruning import (
+    DepthPruningShared,
+    HeadPruningShared,
+    StructuredPruning,
+    StructuredShared,
+)
 from ds_compress.structure.find import Found, find_structures
 from ds_compress.structure.related import explicit_structure, zero_only_structure
 from ds_compress.structure.structure import Structure, StructureKind
@@ -112,7 +117,11 @@ class _Claims:
         shared = block.shared
         self._num_heads = shared.num_heads if isinstance(shared, HeadPruningShared) else None
         try:
-            found = find_structures(model, kind, self._num_heads)
+            stack = shared.module_name_prefix if isinstance(shared, DepthPruningShared) else None
+            found = find_structures(model, kind, self._num_heads, stack=stack)
+        except ConfigError as error:
+            self.problems += error.problems
+            found = Found((), ())
         except ImportError as error:
             self.problems.append(Problem(dotted(key), "a missing package", str(error)))
             found = Found((), ())

@@ -82,7 +82,10 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
             refuse_misplaced(mapping)
             if KEY in mapping:
                 block = mapping[KEY]
-                parse_config(block)
+                if block is None:
+                    logger.warning("%s is null: nothing is enabled, and the model trains uncompressed", KEY)
+                else:
+                    parse_config(block)
                 config = {key: value for key, value in mapping.items() if key != KEY}
         original(self, config, *args, **kwargs)
         setattr(self, _BLOCK, copy.deepcopy(block))
