@@ -22,6 +22,7 @@ score by gradient first need to have seen one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -30,8 +31,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ds_compress.config.modules import ModuleKind
+from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.select import bitmask, radix
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.schedules import DensitySchedule
@@ -70,7 +72,14 @@ class SparsePruning(Stage):
         self._in_force = self.masks
         self.hidden: dict[str, torch.Tensor] = {}
         self.kept, self.total = 0, 0
+        self._model_numel = 0
         self._step = 0
+
+    def prepare(
+        self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
+    ) -> Mapping[str, nn.Parameter]:
+        self._model_numel = sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
+        return {}
 
     def attach(self, shards: Shards) -> None:
         self._shards = shards
@@ -287,8 +296,15 @@ class SparsePruning(Stage):
         self.kept = round(self.total * int(self._shards.sum(torch.tensor(own)).item()) / weights)
 
     def metrics(self) -> dict[str, float]:
-        """`sparsity`: fraction of pruned units among all that the block claims, 0 before the first mask."""
-        return {"sparsity": 1.0 - self.kept / self.total if self.total else 0.0}
+        """`sparsity`: fraction of pruned units among all that the block claims, 0 before the first mask.
+
+        `model_sparsity`: of all parameters of the model, those that the block does not claim included.
+        """
+        sparsity = 1.0 - self.kept / self.total if self.total else 0.0
+        if not self._model_numel:
+            return {"sparsity": sparsity}
+        claimed = sum(math.prod(target.shape) for target in self.targets.values())
+        return {"sparsity": sparsity, "model_sparsity": sparsity * claimed / self._model_numel}
 
     def mask_bytes(self) -> int:
         """Bytes of masks that this process holds."""

@@ -7,7 +7,7 @@ import torch
 
 import ds_compress
 from ds_compress.config.coverage import left_out
-from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
+from tests.multirank.common import ds_config, engine_of, full_weights, pruning_block, tiny_bert
 from tests.single import init_single_process
 
 EVERYTHING = {"sparse_pruning": {"shared_parameters": {"enabled": True, "dense_ratio": 0.5}}}
@@ -50,6 +50,20 @@ def test_embeddings_are_an_information(caplog: pytest.LogCaptureFixture) -> None
         pass
     (record,) = [r for r in caplog.records if "left out" in r.getMessage()]
     assert record.levelname == "INFO"
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_sparsity_of_the_model_is_a_metric(stage: int) -> None:
+    model = mixtral()
+    total = sum(p.numel() for p in model.parameters())
+    ids = torch.randint(3, 61, (4, 12))
+    with engine_of(model, ds_config(stage, EVERYTHING)) as engine:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        metrics = engine.compression.metrics()
+        zeros = sum(int((weight == 0).sum()) for weight in full_weights(model).values())
+    assert metrics["sparse_pruning/sparsity"] == 0.5
+    assert metrics["sparse_pruning/model_sparsity"] == pytest.approx(zeros / total, rel=1e-3)
 
 
 def test_shares_add_up() -> None:
