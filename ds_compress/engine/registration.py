@@ -102,7 +102,8 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         call.apply_defaults()
         engine, config_class = call.arguments["self"], call.arguments["config_class"]
         block = getattr(config_class, _BLOCK, None) or _block_of_prepared(call.arguments["model"])
-        if block is not None and _trains(call.arguments["optimizer"], config_class):
+        trains = _trains(call.arguments["optimizer"], config_class)
+        if block is not None and trains:
             from ds_compress.engine.announce import announce_start
             from ds_compress.engine.run_end import warn_if_alone
             from ds_compress.engine.session import Compression
@@ -114,6 +115,10 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
             announce_start(session, engine)
         else:
             original(*args, **kwargs)
+            if trains:
+                logger.info("no %s block in this DeepSpeed config: the model trains uncompressed", KEY)
+            elif block is not None:
+                logger.info("this engine has no optimizer; %s does nothing in it", KEY)
 
     return engine_init
 
@@ -136,5 +141,4 @@ def _trains(optimizer: Any, config_class: Any) -> bool:
     """False for an inference engine (a teacher, an evaluation under ZeRO-3): nothing there can be compressed."""
     if optimizer is not None or config_class.optimizer_name is not None:
         return True
-    logger.info("ds_compress: this engine has no optimizer; compression_training does nothing in it")
     return False
