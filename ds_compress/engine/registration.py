@@ -101,7 +101,9 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         engine, config_class = call.arguments["self"], call.arguments["config_class"]
-        block = getattr(config_class, _BLOCK, None) or _block_of_prepared(call.arguments["model"])
+        block = getattr(config_class, _BLOCK, None)
+        if block is None:
+            block = _block_of_prepared(call.arguments["model"])
         trains = _trains(call.arguments["optimizer"], config_class)
         if block is not None and trains:
             from ds_compress.engine.announce import announce_start
@@ -139,6 +141,4 @@ def _join_trainers(trainer_module: Any) -> None:
 
 def _trains(optimizer: Any, config_class: Any) -> bool:
     """False for an inference engine (a teacher, an evaluation under ZeRO-3): nothing there can be compressed."""
-    if optimizer is not None or config_class.optimizer_name is not None:
-        return True
-    return False
+    return bool(optimizer is not None or config_class.optimizer_name is not None)

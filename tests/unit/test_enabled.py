@@ -52,9 +52,18 @@ def test_all_off_on_purpose_still_trains_uncompressed() -> None:
     assert "trains uncompressed" in line
 
 
-def test_an_empty_block() -> None:
+def test_an_empty_block(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = lines({})
     assert "nothing is in it" in line
+    with engine_of(tiny_bert(), ds_config(1, {})):
+        pass
+    assert line in caplog.text
+
+
+def test_no_block_at_all_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "ds_compress"), engine_of(tiny_bert(), ds_config(1)):
+        pass
+    assert "the model trains uncompressed" in caplog.text
 
 
 def test_the_short_form_counts_as_enabled() -> None:
