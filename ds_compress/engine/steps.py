@@ -67,7 +67,8 @@ class StepHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        del self.engine._take_model_step
+        self._handles = []
+        vars(self.engine).pop("_take_model_step", None)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
         self._updated = set()

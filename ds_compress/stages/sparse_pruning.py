@@ -98,12 +98,8 @@ class SparsePruning(Stage):
                 fragment.values.copy_(self.hidden[fragment.name])
             if scoring and learning:
                 self.score.observe(fragment, settings)
-            if (
-                self.score.masks_gradient
-                and fragment.name in self._in_force
-                and fragment.gradient is not None
-            ):
-                bitmask.apply_(fragment.gradient, self._in_force[fragment.name])
+            if self.score.masks_gradient and fragment.name in self._in_force:
+                fragment.mask_gradient(self._in_force[fragment.name])
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
         for fragment in self._mine(fragments):
