@@ -149,6 +149,13 @@ class StructuredPruning(Stage):
                     structure.name, self._unit_sums(structure, member, fragment, values), settings
                 )
 
+    @property
+    def clears_gradients(self) -> bool:
+        return bool(self.kept)
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        return self._masks.get(name)
+
     def on_update(self, fragments: Iterable[Fragment]) -> None:
         for fragment in self._mine(fragments):
             mask = self._masks.get(fragment.name)
