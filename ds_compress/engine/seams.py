@@ -93,6 +93,7 @@ SEAMS: tuple[Seam, ...] = (
             "self.real_dp_process_group",
             "self.check_grad_overflow",
             "self.torch_autocast_gradscaler",
+            "self.clip_grad",
         ),
     ),
     Seam(
@@ -122,6 +123,30 @@ SEAMS: tuple[Seam, ...] = (
         source_mentions=("self.backup_optimizer",),
     ),
     Seam("deepspeed.runtime.engine:DeepSpeedEngine.autotp_size", ("self",)),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine.clip_fp32_gradients",
+        source_mentions=("max_norm=self.gradient_clipping()",),
+    ),
+    *(
+        Seam(f"deepspeed.runtime.{wrapper}.get_grad_norm_direct", ("self", "gradients", "params", "norm_type"))
+        for wrapper in ("zero.stage_1_and_2:DeepSpeedZeroOptimizer", "zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+    ),
+    *(
+        Seam(
+            f"deepspeed.runtime.{wrapper}.complete_grad_norm_calculation_for_cpu_offload",
+            ("self", "params"),
+            source_mentions=("self.norm_for_param_grads[param_id]",),
+        )
+        for wrapper in ("zero.stage_1_and_2:DeepSpeedZeroOptimizer", "zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+    ),
+    Seam(
+        "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.step",
+        source_mentions=("max_norm=self.clip_grad", "self._global_grad_norm"),
+    ),
+    *(
+        Seam(f"deepspeed.runtime.fp16.{wrapper}.unscale_and_clip_grads", source_mentions=("/ self.clip_grad",))
+        for wrapper in ("fused_optimizer:FP16_Optimizer", "unfused_optimizer:FP16_UnfusedOptimizer")
+    ),
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine._consolidated_16bit_state_dict",
         ("self",),
@@ -395,6 +420,50 @@ def stepped_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
     stepped = wrapper if wrapper is engine.basic_optimizer else wrapper.optimizer
     backup = getattr(wrapper, "backup_optimizer", None)
     return [stepped] if backup is None else [stepped, backup]
+
+
+def clip_limit(engine: Any) -> float:
+    """`gradient_clipping` of an engine as it is in force; 0 without."""
+    wrapper = engine.optimizer
+    limit = engine.gradient_clipping() if wrapper is engine.basic_optimizer else wrapper.clip_grad
+    return float(limit or 0.0)
+
+
+@contextlib.contextmanager
+def clip_limit_times(engine: Any, factor: float) -> Iterator[None]:
+    """Inside, gradients are clipped at `factor` times the limit."""
+    wrapper, limit = engine.optimizer, clip_limit(engine)
+    if wrapper is engine.basic_optimizer:
+        engine.gradient_clipping = lambda: limit * factor
+    else:
+        wrapper.clip_grad = limit * factor
+    try:
+        yield
+    finally:
+        if wrapper is engine.basic_optimizer:
+            del engine.gradient_clipping
+        else:
+            wrapper.clip_grad = limit
+
+
+def divide_reported_norm(engine: Any, divisor: float) -> None:
+    """What `get_global_grad_norm()` says of the last step, where DeepSpeed says something."""
+    for holder in (engine, engine.optimizer):
+        norm = getattr(holder, "_global_grad_norm", None)
+        if norm is not None:
+            holder._global_grad_norm = norm / divisor
+
+
+def whole_gradients(engine: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """The reduced gradients of an optimizer that is not ZeRO's, before it steps; whole in every process."""
+    wrapper = engine.optimizer
+    if is_bf16_optimizer(wrapper):
+        for group, gradients in zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True):
+            yield from zip(group, gradients, strict=True)
+        return
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            yield parameter, parameter.grad
 
 
 def group_of(engine: Any, parameter: Any) -> int | None:

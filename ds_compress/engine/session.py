@@ -96,6 +96,7 @@ class Compression:
         self._ended_metrics: dict[str, float] = {}
         self.engine: Any = None
         self._hooks: StepHooks | LoopHooks | None = None
+        self._is_released = False
         self._construction: dict[str, Any] = {}
 
     @property
@@ -197,6 +198,7 @@ class Compression:
         """Connects the stages to the constructed engine: fragments, step hooks, loss, checkpoints."""
         if self._hooks is not None:
             self._hooks.remove()
+        self._is_released = False
         self.engine = engine
         engine.compression = self
         sessions.keep(self.model, self)
@@ -324,9 +326,13 @@ class Compression:
         self._forget_distillation()
 
     def _release(self) -> None:
+        if self._is_released:
+            return
+        self._is_released = True
         if self._hooks is not None:
             self._hooks.remove()
-        sessions.forget(self.model)
+        if sessions.session_of(self.model) is self:
+            sessions.forget(self.model)
         if self.engine is not None:
             checkpoint.unwrap(self.engine)
             run_end.unwatch(self.engine, self)

@@ -24,6 +24,7 @@ import torch
 
 from ds_compress.config.inventory import few
 from ds_compress.engine import monitoring, seams
+from ds_compress.engine.clipping import AppliedNorm
 from ds_compress.engine.fragments import Fragment
 from ds_compress.engine.frozen import FrozenWeights
 from ds_compress.engine.shards import Shards
@@ -51,11 +52,13 @@ class StepHooks:
         self._original_step: Callable[..., Any] = engine._take_model_step
         engine._take_model_step = self._take_model_step
         self._guard = _overflow_guard(engine)
+        self._norm = AppliedNorm(engine, stages)
 
     def use(self, shards: Shards) -> None:
         """Takes the current map of fragments (it changes when a checkpoint is loaded)."""
         self._by_stepped = {}
         self._frozen = FrozenWeights(self.stages, shards.unstepped)
+        self._norm.use(shards)
         for fragment in shards.fragments.values():
             self._by_stepped.setdefault(id(fragment.stepped), []).append(fragment)
 
@@ -67,7 +70,9 @@ class StepHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        del self.engine._take_model_step
+        self._handles = []
+        self._norm.remove()
+        vars(self.engine).pop("_take_model_step", None)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
         self._updated = set()
@@ -79,7 +84,7 @@ class StepHooks:
         for stage in self.stages:
             stage.before_step(self.applied_steps)
             self._frozen_due = self._frozen_due or stage.has_new_masks
-        with self._guard(self.engine):
+        with self._guard(self.engine), self._norm.in_step():
             result = self._original_step(*args, **kwargs)
         self._require_seen(was_skipped=self.engine.skipped_steps > skipped)
         if self._updated:

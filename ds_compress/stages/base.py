@@ -61,6 +61,15 @@ class Stage:
     def on_skipped_step(self) -> None:
         """The step that `before_step` announced was not applied: nothing that it computed remains. No collectives."""
 
+    @property
+    def clears_gradients(self) -> bool:
+        """Whether `gradient_mask` may give something in the step now running; the same in every process."""
+        return False
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        """Packed mask of what will be applied of the gradient of a fragment, in the step now running; None: all."""
+        return None
+
     def masked_weights(self) -> Collection[str]:
         """Names of all parameters that `on_update` may clear elements of; the same in every process."""
         return ()

@@ -17,7 +17,8 @@ The mask costs one bit per weight, on the owner's fragment only. It is applied t
 optimizer's update and the making of the 16-bit copy, so forward and backward see exact zeros at no cost.
 A mask that is due at step s is computed just before step s is applied and is in force from then on: the
 forward of step s (counting from 0) is the first that sees it. Step 0 itself is always dense, and methods that
-score by gradient first need to have seen one.
+score by gradient first need to have seen one. `gradient_clipping` counts the gradients that are applied: not those of
+weights that stay masked (those of hidden values under `regrowth` are).
 """
 
 from __future__ import annotations
@@ -107,12 +108,18 @@ class SparsePruning(Stage):
                 fragment.values.copy_(self.hidden[fragment.name])
             if scoring and learning:
                 self.score.observe(fragment, settings)
-            if (
-                self.score.masks_gradient
-                and fragment.name in self._in_force
-                and fragment.gradient is not None
-            ):
-                bitmask.apply_(fragment.gradient, self._in_force[fragment.name])
+            if self.score.masks_gradient and fragment.name in self._in_force:
+                fragment.mask_gradient(self._in_force[fragment.name])
+
+    @property
+    def clears_gradients(self) -> bool:
+        return self.total > 0
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        if not self.regrowth or self._is_over:
+            return self.masks.get(name)
+        # The gradient goes to the hidden value of a masked weight, unless its score has it instead.
+        return self._in_force.get(name) if self.score.masks_gradient else None
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
         for fragment in self._mine(fragments):

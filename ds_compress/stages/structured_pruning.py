@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a layer was called with first, by position or by name: its input, its hidden states."""
+    found: torch.Tensor = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+    return found
+
+
 Place = tuple["Structure", "Member"]
 NEVER = torch.finfo(torch.float32).min
 """The score of a unit that is gone and may not return, or of nothing else."""
@@ -124,12 +131,13 @@ class StructuredPruning(Stage):
         for fragment in self._mine(fragments):
             if fragment.name in self.hidden:
                 fragment.values.copy_(self.hidden[fragment.name])
-            if fragment.gradient is None:
+            gradient = fragment.gradient
+            if gradient is None:
                 continue
             if not self.is_over:
-                self._gather(fragment, fragment.gradient, settings)
+                self._gather(fragment, gradient, settings)
             if fragment.name in self._masks:
-                bitmask.apply_(fragment.gradient, self._masks[fragment.name])
+                fragment.mask_gradient(self._masks[fragment.name])
 
     def _gather(self, fragment: Fragment, gradient: torch.Tensor, settings: Mapping[str, Any]) -> None:
         values = self.score.of_gradient(fragment.values, gradient)
@@ -140,6 +148,13 @@ class StructuredPruning(Stage):
                 self.score.gather(
                     structure.name, self._unit_sums(structure, member, fragment, values), settings
                 )
+
+    @property
+    def clears_gradients(self) -> bool:
+        return bool(self.kept)
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        return self._masks.get(name)
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
         for fragment in self._mine(fragments):
@@ -311,13 +326,13 @@ class StructuredPruning(Stage):
         index, module = structure.observed_index, model.get_submodule(structure.observed)
         axis = 1 if isinstance(module, nn.Conv2d) else -1
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module.training and not self._done and args:
-                x = args[0].detach().abs().movedim(axis, -1).flatten(0, -2)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if module.training and not self._done:
+                x = first_argument(args, kwargs).detach().abs().movedim(axis, -1).flatten(0, -2)
                 by_entry = x.sum(0, dtype=torch.float32)
                 score.see(structure.name, by_entry[index.to(x.device)].sum(1), x.shape[0])
 
-        yield module.register_forward_pre_hook(hook)
+        yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
     # -- state -----------------------------------------------------------------------------------------
 

@@ -64,6 +64,24 @@ def differing(stage: int, names: tuple[str, ...]) -> dict[str, dict[str, list[st
     return results
 
 
+def update_lengths(stages: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+    """{stage: (length of an update by SGD with rate 1 and a limit of 0.01, the norm that DeepSpeed reports)}."""
+    lengths = {}
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
+    for stage in stages:
+        block = pruning_block(density=0.05, schedule_offset=1)
+        config = ds_config(stage, block, gradient_clipping=0.01, **sgd)
+        with engine_of(tiny_bert(), config) as engine:
+            data = list(batches(4, rank=torch.distributed.get_rank()))
+            train(engine, iter(data[:3]))
+            before = _masters(engine)
+            train(engine, iter(data[3:]))
+            after = _masters(engine)
+            moved = torch.cat([(after[name] - values).flatten() for name, values in before.items()])
+            lengths[stage] = float(moved.norm()), float(engine.get_global_grad_norm() or 0.0)
+    return lengths
+
+
 def _evaluate(engine: Any, batch: dict[str, torch.Tensor]) -> None:
     engine.eval()
     with torch.no_grad():

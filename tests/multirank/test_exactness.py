@@ -1,4 +1,4 @@
-"""Exports and finalized models are the fp32 masters, also right after forwards that make weights whole in 16 bits."""
+"""What leaves an engine, and what is applied to its weights, is exact on two processes."""
 
 from __future__ import annotations
 
@@ -22,3 +22,12 @@ def test_nothing_that_a_forward_has_rounded_leaves_the_engine(
     differing: dict[str, dict[str, list[str]]], name: str, kind: str
 ) -> None:
     assert differing[name][kind] == []
+
+
+def test_clipping_counts_what_is_applied_on_every_stage() -> None:
+    results = run_ranks(2, "tests.multirank.exactness:update_lengths", stages=(0, 1, 2, 3))
+    assert results[0] == results[1]
+    lengths = results[0]
+    assert [length for length, _ in lengths.values()] == pytest.approx([0.01] * 4, rel=1e-3)
+    norms = [norm for stage, (_, norm) in lengths.items() if stage]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3) and norms[0] > 0.02
