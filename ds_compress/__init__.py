@@ -17,8 +17,10 @@ Importing this package is all that a training script needs; the rest is for thos
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from ds_compress import log
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
 from ds_compress.distill.cache_write import cache_teacher
@@ -57,13 +59,23 @@ __all__ = [
 ]
 
 
+_LAZY_MODULES = ("compat", "hf", "run")
+"""Packages that cost an import of their own and that docs and messages name as attributes of this one."""
+
+
 def __getattr__(name: str) -> Any:
     if name in ("CompressionCallback", "DistillationTrainer"):
-        from ds_compress import hf
-
-        return getattr(hf, name)
+        return getattr(importlib.import_module("ds_compress.hf"), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"ds_compress.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})
+
+
+log.set_up()
+log.print_one_traceback()
 register()
 _register_quantizer()

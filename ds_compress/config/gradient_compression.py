@@ -20,6 +20,7 @@ BlockSize = Annotated[
     Words(f"a multiple of 32 up to {_LARGEST_BLOCK}"),
 ]
 PieceElements = Annotated[Whole, Field(ge=1024)]
+Rounding = Annotated[Literal["nearest", "stochastic"], Choice]
 MinElements = Annotated[Whole, Field(ge=0)]
 
 
@@ -56,9 +57,20 @@ class Wire(Section):
 class GradientCompression(Wire):
     """Sends gradients between processes as int8 or int4 codes with a scale per block, at every ZeRO stage."""
 
+    rounding: Rounding = Field(
+        default="nearest",
+        description=(
+            "nearest; or stochastic: gradients far below their block's step arrive without bias, with noise, where "
+            "nearest makes 0 of them. Takes longer to encode."
+        ),
+    )
     error_feedback: Flag = Field(
         default=False,
-        description="Add to each gradient what the last message lost; for SGD and coarse scales, not for Adam.",
+        description=(
+            "Add to each gradient what the last message lost, at a byte or two per parameter: small gradients beside "
+            "large ones in a block are late instead of lost. Measured gains with SGD and coarse scales; with Adam and "
+            "the default blocks none, and a little worse in int4."
+        ),
     )
     error_feedback_bits: Annotated[Literal[8, 16], Choice] | None = Field(
         default=None, description="Bits in which the lost part is kept, per parameter: 8 or 16; absent: 8."
@@ -69,6 +81,13 @@ class GradientCompression(Wire):
     )
 
     def conflicts(self) -> Iterator[Conflict]:
+        if self.error_feedback and self.rounding == "stochastic":
+            yield Conflict(
+                ("rounding",),
+                self.rounding,
+                '"nearest" with error_feedback',
+                "both keep what rounding loses: choose one",
+            )
         if self.error_feedback_bits is not None and not self.error_feedback:
             yield Conflict(
                 ("error_feedback_bits",),

@@ -21,7 +21,8 @@ __all__ = ["Plan", "Target", "TechniquePlan", "Weight", "plan"]
 
 @dataclass
 class Plan:
-    """What each enabled block does to which weight; `str()` gives a plain table, `rich.print` a coloured one.
+    """What each enabled block does to which weight; `str()` gives a plain table that fits the terminal
+    (80 columns in a pipe), `rich.print` a coloured one.
 
     techniques: only the enabled ones, by block key (sparse_pruning, weight_quantization,
     activation_quantization); `structures` likewise for row, head, channel, depth and hidden pruning. weights: every
@@ -42,7 +43,7 @@ class Plan:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from ds_compress.config.report import renderables
 
-        yield from renderables(self)
+        yield from renderables(self, options.max_width)
 
 
 def plan(

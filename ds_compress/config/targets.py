@@ -17,6 +17,7 @@ class Target:
 
     module_name: qualified name of the module; param_name: name of its weight in `model.named_parameters()`
     (the first-listed name when tied). shape: full shape. group, params: the JSON group that claimed it.
+    pruned: whether another block makes weights of it zero, which have to be zero in forward too.
     """
 
     module_name: str
@@ -27,6 +28,7 @@ class Target:
     shape: tuple[int, ...]
     group: str
     params: Any
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ class TechniquePlan:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of the model as it is stored: full shape, bytes per element, and whether it trains."""
+    """One parameter of the model as it is stored: full shape, bytes per element, whether it trains, whose it is.
+
+    owner: name of the class of the module that holds it.
+    """
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
     trainable: bool
+    owner: str = ""
 
     @property
     def numel(self) -> int:

@@ -152,6 +152,8 @@ def _teacher(block: Distillation) -> str:
 
 def _gradient_facts(block: GradientCompression) -> str:
     facts = ["gradients", *_wire_facts(block)]
+    if block.rounding == "stochastic":
+        facts.append("stochastic rounding")
     if block.effective_error_feedback_bits:
         facts.append(f"error feedback in {block.effective_error_feedback_bits} bits")
     if block.hierarchical:

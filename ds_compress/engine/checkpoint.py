@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ds_compress.engine import checkpoint_model
+from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.select import bitmask
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def wrap(engine: Any, session: Compression) -> None:
     @functools.wraps(original_save)
     def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        warn_if_unfinished(session)
         save(Path(save_dir) / tag / FOLDER, session)
         return original_save(save_dir, tag, *args, **kwargs)
 

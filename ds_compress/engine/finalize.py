@@ -63,6 +63,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
     require_whole_layers(engine, "finalize")
     session, model = engine.compression, engine.module
     cuts = session.cuts()
+    session.refresh_weights()
     session.end()
     cut_in_place(engine, cuts)
     return model

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_compress.engine.gather import whole_modules
 from ds_compress.engine.parameters import full_parameters
+from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.engine.tensor_parallel import require_whole_layers
 from ds_compress.export.errors import ExportError
 from ds_compress.export.source import Trained, of_module
@@ -41,6 +42,8 @@ def _of_engine(engine: Any) -> Trained:
     except ValueError as error:
         raise ExportError(str(error)) from error
     session = getattr(engine, "compression", None)
+    if session is not None:
+        warn_if_unfinished(session)
     cuts = session.cuts() if session is not None and session.structured else None
     alone = not dist.is_initialized()
     return Trained(

@@ -8,8 +8,9 @@ refreshes they are within a code's half step of them, and the fp32 weights, whic
 
 **Stage 3**: nobody keeps a copy, and a layer fetches its weights before its forward and its backward. While the
 model trains they travel as codes of the weights themselves (ZeRO++'s qwZ, Wang et al. 2023, on any device): forward
-and backward see weights rounded to 127 steps per block, zeros exactly. Parameters whose slice is shorter than a block,
-or that DeepSpeed keeps between steps, travel as they are, in the same message. In eval mode, and for whoever reads
+and backward see weights rounded to 127 steps per block, zeros exactly. Small and one-dimensional parameters (see
+`reduce.exactness`), those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel as
+they are, in the same message. In eval mode, and for whoever reads
 weights otherwise, they are exact.
 """
 
@@ -31,6 +32,7 @@ from ds_compress.engine.shards import Shards
 from ds_compress.reduce import link
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
 from ds_compress.reduce.differences import CopiedWeights
+from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.stages.base import Stage
 
 logger = logging.getLogger("ds_compress")
@@ -202,7 +204,7 @@ class _Fetches:
         )
 
     def _codec_of(self, parameter: Any) -> Codec:
-        small = parameter.ds_tensor.ds_numel < self._codec.block
+        small = parameter.ds_tensor.ds_numel < self._codec.block or travels_exactly(parameter.ds_shape)
         return PlainCodec(parameter.ds_tensor.dtype) if small or parameter.ds_persist else self._codec
 
 

@@ -29,12 +29,14 @@ from ds_compress.config.errors import ConfigError, Problem
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.engine import reduction_seams, seams
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
+from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.hosts import Hosts, UnevenHosts, find_hosts
 from ds_compress.reduce.momentum import WorkerMomentum
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum, accusation
 from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
 from ds_compress.reduce.workers import Accusations, OutlierAbort, Report, Watch, report
 from ds_compress.stages.base import Stage
 
@@ -47,6 +49,8 @@ _TWO_MOMENTA = (
     "robust_reduction.worker_momentum stands for the momentum of the optimizer, which has one too: set betas[0] of "
     "Adam to 0; or momentum of SGD to 0, and its lr to lr / (1 - momentum)"
 )
+_MUCH = 0.1
+"""Share of elements that are not quantized from which on it is a warning."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,7 +85,8 @@ class GradientReduction(Stage):
         self._robust_sums: dict[Any, RobustSum] = {}
         self._gram: torch.Tensor | None = None
         self._non_finite: set[int] = set()
-        self._quantized = 0
+        self._quantized = self._exact = 0
+        self._dither: Dither | None = None
         self._undo: Callable[[], None] = lambda: None
 
     # -- life ------------------------------------------------------------------------------------------
@@ -99,6 +104,10 @@ class GradientReduction(Stage):
             _say(self.group, _TWO_MOMENTA, logging.WARNING)
         if self.wire is not None and self.wire.hierarchical:
             self._find_hosts()
+        if self.wire is not None and self.wire.rounding == "stochastic":
+            self._dither = Dither(dist.get_rank(self.group) / dist.get_world_size(self.group))
+        if self.wire is not None:
+            self._say_what_is_exact()
         if self.wire is not None and self.wire.measure_link and self._link_is_slow:
             self._measure_link(self.wire.min_elements)
         self._undo = reduction_seams.connect(engine, self)
@@ -131,6 +140,22 @@ class GradientReduction(Stage):
             self._link_is_slow = False
             _say(self.group, "gradient_compression is off: hierarchical, and all processes are on one host")
 
+    def _say_what_is_exact(self) -> None:
+        """Small and one-dimensional parameters are not quantized, which should be next to nothing."""
+        sizes = [0, 0]
+        for parameter in self.engine.module.parameters():
+            if parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                sizes[travels_exactly(shape)] += shape.numel()
+        share = sizes[True] / max(1, sum(sizes))
+        text = f"gradient_compression: {100 * share:.2g} % of all gradients travel as DeepSpeed sends them"
+        few = share < _MUCH
+        _say(
+            self.group,
+            f"{text}, those of small and one-dimensional parameters",
+            logging.INFO if few else logging.WARNING,
+        )
+
     def _measure_link(self, min_elements: int) -> None:
         if dist.get_world_size(self.group) == 1:
             return
@@ -143,8 +168,8 @@ class GradientReduction(Stage):
 
     @property
     def needs_keys(self) -> bool:
-        """Whether segments have to say which parameter they belong to."""
-        return bool(self.residuals)
+        """Whether segments have to end where their parameter does, and to say which it is."""
+        return self.wire is not None or bool(self.residuals)
 
     def takes(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether a bucket of `numel` elements in all is ours; the same in every process."""
@@ -164,9 +189,9 @@ class GradientReduction(Stage):
         """Gives each owner `multiplier` times the sum of its segments: see `reduce.exchange`."""
         numel, dtype = self._begin(segments)
         if self.robust is not None:
-            self._robust_sum(group, numel, dtype).reduce_scatter(segments, take, multiplier)
+            self._robust_sum(group, segments, numel, dtype).reduce_scatter(segments, take, multiplier)
             return
-        self._quantized += numel
+        self._count(segments)
         if is_lopsided(segments, dist.get_world_size(group)):
             self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
             for segment in segments:
@@ -179,18 +204,23 @@ class GradientReduction(Stage):
         """Replaces all segments by `multiplier` times their sum, with the same bits everywhere."""
         numel, dtype = self._begin(segments)
         if self.robust is None:
-            self._quantized += numel
+            self._count(segments)
             self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
             return
-        flat = segments[0].values if len(segments) == 1 else torch.cat([s.values for s in segments])
-        self._robust_sum(group, numel, dtype).all_reduce(flat, multiplier)
-        if len(segments) > 1:
-            for segment, values in zip(segments, flat.split([s.numel for s in segments]), strict=True):
-                segment.values.copy_(values)
+        self._robust_sum(group, segments, numel, dtype).all_reduce(segments, multiplier)
+
+    def _count(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            if segment.exact:
+                self._exact += segment.numel
+            else:
+                self._quantized += segment.numel
 
     def _begin(self, segments: Sequence[Segment]) -> tuple[int, torch.dtype]:
         """Makes of gradients what is sent; the elements and dtype of the bucket."""
         self._settle()
+        if self._dither is not None:
+            self._dither.begin()
         if self.momentum is not None:
             per_step = seams.reductions_per_step(self.engine)
             self.momentum.apply(segments, seams.loss_scale(self.engine.optimizer), per_step)
@@ -199,14 +229,22 @@ class GradientReduction(Stage):
     def _sum_over(self, group: Any) -> QuantizedSum:
         if group not in self._sums:
             assert self.wire is not None
-            codec = BlockCodec(self.wire.bits, self.wire.effective_block_size)
             hosts = self._hosts if group is self.group else None
-            self._sums[group] = QuantizedSum(group, codec, self.wire.piece_elements, hosts)
+            self._sums[group] = QuantizedSum(group, self._codec(), self.wire.piece_elements, hosts)
         return self._sums[group]
 
-    def _robust_sum(self, group: Any, numel: int, dtype: torch.dtype) -> RobustSum:
+    def _codec(self) -> BlockCodec:
+        assert self.wire is not None
+        if self._dither is None:
+            return BlockCodec(self.wire.bits, self.wire.effective_block_size)
+        return StochasticBlockCodec(self.wire.bits, self.wire.effective_block_size, self._dither)
+
+    def _robust_sum(
+        self, group: Any, segments: Sequence[Segment], numel: int, dtype: torch.dtype
+    ) -> RobustSum:
         quantizes = self._quantizes(numel)
-        self._quantized += numel if quantizes else 0
+        if quantizes:
+            self._count(segments)
         key = (group, quantizes or dtype)
         if key not in self._robust_sums:
             robust, wire = self.robust, self.wire
@@ -220,7 +258,7 @@ class GradientReduction(Stage):
             )
             codec: BlockCodec | PlainCodec = PlainCodec(dtype)
             if quantizes and wire is not None:
-                codec = BlockCodec(wire.bits, wire.effective_block_size)
+                codec = self._codec()
             pieces = wire.piece_elements if wire is not None else 1 << 20
             self._robust_sums[key] = RobustSum(
                 group, codec, policy, pieces, self._add_report, lambda: self._watch.suspects if self._watch else ()
@@ -283,7 +321,10 @@ class GradientReduction(Stage):
             )
 
     def metrics(self) -> dict[str, float]:
-        counts = {} if self.wire is None else {"quantized_elements": float(self._quantized)}
+        counts = {} if self.wire is None else {
+            "quantized_elements": float(self._quantized),
+            "exact_elements": float(self._exact),
+        }
         return {**counts, **self._workers()}
 
     def _workers(self) -> dict[str, float]:
@@ -306,6 +347,8 @@ class GradientReduction(Stage):
             kind: [{"run": dict(run), "stored": stored.cpu()} for run, stored in residuals.state()]
             for kind, residuals in self.residuals.items()
         }
+        if self._dither is not None:
+            kept["buckets"] = self._dither.buckets
         return kept if self._watch is None else {**kept, "watch": self._watch.state()}
 
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
@@ -313,6 +356,8 @@ class GradientReduction(Stage):
             residuals.clear()
             for item in (state or {}).get(kind, ()):
                 residuals.restore(item["run"], item["stored"].to(self.engine.device))
+        if self._dither is not None:
+            self._dither.buckets = (state or {}).get("buckets", 0)
         if self._watch is not None:
             self._watch.restore((state or {}).get("watch", {}))
         self._awaits_outcome = False

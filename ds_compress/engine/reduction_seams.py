@@ -16,8 +16,10 @@ global of its module, so there a switch is put in that is on only while our opti
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from ds_compress.engine import seams
 from ds_compress.engine.replaced import Replaced
 from ds_compress.reduce import link
+from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
 
@@ -69,12 +72,41 @@ def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
     return link.compare(plain, ours, group, device, sent)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Elements that lie together in a bucket: those of one parameter from `start` on; see `Segment`."""
+
+    key: str
+    exact: bool
+    numel: int
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a reduction has to know of a parameter."""
+
+    name: str
+    exact: bool
+
+    def run(self, numel: int, start: int = 0) -> _Run:
+        return _Run(self.name, self.exact, numel, start)
+
+
+def _known(module: torch.nn.Module) -> Mapping[int, _Known]:
+    """By the id of the parameter."""
+    return {
+        id(p): _Known(name, travels_exactly(getattr(p, "ds_shape", p.shape)))
+        for name, p in module.named_parameters()
+    }
+
+
 class _Whole:
     """Stage 0 and BF16_Optimizer: every process needs every gradient."""
 
     def __init__(self, engine: Any, reduction: GradientReduction) -> None:
         self._engine, self._reduction = engine, reduction
-        self._names = {id(p): name for name, p in engine.module.named_parameters()}
+        self._known = _known(engine.module)
         replaced = Replaced(engine)
         self._original = replaced.put("allreduce_bucket", self._allreduce_bucket)
         self.undo = replaced.undo
@@ -95,32 +127,33 @@ class _Whole:
     def _segments(self, bucket: list[torch.Tensor], flat: torch.Tensor) -> list[Segment]:
         if not self._reduction.needs_keys:
             return [Segment(flat, 0)]
-        runs = sorted(self._gradients(), key=lambda run: run[0])
-        pieces: list[tuple[str, int, int]] = []
+        gradients = sorted(self._gradients(), key=lambda gradient: gradient[0])
+        addresses = [address for address, _, _ in gradients]
+        runs: list[_Run] = []
         for tensor in bucket:
-            begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-            at = begin
-            for address, nbytes, name in runs:
-                if begin <= address < end:
-                    if address > at:
-                        pieces.append((_PADDING, 0, (address - at) // tensor.element_size()))
-                    pieces.append((name, 0, nbytes // tensor.element_size()))
-                    at = address + nbytes
+            at, end, size = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, tensor.element_size()
+            for address, nbytes, known in gradients[bisect.bisect_left(addresses, at) :]:
+                if address >= end:
+                    break
+                if address > at:
+                    runs.append(_padding((address - at) // size))
+                runs.append(known.run(nbytes // size))
+                at = address + nbytes
             if at < end:
-                pieces.append((_PADDING, 0, (end - at) // tensor.element_size()))
-        return list(_cut(flat, 0, pieces))
+                runs.append(_padding((end - at) // size))
+        return list(_cut(flat, 0, runs))
 
-    def _gradients(self) -> Iterator[tuple[int, int, str]]:
-        """(address, bytes, name of the parameter) of every gradient."""
+    def _gradients(self) -> Iterator[tuple[int, int, _Known]]:
+        """(address, bytes, parameter) of every gradient."""
         wrapper = self._engine.optimizer
         if seams.is_bf16_optimizer(wrapper):
             for group, gradients in zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True):
                 for parameter, gradient in zip(group, gradients, strict=True):
-                    yield gradient.data_ptr(), gradient.nbytes, self._names[id(parameter)]
+                    yield gradient.data_ptr(), gradient.nbytes, self._known[id(parameter)]
             return
-        for name, parameter in self._engine.module.named_parameters():
+        for parameter in self._engine.module.parameters():
             if parameter.grad is not None:
-                yield parameter.grad.data_ptr(), parameter.grad.nbytes, name
+                yield parameter.grad.data_ptr(), parameter.grad.nbytes, self._known[id(parameter)]
 
 
 class _Partitioned:
@@ -128,7 +161,7 @@ class _Partitioned:
 
     def __init__(self, engine: Any, wrapper: Any, reduction: GradientReduction) -> None:
         self._wrapper, self._reduction = wrapper, reduction
-        self._names = {id(p): name for name, p in engine.module.named_parameters()}
+        self._known = _known(engine.module)
         self._bucket: tuple[torch.Tensor, torch.dtype] | None = None
         replaced = Replaced(wrapper)
         self._average = replaced.put("average_tensor", self._average_tensor)
@@ -219,26 +252,33 @@ class _Partitioned:
             )
         group = self._wrapper.dp_process_group if process_group is None else process_group
         flat: torch.Tensor = self._wrapper.flatten(bucket)
-        segments, offset = [], 0
-        for position, tensor in enumerate(bucket):
-            # Without contiguous gradients, a bucket is the gradients of its parameters, one after the other.
-            key = self._key_of_gradient(tensor, position) if self._reduction.needs_keys else ""
-            segments.append(Segment(flat[offset : offset + tensor.numel()], 0, key))
-            offset += tensor.numel()
+        segments = [Segment(flat, 0)]
+        if self._reduction.needs_keys:
+            segments = list(_cut(flat, 0, self._runs_of_bucket(bucket)))
         self._reduction.all_reduce(group, segments, self._multiplier(group) if divide else 1.0)
         return flat
 
-    def _key_of_gradient(self, tensor: torch.Tensor, position: int) -> str:
-        for name, parameter in self._parameters():
-            gradient = self._wrapper.get_gradient_for_reduction(parameter)
-            if gradient is not None and gradient.data_ptr() == tensor.data_ptr():
-                return name
-        return f"{_PADDING} {position}"
+    def _runs_of_bucket(self, bucket: Sequence[torch.Tensor]) -> Iterator[_Run]:
+        """Of tensors that are pieces of the bucket in the making, or the gradients of parameters."""
+        gradients = {} if self._bucket else self._gradients()
+        for position, tensor in enumerate(bucket):
+            known = gradients.get(tensor.data_ptr())
+            if self._bucket is not None:
+                yield from self._runs(tensor)
+            elif known is not None:
+                yield known.run(tensor.numel())
+            else:
+                yield _padding(tensor.numel(), position)
 
-    def _parameters(self) -> Iterator[tuple[str, Any]]:
+    def _gradients(self) -> dict[int, _Known]:
+        """By address."""
+        found = {}
         for group in self._wrapper.bit16_groups:
             for parameter in group:
-                yield self._names[id(parameter)], parameter
+                gradient = self._wrapper.get_gradient_for_reduction(parameter)
+                if gradient is not None:
+                    found[gradient.data_ptr()] = self._known[id(parameter)]
+        return found
 
     def _multiplier(self, group: Any) -> float:
         if not self._wrapper.gradient_average:
@@ -249,17 +289,20 @@ class _Partitioned:
         """A run of the bucket, cut where another parameter begins if that is of interest."""
         if not self._reduction.needs_keys or self._bucket is None:
             return [Segment(tensor, owner)]
+        return list(_cut(tensor, owner, self._runs(tensor)))
+
+    def _runs(self, tensor: torch.Tensor) -> Iterator[_Run]:
+        """Of a piece of the bucket in the making."""
+        assert self._bucket is not None
         whole, dtype = self._bucket
         begin = (tensor.data_ptr() - whole.data_ptr()) // whole.element_size()
         end, at = begin + tensor.numel(), 0
-        runs: list[tuple[str, int, int]] = []
         for index, position, _ in self._wrapper.ipg_buckets[dtype].params:
             parameter = self._wrapper.bit16_groups[index][position]
             low, high = max(begin, at), min(end, at + parameter.numel())
             if low < high:
-                runs.append((self._names[id(parameter)], low - at, high - low))
+                yield self._known[id(parameter)].run(high - low, low - at)
             at += parameter.numel()
-        return list(_cut(tensor, owner, runs))
 
 
 class _Sharded:
@@ -270,7 +313,7 @@ class _Sharded:
 
     def __init__(self, engine: Any, wrapper: Any, reduction: GradientReduction) -> None:
         self._reduction = reduction
-        self._names = {id(p): name for name, p in engine.module.named_parameters()}
+        self._known = _known(engine.module)
         self._parameters: list[Any] = []
         _switch_reduce_scatter_coalesced()
         replaced = Replaced(wrapper)
@@ -299,7 +342,8 @@ class _Sharded:
             flat, chunk = tensor.reshape(-1), -(-tensor.numel() // size)
             for owner in range(size):
                 values = flat[owner * chunk : (owner + 1) * chunk]
-                segment = Segment(values, owner, self._names.get(id(parameter), ""), owner * chunk)
+                known = self._known.get(id(parameter), _Known("", False))
+                segment = Segment(values, owner, known.name, owner * chunk, known.exact)
                 if owner == rank:
                     results.append(torch.empty(values.numel(), device=values.device))
                     place[segment] = results[-1]
@@ -344,9 +388,14 @@ def _only_owner(ranks: Any) -> int | None:
     return next(iter(ranks)) if len(ranks) == 1 else None
 
 
-def _cut(tensor: torch.Tensor, owner: int, runs: Sequence[tuple[str, int, int]]) -> Iterator[Segment]:
-    """Successive runs (name, first element in the parameter, elements) of a flat tensor."""
+def _padding(numel: int, position: int = 0) -> _Run:
+    """What belongs to no parameter."""
+    return _Run(f"{_PADDING} {position}", False, numel)
+
+
+def _cut(tensor: torch.Tensor, owner: int, runs: Iterable[_Run]) -> Iterator[Segment]:
+    """A flat tensor as the segments that `runs`, one after the other, make of it."""
     offset = 0
-    for name, start, numel in runs:
-        yield Segment(tensor[offset : offset + numel], owner, name, start)
-        offset += numel
+    for run in runs:
+        yield Segment(tensor[offset : offset + run.numel], owner, run.key, run.start, run.exact)
+        offset += run.numel

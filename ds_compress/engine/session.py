@@ -11,12 +11,23 @@ import torch
 from torch import nn
 
 from ds_compress.config import parse_config
+from ds_compress.config.enabled import idle_lines
 from ds_compress.config.errors import ROOT, ConfigError, Problem
 from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
-from ds_compress.engine import checkpoint, frozen, parameters, seams, sessions, shrink, tensor_parallel
+from ds_compress.engine import (
+    checkpoint,
+    copies,
+    frozen,
+    parameters,
+    run_end,
+    seams,
+    sessions,
+    shrink,
+    tensor_parallel,
+)
 from ds_compress.engine.cached_teacher import cached_teacher
 from ds_compress.engine.loop import LoopHooks
 from ds_compress.engine.parameter_traffic import ParameterTraffic
@@ -81,6 +92,8 @@ class Compression:
         self.shrunk_units: dict[str, torch.Tensor] = {}
         self.removed: list[nn.Parameter] = []
         self.added: list[nn.Parameter] = []
+        self.said_unfinished_at = self.said_result_at = -1
+        self._ended_metrics: dict[str, float] = {}
         self.engine: Any = None
         self._hooks: StepHooks | LoopHooks | None = None
         self._construction: dict[str, Any] = {}
@@ -102,6 +115,8 @@ class Compression:
         config = parse_config(block)
         refuse_unsupported(model, engine_class, arguments["config_class"])
         refuse_unsupported_reductions(config, arguments["config_class"])
+        for line in idle_lines(config, block):
+            logger.warning("%s", line)
         session = sessions.taken_over(model, block) or cls.of_model(model, block, _given_teacher)
         tensor_parallel.refuse_unsupported(
             session, arguments["config_class"].tensor_parallel_config.autotp_size
@@ -160,6 +175,7 @@ class Compression:
     def _enter(self, arguments: dict[str, Any]) -> None:
         """Edits the constructor's arguments for the model that this session has prepared."""
         seams.reduce_in_autocast_dtype(arguments["config_class"], self.model)
+        seams.tag_parameters(arguments["config_class"], self.model, self.added)
         parameters.adopt_parameters(arguments, self.removed, self.added)
 
     def construct(self, engine: Any, arguments: Mapping[str, Any], constructor: Callable[..., None]) -> None:
@@ -173,7 +189,8 @@ class Compression:
             "constructor": constructor,
             "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
         }
-        constructor(engine, **arguments)
+        with seams.groups_of_replaced_optimizers():
+            constructor(engine, **arguments)
         self.attach(engine)
 
     def attach(self, engine: Any) -> None:
@@ -191,10 +208,10 @@ class Compression:
         for stage in self.stages.values():
             if isinstance(stage, GradientReduction | ParameterTraffic):
                 stage.attach_engine(engine)
+        run_end.watch(engine, self)
         checkpoint.wrap(engine, self)
         if any(stage.shrinks for stage in self.structured):
             shrink.at_end_of_schedule(engine, self)
-        logger.info("ds_compress: %s", ", ".join(self.stages) or "no stage enabled")
 
     def attach_to_loop(self) -> None:
         """Connects the stages to a training loop without an engine, which calls `end_step` after each step.
@@ -272,16 +289,19 @@ class Compression:
         shrink.shrink(self.engine)
 
     def refresh_weights(self) -> None:
-        """Makes the weights of the model exact where `parameter_compression` sends differences; a collective."""
+        """Every weight becomes its rounded fp32 master, for those who are about to read it; a collective."""
         for stage in self.stages.values():
             if isinstance(stage, ParameterTraffic):
                 stage.refresh()
+        if self.engine is not None:
+            copies.refresh(self.engine)
 
     def metrics(self) -> dict[str, float]:
-        """{"<stage>/<number>": value} of all stages."""
-        return {
+        """{"<stage>/<number>": value} of all stages; of those that a shrink has ended, the last values."""
+        numbers = {
             f"{name}/{key}": v for name, stage in self.stages.items() for key, v in stage.metrics().items()
         }
+        return {**self._ended_metrics, **numbers}
 
     def detach(self) -> None:
         """Takes every hook and class swap away; masked weights stay zero, parameters stay the same objects."""
@@ -296,6 +316,7 @@ class Compression:
 
     def end(self) -> None:
         """Training is over: as `detach`, but quantizers stay on the modules, for those who store what they say."""
+        run_end.warn_if_unfinished(self)
         self._release()
         for name, stage in self.stages.items():
             if name not in _QUANTIZERS:
@@ -308,6 +329,7 @@ class Compression:
         sessions.forget(self.model)
         if self.engine is not None:
             checkpoint.unwrap(self.engine)
+            run_end.unwatch(self.engine, self)
             vars(self.engine).pop("step", None)
             del self.engine.compression
 
@@ -339,6 +361,7 @@ class Compression:
                         units = structured.kept[name].tolist()
                         distillation.drop_layers(set(structure.layers) - {structure.layers[u] for u in units})
             successor.stages[Distillation.name] = distillation
+        successor._ended_metrics = self.metrics()
         successor.construct(engine, arguments, self._construction["constructor"])
         successor._start_at(self.applied_steps)
         for name, stage in successor.stages.items():

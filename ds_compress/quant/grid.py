@@ -19,6 +19,8 @@ Numerics that hold everywhere in the library:
   result is cast last.
 - A scale is at least 2^-126, so that a group of zeros reads back as zeros and never gives NaN. Asymmetric, a
   group whose scale would be smaller (all values equal) reads back as its constant.
+- A zero reads back as zero on every grid but the legacy asymmetric one, where that needs a positive weight of half a
+  scale in its group.
 - A NaN or Inf makes every value of its group NaN: a fault is seen, not masked. With a *fixed* range only the
   NaN itself stays NaN, and Inf saturates like every value beyond the range.
 - `dequantize(quantize(x))` equals `fake_quantize(x)` value by value (the sign of a zero is not stored).
@@ -240,7 +242,15 @@ def encode(
         case Levels.BINARY:
             return values.sign()
         case Levels.UNIFORM:
-            return round_codes_(normalize(values, ranges), grid, noise)
+            return round_codes_(normalize(values, ranges), grid, steadied(noise, values))
+
+
+def steadied(noise: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor | None:
+    """`noise` for stochastic rounding, under which a zero stays the zero of an asymmetric grid.
+
+    Its normalized value is a whole number but for the rounding of the division, and floor() would see that.
+    """
+    return None if noise is None else torch.where(values == 0, 0.5, noise)
 
 
 def decode_(codes: torch.Tensor, ranges: Ranges) -> torch.Tensor:

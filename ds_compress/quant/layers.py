@@ -45,6 +45,11 @@ class InputQuantizer:
     input_range: torch.Tensor | None = field(default=None, repr=False)
     observed: torch.Tensor | None = field(default=None, repr=False)
 
+    @property
+    def in_force(self) -> bool:
+        """Whether inputs are quantized now: past the offset, and with a range where the grid needs one."""
+        return self.enabled and (not self.grid.static or self.input_range is not None)
+
     def active(self, x: torch.Tensor, training: bool) -> tuple[ActivationGrid | None, torch.Tensor | None]:
         """The grid and range for this input; observes a static grid's input in training."""
         if not self.enabled:

@@ -5,6 +5,9 @@ messages; the owner adds them up in fp32, in the order of the ranks. One quantiz
 chunks, then each process encodes its chunk once more, an all-gather carries it, and everybody, the encoder included,
 reads the same bytes: all processes end with identical bits.
 
+Blocks end where a parameter ends. Segments that are `exact` are not quantized: they travel as they are, in pieces of
+their own, or by one all-reduce like DeepSpeed's where everybody needs everything.
+
 With `hosts`, what the processes of one host have is added up first, in fp32 and unquantized, and only that sum is
 encoded and sent to the other hosts, by the process with the same place as the receiver (Horovod's and NCCL's two
 levels).
@@ -12,18 +15,18 @@ levels).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_compress.reduce.codec import BlockCodec, PlainCodec
+from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
 from ds_compress.reduce.hosts import Hosts
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.residuals import Residuals
-from ds_compress.reduce.slices import Part, Segment, Slices, count, joined
+from ds_compress.reduce.slices import Part, Segment, Slices, count, joined, spread
 
 
 @dataclass
@@ -33,6 +36,14 @@ class _OnTheWire:
     work: Any
     received: torch.Tensor
     sent: torch.Tensor  # alive until the piece has arrived
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """The part of a bucket that one codec carries."""
+
+    slices: Slices
+    codec: Codec
 
 
 @dataclass
@@ -81,25 +92,38 @@ class QuantizedSum:
             segments: the whole bucket, with the same owners and sizes in every process.
             take: called for each part that this process owns with its sum, fp32 (part.numel,).
         """
-        slices = Slices(segments, self.world_size, self.quantum)
         if self.world_size == 1:
-            for part in slices.of[0].parts(0, slices.of[0].numel):
-                take(part, part.values.float() * multiplier)
+            for segment in segments:
+                take(Part(segment, 0, segment.numel), segment.values.float() * multiplier)
             return
+        lanes = self._lanes(segments)
+        pieces = [(lane, piece) for lane in lanes for piece in range(lane.slices.pieces)]
 
-        def start(piece: int) -> _OnTheWire:
-            return self._send(self._contributions(slices, piece), feedback)
+        def start(index: int) -> _OnTheWire:
+            lane, piece = pieces[index]
+            kept = feedback if lane.codec is self.codec else None
+            return self._send(self._contributions(lane.slices, piece), lane.codec, kept)
 
-        def finish(piece: int, wire: _OnTheWire) -> None:
-            own = slices.parts(self.rank, piece)
+        def finish(index: int, wire: _OnTheWire) -> None:
+            lane, piece = pieces[index]
+            own = lane.slices.parts(self.rank, piece)
             total = torch.empty(count(own), device=wire.received.device)
             wire.work.wait()
             if total.numel():
-                self.codec.sum(wire.received.view(self._peers, -1), total, multiplier)
-            for part, values in zip(own, total.split([part.numel for part in own]), strict=True):
+                lane.codec.sum(wire.received.view(self._peers, -1), total, multiplier)
+            for part, values in zip(own, spread(total, own), strict=True):
                 take(part, values)
 
-        pipelined(range(slices.pieces), start, finish)
+        pipelined(range(len(pieces)), start, finish)
+
+    def _lanes(self, segments: Sequence[Segment]) -> list[_Lane]:
+        quantized = [segment for segment in segments if not segment.exact]
+        exact = [segment for segment in segments if segment.exact]
+        lanes = [_Lane(Slices(quantized, self.world_size, self.quantum, self.codec.block), self.codec)]
+        if exact:
+            plain = PlainCodec(exact[0].values.dtype)
+            lanes.append(_Lane(Slices(exact, self.world_size, self.quantum), plain))
+        return lanes
 
     def _contributions(self, slices: Slices, piece: int) -> list[tuple[list[Part], torch.Tensor]]:
         """For each peer that we send to: what it gets of this piece, and our values for it (n,)."""
@@ -109,9 +133,9 @@ class QuantizedSum:
             return [(own, joined(own) if own else torch.empty(0, device=device)) for own in parts]
         owners = self.hosts.layout.ranks
         for_place = [[parts[owners[h][place]] for h in range(self._peers)] for place in range(len(owners[0]))]
-        flat = [[part for of_host in place for part in of_host] for place in for_place]
+        empty = torch.empty(0, device=device, dtype=dtype)
         summed = self._sum_inside(
-            [joined(own) if own else torch.empty(0, device=device, dtype=dtype) for own in flat]
+            [torch.cat([joined(own) if own else empty for own in place]) for place in for_place]
         )
         mine = for_place[self.hosts.place]
         return list(zip(mine, summed.split([count(own) for own in mine]), strict=True))
@@ -132,16 +156,19 @@ class QuantizedSum:
         return total
 
     def _send(
-        self, contributions: list[tuple[list[Part], torch.Tensor]], feedback: Feedback | None
+        self,
+        contributions: list[tuple[list[Part], torch.Tensor]],
+        codec: Codec,
+        feedback: Feedback | None,
     ) -> _OnTheWire:
-        sizes = [self.codec.message_bytes(values.numel()) for _, values in contributions]
+        sizes = [codec.message_bytes(values.numel()) for _, values in contributions]
         device = contributions[0][1].device
         sent = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         for (parts, values), message in zip(contributions, sent.split(sizes), strict=True):
             if not parts:
                 continue
-            residual = None if feedback is None else _load(feedback.sent, parts, device, feedback.unit)
-            self.codec.encode(values, message, residual)
+            residual = None if feedback is None else _load(feedback.sent, parts, values, feedback.unit)
+            codec.encode(values, message, residual)
             if feedback is not None and residual is not None:
                 _store(feedback.sent, parts, residual, feedback.unit)
         own = sizes[self._me]
@@ -164,13 +191,13 @@ class QuantizedSum:
 
         Every process ends with the same bits.
         """
-        whole = Slices(
-            [Segment(s.values, 0, s.key, s.start) for s in segments], 1, self.quantum * self.world_size
-        )
         if self.world_size == 1:
             for segment in segments:
                 segment.values.mul_(multiplier)
             return
+        exact = _ExactSum([s for s in segments if s.exact], self.group, multiplier)
+        quantized = [Segment(s.values, 0, s.key, s.start) for s in segments if not s.exact]
+        whole = Slices(quantized, 1, self.quantum * self.world_size, self.codec.block)
         gathers: dict[int, tuple[Any, torch.Tensor, torch.Tensor]] = {}
         scattered: dict[int, _OnTheWire] = {}
         pieces = whole.pieces
@@ -184,6 +211,8 @@ class QuantizedSum:
                 )
             if step >= 2:
                 self._spread(whole, step - 2, gathers.pop(step - 2))
+        for segment, values in exact.wait():
+            segment.values.copy_(values)
 
     def _chunk(self, numel: int) -> int:
         """Elements of a piece that one process adds up: whole blocks."""
@@ -202,7 +231,7 @@ class QuantizedSum:
             cuts = [values[p * self._peers * chunk : (p + 1) * self._peers * chunk] for p in range(places)]
             values = self._sum_inside(cuts)
             parts = list(_within(whole, piece, self.hosts.place * self._peers * chunk, values.numel()))
-        residual = None if feedback is None else _load(feedback.sent, parts, values.device, feedback.unit)
+        residual = None if feedback is None else _load(feedback.sent, parts, values, feedback.unit)
         size = self.codec.message_bytes(chunk)
         sent = torch.empty((self._peers, size), dtype=torch.uint8, device=values.device)
         self.codec.encode_rows(values, sent, residual, chunk)
@@ -222,12 +251,11 @@ class QuantizedSum:
         parts: list[Part] = []
         if feedback is not None:
             parts = list(_within(whole, piece, self._first_chunk() * chunk, chunk))
-            kept = _load(feedback.summed, parts, own.device, feedback.unit)
-            residual = torch.nn.functional.pad(kept, (0, chunk - kept.numel()))
+            residual = _load(feedback.summed, parts, torch.empty(chunk, device=own.device), feedback.unit)
         wire.work.wait()
         self.codec.sum_and_encode(wire.received, own, residual, chunk, multiplier)
         if feedback is not None and residual is not None:
-            _store(feedback.summed, parts, residual[: count(parts)], feedback.unit)
+            _store(feedback.summed, parts, residual, feedback.unit)
         gathered = own.new_empty((self._peers, own.numel()))
         work = dist.all_gather_into_tensor(gathered.view(-1), own, group=self._peer_group, async_op=True)
         return work, gathered, own
@@ -247,25 +275,45 @@ class QuantizedSum:
             return
         read = torch.empty(numel, dtype=parts[0].values.dtype, device=gathered.device)
         self.codec.decode_rows(gathered, read, chunk)
-        for part, values in zip(parts, read.split([part.numel for part in parts]), strict=True):
+        for part, values in zip(parts, spread(read, parts), strict=True):
             part.values.copy_(values)
 
 
+class _ExactSum:
+    """The sum of segments that are not quantized, times `multiplier`, under way as one all-reduce."""
+
+    def __init__(self, segments: Sequence[Segment], group: Any, multiplier: float) -> None:
+        self._segments = segments
+        if segments:
+            # Multiplied first: in 16 bits the sum could overflow where the mean does not.
+            self._flat = torch.cat([segment.values for segment in segments]).mul_(multiplier)
+            self._work = dist.all_reduce(self._flat, group=group, async_op=True)
+
+    def wait(self) -> Iterator[tuple[Segment, torch.Tensor]]:
+        """Each segment and its sum, in its dtype and the same bits everywhere."""
+        if self._segments:
+            self._work.wait()
+            sums = self._flat.split([segment.numel for segment in self._segments])
+            yield from zip(self._segments, sums, strict=True)
+
+
 def _within(whole: Slices, piece: int, begin: int, numel: int) -> Sequence[Part]:
-    """The parts of elements [begin, begin + numel) of a piece."""
+    """The parts at places [begin, begin + numel) of a piece."""
     first = piece * whole.quantum
     end = min(first + begin + numel, (piece + 1) * whole.quantum)
     return list(whole.of[0].parts(first + begin, end))
 
 
-def _load(residuals: Residuals, parts: Sequence[Part], device: torch.device, unit: float) -> torch.Tensor:
-    """A new fp32 tensor, to be changed by an encoder."""
-    loaded = [residuals.load(p.segment.key, p.start, p.numel, device, unit) for p in parts]
-    return torch.cat(loaded) if loaded else torch.empty(0, device=device)
+def _load(residuals: Residuals, parts: Sequence[Part], like: torch.Tensor, unit: float) -> torch.Tensor:
+    """A new fp32 tensor with the places of `like`, on its device, to be changed by an encoder."""
+    loaded = torch.zeros(like.numel(), device=like.device)
+    for part, place in zip(parts, spread(loaded, parts), strict=True):
+        place.copy_(residuals.load(part.segment.key, part.start, part.numel, like.device, unit))
+    return loaded
 
 
 def _store(residuals: Residuals, parts: Sequence[Part], values: torch.Tensor, unit: float) -> None:
-    for part, lost in zip(parts, values.split([part.numel for part in parts]), strict=True):
+    for part, lost in zip(parts, spread(values, parts), strict=True):
         residuals.store(part.segment.key, part.start, lost, unit)
 
 

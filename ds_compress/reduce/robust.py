@@ -8,6 +8,9 @@ the rules: norms and distances are those of all its owners' slices together.
 
 A worker with NaN or Inf is dropped before the rule, and counts as one of the f bad ones. When more than f workers are
 non-finite it is an overflow and no attack: the result is NaN, and the loss scaler does what it does without us.
+
+Under a quantizing codec a bucket travels in two lanes: what is quantized, and the segments that are `exact`, as they
+are. To the rules both are one vector.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_compress.reduce.codec import Codec
+from ds_compress.reduce.codec import Codec, PlainCodec
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS, mixing
-from ds_compress.reduce.slices import Part, Segment, Slices, count, joined
+from ds_compress.reduce.slices import Part, Segment, Slices, count, joined, spread
 from ds_compress.reduce.workers import Report, report
 
 # Elements of all workers that are decoded at a time.
@@ -96,6 +99,15 @@ def accusation(found: Report) -> str:
     return "; ".join(said)
 
 
+@dataclass(frozen=True)
+class _Lane:
+    """The part of a bucket that one codec carries, and the messages of all workers for us, piece by piece."""
+
+    slices: Slices
+    codec: Codec
+    arrived: list[torch.Tensor]
+
+
 class RobustSum:
     """`n` times the robust mean over the processes of `group`, so that it stands where a sum stood.
 
@@ -129,49 +141,81 @@ class RobustSum:
         multiplier: float = 1.0,
     ) -> None:
         """As `QuantizedSum.reduce_scatter`; `take` gets the rule's result times n times `multiplier`."""
-        slices = Slices(segments, self.world_size, self.quantum)
-        if not slices.pieces:
+        segments = [segment for segment in segments if segment.numel]
+        if not segments:
             return
-        arrived: list[torch.Tensor] = []
+        lanes = self._lanes(segments)
+        device = segments[0].values.device
         gram = torch.zeros((self.world_size, self.world_size), dtype=torch.float64)
+        for lane in lanes:
+            self._gather(lane, gram, device)
+        verdict = self._judge(gram, device)
+        for lane in lanes:
+            for piece, messages in enumerate(lane.arrived):
+                self._combine(lane, piece, messages, verdict, multiplier, take)
+
+    @torch.no_grad()
+    def all_reduce(self, segments: Sequence[Segment], multiplier: float = 1.0) -> None:
+        """Replaces all values by what `reduce_scatter` would give equal chunks' owners; the same bits everywhere."""
+        flat = torch.cat([segment.values for segment in segments])
+        chunk = -(-flat.numel() // self.world_size)
+        own = torch.zeros(chunk, dtype=flat.dtype, device=flat.device)
+        chunks: list[Segment] = []
+        at = 0
+        for segment in segments:
+            end = at + segment.numel
+            while at < end:
+                owner = at // chunk
+                stop = min(end, (owner + 1) * chunk)
+                chunks.append(Segment(flat[at:stop], owner, start=at - owner * chunk, exact=segment.exact))
+                at = stop
+
+        def take(part: Part, values: torch.Tensor) -> None:
+            own[part.start : part.start + part.numel].copy_(values)
+
+        self.reduce_scatter(chunks, take, multiplier)
+        if chunk:
+            whole = torch.empty(chunk * self.world_size, dtype=flat.dtype, device=flat.device)
+            dist.all_gather_into_tensor(whole, own, group=self.group)
+            sums = whole[: flat.numel()].split([segment.numel for segment in segments])
+            for segment, values in zip(segments, sums, strict=True):
+                segment.values.copy_(values)
+
+    def _lanes(self, segments: Sequence[Segment]) -> list[_Lane]:
+        """Only lanes that carry something; the same in every process."""
+        if isinstance(self.codec, PlainCodec):
+            return [_Lane(Slices(segments, self.world_size, self.quantum), self.codec, [])]
+        quantized = [segment for segment in segments if not segment.exact]
+        exact = [segment for segment in segments if segment.exact]
+        lanes = []
+        if quantized:
+            slices = Slices(quantized, self.world_size, self.quantum, self.codec.granule)
+            lanes.append(_Lane(slices, self.codec, []))
+        if exact:
+            plain = PlainCodec(exact[0].values.dtype)
+            lanes.append(_Lane(Slices(exact, self.world_size, self.quantum), plain, []))
+        return lanes
+
+    def _gather(self, lane: _Lane, gram: torch.Tensor, device: torch.device) -> None:
+        """Fills `lane.arrived`, and adds the inner products of what arrives."""
 
         def finish(piece: int, wire: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
             work, received, _ = wire
             work.wait()
-            arrived.append(received.view(self.world_size, -1))
-            self._add_products(gram, arrived[-1], count(slices.parts(self.rank, piece)))
+            lane.arrived.append(received.view(self.world_size, -1))
+            self._add_products(gram, lane, piece)
 
-        pipelined(range(slices.pieces), lambda piece: self._send(slices, piece), finish)
-        verdict = self._judge(gram, _device(slices))
-        for piece, messages in enumerate(arrived):
-            self._combine(slices.parts(self.rank, piece), messages, verdict, multiplier, take)
+        pipelined(range(lane.slices.pieces), lambda piece: self._send(lane, piece, device), finish)
 
-    @torch.no_grad()
-    def all_reduce(self, flat: torch.Tensor, multiplier: float = 1.0) -> None:
-        """Replaces `flat` (n,) by what `reduce_scatter` would give the owners; the same bits in every process."""
-        chunk = -(-flat.numel() // self.world_size)
-        segments = [
-            Segment(flat[owner * chunk : (owner + 1) * chunk], owner) for owner in range(self.world_size)
-        ]
-        own = torch.zeros(chunk, dtype=flat.dtype, device=flat.device)
-
-        def take(part: Part, values: torch.Tensor) -> None:
-            own[part.begin : part.end].copy_(values)
-
-        self.reduce_scatter(segments, take, multiplier)
-        if chunk:
-            whole = torch.empty(chunk * self.world_size, dtype=flat.dtype, device=flat.device)
-            dist.all_gather_into_tensor(whole, own, group=self.group)
-            flat.copy_(whole[: flat.numel()])
-
-    def _send(self, slices: Slices, piece: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        parts = [slices.parts(owner, piece) for owner in range(self.world_size)]
-        sizes = [self.codec.message_bytes(count(own)) for own in parts]
-        device = _device(slices)
+    def _send(
+        self, lane: _Lane, piece: int, device: torch.device
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        parts = [lane.slices.parts(owner, piece) for owner in range(self.world_size)]
+        sizes = [lane.codec.message_bytes(count(own)) for own in parts]
         sent = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         for own, message in zip(parts, sent.split(sizes), strict=True):
             if own:
-                self.codec.encode(joined(own), message)
+                lane.codec.encode(joined(own), message)
         mine = sizes[self.rank]
         received = torch.empty(mine * self.world_size, dtype=torch.uint8, device=device)
         work = dist.all_to_all_single(
@@ -179,18 +223,19 @@ class RobustSum:
         )
         return work, received, sent
 
-    def _add_products(self, gram: torch.Tensor, messages: torch.Tensor, numel: int) -> None:
+    def _add_products(self, gram: torch.Tensor, lane: _Lane, piece: int) -> None:
         """Adds <x_i, x_j> of one piece; NaN and Inf come through."""
-        rows = self._decoded(messages, numel)
+        numel = count(lane.slices.parts(self.rank, piece))
+        rows = self._decoded(lane.codec, lane.arrived[piece], numel)
         for block in rows.split(max(1, _AT_A_TIME // self.world_size), dim=1):
             # fp32 products of a few thousand elements, fp64 sums of those.
             gram += (block @ block.T).double().cpu()
 
-    def _decoded(self, messages: torch.Tensor, numel: int) -> torch.Tensor:
+    def _decoded(self, codec: Codec, messages: torch.Tensor, numel: int) -> torch.Tensor:
         rows = torch.empty((len(messages), numel), device=messages.device)
         if numel:
             for row, message in zip(rows, messages, strict=True):
-                self.codec.decode(message, row)
+                codec.decode(message, row)
         return rows
 
     def _judge(self, gram: torch.Tensor, device: torch.device) -> Verdict:
@@ -207,12 +252,14 @@ class RobustSum:
 
     def _combine(
         self,
-        parts: Sequence[Part],
+        lane: _Lane,
+        piece: int,
         messages: torch.Tensor,
         verdict: Verdict,
         multiplier: float,
         take: Callable[[Part, torch.Tensor], None],
     ) -> None:
+        parts = lane.slices.parts(self.rank, piece)
         numel = count(parts)
         if not numel:
             return
@@ -220,7 +267,7 @@ class RobustSum:
         if verdict.overflow:
             result = torch.full((numel,), torch.nan, device=messages.device)
         else:
-            rows = self._decoded(messages[list(verdict.keep)], numel)
+            rows = self._decoded(lane.codec, messages[list(verdict.keep)], numel)
             if verdict.mixing is not None:
                 rows = verdict.mixing.to(rows) @ rows
             if verdict.weights is None:
@@ -228,12 +275,5 @@ class RobustSum:
             else:
                 result = verdict.weights.to(rows) @ rows
             result.mul_(scale)
-        for part, values in zip(parts, result.split([part.numel for part in parts]), strict=True):
+        for part, values in zip(parts, spread(result, parts), strict=True):
             take(part, values)
-
-
-def _device(slices: Slices) -> torch.device:
-    for one in slices.of:
-        for part in one.parts(0, 1):
-            return part.values.device
-    raise AssertionError("an empty bucket has no pieces")

@@ -57,7 +57,7 @@ class Score:
         raise NotImplementedError
 
     def after_selection(self) -> None:
-        """A mask was just made from these scores."""
+        """A mask was just made from these scores; replaces `tensors`, or leaves them alone, but never changes one."""
 
     def clear(self) -> None:
         """No mask will be made any more."""
@@ -103,8 +103,8 @@ class Taylor(Score):
         return self._accumulator(fragment).clone()
 
     def after_selection(self) -> None:
-        for accumulated in self.tensors.values():
-            accumulated.zero_()
+        # Not in place: the step may be skipped, and its mask with it.
+        self.tensors = {}
 
 
 class SnipMomentum(Score):

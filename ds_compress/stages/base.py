@@ -41,7 +41,10 @@ class Stage:
         """The optimizer exists; `shards` gives this process its fragments of the master weights."""
 
     def before_step(self, step: int) -> None:
-        """Before the optimizer step, same order in every process: reductions over `shards` are allowed."""
+        """Before the optimizer step, same order in every process: reductions over `shards` are allowed.
+
+        The step may still be skipped: `on_skipped_step` then puts back all that was changed here.
+        """
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
         """The gradients of these fragments are final (unscaled, clipped), their weights not yet updated.
@@ -54,6 +57,9 @@ class Stage:
 
     def after_step(self, step: int) -> None:
         """`step` optimizer steps are now applied."""
+
+    def on_skipped_step(self) -> None:
+        """The step that `before_step` announced was not applied: nothing that it computed remains. No collectives."""
 
     def masked_weights(self) -> Collection[str]:
         """Names of all parameters that `on_update` may clear elements of; the same in every process."""

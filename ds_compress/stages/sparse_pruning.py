@@ -80,10 +80,15 @@ class SparsePruning(Stage):
 
     def before_step(self, step: int) -> None:
         self._step = step
+        self._undo = self.masks, self.kept, self.total, dict(self.score.tensors)
         # The gradients of this step come from a forward under these masks, not under those made now.
         self._in_force = self.masks
         if self.schedule.is_due(step + 1, self.regrowth):
             self.update_masks(step + 1)
+
+    def on_skipped_step(self) -> None:
+        self.masks, self.kept, self.total, self.score.tensors = self._undo
+        self._in_force = self.masks
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
         scoring = not self._is_over
@@ -148,12 +153,14 @@ class SparsePruning(Stage):
 
         On NaN or Inf scores the masks stay as they are and the log says which weights are broken.
         """
+        before = self.kept, self.total
         try:
             self.masks = {
                 name: bitmask.pack(self._cut(keep, self._fragments[name]))
                 for name, keep in self._select(step)
             }
         except radix.NonFiniteScores as error:
+            self.kept, self.total = before
             broken = sorted(name for index in error.pools for name in self._pools(step)[index].members)
             logger.warning(
                 "sparse_pruning: weights or gradients of %s are NaN or Inf at step %d; the mask stays as it was",

@@ -107,10 +107,18 @@ class StructuredPruning(Stage):
 
     def before_step(self, step: int) -> None:
         self._step = step
+        self._undo = self.kept, self._applied, dict(self.score.totals)
         if self.score.observes and not self._done:
             self._fold()  # the forwards of this step are all done
         if self.schedule.is_due(step + 1, self.score.may_change):
             self.select_units(step + 1)
+
+    def on_skipped_step(self) -> None:
+        kept, self._applied, self.score.totals = self._undo
+        if kept is not self.kept:
+            self.kept = kept
+            self._make_masks()
+            self._units_changed()
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
         for fragment in self._mine(fragments):

@@ -132,11 +132,12 @@ class WeightQuantization(Stage):
         granularity = Granularity(shared.granularity or "per_group")
         if target.kind == ModuleKind.EMBEDDING and granularity is Granularity.PER_GROUP:
             granularity = Granularity.PER_CHANNEL  # the legacy rule: a row of an embedding has its own scale
+        symmetric = shared.quantization_type == "symmetric"
         try:
             grid = WeightGrid(
                 bits=target.params.target_bits,
-                symmetric=shared.quantization_type == "symmetric",
-                narrow_range=shared.effective_narrow_range,
+                symmetric=symmetric,
+                narrow_range=shared.effective_narrow_range or (target.pruned and not symmetric),
                 granularity=granularity,
                 groups=shared.quantize_groups if granularity is Granularity.PER_GROUP else 1,
                 group_size=shared.group_size or WeightGrid.group_size,

@@ -56,6 +56,8 @@ def measured(stage: int, gradients: int | None, weights: int | None) -> dict[str
             engine.backward(loss)
             after = bytes_sent()
             engine.step()
+            # What this process sent last may still wait in its queue; nobody gets here before it has arrived.
+            dist.barrier()
             if step >= 0:
                 backward += after - before
                 total += bytes_sent() - begin

@@ -251,7 +251,8 @@ def robust() -> list[dict[str, Any]]:
                     lambda gram, report, reports=reports: reports.append(report),
                 )
                 x = rows[rank].clone()
-                reduction.all_reduce(x, 1 / world)
+                cuts = zip(("a", "b", "c"), x.split((700, 100, numel - 800)), (False, True, False), strict=True)
+                reduction.all_reduce([Segment(values, 0, key, exact=e) for key, values, e in cuts], 1 / world)
                 honest = [r for r in range(world) if bad == "none" or r != 1]
                 expected = whole_rule(rule, rows[honest].double(), 1 if bad == "none" else 0, mixed)
                 found.append(
@@ -267,7 +268,7 @@ def robust() -> list[dict[str, Any]]:
                 )
     rows = torch.full((world, 300), math.nan, device=device())
     x = rows[rank].clone()
-    RobustSum(None, PlainCodec(torch.float32), Policy()).all_reduce(x, 1 / world)
+    RobustSum(None, PlainCodec(torch.float32), Policy()).all_reduce([Segment(x, 0)], 1 / world)
     found.append({"rule": "overflow", "all_nan": bool(x.isnan().all())})
     return found
 

@@ -13,31 +13,39 @@ from ds_compress.reduce.hosts import Layout, UnevenHosts
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS
-from ds_compress.reduce.slices import Segment, Slices, count, joined
+from ds_compress.reduce.slices import Segment, Slices, count, joined, spread
 from ds_compress.reduce.sorting import comparators, sort_rows_
 
 sizes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=12)
 floats = st.floats(-1e6, 1e6, width=32)
 
 
-@given(sizes, st.integers(1, 50))
-def test_slices_have_every_element_once_at_its_owner(layout: list[tuple[int, int]], quantum: int) -> None:
+@given(sizes, st.integers(1, 50), st.sampled_from([1, 4, 32]))
+def test_slices_have_every_element_once_at_its_owner(
+    layout: list[tuple[int, int]], quantum: int, granule: int
+) -> None:
     total = sum(size for _, size in layout)
-    everything = torch.arange(total)
+    everything = torch.arange(1, total + 1)
     segments, begin = [], 0
     for owner, size in layout:
         segments.append(Segment(everything[begin : begin + size], owner, "w", begin))
         begin += size
-    slices = Slices(segments, 4, quantum)
+    slices = Slices(segments, 4, quantum * granule, granule)
     for owner in range(4):
         expected = [value for s in segments if s.owner == owner for value in s.values.tolist()]
         got: list[int] = []
         for piece in range(slices.pieces):
             parts = slices.parts(owner, piece)
-            assert count(parts) <= quantum
+            assert count(parts) <= quantum * granule
             for part in parts:
-                assert part.values.tolist() == list(range(part.start, part.start + part.numel))
-            got += joined(parts).tolist() if parts else []
+                assert part.values.tolist() == list(range(part.start + 1, part.start + part.numel + 1))
+            flat = joined(parts) if parts else torch.empty(0)
+            assert flat.numel() == count(parts)
+            for block in flat.split(granule):
+                owners = {i for i, s in enumerate(segments) for v in s.values.tolist() if v in block.tolist()}
+                assert len(owners) == bool(block.numel()), "a block has elements of one segment"
+            assert [v for own in spread(flat, parts) for v in own.tolist()] == [v for v in flat.tolist() if v]
+            got += [value for value in flat.tolist() if value]
         assert got == expected
 
 
