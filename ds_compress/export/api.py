@@ -22,7 +22,7 @@ from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.errors import ExportError
 from ds_compress.export.exact import in_fp32, is_sharded
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
-from ds_compress.export.format import OTHER_FORMAT, Format, Options
+from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
 from ds_compress.export.held import input_scale
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import exact_activations, example_inputs, run
@@ -123,7 +123,7 @@ class _Export:
         name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
-        self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model))
+        self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)
         self.final = _after_cuts(trained)
         self.format.check_source(trained, self.final)
         self.inputs = (inputs or example_inputs(trained.model)) if check else None
@@ -249,11 +249,16 @@ class _Export:
             try:
                 report.check = checking.verdict(expected, answer)
             except ExportError as error:
-                raise ExportError(f"{self._suspect()}{error}") from error
+                suspect = self._suspect()
+                raise ExportError(f"{suspect}{error}{')' if suspect.endswith('(') else ''}") from error
+            if self.format.doubts:
+                report.notes.append(f"{'; '.join(self.format.doubts)}: logits are the same")
             report.write(folder)
 
     def _suspect(self) -> str:
         """What the export did that not every model class takes."""
+        if self.format.doubts:
+            return f"{another_model(self.format.name, self.format.doubts)}. {OTHER_FORMAT} ("
         if not self.format.untied or not self.format.loads_in_stock:
             return ""
         return (
