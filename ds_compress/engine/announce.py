@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ds_compress.config import words
 from ds_compress.config.coverage import left_out
+from ds_compress.config.inventory import few
 
 if TYPE_CHECKING:
     from ds_compress.engine.session import Compression
@@ -28,5 +29,12 @@ def announce_start(session: Compression, engine: Any) -> None:
     claimed = {key: len(technique.targets) for key, technique in plan.techniques.items()}
     for key, what in (*words.structure_lines(plan.structures), *words.block_lines(plan.config, claimed)):
         logger.info("%s: %s", key, what)
+    for key, stage in session.stages.items():
+        if whole := stage.untouched():
+            logger.warning(
+                "%s removes nothing from %s: its dense_ratio is rounded up to all of the few units there",
+                key,
+                few(whole),
+            )
     for missing in left_out(plan):
         logger.log(logging.INFO if missing.is_expected else logging.WARNING, "%s", missing)

@@ -22,6 +22,7 @@ from ds_compress.engine import (
     copies,
     frozen,
     parameters,
+    raw_reads,
     run_end,
     seams,
     sessions,
@@ -97,6 +98,7 @@ class Compression:
         self.engine: Any = None
         self._hooks: StepHooks | LoopHooks | None = None
         self._is_released = False
+        self._stop_watching: Callable[[], None] = lambda: None
         self._construction: dict[str, Any] = {}
 
     @property
@@ -211,6 +213,8 @@ class Compression:
             if isinstance(stage, GradientReduction | ParameterTraffic):
                 stage.attach_engine(engine)
         run_end.watch(engine, self)
+        self._stop_watching()
+        self._stop_watching = raw_reads.watch(engine)
         checkpoint.wrap(engine, self)
         if any(stage.shrinks for stage in self.structured):
             shrink.at_end_of_schedule(engine, self)
@@ -333,6 +337,7 @@ class Compression:
             self._hooks.remove()
         if sessions.session_of(self.model) is self:
             sessions.forget(self.model)
+        self._stop_watching()
         if self.engine is not None:
             checkpoint.unwrap(self.engine)
             run_end.unwatch(self.engine, self)

@@ -29,6 +29,7 @@ from ds_compress.quant.grid import (
     encode_weight,
     learned_ranges,
     weight_ranges,
+    within,
     working_dtype,
 )
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
@@ -70,7 +71,7 @@ class _QuantizedEmbedding(Function):
         rows, ranges, noise = _looked_up(indices, weight, recipe, step_size)
         blocks = encode_weight(rows, ranges, recipe.grid, noise)
         decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
-        quantized = join_weight(decoded, rows.shape, recipe.grid)
+        quantized = within(join_weight(decoded, rows.shape, recipe.grid), weight.dtype)
         if recipe.real_share:
             quantized.mul_(1 - recipe.real_share).add_(rows, alpha=recipe.real_share)
         return quantized.to(weight.dtype).view(*indices.shape, weight.shape[1])

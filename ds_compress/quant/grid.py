@@ -23,18 +23,21 @@ Numerics that hold everywhere in the library:
   scale in its group.
 - A NaN or Inf makes every value of its group NaN: a fault is seen, not masked. With a *fixed* range only the
   NaN itself stays NaN, and Inf saturates like every value beyond the range.
+- Nothing finite becomes Inf or NaN, up to the largest float: sums and differences that would overflow are made of
+  smaller numbers, and what a grid puts beyond the largest value of the dtype ends there.
 - `dequantize(quantize(x))` equals `fake_quantize(x)` value by value (the sign of a zero is not stored).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
+from ds_compress.ops.reference.fake_quantize import SHRINK, SMALLEST_SCALE, asymmetric_range, is_extreme
 from ds_compress.quant.layout import (
     GROUP_AXIS,
     Granularity,
@@ -44,8 +47,6 @@ from ds_compress.quant.layout import (
     split_scale,
     split_weight,
 )
-
-SMALLEST_SCALE = 2.0**-126  # the least normal fp32: below it x / scale loses its digits
 
 
 class Levels(StrEnum):
@@ -196,7 +197,7 @@ def measure(values: torch.Tensor, axes: tuple[int, ...], grid: Grid) -> Ranges:
         case Levels.TERNARY:
             return _measure_ternary(values, axes)
         case Levels.BINARY:
-            mean = values.abs().mean(axes, keepdim=True)
+            mean = mean_magnitude(values, axes)
             return Ranges(scale=_nan_unless_finite(mean, mean))
         case Levels.UNIFORM:
             # Twice faster than aminmax or a vector norm, which are not vectorised along an axis.
@@ -211,9 +212,7 @@ def ranges_between(lowest: torch.Tensor, highest: torch.Tensor, grid: Grid) -> R
     if grid.symmetric:
         # Few operations: on a small layer, these tiny ones cost more than the elementwise passes.
         return Ranges(scale=torch.maximum(highest, lowest.neg()).div_(grid.steps).clamp_min_(SMALLEST_SCALE))
-    width = (highest - lowest).div_(grid.steps)
-    scale = width.clamp_min(SMALLEST_SCALE)
-    offset = torch.where(width < SMALLEST_SCALE, lowest, torch.round(lowest / scale).mul_(scale))
+    scale, offset = asymmetric_range(lowest, highest, grid.steps)
     return Ranges(scale=scale, offset=offset)
 
 
@@ -221,7 +220,19 @@ def normalize(values: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     """(x - offset) / scale of a uniform grid: the code before rounding. A new tensor."""
     if ranges.offset is None:
         return torch.div(values, ranges.scale)
-    return torch.sub(values, ranges.offset).div_(ranges.scale)
+    shrink = _shrink(ranges)
+    if shrink is None:
+        return torch.sub(values, ranges.offset).div_(ranges.scale)
+    return (values * shrink).sub_(ranges.offset * shrink).div_(ranges.scale * shrink)
+
+
+def _shrink(ranges: Ranges) -> torch.Tensor | None:
+    """What each group is multiplied by on the way to its codes and back, so that nothing overflows; None: all by 1."""
+    extreme = is_extreme(ranges.scale, ranges.offset, torch.finfo(ranges.scale.dtype).max)
+    # Asking is a few small operations here; on a GPU it would wait for all that runs before.
+    if not torch.compiler.is_compiling() and extreme.device.type == "cpu" and not bool(extreme.any()):
+        return None
+    return torch.where(extreme, SHRINK, 1.0).to(ranges.scale.dtype)
 
 
 def round_codes_(normalized: torch.Tensor, grid: Grid, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -254,9 +265,23 @@ def steadied(noise: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor |
 
 
 def decode_(codes: torch.Tensor, ranges: Ranges) -> torch.Tensor:
-    """code * scale (+ offset), in place."""
-    codes.mul_(ranges.scale)
-    return codes if ranges.offset is None else codes.add_(ranges.offset)
+    """code * scale (+ offset), at most the largest float; overwrites `codes`."""
+    shrink = _shrink(ranges)
+    if shrink is None:
+        codes.mul_(ranges.scale)
+        return codes if ranges.offset is None else codes.add_(ranges.offset)
+    codes.mul_(ranges.scale * shrink)
+    if ranges.offset is not None:
+        codes.add_(ranges.offset * shrink)
+    largest = torch.finfo(codes.dtype).max
+    return torch.minimum(torch.maximum(codes, shrink * -largest), shrink * largest).div_(shrink)
+
+
+def within(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Decoded values, of which what is finite and beyond the largest value of a smaller `dtype` becomes that."""
+    if dtype.itemsize < values.dtype.itemsize:
+        return values.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return values
 
 
 def kept_interval(grid: Grid, dtype: torch.dtype, stochastic: bool = False) -> tuple[float, float]:
@@ -309,7 +334,7 @@ def fake_quantize(
     ranges = weight_ranges(weight, grid) if scale is None else learned_ranges(scale, weight.shape, grid)
     codes = encode_weight(weight, ranges, grid, noise)
     decoded = [decode_(block, r) for block, r in zip(codes, ranges, strict=True)]
-    return join_weight(decoded, weight.shape, grid).to(weight.dtype)
+    return within(join_weight(decoded, weight.shape, grid), weight.dtype).to(weight.dtype)
 
 
 def quantize(
@@ -340,23 +365,49 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> torc
     blocks = split_weight(quantized.codes.to(quantized.scale.dtype), grid)
     ranges = [Ranges(scale, offset) for scale, offset in zip(scales, offsets, strict=True)]
     decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
-    return join_weight(decoded, shape, grid).to(dtype)
+    return within(join_weight(decoded, shape, grid), dtype).to(dtype)
 
 
 def initial_scale(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
     """2 mean|w| / sqrt(largest code) per group, fp32 of `layout.scale_shape` (Esser 2020, section 2.1)."""
     exact = weight.detach().to(working_dtype(weight)).contiguous()
-    means = [block.abs().mean(GROUP_AXIS, keepdim=True) for block in split_weight(exact, grid)]
-    return join_scale(means, weight.shape, grid) * (2 / math.sqrt(grid.high))
+    means = [mean_magnitude(block, (GROUP_AXIS,)) for block in split_weight(exact, grid)]
+    largest = torch.finfo(exact.dtype).max
+    return (join_scale(means, weight.shape, grid) * (2 / math.sqrt(grid.high))).clamp_max(largest)
 
 
 def _measure_ternary(values: torch.Tensor, axes: tuple[int, ...]) -> Ranges:
-    mean = values.abs().mean(axes, keepdim=True)
+    mean = mean_magnitude(values, axes)
     threshold = mean * 0.7
     beyond = _signs_beyond(values, threshold)
-    count = beyond.abs().sum(axes, keepdim=True)
-    scale = beyond.mul_(values).sum(axes, keepdim=True) / count.clamp_min(1)
+    count = beyond.abs().sum(axes, keepdim=True).clamp_min_(1)
+    scale = _finite_sum(beyond.mul_(values), axes, count)
     return Ranges(scale=_nan_unless_finite(scale, mean), threshold=threshold)
+
+
+def mean_magnitude(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """mean|x| along `axes` (kept as size 1), finite where all values are."""
+    magnitudes = values.abs()
+    mean = magnitudes.mean(axes, keepdim=True)
+    return _unless_overflown(mean, lambda: (magnitudes * _OF_MANY).mean(axes, keepdim=True))
+
+
+def _finite_sum(values: torch.Tensor, axes: tuple[int, ...], count: torch.Tensor) -> torch.Tensor:
+    """The sum along `axes` over `count`, finite where that is."""
+    total = values.sum(axes, keepdim=True)
+    return _unless_overflown(total / count, lambda: (values * _OF_MANY).sum(axes, keepdim=True) / count)
+
+
+_OF_MANY = 2.0**-40
+"""Exact, and so small that no sum over a weight overflows."""
+
+
+def _unless_overflown(result: torch.Tensor, of_small: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`result`, and where that is Inf or NaN the one that was made of values times `_OF_MANY`."""
+    finite = result.isfinite()
+    if not torch.compiler.is_compiling() and result.device.type == "cpu" and bool(finite.all()):
+        return result
+    return torch.where(finite, result, of_small() / _OF_MANY)
 
 
 def _signs_beyond(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -382,6 +433,7 @@ def _required(tensor: torch.Tensor | None) -> torch.Tensor:
 
 
 __all__ = [
+    "SMALLEST_SCALE",
     "ActivationGrid",
     "Granularity",
     "Grid",
@@ -398,6 +450,7 @@ __all__ = [
     "initial_scale",
     "kept_interval",
     "learned_ranges",
+    "mean_magnitude",
     "measure",
     "normalize",
     "quantize",
@@ -405,5 +458,6 @@ __all__ = [
     "round_codes_",
     "scale_shape",
     "weight_ranges",
+    "within",
     "working_dtype",
 ]

@@ -21,6 +21,7 @@ from ds_compress.quant.grid import (
     ranges_between,
     round_codes_,
     weight_ranges,
+    within,
     working_dtype,
 )
 from ds_compress.quant.layout import join_weight, split_weight
@@ -86,7 +87,7 @@ def quantize_weight(
         ranges = ranges or weight_ranges(weight, grid)
         blocks = encode_weight(weight, ranges, grid, rounding_noise(weight, recipe))
         decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
-        values, kept = join_weight(decoded, weight.shape, grid), None
+        values, kept = within(join_weight(decoded, weight.shape, grid), weight.dtype), None
     if recipe.real_share:
         values = values.mul_(1 - recipe.real_share).add_(weight, alpha=recipe.real_share)
     return FakeQuantized(values.to(weight.dtype), ranges, kept)
@@ -117,7 +118,7 @@ def quantize_input(
     if rows is None:
         ranges = ranges or input_ranges(x, grid, fixed_range)
         normalized = normalize(x.to(working_dtype(x)), ranges)
-        return FakeQuantized(decode_(round_codes_(normalized, grid), ranges).to(x.dtype), [ranges])
+        return FakeQuantized(within(decode_(round_codes_(normalized, grid), ranges), x.dtype).to(x.dtype), [ranges])
     one_pass = fake_quantize_rows(rows, grid, ranges, keep)
     if ranges is None:
         axes = 1 if grid.granularity is TokenGranularity.PER_TOKEN else x.dim() - 1

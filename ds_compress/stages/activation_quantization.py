@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ds_compress.config.modules import ModuleKind
-from ds_compress.quant import layers
+from ds_compress.quant import fast_paths, layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 from ds_compress.stages.base import Stage
 
@@ -53,6 +53,8 @@ class ActivationQuantization(Stage):
     ) -> Mapping[str, nn.Parameter]:
         for target in self._targets:
             layers.attach(target.module).input_quantizer = self._quantizers[target.module_name]
+        fast_paths.close(model)
+        self._model = model
         self._use_schedule_at(0)
         return {}
 
@@ -75,6 +77,8 @@ class ActivationQuantization(Stage):
         for target in self._targets:
             layers.attach(target.module).input_quantizer = None
             layers.detach(target.module)
+        if self._targets:
+            fast_paths.reopen(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """`ranges`: fp32 (min, max) on the CPU by module name, for the layers that have one."""

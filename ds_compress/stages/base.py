@@ -114,6 +114,10 @@ class Stage:
         """`state_dict` for a model whose names change by `renamed`; None: the module is gone."""
         return self.state_dict()
 
+    def untouched(self) -> list[str]:
+        """Names of targets that stay whole although the JSON asks for less of them, because counts are rounded."""
+        return []
+
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""
         return {}

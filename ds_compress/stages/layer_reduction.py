@@ -12,6 +12,7 @@ is rewritten, so that what is saved loads again. Sanh et al. 2019 (DistilBERT) i
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from ds_compress.config.layer_reduction import LayerReduction
 from ds_compress.config.layers import find_layers
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.structure.model_config import configs_of_stack, set_depth
+
+logger = logging.getLogger("ds_compress")
 
 _PATH = "compression_training.layer_reduction"
 ParameterPairs = list[tuple[nn.Parameter, nn.Parameter]]
@@ -50,6 +53,12 @@ def reduce_layers(
     _check_depth(layers, chosen, teacher_layers, teacher)
     before = {id(p): p for p in model.parameters()}
     depth = len(layers)
+    if depth == len(chosen) and teacher is None:
+        logger.warning(
+            "layer_reduction does nothing: the model has %d layers, as many as it keeps, and there is no teacher to "
+            "fill them from",
+            depth,
+        )
     if depth > len(chosen):
         configs = configs_of_stack(model, name, depth)
         _cut(layers, chosen if teacher is None or _increasing(chosen) else range(len(chosen)))

@@ -313,6 +313,16 @@ class SparsePruning(Stage):
         claimed = sum(math.prod(target.shape) for target in self.targets.values())
         return {"sparsity": sparsity, "model_sparsity": sparsity * claimed / self._model_numel}
 
+    def untouched(self) -> list[str]:
+        if self.scope != "layer":
+            return []
+        ratios = {name: target.params.dense_ratio for name, target in self.targets.items()}
+        return [
+            name
+            for name, grid in self.grids.items()
+            if ratios[name] < 1 and grid.top is None and exact_ceil(ratios[name], grid.units) == grid.units
+        ]
+
     def mask_bytes(self) -> int:
         """Bytes of masks that this process holds."""
         return sum(mask.numel() for mask in self.masks.values())

@@ -286,6 +286,17 @@ class StructuredPruning(Stage):
         density = self.schedule.density(step, self.targets[name].dense_ratio)
         return kept_units(density, self.structures[name].units, self._round_to, self._rounds_up)
 
+    def untouched(self) -> list[str]:
+        if self._scope != "uniform":
+            return []
+        return [
+            name
+            for name, target in self.targets.items()
+            if target.dense_ratio < 1
+            and kept_units(target.dense_ratio, target.structure.units, self._round_to, self._rounds_up)
+            == target.structure.units
+        ]
+
     # -- masks -----------------------------------------------------------------------------------------
 
     def _make_masks(self) -> None:

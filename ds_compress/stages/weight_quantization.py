@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from ds_compress.config.modules import ModuleKind
-from ds_compress.quant import layers
+from ds_compress.quant import fast_paths, layers
 from ds_compress.quant.counter_rng import stream_key
 from ds_compress.quant.grid import Granularity, WeightGrid, initial_scale
 from ds_compress.quant.layout import check_shape
@@ -94,6 +94,8 @@ class WeightQuantization(Stage):
                     if step_size.requires_grad:
                         added[f"{target.module_name}.{layers.STEP_SIZE}".lstrip(".")] = step_size
                 target.module.register_parameter(layers.STEP_SIZE, step_sizes[shared_by_ties])
+        fast_paths.close(model)
+        self._model = model
         self._use_schedule_at(0)
         return added
 
@@ -105,6 +107,8 @@ class WeightQuantization(Stage):
             layers.attach(target.module).weight_quantizer = None
             target.module._parameters.pop(layers.STEP_SIZE, None)
             layers.detach(target.module)
+        if self._targets:
+            fast_paths.reopen(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         # Bits, blend and noise are functions of the step; learned step sizes are the model's parameters.

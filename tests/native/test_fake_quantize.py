@@ -35,14 +35,24 @@ def arguments_of(grid: Grid) -> dict[str, Any]:
 
 
 def hard_rows(rows: int, columns: int, dtype: torch.dtype, seed: int, specials: float = 0.05) -> torch.Tensor:
-    """Rows of very different size; some constant, zero, subnormal or with a value that is not finite. The data
-    begins at any address."""
+    """Rows of very different size; some constant, zero, subnormal, up to the largest float of the dtype or with a value
+    that is not finite. The data begins at any address."""
     generator = torch.Generator().manual_seed(seed)
     x = random_values(rows * columns + 3, torch.float32, seed, specials)[3:].view(rows, columns)
     sizes = torch.tensor([1.0, 1e-3, 300.0, 1e-30, 1e-41, 0.0, 3e37])
     x = x * sizes[torch.randint(len(sizes), (rows, 1), generator=generator)]
     constant = torch.rand(rows, 1, generator=generator) < 0.15
-    return torch.where(constant, torch.full_like(x, -2.75), x).to(dtype)
+    x = torch.where(constant, torch.full_like(x, -2.75), x).to(dtype)
+    return torch.where(torch.rand(rows, 1, generator=generator) < 0.15, at_the_end_of_the_range(x), x)
+
+
+def at_the_end_of_the_range(x: torch.Tensor) -> torch.Tensor:
+    """Rows stretched until their largest magnitude is the largest of the dtype; what is not finite stays."""
+    if not x.numel():
+        return x
+    wide = x.double()
+    magnitudes = torch.where(wide.isfinite(), wide.abs(), 0.0)
+    return (wide / magnitudes.amax(1, keepdim=True).clamp_min(1e-300) * torch.finfo(x.dtype).max).to(x.dtype)
 
 
 def by_the_grid(
@@ -55,7 +65,7 @@ def by_the_grid(
     rounded = normalized.round()
     kept = (rounded >= grid.low) & (rounded <= grid.high)
     codes = normalized.round().clamp(grid.low, grid.high)
-    return grids.decode_(codes, ranges).to(x.dtype), ranges, kept
+    return grids.within(grids.decode_(codes, ranges), x.dtype).to(x.dtype), ranges, kept
 
 
 def equal_results(ops: Any, x: torch.Tensor, *ranges: torch.Tensor | None, **arguments: Any) -> bool:

@@ -73,3 +73,34 @@ def test_the_short_form_counts_as_enabled() -> None:
 def test_a_density_of_one_removes_nothing() -> None:
     (line,) = lines(pruning_block(density=1.0))
     assert "removes nothing" in line
+
+
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        ({"head_pruning": {"dense_ratio": 0.9, "shared_parameters": {"method": "l1"}}}, "attention"),
+        ({"row_pruning": {"dense_ratio": 0.9, "shared_parameters": {"method": "l1", "round_to": 96}}}, "intermediate"),
+        (pruning_block(density=0.5, pattern="32x32"), "attention.self.query"),
+    ],
+)
+def test_a_ratio_that_rounds_up_to_everything(
+    caplog: pytest.LogCaptureFixture, block: dict[str, Any], name: str
+) -> None:
+    with engine_of(tiny_bert(), ds_config(1, block)) as engine:
+        (key,) = block
+        assert engine.compression.stages[key].untouched()
+    (warning,) = [r.getMessage() for r in caplog.records if "removes nothing from" in r.getMessage()]
+    assert name in warning
+
+
+def test_a_ratio_that_leaves_less_is_no_mistake() -> None:
+    block = {**pruning_block(), "head_pruning": {"dense_ratio": 0.5, "shared_parameters": {"method": "l1"}}}
+    block["sparse_pruning"]["different_groups"] = {"ffn": block["sparse_pruning"]["different_groups"]["ffn"]}
+    with engine_of(tiny_bert(), ds_config(1, block)) as engine:
+        assert not any(stage.untouched() for stage in engine.compression.stages.values())
+
+
+def test_layers_that_are_all_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with engine_of(tiny_bert(), ds_config(1, {"layer_reduction": {"enabled": True, "keep_number_layer": 2}})):
+        pass
+    assert "layer_reduction does nothing" in caplog.text

@@ -66,15 +66,19 @@ Span measure(const void* values, Float type, int64_t count, bool symmetric) {
     }
 }
 
-template <class Format, bool kOffset, bool kKeep>
+// `kExtreme`: see math::is_extreme.
+template <class Format, bool kOffset, bool kKeep, bool kExtreme>
 void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored* y, int64_t count, Grid grid,
                       uint8_t* kept, int64_t bit) {
-    const Floats scale = splat(grid.scale), offset = splat(grid.offset);
+    const Floats scale = splat(kExtreme ? grid.scale * math::kShrink : grid.scale);
+    const Floats offset = splat(kExtreme ? grid.offset * math::kShrink : grid.offset);
+    [[maybe_unused]] const Floats limit = splat(Format::kLargest * math::kShrink);
     const Floats low = splat(grid.low), high = splat(grid.high);
     [[maybe_unused]] BitWriter writer(kKeep ? kept : reinterpret_cast<uint8_t*>(&grid), kKeep ? bit : 0);
     const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to,
                          int lanes) __attribute__((always_inline)) {
         Floats value = Format::load(from);
+        if constexpr (kExtreme) value = value * splat(math::kShrink);
         if constexpr (kOffset) value = value - offset;
         value = round_half_even(value / scale);
         if constexpr (kKeep) {
@@ -83,6 +87,7 @@ void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored*
         }
         value = clamp(value, low, high) * scale;
         if constexpr (kOffset) value = value + offset;
+        if constexpr (kExtreme) value = clamp(value, -limit, limit) * splat(math::kGrow);
         Format::save(to, value);
     };
     int64_t i = 0;
@@ -99,17 +104,26 @@ void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored*
     if constexpr (kKeep) writer.finish();
 }
 
+template <class Format, bool kOffset, bool kKeep>
+void fake_quantize_row(const typename Format::Stored* x, typename Format::Stored* y, int64_t count, Grid grid,
+                       uint8_t* kept, int64_t bit) {
+    if (math::is_extreme({grid.scale, grid.offset}, Format::kLargest))
+        fake_quantize_as<Format, kOffset, kKeep, true>(x, y, count, grid, kept, bit);
+    else
+        fake_quantize_as<Format, kOffset, kKeep, false>(x, y, count, grid, kept, bit);
+}
+
 template <class Format>
 void fake_quantize_of(const void* x, void* y, int64_t count, Grid grid, uint8_t* kept, int64_t bit) {
     using Stored = typename Format::Stored;
     const auto* from = static_cast<const Stored*>(x);
     auto* to = static_cast<Stored*>(y);
     if (kept != nullptr)
-        grid.has_offset ? fake_quantize_as<Format, true, true>(from, to, count, grid, kept, bit)
-                        : fake_quantize_as<Format, false, true>(from, to, count, grid, kept, bit);
+        grid.has_offset ? fake_quantize_row<Format, true, true>(from, to, count, grid, kept, bit)
+                        : fake_quantize_row<Format, false, true>(from, to, count, grid, kept, bit);
     else
-        grid.has_offset ? fake_quantize_as<Format, true, false>(from, to, count, grid, kept, bit)
-                        : fake_quantize_as<Format, false, false>(from, to, count, grid, kept, bit);
+        grid.has_offset ? fake_quantize_row<Format, true, false>(from, to, count, grid, kept, bit)
+                        : fake_quantize_row<Format, false, false>(from, to, count, grid, kept, bit);
 }
 
 void fake_quantize(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* kept, int64_t bit) {

@@ -155,6 +155,7 @@ DSC_INLINE auto least_of(V value) {
 
 struct Fp32 {
     using Stored = float;
+    static constexpr float kLargest = math::kLargestFloat;
     static DSC_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
     static DSC_INLINE void save(float* to, Floats value) { store(to, value); }
     static DSC_INLINE float widen(float value) { return value; }
@@ -162,6 +163,7 @@ struct Fp32 {
 
 struct Bf16 {
     using Stored = uint16_t;
+    static constexpr float kLargest = math::kLargestBf16;
     static DSC_INLINE Floats load(const uint16_t* from) {
 #if defined(DSC_AVX512)
         return floats_of((Ints)_mm512_cvtepu16_epi32(load_as<__m256i>(from)) << 16);
@@ -190,6 +192,7 @@ struct Bf16 {
 
 struct Fp16 {
     using Stored = uint16_t;
+    static constexpr float kLargest = math::kLargestFp16;
     static DSC_INLINE Floats load(const uint16_t* from) {
 #if defined(DSC_AVX512)
         return _mm512_cvtph_ps(load_as<__m256i>(from));

@@ -40,16 +40,49 @@ DSC_DEVICE math::ScaleAndOffset range_of(Span span, int64_t columns, float steps
     return math::row_range(math::add(unordered(span.lowest), 0.0f), unordered(span.highest), steps);
 }
 
-template <bool symmetric>
-DSC_DEVICE float rounded(float value, math::ScaleAndOffset range) {
-    if (!symmetric) value = math::subtract(value, range.offset);
-    return math::round_half_even(math::divide(value, range.scale));
+/// The largest finite value of a dtype.
+template <class T>
+struct Largest;
+template <>
+struct Largest<float> {
+    static constexpr float value = math::kLargestFloat;
+};
+template <>
+struct Largest<__nv_bfloat16> {
+    static constexpr float value = math::kLargestBf16;
+};
+template <>
+struct Largest<__half> {
+    static constexpr float value = math::kLargestFp16;
+};
+
+/// A row's range as its values are worked on: at a quarter of their size where they are extreme (see math.h).
+struct Working {
+    math::ScaleAndOffset range;
+    float shrink, limit;
+};
+
+template <class T>
+DSC_DEVICE Working working(math::ScaleAndOffset range) {
+    if (!math::is_extreme(range, Largest<T>::value)) return {range, 1.0f, 0.0f};
+    return {{math::multiply(range.scale, math::kShrink), math::multiply(range.offset, math::kShrink)},
+            math::kShrink,
+            math::multiply(Largest<T>::value, math::kShrink)};
 }
 
 template <bool symmetric>
-DSC_DEVICE float read_back(float value, math::ScaleAndOffset range, const Codes& codes) {
-    value = math::multiply(math::clamp(rounded<symmetric>(value, range), codes.low, codes.high), range.scale);
-    return symmetric ? value : math::add(value, range.offset);
+DSC_DEVICE float rounded(float value, const Working& work) {
+    value = math::multiply(value, work.shrink);
+    if (!symmetric) value = math::subtract(value, work.range.offset);
+    return math::round_half_even(math::divide(value, work.range.scale));
+}
+
+template <bool symmetric>
+DSC_DEVICE float read_back(float value, const Working& work, const Codes& codes) {
+    value = math::multiply(math::clamp(rounded<symmetric>(value, work), codes.low, codes.high), work.range.scale);
+    if (!symmetric) value = math::add(value, work.range.offset);
+    if (work.limit > 0.0f) value = math::multiply(math::clamp(value, -work.limit, work.limit), math::kGrow);
+    return value;
 }
 
 /// Rows are whole vectors at 16-byte boundaries.
@@ -88,16 +121,17 @@ DSC_DEVICE Span measure_share(const T* row, int64_t begin, int64_t end, int memb
 template <class T, bool symmetric>
 DSC_DEVICE void quantize_share(const T* row, T* out, int64_t begin, int64_t end, int member, int sharing, bool whole,
                                math::ScaleAndOffset range, const Codes& codes) {
+    const Working work = working<T>(range);
     for_share<T>(
         begin, end, member, sharing, whole,
         [&](int64_t i) {
             Vector<T> vector = *reinterpret_cast<const Vector<T>*>(row + i);
 #pragma unroll
             for (int j = 0; j < Vector<T>::count; j++)
-                vector.values[j] = from_float<T>(read_back<symmetric>(to_float(vector.values[j]), range, codes));
+                vector.values[j] = from_float<T>(read_back<symmetric>(to_float(vector.values[j]), work, codes));
             *reinterpret_cast<Vector<T>*>(out + i) = vector;
         },
-        [&](int64_t i) { out[i] = from_float<T>(read_back<symmetric>(to_float(row[i]), range, codes)); });
+        [&](int64_t i) { out[i] = from_float<T>(read_back<symmetric>(to_float(row[i]), work, codes)); });
 }
 
 /// The span over a warp.
@@ -222,7 +256,7 @@ __global__ void __launch_bounds__(threads, 4)  // 64 registers: with fewer, ptxa
         int64_t row = byte * 8 / columns, column = byte * 8 % columns;
         for (int j = 0; j < 8 && byte * 8 + j < count; j++) {
             const math::ScaleAndOffset range = {scale[row], symmetric ? 0.0f : offset[row]};
-            const float code = rounded<symmetric>(to_float(x[byte * 8 + j]), range);
+            const float code = rounded<symmetric>(to_float(x[byte * 8 + j]), working<T>(range));
             if (codes.low <= code && code <= codes.high) bits |= 1u << j;
             if (++column == columns) {
                 column = 0;

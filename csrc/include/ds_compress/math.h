@@ -19,6 +19,8 @@ namespace ds_compress::math {
 constexpr uint32_t kMagnitudeBits = 0x7fffffffu;  // all but the sign
 constexpr uint32_t kInfinityBits = 0x7f800000u;   // magnitudes from here on are Inf or NaN
 constexpr uint32_t kNanBits = 0x7fc00000u;
+constexpr float kLargestFloat = 0x1.fffffep127f, kLargestBf16 = 0x1.fep127f, kLargestFp16 = 65504.0f;
+constexpr float kShrink = 0.25f, kGrow = 4.0f;  // exact, both
 constexpr uint32_t kSmallestScaleBits = 0x00800000u;  // 2^-126: below it x / scale loses its digits
 
 DSC_HD uint32_t bits_of(float value) {
@@ -103,13 +105,24 @@ struct ScaleAndOffset {
 };
 
 // The range of an asymmetric row from its least and greatest value (+0.0 for either zero), NaN if any value was. A row
-// of equal values has the offset that reads back as that value.
+// of equal values has the offset that reads back as that value. Where max - min overflows, both count a quarter; an
+// offset ends at the largest float.
 DSC_HD ScaleAndOffset row_range(float lowest, float highest, float steps) {
-    const float width = divide(subtract(highest, lowest), steps);
+    float width = divide(subtract(highest, lowest), steps);
+    if ((bits_of(width) & kMagnitudeBits) >= kInfinityBits)
+        width = multiply(divide(subtract(multiply(highest, kShrink), multiply(lowest, kShrink)), steps), kGrow);
     if ((bits_of(width) & kMagnitudeBits) >= kInfinityBits) return {float_of(kNanBits), float_of(kNanBits)};
     const float smallest = float_of(kSmallestScaleBits);
     if (width < smallest) return {smallest, lowest};
-    return {width, multiply(round_half_even(divide(lowest, width)), width)};
+    const float offset = multiply(round_half_even(divide(lowest, width)), width);
+    return {width, clamp(offset, -kLargestFloat, kLargestFloat)};
+}
+
+// Whether values of a row may overflow on the way to their code or back, or end beyond `limit`, the largest finite value
+// of their dtype. Such rows are quantized at a quarter of their size, and what is beyond the limit ends there.
+DSC_HD bool is_extreme(ScaleAndOffset range, float limit) {
+    const float magnitude = float_of(bits_of(range.offset) & kMagnitudeBits);
+    return add(multiply(512.0f, range.scale), magnitude) >= limit;
 }
 
 // The scale of a block of a message: 0 for a block that is as good as zero, NaN if any value was NaN or Inf.

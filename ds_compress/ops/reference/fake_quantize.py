@@ -9,6 +9,8 @@ import torch
 from ds_compress.ops.reference.mask import mask_pack
 
 SMALLEST_SCALE = 2.0**-126  # the least normal fp32: below it x / scale loses its digits
+SHRINK = 0.25
+"""What extreme rows are multiplied by, exactly: then no difference of two values and no code times scale overflows."""
 # Elements worked on at a time, so that the fp32 copies of a chunk stay in cache.
 _CHUNK = 1 << 17
 
@@ -40,8 +42,9 @@ def fake_quantize(
         y like x; the scale and the offset used, fp32 (R,) or as given (offset empty when symmetric); kept, uint8
         (ceil(R C / 8),), bit i of byte j for flat element 8 j + i, empty unless `keep`.
 
-    A measured row with a NaN or an Inf, or whose max - min overflows, has scale NaN, and everything in it is NaN.
-    With a given scale Inf saturates and a NaN stays its own.
+    A measured row with a NaN or an Inf has scale NaN, and everything in it is NaN. With a given scale Inf saturates and
+    a NaN stays its own. Nothing finite becomes Inf or NaN: rows near the end of the range are worked on at a quarter of
+    their size (see `is_extreme`), and what their grid puts beyond the dtype's largest value ends there.
 
     Raises:
         ValueError: for any other shape, dtype or device.
@@ -64,16 +67,26 @@ def fake_quantize(
     for begin in range(0, rows, height):
         part = slice(begin, begin + height)
         row_scale = _of_rows(measured_scale, part)
+        row_offset = None if measured_offset is None else _of_rows(measured_offset, part)
         exact = x[part].float()
-        if measured_offset is not None:
-            row_offset = _of_rows(measured_offset, part)
+        extreme = is_extreme(row_scale, row_offset, torch.finfo(x.dtype).max)
+        shrink = torch.where(extreme, SHRINK, 1.0) if bool(extreme.any()) else None
+        if shrink is not None:
+            exact, row_scale = exact * shrink, row_scale * shrink
+            row_offset = None if row_offset is None else row_offset * shrink
+        if row_offset is not None:
             codes = (exact - row_offset).div_(row_scale).round_()
         else:
             codes = (exact / row_scale).round_()
         if kept is not None:
             kept[part] = (codes >= low) & (codes <= high)
         codes.clamp_(low, high).mul_(row_scale)
-        y[part] = codes if measured_offset is None else codes.add_(row_offset)
+        if row_offset is not None:
+            codes.add_(row_offset)
+        if shrink is not None:
+            limit = torch.finfo(x.dtype).max * shrink
+            codes = torch.where(extreme, codes.clamp(-limit, limit) / shrink, codes)
+        y[part] = codes
     bits = mask_pack(kept.view(-1)) if kept is not None else x.new_empty(0, dtype=torch.uint8)
     return (
         y,
@@ -91,10 +104,28 @@ def _measure(x: torch.Tensor, steps: int, symmetric: bool) -> tuple[torch.Tensor
         lowest, highest = x.amin(1).float() + 0.0, x.amax(1).float()
     if symmetric:
         return _nan_unless_finite((torch.maximum(highest, -lowest) / steps).clamp_min_(SMALLEST_SCALE)), None
-    width = (highest - lowest) / steps
-    scale = _nan_unless_finite(width.clamp_min(SMALLEST_SCALE))
-    offset = torch.where(width < SMALLEST_SCALE, lowest, torch.round(lowest / scale) * scale)
-    return scale, offset
+    scale, offset = asymmetric_range(lowest, highest, steps)
+    return _nan_unless_finite(scale), torch.where(scale.isfinite(), offset, math.nan)
+
+
+def asymmetric_range(
+    lowest: torch.Tensor, highest: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, offset) of groups from `lowest` to `highest`, fp32 or fp64 of one shape; see `quant.grid`."""
+    width = (highest - lowest).div_(steps)
+    # Where max - min overflows, both count a quarter.
+    shrunk = (highest * SHRINK - lowest * SHRINK).div_(steps).div_(SHRINK)
+    width = torch.where(width.isfinite(), width, shrunk)
+    scale = width.clamp_min(SMALLEST_SCALE)
+    largest = torch.finfo(scale.dtype).max
+    offset = torch.round(lowest / scale).mul_(scale).clamp_(-largest, largest)
+    return scale, torch.where(width < SMALLEST_SCALE, lowest, offset)
+
+
+def is_extreme(scale: torch.Tensor, offset: torch.Tensor | None, limit: float) -> torch.Tensor:
+    """Whether values of a group may overflow on the way to their code or back, or end beyond `limit`."""
+    reach = scale * 512
+    return (reach if offset is None else reach + offset.abs()) >= limit
 
 
 def _nan_unless_finite(scale: torch.Tensor) -> torch.Tensor:
@@ -137,4 +168,4 @@ def _check(
         raise ValueError("fake_quantize: scale and offset have the same length")
 
 
-__all__ = ["SMALLEST_SCALE", "fake_quantize"]
+__all__ = ["SHRINK", "SMALLEST_SCALE", "asymmetric_range", "fake_quantize", "is_extreme"]
