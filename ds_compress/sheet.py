@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import IO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 NOTHING = "-"
+UNCUT = 10_000
+"""Width of a console that cuts no line: rich crops what is longer than its console. Tables fit the terminal then."""
 _INDENT = "    "
 
 
@@ -32,12 +36,11 @@ class Sheet:
         self.rows.append(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = self._table()
-        wide = options.update(max_width=10_000)
-        if Measurement.get(console, wide, table).maximum <= options.max_width:
+        table, width = self._table(), width_of(options)
+        if Measurement.get(console, options.update(max_width=UNCUT), table).maximum <= width:
             yield table
         else:
-            yield from (Text(line, overflow="ignore", no_wrap=True) for line in self._lines(options.max_width))
+            yield from (Text(line, overflow="fold") for line in self._lines(width))
 
     def _table(self) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -56,6 +59,16 @@ class Sheet:
                 if cell != NOTHING
             ]
             yield from folded("; ".join(facts), width, _INDENT)
+
+
+def width_of(options: ConsoleOptions) -> int:
+    """Columns to fill."""
+    return options.max_width if options.max_width < UNCUT else shutil.get_terminal_size().columns
+
+
+def uncut(file: IO[str] | None = None) -> Console:
+    """A console without colours for pipes and strings: names stay whole, whatever the width of tables."""
+    return Console(file=file, width=UNCUT, color_system=None, force_terminal=False)
 
 
 def folded(text: str, width: int, indent: str = "") -> list[str]:

@@ -42,8 +42,9 @@ class Plan:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from ds_compress.config.report import renderables
+        from ds_compress.sheet import width_of
 
-        yield from renderables(self, options.max_width)
+        yield from renderables(self, width_of(options))
 
 
 def plan(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from ds_compress.config import forecast, words
 from ds_compress.config.coverage import left_out
 from ds_compress.config.forecast import Stored
 from ds_compress.config.targets import Target
-from ds_compress.sheet import Sheet, folded
+from ds_compress.sheet import Sheet, folded, uncut, width_of
 
 if TYPE_CHECKING:
     from ds_compress.config.plan import Plan
@@ -45,12 +44,11 @@ class Line:
     stored: Stored
 
 
-def plain_text(plan: Plan, width: int | None = None) -> str:
-    """The report without colours, wherever it goes; `width`: columns, by default those of the terminal, or 80."""
+def plain_text(plan: Plan) -> str:
+    """The report without colours, wherever it goes, for the width of the terminal, or 80 columns."""
     paper = io.StringIO()
-    width = width or shutil.get_terminal_size().columns
-    console = Console(file=paper, width=width, color_system=None, force_terminal=False)
-    for part in renderables(plan, width):
+    console = uncut(paper)
+    for part in renderables(plan, width_of(console.options)):
         console.print(part, highlight=False)
     return "\n".join(line.rstrip() for line in paper.getvalue().splitlines()).rstrip()
 
@@ -64,7 +62,7 @@ def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
         return
     for key, what in blocks:
         first, *others = folded(f"{key}: {what}", width)
-        yield Text.assemble((key, "bold"), first.removeprefix(key), overflow="ignore", no_wrap=True)
+        yield Text.assemble((key, "bold"), first.removeprefix(key), overflow="fold")
         yield from map(_line, others)
     if plan.structures:
         yield _structure_table(plan)
@@ -80,7 +78,7 @@ def _folded(texts: Iterable[str], width: int) -> Iterator[Text]:
 
 
 def _line(text: str) -> Text:
-    return Text(text, overflow="ignore", no_wrap=True)
+    return Text(text, overflow="fold")
 
 
 def lines_of(plan: Plan) -> list[Line]:

@@ -100,15 +100,20 @@ class ExportReport:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
+        from rich.text import Text
 
-        facts = Table(title=self.folder, show_header=False)
+        from ds_compress.sheet import Sheet, folded, width_of
+
+        def lines(text: str) -> Iterator[Text]:
+            return (Text(line, overflow="fold") for line in folded(text, width_of(options)))
+
+        yield Text(self.folder, overflow="fold")
         for key, value in self._facts():
-            facts.add_row(key, value)
-        yield facts
-        table = Table("module", "stored as", "parameters", "zeros", "bytes")
+            yield from lines(f"{key}: {value}")
+        numbers = ("parameters", "zeros", "bytes")
+        table = Sheet(("module", "stored as", *numbers), numbers)
         for name, module in self.modules.items():
-            table.add_row(
+            table.add(
                 name,
                 _scheme(module),
                 f"{module.get('parameters', 0):,}",
@@ -117,7 +122,7 @@ class ExportReport:
             )
         yield table
         for note in self.notes:
-            yield f"note: {note}"
+            yield from lines(f"note: {note}")
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield "format", f"{self.format} of a {self.model_class}"
