@@ -16,7 +16,7 @@ from ds_compress.config.schema import CompressionConfig
 from ds_compress.engine import seams
 from ds_compress.engine.parameters import full_parameters
 from ds_compress.engine.shards import Shards
-from ds_compress.engine.teacher import DTYPES, Teacher, zero3_config
+from ds_compress.engine.teacher import DTYPES, Teacher, evaluating, zero3_config
 from ds_compress.quant import layers
 
 
@@ -48,7 +48,7 @@ class CurrentTeacher(Teacher):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
-        with torch.no_grad(), quantizers_off(self.model), _evaluating(self.model):
+        with torch.no_grad(), quantizers_off(self.model), evaluating(self.model):
             return self.model(*args, **kwargs)
 
 
@@ -56,15 +56,18 @@ class EmaTeacher(Teacher):
     """After each step, average <- decay * average + (1 - decay) * student (Tarvainen & Valpola 2017, Mean Teacher).
 
     Kept in fp32, sharded as the student is; without communication. It averages the weights as the student's forward
-    sees them, masked and before quantizers.
+    sees them, masked and before quantizers. Buffers (what a BatchNorm remembers) are the student's, as in torch's
+    `AveragedModel`: they are averages already.
     """
 
     def __init__(self, student: nn.Module, decay: float, offload: str) -> None:
         stage = 3 if seams.is_zero3_parameter(next(student.parameters())) else 0
         super().__init__(frozen_copy(student, stage, torch.float32), stage, None, offload)
         self._decay = decay
+        self._student = student
 
     def place(self, student: nn.Module, shards: Shards) -> None:
+        self._student = student
         dtype = next(student.parameters()).dtype
         self._autocast = None if dtype is torch.float32 else dtype
         self._zero_stage = 3 if shards.is_spread else 0
@@ -74,6 +77,18 @@ class EmaTeacher(Teacher):
         for _, average, own in self._pairs(student):
             target, value = _aligned(average, own)
             target.lerp_(value.to(target), 1.0 - self._decay)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._copy_buffers()
+        return super().forward(*args, **kwargs)
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        assert self.model is not None
+        own = dict(self._student.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            if name in own:
+                buffer.copy_(own[name])
 
     @torch.no_grad()
     def fragment_state(self, shards: Shards) -> dict[str, dict[str, torch.Tensor]]:
@@ -158,19 +173,6 @@ def _aligned(average: Any, own: Any) -> tuple[torch.Tensor, torch.Tensor]:
     start = shard.numel() * dist.get_rank(average.ds_process_group)
     part = own.detach().flatten()[start : start + shard.numel()]
     return shard[: part.numel()], part
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """As every teacher: without dropout, and without moving what a normalization remembers."""
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ class Teacher:
         """
         block = config.distillation
         if block is None or not block.enabled:
-            return None if given is None else cls._for_layers(config, given)
+            return None if given is None else cls._for_layers(config, given, student)
         dtype = None if block.teacher_dtype is None else DTYPES[block.teacher_dtype]
         if given is not None and (block.self_teacher or block.teacher_cache):
             other = "self_teacher" if block.self_teacher else "teacher_cache"
@@ -67,6 +68,7 @@ class Teacher:
             return None
         settings = block.teacher_zero_stage, dtype, block.teacher_offload
         if given is not None:
+            _refuse_shared(given, student)
             return cls(given, *settings)
         if block.teacher is None:
             raise _error(
@@ -77,18 +79,23 @@ class Teacher:
         return cls(_load(block.teacher, student, block.teacher_zero_stage, dtype), *settings)
 
     @classmethod
-    def _for_layers(cls, config: CompressionConfig, given: nn.Module) -> Teacher:
+    def _for_layers(cls, config: CompressionConfig, given: nn.Module, student: nn.Module) -> Teacher:
         if config.layer_reduction is None or not config.layer_reduction.enabled:
             raise _error(
                 "a teacher object", "a block with distillation or layer_reduction enabled, to use it"
             )
+        _refuse_shared(given, student)
         return cls(given)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The teacher's output for the student's inputs, without a graph; a collective under ZeRO-3."""
+        """The teacher's output for the student's inputs, without a graph; a collective under ZeRO-3.
+
+        In eval mode, whatever its owner has set meanwhile.
+        """
         if self._engine is None:
             self._engine = self._build_engine()
-        with torch.no_grad():
+        assert self.model is not None
+        with torch.no_grad(), evaluating(self.model):
             return self._engine(*args, **kwargs)
 
     def place(self, student: nn.Module, shards: Shards) -> None:
@@ -112,9 +119,17 @@ class Teacher:
 
             model = self.model.to(get_accelerator().current_device_name())
             return model if self._autocast is None else _UnderAutocast(model, self._autocast)
+        known = _engines.get(self.model)
+        engine = None if known is None else known()
+        if engine is None:
+            engine = self._sharding_engine(parameter.dtype)
+            _engines[self.model] = weakref.ref(engine)
+        return engine
+
+    def _sharding_engine(self, dtype: torch.dtype) -> Any:
         import deepspeed
 
-        config = zero3_config(parameter.dtype)
+        config = zero3_config(dtype)
         if self._offload == "cpu":
             config["zero_optimization"]["offload_param"] = {"device": "cpu"}
         if self._autocast is not None:
@@ -122,6 +137,23 @@ class Teacher:
         engine, *_ = deepspeed.initialize(model=self.model, config=config)
         engine.eval()
         return engine
+
+
+_engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""Of sharded teachers: a model is sharded once, however many students it has. Its hooks keep the engine alive."""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, without dropout, and without moving what a normalization remembers."""
+    trained = [module for module in model.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 class _UnderAutocast:
@@ -202,5 +234,38 @@ def _loading_for(zero_stage: int, dtype: torch.dtype | None) -> Iterator[None]:
             integration.set_hf_deepspeed_config(before)
 
 
-def _error(got: Any, allowed: str) -> ConfigError:
-    return ConfigError([Problem(_PATH, shown(got), allowed)])
+def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    """A teacher is frozen, and a weight that both have would be frozen in the student too, or move in both.
+
+    Raises:
+        ConfigError: the student trains a parameter, or a memory, that the teacher has.
+    """
+    if teacher is student:
+        raise _error("the student itself", "another model object", "give ds_compress.initialize copy.deepcopy(model)")
+    theirs = dict(teacher.named_parameters())
+    ids = {id(parameter): name for name, parameter in theirs.items()}
+    memories = {_memory(parameter): name for name, parameter in theirs.items()}
+    shared = [
+        (name, ids.get(id(own)) or memories[_memory(own)])
+        for name, own in student.named_parameters()
+        if own.requires_grad and (id(own) in ids or (_memory(own) is not None and _memory(own) in memories))
+    ]
+    if shared:
+        mine, its = shared[0]
+        more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        raise _error(
+            f"a teacher object whose {its} is the student's {mine}{more}",
+            "one with weights of its own, because a teacher is frozen and a student trains",
+            "give ds_compress.initialize copy.deepcopy(teacher), or freeze what both have in the student",
+        )
+
+
+def _memory(parameter: nn.Parameter) -> int | None:
+    """Where its elements are; None for those that are elsewhere (sharded, or without data)."""
+    if parameter.is_meta or not parameter.numel() or seams.is_zero3_parameter(parameter):
+        return None
+    return parameter.untyped_storage().data_ptr() or None
+
+
+def _error(got: Any, allowed: str, hint: str = "") -> ConfigError:
+    return ConfigError([Problem(_PATH, shown(got), allowed, hint)])

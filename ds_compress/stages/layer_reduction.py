@@ -157,11 +157,13 @@ def _other_pairs(
     model: nn.Module, teacher: nn.Module, layers_name: str, names: Sequence[str] | None
 ) -> ParameterPairs:
     if names is None:
+        outside = layers_name + "."
+        _copy_buffers(model, teacher, lambda name: not name.startswith(outside))
         sources = dict(teacher.named_parameters())
         return [
             (parameter, sources[name])
             for name, parameter in model.named_parameters()
-            if not name.startswith(layers_name + ".")
+            if not name.startswith(outside)
             and name in sources
             and _shape(parameter) == _shape(sources[name])
         ]
@@ -180,10 +182,12 @@ def _other_pairs(
 
 
 @torch.no_grad()
-def _copy_buffers(target: nn.Module, source: nn.Module) -> None:
+def _copy_buffers(
+    target: nn.Module, source: nn.Module, chosen: Callable[[str], bool] = lambda name: True
+) -> None:
     sources = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
-        if name in sources and sources[name].shape == buffer.shape:
+        if name in sources and sources[name].shape == buffer.shape and chosen(name):
             buffer.copy_(sources[name])
 
 
