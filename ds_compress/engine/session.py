@@ -21,6 +21,7 @@ from ds_compress.engine import (
     checkpoint,
     copies,
     frozen,
+    grow,
     parameters,
     run_end,
     seams,
@@ -97,7 +98,8 @@ class Compression:
         self.engine: Any = None
         self._hooks: StepHooks | LoopHooks | None = None
         self._is_released = False
-        self._construction: dict[str, Any] = {}
+        self.construction: dict[str, Any] = {}
+        self.uncut: grow.Uncut | None = None
 
     @property
     def config(self) -> CompressionConfig:
@@ -185,7 +187,7 @@ class Compression:
         if listed and isinstance(listed[0], dict):
             # The optimizer takes these dictionaries for its own, and ZeRO then puts flat tensors into them.
             listed = [{**group, "params": list(group["params"])} for group in listed]
-        self._construction = {
+        self.construction = {
             "arguments": {**arguments, "model_parameters": listed},
             "constructor": constructor,
             "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
@@ -350,8 +352,8 @@ class Compression:
         `made`: the new parameter for the id of each old one. Structured blocks and layer reduction are done; the
         other stages start with the replicated state that they have here.
         """
-        arguments = {**self._construction["arguments"], "training_data": None}
-        parameters.replace_parameters(arguments, self._construction["client_groups"], made)
+        arguments = {**self.construction["arguments"], "training_data": None}
+        parameters.replace_parameters(arguments, self.construction["client_groups"], made)
         block = {key: value for key, value in self.block.items() if key not in _DONE_WHEN_SHRUNK}
         successor = self._with_stages(arguments["model"], block, parse_config(block))
         successor._enter(arguments)
@@ -368,10 +370,26 @@ class Compression:
                         distillation.drop_layers(set(structure.layers) - {structure.layers[u] for u in units})
             successor.stages[Distillation.name] = distillation
         successor._ended_metrics = self.metrics()
-        successor.construct(engine, arguments, self._construction["constructor"])
+        successor.construct(engine, arguments, self.construction["constructor"])
         successor._start_at(self.applied_steps)
         for name, stage in successor.stages.items():
             stage.load_state_dict(self.stages[name].renamed_state(_renamed_modules(cuts)))
+        return successor
+
+    def rebuild_whole(self, engine: Any, uncut: grow.Uncut) -> Compression:
+        """The session of the model that a shrink has cut and that is whole again, attached to `engine`."""
+        arguments = {**self.construction["arguments"], "training_data": None}
+        model: nn.Module = arguments["model"]
+        uncut.into(arguments, model)
+        config, distillation = parse_config(self.block), None
+        if Distillation.name in self.stages and self.teacher is not None and config.distillation is not None:
+            distillation = Distillation(
+                config.distillation, model, self.teacher, config.layer_reduction, parameters.rows_of_all
+            )
+        successor = self._with_stages(model, self.block, config, distillation)
+        successor._enter(arguments)
+        successor.teacher = self.teacher
+        successor.construct(engine, arguments, self.construction["constructor"])
         return successor
 
     def mask_frozen_weights(self) -> None:
