@@ -124,6 +124,10 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("deepspeed.runtime.engine:DeepSpeedEngine.autotp_size", ("self",)),
     Seam(
+        "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload._register_deepspeed_module",
+        source_mentions=('"pre_bwd_fn" not in module.__dict__', '"post_bwd_fn" not in module.__dict__'),
+    ),
+    Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine.clip_fp32_gradients",
         source_mentions=("max_norm=self.gradient_clipping()",),
     ),
@@ -534,12 +538,16 @@ def gradient_scaler(engine: Any) -> Any:
 
 
 def take_down(engine: Any) -> None:
-    """Ends `engine`: its ZeRO hooks go, and the two hooks on the model that `destroy` leaves behind."""
+    """Ends `engine`: its ZeRO hooks go, and what `destroy` leaves behind on the model and its modules."""
     engine.destroy()
     for name in ("module_forward_pre_hook", "module_forward_post_hook"):
         handle = getattr(engine, name, None)
         if handle is not None:
             handle.remove()
+    # What ZeRO-3 caches on modules calls the coordinator of this engine, and whoever comes next would use it.
+    for module in engine.module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            vars(module).pop(name, None)
 
 
 def flat_16bit_groups(wrapper: Any) -> list[torch.Tensor] | None:

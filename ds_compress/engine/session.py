@@ -21,6 +21,7 @@ from ds_compress.engine import (
     checkpoint,
     copies,
     frozen,
+    grow,
     parameters,
     raw_reads,
     run_end,
@@ -100,6 +101,8 @@ class Compression:
         self._is_released = False
         self._stop_watching: Callable[[], None] = lambda: None
         self._construction: dict[str, Any] = {}
+        self.construction: dict[str, Any] = {}
+        self.uncut: grow.Uncut | None = None
 
     @property
     def config(self) -> CompressionConfig:
@@ -187,7 +190,7 @@ class Compression:
         if listed and isinstance(listed[0], dict):
             # The optimizer takes these dictionaries for its own, and ZeRO then puts flat tensors into them.
             listed = [{**group, "params": list(group["params"])} for group in listed]
-        self._construction = {
+        self.construction = {
             "arguments": {**arguments, "model_parameters": listed},
             "constructor": constructor,
             "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
@@ -355,8 +358,8 @@ class Compression:
         `made`: the new parameter for the id of each old one. Structured blocks and layer reduction are done; the
         other stages start with the replicated state that they have here.
         """
-        arguments = {**self._construction["arguments"], "training_data": None}
-        parameters.replace_parameters(arguments, self._construction["client_groups"], made)
+        arguments = {**self.construction["arguments"], "training_data": None}
+        parameters.replace_parameters(arguments, self.construction["client_groups"], made)
         block = {key: value for key, value in self.block.items() if key not in _DONE_WHEN_SHRUNK}
         successor = self._with_stages(arguments["model"], block, parse_config(block))
         successor._enter(arguments)
@@ -373,10 +376,26 @@ class Compression:
                         distillation.drop_layers(set(structure.layers) - {structure.layers[u] for u in units})
             successor.stages[Distillation.name] = distillation
         successor._ended_metrics = self.metrics()
-        successor.construct(engine, arguments, self._construction["constructor"])
+        successor.construct(engine, arguments, self.construction["constructor"])
         successor._start_at(self.applied_steps)
         for name, stage in successor.stages.items():
             stage.load_state_dict(self.stages[name].renamed_state(_renamed_modules(cuts)))
+        return successor
+
+    def rebuild_whole(self, engine: Any, uncut: grow.Uncut) -> Compression:
+        """The session of the model that a shrink has cut and that is whole again, attached to `engine`."""
+        arguments = {**self.construction["arguments"], "training_data": None}
+        model: nn.Module = arguments["model"]
+        uncut.into(arguments, model)
+        config, distillation = parse_config(self.block), None
+        if Distillation.name in self.stages and self.teacher is not None and config.distillation is not None:
+            distillation = Distillation(
+                config.distillation, model, self.teacher, config.layer_reduction, parameters.rows_of_all
+            )
+        successor = self._with_stages(model, self.block, config, distillation)
+        successor._enter(arguments)
+        successor.teacher = self.teacher
+        successor.construct(engine, arguments, self.construction["constructor"])
         return successor
 
     def mask_frozen_weights(self) -> None:

@@ -20,7 +20,8 @@ from torch import nn
 
 from ds_compress.config.modules import shape_of
 from ds_compress.engine import copies
-from ds_compress.engine.groups import GroupSettings, Schedulers
+from ds_compress.engine.carried import Carried
+from ds_compress.engine.grow import Uncut
 from ds_compress.engine.plain import cut_in_place
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.snapshot import MASTER, Snapshot, optimizer_state, write_state
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "training", "losses")
-_LAST_STEP = ("_global_grad_norm", "_step_applied")
-"""What a Trainer logs right after the step that shrinks."""
-_KEPT_OBJECTS = ("training_dataloader", "monitor")
 _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
@@ -47,11 +44,13 @@ def shrink(engine: Any) -> None:
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
     axes = _output_axes(engine.module)
     snapshot = Snapshot(engine, session.shards, session.stages.values())
-    carried = _Carried(engine)
+    carried = Carried(engine)
+    uncut = Uncut(engine, cuts)
     session.make_way()
-    made = cut_in_place(engine, cuts)
+    made = cut_in_place(engine, cuts, before_cut=uncut.take)
     fresh = object.__new__(type(engine))
     successor = session.rebuild(fresh, made, cuts)
+    successor.uncut = uncut
     restored = _Restored(old, cuts, snapshot, axes)
     restored.optimizer(fresh, successor.shards)
     copies.refresh(fresh)
@@ -89,48 +88,6 @@ def _output_axes(model: nn.Module) -> dict[str, int]:
         for name, module in model.named_modules()
         if layers.STEP_SIZE in module._parameters
     }
-
-
-class _Carried:
-    """What belongs to the run rather than to a weight."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.optimizer, self.basic, self.scheduler = (
-            engine.optimizer,
-            engine.basic_optimizer,
-            engine.lr_scheduler,
-        )
-        self.values = {
-            name: getattr(engine, name)
-            for name in (*_COUNTERS, *_LAST_STEP, *_KEPT_OBJECTS)
-            if hasattr(engine, name)
-        }
-        self.settings = GroupSettings(engine)
-        self.schedulers = Schedulers([self.basic, self.optimizer], self.scheduler)
-        self.scheduler_state = self.scheduler.state_dict() if hasattr(self.scheduler, "state_dict") else None
-
-    def into(self, fresh: Any, origin: Mapping[str, str]) -> None:
-        """`origin`: {name of a parameter now: before}."""
-        for name, value in self.values.items():
-            setattr(fresh, name, value)
-        if hasattr(self.optimizer, "_global_grad_norm"):
-            fresh.optimizer._global_grad_norm = self.optimizer._global_grad_norm
-        before = self.settings.into(fresh, origin)
-        if fresh.lr_scheduler is not self.scheduler and self.scheduler_state is not None:
-            fresh.lr_scheduler.load_state_dict(self.scheduler_state)
-        self.schedulers.follow(before, self.scheduler, fresh.lr_scheduler)
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        if hasattr(scaler, "__dict__") and hasattr(fresh.optimizer, "loss_scaler"):
-            vars(fresh.optimizer.loss_scaler).update(vars(scaler))
-        for ours, theirs in (
-            (self.optimizer, fresh.optimizer),
-            (self.basic, fresh.basic_optimizer),
-            (self.scheduler, fresh.lr_scheduler),
-            (self.engine, fresh),
-        ):
-            if ours is not theirs and ours is not None:
-                object.__setattr__(ours, "__dict__", vars(theirs))
 
 
 class _Restored:
