@@ -58,6 +58,7 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
         _compress(built, saved["compression_training"], state, weights)
     source = of_module(built.eval())
     source.steps = None if state is None else state["applied_steps"]
+    source.export_to = None if saved is None else saved["compression_training"].get("export_to")
     source.description = f"checkpoint {folder.name}"
     return source
 

@@ -54,6 +54,7 @@ def _of_engine(engine: Any) -> Trained:
         agree=_agree,
         changed=lambda values: _changed(engine.module, values),
         steps=None if session is None else session.applied_steps,
+        export_to=None if session is None else session.config.export_to,
         description=f"engine on ZeRO stage {engine.zero_optimization_stage()}",
     )
 

@@ -38,6 +38,7 @@ from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
 from ds_compress.engine.teacher import Teacher
+from ds_compress.export import suits
 from ds_compress.ops import KernelsUnavailable, Preference, prefer
 from ds_compress.stages import STAGES
 from ds_compress.stages.base import Stage
@@ -160,6 +161,7 @@ class Compression:
         distillation: Distillation | None = None,
     ) -> Compression:
         plan = resolve(model, config)
+        suits.refuse_unfit(plan, model)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
         stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
         for traffic in (GradientReduction.of(config), ParameterTraffic.of(config)):

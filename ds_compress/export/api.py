@@ -63,8 +63,8 @@ def export(
     Args:
         source: a DeepSpeed engine (a collective: every process calls it, one writes), an `nn.Module` with or without
             quantizers, or the path of a DeepSpeed checkpoint.
-        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: "hf"
-            where nothing is quantized, else "compressed-tensors".
+        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: the
+            block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where something is.
         tokenizer: an object with `save_pretrained`, or a folder to copy one from.
         model: with a checkpoint, an instance of the trained class when that is none of transformers.
         inputs: what to check with, by argument name; None: made up from the config.
@@ -120,7 +120,8 @@ class _Export:
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
                 "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
             )
-        name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
+        usual = "compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf"
+        name = format or trained.export_to or usual
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
         self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)

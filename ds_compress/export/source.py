@@ -34,6 +34,7 @@ class Trained:
     writes: whether this process writes; the others only take part. cuts: structures that are masked, and must go.
     agree: raises, in every process, the failure that the writing one had. logits: of the model as it was trained.
     changed: a context in which parameters have other values, by name. steps: applied optimizer steps, if known.
+    export_to: the format that the training's block names.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Trained:
         default=lambda values: contextlib.nullcontext()
     )
     steps: int | None = None
+    export_to: str | None = None
     description: str = "model"
 
     @property

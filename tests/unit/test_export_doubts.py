@@ -115,6 +115,6 @@ def test_what_matters_is_refused(tmp_path: Path, build: Callable[[], Any], words
 
 
 def test_without_a_check_nothing_is_open(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="another model.*vocab_size"):
+    with pytest.raises(ExportError, match=r"another model.*vocab_size"):
         export(more_tokens("llama")(), tmp_path / "out", check=False)
     export(checkpointing(), tmp_path / "out", check=False)
