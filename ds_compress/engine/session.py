@@ -21,6 +21,7 @@ from ds_compress.engine import (
     checkpoint,
     copies,
     frozen,
+    origin,
     parameters,
     run_end,
     seams,
@@ -136,6 +137,7 @@ class Compression:
         """
         config = parse_config(block)
         _choose_kernels(config)
+        origin.remember(model)
         teacher = (
             Teacher.of(config, given_teacher, model)
             or cached_teacher(config, model)
@@ -172,7 +174,14 @@ class Compression:
         session = cls(block, plan, stages, model)
         for stage in stages.values():
             session.added += stage.prepare(model, parameters.full_parameters).values()
+        origin.mark(model, session.unfinished)
         return session
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Blocks whose result a plain copy of the weights would lack: quantizers, and units that are only masked."""
+        masked = [s.name for s in self.structured if any(u.removable for u in s.structures.values())]
+        return [*(name for name in self.stages if name in _QUANTIZERS), *masked]
 
     def _enter(self, arguments: dict[str, Any]) -> None:
         """Edits the constructor's arguments for the model that this session has prepared."""
@@ -315,6 +324,7 @@ class Compression:
         self._release()
         for stage in self.stages.values():
             stage.detach()
+        origin.mark(self.model, [name for name in self.unfinished if name not in _QUANTIZERS])
 
     def end(self) -> None:
         """Training is over: as `detach`, but quantizers stay on the modules, for those who store what they say."""
