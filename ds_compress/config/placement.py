@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ds_compress.config.errors import ROOT, ConfigError, Problem, shown
 from ds_compress.config.schema import CompressionConfig
 
-_SETTINGS_OF_THE_BLOCK = ("seed", "kernels")
+_SETTINGS_OF_THE_BLOCK = ("seed", "kernels", "export_to")
 BLOCKS = tuple(name for name in CompressionConfig.model_fields if name not in _SETTINGS_OF_THE_BLOCK)
 _SURELY_MEANT = 0.85
 """Likeness of two keys (difflib's ratio); no key of DeepSpeed comes above 0.77 of one of ours."""

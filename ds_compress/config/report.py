@@ -71,6 +71,7 @@ def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
     if plan.techniques or plan.structures:
         yield from _folded(_totals(plan), width)
     yield from _folded(map(str, left_out(plan)), width)
+    yield from _folded(plan.notes, width)
 
 
 def _folded(texts: Iterable[str], width: int) -> Iterator[Text]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ds_compress.config.plan import plan
 from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
+from ds_compress.engine import origin
 from ds_compress.engine.plain import cut_in_place
 from ds_compress.engine.sessions import session_of
 from ds_compress.engine.tensor_parallel import require_whole_layers
@@ -66,6 +67,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
     session.refresh_weights()
     session.end()
     cut_in_place(engine, cuts)
+    origin.mark(model, [name for name in session.unfinished if name in origin.QUANTIZERS])
     return model
 
 
@@ -73,12 +75,14 @@ def _finalize_loop(session: Compression) -> nn.Module:
     cuts = session.cuts()
     session.end()
     cuts.rewrite(session.model)
+    origin.mark(session.model, [name for name in session.unfinished if name in origin.QUANTIZERS])
     return session.model
 
 
 @torch.no_grad()
 def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
     resolved = plan(model, config)
+    origin.remember(model)
     kept = {
         target.structure.name: _largest_units(model, structures, target)
         for structures in resolved.structures.values()
@@ -86,6 +90,7 @@ def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike
     }
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
     Cuts.of(structures, kept).rewrite(model)
+    origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
 

@@ -22,6 +22,7 @@ from ds_compress.engine import (
     copies,
     frozen,
     grow,
+    origin,
     parameters,
     raw_reads,
     run_end,
@@ -40,6 +41,7 @@ from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
 from ds_compress.engine.teacher import Teacher
+from ds_compress.export import suits
 from ds_compress.ops import KernelsUnavailable, Preference, prefer
 from ds_compress.stages import STAGES
 from ds_compress.stages.base import Stage
@@ -100,7 +102,6 @@ class Compression:
         self._hooks: StepHooks | LoopHooks | None = None
         self._is_released = False
         self._stop_watching: Callable[[], None] = lambda: None
-        self._construction: dict[str, Any] = {}
         self.construction: dict[str, Any] = {}
         self.uncut: grow.Uncut | None = None
 
@@ -141,6 +142,7 @@ class Compression:
         """
         config = parse_config(block)
         _choose_kernels(config)
+        origin.remember(model)
         teacher = (
             Teacher.of(config, given_teacher, model)
             or cached_teacher(config, model)
@@ -166,6 +168,7 @@ class Compression:
         distillation: Distillation | None = None,
     ) -> Compression:
         plan = resolve(model, config)
+        suits.refuse_unfit(plan, model)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
         stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
         for traffic in (GradientReduction.of(config), ParameterTraffic.of(config)):
@@ -176,7 +179,14 @@ class Compression:
         session = cls(block, plan, stages, model)
         for stage in stages.values():
             session.added += stage.prepare(model, parameters.full_parameters).values()
+        origin.mark(model, session.unfinished)
         return session
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Blocks whose result a plain copy of the weights would lack: quantizers, and units that are only masked."""
+        masked = [s.name for s in self.structured if any(u.removable for u in s.structures.values())]
+        return [*(name for name in self.stages if name in _QUANTIZERS), *masked]
 
     def _enter(self, arguments: dict[str, Any]) -> None:
         """Edits the constructor's arguments for the model that this session has prepared."""
@@ -322,6 +332,7 @@ class Compression:
         self._release()
         for stage in self.stages.values():
             stage.detach()
+        origin.mark(self.model, [name for name in self.unfinished if name not in _QUANTIZERS])
 
     def end(self) -> None:
         """Training is over: as `detach`, but quantizers stay on the modules, for those who store what they say."""

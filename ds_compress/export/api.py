@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.config.adapters import has_adapters
 from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.config.modules import shape_of
+from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.engine.open_source import opened
 from ds_compress.export import check as checking
 from ds_compress.export.attributes import fresh, unsaid
@@ -36,6 +36,8 @@ from ds_compress.export.tokenizer import save_tokenizer
 from ds_compress.export.versions import versions
 from ds_compress.export.writing import UnfinishedFolder
 from ds_compress.quant import layers
+
+_MANY_ZERO_UNITS = 0.1
 
 FORMATS: dict[str, type[Format]] = {
     format.name: format for format in (HfFormat, CompressedTensorsFormat, ServingFormat, OnnxFormat)
@@ -61,11 +63,11 @@ def export(
     """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
 
     Args:
-        source: a DeepSpeed engine (a collective: every process calls it, one writes), an `nn.Module` with or without
-            quantizers, or the path of a DeepSpeed checkpoint.
-        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: "hf"
-            where nothing is quantized, else "compressed-tensors".
-        tokenizer: an object with `save_pretrained`, or a folder to copy one from.
+        source: a DeepSpeed engine or Hugging Face's Trainer (a collective: every process calls it, one writes), an
+            `nn.Module` with or without quantizers, or the path of a DeepSpeed checkpoint.
+        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: the
+            block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where something is.
+        tokenizer: an object with `save_pretrained`, or a folder to copy one from; None: a Trainer's own, if any.
         model: with a checkpoint, an instance of the trained class when that is none of transformers.
         inputs: what to check with, by argument name; None: made up from the config.
         check: False writes without loading.
@@ -97,7 +99,8 @@ def export(
         except OSError as error:
             failure = error
         trained.agree(failure)
-        return job.report
+        report: ExportReport = trained.share(job.report)
+        return report
     finally:
         if unfinished is not None:
             unfinished.__exit__(None, None, None)
@@ -120,13 +123,15 @@ class _Export:
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
                 "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
             )
-        name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
+        usual = "compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf"
+        name = format or trained.export_to or usual
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
         self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)
         self.final = _after_cuts(trained)
         self.format.check_source(trained, self.final)
         self.inputs = (inputs or example_inputs(trained.model)) if check else None
+        self.masked: list[str] = []
         self.fingerprints: dict[str, Fingerprint] = {}
         self.report = ExportReport("", name, _class_name(trained.model), trained.description)
 
@@ -134,12 +139,12 @@ class _Export:
         trained, report = self.trained, self.report
         report.folder = str(out)
         report.steps = trained.steps
-        report.dense_bytes = 4 * sum(_sizes(trained.model))
+        report.dense_bytes = 4 * (trained.parameters or sum(_sizes(trained.model)))
         failure: BaseException | None = None
         try:
             if trained.writes:
                 self._write_config(folder)
-                save_tokenizer(tokenizer, folder)
+                save_tokenizer(tokenizer or trained.tokenizer, folder)
         except Exception as error:
             failure = error
         failure = failure or self._write_tensors(folder, shard_bytes)
@@ -166,6 +171,7 @@ class _Export:
                     for name, tensor in stored.items():
                         writer.add(name, tensor)
                     self.report.count(layer, stored)
+                    self._note_zero_units(layer)
                     if self.inputs is not None:
                         self._remember(layer)
             except StopIteration as end:
@@ -178,6 +184,14 @@ class _Export:
             writer.close()
         return failure
 
+    def _note_zero_units(self, layer: Layer) -> None:
+        weight = layer.tensors.get("weight") if layer.encoded is None else layer.encoded.values()
+        if layer.kind in (None, ModuleKind.EMBEDDING) or weight is None or weight.dim() < 2 or not weight.numel():
+            return
+        counts = weight.flatten(1).count_nonzero(1), weight.flatten(1).count_nonzero(0)
+        if max(float((count == 0).float().mean()) for count in counts) >= _MANY_ZERO_UNITS:
+            self.masked.append(layer.name)
+
     def _remember(self, layer: Layer) -> None:
         for name, value in self.format.values(layer).items():
             self.fingerprints[name] = fingerprint(value)
@@ -189,6 +203,7 @@ class _Export:
         if config is None:
             return
         written: Any = copy.deepcopy(self.final.config)
+        vars(written).pop("ds_compress", None)  # for folders that are not exported: see engine.origin
         written.architectures = [self.report.model_class]
         written.dtype = self.format.loaded_dtype(_dtype(self.trained.model))
         written.save_pretrained(folder)
@@ -240,6 +255,11 @@ class _Export:
         for name, stored in self.format.schemes.items():
             report.modules.setdefault(name, {})["scheme"] = stored
         report.notes = self.format.notes + _sparsity_notes(report)
+        if self.masked:
+            report.notes.append(
+                f"whole rows or columns of {self.masked[0]} are zero ({len(self.masked)} layers in all): units that "
+                "were masked and not removed; ds_compress.finalize removes them"
+            )
         if self.trained.config is not None and self.format.name == "torch":
             report.attributes = unsaid(self.final, self.final.config)
         report.versions = versions()

@@ -139,6 +139,11 @@ def refuse_unless_stock(trained: Trained, final: nn.Module, name: str, checked: 
     return obstacles
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it has a config that could rebuild it."""
+    return hasattr(getattr(model, "config", None), "to_diff_dict")
+
+
 def another_model(name: str, obstacles: Sequence[str]) -> str:
     """A sentence for errors."""
     return f'stock transformers would load another model from format "{name}": {"; ".join(obstacles)}'

@@ -23,9 +23,9 @@ _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
 
 @dataclass
 class ExportReport:
-    """bytes: of the weight files; dense_bytes: of the model's parameters before any cut in fp32; ratio: how many
-    times smaller. nonzeros: of the parameters that are left. modules: how each module that holds parameters is stored.
-    steps: optimizer steps that the training had applied, if known.
+    """bytes: of the weight files; dense_bytes: of the parameters that the model had when training began, before any
+    cut, in fp32; ratio: how many times smaller. nonzeros: of the parameters that are left. modules: how each module
+    that holds parameters is stored. steps: optimizer steps that the training had applied, if known.
     check: how the folder was loaded and how far its logits are from the trained model's; empty without a check.
     """
 
@@ -126,7 +126,8 @@ class ExportReport:
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield "format", f"{self.format} of a {self.model_class}"
-        yield "bytes", f"{self.bytes:,} ({self.ratio:.2f}x smaller than {self.dense_bytes:,} in fp32)"
+        began_with = f"{self.dense_bytes:,}, the model that training began with in fp32"
+        yield "bytes", f"{self.bytes:,} ({self.ratio:.2f}x smaller than {began_with})"
         yield "parameters", f"{self.parameters:,} ({self.sparsity:.1%} zeros)"
         if self.check:
             yield "check", f"{self.check['loaded']}: {self.check['verdict']}"
