@@ -70,11 +70,11 @@ class ActivationQuantizationShared(Section):
         return bool(self.narrow_range)
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.granularity == "per_token" and self.range_calibration == "static":
+        if self.granularity is not None and self.range_calibration == "static":
             yield Conflict(
                 ("granularity",),
                 self.granularity,
-                '"per_tensor", because a static range is one for the whole input',
+                "nothing, because a static range is one for the whole input",
                 'remove "granularity", or set range_calibration to "dynamic"',
             )
         if self.given("range_momentum") and self.range_calibration == "dynamic":

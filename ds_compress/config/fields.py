@@ -68,6 +68,14 @@ class Section(BaseModel):
         return field in self.model_fields_set
 
 
+def without_effect(
+    section: Section, key: str, when: bool, needed: str, path: tuple[str | int, ...] = ()
+) -> Iterator[Conflict]:
+    """A conflict if the JSON has `key` where, `when` being true, it changes nothing; `needed`: what would use it."""
+    if when and section.given(key) and getattr(section, key) is not None:
+        yield Conflict((*path, key), getattr(section, key), f"nothing, unless {needed}", f'remove "{key}"')
+
+
 def _as_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

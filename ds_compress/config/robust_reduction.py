@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ds_compress.config.fields import Flag, Real, Section, Whole
+from ds_compress.config.fields import Conflict, Flag, Real, Section, Whole, without_effect
 
 Rule = Literal["mean", "trimmed_mean", "median", "centered_clip", "norm_clip"]
 OnOutlier = Literal["report", "exclude", "abort"]
 
 
 class RobustReduction(Section):
-    """Replaces the mean over workers by a rule that a few bad contributions cannot move far."""
+    """Replaces the mean over workers by a rule that a few bad contributions cannot move far.
+
+    Workers are *named* by the length of their gradient, or NaN and Inf in it. An attack of ordinary length is withstood
+    as far as the rule goes, and never named, reported, excluded or a reason to abort: a gradient of the opposite sign
+    (not longer), "a little is enough" (ALIE, Baruch et al. 2019) and inner-product manipulation (IPM, Xie et al. 2020)
+    are named in 0 % of all steps.
+    """
 
     enabled: Flag = Field(default=False, description="Whether this block does anything.")
     rule: Rule = Field(
@@ -44,7 +51,8 @@ class RobustReduction(Section):
         default="report",
         description=(
             "A worker with an outlying norm is named in the log; left out from the next step on, and at once if it is "
-            "one by this reduction alone; or ends the run."
+            "one by this reduction alone; or ends the run. Attacks of ordinary length (sign flip, ALIE, IPM) are not "
+            "named by any rule."
         ),
     )
     outlier_ratio: Annotated[Real, Field(gt=1)] = Field(
@@ -54,3 +62,10 @@ class RobustReduction(Section):
             "of about twenty steps, or the square of it in one step."
         ),
     )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.neighbor_mixing:
+            yield from without_effect(self, "neighbor_mixing", self.rule == "mean", "rule is another than mean")
+            yield from without_effect(
+                self, "neighbor_mixing", self.rule != "mean" and not self.max_malicious, "max_malicious is 1 or more"
+            )

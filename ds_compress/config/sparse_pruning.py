@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from ds_compress.config.errors import listed
 from ds_compress.config.fields import (
     Conflict,
     ExcludedModules,
@@ -23,6 +24,7 @@ from ds_compress.config.fields import (
     Step,
     Whole,
     Words,
+    without_effect,
 )
 
 UNSTRUCTURED = "unstructured"
@@ -30,6 +32,7 @@ _LEGACY_SNIP_PATTERN = "4x1"
 _LEGACY_SNIP_DENSE_RATIO = 0.1
 METHODS_WITHOUT_TRAINING = ("l1", "random")
 _FREE_TO_REGROW = ("topk", "movement")
+_METHODS_WITH_SEED = ("topk", "random")
 _PATTERN = re.compile(r"(?:([1-9][0-9]{0,3})(x|:)([1-9][0-9]{0,3}))")
 
 Method = Literal["l1", "topk", "taylor", "movement", "snip_momentum", "random"]
@@ -146,7 +149,7 @@ class SparsePruningShared(Section):
     )
     excluded_modules: ExcludedModules = ()
     seed: Seed | None = Field(
-        default=None, description="Seed of method random; absent: the seed of the whole block."
+        default=None, description="Seed of methods topk and random; absent: the seed of the whole block."
     )
 
     @property
@@ -203,6 +206,17 @@ class SparsePruningShared(Section):
                 f"true, because {self.method} changes its mind about masked weights",
                 'remove "regrowth", or choose another method',
             )
+        yield from without_effect(
+            self, "momentum", self.method != "snip_momentum", 'method is "snip_momentum"'
+        )
+        yield from without_effect(
+            self, "seed", self.method not in _METHODS_WITH_SEED, f"method is {listed(_METHODS_WITH_SEED)}"
+        )
+        # Configs that spell out every default of the removed library say 1.
+        once = self.schedule_offset_end is None and not self.effective_regrowth and self.schedule_offset_stride > 1
+        yield from without_effect(
+            self, "schedule_offset_stride", once, "schedule_offset_end is given: one mask is made, and stays"
+        )
         yield from self._n_of_m_conflicts()
 
     def _n_of_m_conflicts(self) -> Iterator[Conflict]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds_compress.config.errors import listed
 from ds_compress.config.fields import (
     Conflict,
     ExcludedModules,
@@ -22,11 +23,14 @@ from ds_compress.config.fields import (
     Seed,
     Step,
     Whole,
+    without_effect,
 )
 from ds_compress.config.sparse_pruning import Schedule
 
 Rounding = Annotated[Whole, Field(ge=1)]
 
+
+_METHODS_WITH_SEED = ("topk", "random")
 
 class StructuredPruningParams(Section):
     """`params` of one group."""
@@ -114,6 +118,15 @@ class StructuredShared(Section):
             yield Conflict(
                 ("schedule_offset_end",), end, f"at least schedule_offset ({self.schedule_offset})"
             )
+        yield from without_effect(
+            self, "seed", self.method not in _METHODS_WITH_SEED, f"method is {listed(_METHODS_WITH_SEED)}"
+        )
+        yield from without_effect(
+            self,
+            "schedule_offset_stride",
+            end is None and self.method != "topk" and self.schedule_offset_stride > 1,
+            "schedule_offset_end is given: one mask is made, and stays",
+        )
         if self.shrink_at_end_of_schedule and self.method == "topk" and end is None:
             yield Conflict(
                 ("schedule_offset_end",),

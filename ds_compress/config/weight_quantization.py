@@ -18,6 +18,7 @@ from ds_compress.config.fields import (
     Seed,
     Step,
     Whole,
+    without_effect,
 )
 
 Granularity = Literal["per_tensor", "per_group", "per_channel", "per_column_group"]
@@ -168,6 +169,7 @@ class WeightQuantizationShared(Section):
                 f"1 when granularity is {self.granularity}",
                 'remove "quantize_groups", or set granularity to "per_group"',
             )
+        yield from without_effect(self, "seed", self.rounding == "nearest", 'rounding is "stochastic"')
         if self.learned_scale and self.quantization_type != "symmetric":
             yield Conflict(
                 ("quantization_type",), self.quantization_type, '"symmetric", because learned_scale is true'
@@ -198,6 +200,7 @@ class WeightQuantization(Section):
                 "at least one group with start_bits and target_bits",
                 'for every layer in 8 bits: {"all": {"params": {"start_bits": 8, "target_bits": 8}}}',
             )
+        yield from self._of_thresholds()
         for name, group in self.different_groups.items():
             where = ("different_groups", name, "params", "target_bits")
             bits = group.params.target_bits
@@ -210,3 +213,13 @@ class WeightQuantization(Section):
                     "at least 3, because quantization_type is asymmetric",
                     'binary (1) and ternary (2) weights are symmetric: set quantization_type to "symmetric"',
                 )
+
+    def _of_thresholds(self) -> Iterator[Conflict]:
+        """What binary and ternary codes, which come from a sign and a threshold, know nothing of."""
+        shared = self.shared_parameters
+        bits = [group.params.first_bits for group in self.different_groups.values()]
+        none_is_rounded = bool(bits) and max(bits) < _FEWEST_BITS_OF_A_GRID and not shared.learned_scale
+        path, needed = ("shared_parameters",), f"a group has at least {_FEWEST_BITS_OF_A_GRID} bits"
+        yield from without_effect(shared, "narrow_range", none_is_rounded, needed, path)
+        if shared.rounding == "stochastic":
+            yield from without_effect(shared, "rounding", none_is_rounded, needed, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,19 @@ from ds_compress.config.structures import StructurePlan, StructureTarget, kept_u
 from ds_compress.engine import origin
 from ds_compress.engine.plain import cut_in_place
 from ds_compress.engine.sessions import session_of
+from ds_compress.engine.shards import Shards
 from ds_compress.engine.tensor_parallel import require_whole_layers
+from ds_compress.select.scores import SCORES
 from ds_compress.select.units import best, unit_sums
+from ds_compress.stages.sparse_pruning import SparsePruning
 from ds_compress.structure.cut import Cuts
 
 if TYPE_CHECKING:
+    from ds_compress.config.targets import TechniquePlan
     from ds_compress.engine.session import Compression
+
+
+logger = logging.getLogger("ds_compress")
 
 
 def finalize(
@@ -31,10 +39,10 @@ def finalize(
         engine_or_model: a DeepSpeed engine with a `compression_training` block, on any ZeRO stage: its training is
             over afterwards, and the model that it trained comes back whole and plain in every process (a
             collective). Or the model of such an engine, or of a training loop with a `compression_scheduler`: the
-            masks in force decide likewise. Or a model whose structures are zero already (a checkpoint of a masked
-            model).
-        config: with a model of the last kind, the block (or the DeepSpeed config) that it was trained with: it says
-            which structures there are, and how many units each keeps; those with the largest weights are.
+            masks in force decide likewise. Or a model that was trained elsewhere (a checkpoint of a masked model), or
+            not at all: where no step was taken under the block, masks are made now, of the weights as they are.
+        config: with a model without a session, the block (or the DeepSpeed config) that it was trained with: it says
+            which structures and weights there are, and how many of each are kept; those with the largest weights are.
 
     Returns:
         The same module object, smaller. Its quantizers, if any, are still attached, so that an export knows them.
@@ -63,26 +71,46 @@ def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.M
 def _finalize_engine(engine: Any) -> nn.Module:
     require_whole_layers(engine, "finalize")
     session, model = engine.compression, engine.module
-    cuts = session.cuts()
+    cuts, untouched = session.cuts(), _is_untouched(session)
     session.refresh_weights()
     session.end()
     cut_in_place(engine, cuts)
+    if untouched:
+        return _finalize_model(model, _of_weights(session))
     origin.mark(model, [name for name in session.unfinished if name in origin.QUANTIZERS])
     return model
 
 
 def _finalize_loop(session: Compression) -> nn.Module:
-    cuts = session.cuts()
+    cuts, untouched = session.cuts(), _is_untouched(session)
     session.end()
+    if untouched:
+        return _finalize_model(session.model, _of_weights(session))
     cuts.rewrite(session.model)
     origin.mark(session.model, [name for name in session.unfinished if name in origin.QUANTIZERS])
     return session.model
+
+
+def _is_untouched(session: Compression) -> bool:
+    """Whether no step was taken and no mask loaded: nothing of what the block asks for has happened yet."""
+    sparse = session.stages.get(SparsePruning.name)
+    masked = isinstance(sparse, SparsePruning) and bool(sparse.masks)
+    return not session.applied_steps and not masked and not any(stage.kept for stage in session.structured)
+
+
+def _of_weights(session: Compression) -> dict[str, Any]:
+    """What of the block the weights alone decide; layers of a teacher are in place since the session began."""
+    blocks = {**session.block}
+    logger.info("ds_compress: no step was taken under this block: masks are made now, of the weights as they are")
+    return {key: value for key, value in blocks.items() if key not in ("layer_reduction", "distillation")}
 
 
 @torch.no_grad()
 def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
     resolved = plan(model, config)
     origin.remember(model)
+    if SparsePruning.name in resolved.techniques:
+        _prune_smallest(model, resolved.techniques[SparsePruning.name])
     kept = {
         target.structure.name: _largest_units(model, structures, target)
         for structures in resolved.structures.values()
@@ -92,6 +120,16 @@ def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike
     Cuts.of(structures, kept).rewrite(model)
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
+
+
+def _prune_smallest(model: nn.Module, technique: TechniquePlan) -> None:
+    """The final masks of `sparse_pruning` by magnitude. A model that was masked already has them, as its zeros."""
+    stage = SparsePruning(technique)
+    stage.score = SCORES["l1"]()
+    shards = Shards.of_model(model)
+    stage.attach(shards)
+    stage.update_masks(max(stage.schedule.begin, stage.schedule.end or 0))
+    stage.on_update([shards.fragments[name] for name in stage.masks])
 
 
 def _largest_units(model: nn.Module, structures: StructurePlan, target: StructureTarget) -> torch.Tensor:

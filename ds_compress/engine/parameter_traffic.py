@@ -27,6 +27,7 @@ import torch.distributed as dist
 from ds_compress.config.parameter_compression import ParameterCompression
 from ds_compress.config.schema import CompressionConfig
 from ds_compress.engine import seams
+from ds_compress.engine.reduction import ALONE
 from ds_compress.engine.replaced import Replaced
 from ds_compress.engine.shards import Shards
 from ds_compress.reduce import link
@@ -60,6 +61,7 @@ class ParameterTraffic(Stage):
         """Takes over the all-gathers of `engine`; a collective."""
         group = seams.data_parallel_group(engine)
         if dist.get_world_size(group) == 1:
+            logger.warning("ds_compress: parameter_compression: %s", ALONE)
             return
         codec = BlockCodec(self.block.bits, self.block.effective_block_size)
         if self.block.measure_link:

@@ -51,6 +51,7 @@ _TWO_MOMENTA = (
 )
 _MUCH = 0.1
 """Share of elements that are not quantized from which on it is a warning."""
+ALONE = "there is one data-parallel process, which sends nothing and has no other to compare with; this does nothing"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -100,6 +101,10 @@ class GradientReduction(Stage):
         self.engine = engine
         self.group = seams.data_parallel_group(engine)
         self._check_workers()
+        if dist.get_world_size(self.group) == 1:
+            blocks = {"gradient_compression": self.wire, "robust_reduction": self.robust}
+            names = " and ".join(name for name, block in blocks.items() if block is not None)
+            _say(self.group, f"{names}: {ALONE}", logging.WARNING)
         if self.momentum is not None and seams.has_momentum(engine):
             _say(self.group, _TWO_MOMENTA, logging.WARNING)
         if self.wire is not None and self.wire.hierarchical:

@@ -24,7 +24,7 @@ def refuse_unsupported_reductions(config: CompressionConfig, ds_config: Any) -> 
     if {"gradient_compression", "robust_reduction"} & {*enabled}:
         problems += _gradient_problems(ds_config)
     if "parameter_compression" in enabled:
-        problems += _parameter_problems(ds_config)
+        problems += _parameter_problems(config, ds_config)
     if problems:
         raise ConfigError(problems)
 
@@ -54,7 +54,7 @@ def _gradient_problems(ds_config: Any) -> Iterator[Problem]:
         )
 
 
-def _parameter_problems(ds_config: Any) -> Iterator[Problem]:
+def _parameter_problems(config: CompressionConfig, ds_config: Any) -> Iterator[Problem]:
     stage = ds_config.zero_config.stage
     if stage == 0:
         yield Problem(
@@ -62,6 +62,14 @@ def _parameter_problems(ds_config: Any) -> Iterator[Problem]:
             "true",
             "false at ZeRO stage 0, where no weights travel",
             "set zero_optimization.stage to 1, 2 or 3",
+        )
+    block = config.parameter_compression
+    if stage == 3 and block is not None and block.given("refresh_interval"):
+        yield Problem(
+            f"{_ROOT}.parameter_compression.refresh_interval",
+            shown(block.refresh_interval),
+            "nothing at ZeRO stage 3, where nobody keeps a copy to refresh",
+            'remove "refresh_interval"',
         )
     if getattr(ds_config, "torch_autocast_enabled", False):
         yield Problem(
