@@ -5,7 +5,8 @@ ahead of time, into the wheel, by
 
     DS_COMPRESS_BUILD_OPS=1 pip install .              (DS_COMPRESS_CUDA=1: with CUDA kernels)
 
-which uses the torch of the environment that pip belongs to, whether or not pip isolates the build.
+which uses the torch of the environment that pip belongs to, whether or not pip isolates the build. The kernels'
+microbenchmarks come along as `ds_compress.benchmarks`: `python -m ds_compress.benchmarks.mask_apply --quick`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,33 @@ from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+MICROBENCHMARKS = (
+    "__init__.py",
+    "bandwidth.py",
+    "block_quantize.py",
+    "fake_quantize.py",
+    "int8_linear.py",
+    "linear_peers.py",
+    "mask_apply.py",
+    "peaks.cpp",
+    "peaks.py",
+    "record.py",
+    "timing.py",
+)
 AHEAD_OF_TIME = os.environ.get("DS_COMPRESS_BUILD_OPS") == "1"
 
 
 class BuildWithSources(build_py):
-    """Adds `csrc`, and the compiled library when it is asked for."""
+    """Adds `csrc`, the microbenchmarks of the kernels, and the compiled library when it is asked for."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib) / "ds_compress" / "csrc"
-            shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
+            package = Path(self.build_lib) / "ds_compress"
+            shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+            (package / "benchmarks").mkdir(exist_ok=True)
+            for name in MICROBENCHMARKS:
+                shutil.copy(ROOT / "benchmarks" / name, package / "benchmarks" / name)
         if AHEAD_OF_TIME:
             package = ROOT / "ds_compress" if self.editable_mode else Path(self.build_lib) / "ds_compress"
             compile_ahead(package / "ops" / "prebuilt")

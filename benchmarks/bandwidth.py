@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
-from benchmarks.timing import ratio
+from . import record
+from .timing import ratio
 
 COPY = "copy_"
 
@@ -130,7 +129,7 @@ def run_benchmark(
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: under 50 seconds")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--threads", default="1", help="for example 1,2")
     parser.add_argument("--rounds", type=int, default=rounds, help="without --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -146,6 +145,4 @@ def run_benchmark(
             result = measure(runs, quick_rounds if args.quick else args.rounds, device, threads)
             Console(width=120).print(table(result, where))
             everything |= {f"{where}: {run}": figures for run, figures in result.items()}
-    print(f"appended to {record.append(name, ' '.join(sys.argv[1:]), everything)}")
-    if args.json:
-        print(record.json_line(name, everything))
+    record.report(name, everything, args)

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from benchmarks.bandwidth import COPY, Run, run_benchmark
 from ds_compress.ops import reference
 from ds_compress.ops.library import native
 from ds_compress.ops.schemas import message_bytes
+
+from .bandwidth import COPY, Run, run_benchmark
 
 NUMEL, BLOCK, RANKS = 25_165_824, 512, 2
 

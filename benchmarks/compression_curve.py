@@ -23,11 +23,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
-from benchmarks.hard_compression import train_teacher
 from ds_compress.examples import assets
 from ds_compress.examples.demo import prepare
 from ds_compress.examples.launch import StepFailed, environment, load_json, train
+
+from . import record
+from .hard_compression import train_teacher
 
 CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "small_zero2.json"
 STOCK_CHECK = Path(__file__).resolve().parents[1] / "ds_compress" / "examples" / "stock_check.py"
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("small_result"))
     parser.add_argument("--only", default="", help="points whose names contain this")
     parser.add_argument("--measure-only", action="store_true", help="measure what earlier runs have exported")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     args = parser.parse_args()
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -82,14 +83,12 @@ def main() -> None:
     except (StepFailed, assets.AssetError) as failure:
         sys.exit(str(failure))
     print_result(result)
-    print(f"appended to {record.append('compression_curve', ' '.join(sys.argv[1:]), result)}")
+    record.report("compression_curve", result, args)
     if len(chosen) > 1:
         try:
-            print(f"drawn: {draw(result, record.HERE / 'results' / 'compression_curve.png')}")
+            print(f"drawn: {draw(result, (args.record or output) / 'compression_curve.png')}")
         except ImportError:
             print("not drawn: pip install 'ds_compress[benchmarks]'")
-    if args.json:
-        print(record.json_line("compression_curve", result))
 
 
 def folder_of(output: Path, name: str) -> Path:

@@ -15,7 +15,6 @@ import argparse
 import gc
 import math
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,12 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import ds_compress  # noqa: F401  (DeepSpeed learns the block)
-from benchmarks import hard_compression, record
-from benchmarks.engines import start_single_process
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.launch import load_json
 from ds_compress.examples.train import accuracy, quiet
+
+from . import hard_compression, record
+from .engines import start_single_process
 
 BATCH = 32
 LABELLED_IN_BATCH = 8
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     args = parser.parse_args()
     quiet()
     start_single_process()
@@ -78,9 +78,7 @@ def main() -> None:
             print(f"seed {seed}, {variant}: {100 * accuracies[variant][-1]:.2f} %", flush=True)
     result = figures(accuracies, load_json(args.teacher / "metrics.json")["accuracy"])
     print_result(args.setting, result)
-    print(f"appended to {record.append('distillation_quality', ' '.join(sys.argv[1:]), result)}")
-    if args.json:
-        print(record.json_line("distillation_quality", result))
+    record.report("distillation_quality", result, args)
 
 
 def build(teacher: Path, setting: str, distillation: dict[str, Any] | None, steps: int, seed: int) -> Any:

@@ -17,11 +17,12 @@ from functools import partial
 
 import torch
 
-from benchmarks.bandwidth import COPY, Run, run_benchmark
 from ds_compress.ops import reference
 from ds_compress.ops.library import native
 from ds_compress.quant import grid as grids
 from ds_compress.quant.grid import Grid
+
+from .bandwidth import COPY, Run, run_benchmark
 
 SHAPES = {
     "activation 1280 x 384": (1280, 384),

@@ -21,9 +21,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
 from ds_compress.examples import assets
 from ds_compress.examples.launch import StepFailed, load_json, train
+
+from . import record
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 WITH, WITHOUT = "with distillation", "without distillation"
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("hard_result"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="default: what the JSON says")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     args = parser.parse_args()
     args.output = args.output.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -48,9 +49,7 @@ def main() -> None:
         sys.exit(str(failure))
     result = figures(accuracies, load_json(teacher / "metrics.json")["accuracy"])
     print_result(result)
-    print(f"appended to {record.append('hard_compression', ' '.join(sys.argv[1:]), result)}")
-    if args.json:
-        print(record.json_line("hard_compression", result))
+    record.report("hard_compression", result, args)
 
 
 def train_teacher(folder: Path) -> Path:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -27,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from benchmarks import record
-from benchmarks.bandwidth import keep_freed_memory
-from benchmarks.linear_peers import FP32, Absent, codes_of, is_8_bit, peers
-from benchmarks.peaks import Peaks, read_bandwidth
 from ds_compress.ops.library import native
+
+from . import record
+from .bandwidth import keep_freed_memory
+from .linear_peers import FP32, Absent, codes_of, is_8_bit, peers
+from .peaks import Peaks, read_bandwidth
 
 LAYERS = {
     "BERT base": [(768, 768), (3072, 768), (768, 3072)],
@@ -247,7 +247,7 @@ def _listed(figures: Mapping[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds: under 50 seconds")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--threads", default="1", help="for example 1,2")
     parser.add_argument("--rounds", type=int, default=9, help="without --quick")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -279,9 +279,7 @@ def main() -> None:
         for title, figures in summary(bench).items():
             console.print(f"{title}, {where}: {_listed(figures)}")
             everything[f"{title}, {where}"] = figures
-    print(f"appended to {record.append('int8_linear', ' '.join(sys.argv[1:]), essentials(everything))}")
-    if args.json:
-        print(record.json_line("int8_linear", everything))
+    record.report("int8_linear", everything, args, essentials(everything))
 
 
 if __name__ == "__main__":

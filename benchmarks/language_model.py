@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 import ds_compress
-from benchmarks import record
-from benchmarks.engines import quiet
 from ds_compress.examples import assets
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
 from ds_compress.examples.launch import PROCESSES, environment, free_port
+
+from . import record
+from .engines import quiet
 
 TOKENS, BATCH, HELD_OUT = 256, 4, 24
 STOCK = """
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--reference", action="store_true", help="also train the model that is not cut")
     parser.add_argument("--output", type=Path, default=Path("language_model_result"))
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,9 +69,7 @@ def main() -> None:
     result = {name: launch(folder, name, args.steps) for name in ("cut", *["not cut"] * args.reference)}
     result["cut"] |= stock_figures(folder / "cut", folder / "held_out.json")
     print_result(result)
-    print(f"appended to {record.append('language_model', f'--steps {args.steps}', result)}")
-    if args.json:
-        print(record.json_line("language_model", result))
+    record.report("language_model", result, args)
 
 
 def prepare(folder: Path) -> None:
@@ -151,7 +150,7 @@ def config_of(folder: Path, variant: str, steps: int) -> dict[str, Any]:
 
 def launch(folder: Path, variant: str, steps: int) -> dict[str, float]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(PROCESSES)]
-    command += ["--master_port", str(free_port()), "--module", "benchmarks.language_model"]
+    command += ["--master_port", str(free_port()), "--module", f"{__package__}.language_model"]
     command += ["--variant", variant, "--output", str(folder), "--steps", str(steps)]
     log = folder / f"{variant.replace(' ', '_')}.log"
     print(f"{variant}: {steps} steps on {PROCESSES} processes; log: {log}", flush=True)

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 import ds_compress
-from benchmarks import record
-from benchmarks.engines import start_single_process
-from benchmarks.memory import memory
-from benchmarks.timing import interleave
+
+from . import record
+from .engines import start_single_process
+from .memory import memory
+from .timing import interleave
 
 TOKENS, TEMPERATURE = 512, 2.0
 WARM_UP = 2  # steps after which the factors of both losses are known
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 sequences and 1 round")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     batch, rounds = (2, 1) if args.quick else (args.batch, args.rounds)
@@ -62,7 +63,7 @@ def main() -> None:
     result: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         print(f"memory: {variant}", flush=True)
-        command = [sys.executable, "-m", "benchmarks.logits_distillation", "--variant", variant]
+        command = [sys.executable, "-m", f"{__package__}.logits_distillation", "--variant", variant]
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(done.stderr[-3000:])
@@ -77,9 +78,7 @@ def main() -> None:
     ]  # each round by itself
     result["ratio"] = {key: chunked[key] / whole[key] for key in whole} | {"CPU s": statistics.median(ratios)}
     print_result(result)
-    print(f"appended to {record.append('logits_distillation', ' '.join(sys.argv[1:]), result)}")
-    if args.json:
-        print(record.json_line("logits_distillation", result))
+    record.report("logits_distillation", result, args)
 
 
 def peak(variant: str, batch: int) -> dict[str, float]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.bandwidth import COPY, Run, run_benchmark
 from ds_compress.ops import reference
 from ds_compress.ops.library import native
+
+from .bandwidth import COPY, Run, run_benchmark
 
 NUMEL = 25_165_824
 PIECE = 1 << 18

@@ -27,8 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
-from benchmarks import record
-from benchmarks.engines import (
+from ds_compress.config import forecast
+from ds_compress.examples.cpu import skip_shared_memory_build
+from ds_compress.examples.launch import PROCESSES, environment, free_port
+
+from . import record
+from .engines import (
     BERT_BASE,
     bert,
     deepspeed_config,
@@ -37,9 +41,6 @@ from benchmarks.engines import (
     sparse_block,
     w8a8_block,
 )
-from ds_compress.config import forecast
-from ds_compress.examples.cpu import skip_shared_memory_build
-from ds_compress.examples.launch import PROCESSES, environment, free_port
 
 PLAIN = "plain ZeRO-3"
 BLOCKS: dict[str, dict[str, Any] | None] = {
@@ -54,7 +55,7 @@ WARM_UP_STEPS, MEASURED_STEPS = 3, 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -69,16 +70,14 @@ def main() -> None:
             runs[name].append(launch(name))
     result = figures(runs)
     print_result(result)
-    print(f"appended to {record.append('memory', ' '.join(sys.argv[1:]), result)}")
-    if args.json:
-        print(record.json_line("memory", result))
+    record.report("memory", result, args)
 
 
 def launch(variant: str) -> dict[str, float]:
     """One fresh run; for each figure the larger of the two processes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(PROCESSES)]
-        command += ["--master_port", str(free_port()), "--module", "benchmarks.memory"]
+        command += ["--master_port", str(free_port()), "--module", f"{__package__}.memory"]
         command += ["--variant", variant, "--folder", folder]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]

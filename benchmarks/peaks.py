@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import instruction_set
+from .record import instruction_set
 
 FLAGS = {
     "avx2": ["-mavx2", "-mfma"],

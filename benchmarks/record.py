@@ -1,16 +1,19 @@
-"""Every figure that a benchmark measured, with what it was measured on, appended to a CSV of its own.
+"""Every figure that a benchmark measured, with what it was measured on.
 
-One line is one figure: when, which commit, which CPU and versions, how it was called, then variant, figure
-and value. The files lie in `benchmarks/results` and are committed, bad figures included.
+With `--record` they are appended to a CSV of the benchmark's own: one line is one figure: when, which commit, which CPU
+and versions, how it was called, then variant, figure and value. The files in `benchmarks/results` are committed, bad
+figures included. Without it a benchmark writes no file.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +26,35 @@ Figures = Mapping[str, Mapping[str, float]]
 """{variant: {figure: value}}; a figure's name ends in its unit where it has one."""
 
 
-def append(benchmark: str, arguments: str, figures: Figures, folder: Path = HERE / "results") -> Path:
+RESULTS = HERE / "results"
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --json and --record, which `report` reads."""
+    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help=f"append the figures to a CSV in FOLDER (without one: {RESULTS.parent.name}/{RESULTS.name})",
+    )
+
+
+def report(
+    benchmark: str, figures: Figures, args: argparse.Namespace, recorded: Figures | None = None
+) -> None:
+    """Prints and records as the arguments ask for; `recorded`: what is recorded, where that is less than everything."""
+    if args.record is not None:
+        arguments = " ".join(a for a in sys.argv[1:] if a not in ("--record", str(args.record)))
+        path = append(benchmark, arguments, figures if recorded is None else recorded, args.record)
+        print(f"appended to {path}")
+    if args.json:
+        print(json_line(benchmark, figures))
+
+
+def append(benchmark: str, arguments: str, figures: Figures, folder: Path = RESULTS) -> Path:
     """Appends all figures of one run to `<folder>/<benchmark>.csv` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}.csv"

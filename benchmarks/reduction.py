@@ -22,10 +22,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import record
-from benchmarks.netlab import Lab, unavailable
-from benchmarks.reduction_worker import RESULT, STEP_VARIANTS
-from benchmarks.timing import ratio
+from . import record
+from .netlab import Lab, unavailable
+from .reduction_worker import RESULT, STEP_VARIANTS
+from .timing import ratio
 
 PICTURE = Path(__file__).parent / "results" / "reduction.png"
 BASES = ("all-reduce bf16", "stock bf16")
@@ -47,7 +47,7 @@ def measured(hosts: int, rate: str, kind: str, arguments: list[str], timeout_s: 
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with Lab(hosts) as lab:
         lab.limit(None if rate == "none" else rate)
-        module = "benchmarks.reduction_worker"
+        module = f"{__package__}.reduction_worker"
         if kind == "step":
             output = lab.launch(["--module", module, kind, *arguments], timeout_s, environment)
         else:
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one small case of each kind; nothing is recorded"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    record.add_output_arguments(parser)
     parser.add_argument("--rates", default="1gbit,200mbit,none")
     parser.add_argument("--worlds", default="2,4")
     parser.add_argument("--models", default="minilm,bert-base")
@@ -151,10 +151,7 @@ def main() -> None:
                             f"({v['faster_low_x']:.2f} to {v['faster_high_x']:.2f})",
                             flush=True,
                         )
-    if arguments.json:
-        print(record.json_line("reduction", figures))
-    if not arguments.quick:
-        record.append("reduction", " ".join(sys.argv[1:]), figures)
+    record.report("reduction", figures, arguments)
 
 
 def jobs(arguments: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
@@ -192,7 +189,7 @@ def picture(arguments: argparse.Namespace) -> None:
             for rate in rates
             for name in variants
         }
-        record.append("reduction", " ".join(sys.argv[1:]), figures)
+        record.report("reduction", figures, arguments)
     draw(points, medians["none"], model, path)
     print(path)
 

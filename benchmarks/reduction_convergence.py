@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
-from benchmarks.reduction_worker import traffic
 from ds_compress.examples import assets
 from ds_compress.examples.launch import StepFailed, load_json, train
+
+from . import record
+from .reduction_worker import traffic
 
 CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "teacher_zero2.json"
 STOCK = "stock bf16"
@@ -96,9 +96,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps of two variants; nothing is recorded"
+        "--quick", action="store_true", help="a few steps of two variants"
     )
-    parser.add_argument("--json", action="store_true")
+    record.add_output_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", default="2,3")
     parser.add_argument("--steps", type=int, default=500)
@@ -120,10 +120,7 @@ def main() -> None:
             f"{name:36s} {100 * values['mean accuracy']:6.2f} %  {values['mean difference, points']:+.2f} "
             f"+- {values['spread of differences, points']:.2f} points  loss {values['mean last loss']:.4f}"
         )
-    if not arguments.quick:
-        print(record.append("reduction_convergence", " ".join(sys.argv[1:]), result))
-    if arguments.json:
-        print(json.dumps(result))
+    record.report("reduction_convergence", result, arguments)
 
 
 if __name__ == "__main__":

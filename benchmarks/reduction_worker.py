@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.engines import BERT_BASE, MINILM, bert, quiet, random_batch
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
+
+from .engines import BERT_BASE, MINILM, bert, quiet, random_batch
 
 RESULT = "RESULT "
 MODELS = {"tiny": {**MINILM, "num_hidden_layers": 1}, "minilm": MINILM, "bert-base": BERT_BASE}

@@ -37,8 +37,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import record
 from ds_compress.reduce.robust import RobustSum
+
+from . import record
 
 MOMENTUM = 0.9
 SETUPS: dict[str, dict[str, Any]] = {
@@ -243,8 +244,9 @@ def run(
 def worker(arguments: argparse.Namespace) -> None:
     import deepspeed
 
-    from benchmarks.engines import quiet
     from ds_compress.examples.cpu import skip_shared_memory_build
+
+    from .engines import quiet
 
     torch.set_num_threads(1)
     quiet()
@@ -272,8 +274,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few steps, few cases; nothing is recorded")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="few steps, few cases")
+    record.add_output_arguments(parser)
     parser.add_argument("--task", choices=["digits", "encoder"], default="digits")
     parser.add_argument("--workers", default="5,1;8,2", help="n,f;n,f")
     parser.add_argument("--stages", default="2")
@@ -306,10 +308,7 @@ def main() -> None:
             f"{key:64s} {100 * values['accuracy']:6.1f} %  named {100 * values['named']:5.1f} %  "
             f"honest accused {100 * values['accused honest']:4.1f} %"
         )
-    if arguments.json:
-        print(record.json_line("robust", figures))
-    if not arguments.quick:
-        print(record.append("robust", " ".join(sys.argv[1:]), figures))
+    record.report("robust", figures, arguments)
 
 
 def launched(n: int, f: int, arguments: argparse.Namespace) -> Figures:
@@ -319,7 +318,7 @@ def launched(n: int, f: int, arguments: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         result = f"{folder}/figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        command += ["-m", "benchmarks.robust", *options, "--bad", str(f), "--result", result]
+        command += ["-m", f"{__package__}.robust", *options, "--bad", str(f), "--result", result]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
-from benchmarks import record
-from benchmarks.engines import BERT_BASE, MINILM, bert, deepspeed_config, quiet, random_batch
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
 from ds_compress.examples.launch import PROCESSES, environment, free_port
+
+from . import record
+from .engines import BERT_BASE, MINILM, bert, deepspeed_config, quiet, random_batch
 
 ZERO_STAGES = (1, 2, 3)
 CUT_AT, STEPS = 4, 10
@@ -50,7 +51,7 @@ def block(shrinks: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, ZeRO-2 only: under 50 seconds")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--shrinks", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -64,16 +65,14 @@ def main() -> None:
         print(f"ZeRO-{stage}: shrinking, then masking only", flush=True)
         result[f"ZeRO-{stage}"] = figures(*(launch(stage, shrinks, args.quick) for shrinks in (True, False)))
     print_result(result)
-    print(f"appended to {record.append('shrink', ' '.join(sys.argv[1:]), result)}")
-    if args.json:
-        print(record.json_line("shrink", result))
+    record.report("shrink", result, args)
 
 
 def launch(stage: int, shrinks: bool, quick: bool) -> list[Report]:
     """The reports of the processes of one fresh `deepspeed` run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(PROCESSES)]
-        command += ["--master_port", str(free_port()), "--module", "benchmarks.shrink"]
+        command += ["--master_port", str(free_port()), "--module", f"{__package__}.shrink"]
         command += ["--stage", str(stage), "--folder", folder, *["--shrinks"] * shrinks, *["--quick"] * quick]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]

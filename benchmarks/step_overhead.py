@@ -29,8 +29,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
-from benchmarks import record
-from benchmarks.engines import (
+
+from . import record
+from .engines import (
     MINILM,
     bert,
     deepspeed_config,
@@ -39,7 +40,7 @@ from benchmarks.engines import (
     start_single_process,
     w8a8_block,
 )
-from benchmarks.timing import Timing, interleave, ratio
+from .timing import Timing, interleave, ratio
 
 PLAIN = "plain DeepSpeed"
 AUTOCAST = "plain DeepSpeed, bf16 autocast"
@@ -223,7 +224,7 @@ def table(result: dict[str, dict[str, float]], title: str) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: under 50 seconds")
-    parser.add_argument("--json", action="store_true", help="one last line with every figure")
+    record.add_output_arguments(parser)
     parser.add_argument("--zero-stage", type=int, default=0, choices=(0, 1, 2, 3))
     parser.add_argument("--rounds", type=int, default=15, help="without --quick")
     parser.add_argument(
@@ -240,9 +241,7 @@ def main() -> None:
     result = figures(variants, timings)
     title = f"step time, ZeRO-{args.zero_stage}, batch {BATCH} x {TOKENS}, fp32, one thread"
     Console(width=110).print(table(result, title))
-    print(f"appended to {record.append('step_overhead', ' '.join(sys.argv[1:]), result)}")
-    if args.json:
-        print(record.json_line("step_overhead", result))
+    record.report("step_overhead", result, args)
 
 
 if __name__ == "__main__":

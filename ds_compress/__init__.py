@@ -7,7 +7,7 @@ Importing this package is all that a training script needs; the rest is for thos
     initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
     engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
     export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
-    from_pretrained(folder)       what format="torch" stores, on the int8 kernels
+    from_pretrained(folder)       what format="torch" stores, on the int8 kernels; transformers' own loads it, too
     distill_layers(engine, ...)   post-training quantization: each layer learns to be what it was, without labels
     cache_teacher(model, ...)     what a teacher says of a data set, stored once
     finalize(engine)              the smaller model that structured pruning leaves
@@ -17,8 +17,10 @@ Importing this package is all that a training script needs; the rest is for thos
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from ds_compress import log
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.plan import Plan, plan
 from ds_compress.distill.cache_write import cache_teacher
@@ -29,6 +31,7 @@ from ds_compress.engine.registration import register, unregister
 from ds_compress.export.api import export
 from ds_compress.export.errors import ExportError
 from ds_compress.export.load import from_pretrained
+from ds_compress.hf.auto import register_quantizer as _register_quantizer
 from ds_compress.version import __version__
 
 if TYPE_CHECKING:
@@ -56,12 +59,23 @@ __all__ = [
 ]
 
 
+_LAZY_MODULES = ("compat", "hf", "run")
+"""Packages that cost an import of their own and that docs and messages name as attributes of this one."""
+
+
 def __getattr__(name: str) -> Any:
     if name in ("CompressionCallback", "DistillationTrainer"):
-        from ds_compress import hf
-
-        return getattr(hf, name)
+        return getattr(importlib.import_module("ds_compress.hf"), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"ds_compress.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})
+
+
+log.set_up()
+log.print_one_traceback()
 register()
+_register_quantizer()

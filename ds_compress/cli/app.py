@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from ds_compress.cli import teachers
 from ds_compress.cli.errors import one_line_errors
 from ds_compress.cli.migrate import migrate
+from ds_compress.sheet import uncut
 
 app = typer.Typer(
     help="Compressed models: export them, look at an export, see what a config would do, ask a teacher ahead.",
@@ -19,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
+_out = Console() if sys.stdout.isatty() else uncut()
 app.command()(migrate)
 app.command()(teachers.cache_teacher)
 app.command()(teachers.teacher_text)

@@ -80,7 +80,7 @@ def block_of_config(config: Mapping[str, Any] | str | PathLike[str]) -> dict[str
     whole = deepspeed_config(config)
     if COMPRESSION_TRAINING in whole:
         block = whole[COMPRESSION_TRAINING]
-    elif whole.keys() & (CompressionConfig.model_fields.keys() - {"seed", "kernels"}):
+    elif whole.keys() & (CompressionConfig.model_fields.keys() - {"seed", "kernels", "export_to"}):
         block = whole
     else:
         near = next((key for key in map(str, whole) if nearest(key, [COMPRESSION_TRAINING], 0.8)), None)

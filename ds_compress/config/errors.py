@@ -33,7 +33,8 @@ class Problem:
         lines = [self.path, f"  got:     {self.got}", f"  allowed: {self.allowed}"]
         if self.hint:
             lines.append(f"  hint:    {self.hint}")
-        return "\n".join(lines)
+        # A lone surrogate, which JSON can spell, would keep the error from being printed.
+        return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class ConfigError(ValueError):

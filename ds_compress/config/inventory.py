@@ -98,6 +98,19 @@ def exact_pattern(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
+def covering_patterns(names: Iterable[str]) -> list[str]:
+    """Regexes that reach these modules, and those that differ from them in a layer number only; in their order."""
+    by_kind: dict[str, list[str]] = {}
+    for name in names:
+        by_kind.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return [
+        exact_pattern(alike[0])
+        if len(alike) == 1
+        else "^" + r"\d+".join(re.escape(part) for part in kind.split("#")) + "$"
+        for kind, alike in by_kind.items()
+    ]
+
+
 def few(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     more = len(names) - _NAMES_SUGGESTED

@@ -21,11 +21,13 @@ __all__ = ["Plan", "Target", "TechniquePlan", "Weight", "plan"]
 
 @dataclass
 class Plan:
-    """What each enabled block does to which weight; `str()` gives a plain table, `rich.print` a coloured one.
+    """What each enabled block does to which weight; `str()` gives a plain table that fits the terminal
+    (80 columns in a pipe), `rich.print` a coloured one.
 
     techniques: only the enabled ones, by block key (sparse_pruning, weight_quantization,
     activation_quantization); `structures` likewise for row, head, channel, depth and hidden pruning. weights: every
-    parameter of the model. world_size: how many processes share the training state.
+    parameter of the model. world_size: how many processes share the training state. notes: for the reader, such as in
+    which formats the result can be exported.
     """
 
     config: CompressionConfig
@@ -33,6 +35,7 @@ class Plan:
     weights: tuple[Weight, ...] = field(default=(), repr=False)
     structures: dict[str, StructurePlan] = field(default_factory=dict, repr=False)
     world_size: int = 1
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         from ds_compress.config.report import plain_text
@@ -41,8 +44,9 @@ class Plan:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from ds_compress.config.report import renderables
+        from ds_compress.sheet import width_of
 
-        yield from renderables(self)
+        yield from renderables(self, width_of(options))
 
 
 def plan(
@@ -62,4 +66,9 @@ def plan(
         raise ValueError(f"world_size is {world_size}; it counts processes, so it is at least 1")
     resolved = resolve(model, config if isinstance(config, CompressionConfig) else block_of(config))
     resolved.world_size = world_size
+    # Not for whoever only resolves: models are built for it, without weights.
+    from ds_compress.export import suits
+
+    suits.refuse_unfit(resolved, model)
+    resolved.notes = tuple(suits.notes(resolved, model)) if resolved.techniques or resolved.structures else ()
     return resolved

@@ -8,19 +8,18 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from ds_compress.config import forecast, words
+from ds_compress.config.coverage import left_out
 from ds_compress.config.forecast import Stored
 from ds_compress.config.targets import Target
+from ds_compress.sheet import Sheet, folded, uncut, width_of
 
 if TYPE_CHECKING:
     from ds_compress.config.plan import Plan
 
-_WIDER_THAN_ANY_TABLE = 1000
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -46,29 +45,41 @@ class Line:
 
 
 def plain_text(plan: Plan) -> str:
-    """The report without colours, wherever it goes."""
+    """The report without colours, wherever it goes, for the width of the terminal, or 80 columns."""
     paper = io.StringIO()
-    console = Console(file=paper, width=_WIDER_THAN_ANY_TABLE, color_system=None, force_terminal=False)
-    for part in renderables(plan):
+    console = uncut(paper)
+    for part in renderables(plan, width_of(console.options)):
         console.print(part, highlight=False)
     return "\n".join(line.rstrip() for line in paper.getvalue().splitlines()).rstrip()
 
 
-def renderables(plan: Plan) -> Iterator[RenderableType]:
-    """The parts of the report, for rich."""
+def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
+    """The parts of the report, for rich, on a console of `width` columns."""
     counts = {key: len(technique.targets) for key, technique in plan.techniques.items()}
     blocks = [*words.structure_lines(plan.structures), *words.block_lines(plan.config, counts)]
     if not blocks:
         yield Text("compression_training: nothing is enabled")
         return
     for key, what in blocks:
-        yield Text.assemble((key, "bold"), ": ", what)
+        first, *others = folded(f"{key}: {what}", width)
+        yield Text.assemble((key, "bold"), first.removeprefix(key), overflow="fold")
+        yield from map(_line, others)
     if plan.structures:
         yield _structure_table(plan)
     if plan.techniques:
         yield _table(lines_of(plan))
     if plan.techniques or plan.structures:
-        yield from map(Text, _totals(plan))
+        yield from _folded(_totals(plan), width)
+    yield from _folded(map(str, left_out(plan)), width)
+    yield from _folded(plan.notes, width)
+
+
+def _folded(texts: Iterable[str], width: int) -> Iterator[Text]:
+    return (_line(line) for text in texts for line in folded(text, width))
+
+
+def _line(text: str) -> Text:
+    return Text(text, overflow="fold")
 
 
 def lines_of(plan: Plan) -> list[Line]:
@@ -154,13 +165,9 @@ def _cells(plan: Plan, by_block: dict[str, Target]) -> tuple[str, str, str]:
     return pruning, weight_bits, input_bits
 
 
-def _table(lines: Iterable[Line]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("module", overflow="fold")
-    for heading in ("shape", "pruning", "weights", "inputs"):
-        table.add_column(heading)
-    for heading in ("stored", "after", "non-zeros", "as bitmask"):
-        table.add_column(heading, justify="right")
+def _table(lines: Iterable[Line]) -> Sheet:
+    sizes_of = ("stored", "after", "non-zeros", "as bitmask")
+    table = Sheet(("module", "shape", "pruning", "weights", "inputs", *sizes_of), sizes_of)
     for line in lines:
         treatment, stored = line.treatment, line.stored
         sizes = [size_in_words(stored.before), size_in_words(stored.after), f"{stored.nonzeros:,}"]
@@ -170,19 +177,16 @@ def _table(lines: Iterable[Line]) -> Table:
             numbers = [f"tied to {treatment.tied_to}", "-", "-", "-"]
         shape = " x ".join(map(str, treatment.shape))
         cells = [line.name, shape, treatment.pruning, treatment.weight_bits, treatment.input_bits, *numbers]
-        table.add_row(*map(Text, cells))
+        table.add(*cells)
     return table
 
 
-def _structure_table(plan: Plan) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("structure", overflow="fold")
-    for heading in ("block", "kept"):
-        table.add_column(heading)
+def _structure_table(plan: Plan) -> Sheet:
+    table = Sheet(("structure", "block", "kept"))
     for key, structures in plan.structures.items():
         kept = {target.structure.name: words.units_cell(target, structures) for target in structures.targets}
         for name, members in collapse(kept):
-            table.add_row(*map(Text, (name, key, kept[members[0]])))
+            table.add(name, key, kept[members[0]])
     return table
 
 
@@ -190,6 +194,10 @@ def _totals(plan: Plan) -> Iterator[str]:
     stored = forecast.stored(plan)
     everything = forecast.total(stored.values())
     claimed = {target.param_name for technique in plan.techniques.values() for target in technique.targets}
+    structures = [target.structure for blocks in plan.structures.values() for target in blocks.targets]
+    claimed |= {member.tensor for structure in structures for member in structure.members}
+    layers = tuple(f"{layer}." for structure in structures for layer in structure.layers)
+    claimed |= {weight.name for weight in plan.weights if weight.name.startswith(layers)}
     numel = sum(weight.numel for weight in plan.weights)
     claimed_numel = sum(weight.numel for weight in plan.weights if weight.name in claimed)
     yield f"claimed: {claimed_numel:,} of {numel:,} parameters"

@@ -13,7 +13,14 @@ from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.config.fields import EVERY_LAYER
 from ds_compress.config.integer_products import integer_product_problems
-from ds_compress.config.inventory import Entry, entries_of, exact_pattern, few, nearest_names
+from ds_compress.config.inventory import (
+    Entry,
+    covering_patterns,
+    entries_of,
+    exact_pattern,
+    few,
+    nearest_names,
+)
 from ds_compress.config.layers import find_layers
 from ds_compress.config.limits import limits_of
 from ds_compress.config.modules import ModuleKind, shape_of
@@ -79,8 +86,12 @@ def _target(entry: Entry, group: str, params: Any, names: Mapping[int, str]) -> 
 
 
 def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
+    def owner(name: str) -> str:
+        module = model.get_submodule(name.rpartition(".")[0])
+        return getattr(type(module), "_ds_compress_base_class", type(module)).__name__
+
     return tuple(
-        Weight(name, shape_of(parameter), parameter.element_size(), parameter.requires_grad)
+        Weight(name, shape_of(parameter), parameter.element_size(), parameter.requires_grad, owner(name))
         for name, parameter in model.named_parameters()
         if not is_auxiliary(name)
     )
@@ -126,7 +137,7 @@ class Claims:
             supported.update(layers)
             unsupported = self._unsupported(reached, pattern)
             if unsupported:
-                self.problems.append(self._refused(path, pattern, unsupported))
+                self.problems.append(self._refused(path, pattern, unsupported, bool(layers)))
             elif not layers:
                 allowed = f"a regex that reaches a {_kinds_in_words(self.kinds)}"
                 self._nothing_reached(path, pattern, lambda entry: entry.kind in self.kinds, allowed)
@@ -177,16 +188,26 @@ class Claims:
             unsupported = [entry for entry in reached if entry.is_unsupported]
         return [entry for entry in unsupported if entry not in self._excluded]
 
-    def _refused(self, path: str, pattern: str, unsupported: list[Entry]) -> Problem:
+    def _refused(
+        self, path: str, pattern: str, unsupported: list[Entry], reaches_others: bool
+    ) -> Problem:
         what = [
             f"{entry.name or 'the model itself'} ({type(entry.module).__name__})" for entry in unsupported
         ]
-        excludes = [shown(exact_pattern(entry.name)) for entry in unsupported[:3]]
+        excludes = [shown(regex) for regex in covering_patterns(entry.name for entry in unsupported)]
+        hint = f"add {', '.join(excludes)} to shared_parameters.excluded_modules, or narrow the regex"
+        if not reaches_others:
+            # Without them the regex would reach nothing.
+            names = (name for entry in self.entries if entry.kind in self.kinds for name in entry.names)
+            near = nearest_names(pattern, names)
+            hint = f"{self.key} cannot treat these: remove the regex" + (
+                f"; the nearest layers that it can are {listed(near, 'and')}" if near else ""
+            )
         return Problem(
             path,
             f"{shown(pattern)}, which reaches {few(what)}",
             f"layers of a supported kind: {_kinds_in_words(self.kinds)}",
-            f"add {', '.join(excludes)} to shared_parameters.excluded_modules, or narrow the regex",
+            hint,
         )
 
     def _nothing_reached(

@@ -81,6 +81,14 @@ class CompressionConfig(Section):
         ),
     )
 
+    export_to: Literal["hf", "compressed-tensors", "torch", "onnx"] | None = Field(
+        default=None,
+        description=(
+            "The format of ds_compress.export that the result is for: refused at start where it could not say what "
+            "these blocks make of this model. An export without format= uses it."
+        ),
+    )
+
     @property
     def insists_on_native(self) -> str | None:
         """The path of the key that insists on native kernels, None when none does."""

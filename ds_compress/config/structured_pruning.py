@@ -179,6 +179,13 @@ class DepthPruningShared(WholeModelShared):
         description="Score of a layer; activation: 1 - cosine of its input and output (Men et al. 2024).",
     )
     round_to: Rounding = Field(default=1, description="The number of kept layers is a multiple of this.")
+    module_name_prefix: str | None = Field(
+        default=None,
+        description=(
+            "Module that holds the layers, e.g. vision_model.encoder.layers; absent: found automatically, which a "
+            "model of several towers leaves open."
+        ),
+    )
 
 
 class HiddenPruningShared(WholeModelShared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,15 +11,22 @@ from fractions import Fraction
 
 from torch import nn
 
-from ds_compress.config.errors import Problem, dotted, listed, shown
+from ds_compress.config.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.config.fields import EVERY_LAYER, Group
 from ds_compress.config.inventory import Entry, exact_pattern, few, nearest_names
 from ds_compress.config.modules import is_layer
 from ds_compress.config.schema import CompressionConfig
-from ds_compress.config.structured_pruning import HeadPruningShared, StructuredPruning, StructuredShared
+from ds_compress.config.structured_pruning import (
+    DepthPruningShared,
+    HeadPruningShared,
+    StructuredPruning,
+    StructuredShared,
+)
 from ds_compress.structure.find import Found, find_structures
 from ds_compress.structure.related import explicit_structure, zero_only_structure
 from ds_compress.structure.structure import Structure, StructureKind
+
+logger = logging.getLogger("ds_compress")
 
 KIND_OF_BLOCK = {
     "row_pruning": StructureKind.ROW,
@@ -109,7 +117,11 @@ class _Claims:
         shared = block.shared
         self._num_heads = shared.num_heads if isinstance(shared, HeadPruningShared) else None
         try:
-            found = find_structures(model, kind, self._num_heads)
+            stack = shared.module_name_prefix if isinstance(shared, DepthPruningShared) else None
+            found = find_structures(model, kind, self._num_heads, stack=stack)
+        except ConfigError as error:
+            self.problems += error.problems
+            found = Found((), ())
         except ImportError as error:
             self.problems.append(Problem(dotted(key), "a missing package", str(error)))
             found = Found((), ())
@@ -118,6 +130,7 @@ class _Claims:
         self._excluded = {s.name for s in here if self._is_excluded(s)}
 
     def make(self) -> None:
+        self._check_excluded()
         for group, settings in self.block.groups.items():
             ratio = settings.params.dense_ratio
             for structure in self._claimed_by(group, settings):
@@ -139,9 +152,14 @@ class _Claims:
                 continue
             reached = [s for s in self.found.structures if _reaches(pattern, claim_names(s))]
             if reached:
-                yield from (s for s in reached if s.name not in self._excluded)
+                left = [s for s in reached if s.name not in self._excluded]
+                yield from left
+                if left:
+                    self._warn_of_refusals(pattern)
+                else:
+                    self._all_excluded(group, pattern)
                 continue
-            loose = self._zero_only(pattern)
+            loose = self._zero_only(group, position, pattern)
             yield from loose
             if not loose:
                 self._nothing_reached(group, position, pattern)
@@ -190,13 +208,58 @@ class _Claims:
             )
             return Structure(name, self.kind, (name,), 0, ())
 
-    def _zero_only(self, pattern: str) -> list[Structure]:
+    def _zero_only(self, group: str, position: int, pattern: str) -> list[Structure]:
         if pattern == EVERY_LAYER or not (self.kind in _LOOSE or self._num_heads):
             return []
-        return [
-            zero_only_structure(self.model, self.kind, name, self._num_heads)
-            for name in self._layers_reached(pattern)
-        ]
+        structures = []
+        for name in self._layers_reached(pattern):
+            try:
+                structures.append(zero_only_structure(self.model, self.kind, name, self._num_heads))
+            except ValueError as error:
+                self.problems.append(
+                    Problem(
+                        self._modules_path(group, position),
+                        f"{shown(pattern)}, which reaches {name}",
+                        f"a regex that reaches {_OF_KIND[self.kind]}s, or layers whose outputs can be zeroed",
+                        f"{error}: {self._reason(name) or 'narrow the regex'}",
+                    )
+                )
+                return [Structure(name, self.kind, (name,), 0, ())]
+        return structures
+
+    def _reason(self, module: str) -> str:
+        """Why what stands around `module` was not understood, if that is known."""
+        around = (refusal for refusal in self.found.refusals if f"{module}.".startswith(f"{refusal.module}."))
+        return next((refusal.reason for refusal in around), "")
+
+    def _warn_of_refusals(self, pattern: str) -> None:
+        """What the regex reaches too and what stays whole: the rest is pruned, so this is no error."""
+        refused = [r for r in self.found.refusals if _reaches(pattern, [r.module]) and not self._leaves_out(r.module)]
+        if refused:
+            logger.warning(
+                "%s: not pruned: %s. %s", self.key, few([r.module for r in refused]), refused[0].reason
+            )
+
+    def _leaves_out(self, module: str) -> bool:
+        return any(_reaches(regex, [module]) for regex in self.block.shared.excluded_modules)
+
+    def _all_excluded(self, group: str, pattern: str) -> None:
+        path = dotted(self.key, "different_groups", group) if group in self.block.different_groups else dotted(self.key)
+        hint = "all that it reaches is in excluded_modules: remove the group, or exclude less"
+        allowed = f"a group with at least one {_OF_KIND[self.kind]}"
+        self.problems.append(Problem(path, shown(pattern), allowed, hint))
+
+    def _check_excluded(self) -> None:
+        """An excluded_modules that reaches no module is a slip, as a regex of modules that reaches none."""
+        known = [name for entry in self.entries for name in entry.names]
+        known += [name for structure in self.found.structures for name in structure.modules]
+        for position, regex in enumerate(self.block.shared.excluded_modules):
+            if not _reaches(regex, known):
+                path = dotted(self.key, "shared_parameters", "excluded_modules", position)
+                near = nearest_names(regex, known)
+                hint = f"the nearest names are {listed(near, 'and')}" if near else ""
+                got = f"{shown(regex)}, which reaches none"
+                self.problems.append(Problem(path, got, "a regex that reaches a module", hint))
 
     def _layers_reached(self, pattern: str) -> list[str]:
         excluded = self.block.shared.excluded_modules
@@ -218,12 +281,7 @@ class _Claims:
 
     def _nothing_reached(self, group: str, position: int, pattern: str) -> None:
         what = _OF_KIND[self.kind]
-        has_group = group in self.block.different_groups
-        path = (
-            dotted(self.key, "different_groups", group, "modules", position)
-            if has_group
-            else dotted(self.key)
-        )
+        path = self._modules_path(group, position)
         if self.problems and not self.found.structures:
             return
         if not self.found.structures:
@@ -242,6 +300,11 @@ class _Claims:
                 f"the nearest names are {listed(near, 'and')}",
             )
         )
+
+    def _modules_path(self, group: str, position: int) -> str:
+        if group not in self.block.different_groups:
+            return dotted(self.key)
+        return dotted(self.key, "different_groups", group, "modules", position)
 
     def _contested(self, structure: Structure, first: str, second: str) -> None:
         self.problems.append(

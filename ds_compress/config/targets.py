@@ -42,12 +42,16 @@ class TechniquePlan:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of the model as it is stored: full shape, bytes per element, and whether it trains."""
+    """One parameter of the model as it is stored: full shape, bytes per element, whether it trains, whose it is.
+
+    owner: name of the class of the module that holds it.
+    """
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
     trainable: bool
+    owner: str = ""
 
     @property
     def numel(self) -> int:

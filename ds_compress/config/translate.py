@@ -34,7 +34,7 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
     details = _causes(error.errors(include_url=False))
     for detail in details:
         if detail["type"] in ("extra_forbidden", "invalid_key"):
-            problem, instead = _unknown_key(detail, root)
+            problem, instead = _unknown_key(detail, root, raw)
             problems.append(problem)
             suggested.add((*_where(detail)[:-1], instead) if instead else ())
     for detail in details:
@@ -50,7 +50,8 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
 
 
 def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Without the lists that pydantic calls too short because it dropped their bad entries."""
+    """Without lists called too short because their bad entries were dropped, and defaults made of what is bad."""
+    details = [detail for detail in details if detail["type"] != "default_factory_not_called"]
     places = {_where(detail) for detail in details}
     return [
         detail
@@ -64,12 +65,12 @@ def _where(detail: ErrorDetails) -> Where:
     return tuple(detail["loc"])
 
 
-def _unknown_key(detail: ErrorDetails, root: type[BaseModel]) -> tuple[Problem, str | None]:
+def _unknown_key(detail: ErrorDetails, root: type[BaseModel], raw: Any) -> tuple[Problem, str | None]:
     *outer, key = _where(detail)
     owner = slot_at(root, tuple(outer)).annotation
     keys = list(owner.model_fields) if _is_model(owner) else []
     name = str(key)
-    home = _home_of(name, root, tuple(outer))
+    home = _home_of(name, root, tuple(outer), raw)
     instead = None if home else nearest(name, keys)
     if home:
         hint = f'"{name}" belongs under "{home}"'
@@ -81,10 +82,16 @@ def _unknown_key(detail: ErrorDetails, root: type[BaseModel]) -> tuple[Problem, 
     return Problem(path, f"the unknown key {shown(name)}", f"the keys {listed(keys, 'and')}", hint), instead
 
 
-def _home_of(name: str, root: type[BaseModel], outer: Where) -> str | None:
-    """Where in the same block a misplaced key belongs, e.g. "shared_parameters"."""
+def _home_of(name: str, root: type[BaseModel], outer: Where, raw: Any) -> str | None:
+    """Where a misplaced key belongs: in the same block, e.g. "shared_parameters"; or in a block that is there."""
     if not outer:
-        return None
+        homes = [
+            f"{block}.{'.'.join(place)}".rstrip(".")
+            for block in (raw if isinstance(raw, Mapping) else ())
+            for place, model in _models_below(slot_at(root, (block,)).annotation)
+            if name in model.model_fields
+        ]
+        return homes[0] if homes else None
     for start in (outer, outer[:1]):
         for place, model in _models_below(slot_at(root, start).annotation):
             if name in model.model_fields and place:

@@ -30,11 +30,12 @@ _FEWEST_BITS_OF_A_GRID = 3
 class WeightQuantizationParams(Section):
     """`params` of one group."""
 
-    start_bits: Annotated[Whole, Field(ge=1, le=32)] = Field(
-        description="Bits at schedule_offset; above 8 the weight is not quantized yet."
-    )
     target_bits: Annotated[Whole, Field(ge=1, le=8)] = Field(
         description="Bits in the end: 1 binary, 2 ternary, 3 to 8 a uniform grid."
+    )
+    start_bits: Annotated[Whole, Field(ge=1, le=32)] = Field(
+        default_factory=lambda others: others.get("target_bits", 8),
+        description="Bits at schedule_offset; above 8 the weight is not quantized yet; absent: target_bits.",
     )
     quantization_period: Step = Field(
         default=1,

@@ -316,7 +316,7 @@ class LazyHead:
         self._given: list[torch.Tensor] = []
         self._one_row = torch.empty(0)
         self._handles = [
-            module.register_forward_pre_hook(torch.compiler.disable(self._take_input)),
+            module.register_forward_pre_hook(torch.compiler.disable(self._take_input), with_kwargs=True),
             module.register_forward_hook(torch.compiler.disable(self._give_output), prepend=True),
             module.register_forward_hook(torch.compiler.disable(_unwrapped)),
         ]
@@ -365,12 +365,15 @@ class LazyHead:
                 tuple(shape),
             )
 
-    def _take_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    def _take_input(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+    ) -> Any:
         if self._job is None and not self.is_on:
             return None
-        self._given.append(args[0])
-        self._one_row = args[0].detach().flatten(0, -2)[:1]
-        return (self._one_row,)
+        given = args[0] if args else next(iter(kwargs.values()))
+        self._given.append(given)
+        self._one_row = given.detach().flatten(0, -2)[:1]
+        return (self._one_row,), {}
 
     def _give_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._job is None and not self.is_on:

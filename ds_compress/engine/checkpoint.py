@@ -16,7 +16,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ds_compress.engine import checkpoint_model
+from ds_compress.engine import checkpoint_model, grow, run_end
+from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.select import bitmask
 
 if TYPE_CHECKING:
@@ -48,19 +49,26 @@ def wrap(engine: Any, session: Compression) -> None:
     @functools.wraps(original_save)
     def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        warn_if_unfinished(session)
         save(Path(save_dir) / tag / FOLDER, session)
         return original_save(save_dir, tag, *args, **kwargs)
 
     @functools.wraps(original_load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         units = _shrunk_units(Path(load_dir), tag)
+        # Where the weights that were saved have another shape: become that model first, then load into it.
+        if units is not None and session.shrunk_units and not _same_units(units, session.shrunk_units):
+            grow.grow(engine)
+            return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
         if units and not session.shrunk_units:
-            # The weights that were saved have another shape: become that model first, then load into it.
             session.shrink_to(units)
             return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
+        before = session.applied_steps
         path, client_state = original_load(load_dir, tag, *args, **kwargs)
         if path is not None and not kwargs.get("load_module_only", False):
             load(_folder(Path(load_dir), tag), session)
+            if session.applied_steps < before:
+                run_end.warn_if_unfinished(session)
         return path, client_state
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
@@ -229,12 +237,16 @@ def _folder(load_dir: Path, tag: str | None) -> Path:
     return load_dir / str((load_dir / "latest").read_text().strip() if tag is None else tag) / FOLDER
 
 
-def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor]:
-    """The units that a run had kept when it removed the others; empty when it never did, or nothing is there."""
+def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor] | None:
+    """The units that a run had kept when it removed the others; empty when it had not, None where nothing is said."""
     if tag is None and not (load_dir / "latest").exists():
-        return {}
+        return None
     path = _folder(load_dir, tag) / STATE
-    return torch.load(path, weights_only=True).get("shrunk_units", {}) if path.exists() else {}
+    return torch.load(path, weights_only=True).get("shrunk_units", {}) if path.exists() else None
+
+
+def _same_units(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(units, other[name]) for name, units in one.items())
 
 
 def _file_name(rank: int) -> str:

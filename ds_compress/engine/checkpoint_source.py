@@ -13,7 +13,7 @@ from torch import nn
 from ds_compress.config import parse_config
 from ds_compress.config.resolve import resolve
 from ds_compress.config.structures import KIND_OF_BLOCK
-from ds_compress.engine import checkpoint, checkpoint_model
+from ds_compress.engine import checkpoint, checkpoint_model, origin
 from ds_compress.export.errors import ExportError
 from ds_compress.export.source import Trained, of_module
 from ds_compress.quant import layers
@@ -57,7 +57,9 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
     if saved is not None and state is not None:
         _compress(built, saved["compression_training"], state, weights)
     source = of_module(built.eval())
+    source.parameters = origin.began_with(built)
     source.steps = None if state is None else state["applied_steps"]
+    source.export_to = None if saved is None else saved["compression_training"].get("export_to")
     source.description = f"checkpoint {folder.name}"
     return source
 
@@ -71,7 +73,12 @@ def _of_transformers(folder: Path) -> Trained:
         raise ExportError(f"{folder}/config.json names no class of transformers: {config.architectures}")
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"{folder} is quantized already")
+    if blocks := (getattr(config, origin.KEY, None) or {}).get("unfinished"):
+        from ds_compress.engine.open_source import without
+
+        raise ExportError(f"{folder}: {without(blocks)}")
     source = of_module(cls.from_pretrained(folder).eval())
+    source.parameters = origin.began_with(source.model)
     source.description = f"folder {folder.name}"
     return source
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_compress.config.plan import plan
 from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
+from ds_compress.engine import origin
 from ds_compress.engine.plain import cut_in_place
 from ds_compress.engine.sessions import session_of
 from ds_compress.engine.shards import Shards
@@ -71,9 +72,13 @@ def _finalize_engine(engine: Any) -> nn.Module:
     require_whole_layers(engine, "finalize")
     session, model = engine.compression, engine.module
     cuts, untouched = session.cuts(), _is_untouched(session)
+    session.refresh_weights()
     session.end()
     cut_in_place(engine, cuts)
-    return _finalize_model(model, _of_weights(session)) if untouched else model
+    if untouched:
+        return _finalize_model(model, _of_weights(session))
+    origin.mark(model, [name for name in session.unfinished if name in origin.QUANTIZERS])
+    return model
 
 
 def _finalize_loop(session: Compression) -> nn.Module:
@@ -82,6 +87,7 @@ def _finalize_loop(session: Compression) -> nn.Module:
     if untouched:
         return _finalize_model(session.model, _of_weights(session))
     cuts.rewrite(session.model)
+    origin.mark(session.model, [name for name in session.unfinished if name in origin.QUANTIZERS])
     return session.model
 
 
@@ -102,6 +108,7 @@ def _of_weights(session: Compression) -> dict[str, Any]:
 @torch.no_grad()
 def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
     resolved = plan(model, config)
+    origin.remember(model)
     if SparsePruning.name in resolved.techniques:
         _prune_smallest(model, resolved.techniques[SparsePruning.name])
     kept = {
@@ -111,6 +118,7 @@ def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike
     }
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
     Cuts.of(structures, kept).rewrite(model)
+    origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
 

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_compress.engine import seams
+from ds_compress.select import bitmask
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +57,28 @@ class Fragment:
 
     @property
     def gradient(self) -> torch.Tensor | None:
-        """Flat view of the gradient that the optimizer is about to use, shape (numel,), or None."""
+        """Flat view of the gradient that the optimizer is about to use, shape (numel,), or None.
+
+        Of a sparse gradient a dense copy: see `mask_gradient` for changes.
+        """
         gradient = self.stepped.grad
-        return None if gradient is None else gradient.view(-1).narrow(0, self.offset, self.numel)
+        if gradient is None:
+            return None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        return gradient.view(-1).narrow(0, self.offset, self.numel)
+
+    def mask_gradient(self, mask: torch.Tensor) -> None:
+        """Clears the elements of the gradient that the packed `mask` does not keep."""
+        gradient, flat = self.stepped.grad, self.gradient
+        if gradient is None or flat is None:
+            return
+        bitmask.apply_(flat, mask)
+        if gradient.is_sparse:
+            # Of nn.Embedding(sparse=True), at stage 0: the fragment is the whole table.
+            rows = gradient.coalesce().indices()
+            values = flat.view(gradient.shape)[rows[0]]
+            self.stepped.grad = torch.sparse_coo_tensor(rows, values, gradient.shape, is_coalesced=True)
 
 
 def all_fragments(engine: Any, data_parallel_group: Any) -> Iterator[Fragment]:
@@ -67,7 +87,7 @@ def all_fragments(engine: Any, data_parallel_group: Any) -> Iterator[Fragment]:
     A tied parameter comes once, under its first name. Where this process owns no element of a parameter, `numel` is 0.
     """
     wrapper = engine.optimizer
-    stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
+    stepped = {id(p) for o in seams.stepped_optimizers(engine) for group in o.param_groups for p in group["params"]}
     for name, parameter in engine.module.named_parameters():
         if seams.is_zero3_parameter(parameter):
             yield _zero3_master(name, parameter) or _zero3_weight(name, parameter)

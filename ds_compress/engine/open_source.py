@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_compress.engine import origin
 from ds_compress.engine.gather import whole_modules
 from ds_compress.engine.parameters import full_parameters
+from ds_compress.engine.run_end import warn_if_unfinished
+from ds_compress.engine.sessions import session_of
 from ds_compress.engine.tensor_parallel import require_whole_layers
 from ds_compress.export.errors import ExportError
 from ds_compress.export.source import Trained, of_module
+from ds_compress.quant import layers
 
 
 def opened(source: Any, model: nn.Module | None = None) -> Trained:
@@ -28,11 +32,50 @@ def opened(source: Any, model: nn.Module | None = None) -> Trained:
         from ds_compress.engine.checkpoint_source import from_checkpoint
 
         return from_checkpoint(source, model)
+    if hasattr(source, "model_wrapped") and hasattr(source, "accelerator"):
+        return _of_trainer(source)
     if isinstance(source, nn.Module) and not hasattr(source, "module"):
-        return of_module(source)
+        return _of_model(source)
     if isinstance(getattr(source, "module", None), nn.Module):
         return _of_engine(source)
-    raise ExportError(f"export takes an engine, an nn.Module or a checkpoint's path, got a {type(source).__name__}")
+    got = type(source).__name__
+    raise ExportError(f"export takes an engine, a Trainer, an nn.Module or a checkpoint's path, got a {got}")
+
+
+def _of_trainer(trainer: Any) -> Trained:
+    engine = getattr(trainer, "deepspeed", None) or trainer.model_wrapped
+    trained = _of_engine(engine) if hasattr(engine, "compression") else _of_model(trainer.model)
+    tokenizer = getattr(trainer, "processing_class", None)
+    trained.tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
+    return trained
+
+
+def _of_model(model: nn.Module) -> Trained:
+    """A model; of one that is in training, what its engine or its loop knows."""
+    session = session_of(model)
+    if session is not None and session.engine is not None:
+        return _of_engine(session.engine)
+    trained = of_module(model)
+    trained.parameters = origin.began_with(model)
+    if session is not None and session.structured:
+        cuts = session.cuts()
+        trained.cuts = cuts if cuts.active() else None
+        return trained
+    has_quantizers = any(layers.weight_recipe(m) or getattr(m, "input_quantizer", None) for m in model.modules())
+    lost = [name for name in origin.unfinished(model) if not (name in origin.QUANTIZERS and has_quantizers)]
+    if session is None and lost:
+        raise ExportError(without(lost))
+    return trained
+
+
+def without(blocks: Sequence[str]) -> str:
+    """Why plain weights that were saved while these blocks were in force are not exported."""
+    return (
+        f"these are plain weights of a model that trained under {' and '.join(blocks)}, whose quantizers or masks they "
+        "do not have: export the engine, the Trainer or a checkpoint of the engine (ds_compress export CHECKPOINT "
+        "FOLDER), or call ds_compress.finalize(model, config) for masked structures; if you want them as they are, "
+        "delete ds_compress from the config"
+    )
 
 
 def _of_engine(engine: Any) -> Trained:
@@ -41,6 +84,8 @@ def _of_engine(engine: Any) -> Trained:
     except ValueError as error:
         raise ExportError(str(error)) from error
     session = getattr(engine, "compression", None)
+    if session is not None:
+        warn_if_unfinished(session)
     cuts = session.cuts() if session is not None and session.structured else None
     alone = not dist.is_initialized()
     return Trained(
@@ -51,6 +96,9 @@ def _of_engine(engine: Any) -> Trained:
         agree=_agree,
         changed=lambda values: _changed(engine.module, values),
         steps=None if session is None else session.applied_steps,
+        export_to=None if session is None else session.config.export_to,
+        parameters=origin.began_with(engine.module),
+        share=_share,
         description=f"engine on ZeRO stage {engine.zero_optimization_stage()}",
     )
 
@@ -67,6 +115,14 @@ def _agree(failure: BaseException | None) -> None:
         raise failure
     if told[0] is not None:
         raise ExportError(told[0])
+
+
+def _share(value: Any) -> Any:
+    if not dist.is_initialized():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 @contextlib.contextmanager

@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_compress.engine import seams
+from ds_compress.engine import groups, seams
 
 
 @contextlib.contextmanager
 def full_parameters(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
     """Inside the block every parameter's `.data` is whole; with `write`, what rank 0 wrote is kept everywhere.
 
-    A collective when any of them is partitioned: every process enters with the same parameters.
+    Whole parameters are made of the shards, never of what a forward left whole, which may be rounded. A collective
+    when any of them is partitioned: every process enters with the same parameters.
     """
     partitioned = [p for p in parameters if seams.is_zero3_parameter(p)]
     if not partitioned:
@@ -25,6 +26,7 @@ def full_parameters(parameters: Iterable[nn.Parameter], write: bool = False) -> 
         return
     import deepspeed
 
+    seams.release(partitioned)
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 
@@ -82,18 +84,22 @@ def adopt_parameters(
     elsewhere = {id(parameter) for parameter in (*removed, *added)}
     optimizer, listed = arguments["optimizer"], arguments["model_parameters"]
     if hasattr(optimizer, "param_groups"):
+        schedulers = groups.Schedulers([optimizer], arguments["lr_scheduler"])
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+        origin: list[int | None] = [*groups.drop_empty(optimizer)]
         if added:
-            optimizer.add_param_group({"params": list(added), "weight_decay": 0.0})
+            groups.add_scales(optimizer, added)
+            origin.append(None)
+        schedulers.follow(origin)
     listed = list(arguments["model"].parameters() if listed is None else listed)
     grouped = bool(listed) and isinstance(listed[0], dict)
-    groups: list[dict[str, Any]] = [dict(group) for group in listed] if grouped else [{"params": listed}]
-    for group in groups:
+    made: list[dict[str, Any]] = [dict(group) for group in listed] if grouped else [{"params": listed}]
+    for group in made:
         group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
     if added:
-        groups.append({"params": list(added), "weight_decay": 0.0})
-    arguments["model_parameters"] = groups if grouped or added else groups[0]["params"]
+        made.append({"params": list(added), "weight_decay": 0.0})
+    arguments["model_parameters"] = made if grouped or added else made[0]["params"]
 
 
 def replace_parameters(
@@ -113,8 +119,8 @@ def replace_parameters(
 
     listed = arguments["model_parameters"]
     if listed and isinstance(listed[0], dict):
-        groups = [{**group, "params": replaced(group["params"])} for group in listed]
-        arguments["model_parameters"] = [group for group in groups if group["params"]]
+        left = [{**group, "params": replaced(group["params"])} for group in listed]
+        arguments["model_parameters"] = [group for group in left if group["params"]]
     elif listed is not None:
         arguments["model_parameters"] = replaced(listed)
     optimizer = arguments["optimizer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from ds_compress.structure.cut import Cuts
 
 @torch.no_grad()
 def cut_in_place(
-    engine: Any, cuts: Cuts, device: torch.device | None = None
+    engine: Any,
+    cuts: Cuts,
+    device: torch.device | None = None,
+    before_cut: Callable[[nn.Module], None] | None = None,
 ) -> dict[int, nn.Parameter | None]:
     """Cuts `engine.module` as `cuts` says and takes the engine down; a collective.
 
     One module's parameters are whole at a time; what remains is the smaller model, whole in every process, with new
-    Parameter objects. Returns {id of an old parameter: the new one, None if its layer went}.
+    Parameter objects. `before_cut` sees the whole structure with empty parameters. Returns {id of an old parameter:
+    the new one, None if its layer went}.
     """
     model: nn.Module = engine.module
     old = dict(model.named_parameters())
@@ -38,6 +43,8 @@ def cut_in_place(
     seams.take_down(engine)
     shells = {key: _shell(parameter) for key, parameter in zip(names, old.values(), strict=True)}
     _replace(model, shells)
+    if before_cut is not None:
+        before_cut(model)
     cuts.rewrite(model, skeleton=True)
     final = dict(model.named_parameters())
     made: dict[int, nn.Parameter | None] = dict.fromkeys(names)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_compress.engine.op_builder import register_builder
+from ds_compress.imports import when_imported
 
 logger = logging.getLogger("ds_compress")
 
@@ -38,6 +39,7 @@ def register() -> None:
     DeepSpeedConfig.__init__ = _wrap_config(DeepSpeedConfig.__init__)
     DeepSpeedEngine.__init__ = _wrap_engine(DeepSpeedEngine.__init__)
     register_builder()
+    when_imported("transformers.trainer", _join_trainers)
 
 
 def unregister() -> None:
@@ -71,13 +73,20 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def config_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         mapping = read_config(config)
-        block = None if mapping is None else mapping.get(KEY)
-        if mapping is not None and block is not None:
+        block = None
+        if mapping is not None:
             # Bad input is an error before any model is partitioned or any process group is asked.
             from ds_compress.config import parse_config
+            from ds_compress.config.placement import refuse_misplaced
 
-            parse_config(block)
-            config = {key: value for key, value in mapping.items() if key != KEY}
+            refuse_misplaced(mapping)
+            if KEY in mapping:
+                block = mapping[KEY]
+                if block is None:
+                    logger.warning("%s is null: nothing is enabled, and the model trains uncompressed", KEY)
+                else:
+                    parse_config(block)
+                config = {key: value for key, value in mapping.items() if key != KEY}
         original(self, config, *args, **kwargs)
         setattr(self, _BLOCK, copy.deepcopy(block))
 
@@ -92,15 +101,26 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         engine, config_class = call.arguments["self"], call.arguments["config_class"]
-        block = getattr(config_class, _BLOCK, None) or _block_of_prepared(call.arguments["model"])
-        if block is not None and _trains(call.arguments["optimizer"], config_class):
+        block = getattr(config_class, _BLOCK, None)
+        if block is None:
+            block = _block_of_prepared(call.arguments["model"])
+        trains = _trains(call.arguments["optimizer"], config_class)
+        if block is not None and trains:
+            from ds_compress.engine.announce import announce_start
+            from ds_compress.engine.run_end import warn_if_alone
             from ds_compress.engine.session import Compression
 
+            warn_if_alone()
             session = Compression.prepare(call.arguments, block, type(engine).__name__)
             arguments = {name: value for name, value in call.arguments.items() if name != "self"}
             session.construct(engine, arguments, original)
+            announce_start(session, engine)
         else:
             original(*args, **kwargs)
+            if trains:
+                logger.info("no %s block in this DeepSpeed config: the model trains uncompressed", KEY)
+            elif block is not None:
+                logger.info("this engine has no optimizer; %s does nothing in it", KEY)
 
     return engine_init
 
@@ -113,9 +133,12 @@ def _block_of_prepared(model: Any) -> Mapping[str, Any] | None:
     return session.block if session is not None and session.engine is None else None
 
 
+def _join_trainers(trainer_module: Any) -> None:
+    from ds_compress.hf.callback import CompressionCallback
+
+    CompressionCallback.join_every_trainer(trainer_module)
+
+
 def _trains(optimizer: Any, config_class: Any) -> bool:
     """False for an inference engine (a teacher, an evaluation under ZeRO-3): nothing there can be compressed."""
-    if optimizer is not None or config_class.optimizer_name is not None:
-        return True
-    logger.info("ds_compress: this engine has no optimizer; compression_training does nothing in it")
-    return False
+    return bool(optimizer is not None or config_class.optimizer_name is not None)

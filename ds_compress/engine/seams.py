@@ -6,8 +6,11 @@ changed. The accessors below it are the only code that reads those names.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import inspect
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +92,13 @@ SEAMS: tuple[Seam, ...] = (
             "self.single_partition_of_fp32_groups",
             "self.real_dp_process_group",
             "self.check_grad_overflow",
+            "self.torch_autocast_gradscaler",
+            "self.clip_grad",
         ),
+    ),
+    Seam(
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.initialize_optimizer_states",
+        source_mentions=("self.optimizer = torch.optim.Adagrad(",),
     ),
     Seam(
         "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step",
@@ -97,7 +106,11 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.__init__",
-        source_mentions=("self.fp32_partitioned_groups_flat", "self.grad_position"),
+        source_mentions=(
+            "self.fp32_partitioned_groups_flat",
+            "self.grad_position",
+            "self.sub_group_to_group_id",
+        ),
     ),
     Seam("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.get_param_id", ("self", "param")),
     Seam(
@@ -110,6 +123,34 @@ SEAMS: tuple[Seam, ...] = (
         source_mentions=("self.backup_optimizer",),
     ),
     Seam("deepspeed.runtime.engine:DeepSpeedEngine.autotp_size", ("self",)),
+    Seam(
+        "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload._register_deepspeed_module",
+        source_mentions=('"pre_bwd_fn" not in module.__dict__', '"post_bwd_fn" not in module.__dict__'),
+    ),
+    Seam(
+        "deepspeed.runtime.engine:DeepSpeedEngine.clip_fp32_gradients",
+        source_mentions=("max_norm=self.gradient_clipping()",),
+    ),
+    *(
+        Seam(f"deepspeed.runtime.{wrapper}.get_grad_norm_direct", ("self", "gradients", "params", "norm_type"))
+        for wrapper in ("zero.stage_1_and_2:DeepSpeedZeroOptimizer", "zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+    ),
+    *(
+        Seam(
+            f"deepspeed.runtime.{wrapper}.complete_grad_norm_calculation_for_cpu_offload",
+            ("self", "params"),
+            source_mentions=("self.norm_for_param_grads[param_id]",),
+        )
+        for wrapper in ("zero.stage_1_and_2:DeepSpeedZeroOptimizer", "zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+    ),
+    Seam(
+        "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.step",
+        source_mentions=("max_norm=self.clip_grad", "self._global_grad_norm"),
+    ),
+    *(
+        Seam(f"deepspeed.runtime.fp16.{wrapper}.unscale_and_clip_grads", source_mentions=("/ self.clip_grad",))
+        for wrapper in ("fused_optimizer:FP16_Optimizer", "unfused_optimizer:FP16_UnfusedOptimizer")
+    ),
     Seam(
         "deepspeed.runtime.engine:DeepSpeedEngine._consolidated_16bit_state_dict",
         ("self",),
@@ -126,6 +167,9 @@ SEAMS: tuple[Seam, ...] = (
         "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
         source_mentions=("def all_gather(param_list", "def partition(param_list"),
     ),
+    Seam("deepspeed:set_optimizer_flags", ("config_class", "model"), source_mentions=('"use_muon"',)),
+    Seam("deepspeed.runtime.zero.partition_parameters:DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR"),
+    Seam("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params", ("self",)),
     Seam(
         "deepspeed.runtime.torch_autocast:init_autocast_params",
         source_mentions=("module.__class__ in", "PARAM_COMM_DTYPE_ATTR_NAME"),
@@ -307,7 +351,7 @@ def loss_scale(wrapper: Any) -> float:
 
 def has_momentum(engine: Any) -> bool:
     """Whether the optimizer keeps a running mean of gradients itself: SGD with momentum, Adam with betas[0] > 0."""
-    groups = getattr(engine.basic_optimizer, "param_groups", ())
+    groups = stepped_optimizers(engine)[0].param_groups
     return any(group.get("momentum") or (group.get("betas") or (0,))[0] for group in groups)
 
 
@@ -356,20 +400,154 @@ def is_gathered(parameter: Any) -> bool:
     return bool(parameter.ds_status == ZeroParamStatus.AVAILABLE)
 
 
+def release(parameters: Iterable[nn.Parameter]) -> None:
+    """Of parameters that ZeRO-3 has taken over, only the shards stay: whoever needs whole ones gathers them anew.
+
+    A forward leaves some of them whole, and under `torch_autocast` those are rounded to 16 bits, which the shards are
+    not. What somebody has gathered by `GatheredParameters` stays whole: it may be about to change.
+    """
+    whole: list[Any] = [
+        p
+        for p in parameters
+        if is_zero3_parameter(p) and is_gathered(p) and not getattr(p, "_ds_z3_gathered_param_context_depth", 0)
+    ]
+    if whole:
+        whole[0].partition(whole)
+
+
 def stepped_optimizers(engine: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers that really update master weights (stage 3 with partial offload has two)."""
-    optimizers = [engine.basic_optimizer]
-    backup = getattr(engine.optimizer, "backup_optimizer", None)
-    return optimizers if backup is None else [*optimizers, backup]
+    """The torch optimizers that really update master weights (stage 3 with partial offload has two).
+
+    ZeRO replaces some by others of its own (Adagrad): `engine.basic_optimizer` then never steps.
+    """
+    wrapper = engine.optimizer
+    stepped = wrapper if wrapper is engine.basic_optimizer else wrapper.optimizer
+    backup = getattr(wrapper, "backup_optimizer", None)
+    return [stepped] if backup is None else [stepped, backup]
+
+
+def clip_limit(engine: Any) -> float:
+    """`gradient_clipping` of an engine as it is in force; 0 without."""
+    wrapper = engine.optimizer
+    limit = engine.gradient_clipping() if wrapper is engine.basic_optimizer else wrapper.clip_grad
+    return float(limit or 0.0)
+
+
+@contextlib.contextmanager
+def clip_limit_times(engine: Any, factor: float) -> Iterator[None]:
+    """Inside, gradients are clipped at `factor` times the limit."""
+    wrapper, limit = engine.optimizer, clip_limit(engine)
+    if wrapper is engine.basic_optimizer:
+        engine.gradient_clipping = lambda: limit * factor
+    else:
+        wrapper.clip_grad = limit * factor
+    try:
+        yield
+    finally:
+        if wrapper is engine.basic_optimizer:
+            del engine.gradient_clipping
+        else:
+            wrapper.clip_grad = limit
+
+
+def divide_reported_norm(engine: Any, divisor: float) -> None:
+    """What `get_global_grad_norm()` says of the last step, where DeepSpeed says something."""
+    for holder in (engine, engine.optimizer):
+        norm = getattr(holder, "_global_grad_norm", None)
+        if norm is not None:
+            holder._global_grad_norm = norm / divisor
+
+
+def whole_gradients(engine: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """The reduced gradients of an optimizer that is not ZeRO's, before it steps; whole in every process."""
+    wrapper = engine.optimizer
+    if is_bf16_optimizer(wrapper):
+        for group, gradients in zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True):
+            yield from zip(group, gradients, strict=True)
+        return
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            yield parameter, parameter.grad
+
+
+def group_of(engine: Any, parameter: Any) -> int | None:
+    """Which parameter group of the stepped optimizer a parameter of the model is in; None where it does not train."""
+    wrapper = engine.optimizer
+    if is_zero3(wrapper):
+        key = wrapper.get_param_id(parameter)
+        if key not in wrapper.grad_position:
+            return None
+        group: int = wrapper.sub_group_to_group_id[wrapper.grad_position[key][0]]
+        return group
+    lists = getattr(wrapper, "bit16_groups", None) or getattr(wrapper, "bf16_groups", None)
+    lists = lists or getattr(wrapper, "fp16_groups", None) or [g["params"] for g in wrapper.param_groups]
+    return next((i for i, group in enumerate(lists) if any(p is parameter for p in group)), None)
+
+
+def tag_parameters(ds_config: Any, model: nn.Module, added: Iterable[nn.Parameter]) -> None:
+    """Muon goes by tags on parameters, which `deepspeed.initialize` wrote: new parameters get theirs here.
+
+    `added` are learned scales, which are no matrices whatever their shape.
+    """
+    import deepspeed
+
+    deepspeed.set_optimizer_flags(ds_config, model)
+    for parameter in added:
+        if hasattr(parameter, "use_muon"):
+            parameter.use_muon = False
+
+
+@contextlib.contextmanager
+def groups_of_replaced_optimizers() -> Iterator[None]:
+    """ZeRO wrappers constructed inside go on with the parameter groups of the optimizer that they were given.
+
+    Some they replace (Adagrad) by one made from the defaults, with one group for everything, and then look for a second
+    one; and a scheduler holds on to the groups of the optimizer that was given.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    classes: tuple[Any, ...] = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    originals = [cls.initialize_optimizer_states for cls in classes]
+
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def initialize_optimizer_states(self: Any) -> Any:
+            given = self.optimizer
+            result = original(self)
+            if self.optimizer is not given:
+                self.optimizer.param_groups = given.param_groups
+            return result
+
+        return initialize_optimizer_states
+
+    for cls, original in zip(classes, originals, strict=True):
+        cls.initialize_optimizer_states = wrapped(original)
+    try:
+        yield
+    finally:
+        for cls, original in zip(classes, originals, strict=True):
+            cls.initialize_optimizer_states = original
+
+
+def gradient_scaler(engine: Any) -> Any:
+    """torch's scaler of fp16 under `torch_autocast`, which skips steps without a word; None without it."""
+    return getattr(engine, "torch_autocast_z0_gradscaler", None) or getattr(
+        engine.optimizer, "torch_autocast_gradscaler", None
+    )
 
 
 def take_down(engine: Any) -> None:
-    """Ends `engine`: its ZeRO hooks go, and the two hooks on the model that `destroy` leaves behind."""
+    """Ends `engine`: its ZeRO hooks go, and what `destroy` leaves behind on the model and its modules."""
     engine.destroy()
     for name in ("module_forward_pre_hook", "module_forward_post_hook"):
         handle = getattr(engine, name, None)
         if handle is not None:
             handle.remove()
+    # What ZeRO-3 caches on modules calls the coordinator of this engine, and whoever comes next would use it.
+    for module in engine.module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            vars(module).pop(name, None)
 
 
 def flat_16bit_groups(wrapper: Any) -> list[torch.Tensor] | None:

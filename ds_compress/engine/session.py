@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_compress.config import parse_config
+from ds_compress.config.enabled import idle_lines
 from ds_compress.config.errors import ROOT, ConfigError, Problem
 from ds_compress.config.plan import Plan, TechniquePlan
 from ds_compress.config.resolve import resolve
@@ -18,9 +19,13 @@ from ds_compress.config.schema import CompressionConfig
 from ds_compress.config.structures import KIND_OF_BLOCK, StructurePlan
 from ds_compress.engine import (
     checkpoint,
+    copies,
     frozen,
+    grow,
+    origin,
     parameters,
     raw_reads,
+    run_end,
     seams,
     sessions,
     shrink,
@@ -36,6 +41,7 @@ from ds_compress.engine.shards import Shards
 from ds_compress.engine.steps import StepHooks
 from ds_compress.engine.support import refuse_unsupported
 from ds_compress.engine.teacher import Teacher
+from ds_compress.export import suits
 from ds_compress.ops import KernelsUnavailable, Preference, prefer
 from ds_compress.stages import STAGES
 from ds_compress.stages.base import Stage
@@ -90,10 +96,14 @@ class Compression:
         self.shrunk_units: dict[str, torch.Tensor] = {}
         self.removed: list[nn.Parameter] = []
         self.added: list[nn.Parameter] = []
+        self.said_unfinished_at = self.said_result_at = -1
+        self._ended_metrics: dict[str, float] = {}
         self.engine: Any = None
         self._hooks: StepHooks | LoopHooks | None = None
+        self._is_released = False
         self._stop_watching: Callable[[], None] = lambda: None
-        self._construction: dict[str, Any] = {}
+        self.construction: dict[str, Any] = {}
+        self.uncut: grow.Uncut | None = None
 
     @property
     def config(self) -> CompressionConfig:
@@ -112,6 +122,8 @@ class Compression:
         config = parse_config(block)
         refuse_unsupported(model, engine_class, arguments["config_class"])
         refuse_unsupported_reductions(config, arguments["config_class"])
+        for line in idle_lines(config, block):
+            logger.warning("%s", line)
         session = sessions.taken_over(model, block) or cls.of_model(model, block, _given_teacher)
         tensor_parallel.refuse_unsupported(
             session, arguments["config_class"].tensor_parallel_config.autotp_size
@@ -130,6 +142,7 @@ class Compression:
         """
         config = parse_config(block)
         _choose_kernels(config)
+        origin.remember(model)
         teacher = (
             Teacher.of(config, given_teacher, model)
             or cached_teacher(config, model)
@@ -155,6 +168,7 @@ class Compression:
         distillation: Distillation | None = None,
     ) -> Compression:
         plan = resolve(model, config)
+        suits.refuse_unfit(plan, model)
         blocks: dict[str, TechniquePlan | StructurePlan] = {**plan.structures, **plan.techniques}
         stages = {name: _stage(name, technique, config.seed) for name, technique in blocks.items()}
         for traffic in (GradientReduction.of(config), ParameterTraffic.of(config)):
@@ -165,11 +179,19 @@ class Compression:
         session = cls(block, plan, stages, model)
         for stage in stages.values():
             session.added += stage.prepare(model, parameters.full_parameters).values()
+        origin.mark(model, session.unfinished)
         return session
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Blocks whose result a plain copy of the weights would lack: quantizers, and units that are only masked."""
+        masked = [s.name for s in self.structured if any(u.removable for u in s.structures.values())]
+        return [*(name for name in self.stages if name in _QUANTIZERS), *masked]
 
     def _enter(self, arguments: dict[str, Any]) -> None:
         """Edits the constructor's arguments for the model that this session has prepared."""
         seams.reduce_in_autocast_dtype(arguments["config_class"], self.model)
+        seams.tag_parameters(arguments["config_class"], self.model, self.added)
         parameters.adopt_parameters(arguments, self.removed, self.added)
 
     def construct(self, engine: Any, arguments: Mapping[str, Any], constructor: Callable[..., None]) -> None:
@@ -178,18 +200,20 @@ class Compression:
         if listed and isinstance(listed[0], dict):
             # The optimizer takes these dictionaries for its own, and ZeRO then puts flat tensors into them.
             listed = [{**group, "params": list(group["params"])} for group in listed]
-        self._construction = {
+        self.construction = {
             "arguments": {**arguments, "model_parameters": listed},
             "constructor": constructor,
             "client_groups": [list(group["params"]) for group in getattr(optimizer, "param_groups", ())],
         }
-        constructor(engine, **arguments)
+        with seams.groups_of_replaced_optimizers():
+            constructor(engine, **arguments)
         self.attach(engine)
 
     def attach(self, engine: Any) -> None:
         """Connects the stages to the constructed engine: fragments, step hooks, loss, checkpoints."""
         if self._hooks is not None:
             self._hooks.remove()
+        self._is_released = False
         self.engine = engine
         engine.compression = self
         sessions.keep(self.model, self)
@@ -201,12 +225,12 @@ class Compression:
         for stage in self.stages.values():
             if isinstance(stage, GradientReduction | ParameterTraffic):
                 stage.attach_engine(engine)
+        run_end.watch(engine, self)
         self._stop_watching()
         self._stop_watching = raw_reads.watch(engine)
         checkpoint.wrap(engine, self)
         if any(stage.shrinks for stage in self.structured):
             shrink.at_end_of_schedule(engine, self)
-        logger.info("ds_compress: %s", ", ".join(self.stages) or "no stage enabled")
 
     def attach_to_loop(self) -> None:
         """Connects the stages to a training loop without an engine, which calls `end_step` after each step.
@@ -284,16 +308,19 @@ class Compression:
         shrink.shrink(self.engine)
 
     def refresh_weights(self) -> None:
-        """Makes the weights of the model exact where `parameter_compression` sends differences; a collective."""
+        """Every weight becomes its rounded fp32 master, for those who are about to read it; a collective."""
         for stage in self.stages.values():
             if isinstance(stage, ParameterTraffic):
                 stage.refresh()
+        if self.engine is not None:
+            copies.refresh(self.engine)
 
     def metrics(self) -> dict[str, float]:
-        """{"<stage>/<number>": value} of all stages."""
-        return {
+        """{"<stage>/<number>": value} of all stages; of those that a shrink has ended, the last values."""
+        numbers = {
             f"{name}/{key}": v for name, stage in self.stages.items() for key, v in stage.metrics().items()
         }
+        return {**self._ended_metrics, **numbers}
 
     def detach(self) -> None:
         """Takes every hook and class swap away; masked weights stay zero, parameters stay the same objects."""
@@ -305,9 +332,11 @@ class Compression:
         self._release()
         for stage in self.stages.values():
             stage.detach()
+        origin.mark(self.model, [name for name in self.unfinished if name not in _QUANTIZERS])
 
     def end(self) -> None:
         """Training is over: as `detach`, but quantizers stay on the modules, for those who store what they say."""
+        run_end.warn_if_unfinished(self)
         self._release()
         for name, stage in self.stages.items():
             if name not in _QUANTIZERS:
@@ -315,12 +344,17 @@ class Compression:
         self._forget_distillation()
 
     def _release(self) -> None:
+        if self._is_released:
+            return
+        self._is_released = True
         if self._hooks is not None:
             self._hooks.remove()
+        if sessions.session_of(self.model) is self:
+            sessions.forget(self.model)
         self._stop_watching()
-        sessions.forget(self.model)
         if self.engine is not None:
             checkpoint.unwrap(self.engine)
+            run_end.unwatch(self.engine, self)
             vars(self.engine).pop("step", None)
             del self.engine.compression
 
@@ -335,8 +369,8 @@ class Compression:
         `made`: the new parameter for the id of each old one. Structured blocks and layer reduction are done; the
         other stages start with the replicated state that they have here.
         """
-        arguments = {**self._construction["arguments"], "training_data": None}
-        parameters.replace_parameters(arguments, self._construction["client_groups"], made)
+        arguments = {**self.construction["arguments"], "training_data": None}
+        parameters.replace_parameters(arguments, self.construction["client_groups"], made)
         block = {key: value for key, value in self.block.items() if key not in _DONE_WHEN_SHRUNK}
         successor = self._with_stages(arguments["model"], block, parse_config(block))
         successor._enter(arguments)
@@ -352,10 +386,27 @@ class Compression:
                         units = structured.kept[name].tolist()
                         distillation.drop_layers(set(structure.layers) - {structure.layers[u] for u in units})
             successor.stages[Distillation.name] = distillation
-        successor.construct(engine, arguments, self._construction["constructor"])
+        successor._ended_metrics = self.metrics()
+        successor.construct(engine, arguments, self.construction["constructor"])
         successor._start_at(self.applied_steps)
         for name, stage in successor.stages.items():
             stage.load_state_dict(self.stages[name].renamed_state(_renamed_modules(cuts)))
+        return successor
+
+    def rebuild_whole(self, engine: Any, uncut: grow.Uncut) -> Compression:
+        """The session of the model that a shrink has cut and that is whole again, attached to `engine`."""
+        arguments = {**self.construction["arguments"], "training_data": None}
+        model: nn.Module = arguments["model"]
+        uncut.into(arguments, model)
+        config, distillation = parse_config(self.block), None
+        if Distillation.name in self.stages and self.teacher is not None and config.distillation is not None:
+            distillation = Distillation(
+                config.distillation, model, self.teacher, config.layer_reduction, parameters.rows_of_all
+            )
+        successor = self._with_stages(model, self.block, config, distillation)
+        successor._enter(arguments)
+        successor.teacher = self.teacher
+        successor.construct(engine, arguments, self.construction["constructor"])
         return successor
 
     def mask_frozen_weights(self) -> None:

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 
 from ds_compress.config.modules import shape_of
+from ds_compress.engine import copies
+from ds_compress.engine.carried import Carried
+from ds_compress.engine.grow import Uncut
 from ds_compress.engine.plain import cut_in_place
 from ds_compress.engine.shards import Shards
 from ds_compress.engine.snapshot import MASTER, Snapshot, optimizer_state, write_state
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "training", "losses")
-_KEPT_OBJECTS = ("training_dataloader", "monitor")
 _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
@@ -43,15 +44,18 @@ def shrink(engine: Any) -> None:
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
     axes = _output_axes(engine.module)
     snapshot = Snapshot(engine, session.shards, session.stages.values())
-    carried = _Carried(engine)
+    carried = Carried(engine)
+    uncut = Uncut(engine, cuts)
     session.make_way()
-    made = cut_in_place(engine, cuts)
+    made = cut_in_place(engine, cuts, before_cut=uncut.take)
     fresh = object.__new__(type(engine))
     successor = session.rebuild(fresh, made, cuts)
+    successor.uncut = uncut
     restored = _Restored(old, cuts, snapshot, axes)
     restored.optimizer(fresh, successor.shards)
+    copies.refresh(fresh)
     restored.stages(successor)
-    carried.into(fresh)
+    carried.into(fresh, restored.origin)
     after = _total(engine.module)
     logger.info(
         "ds_compress: shrunk from %s to %s parameters at step %d", before, after, successor.applied_steps
@@ -86,42 +90,6 @@ def _output_axes(model: nn.Module) -> dict[str, int]:
     }
 
 
-class _Carried:
-    """What belongs to the run rather than to a weight."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.optimizer, self.basic, self.scheduler = (
-            engine.optimizer,
-            engine.basic_optimizer,
-            engine.lr_scheduler,
-        )
-        self.values = {
-            name: getattr(engine, name) for name in (*_COUNTERS, *_KEPT_OBJECTS) if hasattr(engine, name)
-        }
-        self.settings = [{k: v for k, v in g.items() if k != "params"} for g in self.basic.param_groups]
-        self.scheduler_state = self.scheduler.state_dict() if hasattr(self.scheduler, "state_dict") else None
-
-    def into(self, fresh: Any) -> None:
-        for name, value in self.values.items():
-            setattr(fresh, name, value)
-        for group, settings in zip(fresh.basic_optimizer.param_groups, self.settings, strict=False):
-            group.update(settings)
-        if fresh.lr_scheduler is not self.scheduler and self.scheduler_state is not None:
-            fresh.lr_scheduler.load_state_dict(self.scheduler_state)
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        if hasattr(scaler, "__dict__") and hasattr(fresh.optimizer, "loss_scaler"):
-            vars(fresh.optimizer.loss_scaler).update(vars(scaler))
-        for ours, theirs in (
-            (self.optimizer, fresh.optimizer),
-            (self.basic, fresh.basic_optimizer),
-            (self.scheduler, fresh.lr_scheduler),
-            (self.engine, fresh),
-        ):
-            if ours is not theirs and ours is not None:
-                object.__setattr__(ours, "__dict__", vars(theirs))
-
-
 class _Restored:
     """The state of each weight, cut, in the places that the new engine has for it."""
 
@@ -130,7 +98,8 @@ class _Restored:
     ) -> None:
         self._old, self._cuts, self._snapshot, self._axes = old, cuts, snapshot, axes
         renamed = {name: cuts.renamed(name) for name in old}
-        self._origin = {new: name for name, new in renamed.items() if new is not None}
+        self.origin = {new: name for name, new in renamed.items() if new is not None}
+        """{name of a parameter now: before}."""
 
     def optimizer(self, engine: Any, shards: Shards) -> None:
         kinds = sorted(kind for owner, kind in self._snapshot.names if owner == "optimizer")
@@ -145,7 +114,7 @@ class _Restored:
                 else:
                     write_state(engine, fragment, kind, values)
             if fragment is not None and fragment.is_stepped:
-                scalars = self._snapshot.scalars.get(self._origin[new], {})
+                scalars = self._snapshot.scalars.get(self.origin[new], {})
                 optimizer_state(engine, fragment).update(scalars)
 
     def stages(self, session: Compression) -> None:
@@ -153,7 +122,7 @@ class _Restored:
             kinds = sorted(kind for owner, kind in self._snapshot.names if owner == name)
             state: dict[str, dict[str, torch.Tensor]] = {}
             for kind in kinds:
-                for new in sorted(self._origin):
+                for new in sorted(self.origin):
                     fragment = session.shards.fragments.get(new)
                     values = self._part(name, kind, new, fragment)
                     if values is not None and fragment is not None:
@@ -164,7 +133,7 @@ class _Restored:
 
     def _part(self, owner: str, kind: str, new: str, fragment: Any) -> torch.Tensor | None:
         """The values of this process' fragment; None where there is no such state. A collective all the same."""
-        name = self._origin.get(new)
+        name = self.origin.get(new)
         if name is None or name not in self._snapshot.names.get((owner, kind), ()):
             return None
         whole = self._snapshot.whole(owner, kind, name, self._old[name])

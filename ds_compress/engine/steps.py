@@ -10,7 +10,8 @@ Weights that no optimizer steps get new masks there too (see `frozen`).
 
 The base optimizer is called once per parameter group or ZeRO-3 sub-group, with only those tensors in its
 `param_groups`, so hooks act on the fragments of the tensors that they find there. A step counts as applied when
-the base optimizer really ran: overflow checks and gradient scalers that skip it skip us too.
+the base optimizer really ran: overflow checks and gradient scalers that skip it skip us too, and what was computed
+for a skipped step is put back. A step that DeepSpeed applied past our hooks is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 
+from ds_compress.config.inventory import few
 from ds_compress.engine import monitoring, seams
+from ds_compress.engine.clipping import AppliedNorm
 from ds_compress.engine.fragments import Fragment
 from ds_compress.engine.frozen import FrozenWeights
 from ds_compress.engine.shards import Shards
@@ -38,7 +41,8 @@ class StepHooks:
         self.engine = engine
         self.stages = stages
         self.applied_steps = 0
-        self._ran = False
+        self._updated: set[int] = set()
+        """Ids of the tensors that were stepped in the step now running."""
         self._frozen_due = False
         self._by_stepped: dict[int, list[Fragment]] = {}
         self._handles: list[Any] = []
@@ -48,11 +52,13 @@ class StepHooks:
         self._original_step: Callable[..., Any] = engine._take_model_step
         engine._take_model_step = self._take_model_step
         self._guard = _overflow_guard(engine)
+        self._norm = AppliedNorm(engine, stages)
 
     def use(self, shards: Shards) -> None:
         """Takes the current map of fragments (it changes when a checkpoint is loaded)."""
         self._by_stepped = {}
         self._frozen = FrozenWeights(self.stages, shards.unstepped)
+        self._norm.use(shards)
         for fragment in shards.fragments.values():
             self._by_stepped.setdefault(id(fragment.stepped), []).append(fragment)
 
@@ -64,10 +70,13 @@ class StepHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        del self.engine._take_model_step
+        self._handles = []
+        self._norm.remove()
+        vars(self.engine).pop("_take_model_step", None)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._ran = False
+        self._updated = set()
+        skipped = self.engine.skipped_steps
         if self.applied_steps == 0 and not self.engine.module.training:
             logger.warning(
                 "ds_compress: the model trains in eval() mode; call engine.train() before the loop"
@@ -75,9 +84,10 @@ class StepHooks:
         for stage in self.stages:
             stage.before_step(self.applied_steps)
             self._frozen_due = self._frozen_due or stage.has_new_masks
-        with self._guard(self.engine):
+        with self._guard(self.engine), self._norm.in_step():
             result = self._original_step(*args, **kwargs)
-        if self._ran:
+        self._require_seen(was_skipped=self.engine.skipped_steps > skipped)
+        if self._updated:
             self.applied_steps += 1
             if self._frozen_due:
                 self.mask_frozen_weights()
@@ -85,7 +95,28 @@ class StepHooks:
                 stage.after_step(self.applied_steps)
             if monitoring.is_due(self.engine):
                 monitoring.write(self.engine, self.engine.compression.metrics())
+        else:
+            self._frozen_due = False
+            for stage in self.stages:
+                stage.on_skipped_step()
         return result
+
+    def _require_seen(self, was_skipped: bool) -> None:
+        """Raises RuntimeError when DeepSpeed counts a step in which masters changed without our hooks."""
+        if was_skipped or seams.gradient_scaler(self.engine) is not None:
+            return
+        unseen = [
+            fragments[0].name
+            for key, fragments in self._by_stepped.items()
+            if key not in self._updated and fragments[0].is_stepped
+        ]
+        if unseen or not self._updated:
+            optimizer = type(self.engine.basic_optimizer).__name__
+            raise RuntimeError(
+                f"ds_compress: a step was applied that compression did not see, of {few(unseen) or 'all weights'}: "
+                f"what stands behind {optimizer} in this DeepSpeed config steps by other ways than we hook. Nothing "
+                "would be compressed; use AdamW, or train without the compression_training block, and please report it"
+            )
 
     @torch.no_grad()
     def _on_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -97,8 +128,8 @@ class StepHooks:
 
     @torch.no_grad()
     def _on_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._ran = True
         for group in optimizer.param_groups:
+            self._updated.update(id(tensor) for tensor in group["params"])
             fragments = self._fragments_of(group["params"])
             if fragments:
                 for stage in self.stages:
@@ -132,7 +163,9 @@ class _SkipNonFiniteStep:
         return self
 
     def __enter__(self) -> None:
-        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        found = (p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None)
+        # A sparse gradient (of nn.Embedding(sparse=True)) is what its rows are.
+        gradients = [gradient._values() if gradient.is_sparse else gradient for gradient in found]
         # The 2-norm is NaN or Inf when an element is (and when squares overflow, which no optimizer survives
         # either); it takes a twentieth of the time of the maximum norm.
         norms = list(torch._foreach_norm(gradients, 2)) if gradients else []
@@ -142,11 +175,14 @@ class _SkipNonFiniteStep:
         )
         if self.optimizer.overflow:
             logger.warning("ds_compress: gradients are NaN or Inf; this step is skipped")
+            self.own_step = vars(self.optimizer).get("step")
             self.optimizer.step = lambda *args, **kwargs: None
 
     def __exit__(self, *_: object) -> None:
         if self.optimizer.overflow:
             del self.optimizer.step
+            if self.own_step is not None:
+                self.optimizer.step = self.own_step
         del self.optimizer.overflow
 
 

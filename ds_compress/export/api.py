@@ -14,17 +14,20 @@ from torch import nn
 
 from ds_compress.config.adapters import has_adapters
 from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.config.modules import shape_of
+from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.engine.open_source import opened
 from ds_compress.export import check as checking
 from ds_compress.export.attributes import fresh, unsaid
 from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.errors import ExportError
-from ds_compress.export.format import OTHER_FORMAT, Format, Options
+from ds_compress.export.exact import in_fp32, is_sharded
+from ds_compress.export.fingerprint import Fingerprint, fingerprint
+from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
+from ds_compress.export.held import input_scale
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import exact_activations, example_inputs, run
 from ds_compress.export.onnx import OnnxFormat
-from ds_compress.export.read import read_layers
+from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serving_format import ServingFormat
 from ds_compress.export.shards import DEFAULT_SHARD_BYTES, ShardWriter
@@ -33,6 +36,8 @@ from ds_compress.export.tokenizer import save_tokenizer
 from ds_compress.export.versions import versions
 from ds_compress.export.writing import UnfinishedFolder
 from ds_compress.quant import layers
+
+_MANY_ZERO_UNITS = 0.1
 
 FORMATS: dict[str, type[Format]] = {
     format.name: format for format in (HfFormat, CompressedTensorsFormat, ServingFormat, OnnxFormat)
@@ -58,11 +63,11 @@ def export(
     """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
 
     Args:
-        source: a DeepSpeed engine (a collective: every process calls it, one writes), an `nn.Module` with or without
-            quantizers, or the path of a DeepSpeed checkpoint.
-        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: "hf"
-            where nothing is quantized, else "compressed-tensors".
-        tokenizer: an object with `save_pretrained`, or a folder to copy one from.
+        source: a DeepSpeed engine or Hugging Face's Trainer (a collective: every process calls it, one writes), an
+            `nn.Module` with or without quantizers, or the path of a DeepSpeed checkpoint.
+        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: the
+            block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where something is.
+        tokenizer: an object with `save_pretrained`, or a folder to copy one from; None: a Trainer's own, if any.
         model: with a checkpoint, an instance of the trained class when that is none of transformers.
         inputs: what to check with, by argument name; None: made up from the config.
         check: False writes without loading.
@@ -94,7 +99,8 @@ def export(
         except OSError as error:
             failure = error
         trained.agree(failure)
-        return job.report
+        report: ExportReport = trained.share(job.report)
+        return report
     finally:
         if unfinished is not None:
             unfinished.__exit__(None, None, None)
@@ -117,25 +123,28 @@ class _Export:
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
                 "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
             )
-        name = format or ("compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf")
+        usual = "compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf"
+        name = format or trained.export_to or usual
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
-        self.format = FORMATS[name](options)
+        self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)
         self.final = _after_cuts(trained)
         self.format.check_source(trained, self.final)
         self.inputs = (inputs or example_inputs(trained.model)) if check else None
+        self.masked: list[str] = []
+        self.fingerprints: dict[str, Fingerprint] = {}
         self.report = ExportReport("", name, _class_name(trained.model), trained.description)
 
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
         trained, report = self.trained, self.report
         report.folder = str(out)
         report.steps = trained.steps
-        report.dense_bytes = 4 * sum(_sizes(trained.model))
+        report.dense_bytes = 4 * (trained.parameters or sum(_sizes(trained.model)))
         failure: BaseException | None = None
         try:
             if trained.writes:
                 self._write_config(folder)
-                save_tokenizer(tokenizer, folder)
+                save_tokenizer(tokenizer or trained.tokenizer, folder)
         except Exception as error:
             failure = error
         failure = failure or self._write_tensors(folder, shard_bytes)
@@ -162,6 +171,9 @@ class _Export:
                     for name, tensor in stored.items():
                         writer.add(name, tensor)
                     self.report.count(layer, stored)
+                    self._note_zero_units(layer)
+                    if self.inputs is not None:
+                        self._remember(layer)
             except StopIteration as end:
                 failure = failure or end.value
                 break
@@ -172,11 +184,26 @@ class _Export:
             writer.close()
         return failure
 
+    def _note_zero_units(self, layer: Layer) -> None:
+        weight = layer.tensors.get("weight") if layer.encoded is None else layer.encoded.values()
+        if layer.kind in (None, ModuleKind.EMBEDDING) or weight is None or weight.dim() < 2 or not weight.numel():
+            return
+        counts = weight.flatten(1).count_nonzero(1), weight.flatten(1).count_nonzero(0)
+        if max(float((count == 0).float().mean()) for count in counts) >= _MANY_ZERO_UNITS:
+            self.masked.append(layer.name)
+
+    def _remember(self, layer: Layer) -> None:
+        for name, value in self.format.values(layer).items():
+            self.fingerprints[name] = fingerprint(value)
+        if layer.input is not None and (scale := input_scale(layer.input)) is not None:
+            self.fingerprints[layer.full("input_scale")] = fingerprint(scale)
+
     def _write_config(self, folder: Path) -> None:
         config = self.trained.config
         if config is None:
             return
         written: Any = copy.deepcopy(self.final.config)
+        vars(written).pop("ds_compress", None)  # for folders that are not exported: see engine.origin
         written.architectures = [self.report.model_class]
         written.dtype = self.format.loaded_dtype(_dtype(self.trained.model))
         written.save_pretrained(folder)
@@ -188,19 +215,38 @@ class _Export:
     def _expected(self) -> checking.Expected | None:
         if self.inputs is None:
             return None
-        model = self.trained.model
-        with self.trained.changed(self.format.rounded):
-            logits = run(model, self.inputs)
+        model, stored = self.trained.model, self.format.options.dtype
+        with in_fp32(model, stored), self.trained.changed(self.format.rounded):
+            logits = run(model, self.inputs, torch.float32)
             with exact_activations(model):
-                exact = run(model, self.inputs)
+                exact = run(model, self.inputs, torch.float32)
+        rounding = 0.0
+        if is_sharded(model) and _dtype(model) is not torch.float32:
+            # A module may ask for the dtype of weights before they are converted, and round what it gives them.
+            with self.trained.changed(self.format.rounded), exact_activations(model):
+                rounding = float((run(model, self.inputs) - exact).abs().max())
         return checking.Expected(
             self.inputs,
             exact if self.format.ignores_inputs else logits,
             exact,
-            min(_dtype(model), self.format.options.dtype or torch.float32, key=lambda d: torch.finfo(d).bits),
+            self._rounded_to(),
+            rounding,
             fp8_products=len(self.format.schemes) if self.format.options.scheme == "fp8" else 0,
             same_activations=self.format.name in ("torch", "onnx"),
+            fingerprints=self.fingerprints,
         )
+
+    def _rounded_to(self) -> torch.dtype:
+        """The dtype to which the export rounds what the trained model was not given to compute with."""
+        format, dtype = self.format, _dtype(self.trained.model)
+        if format.rounded and is_sharded(self.trained.model):
+            return dtype
+        loaded = format.options.dtype or dtype
+        is_rounded = format.name == "hf" and is_quantized(self.trained.model)
+        return loaded if is_rounded or (format.options.dtype and self._quantizes_tables()) else torch.float32
+
+    def _quantizes_tables(self) -> bool:
+        return any(isinstance(m, nn.Embedding) and layers.weight_recipe(m) for m in self.trained.model.modules())
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
@@ -209,6 +255,11 @@ class _Export:
         for name, stored in self.format.schemes.items():
             report.modules.setdefault(name, {})["scheme"] = stored
         report.notes = self.format.notes + _sparsity_notes(report)
+        if self.masked:
+            report.notes.append(
+                f"whole rows or columns of {self.masked[0]} are zero ({len(self.masked)} layers in all): units that "
+                "were masked and not removed; ds_compress.finalize removes them"
+            )
         if self.trained.config is not None and self.format.name == "torch":
             report.attributes = unsaid(self.final, self.final.config)
         report.versions = versions()
@@ -218,11 +269,16 @@ class _Export:
             try:
                 report.check = checking.verdict(expected, answer)
             except ExportError as error:
-                raise ExportError(f"{self._suspect()}{error}") from error
+                suspect = self._suspect()
+                raise ExportError(f"{suspect}{error}{')' if suspect.endswith('(') else ''}") from error
+            if self.format.doubts:
+                report.notes.append(f"{'; '.join(self.format.doubts)}: logits are the same")
             report.write(folder)
 
     def _suspect(self) -> str:
         """What the export did that not every model class takes."""
+        if self.format.doubts:
+            return f"{another_model(self.format.name, self.format.doubts)}. {OTHER_FORMAT} ("
         if not self.format.untied or not self.format.loads_in_stock:
             return ""
         return (
@@ -238,6 +294,8 @@ class _Export:
         return checking.reload([request])[0]
 
     def _add_config_entries(self, folder: Path) -> None:
+        if self.trained.config is None:
+            return
         entries = self.format.config_entries(self.final)
         if not entries:
             return

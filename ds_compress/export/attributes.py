@@ -1,4 +1,4 @@
-"""Numbers that a cut model's modules keep and that its config cannot say, such as heads per layer."""
+"""What a cut model has and its config cannot say: numbers that modules keep, such as heads per layer, and shapes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ds_compress.config.modules import shape_of
 
 _NUMBERS = (int, float)
 _RESTORED_WITH_WEIGHTS = ("in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx")
@@ -25,14 +27,26 @@ def unsaid(final: nn.Module, config: Any) -> dict[str, dict[str, float]]:
     differences: dict[str, dict[str, float]] = {}
     for name, module in final.named_modules():
         other = built.get(name)
-        if other is None:
-            continue
+        if other is None or "drop" in type(module).__name__.lower():
+            continue  # dropout is of no matter to a trained model
         for key, value in vars(module).items():
             theirs = getattr(other, key, value)
             is_number = type(value) in _NUMBERS and type(theirs) in _NUMBERS
-            if is_number and value != theirs and key not in _RESTORED_WITH_WEIGHTS and key[0] != "_":
+            if key in _RESTORED_WITH_WEIGHTS or key[0] == "_" or "drop" in key:
+                continue
+            if is_number and value != theirs:
                 differences.setdefault(name, {})[key] = value
     return differences
+
+
+def reshaped(final: nn.Module, config: Any) -> dict[str, list[int]]:
+    """{parameter: its shape in `final`} where a model built from its config has another one."""
+    built = dict(fresh(type(final), config).named_parameters(remove_duplicate=False))
+    return {
+        name: list(shape_of(parameter))
+        for name, parameter in final.named_parameters(remove_duplicate=False)
+        if name in built and built[name].shape != shape_of(parameter)
+    }
 
 
 def restore(model: nn.Module, differences: dict[str, dict[str, float]]) -> None:

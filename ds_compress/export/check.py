@@ -1,9 +1,13 @@
-"""The check of an export: a process that has never seen the model loads the folder, and the logits must agree.
+"""The check of an export: a process that has never seen the model loads the folder, and must have got the same model.
 
-Two comparisons:
+Three comparisons, the first two without any rounding between the two sides. What was trained in 16 bits runs in fp32
+with its weights, see `exact`, and so does what was loaded.
 
-- with no activation quantized, both compute with the same fp32 weights, so that only the order of sums differs:
-  1e-4 of the largest logit, or what 16-bit weights allow. This is where a wrong code or scale shows.
+- tensor by tensor: the weights and static input scales that the loader holds, after its own decoding, are those of
+  training, by their fingerprints. This is where a wrong code or scale shows, also one that no input of the check
+  touches.
+- with no activation quantized, both compute with the same weights, so that only the order of sums differs: 1e-4 of the
+  largest logit. This is where a layer shows that is loaded and not used as it was.
 - with quantized activations, where the format's own rounding of them is not quite that of training, the root mean
   square of the difference is at most four times what quantizing the activations changes in the trained model itself:
   two roundings to nearly equal grids (max / 127.5 against max / 127) differ by about sqrt(2) times one rounding, and
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ds_compress.export.errors import ExportError
+from ds_compress.export.fingerprint import Fingerprint, same
 
 _RELATIVE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+_SMALLEST = 1e-6
 _TIMES_ROUNDING = 4.0
 _TIMES_SAME_ROUNDING = 2.0
 _FP8_ROUNDING = 0.036
@@ -40,17 +46,22 @@ _FP8_ROUNDING = 0.036
 class Expected:
     """What the trained model says: logits, and exact_logits with no activation quantized.
 
-    dtype: the least precise dtype on either side. fp8_products: whose inputs are rounded where training's were not.
+    dtype: fp32, or the one to which values are rounded that the trained model cannot be given to compute with.
+    rounding: what computing in 16 bits changes of a logit at most, where the trained model could not do all in fp32.
+    fp8_products: whose inputs are rounded where training's were not.
     same_activations: the format quantizes activations as training did, but for the order of sums: now and then a code
     falls on the other side of a rounding, which is at most like rounding all of them anew.
+    fingerprints: of what is stored, by the name that it has when it is loaded.
     """
 
     inputs: Mapping[str, torch.Tensor]
     logits: torch.Tensor
     exact_logits: torch.Tensor
     dtype: torch.dtype = torch.float32
+    rounding: float = 0.0
     fp8_products: int = 0
     same_activations: bool = False
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """logits, and exact_logits where asked of stock; loaded: by what; error: why not."""
+    """logits, and exact_logits of a process that can compute them; loaded: by what; error: why not.
+
+    fingerprints: of what was loaded, of all that the format knows by name.
+    """
 
     tensors: dict[str, torch.Tensor]
     loaded: str
     error: str = ""
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
 
 
 def reload(requests: Sequence[Request]) -> list[Answer]:
@@ -106,6 +121,7 @@ def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:
     """
     if answer.error:
         raise ExportError(f"the exported folder does not load: {answer.error}")
+    _same_tensors(expected, answer)
     logits = answer.tensors["logits"]
     if logits.shape != expected.logits.shape:
         raise ExportError(f"the exported model gives {tuple(logits.shape)}, not {tuple(expected.logits.shape)}")
@@ -116,35 +132,50 @@ def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:
         "max_difference": float((logits - expected.logits).abs().max()),
         "largest_logit": largest,
         "relative_tolerance": relative,
+        "tensors_compared": len(expected.fingerprints.keys() & answer.fingerprints.keys()),
     }
     if "exact_logits" in answer.tensors:
         exact = float((answer.tensors["exact_logits"] - expected.exact_logits).abs().max())
         result["max_difference_with_exact_activations"] = exact
-        if not exact <= relative * max(1.0, float(expected.exact_logits.abs().max())):
+        if not exact <= relative * float(expected.exact_logits.abs().max()) + _SMALLEST + expected.rounding:
             raise ExportError(f"with exact activations its logits differ by {exact:.3g}, of {largest:.3g}: {result}")
     own_rounding = _rms(expected.logits - expected.exact_logits)
     if own_rounding == 0 and not expected.fp8_products:
         measured, what = result["max_difference"], "the largest difference"
-        allowed = relative * max(1.0, largest)
+        allowed = relative * largest + _SMALLEST + expected.rounding
     else:
         result["rms_difference"] = measured = _rms(logits - expected.logits)
         result["rms_of_activation_rounding"] = own_rounding
         times = _TIMES_SAME_ROUNDING if expected.same_activations else _TIMES_ROUNDING
-        allowed = relative * max(1.0, largest) + times * own_rounding
+        allowed = relative * largest + _SMALLEST + expected.rounding + times * own_rounding
         allowed += 2 * _FP8_ROUNDING * math.sqrt(expected.fp8_products) * _rms(expected.logits)
         what = "the root mean square of the difference"
     result["allowed"] = allowed
     if not measured <= allowed:
         figures = f"{what} is {measured:.3g}, allowed {allowed:.3g}"
         raise ExportError(f"the exported model computes something else: {figures}")
-    result["verdict"] = f"logits within {measured:.2g} of the trained model's, of {largest:.3g} at most"
+    rms = _rms(logits - expected.logits)
+    result["verdict"] = (
+        f"logits differ from the trained model's by {rms:.2g} (root mean square) and by {result['max_difference']:.2g} "
+        f"at most; the largest is {largest:.3g}"
+    )
     return result
+
+
+def _same_tensors(expected: Expected, answer: Answer) -> None:
+    for name, wanted in expected.fingerprints.items():
+        found = answer.fingerprints.get(name)
+        if found is not None and not same(wanted, found):
+            raise ExportError(
+                f"{name} is loaded with other values than were trained: norm {found[0]:.6g}, trained {wanted[0]:.6g}"
+            )
 
 
 def _answer(path: Path) -> Answer:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    return Answer(load_file(path), metadata.get("loaded", ""), metadata.get("error", ""))
+    fingerprints = json.loads(metadata.get("fingerprints", "{}"))
+    return Answer(load_file(path), metadata.get("loaded", ""), metadata.get("error", ""), fingerprints)
 
 
 def _rms(values: torch.Tensor) -> float:

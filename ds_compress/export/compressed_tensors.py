@@ -1,6 +1,7 @@
 """`compressed-tensors`: integers that stock transformers and vLLM load.
 
-    8-bit weights with 8-bit inputs     int-quantized   codes int8
+    8-bit weights with 8-bit inputs     int-quantized   codes int8; all weights of T5 and other classes that do not
+                                                        load packed ones, see `rehearsal`
     other weights of 2 to 8 bits        pack-quantized  codes packed into int32
     scheme="fp8"                        float-quantized codes float8_e4m3fn; weights are rounded here, per channel
 
@@ -20,12 +21,14 @@ import torch
 from torch import nn
 
 from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.config.modules import ModuleKind
+from ds_compress.config.modules import ModuleKind, kind_of
 from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
 from ds_compress.export.format import OTHER_FORMAT, Format
 from ds_compress.export.read import InputScheme, Layer
+from ds_compress.export.rehearsal import loads_with
 from ds_compress.export.source import Trained
+from ds_compress.quant import layers
 from ds_compress.quant.grid import TokenGranularity, ranges_between
 
 _LARGEST_FP8 = 448.0
@@ -38,6 +41,7 @@ class CompressedTensorsFormat(Format):
 
     name: ClassVar[str] = "compressed-tensors"
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    packs: bool = True
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -46,6 +50,7 @@ class CompressedTensorsFormat(Format):
         super().check_source(trained, final)
         if self.options.scheme not in (None, "fp8"):
             raise ExportError(f'scheme is None or "fp8", got {self.options.scheme!r}')
+        self.packs = _loads_packed(trained, final)
         self.note("config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them")
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
@@ -56,7 +61,7 @@ class CompressedTensorsFormat(Format):
         if layer.encoded is None and layer.input is None:
             return stored
         if layer.kind is ModuleKind.EMBEDDING and layer.encoded is not None:
-            stored[layer.full("weight")] = self.cast(layer.encoded.values())
+            stored[layer.full("weight")] = self.decoded(layer, layer.encoded)
             self.note(f"{layer.name}: a quantized embedding does not load back, so its rounded values are floats")
             return stored
         if layer.kind is not ModuleKind.LINEAR:
@@ -70,6 +75,10 @@ class CompressedTensorsFormat(Format):
             stored |= self._input(layer, layer.input, scheme)
         self._use(layer.name, scheme)
         return stored
+
+    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+        values = encoded.values()
+        return self.cast(values) if layer.kind is ModuleKind.EMBEDDING else values
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         import compressed_tensors
@@ -114,7 +123,13 @@ class CompressedTensorsFormat(Format):
         if grouped:
             scheme["weights"]["group_size"] = encoded.group_size
         stored = {layer.full("weight_scale"): encoded.scale}
-        if encoded.bits == _INT8 and layer.input is not None:
+        in_bytes = (encoded.bits == _INT8 and layer.input is not None) or not self.packs
+        if in_bytes:
+            if encoded.bits < _INT8:
+                self.note(
+                    "codes take a byte each: the initialisation of this model class reads the weights that packing "
+                    f"would replace; {OTHER_FORMAT} in fewer bits"
+                )
             scheme["format"] = "int-quantized"
             stored[layer.full("weight")] = encoded.codes
         else:
@@ -176,3 +191,30 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
 
 
+def _loads_packed(trained: Trained, final: nn.Module) -> bool:
+    """Whether the class gets through its loading without the weights that would be packed."""
+    recipes = {name: layers.weight_recipe(module) for name, module in trained.model.named_modules()}
+    renamed = {} if trained.cuts is None else {name: trained.cuts.renamed(f"{name}.weight") for name in recipes}
+    targets = [
+        str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
+        for name, recipe in recipes.items()
+        if recipe is not None and kind_of(trained.model.get_submodule(name)) is ModuleKind.LINEAR
+        if renamed.get(name, "") is not None
+    ]
+    if not targets:
+        return True
+    users: dict[int, list[bool]] = {}
+    for name, module in trained.model.named_modules():
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+            users.setdefault(id(weight), []).append(recipes[name] is not None)
+    untied = any(len(set(quantize)) > 1 for quantize in users.values())
+    weights = _arguments(4, "channel", False)
+    group = {"targets": targets, "weights": weights, "input_activations": None, "format": "pack-quantized"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [],
+    }
+    return loads_with(final, config, untied)

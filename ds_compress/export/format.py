@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ds_compress.export.check import Answer
+from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
 from ds_compress.export.read import Layer
 from ds_compress.export.source import Trained
-from ds_compress.structure.stock import stock_obstacles
+from ds_compress.structure.stock import other_shapes, stock_obstacles
 
 OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can store it'
 
@@ -39,6 +40,8 @@ class Format(ABC):
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
     values that only the export rounded, by parameter name, so that the check compares like with like. untied:
     modules whose tied weight is stored a second time. ignores_inputs: what is loaded does not quantize activations.
+    trained_dtype: of the trained model. checked: what is written will be loaded and compared. doubts: how a model that
+    is built from the config differs, where only logits can tell whether it matters.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,9 @@ class Format(ABC):
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
     ignores_inputs: bool = False
+    trained_dtype: torch.dtype = torch.float32
+    checked: bool = True
+    doubts: list[str] = field(default_factory=list)
 
     @abstractmethod
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
@@ -64,7 +70,7 @@ class Format(ABC):
     def check_source(self, trained: Trained, final: nn.Module) -> None:
         """Raises ExportError before anything is read; `final` is the model after its cuts, shapes only."""
         if self.loads_in_stock:
-            refuse_unless_stock(trained, final, self.name)
+            self.doubts = refuse_unless_stock(trained, final, self.name, self.checked)
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         """In which a loader should hold the model: `dtype` of `config.json`."""
@@ -97,20 +103,47 @@ class Format(ABC):
         """Its tensors that are not quantized, in the dtype asked for."""
         return {layer.full(name): self.cast(tensor) for name, tensor in layer.tensors.items()}
 
+    def values(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What a loader must hold of a layer, by full name, once it was written."""
+        values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
+        if layer.encoded is not None:
+            values[layer.full("weight")] = self.decoded(layer, layer.encoded)
+        return {name: self.rounded.get(name, value) for name, value in values.items()}
+
+    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+        """A quantized weight as a loader must hold it."""
+        return encoded.values()
+
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None
         return tensor.to(self.options.dtype) if is_float else tensor
 
 
-def refuse_unless_stock(trained: Trained, final: nn.Module, name: str) -> None:
-    """Raises ExportError where stock transformers would build another model than `final` from its config."""
+def refuse_unless_stock(trained: Trained, final: nn.Module, name: str, checked: bool) -> list[str]:
+    """Where stock transformers would build another model than `final` from its config, and it may not matter.
+
+    checked: the exported folder will be loaded, so that the logits decide what is returned here.
+
+    Raises:
+        ExportError: it is sure to matter, or nothing will decide.
+    """
     if trained.config is None:
         raise ExportError(
             f'format "{name}" is for models of transformers, and a {type(trained.model).__name__} has no config; '
             + OTHER_FORMAT
         )
     obstacles = stock_obstacles(final)
-    if obstacles:
-        raise ExportError(
-            f'stock transformers would load another model from format "{name}": {"; ".join(obstacles)}. {OTHER_FORMAT}'
-        )
+    is_open = checked and (trained.cuts is None or not trained.cuts.active())
+    if obstacles and (not is_open or other_shapes(final)):
+        raise ExportError(f"{another_model(name, obstacles)}. {OTHER_FORMAT}")
+    return obstacles
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it has a config that could rebuild it."""
+    return hasattr(getattr(model, "config", None), "to_diff_dict")
+
+
+def another_model(name: str, obstacles: Sequence[str]) -> str:
+    """A sentence for errors."""
+    return f'stock transformers would load another model from format "{name}": {"; ".join(obstacles)}'

@@ -106,8 +106,8 @@ class PartOfProduct(nn.Module):
         """Its shape and dtype, for models that look at them."""
         return torch.empty(self.out_features, self.in_features, device="meta")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._together.part(x, self._number)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._together.part(input, self._number)
 
 
 def _fuse_products(module: nn.Module, names: tuple[str, ...]) -> None:

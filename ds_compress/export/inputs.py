@@ -58,11 +58,16 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (else the first output) in eval mode, fp32 on the CPU; modes are as before afterwards."""
+def run(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Logits (else the first output) in eval mode, fp32 on the CPU; modes are as before afterwards.
+
+    dtype: of inputs that are floats; None: that of the model.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     given: dict[str, Any] = {
-        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        name: value.to(parameter.device, (dtype or parameter.dtype) if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
     if getattr(getattr(model, "config", None), "use_cache", None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from ds_compress.export.fuse import fuse
 from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
-from ds_compress.export.serving_format import loaded_weight
+from ds_compress.export.serving_format import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_weight
 
 _OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset")
 
 
 def from_pretrained(
-    folder: str | PathLike[str], model: nn.Module | None = None, *, fused: bool = True
+    folder: str | PathLike[str], model: nn.Module | None = None, *, fused: bool = True, activations: bool = True
 ) -> nn.Module:
     """The model of a folder that `ds_compress.export(..., format="torch")` wrote, in eval mode, on the CPU.
 
@@ -31,6 +32,7 @@ def from_pretrained(
         folder: with `ds_compress.json`.
         model: a new instance to load into, for models that transformers cannot build from `config.json`.
         fused: whether layers that share an input or feed an activation run as one kernel.
+        activations: False leaves inputs as they are and computes in floats, with the same values of weights.
 
     Raises:
         ExportError: the folder is incomplete, or of another format.
@@ -44,8 +46,21 @@ def from_pretrained(
     if model is None:
         model = skeleton(path, report.model_class)
     restore(model, report.attributes)
-    stored = _Stored(path)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
+    if not activations:
+        schemes = {name: {k: v for k, v in scheme.items() if k != "input"} for name, scheme in schemes.items()}
+    serve(model, schemes, Stored(path), fused)
+    return model
+
+
+def serve(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored, fused: bool = True) -> None:
+    """Makes `model`, a new instance of the exported class, the model of a folder, in place.
+
+    schemes: how each module is stored, by its name; see `ServingFormat`.
+
+    Raises:
+        ExportError: the folder lacks a weight.
+    """
     for name, module in list(model.named_modules()):
         fill(module, stored.of_module(name))
     for name, scheme in schemes.items():
@@ -55,13 +70,16 @@ def from_pretrained(
     model.requires_grad_(False).eval()
     if fused:
         fuse(model)
-    return model
 
 
-class _Stored:
-    """Tensors by name, from one file or several."""
+class Stored:
+    """Tensors by name, from one file or several. Of a weight that is stored in codes there is none of its own name.
 
-    def __init__(self, folder: Path) -> None:
+    renamed: the name in the files for that of a module, where they differ.
+    """
+
+    def __init__(self, folder: Path, renamed: Callable[[str], str] | None = None) -> None:
+        self._renamed = renamed
         index = folder / "model.safetensors.index.json"
         if index.exists():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -80,9 +98,13 @@ class _Stored:
     def of_module(self, module: str) -> dict[str, torch.Tensor]:
         """By local name."""
         found = {}
-        for name in self._by_module.get(module, ()):
+        for name in self._by_module.get(self._renamed(module) if self._renamed else module, ()):
             with safe_open(self._where[name], framework="pt") as opened:
                 found[name.rpartition(".")[2]] = opened.get_tensor(name)
+        if any(name in found for name in INSTEAD_OF_WEIGHT):
+            found.pop("weight", None)
+            if (values := found.pop(PLAIN_VALUES, None)) is not None:
+                found["weight"] = values
         return found
 
 
@@ -121,7 +143,7 @@ def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
             module.num_embeddings, module.embedding_dim = rows, columns
 
 
-def _serve(model: nn.Module, name: str, scheme: dict[str, Any], stored: _Stored) -> None:
+def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored) -> None:
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
@@ -133,7 +155,7 @@ def _serve(model: nn.Module, name: str, scheme: dict[str, Any], stored: _Stored)
         setattr(model.get_submodule(parent), last, served)
 
 
-def _tie(model: nn.Module, schemes: dict[str, dict[str, Any]], stored: _Stored) -> None:
+def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored) -> None:
     for name, scheme in schemes.items():
         for local, first in scheme.get("ties", {}).items():
             owner, _, first_local = first.rpartition(".")

@@ -47,14 +47,9 @@ class OnnxFormat(Format):
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ExportError(f'format "onnx" needs {error.name}: pip install "ds_compress[onnx]"') from error
-        config = trained.config
-        if config is None:
-            raise ExportError(f'format "onnx" is for models of transformers; {OTHER_FORMAT}')
-        model: Any = trained.model
-        if config.is_encoder_decoder or (hasattr(model, "can_generate") and model.can_generate()):
-            raise ExportError(
-                f'format "onnx" is for encoders, and a {type(model).__name__} generates, with a cache; {OTHER_FORMAT}'
-            )
+        if generates(trained.model):
+            kind = type(trained.model).__name__
+            raise ExportError(f'format "onnx" is for encoders, and a {kind} generates, with a cache; {OTHER_FORMAT}')
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         encoded = layer.encoded
@@ -109,6 +104,12 @@ class OnnxFormat(Format):
             for local, first in layer.ties.items():
                 model.get_submodule(layer.name)._parameters[local] = model.get_parameter(first)
         return model.requires_grad_(False).eval()
+
+
+def generates(model: Any) -> bool:
+    """Whether the model has a cache of keys and values, or a decoder beside its encoder."""
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(is_pair or (hasattr(model, "can_generate") and model.can_generate()))
 
 
 def json_config(folder: Path, final: nn.Module) -> Any:

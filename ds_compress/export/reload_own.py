@@ -11,6 +11,8 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
+from ds_compress.export.fingerprint import fingerprint
+from ds_compress.export.held import fingerprints_of, input_scales
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 
@@ -22,8 +24,15 @@ def main() -> None:
     for request in requests:
         tensors: dict[str, torch.Tensor] = {}
         try:
-            tensors["logits"] = run(from_pretrained(request["folder"]), load_file(request["inputs"]))
-            metadata = {"loaded": "ds_compress.from_pretrained"}
+            inputs = load_file(request["inputs"])
+            # The same codes as floats: without the rounding of activations, any difference is a mistake.
+            exact = from_pretrained(request["folder"], fused=False, activations=False)
+            tensors["exact_logits"] = run(exact, inputs)
+            fingerprints = fingerprints_of(exact)
+            served = from_pretrained(request["folder"], fused=False)
+            fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
+            tensors["logits"] = run(from_pretrained(request["folder"]), inputs)
+            metadata = {"loaded": "ds_compress.from_pretrained", "fingerprints": json.dumps(fingerprints)}
         except Exception as error:
             metadata = {"error": f"{type(error).__name__}: {error}"}
         save_file(tensors, request["outputs"], metadata=metadata)

@@ -3,18 +3,23 @@
     python -P reload_stock.py REQUESTS.json
 
 REQUESTS: a list of {"folder", "class", "inputs", "outputs"}; inputs and outputs are safetensors files. Written are
-`logits`, and `exact_logits` with no activation quantized; the error, if there was one, as metadata.
+`logits`, and `exact_logits` with no activation quantized; as metadata the fingerprints of what was loaded, and the
+error, if there was one. What is loaded in 16 bits computes in fp32.
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+fingerprint = runpy.run_path(str(Path(__file__).with_name("fingerprint.py")))["fingerprint"]
 
 
 def main() -> None:
@@ -25,15 +30,18 @@ def main() -> None:
         requests = json.load(file)
     for request in requests:
         try:
-            tensors = answer(request)
-            metadata = {"loaded": f"{request['class']}.from_pretrained, transformers {transformers.__version__}"}
+            tensors, fingerprints = answer(request)
+            metadata = {
+                "loaded": f"{request['class']}.from_pretrained, transformers {transformers.__version__}",
+                "fingerprints": json.dumps(fingerprints),
+            }
         except Exception as error:
             tensors, metadata = {}, {"error": f"{type(error).__name__}: {error}"}
         save_file(tensors, request["outputs"], metadata=metadata)
 
 
 @torch.no_grad()
-def answer(request: dict[str, Any]) -> dict[str, torch.Tensor]:
+def answer(request: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
     model, info = getattr(transformers, request["class"]).from_pretrained(
         request["folder"], output_loading_info=True
     )
@@ -41,12 +49,17 @@ def answer(request: dict[str, Any]) -> dict[str, torch.Tensor]:
     if any(wrong.values()):
         raise ValueError(", ".join(f"{key}: {names[:4]}" for key, names in wrong.items() if names))
     model.eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
     inputs = load_file(request["inputs"])
     found = {"logits": logits(model, inputs)}
     for module in model.modules():
         module.quantization_enabled = False
     found["exact_logits"] = logits(model, inputs)
-    return found
+    # After a forward, which decodes what was compressed.
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return found, {name: fingerprint(value) for name, value in held if value.is_floating_point()}
 
 
 def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

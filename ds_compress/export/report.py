@@ -23,9 +23,9 @@ _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
 
 @dataclass
 class ExportReport:
-    """bytes: of the weight files; dense_bytes: of the model's parameters before any cut in fp32; ratio: how many
-    times smaller. nonzeros: of the parameters that are left. modules: how each module that holds parameters is stored.
-    steps: optimizer steps that the training had applied, if known.
+    """bytes: of the weight files; dense_bytes: of the parameters that the model had when training began, before any
+    cut, in fp32; ratio: how many times smaller. nonzeros: of the parameters that are left. modules: how each module
+    that holds parameters is stored. steps: optimizer steps that the training had applied, if known.
     check: how the folder was loaded and how far its logits are from the trained model's; empty without a check.
     """
 
@@ -100,15 +100,20 @@ class ExportReport:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
+        from rich.text import Text
 
-        facts = Table(title=self.folder, show_header=False)
+        from ds_compress.sheet import Sheet, folded, width_of
+
+        def lines(text: str) -> Iterator[Text]:
+            return (Text(line, overflow="fold") for line in folded(text, width_of(options)))
+
+        yield Text(self.folder, overflow="fold")
         for key, value in self._facts():
-            facts.add_row(key, value)
-        yield facts
-        table = Table("module", "stored as", "parameters", "zeros", "bytes")
+            yield from lines(f"{key}: {value}")
+        numbers = ("parameters", "zeros", "bytes")
+        table = Sheet(("module", "stored as", *numbers), numbers)
         for name, module in self.modules.items():
-            table.add_row(
+            table.add(
                 name,
                 _scheme(module),
                 f"{module.get('parameters', 0):,}",
@@ -117,11 +122,12 @@ class ExportReport:
             )
         yield table
         for note in self.notes:
-            yield f"note: {note}"
+            yield from lines(f"note: {note}")
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield "format", f"{self.format} of a {self.model_class}"
-        yield "bytes", f"{self.bytes:,} ({self.ratio:.2f}x smaller than {self.dense_bytes:,} in fp32)"
+        began_with = f"{self.dense_bytes:,}, the model that training began with in fp32"
+        yield "bytes", f"{self.bytes:,} ({self.ratio:.2f}x smaller than {began_with})"
         yield "parameters", f"{self.parameters:,} ({self.sparsity:.1%} zeros)"
         if self.check:
             yield "check", f"{self.check['loaded']}: {self.check['verdict']}"

@@ -39,13 +39,13 @@ class Int8Linear(nn.Module):
         """Its shape and dtype, for models that look at them."""
         return torch.empty(self.out_features, self.in_features, device="meta")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         ops = kernels()
         if self._packed is None:
             self._packed = ops.int8_linear_pack(self.codes)
             self.codes = self.codes.new_empty(0)
         y: torch.Tensor = ops.int8_linear(
-            x if x.is_contiguous() else x.contiguous(),
+            input if input.is_contiguous() else input.contiguous(),
             self._packed,
             self.scale,
             self.bias,
@@ -66,13 +66,13 @@ class Int4Linear(Int8Linear):
         super().__init__(encoded, bias, used)
         self.scale, self.group_size = encoded.scale, encoded.group_size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         ops = kernels()
         if self._packed is None:
             self._packed = ops.int4_linear_pack(self.codes, self.scale)
             self.codes = self.codes.new_empty(0)
         y: torch.Tensor = ops.int4_linear(
-            x.contiguous(),
+            input.contiguous(),
             self._packed,
             self.out_features,
             self.group_size,
@@ -98,8 +98,8 @@ class Int8Embedding(nn.Module):
         """All rows as floats, made anew; for models that read the table without a lookup."""
         return self.codes.float() * self.scale
 
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        return F.embedding(indices, self.codes) * F.embedding(indices, self.scale)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input, self.codes) * F.embedding(input, self.scale)
 
 
 def serving_module(module: nn.Module, encoded: EncodedWeight | None, used: InputScheme | None) -> nn.Module:

@@ -2,14 +2,20 @@
 
     weight_codes    int8 or uint8 `[out, in]`; weight_packed: int32, the same in fewer bits
     weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights
+    weight          empty: its shape fits no model, so that transformers without us refuses the folder instead of
+                    filling the places of what it does not find with random numbers
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
+
+Stock `AutoModel...from_pretrained` loads the folder where ds_compress is imported (see `ds_compress.hf.quantizer`):
+`quantization_config` in `config.json` says all that it has to know.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +23,11 @@ import torch
 from torch import nn
 
 from ds_compress.config.modules import ModuleKind
+from ds_compress.export.attributes import reshaped, unsaid
 from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight, encode_rows
 from ds_compress.export.errors import ExportError
+from ds_compress.export.fingerprint import fingerprint
 from ds_compress.export.format import Format
 from ds_compress.export.inputs import run
 from ds_compress.export.read import Layer
@@ -27,8 +35,13 @@ from ds_compress.export.source import Trained
 from ds_compress.quant import layers
 
 _BYTE = 8
+QUANT_METHOD = "ds_compress"
+PLAIN_VALUES = "weight_values"
+INSTEAD_OF_WEIGHT = ("weight_codes", "weight_packed", PLAIN_VALUES)
+"""Beside which `weight` is empty."""
 
 
+@dataclass
 class ServingFormat(Format):
     """The only format for Conv1D, Conv2d, asymmetric grids, and cuts that stock configs cannot express."""
 
@@ -36,7 +49,15 @@ class ServingFormat(Format):
     loads_in_stock: ClassVar[bool] = False
     loader: ClassVar[str] = "own"
 
+    unsaid: dict[str, dict[str, float]] = field(default_factory=dict)
+    reshaped: dict[str, list[int]] = field(default_factory=dict)
+
+    def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def check_source(self, trained: Trained, final: nn.Module) -> None:
+        if trained.config is not None:
+            self.unsaid, self.reshaped = unsaid(final, final.config), reshaped(final, final.config)
         if self.options.embeddings not in (None, "int8", "float"):
             raise ExportError(f'embeddings is "int8" or "float", got {self.options.embeddings!r}')
         if trained.config is None:
@@ -46,15 +67,24 @@ class ServingFormat(Format):
         """Of a model that only its own code can build, a copy of it is filled in this very process."""
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
+        from ds_compress.export.held import fingerprints_of, input_scales
         from ds_compress.export.load import from_pretrained
 
-        copied = copy.deepcopy(final)
-        for module in copied.modules():
-            if isinstance(module, layers.QATModule):
-                module.weight_quantizer = module.input_quantizer = None
-                layers.detach(module)
-        logits = run(from_pretrained(folder, copied), inputs)
-        return Answer({"logits": logits}, "ds_compress.from_pretrained(model=), in the process that wrote it")
+        def empty() -> nn.Module:
+            copied = copy.deepcopy(final)
+            for module in copied.modules():
+                if isinstance(module, layers.QATModule):
+                    module.weight_quantizer = module.input_quantizer = None
+                    layers.detach(module)
+            return copied
+
+        exact = from_pretrained(folder, empty(), fused=False, activations=False)
+        fingerprints = fingerprints_of(exact)
+        served = from_pretrained(folder, empty(), fused=False)
+        fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
+        logits = {"logits": run(from_pretrained(folder, empty()), inputs), "exact_logits": run(exact, inputs)}
+        loaded = "ds_compress.from_pretrained(model=), in the process that wrote it"
+        return Answer(logits, loaded, fingerprints=fingerprints)
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = self.plain(layer)
@@ -66,6 +96,13 @@ class ServingFormat(Format):
             self.rounded[layer.full("weight")] = encoded.values()
             self.note("embeddings that were not trained in integers are rounded to int8, one scale per row")
         scheme: dict[str, Any] = {}
+        if self.unsaid and encoded is None and "weight" in layer.tensors and not self.schemes:
+            # Nothing else would keep transformers from loading a model without these numbers.
+            stored[layer.full(PLAIN_VALUES)] = stored.pop(layer.full("weight"))
+            scheme["plain"] = True
+        if encoded is not None or "plain" in scheme:
+            shape = layer.tensors["weight"].shape if encoded is None else encoded.shape
+            stored[layer.full("weight")] = torch.empty(0, *shape[1:])
         if encoded is not None:
             stored |= {layer.full(name): tensor for name, tensor in stored_weight(encoded).items()}
             scheme["weight"] = {
@@ -81,6 +118,19 @@ class ServingFormat(Format):
         if scheme:
             self.schemes[layer.name] = scheme
         return stored
+
+
+    def config_entries(self, final: nn.Module) -> dict[str, Any]:
+        if not self.schemes and not self.unsaid and not self.reshaped:
+            return {}
+        return {
+            "quantization_config": {
+                "quant_method": QUANT_METHOD,
+                "modules": self.schemes,
+                "attributes": self.unsaid,
+                "shapes": self.reshaped,
+            }
+        }
 
 
 def stored_weight(encoded: EncodedWeight) -> dict[str, torch.Tensor]:

@@ -25,6 +25,10 @@ def _nothing(failure: BaseException | None) -> None:
         raise failure
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 @dataclass
 class Trained:
     """model: for its modules, quantizers and config; its parameters may be in other places.
@@ -34,6 +38,9 @@ class Trained:
     writes: whether this process writes; the others only take part. cuts: structures that are masked, and must go.
     agree: raises, in every process, the failure that the writing one had. logits: of the model as it was trained.
     changed: a context in which parameters have other values, by name. steps: applied optimizer steps, if known.
+    export_to: the format that the training's block names.
+    parameters: of the model that the training began with, if known. tokenizer: that of a Trainer. share: gives every
+    process what the writing one has.
     """
 
     model: nn.Module
@@ -45,6 +52,10 @@ class Trained:
         default=lambda values: contextlib.nullcontext()
     )
     steps: int | None = None
+    export_to: str | None = None
+    parameters: int | None = None
+    tokenizer: Any = None
+    share: Callable[[Any], Any] = _itself
     description: str = "model"
 
     @property

@@ -1,25 +1,28 @@
-"""The Trainer's logs also say how compressed the model is."""
+"""What a Trainer's logs say of the compression; a Trainer gets this callback by itself."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ds_compress.config.run_length import refuse_unfinished
+from ds_compress.engine.run_end import warn_if_alone, warn_if_unfinished
 from ds_compress.engine.sessions import session_of
+
+logger = logging.getLogger("ds_compress")
 
 PREFIX = "compression"
 
 
 class CompressionCallback(TrainerCallback):
-    """Adds `compression/<stage>/<number>` (all of `engine.compression.metrics()`) to each log of a training loss.
+    """Checks the schedules against the Trainer's `max_steps`, adds numbers to its logs, and says what was reached.
 
-        Trainer(..., callbacks=[CompressionCallback()])     console and trainer.state.log_history
-        CompressionCallback.add_to(trainer)                 also what `report_to` names: TensorBoard, W&B, ...
-
-    A Trainer calls the callbacks of `report_to` before those that it is given, so these see the log without our
-    numbers; `add_to` puts this one first. DeepSpeed's own monitor gets the numbers in either case.
-    Without a `compression_training` block it does nothing.
+    Each log of a training loss gets `compression/<stage>/<number>`, all of `engine.compression.metrics()`: on the
+    console, in `trainer.state.log_history`, and in what `report_to` names (TensorBoard, W&B, ...), because a Trainer
+    calls its default callbacks, of which `import ds_compress` makes this one, before those of `report_to`.
+    DeepSpeed's own monitor gets the numbers in any case. Without a `compression_training` block it does nothing.
     """
 
     @classmethod
@@ -30,6 +33,20 @@ class CompressionCallback(TrainerCallback):
         callbacks[:] = [callback, *(c for c in callbacks if not isinstance(c, cls))]
         return callback
 
+    @classmethod
+    def join_every_trainer(cls, trainer_module: Any) -> None:
+        """Makes it one of the default callbacks of `transformers.trainer`; idempotent."""
+        if cls not in trainer_module.DEFAULT_CALLBACKS:
+            trainer_module.DEFAULT_CALLBACKS.append(cls)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises ConfigError when a schedule ends after the Trainer's last optimizer step."""
+        session = session_of(kwargs["model"])
+        if session is not None:
+            warn_if_alone(args.world_size)
+        if session is not None and session.engine is not None and state.max_steps > 0:
+            refuse_unfinished(session.config, state.max_steps, "the Trainer's max_steps")
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs, session = kwargs.get("logs"), session_of(kwargs["model"])
         if not logs or "loss" not in logs or session is None or not state.is_world_process_zero:
@@ -38,3 +55,17 @@ class CompressionCallback(TrainerCallback):
         logs.update(numbers)
         # The Trainer has copied the log into its history already.
         state.log_history[-1].update(numbers)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        session = session_of(kwargs["model"])
+        if session is None or session.engine is None:
+            return
+        warn_if_unfinished(session)
+        if session.said_result_at != session.applied_steps:
+            session.said_result_at = session.applied_steps
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in session.metrics().items())
+            logger.info(
+                "after %s steps: %s. Write the compressed model with ds_compress.export(trainer, folder)",
+                f"{session.applied_steps:,}",
+                numbers or "no numbers",
+            )

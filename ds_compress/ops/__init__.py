@@ -1,5 +1,6 @@
 """Kernels: `kernels()` gives the ops of `schemas`, native (C++ and CUDA, built from `csrc`) or in plain torch.
 
+    functional  the ops as typed functions, each with an example: start here
     schemas     the contract of every op, with fake implementations for tracing
     reference   every op in plain torch
     library     which of the two runs, and loading
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+from ds_compress.ops import functional
 from ds_compress.ops.library import KernelsUnavailable, Preference, kernels, prefer
 
-__all__ = ["KernelsUnavailable", "Preference", "kernels", "prefer"]
+__all__ = ["KernelsUnavailable", "Preference", "functional", "kernels", "prefer"]

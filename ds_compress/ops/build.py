@@ -178,6 +178,7 @@ def compile_library(build: Build, library: Path, say: Callable[[str], object] = 
     """Compiles and links everything to `library`, which appears only when it is whole."""
     started = time.monotonic()
     count = len(build.sources)
+    say(f"ds_compress: compiling native ops ({count} files), once for this machine; it takes about a minute")
     with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
         objects = [Path(folder) / f"{index}.o" for index in range(count)]
         with ThreadPoolExecutor(_jobs()) as pool:

@@ -45,6 +45,11 @@ class InputQuantizer:
     input_range: torch.Tensor | None = field(default=None, repr=False)
     observed: torch.Tensor | None = field(default=None, repr=False)
 
+    @property
+    def in_force(self) -> bool:
+        """Whether inputs are quantized now: past the offset, and with a range where the grid needs one."""
+        return self.enabled and (not self.grid.static or self.input_range is not None)
+
     def active(self, x: torch.Tensor, training: bool) -> tuple[ActivationGrid | None, torch.Tensor | None]:
         """The grid and range for this input; observes a static grid's input in training."""
         if not self.enabled:
@@ -89,9 +94,12 @@ class QATModule(nn.Module):
 
 
 class _QATProduct(QATModule):
-    """A layer that multiplies its input by its weight."""
+    """A layer that multiplies its input by its weight.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    `forward` of each has the argument names of the class that it stands for: who calls by keyword goes on.
+    """
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         recipe, grid, fixed_range = self._weight_recipe(), None, None
         if self.input_quantizer is not None:
             grid, fixed_range = self.input_quantizer.active(x, self.training)
@@ -111,16 +119,25 @@ class _QATProduct(QATModule):
 
 
 class _QATLinear(_QATProduct):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._compute(input)
+
     def _product(self) -> Product:
         return LinearProduct()
 
 
 class _QATConv1D(_QATProduct):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._compute(x)
+
     def _product(self) -> Product:
         return Conv1DProduct()
 
 
 class _QATConv2d(_QATProduct):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._compute(input)
+
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         conv = cast(nn.Conv2d, self)
         if conv.padding_mode == "zeros":
@@ -133,12 +150,12 @@ class _QATConv2d(_QATProduct):
 
 
 class _QATEmbedding(QATModule):
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         table, recipe = cast(nn.Embedding, self), self._weight_recipe()
         if recipe is None:
-            return self._ds_compress_base_class.forward(self, indices)
+            return self._ds_compress_base_class.forward(self, input)
         return quantized_embedding(
-            indices,
+            input,
             table.weight,
             recipe,
             self._step_size(recipe),

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ds_compress.quant import counter_rng
+from ds_compress.select.score_training import adamw_settings
 
 
 class ScoredFragment(Protocol):
@@ -57,7 +58,7 @@ class Score:
         raise NotImplementedError
 
     def after_selection(self) -> None:
-        """A mask was just made from these scores."""
+        """A mask was just made from these scores; replaces `tensors`, or leaves them alone, but never changes one."""
 
     def clear(self) -> None:
         """No mask will be made any more."""
@@ -103,8 +104,8 @@ class Taylor(Score):
         return self._accumulator(fragment).clone()
 
     def after_selection(self) -> None:
-        for accumulated in self.tensors.values():
-            accumulated.zero_()
+        # Not in place: the step may be skipped, and its mask with it.
+        self.tensors = {}
 
 
 class SnipMomentum(Score):
@@ -144,7 +145,7 @@ class Learned(Score):
     The gradient of the score under the straight-through rule is dL/d(masked weight) * w, and both factors are
     known on the owner's fragment at the step: no trainable parameter is added to the model. The scores start
     Kaiming-uniform with a = sqrt(5), that is uniform in +-1/sqrt(fan_in), and are trained by AdamW with the
-    learning rate (and betas, eps, weight decay where it has them) of the weights' own parameter group.
+    learning rate (and weight decay, and an Adam's betas and eps) of the weights' own parameter group.
     A mask is made before its step's gradients are final, so it follows the scores one step behind.
     """
 
@@ -161,9 +162,7 @@ class Learned(Score):
             return
         score = self._score(fragment)
         optimizer = self._optimizer(fragment.name, score)
-        optimizer.param_groups[0].update(
-            {k: settings[k] for k in ("lr", "betas", "eps", "weight_decay") if k in settings}
-        )
+        optimizer.param_groups[0].update(adamw_settings(settings))
         score.grad = fragment.gradient.float() * fragment.values.float()
         optimizer.step()
         score.grad = None

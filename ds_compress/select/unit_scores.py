@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ds_compress.quant import counter_rng
+from ds_compress.select.score_training import adamw_settings
 from ds_compress.structure.structure import Structure
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
@@ -164,7 +165,7 @@ class LearnedUnits(UnitScore):
     """`topk`: one score per unit, trained by gradient descent through a straight-through top-k.
 
     The gradient of a unit's score is the sum of g * w over its weights; scores start uniform in +-1 / sqrt(units)
-    and are trained by AdamW with the learning rate (and betas, eps, weight decay) of the weights' own
+    and are trained by AdamW with the learning rate (weight decay, and an Adam's betas and eps) of the weights' own
     parameter group, one step behind the weights, without a parameter in the model.
     """
 
@@ -183,7 +184,7 @@ class LearnedUnits(UnitScore):
 
     def gather(self, structure: str, sums: torch.Tensor, settings: Mapping[str, Any]) -> None:
         super().gather(structure, sums, settings)
-        self._settings = {k: settings[k] for k in ("lr", "betas", "eps", "weight_decay") if k in settings}
+        self._settings = adamw_settings(settings)
 
     def fold(self, sum_of_shards: Sum, sum_of_data: Sum) -> None:
         self._optimizer.param_groups[0].update(self._settings)

@@ -62,8 +62,13 @@ class ActivationQuantization(Stage):
         self._shards = shards
 
     def before_step(self, step: int) -> None:
+        self._undo = {name: quantizer.input_range for name, quantizer in self._quantizers.items()}
         if self._static and self._enabled and self._targets:
             self._update_ranges()
+
+    def on_skipped_step(self) -> None:
+        for name, quantizer in self._quantizers.items():
+            quantizer.input_range, quantizer.observed = self._undo[name], None
 
     def after_step(self, step: int) -> None:
         self._use_schedule_at(step)
@@ -99,10 +104,10 @@ class ActivationQuantization(Stage):
         self._use_schedule_at(int(state["step"]))
 
     def metrics(self) -> dict[str, float]:
-        """`mean_bits` over layers (0 while off); `layers_with_range`, of a static grid."""
+        """`mean_bits` over layers, 0 for those that do not quantize yet; `layers_with_range`, of a static grid."""
         quantizers = self._quantizers.values()
         count = max(1, len(quantizers))
-        numbers = {"mean_bits": sum(q.grid.bits for q in quantizers if q.enabled) / count}
+        numbers = {"mean_bits": sum(q.grid.bits for q in quantizers if q.in_force) / count}
         if self._static:
             numbers["layers_with_range"] = float(sum(q.input_range is not None for q in quantizers))
         return numbers

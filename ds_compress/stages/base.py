@@ -41,7 +41,10 @@ class Stage:
         """The optimizer exists; `shards` gives this process its fragments of the master weights."""
 
     def before_step(self, step: int) -> None:
-        """Before the optimizer step, same order in every process: reductions over `shards` are allowed."""
+        """Before the optimizer step, same order in every process: reductions over `shards` are allowed.
+
+        The step may still be skipped: `on_skipped_step` then puts back all that was changed here.
+        """
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
         """The gradients of these fragments are final (unscaled, clipped), their weights not yet updated.
@@ -54,6 +57,18 @@ class Stage:
 
     def after_step(self, step: int) -> None:
         """`step` optimizer steps are now applied."""
+
+    def on_skipped_step(self) -> None:
+        """The step that `before_step` announced was not applied: nothing that it computed remains. No collectives."""
+
+    @property
+    def clears_gradients(self) -> bool:
+        """Whether `gradient_mask` may give something in the step now running; the same in every process."""
+        return False
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        """Packed mask of what will be applied of the gradient of a fragment, in the step now running; None: all."""
+        return None
 
     def masked_weights(self) -> Collection[str]:
         """Names of all parameters that `on_update` may clear elements of; the same in every process."""
@@ -98,6 +113,10 @@ class Stage:
     def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
         """`state_dict` for a model whose names change by `renamed`; None: the module is gone."""
         return self.state_dict()
+
+    def untouched(self) -> list[str]:
+        """Names of targets that stay whole although the JSON asks for less of them, because counts are rounded."""
+        return []
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ds_compress.select.unit_scores import MeanActivation
-from ds_compress.stages.structured_pruning import StructuredPruning
+from ds_compress.stages.structured_pruning import StructuredPruning, first_argument
 from ds_compress.structure.structure import Member, Structure
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class DepthPruning(StructuredPruning):
     def _bypass(self, layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if layer not in self._bypassed:
             return None
-        handed_on = _HandOn.apply(hidden_input(args, kwargs), first_tensor(output))
+        handed_on = _HandOn.apply(first_argument(args, kwargs), first_tensor(output))
         return replace_hidden(output, handed_on)
 
     def _observe(self, model: nn.Module, structure: Structure) -> Iterator[Any]:
@@ -73,7 +73,7 @@ class DepthPruning(StructuredPruning):
             def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any, unit: int = unit) -> None:
                 if not layer.training or self._done:
                     return
-                before, after = hidden_input(args, kwargs).detach(), first_tensor(output).detach()
+                before, after = first_argument(args, kwargs).detach(), first_tensor(output).detach()
                 cosine = F.cosine_similarity(
                     before.flatten(0, -2).float(), after.flatten(0, -2).float(), dim=-1
                 )
@@ -100,11 +100,6 @@ class _HandOn(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like, shape = ctx.like
         return gradient, like.new_zeros(shape)
-
-
-def hidden_input(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The hidden states that a layer was called with: its first argument, or `hidden_states`."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def first_tensor(output: Any) -> torch.Tensor:

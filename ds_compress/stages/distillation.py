@@ -159,7 +159,7 @@ class Distillation(Stage):
         for model in (self._student, self.teacher.model):
             if model is not None:
                 hide_scores(model)
-        del self._engine.backward
+        vars(self._engine).pop("backward", None)
 
     def forget(self) -> None:
         """Training is over: the model loses what was learned beside it."""

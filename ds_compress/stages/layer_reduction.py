@@ -12,6 +12,7 @@ is rewritten, so that what is saved loads again. Sanh et al. 2019 (DistilBERT) i
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from ds_compress.config.errors import ConfigError, Problem, nearest, shown
 from ds_compress.config.layer_reduction import LayerReduction
 from ds_compress.config.layers import find_layers
 from ds_compress.config.schema import CompressionConfig
+from ds_compress.structure.model_config import configs_of_stack, set_depth
+
+logger = logging.getLogger("ds_compress")
 
 _PATH = "compression_training.layer_reduction"
 ParameterPairs = list[tuple[nn.Parameter, nn.Parameter]]
@@ -49,9 +53,17 @@ def reduce_layers(
     _check_depth(layers, chosen, teacher_layers, teacher)
     before = {id(p): p for p in model.parameters()}
     depth = len(layers)
+    if depth == len(chosen) and teacher is None:
+        logger.warning(
+            "layer_reduction does nothing: the model has %d layers, as many as it keeps, and there is no teacher to "
+            "fill them from",
+            depth,
+        )
     if depth > len(chosen):
+        configs = configs_of_stack(model, name, depth)
         _cut(layers, chosen if teacher is None or _increasing(chosen) else range(len(chosen)))
-        _rewrite_config(model, depth, chosen)
+        for described in configs:
+            set_depth(described, name, depth, chosen)
     if teacher is not None:
         pairs = [
             pair
@@ -118,22 +130,6 @@ def _cut(layers: nn.ModuleList, chosen: Sequence[int]) -> None:
             # Attention modules know their place, for the key-value cache.
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index  # type: ignore[assignment]
-
-
-def _rewrite_config(model: nn.Module, depth: int, chosen: Sequence[int]) -> None:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for candidate in (config, getattr(config, "text_config", None)):
-            if getattr(candidate, "num_hidden_layers", None) == depth:
-                _cut_config(candidate, depth, chosen)
-
-
-def _cut_config(config: Any, depth: int, chosen: Sequence[int]) -> None:
-    for key, value in list(vars(config).items()):
-        # `layer_types` and its relatives say something about each layer.
-        if isinstance(value, list) and len(value) == depth and "layer" in key:
-            setattr(config, key, [value[index] for index in chosen])
-    config.num_hidden_layers = len(chosen)
 
 
 def _pairs(target: nn.Module, source: nn.Module, source_name: str) -> ParameterPairs:

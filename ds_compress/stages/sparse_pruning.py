@@ -17,11 +17,13 @@ The mask costs one bit per weight, on the owner's fragment only. It is applied t
 optimizer's update and the making of the 16-bit copy, so forward and backward see exact zeros at no cost.
 A mask that is due at step s is computed just before step s is applied and is in force from then on: the
 forward of step s (counting from 0) is the first that sees it. Step 0 itself is always dense, and methods that
-score by gradient first need to have seen one.
+score by gradient first need to have seen one. `gradient_clipping` counts the gradients that are applied: not those of
+weights that stay masked (those of hidden values under `regrowth` are).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -30,8 +32,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ds_compress.config.modules import ModuleKind
+from ds_compress.config.modules import ModuleKind, shape_of
 from ds_compress.select import bitmask, radix
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.schedules import DensitySchedule
@@ -70,7 +73,14 @@ class SparsePruning(Stage):
         self._in_force = self.masks
         self.hidden: dict[str, torch.Tensor] = {}
         self.kept, self.total = 0, 0
+        self._model_numel = 0
         self._step = 0
+
+    def prepare(
+        self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
+    ) -> Mapping[str, nn.Parameter]:
+        self._model_numel = sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
+        return {}
 
     def attach(self, shards: Shards) -> None:
         self._shards = shards
@@ -80,10 +90,15 @@ class SparsePruning(Stage):
 
     def before_step(self, step: int) -> None:
         self._step = step
+        self._undo = self.masks, self.kept, self.total, dict(self.score.tensors)
         # The gradients of this step come from a forward under these masks, not under those made now.
         self._in_force = self.masks
         if self.schedule.is_due(step + 1, self.regrowth):
             self.update_masks(step + 1)
+
+    def on_skipped_step(self) -> None:
+        self.masks, self.kept, self.total, self.score.tensors = self._undo
+        self._in_force = self.masks
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
         scoring = not self._is_over
@@ -93,12 +108,18 @@ class SparsePruning(Stage):
                 fragment.values.copy_(self.hidden[fragment.name])
             if scoring and learning:
                 self.score.observe(fragment, settings)
-            if (
-                self.score.masks_gradient
-                and fragment.name in self._in_force
-                and fragment.gradient is not None
-            ):
-                bitmask.apply_(fragment.gradient, self._in_force[fragment.name])
+            if self.score.masks_gradient and fragment.name in self._in_force:
+                fragment.mask_gradient(self._in_force[fragment.name])
+
+    @property
+    def clears_gradients(self) -> bool:
+        return self.total > 0
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        if not self.regrowth or self._is_over:
+            return self.masks.get(name)
+        # The gradient goes to the hidden value of a masked weight, unless its score has it instead.
+        return self._in_force.get(name) if self.score.masks_gradient else None
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
         for fragment in self._mine(fragments):
@@ -148,12 +169,14 @@ class SparsePruning(Stage):
 
         On NaN or Inf scores the masks stay as they are and the log says which weights are broken.
         """
+        before = self.kept, self.total
         try:
             self.masks = {
                 name: bitmask.pack(self._cut(keep, self._fragments[name]))
                 for name, keep in self._select(step)
             }
         except radix.NonFiniteScores as error:
+            self.kept, self.total = before
             broken = sorted(name for index in error.pools for name in self._pools(step)[index].members)
             logger.warning(
                 "sparse_pruning: weights or gradients of %s are NaN or Inf at step %d; the mask stays as it was",
@@ -280,8 +303,25 @@ class SparsePruning(Stage):
         self.kept = round(self.total * int(self._shards.sum(torch.tensor(own)).item()) / weights)
 
     def metrics(self) -> dict[str, float]:
-        """`sparsity`: fraction of pruned units among all that the block claims, 0 before the first mask."""
-        return {"sparsity": 1.0 - self.kept / self.total if self.total else 0.0}
+        """`sparsity`: fraction of pruned units among all that the block claims, 0 before the first mask.
+
+        `model_sparsity`: of all parameters of the model, those that the block does not claim included.
+        """
+        sparsity = 1.0 - self.kept / self.total if self.total else 0.0
+        if not self._model_numel:
+            return {"sparsity": sparsity}
+        claimed = sum(math.prod(target.shape) for target in self.targets.values())
+        return {"sparsity": sparsity, "model_sparsity": sparsity * claimed / self._model_numel}
+
+    def untouched(self) -> list[str]:
+        if self.scope != "layer":
+            return []
+        ratios = {name: target.params.dense_ratio for name, target in self.targets.items()}
+        return [
+            name
+            for name, grid in self.grids.items()
+            if ratios[name] < 1 and grid.top is None and exact_ceil(ratios[name], grid.units) == grid.units
+        ]
 
     def mask_bytes(self) -> int:
         """Bytes of masks that this process holds."""

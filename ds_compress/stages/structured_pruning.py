@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a layer was called with first, by position or by name: its input, its hidden states."""
+    found: torch.Tensor = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+    return found
+
+
 Place = tuple["Structure", "Member"]
 NEVER = torch.finfo(torch.float32).min
 """The score of a unit that is gone and may not return, or of nothing else."""
@@ -107,21 +114,30 @@ class StructuredPruning(Stage):
 
     def before_step(self, step: int) -> None:
         self._step = step
+        self._undo = self.kept, self._applied, dict(self.score.totals)
         if self.score.observes and not self._done:
             self._fold()  # the forwards of this step are all done
         if self.schedule.is_due(step + 1, self.score.may_change):
             self.select_units(step + 1)
 
+    def on_skipped_step(self) -> None:
+        kept, self._applied, self.score.totals = self._undo
+        if kept is not self.kept:
+            self.kept = kept
+            self._make_masks()
+            self._units_changed()
+
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
         for fragment in self._mine(fragments):
             if fragment.name in self.hidden:
                 fragment.values.copy_(self.hidden[fragment.name])
-            if fragment.gradient is None:
+            gradient = fragment.gradient
+            if gradient is None:
                 continue
             if not self.is_over:
-                self._gather(fragment, fragment.gradient, settings)
+                self._gather(fragment, gradient, settings)
             if fragment.name in self._masks:
-                bitmask.apply_(fragment.gradient, self._masks[fragment.name])
+                fragment.mask_gradient(self._masks[fragment.name])
 
     def _gather(self, fragment: Fragment, gradient: torch.Tensor, settings: Mapping[str, Any]) -> None:
         values = self.score.of_gradient(fragment.values, gradient)
@@ -132,6 +148,13 @@ class StructuredPruning(Stage):
                 self.score.gather(
                     structure.name, self._unit_sums(structure, member, fragment, values), settings
                 )
+
+    @property
+    def clears_gradients(self) -> bool:
+        return bool(self.kept)
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        return self._masks.get(name)
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
         for fragment in self._mine(fragments):
@@ -263,6 +286,17 @@ class StructuredPruning(Stage):
         density = self.schedule.density(step, self.targets[name].dense_ratio)
         return kept_units(density, self.structures[name].units, self._round_to, self._rounds_up)
 
+    def untouched(self) -> list[str]:
+        if self._scope != "uniform":
+            return []
+        return [
+            name
+            for name, target in self.targets.items()
+            if target.dense_ratio < 1
+            and kept_units(target.dense_ratio, target.structure.units, self._round_to, self._rounds_up)
+            == target.structure.units
+        ]
+
     # -- masks -----------------------------------------------------------------------------------------
 
     def _make_masks(self) -> None:
@@ -303,13 +337,13 @@ class StructuredPruning(Stage):
         index, module = structure.observed_index, model.get_submodule(structure.observed)
         axis = 1 if isinstance(module, nn.Conv2d) else -1
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module.training and not self._done and args:
-                x = args[0].detach().abs().movedim(axis, -1).flatten(0, -2)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if module.training and not self._done:
+                x = first_argument(args, kwargs).detach().abs().movedim(axis, -1).flatten(0, -2)
                 by_entry = x.sum(0, dtype=torch.float32)
                 score.see(structure.name, by_entry[index.to(x.device)].sum(1), x.shape[0])
 
-        yield module.register_forward_pre_hook(hook)
+        yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
     # -- state -----------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ sharded engine to disk, or together with the moments of its optimizer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -131,12 +130,6 @@ class Cuts:
         from ds_compress.structure.rewrite import rewrite
 
         rewrite(model, self, skeleton)
-
-    def rewrite_config(self, config: Any) -> None:
-        """Writes the new sizes into a transformers config, in place, where all layers agree on one."""
-        from ds_compress.structure.model_config import rewrite_config
-
-        rewrite_config(config, [(s, self.count(s)) for s in self.structures], self)
 
     # --------------------------------------------------------------------------------------------------
 

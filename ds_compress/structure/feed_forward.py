@@ -84,6 +84,20 @@ def feed_forwards_of(inventory: Inventory, claimed: frozenset[str] = frozenset()
     return found
 
 
+def _instead(inventory: Inventory, name: str) -> str:
+    """What can be done about experts: a list of Linear layers is pruned as any other, fused matrices are not yet."""
+    prefix = f"{name}."
+    fused = any(
+        parameter.dim() > 2 or len(shape_of(parameter)) > 2
+        for module_name, module in inventory.modules.items()
+        if f"{module_name}.".startswith(prefix)
+        for parameter in module.parameters(recurse=False)
+    )
+    if fused:
+        return "they are fused into three-dimensional parameters, which no block of this version prunes"
+    return "prune its weights with sparse_pruning instead"
+
+
 def row_structures(inventory: Inventory, claimed: frozenset[str]) -> tuple[list[Structure], list[Refusal]]:
     """Structures of all feed-forward blocks, and what looks like one but cannot be pruned."""
     blocks = feed_forwards_of(inventory, claimed)
@@ -91,7 +105,7 @@ def row_structures(inventory: Inventory, claimed: frozenset[str]) -> tuple[list[
         Refusal(
             name,
             "a router chooses among its experts, of which each would have to lose as many neurons; "
-            "prune its weights with sparse_pruning instead",
+            + _instead(inventory, name),
         )
         for name in _experts(inventory)
     ]

@@ -31,6 +31,7 @@ def find_structures(
     kind: StructureKind,
     num_heads: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    stack: str | None = None,
 ) -> Found:
     """Structures of one kind in `model`, from shapes, names, attributes and configs; no weight is read.
 
@@ -38,6 +39,10 @@ def find_structures(
         num_heads: of attention layers that do not say how many heads they have.
         example_inputs: keyword arguments of the model's forward, for CHANNEL; by default `model.dummy_inputs` or
             an image as the config describes it.
+        stack: the ModuleList of layers, for LAYER; by default all that are found.
+
+    Raises:
+        ConfigError: there is no ModuleList `stack`.
     """
     inventory = Inventory(model)
     if kind is StructureKind.ROW:
@@ -45,7 +50,7 @@ def find_structures(
     elif kind is StructureKind.HEAD:
         structures, refusals = head_structures(inventory, num_heads)
     elif kind is StructureKind.LAYER:
-        structures, refusals = layer_structures(inventory)
+        structures, refusals = layer_structures(inventory, stack)
     elif kind is StructureKind.HIDDEN:
         structures, refusals = hidden_structures(inventory)
     else:

@@ -20,19 +20,29 @@ from ds_compress.config.modules import shape_of
 from ds_compress.structure.inventory import Inventory
 from ds_compress.structure.structure import Refusal, Structure, StructureKind
 
+_PATH = "compression_training.depth_pruning.shared_parameters.module_name_prefix"
 _OF_HEADS = ("q_norm", "k_norm")
 _LIST_NAMES = ("layers", "layer", "block", "blocks", "h")
 
 
-def layer_structures(inventory: Inventory) -> tuple[list[Structure], list[Refusal]]:
-    """One structure per stack: one in most models, two in encoder-decoders."""
+def layer_structures(
+    inventory: Inventory, prefix: str | None = None
+) -> tuple[list[Structure], list[Refusal]]:
+    """One structure per stack: one in most models, two in encoder-decoders; `prefix`: the module of the only one.
+
+    Raises:
+        ConfigError: `prefix` names no ModuleList.
+    """
     structures: list[Structure] = []
     refusals: list[Refusal] = []
     try:
-        stacks = list(stacks_of(inventory))
+        stacks = [find_layers(inventory.model, prefix, _PATH)] if prefix else list(stacks_of(inventory))
     except ConfigError as error:
+        if prefix:
+            raise
         why = "; ".join(problem.hint for problem in error.problems)
-        return [], [Refusal(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}")]
+        key = "say it with shared_parameters.module_name_prefix"
+        return [], [Refusal(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}; {key}")]
     for name, layers in stacks:
         units = _alike(name, layers)
         if not _may_change_depth(inventory.model):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.structure import Structure, StructureKind
-
-if TYPE_CHECKING:
-    from ds_compress.structure.cut import Cuts
 
 Counted = Sequence[tuple[Structure, int]]
 _ROWS = ("intermediate_size", "d_ff", "hidden_dim", "ffn_dim", "ffn_hidden_size", "n_inner")
@@ -30,10 +27,54 @@ def configs_of(model: nn.Module) -> list[tuple[Any, list[str]]]:
     return list(configs.values())
 
 
-def rewrite_config(config: Any, counted: Counted, cuts: Cuts) -> None:
+def configs_of_stack(model: nn.Module, stack: str, depth: int) -> list[Any]:
+    """The config objects that say how many layers the ModuleList `stack` has, which are `depth`.
+
+    That of the innermost module around it that says so, and its copies: in modules further out, in the layers
+    themselves, and as a part of a composite config. A model of several towers (CLIP, Gemma-3 with vision) has a config
+    for each, and towers of the same depth must not be taken for one another.
+    """
+    around = [name for name in dict(model.named_modules()) if name == "" or f"{stack}.".startswith(f"{name}.")]
+    held = [config for name in reversed(around) if (config := _config_of(model.get_submodule(name))) is not None]
+    described = next((config for config in held if _describes(config, stack, depth)), None)
+    if described is None:
+        return []
+    layers = [_config_of(module) for module in model.get_submodule(stack).modules()]
+    parts = [part for config in held for part in _parts(config, stack) if part is not None]
+    found = [
+        config
+        for config in (described, *held, *layers, *parts)
+        if config is not None and type(config) is type(described) and _describes(config, stack, depth)
+    ]
+    return list({id(config): config for config in found}.values())
+
+
+def set_depth(config: Any, stack: str, depth: int, kept: Sequence[int]) -> None:
+    """Writes into a config of `configs_of_stack` that of the `depth` layers of `stack` only `kept` are left."""
+    keys = _depth_keys(config, stack)
+    lists = {
+        key: value
+        for key, value in vars(config).items()
+        # `layer_types` and its relatives say something about each layer.
+        if isinstance(value, list)
+        and ("layer" in key or key in _PER_LAYER)
+        and len(value) == depth == getattr(config, keys[-1], None)
+    }
+    for key in keys:
+        if isinstance(getattr(config, key, None), int):
+            setattr(config, key, len(kept))
+            if key in ("encoder_layers", "num_layers"):
+                break
+    for key, value in lists.items():
+        setattr(config, key, [value[index] for index in kept])
+    _stages(config)
+
+
+def rewrite_config(config: Any, counted: Counted) -> None:
     """Writes the sizes of the structures that this config describes; those on which layers disagree stay.
 
-    counted: (structure, units in the end) of all structures below the modules that hold the config.
+    counted: (structure, units in the end) of all structures below the modules that hold the config; layers are not
+    looked at, see `set_depth`.
     """
     rows = [(s, n) for s, n in counted if s.kind is StructureKind.ROW]
     heads = [(s, n) for s, n in counted if s.kind is StructureKind.HEAD]
@@ -42,8 +83,6 @@ def rewrite_config(config: Any, counted: Counted, cuts: Cuts) -> None:
     for stack, own in _by_stack(config, heads, "{}_attention_heads").items():
         _heads(config, own, stack)
     for structure, count in counted:
-        if structure.kind is StructureKind.LAYER and count < structure.units:
-            _layers(config, structure, _stack(config, structure), cuts)
         if structure.kind is StructureKind.HIDDEN and count < structure.units:
             _hidden(config, structure.units, count)
 
@@ -67,10 +106,42 @@ def _by_stack(config: Any, counted: Counted, key: str) -> dict[str, Counted]:
 
 def _stack(config: Any, structure: Structure) -> str:
     """Which stack of an encoder-decoder the structure is in; "" in other models."""
+    return _side(config, (structure.layers or structure.modules)[0])
+
+
+def _side(config: Any, module: str) -> str:
     if not getattr(config, "is_encoder_decoder", False) and not hasattr(config, "num_decoder_layers"):
         return ""
-    parts = (structure.layers or structure.modules)[0].split(".")
-    return next((part for part in parts if part in ("encoder", "decoder")), "")
+    return next((part for part in module.split(".") if part in ("encoder", "decoder")), "")
+
+
+def _config_of(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "__dict__") else None
+
+
+def _describes(config: Any, stack: str, depth: int) -> bool:
+    return any(getattr(config, key, None) == depth for key in _depth_keys(config, stack))
+
+
+def _parts(config: Any, stack: str) -> Iterator[Any]:
+    """The configs inside a composite one that are of this tower: `vision_config` of `vision_model.encoder.layers`."""
+    for key, value in vars(config).items():
+        name = key.removesuffix("_config")
+        if key.endswith("_config") and hasattr(value, "__dict__"):
+            tower = {"text": ("text", "language")}.get(name, (name,))
+            if any(word in stack for word in tower):
+                yield value
+
+
+def _depth_keys(config: Any, stack: str) -> tuple[str, ...]:
+    side = _side(config, stack)
+    if side == "decoder":
+        keys: tuple[str, ...] = ("decoder_layers", "num_decoder_layers")
+        return (*keys, "num_layers") if getattr(config, "is_decoder", False) else keys
+    if side == "encoder":
+        return ("encoder_layers", "num_layers", "num_hidden_layers")
+    return ("num_hidden_layers",)
 
 
 def _rows(config: Any, counted: Counted, stack: str) -> None:
@@ -113,36 +184,6 @@ def _hidden(config: Any, units: int, kept: int) -> None:
     config.hidden_size = kept
     if scales_epsilon(config):
         config.rms_norm_eps *= units / kept
-
-
-def _layers(config: Any, structure: Structure, stack: str, cuts: Cuts) -> None:
-    name = structure.layers[0].rpartition(".")[0]
-    deleted = cuts.deleted_layers()[name]
-    if stack == "decoder":
-        keys: tuple[str, ...] = ("decoder_layers", "num_decoder_layers")
-        if getattr(config, "is_decoder", False):
-            keys += ("num_layers",)
-    elif stack == "encoder":
-        keys = ("encoder_layers", "num_layers", "num_hidden_layers")
-    else:
-        keys = ("num_hidden_layers",)
-    lists = {
-        key: value
-        for key, value in vars(config).items()
-        # `layer_types` and its relatives say something about each layer.
-        if isinstance(value, list)
-        and ("layer" in key or key in _PER_LAYER)
-        and len(value) == getattr(config, keys[-1], None)
-    }
-    for key in keys:
-        depth = getattr(config, key, None)
-        if isinstance(depth, int):
-            setattr(config, key, depth - len(deleted))
-            if key in ("encoder_layers", "num_layers"):
-                break
-    for key, value in lists.items():
-        setattr(config, key, [item for index, item in enumerate(value) if index not in deleted])
-    _stages(config)
 
 
 def _stages(config: Any) -> None:

@@ -14,7 +14,13 @@ from ds_compress.structure.attention import HEADS, Attention, attentions_of
 from ds_compress.structure.find import find_structures
 from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.inventory import Inventory, second_names
-from ds_compress.structure.model_config import configs_of, private_config, rewrite_config
+from ds_compress.structure.model_config import (
+    configs_of,
+    configs_of_stack,
+    private_config,
+    rewrite_config,
+    set_depth,
+)
 from ds_compress.structure.structure import Structure, StructureKind
 
 if TYPE_CHECKING:
@@ -65,7 +71,12 @@ def rewrite(model: nn.Module, cuts: Cuts, skeleton: bool = False) -> None:
     _scale_epsilon(model, cuts)
     for config, prefixes in configs:
         below = [(s, n) for s, n in counted if any(_is_below(s, prefix) for prefix in prefixes)]
-        rewrite_config(config, below, cuts)
+        rewrite_config(config, below)
+    for stack, deleted in cuts.deleted_layers().items():
+        depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
+        kept = [index for index in range(depth) if index not in deleted]
+        for config in configs_of_stack(model, stack, depth):
+            set_depth(config, stack, depth, kept)
     _delete_layers(model, cuts)
 
 

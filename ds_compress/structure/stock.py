@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ds_compress.config.auxiliary import is_auxiliary
 from ds_compress.config.modules import shape_of
@@ -21,6 +22,7 @@ from ds_compress.structure.cut import Cuts
 
 _MOST = 8
 _NUMBERS = (int, float, bool)
+_FOR_TRAINING = ("training", "gradient_checkpointing")
 
 
 def stock_obstacles(model_or_config: Any, cuts: Cuts | None = None) -> list[str]:
@@ -54,6 +56,22 @@ def stock_obstacles(model_or_config: Any, cuts: Cuts | None = None) -> list[str]
     except Exception as error:  # whatever a model class finds wrong with a config
         return [f"{cls.__name__} refuses the config: {_one_line(error)}"]
     return _first([*_shapes(expected, rebuilt, cls), *_numbers(expected, rebuilt, cls)])
+
+
+def other_shapes(model: nn.Module) -> list[str]:
+    """The obstacles that no logits need to decide: tensors that a model built from the config lacks or has otherwise.
+
+    What else `stock_obstacles` finds, numbers and classes of modules, may be of no matter to what the model computes.
+    """
+    try:
+        cls, config = _class_and_config(model)
+    except ValueError as error:
+        return [str(error)]
+    try:
+        rebuilt = _built(cls, _as_loaded(config))
+    except Exception as error:  # whatever a model class finds wrong with a config
+        return [f"{cls.__name__} refuses the config: {_one_line(error)}"]
+    return _first(_shapes(model, rebuilt, cls))
 
 
 def _first(found: list[str]) -> list[str]:
@@ -107,10 +125,10 @@ def _shapes(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> li
 def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of all parameters and of the buffers that are saved; of nothing auxiliary."""
     shapes = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         if is_auxiliary(prefix):
             continue
-        if type(module) is not _stock_class(module):
+        if type(module) is not _stock_class(module) and not is_parametrized(module):
             # What a quantizer has added is not for stock classes.
             names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
         else:
@@ -128,17 +146,17 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
     theirs = dict(rebuilt.named_modules())
     for name, module in expected.named_modules():
         other = theirs.get(name)
-        if other is None:
+        if other is None or _is_dropout(module, other):
             continue
-        if type(other) is not _stock_class(module):
+        if _stock_class(other) is not _stock_class(module):
             found.append(
                 f"{name} is a {type(module).__name__}, and a {type(other).__name__} in the stock model"
             )
             continue
         for key, value in vars(module).items():
             theirs_value = getattr(other, key, value)
-            # Dropout, also by depth, is of no matter to a trained model.
-            if key[0] == "_" or key == "training" or "drop" in key or not isinstance(value, _NUMBERS):
+            # What is for training only is of no matter to a trained model.
+            if key[0] == "_" or "drop" in key or key in _FOR_TRAINING or not isinstance(value, _NUMBERS):
                 continue
             if theirs_value != value:
                 found.append(
@@ -147,8 +165,15 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
     return found
 
 
+def _is_dropout(module: nn.Module, other: nn.Module) -> bool:
+    """Both let pass what they get in a trained model: also where somebody has put an Identity for a Dropout."""
+    return all(isinstance(m, nn.Identity) or "drop" in type(m).__name__.lower() for m in (module, other))
+
+
 def _stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before this package swapped it."""
+    """The class that the module had before this package, or a parametrization, swapped it."""
+    if is_parametrized(module):  # each instance has a class of its own
+        return type(module).__bases__[0]
     cls: type[nn.Module] = getattr(type(module), "_ds_compress_base_class", type(module))
     return cls
 

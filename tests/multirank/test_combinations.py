@@ -29,6 +29,7 @@ def test_half_of_every_weight_is_zero_and_no_step_is_lost(features: Any, name: s
     for weight in result["weights"].values():
         assert int(weight.count_nonzero()) == weight.numel() // 2
     assert result["applied"] == STEPS
+    assert 0 < result["metrics"].pop("sparse_pruning/model_sparsity", 0.1) < 0.5
     assert result["metrics"] == {
         "sparse_pruning/sparsity": 0.5,
         "weight_quantization/mean_bits": 8.0,

@@ -78,7 +78,44 @@ def line(text: str, start: str) -> str:
     return found
 
 
+def on_a_narrow_terminal(text: str) -> None:
+    """No line is longer than 80 columns, but for a name, which is never cut."""
+    for row in text.splitlines():
+        assert len(row) <= 80 or " " not in row.strip(), row
+    assert "\u2026" not in text
+
+
+class TestNarrowTerminal:
+    """80 columns: pipes, logs of CI."""
+
+    def test_nothing_is_cut(self, bert: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        block = {**pruning(["encoder"]), **bits(["encoder"]), "row_pruning": {"dense_ratio": 0.5, "shared_parameters": {
+            "excluded_modules": ["layer.0.intermediate"]}}}  # fmt: skip
+        text = str(plan(bert, block))
+        on_a_narrow_terminal(text)
+        rows = text.splitlines()
+        at = rows.index("bert.encoder.layer.{0-5}.attention.self.query")
+        assert rows[at + 1].startswith("    shape 16 x 16; pruning 0.5 kept")
+        at = next(at for at, row in enumerate(rows) if row.startswith("bert.encoder.layer.{1-5}.intermediate.dense"))
+        assert "row_pruning" in rows[at] or rows[at + 1].startswith("    block row_pruning; kept ")
+
+    def test_without_a_terminal_it_is_80(self, bert: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        on_a_narrow_terminal(str(plan(bert, {**pruning(["encoder"]), **bits(["encoder"])})))
+
+    def test_rich_takes_the_width_of_its_console(self, bert: nn.Module) -> None:
+        paper = io.StringIO()
+        Console(file=paper, width=80).print(plan(bert, {**pruning(["encoder"]), **bits(["encoder"])}))
+        on_a_narrow_terminal(paper.getvalue())
+        assert "bert.encoder.layer.{0-5}.attention.self.query\n" in paper.getvalue()
+
+
 class TestPrintedPlan:
+    @pytest.fixture(autouse=True)
+    def wide(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "300")
+
     def test_layers_that_are_treated_alike_share_a_line(self, bert: nn.Module) -> None:
         text = str(plan(bert, pruning(["query"], schedule_offset=100, schedule_offset_end=900)))
         row = line(text, "bert.encoder.layer.{0-5}.attention.self.query")
@@ -110,7 +147,6 @@ class TestPrintedPlan:
 
     def test_it_is_plain_text(self, bert: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", "20")
         text = str(plan(bert, pruning(["query"])))
         assert "\x1b" not in text
         assert line(text, "bert.encoder.layer.{0-5}.attention.self.query").count("16 x 16") == 1
@@ -338,7 +374,15 @@ class TestSource:
     def test_a_deepspeed_config_without_the_block(self) -> None:
         with pytest.raises(ConfigError) as caught:
             block_of({"train_batch_size": 8, "compresion_training": {}})
-        assert '"compresion_training"' in caught.value.problems[0].hint
+        (problem,) = caught.value.problems
+        assert problem.path == "compresion_training"
+        assert '"compression_training"' in problem.hint
+
+    def test_a_deepspeed_config_without_any_block_is_one_problem(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            block_of({"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}})
+        (problem,) = caught.value.problems
+        assert 'the key "compression_training"' in problem.allowed
 
     @pytest.mark.parametrize("config", [3, None, [], "[1]"])
     def test_no_config_at_all(self, config: Any, tmp_path: Path) -> None:

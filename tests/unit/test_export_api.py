@@ -217,7 +217,7 @@ class TestCheck:
 
         reload = check.reload
         monkeypatch.setattr(check, "reload", broken)
-        with pytest.raises(ExportError, match=r"logits differ|something else"):
+        with pytest.raises(ExportError, match="loaded with other values"):
             export(quantized(bert(), 8, DYNAMIC, ("layer",)), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ds_compress
+from ds_compress.engine.sessions import keep
 from tests.multirank.common import batches, ds_config, pruning_block, tiny_bert
 from tests.single import init_single_process
 
@@ -93,6 +94,79 @@ def test_the_callback_adds_all_metrics_to_logs_and_history(tmp_path: Path, first
     assert [entry[key] for entry in seen.logs if "loss" in entry] == expected
     # The summary of the whole training is no log of a step.
     assert key not in trainer.state.log_history[-1]
+
+
+def test_the_callback_joins_by_itself_before_those_of_report_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = Seen()
+    trainer = Trainer(
+        model=tiny_bert(),
+        args=arguments(tmp_path, pruning_block(density=0.25, schedule_offset=3)),
+        train_dataset=data(),
+        callbacks=[seen],
+    )
+    with caplog.at_level("INFO", "ds_compress"):
+        trainer.train()
+    key = "compression/sparse_pruning/sparsity"
+    expected = [0.0, pytest.approx(0.75, abs=1e-3)]
+    assert [entry[key] for entry in trainer.state.log_history if "loss" in entry] == expected
+    assert [entry[key] for entry in seen.logs if "loss" in entry] == expected
+    lines = [record.getMessage() for record in caplog.records if record.name == "ds_compress"]
+    assert any(line.startswith("BertForSequenceClassification with ") for line in lines)
+    (result,) = [line for line in lines if line.startswith("after 4 steps")]
+    assert "sparse_pruning/sparsity 0.75" in result and "ds_compress.export(" in result
+
+
+def test_numbers_survive_a_shrink(tmp_path: Path) -> None:
+    block = {
+        "row_pruning": {
+            "shared_parameters": {
+                "enabled": True,
+                "method": "l1",
+                "dense_ratio": 0.5,
+                "schedule_offset": 2,
+                "shrink_at_end_of_schedule": True,
+            }
+        }
+    }
+    trainer = Trainer(
+        model=tiny_bert(), args=arguments(tmp_path, block, logging_steps=1), train_dataset=data()
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = [{name for name in entry if name.startswith("compression/row_pruning")} for entry in logs]
+    assert names[-1] and names[-1] == names[1]
+    assert [logs[-1][name] for name in names[1]] == [logs[1][name] for name in names[1]]
+
+
+def test_a_schedule_beyond_max_steps_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    block = pruning_block(schedule_offset_end=5)
+    trainer = Trainer(model=tiny_bert(), args=arguments(tmp_path, block), train_dataset=data())
+    with pytest.raises(ds_compress.ConfigError, match="4 optimizer steps") as caught:
+        trainer.train()
+    (problem,) = caught.value.problems
+    assert problem.path == "compression_training.sparse_pruning.shared_parameters.schedule_offset_end"
+    assert trainer.state.global_step == 0
+    trainer = Trainer(
+        model=tiny_bert(), args=arguments(tmp_path, block, max_steps=5), train_dataset=data()
+    )
+    trainer.train()
+
+
+def test_a_forgotten_use_cpu_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(model=tiny_bert(), args=arguments(tmp_path, pruning_block()), train_dataset=data())
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what the launcher says; this Trainer believes that it is alone
+    callback = ds_compress.CompressionCallback.add_to(trainer)
+    keep(trainer.model, Attached())
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert "use_cpu" in caplog.text
+
+
+class Attached:
+    engine = None
 
 
 def test_the_callback_is_silent_without_a_block(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_it_builds_once_and_the_result_loads(small: Path) -> None:
     library = build.ensure_built(wanted, said.append)
     assert ctypes.CDLL(str(library)).answer() == 42
     assert compiles(small) == 2
-    assert said[0].endswith("1 of 2 files") and "built in" in said[-1]
+    assert "compiling native ops (2 files)" in said[0]
+    assert said[1].endswith("1 of 2 files") and "built in" in said[-1]
     assert build.ensure_built(wanted, said.append) == library
     assert compiles(small) == 2
     assert sorted(path.suffix for path in library.parent.iterdir()) == [".lock", ".so"]
@@ -68,6 +69,14 @@ def test_other_content_is_another_library(small: Path, changed: str) -> None:
     with open(small / "csrc" / changed, "a") as file:
         file.write("// changed\n")
     assert build.Build.for_this_machine(with_cuda=False).name != before
+
+
+def test_a_log_shows_that_it_begins_and_that_it_is_done(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build.ensure_built(build.Build.for_this_machine(with_cuda=False), build.to_stderr)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "compiling native ops" in first and "built in" in last
 
 
 def test_processes_that_start_together_build_once(small: Path) -> None:

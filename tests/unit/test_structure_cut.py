@@ -249,15 +249,6 @@ class TestRewrite:
         with pytest.raises(ValueError, match="has no tensor"):
             _cut(ZOO["bert"](), StructureKind.ROW).rewrite(ZOO["llama"]())
 
-    def test_the_config_alone(self) -> None:
-        model: Any = ZOO["llama"]()
-        cuts = _cut(model, StructureKind.ROW, StructureKind.HEAD, StructureKind.LAYER)
-        config = copy.deepcopy(model.config)
-        cuts.rewrite_config(config)
-        cuts.rewrite(model)
-        assert config.to_dict() == model.config.to_dict()
-        assert (config.intermediate_size, config.num_hidden_layers) == (24, 2)
-
     def test_a_skeleton_whose_ties_are_lost_is_cut_everywhere(self) -> None:
         model: Any = ZOO["llama"]()
         found = _cut(model, StructureKind.HIDDEN)

@@ -41,6 +41,12 @@ def block_quantize(
         messages: uint8 (W, message_bytes(chunk, bits, block)) contiguous, W * chunk >= n; written.
         residual: fp32 (n,) added to x, then replaced by what the codes do not hold.
         bits: 8 or 4. block: a multiple of 32 up to 8192.
+
+    >>> x = torch.tensor([1.0, -0.5] * 16)
+    >>> messages = torch.empty(1, F.message_bytes(32, 8, 32), dtype=torch.uint8)
+    >>> F.block_quantize(x, messages, None, chunk=32, bits=8, block=32)
+    >>> messages.shape
+    torch.Size([1, 36])
     """
     op = "block_quantize"
     _check_format(op, bits, block)
@@ -59,7 +65,15 @@ def block_quantize(
 
 @torch.no_grad()
 def block_dequantize(messages: torch.Tensor, out: torch.Tensor, chunk: int, bits: int, block: int) -> None:
-    """The inverse of `block_quantize`: out (n,) fp32, bf16 or fp16 gets code * scale."""
+    """The inverse of `block_quantize`: out (n,) fp32, bf16 or fp16 gets code * scale.
+
+    >>> x, out = torch.tensor([1.0, -1.0] * 16), torch.empty(32)
+    >>> messages = torch.empty(1, F.message_bytes(32, 8, 32), dtype=torch.uint8)
+    >>> F.block_quantize(x, messages, None, chunk=32, bits=8, block=32)
+    >>> F.block_dequantize(messages, out, chunk=32, bits=8, block=32)
+    >>> out[:2]
+    tensor([ 1., -1.])
+    """
     op = "block_dequantize"
     _check_format(op, bits, block)
     _check(op, "out", out, 1, _FLOATS)
@@ -81,6 +95,12 @@ def block_reduce(messages: torch.Tensor, out: torch.Tensor, bits: int, block: in
     Args:
         messages: uint8 (W, message_bytes(c, bits, block)) contiguous, W >= 1.
         out: fp32 (c,) contiguous; written.
+
+    >>> out, messages = torch.empty(32), torch.empty(2, F.message_bytes(32, 8, 32), dtype=torch.uint8)
+    >>> F.block_quantize(torch.ones(64), messages, None, chunk=32, bits=8, block=32)
+    >>> F.block_reduce(messages, out, bits=8, block=32, multiplier=0.5)
+    >>> out[:2]
+    tensor([1., 1.])
     """
     op = "block_reduce"
     _check_format(op, bits, block)
@@ -102,7 +122,17 @@ def block_reduce_quantize(
     block: int,
     multiplier: float,
 ) -> None:
-    """Writes the sum of `block_reduce` (plus `residual`, fp32 (numel,), as in `block_quantize`) as one message."""
+    """Writes the sum of `block_reduce` (plus `residual`, fp32 (numel,), as in `block_quantize`) as one message.
+
+    >>> size = F.message_bytes(32, 8, 32)
+    >>> messages = torch.empty(2, size, dtype=torch.uint8)
+    >>> message, out = torch.empty(size, dtype=torch.uint8), torch.empty(32)
+    >>> F.block_quantize(torch.ones(64), messages, None, chunk=32, bits=8, block=32)
+    >>> F.block_reduce_quantize(messages, message, None, numel=32, bits=8, block=32, multiplier=0.5)
+    >>> F.block_dequantize(message[None], out, chunk=32, bits=8, block=32)
+    >>> out[:2]
+    tensor([1., 1.])
+    """
     op = "block_reduce_quantize"
     _check_format(op, bits, block)
     _check_summands(op, messages, numel, bits, block)

@@ -48,6 +48,11 @@ def fake_quantize(
 
     Raises:
         ValueError: for any other shape, dtype or device.
+
+    >>> x = torch.tensor([[-1.0, 0.2, 0.6]])
+    >>> y, scale, _, _ = F.fake_quantize(x, low=-2, high=2, steps=2, symmetric=True, keep=False)
+    >>> y, scale
+    (tensor([[-1.0000,  0.0000,  0.5000]]), tensor([0.5000]))
     """
     _check(x, scale, offset, low, high, steps, symmetric)
     rows, columns = x.shape

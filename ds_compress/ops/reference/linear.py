@@ -41,6 +41,9 @@ def int8_linear_pack(codes: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: wrong dtype or shape.
+
+    >>> F.int8_linear_pack(torch.ones(2, 4, dtype=torch.int8)).dtype
+    torch.uint8
     """
     _check_codes(codes)
     rows, columns = codes.shape
@@ -54,6 +57,11 @@ def int8_linear_quantize_pack(weight: torch.Tensor, scale: torch.Tensor, steps: 
 
     Raises:
         ValueError: wrong dtype or shape, or `steps` is neither 127 nor 128.
+
+    >>> weight = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
+    >>> packed = F.int8_linear_quantize_pack(weight, weight.abs().amax(1) / 127, 127)
+    >>> F.int8_linear(torch.tensor([[1.0, 0.0]]), packed, weight.abs().amax(1) / 127).round(decimals=2)
+    tensor([[0.5000, 2.0000]])
     """
     _check_steps(steps)
     if weight.dim() != 2 or weight.dtype not in FLOATS:
@@ -85,6 +93,10 @@ def int8_linear(
 
     Raises:
         ValueError: wrong dtype, shape, steps or activation, or a weight that was packed for other kernels.
+
+    >>> packed = F.int8_linear_pack(torch.tensor([[127, 0], [0, -127]], dtype=torch.int8))
+    >>> F.int8_linear(torch.tensor([[2.0, 1.0]]), packed, torch.tensor([1 / 127, 1 / 127]), activation="relu").round()
+    tensor([[2., 0.]])
     """
     rows, columns, _ = _unpack_header(packed, int4=False)
     if weight_scale.dtype is not torch.float32 or weight_scale.shape != (rows,):
@@ -101,6 +113,10 @@ def int4_linear_pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: wrong dtype, shape or a code out of range.
+
+    >>> codes = torch.full((2, 32), 7, dtype=torch.int8)
+    >>> F.int4_linear_pack(codes, torch.ones(2, 1)).dtype
+    torch.uint8
     """
     _check_codes(codes)
     rows, columns = codes.shape
@@ -133,6 +149,10 @@ def int4_linear(
 
     Raises:
         ValueError: as `int8_linear`, or a group size or number of rows that the weight was not packed with.
+
+    >>> packed = F.int4_linear_pack(torch.full((2, 32), 7, dtype=torch.int8), torch.full((2, 1), 1 / 7))
+    >>> F.int4_linear(torch.ones(1, 32), packed, out_features=2, group_size=32).round()
+    tensor([[32., 32.]])
     """
     rows, columns, groups = _unpack_header(packed, int4=True)
     if out_features != rows:
@@ -162,6 +182,9 @@ def sparse24_linear_pack(codes: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: wrong dtype or shape, K is no multiple of 4, or a run of 4 has more non-zeros.
+
+    >>> F.sparse24_linear_pack(torch.tensor([[3, 0, 0, -5]], dtype=torch.int8)).dtype
+    torch.uint8
     """
     _check_codes(codes)
     if codes.shape[1] % 4:
@@ -186,7 +209,12 @@ def sparse24_linear(
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`int8_linear` of a weight from `sparse24_linear_pack`; the zeros are multiplied like all others here."""
+    """`int8_linear` of a weight from `sparse24_linear_pack`; the zeros are multiplied like all others here.
+
+    >>> packed = F.sparse24_linear_pack(torch.tensor([[127, 0, 0, 127]], dtype=torch.int8))
+    >>> F.sparse24_linear(torch.ones(1, 4), packed, torch.tensor([1 / 127])).round()
+    tensor([[2.]])
+    """
     return int8_linear(
         x,
         packed,

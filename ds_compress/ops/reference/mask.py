@@ -33,6 +33,11 @@ def mask_apply_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0
 
     Raises:
         ValueError: for any other shape, dtype or device.
+
+    >>> weights = torch.ones(3)
+    >>> F.mask_apply_(weights, F.mask_pack(torch.tensor([True, False, True])))
+    >>> weights
+    tensor([1., 0., 1.])
     """
     _check_governed("mask_apply_", weights, packed, bit_offset)
     patterns = weights.view(_INTEGER_OF_SIZE[weights.element_size()])
@@ -51,7 +56,11 @@ def mask_apply_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0
 
 @torch.no_grad()
 def mask_apply_count_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0) -> torch.Tensor:
-    """`mask_apply_`, and how many elements are not zero afterwards: int64 (). NaN counts, -0.0 does not."""
+    """`mask_apply_`, and how many elements are not zero afterwards: int64 (). NaN counts, -0.0 does not.
+
+    >>> F.mask_apply_count_(torch.ones(3), F.mask_pack(torch.tensor([True, False, True])))
+    tensor(2)
+    """
     _check_governed("mask_apply_count_", weights, packed, bit_offset)
     mask_apply_(weights, packed, bit_offset)
     return torch.count_nonzero(weights)
@@ -65,7 +74,13 @@ def mask_apply_adam_(
     packed: torch.Tensor,
     bit_offset: int = 0,
 ) -> None:
-    """`mask_apply_` of a weight and of both its Adam moments; all (n,), each of any dtype of `mask_apply_`."""
+    """`mask_apply_` of a weight and of both its Adam moments; all (n,), each of any dtype of `mask_apply_`.
+
+    >>> weights, exp_avg, exp_avg_sq = torch.ones(3), torch.ones(3), torch.ones(3)
+    >>> F.mask_apply_adam_(weights, exp_avg, exp_avg_sq, F.mask_pack(torch.tensor([True, False, True])))
+    >>> exp_avg_sq
+    tensor([1., 0., 1.])
+    """
     parts = {"weights": weights, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, part in parts.items():
         _check_governed("mask_apply_adam_", part, packed, bit_offset, name)
@@ -78,7 +93,11 @@ def mask_apply_adam_(
 
 
 def mask_pack(keep: torch.Tensor) -> torch.Tensor:
-    """Packs bool (n,) into uint8 (ceil(n / 8),); unused bits are zero."""
+    """Packs bool (n,) into uint8 (ceil(n / 8),); unused bits are zero.
+
+    >>> F.mask_pack(torch.tensor([True, False, True]))
+    tensor([5], dtype=torch.uint8)
+    """
     _check("mask_pack", "keep", keep, 1, (torch.bool,))
     numel = keep.numel()
     padded = -(-numel // 8) * 8
@@ -89,7 +108,11 @@ def mask_pack(keep: torch.Tensor) -> torch.Tensor:
 
 
 def mask_unpack(packed: torch.Tensor, numel: int, bit_offset: int = 0) -> torch.Tensor:
-    """bool (numel,) of the bits from `bit_offset` on."""
+    """bool (numel,) of the bits from `bit_offset` on.
+
+    >>> F.mask_unpack(torch.tensor([5], dtype=torch.uint8), 3)
+    tensor([ True, False,  True])
+    """
     _check_bits("mask_unpack", packed, numel, bit_offset)
     octets = _octets(packed, bit_offset, numel).int()
     return _bits(torch.bool, packed.device).index_select(0, octets).view(-1)[:numel].clone()
@@ -102,6 +125,9 @@ def mask_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
         scores: fp32 (R, C) contiguous. The last run of a row may be short. A NaN is the largest, a tie goes to
             the lower index, -0.0 equals +0.0.
         n, m: 0 <= n <= m, 1 <= m.
+
+    >>> F.mask_unpack(F.mask_n_of_m(torch.tensor([[3.0, 1.0, 4.0, 1.0]]), 2, 4), 4)
+    tensor([ True, False,  True, False])
     """
     _check("mask_n_of_m", "scores", scores, 2, (torch.float32,))
     if not (0 <= n <= m and m >= 1):
@@ -131,6 +157,10 @@ def magnitude_histogram(
     Args:
         values: (n,) contiguous, fp32, bf16, fp16 or fp64.
         bins: a power of two up to 65536.
+
+    >>> # The exponents of 1.0, -1.0 and 2.0: bits 23 to 30.
+    >>> F.magnitude_histogram(torch.tensor([1.0, -1.0, 2.0]), 23, 256, 31, 0)[126:130]
+    tensor([0, 2, 1, 0])
     """
     _check("magnitude_histogram", "values", values, 1, _FLOATS)
     if not (0 <= shift <= 31 and 0 <= prefix_shift <= 31):

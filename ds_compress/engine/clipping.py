@@ -1,0 +1,133 @@
+"""`gradient_clipping` counts the gradients that will be applied: those of weights that stay masked are none of them.
+
+DeepSpeed takes its global norm over all gradients, before the optimizer steps and our masks are applied. Of a model
+with 95 % of its weights masked most of that norm belongs to weights that do not move, and the rest would be clipped far
+below the limit. What is left out is exactly what no weight, visible or hidden, will get in this step; a method that
+scores masked weights by their gradients still sees those, scaled by the same factor. A gradient that is NaN or Inf
+anywhere skips the step as before. `get_global_grad_norm()` is the norm that the limit was compared with. Without
+clipping nothing is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ds_compress.engine import seams
+from ds_compress.engine.fragments import Fragment
+from ds_compress.engine.replaced import Replaced
+from ds_compress.engine.shards import Shards
+from ds_compress.select import bitmask
+from ds_compress.stages.base import Stage
+
+
+class AppliedNorm:
+    """Stands in for DeepSpeed's norms of gradients, on every ZeRO stage.
+
+    ZeRO's optimizers have a method each for gradients on the device and for offloaded ones. The others take the norm
+    in the middle of their step: there the limit is moved by the ratio of both norms, for that step.
+    """
+
+    def __init__(self, engine: Any, stages: Sequence[Stage]) -> None:
+        self._engine, self._wrapper, self._stages = engine, engine.optimizer, stages
+        self._replaced = Replaced(self._wrapper)
+        self._is_zero = hasattr(self._wrapper, "get_grad_norm_direct")
+        if self._is_zero:
+            self._direct = self._replaced.put("get_grad_norm_direct", self._norm)
+            self._offloaded = self._replaced.put(
+                "complete_grad_norm_calculation_for_cpu_offload", self._norm_of_offloaded
+            )
+
+    def use(self, shards: Shards) -> None:
+        self._shards = shards
+        self._by_parameter = {id(f.parameter): f for f in shards.fragments.values() if f.is_stepped}
+
+    def remove(self) -> None:
+        self._replaced.undo()
+
+    @property
+    def _clears(self) -> bool:
+        """The same in every process."""
+        return any(stage.clears_gradients for stage in self._stages)
+
+    def _applied(self, fragment: Fragment, gradient: torch.Tensor) -> torch.Tensor:
+        """`gradient` of a fragment, (numel,), as it will be applied; itself where all of it is."""
+        masks = [mask for stage in self._stages if (mask := stage.gradient_mask(fragment.name)) is not None]
+        if masks:
+            gradient = gradient.clone()
+            for mask in masks:
+                bitmask.apply_(gradient, mask)
+        return gradient
+
+    # -- ZeRO ------------------------------------------------------------------------------------------
+
+    def _norm(self, gradients: Sequence[torch.Tensor], params: Sequence[Any], norm_type: float = 2) -> Any:
+        total = self._direct(gradients, params, norm_type)
+        if not self._counts(total):
+            return total
+        own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+        return self._direct([self._part(g, p) for g, p in zip(own, params, strict=False)], params, norm_type)
+
+    def _part(self, gradient: torch.Tensor, parameter: Any) -> torch.Tensor:
+        fragment = self._by_parameter.get(id(parameter))
+        if fragment is None:
+            return gradient
+        # What lies behind the end of a parameter is padding of the last slice.
+        flat = gradient.view(-1)
+        applied = self._applied(fragment, flat[: fragment.numel])
+        return torch.cat([applied, flat[fragment.numel :]]) if fragment.numel < flat.numel() else applied
+
+    def _norm_of_offloaded(self, params: Sequence[Any]) -> Any:
+        total = self._offloaded(params)
+        if not self._counts(total):
+            return total
+        norms = self._wrapper.norm_for_param_grads
+        before = dict(norms)
+        for parameter in params:
+            fragment, key = self._by_parameter.get(id(parameter)), self._wrapper.get_param_id(parameter)
+            gradient = None if fragment is None else fragment.gradient
+            if fragment is not None and gradient is not None and key in norms:
+                applied = self._applied(fragment, gradient)
+                if applied is not gradient:
+                    norms[key] = applied.float().norm(2)
+        try:
+            return self._offloaded(params)
+        finally:
+            norms.update(before)
+
+    def _counts(self, total: Any) -> bool:
+        """DeepSpeed marks a norm that is NaN or Inf by a negative one."""
+        return self._wrapper.clip_grad > 0 and self._clears and math.isfinite(float(total)) and float(total) > 0
+
+    # -- others ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around a step of an optimizer that is not ZeRO's."""
+        ratio = 1.0 if self._is_zero or not self._clears or seams.clip_limit(self._engine) <= 0 else self._ratio()
+        if ratio == 1.0:
+            yield
+            return
+        with seams.clip_limit_times(self._engine, ratio):
+            yield
+        seams.divide_reported_norm(self._engine, ratio)
+
+    def _ratio(self) -> float:
+        """The norm of all gradients over that of the applied ones; 1 where there is none."""
+        if seams.tensor_parallel_group(self._engine) is not None:
+            return 1.0
+        squares = torch.zeros(2, dtype=torch.float64)
+        for parameter, gradient in seams.whole_gradients(self._engine):
+            fragment = self._by_parameter.get(id(parameter))
+            if fragment is not None:
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                part = dense.view(-1)[fragment.start : fragment.start + fragment.numel].float()
+                applied = self._applied(fragment, part)
+                norm = float(part.norm(2)) ** 2
+                squares += torch.tensor([norm, norm if applied is part else float(applied.norm(2)) ** 2])
+        total, counted = self._shards.sum(squares).tolist()
+        return math.sqrt(total / counted) if counted > 0 and math.isfinite(total) else 1.0

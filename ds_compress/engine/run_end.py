@@ -1,0 +1,93 @@
+"""A run that ends before its schedules do says so: at start where its length is known, else where it is saved or ends.
+
+Known lengths: `total_num_steps` of DeepSpeed's schedulers, `total_steps` of torch's OneCycleLR, and a Trainer's
+`max_steps` (see `hf.callback`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from ds_compress.config.run_length import refuse_unfinished, unfinished_line
+
+if TYPE_CHECKING:
+    from ds_compress.engine.session import Compression
+
+logger = logging.getLogger("ds_compress")
+
+_LAST_CALLS = ("save_16bit_model", "destroy")
+_LENGTHS = ("total_num_steps", "total_steps")
+_running: weakref.WeakSet[Compression] = weakref.WeakSet()
+
+
+def watch(engine: Any, session: Compression) -> None:
+    """Checks the schedules against the engine's scheduler now, and at each call that may be the run's last.
+
+    Raises:
+        ConfigError: a schedule ends after the last step that the learning-rate scheduler counts to.
+    """
+    for name in _LENGTHS:
+        steps = getattr(engine.lr_scheduler, name, None)
+        if isinstance(steps, int) and steps > 0:
+            source = f"{name} of {type(engine.lr_scheduler).__name__}"
+            refuse_unfinished(session.config, steps, source)
+    for name in _LAST_CALLS:
+        setattr(engine, name, _saying_first(getattr(engine, name), session))
+    _running.add(session)
+
+
+def unwatch(engine: Any, session: Compression) -> None:
+    """Gives the engine its own methods back; the run of `session` is over, or goes on in another one."""
+    _running.discard(session)
+    for name in _LAST_CALLS:
+        vars(engine).pop(name, None)
+
+
+def warn_if_unfinished(session: Compression) -> None:
+    """The line about schedules that have not ended, once for each state of the counters."""
+    steps = session.applied_steps
+    line = unfinished_line(session.config, steps)
+    if line is not None and steps and session.said_unfinished_at != steps:
+        session.said_unfinished_at = steps
+        logger.warning("%s", line)
+
+
+def warn_if_alone(processes: int | None = None) -> None:
+    """A launcher started several processes, and this one believes that it trains by itself.
+
+    `processes`: how many there are for the one who asks (a Trainer splits its data among them); by default, those of
+    the process group.
+    """
+    launched = os.environ.get("WORLD_SIZE", "")
+    if processes is None:
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+    if launched.isdigit() and int(launched) > 1 and processes == 1:
+        logger.warning(
+            "the launcher started %s processes, but each believes that it is the only one: all read the same data, "
+            "log, and write to the same places. For Hugging Face's Trainer on a CPU, set use_cpu=True in "
+            "TrainingArguments (--use_cpu on the command line)",
+            launched,
+            extra={"every_process": True},
+        )
+
+
+def _saying_first(call: Any, session: Compression) -> Any:
+    @functools.wraps(call)
+    def saying_first(*args: Any, **kwargs: Any) -> Any:
+        warn_if_unfinished(session)
+        return call(*args, **kwargs)
+
+    return saying_first
+
+
+@atexit.register
+def _at_exit() -> None:
+    for session in list(_running):
+        warn_if_unfinished(session)

@@ -1,0 +1,39 @@
+"""Whether stock transformers would load packed weights of a model class, found out by letting it, without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+import transformers.integrations.deepspeed
+from torch import nn
+
+
+def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied: bool = False) -> bool:
+    """Whether `from_pretrained` gets through with this `quantization_config`, on the meta device.
+
+    Classes whose initialisation reads the weight of a layer (T5's scales it by its width) fail where packing has
+    put another tensor in its place, and so do those with a tied head that is packed.
+
+    model: only its class, config and shapes are used. untied: its tied weights are stored apart.
+    """
+    held: Any = model
+    config = copy.deepcopy(held.config)
+    config.quantization_config = dict(quantization_config)
+    if untied:
+        config.tie_word_embeddings = False
+    integration: Any = transformers.integrations.deepspeed
+    reference, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        type(held).from_pretrained(None, config=config, state_dict={}, device_map={"": "meta"})
+    except Exception:  # as many kinds of errors as model classes
+        return False
+    finally:
+        # Under ZeRO-3 it would partition the model.
+        integration._hf_deepspeed_config_weak_ref = reference
+        transformers.logging.set_verbosity(level)
+    return True

@@ -1,0 +1,59 @@
+"""Doing something when a heavy module is imported, whichever comes first, without importing it for that.
+
+`transformers` takes seconds to import and a plain DeepSpeed script may never need it; a Trainer script does, before
+or after it imports us.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Calls `action(module)` now if the module `name` is imported already, else right after its code has run."""
+    module = sys.modules.get(name)
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        action(module)
+        return
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    _finder.actions.setdefault(name, []).append(action)
+
+
+class _Finder:
+    """Finds nothing itself: it lets the other finders find a module that somebody waits for, and runs the actions."""
+
+    def __init__(self) -> None:
+        self.actions: dict[str, list[Callable[[ModuleType], None]]] = {}
+        self._looking_for: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in self.actions or name in self._looking_for:
+            return None
+        self._looking_for.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking_for.discard(name)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            for action in self.actions.pop(name, ()):
+                action(module)
+
+        loader: Any = spec.loader
+        loader.exec_module = exec_module
+        return spec
+
+
+_finder = _Finder()

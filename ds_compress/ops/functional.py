@@ -1,0 +1,89 @@
+"""The kernels as plain functions: typed, documented, and on whichever implementation is preferred (see `library`).
+
+    >>> import torch
+    >>> from ds_compress.ops import functional as F
+    >>> F.mask_unpack(F.mask_pack(torch.tensor([True, False, True])), 3)
+    tensor([ True, False,  True])
+
+Integer linear layers    int8_linear, int4_linear, sparse24_linear, and a `_pack` for the weight of each: layouts differ
+                         between CPUs, so pack where you multiply, and store codes
+Fake quantization        fake_quantize
+Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_apply_, mask_apply_count_, mask_apply_adam_: bit i of
+                         byte j is element 8 j + i; a trailing underscore writes in place
+Selection                magnitude_histogram
+Quantized messages       block_quantize, block_dequantize, block_reduce, block_reduce_quantize: a message is one fp32
+                         scale per block, then whole blocks of codes; `message_bytes` gives its size
+
+Signatures and docstrings are those of the reference in plain torch (`ds_compress.ops.reference`), whose bits the
+kernels reproduce. All functions take CPU and CUDA tensors, and none records gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from ds_compress.ops import reference
+from ds_compress.ops.library import kernels
+from ds_compress.ops.schemas import message_bytes
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _preferred(function: F) -> F:
+    """`function` of the reference, on the implementation that is preferred when it is called."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(kernels(), function.__name__)(*args, **kwargs)
+
+    return cast(F, call)
+
+
+int8_linear_pack = _preferred(reference.linear.int8_linear_pack)
+int8_linear_quantize_pack = _preferred(reference.linear.int8_linear_quantize_pack)
+int8_linear = _preferred(reference.linear.int8_linear)
+int4_linear_pack = _preferred(reference.linear.int4_linear_pack)
+int4_linear = _preferred(reference.linear.int4_linear)
+sparse24_linear_pack = _preferred(reference.linear.sparse24_linear_pack)
+sparse24_linear = _preferred(reference.linear.sparse24_linear)
+fake_quantize = _preferred(reference.fake_quantize.fake_quantize)
+mask_apply_ = _preferred(reference.mask.mask_apply_)
+mask_apply_count_ = _preferred(reference.mask.mask_apply_count_)
+mask_apply_adam_ = _preferred(reference.mask.mask_apply_adam_)
+mask_pack = _preferred(reference.mask.mask_pack)
+mask_unpack = _preferred(reference.mask.mask_unpack)
+mask_n_of_m = _preferred(reference.mask.mask_n_of_m)
+magnitude_histogram = _preferred(reference.mask.magnitude_histogram)
+block_quantize = _preferred(reference.block_quantize.block_quantize)
+block_dequantize = _preferred(reference.block_quantize.block_dequantize)
+block_reduce = _preferred(reference.block_quantize.block_reduce)
+block_reduce_quantize = _preferred(reference.block_quantize.block_reduce_quantize)
+
+__all__ = [
+    "block_dequantize",
+    "block_quantize",
+    "block_reduce",
+    "block_reduce_quantize",
+    "fake_quantize",
+    "int4_linear",
+    "int4_linear_pack",
+    "int8_linear",
+    "int8_linear_pack",
+    "int8_linear_quantize_pack",
+    "magnitude_histogram",
+    "mask_apply_",
+    "mask_apply_adam_",
+    "mask_apply_count_",
+    "mask_n_of_m",
+    "mask_pack",
+    "mask_unpack",
+    "message_bytes",
+    "sparse24_linear",
+    "sparse24_linear_pack",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
