@@ -122,7 +122,7 @@ class Compression:
         """
         model: nn.Module = arguments["model"]
         config = parse_config(block)
-        refuse_unsupported(model, engine_class, arguments["config_class"])
+        refuse_unsupported(model, engine_class, arguments["config_class"], config)
         refuse_unsupported_reductions(config, arguments["config_class"])
         for line in idle_lines(config, block):
             logger.warning("%s", line)

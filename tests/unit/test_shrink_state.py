@@ -355,3 +355,11 @@ def test_a_trainer_with_its_own_optimizer_and_schedule_goes_through(stage: int, 
     assert trainer.model.config.num_hidden_layers == 2
     used = {g["lr"] for g in trainer.model_wrapped.basic_optimizer.param_groups}
     assert used == {0.0}  # every group is at the end of the schedule, that of the scales, too
+
+
+def test_momenta_that_a_shrink_would_lose_are_refused() -> None:
+    model = bert(layers=2)
+    zero = {"stage": 3, "reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}, "zero_optimization": zero}
+    with pytest.raises(ds_compress.ConfigError, match="save_muon_momentum_buffer_in_memory"):
+        engine_of(model, LSQ, 3, model_parameters=model.parameters(), config=muon)
