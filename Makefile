@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@echo "==> installing torch, then ds_compress with its test tools (a few minutes the first time)"
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e '.[test,cuda-build]'
-	# An oracle for robust rules; its dependencies would replace torch, and its tests are skipped without it.
+	# A second oracle for robust rules, skipped without it (its dependencies would replace torch); the first needs nothing.
 	-$(BIN)/python -m pip install --no-deps 'byzfl>=0.0.11,<0.1'
 	@touch $@
 

@@ -230,6 +230,11 @@ class _Migrated:
                 )
             yield Note(f"{path}.method", NoteKind.NOW, text)
             return
+        once = method != "topk" and shared.get("schedule_offset_end") is None
+        if once and shared.get("schedule_offset_stride", 1) != 1:
+            del shared["schedule_offset_stride"]
+            text = "removed: without an end one mask is made, and stays; the old code read it for snip_momentum only"
+            yield Note(f"{path}.schedule_offset_stride", NoteKind.CHANGED, text)
         for key in _SNIP_KEYS:
             if key in shared and key != "dense_ratio":
                 text = f"read for {method} as well; the old code read it for snip_momentum only"

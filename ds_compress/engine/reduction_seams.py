@@ -292,17 +292,20 @@ class _Partitioned:
         return list(_cut(tensor, owner, self._runs(tensor)))
 
     def _runs(self, tensor: torch.Tensor) -> Iterator[_Run]:
-        """Of a piece of the bucket in the making."""
+        """Of a piece of the bucket in the making; what is none, or of no parameter, is padding."""
         assert self._bucket is not None
         whole, dtype = self._bucket
         begin = (tensor.data_ptr() - whole.data_ptr()) // whole.element_size()
-        end, at = begin + tensor.numel(), 0
+        end, at, done = begin + tensor.numel(), 0, 0
         for index, position, _ in self._wrapper.ipg_buckets[dtype].params:
             parameter = self._wrapper.bit16_groups[index][position]
             low, high = max(begin, at), min(end, at + parameter.numel())
             if low < high:
                 yield self._known[id(parameter)].run(high - low, low - at)
+                done += high - low
             at += parameter.numel()
+        if done < tensor.numel():
+            yield _padding(tensor.numel() - done)
 
 
 class _Sharded:

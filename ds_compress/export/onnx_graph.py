@@ -125,10 +125,14 @@ def _round_input(graph: Any, node: Any, layer: Layer, used: InputScheme) -> None
 
 
 def _integers(name: str, codes: torch.Tensor, kind: int) -> Any:
-    return helper.make_tensor(name, kind, codes.shape, codes.flatten().tolist()) if kind in (
-        TensorProto.INT4,
-        TensorProto.UINT4,
-    ) else numpy_helper.from_array(codes.contiguous().numpy(), name)  # fmt: skip
+    if kind not in (TensorProto.INT4, TensorProto.UINT4):
+        return numpy_helper.from_array(codes.contiguous().numpy(), name)
+    nibbles = (codes.flatten().to(torch.int16) & 15).to(torch.uint8)
+    if len(nibbles) % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+    # As raw bytes: in the field for numbers each takes one or two.
+    raw = (nibbles[::2] | nibbles[1::2] << 4).numpy().tobytes()
+    return helper.make_tensor(name, kind, codes.shape, raw, raw=True)
 
 
 def _floats(name: str, values: torch.Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -37,3 +37,17 @@ def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied:
         integration._hf_deepspeed_config_weak_ref = reference
         transformers.logging.set_verbosity(level)
     return True
+
+
+def loads_packed(model: nn.Module, targets: Sequence[str], untied: bool = False) -> bool:
+    """Whether it loads with the weights of `targets`, each an nn.Linear, packed."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": list(targets), "weights": weights, "input_activations": None, "format": "pack-quantized"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [],
+    }
+    return loads_with(model, config, untied)

@@ -142,10 +142,12 @@ def stored_weight(encoded: EncodedWeight) -> dict[str, torch.Tensor]:
         stored["weight_offset"] = encoded.offset
     if encoded.bits == _BYTE:
         return {**stored, "weight_codes": encoded.codes}
-    codes = encoded.codes
+    codes, bits = encoded.codes, encoded.bits
+    if bits == 1:  # -1 and 1 as -1 and 0, which one bit holds
+        codes = codes.clamp_max(0)
     if encoded.offset is not None:  # packing is for signed codes
         codes = (codes.to(torch.int16) - 2 ** (encoded.bits - 1)).to(torch.int8)
-    return {**stored, "weight_packed": pack_to_int32(codes, encoded.bits)}
+    return {**stored, "weight_packed": pack_to_int32(codes, bits)}
 
 
 def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> EncodedWeight:
@@ -159,6 +161,8 @@ def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> En
     else:
         columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
         codes = unpack_from_int32(stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns)))
+        if scheme["bits"] == 1:
+            codes = 2 * codes + 1
         if offset is not None:
             codes = (codes.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
     return EncodedWeight(codes, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)

@@ -14,7 +14,9 @@ from torch import nn
 
 from ds_compress.config.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.config.modules import ModuleKind
+from ds_compress.config.storage import format_of
 from ds_compress.config.structures import StructurePlan, kept_units, shape_after
+from ds_compress.export import rehearsal
 from ds_compress.export.format import is_of_transformers
 from ds_compress.export.onnx import generates
 from ds_compress.structure.cut import Cuts
@@ -50,6 +52,16 @@ def notes(plan: Plan, model: nn.Module) -> Iterator[str]:
     for format, found in reasons.items():
         if found:
             yield f"not as {format}: {found[0]}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+
+
+def loads_packed(plan: Plan, model: nn.Module) -> bool:
+    """Whether stock transformers loads packed weights of this model, where the plan has any for it."""
+    targets = [t for t in _targets(plan, "weight_quantization") if t.kind is ModuleKind.LINEAR]
+    if not targets or not is_of_transformers(model) or format_of(plan) != "compressed-tensors":
+        return True
+    claimed = {target.param_name for target in targets}
+    untied = any(len(weight.users) > 1 and weight.name in claimed for weight in plan.weights)
+    return rehearsal.loads_packed(model, [target.module_name for target in targets], untied)
 
 
 def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:

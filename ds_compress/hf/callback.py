@@ -65,7 +65,7 @@ class CompressionCallback(TrainerCallback):
             session.said_result_at = session.applied_steps
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in session.metrics().items())
             logger.info(
-                "after %s steps: %s. Write the compressed model with ds_compress.export(trainer.model_wrapped, folder)",
+                "after %s steps: %s. Write the compressed model with ds_compress.export(trainer, folder)",
                 f"{session.applied_steps:,}",
                 numbers or "no numbers",
             )

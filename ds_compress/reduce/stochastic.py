@@ -17,6 +17,8 @@ from ds_compress.quant.counter_rng import stream_key, uniform
 from ds_compress.reduce.codec import BlockCodec
 
 _LARGEST_CODE = {8: 127, 4: 7}
+_AT_A_TIME = 1 << 15
+"""Elements that a CPU works on at a time, so that they stay in its cache."""
 
 
 class Dither:
@@ -75,12 +77,20 @@ class StochasticBlockCodec(BlockCodec):
         """fp32 like x: what rounded to nearest gives the codes of x, and the same scales."""
         if residual is not None:
             raise ValueError("stochastic rounding has no bias that a residual could make up for")
-        noise = self._dither.draw(x.numel(), x.device).sub_(0.5)
+        moved = self._dither.draw(x.numel(), x.device).sub_(0.5)
+        step = x.numel() or 1
+        if x.device.type == "cpu":
+            step = max(1, _AT_A_TIME // self.block) * self.block
+        for noise, values in zip(moved.split(step), x.split(step), strict=True):
+            self._move(noise, values)
+        return moved
+
+    def _move(self, noise: torch.Tensor, x: torch.Tensor) -> None:
+        """Replaces `noise` in [-1/2, 1/2) by x and as many steps of x's blocks."""
         short = -x.numel() % self.block
         blocks = torch.nn.functional.pad(x.float(), (0, short)).view(-1, self.block)
         largest = blocks.abs().amax(1, keepdim=True)
         moved = torch.nn.functional.pad(noise, (0, short)).view(-1, self.block)
-        moved.mul_(largest / _LARGEST_CODE[self.bits]).add_(blocks)
+        moved.mul_(largest / _LARGEST_CODE[self.bits]).add_(blocks).clamp_(-largest, largest)
         # The largest stays, and nobody outgrows it, for it makes the scale; its code is the last one anyway.
-        moved = torch.where(blocks.abs() == largest, blocks, moved.clamp_(-largest, largest))
-        return moved.view(-1)[: x.numel()]
+        noise.copy_(torch.where(blocks.abs() == largest, blocks, moved).view(-1)[: x.numel()])

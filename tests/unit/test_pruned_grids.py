@@ -22,7 +22,7 @@ GRIDS = [
         (None, "per_tensor", "per_channel", "per_column_group"),
         ("nearest", "stochastic"),
     )
-    if bits > 2 or kind == "symmetric"
+    if bits > 2 or (kind == "symmetric" and rounding == "nearest")
 ]
 
 
