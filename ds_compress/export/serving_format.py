@@ -13,7 +13,6 @@ Stock `AutoModel...from_pretrained` loads the folder where ds_compress is import
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +27,10 @@ from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight, encode_rows
 from ds_compress.export.errors import ExportError
 from ds_compress.export.fingerprint import fingerprint
-from ds_compress.export.format import Format
+from ds_compress.export.format import Format, emptied
 from ds_compress.export.inputs import run
 from ds_compress.export.read import Layer
 from ds_compress.export.source import Trained
-from ds_compress.quant import layers
 
 _BYTE = 8
 QUANT_METHOD = "ds_compress"
@@ -70,19 +68,11 @@ class ServingFormat(Format):
         from ds_compress.export.held import fingerprints_of, input_scales
         from ds_compress.export.load import from_pretrained
 
-        def empty() -> nn.Module:
-            copied = copy.deepcopy(final)
-            for module in copied.modules():
-                if isinstance(module, layers.QATModule):
-                    module.weight_quantizer = module.input_quantizer = None
-                    layers.detach(module)
-            return copied
-
-        exact = from_pretrained(folder, empty(), fused=False, activations=False)
+        exact = from_pretrained(folder, emptied(final), fused=False, activations=False)
         fingerprints = fingerprints_of(exact)
-        served = from_pretrained(folder, empty(), fused=False)
+        served = from_pretrained(folder, emptied(final), fused=False)
         fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
-        logits = {"logits": run(from_pretrained(folder, empty()), inputs), "exact_logits": run(exact, inputs)}
+        logits = {"logits": run(from_pretrained(folder, emptied(final)), inputs), "exact_logits": run(exact, inputs)}
         loaded = "ds_compress.from_pretrained(model=), in the process that wrote it"
         return Answer(logits, loaded, fingerprints=fingerprints)
 

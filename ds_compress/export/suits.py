@@ -91,11 +91,6 @@ def _of_quantizers(plan: Plan, format: str) -> Iterator[str]:
             asymmetric = [t for t in linears if t.params.target_bits > 2]
             if asymmetric:
                 yield f"{asymmetric[0].module_name} has asymmetric weights, which do not load back"
-    if format == "onnx":
-        for target in weights:
-            if target.kind is ModuleKind.CONV2D:
-                yield f"{target.module_name}: the format has no integers for a {target.kind}"
-                break
 
 
 def _scales(plan: Plan) -> Iterator[str]:
