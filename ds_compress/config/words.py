@@ -102,6 +102,8 @@ def _pruning_facts(shared: SparsePruningShared) -> str:
 def _weight_facts(shared: WeightQuantizationShared) -> str:
     where = "fake quantization in forward" if shared.quantize_weight_in_forward else "rounded after each step"
     grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+    if shared.quantization_type == "asymmetric" and shared.narrow_range is None and "legacy" in grid:
+        grid += ", narrow for pruned weights"
     facts = [shared.quantization_type, f"{shared.rounding} rounding", grid, where]
     if shared.learned_scale:
         facts.append("learned scales")

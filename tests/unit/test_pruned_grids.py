@@ -127,3 +127,9 @@ def test_the_legacy_asymmetric_grid_is_refused_where_weights_are_pruned() -> Non
     assert "linear" in problem.got and "conv" in problem.got
     del block["sparse_pruning"]
     resolve(Layers(), parse_config(block))
+
+
+def test_the_plan_says_which_grid_they_have() -> None:
+    for kind, says in (("asymmetric", True), ("symmetric", False)):
+        plan = resolve(Layers(), parse_config(block_of({"quantization_type": kind}, 4)))
+        assert ("narrow for pruned weights" in str(plan)) is says
