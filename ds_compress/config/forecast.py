@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ds_compress.config.modules import ModuleKind
 from ds_compress.config.sparse_pruning import SparsePruningShared
+from ds_compress.config.storage import format_of, plain_bytes, quantized_bytes
 from ds_compress.config.structures import shape_after, share_after
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 from ds_compress.config.weight_quantization import WeightQuantizationShared
@@ -27,8 +28,8 @@ _SCORE_BYTES = {"topk": 12, "taylor": 4, "movement": 4, "snip_momentum": 4, "l1"
 class Stored:
     """One or more weights on disk, in bytes.
 
-    before: in the dtype that they have now. after: dense, in packed integers with fp32 scales where they are
-    quantized. bitmask: as one bit per weight and the non-zeros only. nonzeros: a count.
+    before: in the dtype that they have now. after: in the files of an export, see `storage`.
+    bitmask: as one bit per weight and the non-zeros only. nonzeros: a count.
     """
 
     before: int = 0
@@ -112,16 +113,18 @@ def _targets(plan: Plan, key: str) -> tuple[Target, ...]:
 def _stored_weight(plan: Plan, weight: Weight, pruned: Target | None, quantized: Target | None) -> Stored:
     shape = shape_after(plan.structures, weight.name, weight.shape)
     numel, stays = math.prod(shape), share_after(plan.structures, weight.name)
-    before = math.prod(weight.shape) * weight.itemsize
+    before, format = math.prod(weight.shape) * weight.itemsize, format_of(plan)
     # The decimal of the JSON, not its binary neighbour: 0.07 of 100 is 7.
     nonzeros = math.ceil(Fraction(repr(pruned.params.dense_ratio)) * numel) if pruned else numel
-    bits, scale_bytes = 8 * weight.itemsize, 0
+    bits, scale_bytes, after = 8 * weight.itemsize, 0, plain_bytes(weight, shape, format)
     if quantized:
         shared: WeightQuantizationShared = plan.techniques["weight_quantization"].shared
         per_scale = _SCALE_BYTES * (2 if shared.quantization_type == "asymmetric" else 1)
         scales = scales_of(replace(quantized, shape=shape), shared)
         bits, scale_bytes = quantized.params.target_bits, per_scale * scales
-    after = _bytes(numel * bits) + scale_bytes
+        stored = quantized_bytes(plan, weight, quantized, shape, format, has_zeros=pruned is not None)
+        # A tied weight that only one of its users quantizes is stored for the other, too.
+        after = stored + (after if len(weight.users) > 1 else 0)
     bitmask = _bytes(numel) + _bytes(nonzeros * bits) + scale_bytes if pruned else after
     return Stored(before, int(after * stays), int(bitmask * stays), int(nonzeros * stays))
 

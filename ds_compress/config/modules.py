@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+_OF_LINEAR = {"weight", "bias"}
 
 
 class ModuleKind(StrEnum):
@@ -24,6 +28,7 @@ class ModuleKind(StrEnum):
 def kind_of(module: nn.Module) -> ModuleKind | None:
     """The kind of a module whose forward is exactly that of its kind; None for everything else.
 
+    A subclass of nn.Linear with a forward of its own is asked what it computes (Falcon's does what Linear does).
     A subclass that computes something else, a forward replaced on the instance, or a weight that is not a
     plain parameter (parametrized, weight-normed, lazy) is None: a swapped class would compute something else.
     A module whose class this package swapped has the kind of the class that it had before.
@@ -32,9 +37,40 @@ def kind_of(module: nn.Module) -> ModuleKind | None:
     if "forward" in vars(module) or not _has_plain_weight(module):
         return None
     for kind, base in _bases().items():
-        if issubclass(cls, base) and _computes_like(cls, base):
+        if issubclass(cls, base) and (_computes_like(cls, base) or computes_linear(module)):
             return kind
     return None
+
+
+@torch.no_grad()
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a module of a subclass of nn.Linear computes x @ weight.T + bias, tried on a small twin of it.
+
+    The twin has the module's own attributes, so that a factor among them shows.
+    """
+    cls: type[nn.Module] = getattr(type(module), "_ds_compress_base_class", type(module))
+    if not issubclass(cls, nn.Linear) or issubclass(cls, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    if set(module._parameters) - _OF_LINEAR - {"weight_step_size"} or module._buffers or module._modules:
+        return False
+    twin = cls.__new__(cls)
+    nn.Module.__init__(twin)
+    known = vars(twin).keys()
+    twin.__dict__.update({key: value for key, value in vars(module).items() if key not in known})
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 5), (3,), (2, 4, 5)
+    weight, bias, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    has_bias = module._parameters.get("bias") is not None
+    twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    twin._parameters["bias"] = nn.Parameter(bias, requires_grad=False) if has_bias else None
+    try:
+        found = cls.forward(twin.eval(), x)
+    except Exception:  # a forward that needs other sizes, or more arguments
+        return False
+    expected = F.linear(x, weight, bias if has_bias else None)
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return False
+    return bool(torch.allclose(found, expected, rtol=1e-12))
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ class Plan:
     techniques: only the enabled ones, by block key (sparse_pruning, weight_quantization,
     activation_quantization); `structures` likewise for row, head, channel, depth and hidden pruning. weights: every
     parameter of the model. world_size: how many processes share the training state. notes: for the reader, such as in
-    which formats the result can be exported.
+    which formats the result can be exported. packs: stock transformers loads packed weights of this model.
     """
 
     config: CompressionConfig
@@ -36,6 +36,7 @@ class Plan:
     structures: dict[str, StructurePlan] = field(default_factory=dict, repr=False)
     world_size: int = 1
     notes: tuple[str, ...] = field(default=(), repr=False)
+    packs: bool = True
 
     def __str__(self) -> str:
         from ds_compress.config.report import plain_text
@@ -70,5 +71,6 @@ def plan(
     from ds_compress.export import suits
 
     suits.refuse_unfit(resolved, model)
+    resolved.packs = suits.loads_packed(resolved, model)
     resolved.notes = tuple(suits.notes(resolved, model)) if resolved.techniques or resolved.structures else ()
     return resolved

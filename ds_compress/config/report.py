@@ -14,6 +14,7 @@ from rich.text import Text
 from ds_compress.config import forecast, words
 from ds_compress.config.coverage import left_out
 from ds_compress.config.forecast import Stored
+from ds_compress.config.storage import format_of
 from ds_compress.config.targets import Target
 from ds_compress.sheet import Sheet, folded, uncut, width_of
 
@@ -204,7 +205,7 @@ def _totals(plan: Plan) -> Iterator[str]:
     ratio = everything.before / everything.after if everything.after else 1.0
     sizes = f"{size_in_words(everything.before)} -> {size_in_words(everything.after)} ({ratio:.2f}x smaller)"
     sparse = f", {size_in_words(everything.bitmask)} as bitmask and non-zeros" if _prunes(plan) else ""
-    yield f"stored: {sizes}, {everything.nonzeros:,} non-zeros{sparse}"
+    yield f"stored: {sizes} as {format_of(plan)}, {everything.nonzeros:,} non-zeros{sparse}"
     if _prunes(plan):
         state = forecast.training_state(plan)
         processes = "1 process" if plan.world_size == 1 else f"each of {plan.world_size} processes"

@@ -90,8 +90,20 @@ def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
         module = model.get_submodule(name.rpartition(".")[0])
         return getattr(type(module), "_ds_compress_base_class", type(module)).__name__
 
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+
     return tuple(
-        Weight(name, shape_of(parameter), parameter.element_size(), parameter.requires_grad, owner(name))
+        Weight(
+            name,
+            shape_of(parameter),
+            parameter.element_size(),
+            parameter.requires_grad,
+            owner(name),
+            tuple(users[id(parameter)]),
+        )
         for name, parameter in model.named_parameters()
         if not is_auxiliary(name)
     )

@@ -44,7 +44,7 @@ class TechniquePlan:
 class Weight:
     """One parameter of the model as it is stored: full shape, bytes per element, whether it trains, whose it is.
 
-    owner: name of the class of the module that holds it.
+    owner: name of the class of the module that holds it. users: names of all modules that do.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Weight:
     itemsize: int
     trainable: bool
     owner: str = ""
+    users: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:

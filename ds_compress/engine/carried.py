@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ds_compress.engine import seams
 from ds_compress.engine.groups import GroupSettings, Schedulers
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "training", "losses")
@@ -29,6 +30,8 @@ class Carried:
             for name in (*_COUNTERS, *_LAST_STEP, *_KEPT_OBJECTS)
             if hasattr(engine, name)
         }
+        scaler = seams.gradient_scaler(engine)
+        self.gradient_scaler = None if scaler is None else scaler.state_dict()
         self.settings = GroupSettings(engine)
         self.schedulers = Schedulers([self.basic, self.optimizer], self.scheduler)
         self.scheduler_state = self.scheduler.state_dict() if hasattr(self.scheduler, "state_dict") else None
@@ -49,6 +52,8 @@ class Carried:
         scaler = getattr(self.optimizer, "loss_scaler", None)
         if hasattr(scaler, "__dict__") and hasattr(fresh.optimizer, "loss_scaler"):
             vars(fresh.optimizer.loss_scaler).update(vars(scaler))
+        if self.gradient_scaler is not None:
+            seams.gradient_scaler(fresh).load_state_dict(self.gradient_scaler)
         for ours, theirs in (
             (self.optimizer, fresh.optimizer),
             (self.basic, fresh.basic_optimizer),

@@ -110,7 +110,7 @@ def load(folder: Path, session: Compression) -> None:
         logger.warning(
             "ds_compress: %s has no compression state; compression starts from step 0", folder.parent
         )
-        session.load_state_dict({"applied_steps": 0, "stages": {}})
+        session.begin_anew()
         return
     state = torch.load(folder / STATE, weights_only=True)
     missing = [name for name in state["files"] if not (folder / name).exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -104,6 +105,7 @@ class Compression:
         self._stop_watching: Callable[[], None] = lambda: None
         self.construction: dict[str, Any] = {}
         self.uncut: grow.Uncut | None = None
+        self._at_start: dict[str, Any] = {}
 
     @property
     def config(self) -> CompressionConfig:
@@ -120,7 +122,7 @@ class Compression:
         """
         model: nn.Module = arguments["model"]
         config = parse_config(block)
-        refuse_unsupported(model, engine_class, arguments["config_class"])
+        refuse_unsupported(model, engine_class, arguments["config_class"], config)
         refuse_unsupported_reductions(config, arguments["config_class"])
         for line in idle_lines(config, block):
             logger.warning("%s", line)
@@ -214,6 +216,7 @@ class Compression:
         if self._hooks is not None:
             self._hooks.remove()
         self._is_released = False
+        self._at_start = copy.deepcopy({name: stage.state_dict() for name, stage in self.stages.items()})
         self.engine = engine
         engine.compression = self
         sessions.keep(self.model, self)
@@ -408,6 +411,13 @@ class Compression:
         successor.teacher = self.teacher
         successor.construct(engine, arguments, self.construction["constructor"])
         return successor
+
+    def begin_anew(self) -> None:
+        """As after `attach`: nothing is masked, scored or counted yet. For weights that come without our state."""
+        self.load_state_dict({"applied_steps": 0, "stages": copy.deepcopy(self._at_start)})
+        for stage in self.stages.values():
+            stage.load_fragment_state({})
+            stage.load_process_state(None)
 
     def mask_frozen_weights(self) -> None:
         """Puts the masks into weights that no optimizer steps, which a checkpoint may have brought back dense."""

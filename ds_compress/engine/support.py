@@ -7,21 +7,34 @@ from typing import Any
 from torch import nn
 
 from ds_compress.config.errors import ConfigError, Problem, shown
+from ds_compress.config.schema import CompressionConfig
+from ds_compress.config.structures import KIND_OF_BLOCK
 
 _ROOT = "compression_training"
 
 
-def refuse_unsupported(model: nn.Module, engine_class: str, ds_config: Any) -> None:
+def refuse_unsupported(
+    model: nn.Module, engine_class: str, ds_config: Any, config: CompressionConfig | None = None
+) -> None:
     """Raises ConfigError listing every feature of this run that compression does not work with.
 
-    `engine_class`: name of the engine's class; `ds_config`: the DeepSpeedConfig object.
+    `engine_class`: name of the engine's class; `ds_config`: the DeepSpeedConfig object; `config`: the block.
     """
     problems = [
         Problem(path, shown(got), allowed, hint)
         for path, got, allowed, hint in _unsupported(model, engine_class, ds_config)
     ]
+    key = "save_muon_momentum_buffer_in_memory"
+    if getattr(ds_config.zero_config, key, False) and config is not None and _shrinks(config):
+        hint = "remove the key: momenta that DeepSpeed keeps beside the optimizer's state are lost in a shrink"
+        problems.append(Problem(f"zero_optimization.{key}", "true", "false with shrink_at_end_of_schedule", hint))
     if problems:
         raise ConfigError(problems)
+
+
+def _shrinks(config: CompressionConfig) -> bool:
+    blocks = (getattr(config, key) for key in KIND_OF_BLOCK)
+    return any(b is not None and b.shared.enabled and b.shared.shrink_at_end_of_schedule for b in blocks)
 
 
 def _unsupported(model: nn.Module, engine_class: str, ds_config: Any) -> Any:

@@ -25,7 +25,7 @@ from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
 from ds_compress.export.held import input_scale
 from ds_compress.export.hf import HfFormat
-from ds_compress.export.inputs import exact_activations, example_inputs, run
+from ds_compress.export.inputs import checked_inputs, exact_activations, example_inputs, run, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
@@ -91,7 +91,7 @@ def export(
         failure = error
     try:
         trained.agree(failure)
-        job = _Export(trained, format, Options(dtype, embeddings, scheme), inputs if check else None, check)
+        job = _Export(trained, format, Options(dtype, embeddings, scheme), inputs, check)
         job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
         try:
             if unfinished is not None:
@@ -130,7 +130,8 @@ class _Export:
         self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)
         self.final = _after_cuts(trained)
         self.format.check_source(trained, self.final)
-        self.inputs = (inputs or example_inputs(trained.model)) if check else None
+        self.given = None if inputs is None else checked_inputs(trained.model, inputs)
+        self.inputs = (self.given or example_inputs(trained.model)) if check else None
         self.masked: list[str] = []
         self.fingerprints: dict[str, Fingerprint] = {}
         self.report = ExportReport("", name, _class_name(trained.model), trained.description)
@@ -215,18 +216,26 @@ class _Export:
     def _expected(self) -> checking.Expected | None:
         if self.inputs is None:
             return None
+        try:
+            return self._ran(self.inputs)
+        except Exception as error:
+            if self.given is not None:
+                raise ExportError(f"the model does not run on inputs=: {type(error).__name__}: {error}") from error
+            raise ExportError(f"{unknown_inputs(self.trained.model)} ({type(error).__name__}: {error})") from error
+
+    def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
         model, stored = self.trained.model, self.format.options.dtype
         with in_fp32(model, stored), self.trained.changed(self.format.rounded):
-            logits = run(model, self.inputs, torch.float32)
+            logits = run(model, inputs, torch.float32)
             with exact_activations(model):
-                exact = run(model, self.inputs, torch.float32)
+                exact = run(model, inputs, torch.float32)
         rounding = 0.0
         if is_sharded(model) and _dtype(model) is not torch.float32:
             # A module may ask for the dtype of weights before they are converted, and round what it gives them.
             with self.trained.changed(self.format.rounded), exact_activations(model):
-                rounding = float((run(model, self.inputs) - exact).abs().max())
+                rounding = float((run(model, inputs) - exact).abs().max())
         return checking.Expected(
-            self.inputs,
+            inputs,
             exact if self.format.ignores_inputs else logits,
             exact,
             self._rounded_to(),
@@ -251,7 +260,7 @@ class _Export:
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
         self._add_config_entries(folder)
-        self.format.finish(folder, self.trained, self.final, expected.inputs if expected else None)
+        self.format.finish(folder, self.trained, self.final, self.inputs or self.given)
         for name, stored in self.format.schemes.items():
             report.modules.setdefault(name, {})["scheme"] = stored
         report.notes = self.format.notes + _sparsity_notes(report)

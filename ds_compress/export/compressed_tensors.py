@@ -26,7 +26,7 @@ from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
 from ds_compress.export.format import OTHER_FORMAT, Format
 from ds_compress.export.read import InputScheme, Layer
-from ds_compress.export.rehearsal import loads_with
+from ds_compress.export.rehearsal import loads_packed
 from ds_compress.export.source import Trained
 from ds_compress.quant import layers
 from ds_compress.quant.grid import TokenGranularity, ranges_between
@@ -119,7 +119,8 @@ class CompressedTensorsFormat(Format):
                 f"not load back; train with quantization_type symmetric, or {OTHER_FORMAT}"
             )
         grouped = encoded.groups > 1
-        scheme["weights"] = _arguments(encoded.bits, "group" if grouped else "channel", False)
+        bits = max(2, encoded.bits)  # in one bit its codes are -1 and 0
+        scheme["weights"] = _arguments(bits, "group" if grouped else "channel", False)
         if grouped:
             scheme["weights"]["group_size"] = encoded.group_size
         stored = {layer.full("weight_scale"): encoded.scale}
@@ -134,7 +135,7 @@ class CompressedTensorsFormat(Format):
             stored[layer.full("weight")] = encoded.codes
         else:
             scheme["format"] = "pack-quantized"
-            stored[layer.full("weight_packed")] = pack_to_int32(encoded.codes, encoded.bits)
+            stored[layer.full("weight_packed")] = pack_to_int32(encoded.codes, bits)
             stored[layer.full("weight_shape")] = torch.tensor(encoded.codes.shape)
         return stored
 
@@ -207,14 +208,4 @@ def _loads_packed(trained: Trained, final: nn.Module) -> bool:
     for name, module in trained.model.named_modules():
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
             users.setdefault(id(weight), []).append(recipes[name] is not None)
-    untied = any(len(set(quantize)) > 1 for quantize in users.values())
-    weights = _arguments(4, "channel", False)
-    group = {"targets": targets, "weights": weights, "input_activations": None, "format": "pack-quantized"}
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": [],
-    }
-    return loads_with(final, config, untied)
+    return loads_packed(final, targets, any(len(set(quantize)) > 1 for quantize in users.values()))

@@ -21,7 +21,8 @@ class EncodedWeight:
     """codes: int8 `[out, in]`, uint8 where there is an offset; scale, offset: fp32 `[out, groups]`.
 
     group_size: columns that share a scale; `in` when a row has one. shape: that of the weight itself, of which
-    `[out, in]` is a view; transposed: it is stored `[in, out]` (Conv1D). bits: that hold every code.
+    `[out, in]` is a view; transposed: it is stored `[in, out]` (Conv1D). bits: that hold every code. One bit
+    holds the codes -1 and 1 of a binary weight of which none is zero.
     """
 
     codes: torch.Tensor
@@ -110,7 +111,7 @@ def encode(
         codes=matrix.contiguous().cpu(),
         scale=scales,
         offset=None if quantized.offset is None else _by_row(quantized.offset, grid, rows, columns),
-        bits=grid.bits if grid.levels is Levels.UNIFORM else 2,
+        bits=_bits(grid, matrix),
         group_size=columns // scales.shape[1],
         shape=tuple(weight.shape),
         transposed=transposed,
@@ -125,6 +126,12 @@ def encode_rows(weight: torch.Tensor) -> EncodedWeight:
     """A weight that was not trained in integers, rounded to int8 with one scale per row: max|row| / 127."""
     grid = WeightGrid(bits=8, narrow_range=True, granularity=Granularity.PER_CHANNEL)
     return encode(weight.float(), WeightRecipe(grid))
+
+
+def _bits(grid: WeightGrid, codes: torch.Tensor) -> int:
+    if grid.levels is Levels.UNIFORM:
+        return grid.bits
+    return 1 if grid.levels is Levels.BINARY and bool((codes != 0).all()) else 2
 
 
 def _columns(shape: tuple[int, ...], transposed: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
 from ds_compress.export.read import Layer
 from ds_compress.export.source import Trained
+from ds_compress.quant import layers
 from ds_compress.structure.stock import other_shapes, stock_obstacles
 
 OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can store it'
@@ -137,6 +139,16 @@ def refuse_unless_stock(trained: Trained, final: nn.Module, name: str, checked: 
     if obstacles and (not is_open or other_shapes(final)):
         raise ExportError(f"{another_model(name, obstacles)}. {OTHER_FORMAT}")
     return obstacles
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """A copy without quantizers, of a model that only its own code can build."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, layers.QATModule):
+            module.weight_quantizer = module.input_quantizer = None
+            layers.detach(module)
+    return copied
 
 
 def is_of_transformers(model: nn.Module) -> bool:

@@ -21,6 +21,35 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ExportError: nothing is known of what the model takes.
     """
+    try:
+        return _example_inputs(model)
+    except ExportError:
+        raise
+    except Exception as error:  # configs and dummy inputs of a thousand classes
+        raise ExportError(f"{unknown_inputs(model)} ({type(error).__name__}: {error})") from error
+
+
+def checked_inputs(model: nn.Module, given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """`given`; raises ExportError for what the model does not take by name."""
+    taken = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    unknown = [name for name in given if name not in taken and not takes_any]
+    if unknown or not given:
+        got = ", ".join(unknown) or "nothing"
+        raise ExportError(f"inputs= has {got}, and a {type(model).__name__} takes {', '.join(taken)}")
+    return given
+
+
+def unknown_inputs(model: nn.Module) -> str:
+    """A sentence for errors: the user has to say what the model takes."""
+    taken = ", ".join(inspect.signature(model.forward).parameters)
+    return (
+        f"no inputs for a {type(model).__name__} could be made up: pass inputs={{name: tensor}} to check it with (its "
+        f"forward takes {taken}), or check=False"
+    )
+
+
+def _example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     taken = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
@@ -28,10 +57,7 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         dummy = getattr(model, "dummy_inputs", None)
         if isinstance(dummy, Mapping):
             return {name: value.clone() for name, value in dummy.items()}
-        raise ExportError(
-            f"a {type(model).__name__} says nothing of its inputs: pass inputs={{name: tensor}} to check it with, "
-            "or check=False"
-        )
+        raise ExportError(unknown_inputs(model))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     low, high = min(3, text.vocab_size - 1) if hasattr(text, "vocab_size") else 0, getattr(text, "vocab_size", 2)
     length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)

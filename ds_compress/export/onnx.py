@@ -20,7 +20,7 @@ from ds_compress.config.modules import ModuleKind
 from ds_compress.export.attributes import restore, unsaid
 from ds_compress.export.encoded import encode_rows
 from ds_compress.export.errors import ExportError
-from ds_compress.export.format import OTHER_FORMAT, Format
+from ds_compress.export.format import OTHER_FORMAT, Format, emptied, is_of_transformers
 from ds_compress.export.inputs import example_inputs
 from ds_compress.export.load import fill, skeleton
 from ds_compress.export.read import Layer
@@ -53,8 +53,6 @@ class OnnxFormat(Format):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         encoded = layer.encoded
-        if encoded is not None and layer.kind not in (*_PRODUCTS, ModuleKind.EMBEDDING):
-            raise ExportError(f'{layer.name}: format "onnx" has no integers for a {layer.kind}; {OTHER_FORMAT}')
         is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
         if encoded is None and is_table and self.options.embeddings == "int8":
             encoded = encode_rows(layer.tensors["weight"])
@@ -93,8 +91,11 @@ class OnnxFormat(Format):
         onnx.checker.check_model(str(folder / FILE_NAME))
 
     def _float_model(self, folder: Path, final: nn.Module) -> nn.Module:
-        model = skeleton(folder, type(final).__name__)
-        restore(model, unsaid(final, json_config(folder, final)))
+        if is_of_transformers(final):
+            model = skeleton(folder, type(final).__name__)
+            restore(model, unsaid(final, json_config(folder, final)))
+        else:
+            model = emptied(final)
         for layer in self.layers:
             values = dict(layer.tensors)
             if layer.encoded is not None:
@@ -103,7 +104,34 @@ class OnnxFormat(Format):
         for layer in self.layers:
             for local, first in layer.ties.items():
                 model.get_submodule(layer.name)._parameters[local] = model.get_parameter(first)
+        if any(layer.encoded is not None and layer.kind is ModuleKind.CONV2D for layer in self.layers):
+            _keep_normalizations(model)
         return model.requires_grad_(False).eval()
+
+
+class _Affine(nn.Module):
+    """What a BatchNorm2d computes in a trained model."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None and variance is not None
+        factor = (variance + norm.eps).rsqrt()
+        factor = factor if norm.weight is None else factor * norm.weight
+        offset = -mean * factor if norm.bias is None else norm.bias - mean * factor
+        self.register_buffer("factor", factor.detach().view(1, -1, 1, 1).clone())
+        self.register_buffer("offset", offset.detach().view(1, -1, 1, 1).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor + self.offset  # type: ignore[operator]
+
+
+def _keep_normalizations(model: nn.Module) -> None:
+    """The exporter would multiply a BatchNorm into the convolution before it, whose codes are then lost."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and child.running_mean is not None:
+                setattr(module, name, _Affine(child))
 
 
 def generates(model: Any) -> bool:
@@ -127,14 +155,20 @@ class _Positional(nn.Module):
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
         output = self.model(**dict(zip(self.names, values, strict=True)))
+        if isinstance(output, torch.Tensor):
+            return output
         result: torch.Tensor = output["logits"] if "logits" in output else output[0]
         return result
+
+
+def _is_text(value: torch.Tensor) -> bool:
+    return value.dim() == 2 and not value.is_floating_point()
 
 
 def exported(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     """The onnx.ModelProto of a float model; batch and sequence length stay free."""
     dynamic = torch.export.Dim.DYNAMIC
-    axes = tuple({0: dynamic, 1: dynamic} if value.dim() == 2 else {0: dynamic} for value in inputs.values())
+    axes = tuple({0: dynamic, 1: dynamic} if _is_text(value) else {0: dynamic} for value in inputs.values())
     program = torch.onnx.export(
         _Positional(model, list(inputs)).eval(),
         tuple(inputs.values()),

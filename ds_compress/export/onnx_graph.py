@@ -25,7 +25,7 @@ def quantize_graph(model: Any, layers: Iterable[Layer]) -> list[str]:
     graph = model.graph
     by_module: dict[str, Any] = {}
     for node in graph.node:
-        if node.op_type in ("MatMul", "Gemm", "Gather"):
+        if node.op_type in ("MatMul", "Gemm", "Gather", "Conv"):
             by_module.setdefault(_module_of(node), node)
     missing = []
     for layer in layers:
@@ -35,6 +35,7 @@ def quantize_graph(model: Any, layers: Iterable[Layer]) -> list[str]:
         elif layer.kind is ModuleKind.EMBEDDING:
             _replace_table(graph, node, layer)
         else:
+            # A product, or a convolution, whose kernels are the rows of a matrix.
             _replace_weight(graph, node, layer)
             if layer.input is not None and layer.input.input_range is not None:
                 _round_input(graph, node, layer, layer.input)
@@ -59,10 +60,15 @@ def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
     zero = None
     if offset is not None:
         zero = -torch.round(offset / scale)
-    if not outputs_first:
+    is_convolution = node.op_type == "Conv"
+    if is_convolution and encoded.groups > 1:
+        return  # the float values are on the grid
+    if is_convolution:
+        codes = codes.reshape(encoded.shape)
+    elif not outputs_first:
         codes, scale = codes.t(), scale.t()
         zero = None if zero is None else zero.t()
-    axis = 0 if outputs_first else 1
+    axis = 0 if outputs_first or is_convolution else 1
     attributes: dict[str, Any] = {"axis": axis}
     if encoded.groups > 1:
         attributes = {"axis": 1 - axis, "block_size": encoded.group_size}
@@ -125,10 +131,14 @@ def _round_input(graph: Any, node: Any, layer: Layer, used: InputScheme) -> None
 
 
 def _integers(name: str, codes: torch.Tensor, kind: int) -> Any:
-    return helper.make_tensor(name, kind, codes.shape, codes.flatten().tolist()) if kind in (
-        TensorProto.INT4,
-        TensorProto.UINT4,
-    ) else numpy_helper.from_array(codes.contiguous().numpy(), name)  # fmt: skip
+    if kind not in (TensorProto.INT4, TensorProto.UINT4):
+        return numpy_helper.from_array(codes.contiguous().numpy(), name)
+    nibbles = (codes.flatten().to(torch.int16) & 15).to(torch.uint8)
+    if len(nibbles) % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+    # As raw bytes: in the field for numbers each takes one or two.
+    raw = (nibbles[::2] | nibbles[1::2] << 4).numpy().tobytes()
+    return helper.make_tensor(name, kind, codes.shape, raw, raw=True)
 
 
 def _floats(name: str, values: torch.Tensor) -> Any:

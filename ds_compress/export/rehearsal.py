@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.distributed
 import transformers
 import transformers.integrations.deepspeed
 from torch import nn
@@ -26,6 +28,7 @@ def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied:
         config.tie_word_embeddings = False
     integration: Any = transformers.integrations.deepspeed
     reference, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    is_initialized, torch.distributed.is_initialized = torch.distributed.is_initialized, lambda: False
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -33,7 +36,23 @@ def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied:
     except Exception:  # as many kinds of errors as model classes
         return False
     finally:
-        # Under ZeRO-3 it would partition the model.
+        # compressed-tensors would share the work with processes that are not here.
+        torch.distributed.is_initialized = is_initialized
+        # Under ZeRO-3 transformers would partition the model.
         integration._hf_deepspeed_config_weak_ref = reference
         transformers.logging.set_verbosity(level)
     return True
+
+
+def loads_packed(model: nn.Module, targets: Sequence[str], untied: bool = False) -> bool:
+    """Whether it loads with the weights of `targets`, each an nn.Linear, packed."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": list(targets), "weights": weights, "input_activations": None, "format": "pack-quantized"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [],
+    }
+    return loads_with(model, config, untied)

@@ -13,7 +13,6 @@ Stock `AutoModel...from_pretrained` loads the folder where ds_compress is import
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +27,10 @@ from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight, encode_rows
 from ds_compress.export.errors import ExportError
 from ds_compress.export.fingerprint import fingerprint
-from ds_compress.export.format import Format
+from ds_compress.export.format import Format, emptied
 from ds_compress.export.inputs import run
 from ds_compress.export.read import Layer
 from ds_compress.export.source import Trained
-from ds_compress.quant import layers
 
 _BYTE = 8
 QUANT_METHOD = "ds_compress"
@@ -70,19 +68,11 @@ class ServingFormat(Format):
         from ds_compress.export.held import fingerprints_of, input_scales
         from ds_compress.export.load import from_pretrained
 
-        def empty() -> nn.Module:
-            copied = copy.deepcopy(final)
-            for module in copied.modules():
-                if isinstance(module, layers.QATModule):
-                    module.weight_quantizer = module.input_quantizer = None
-                    layers.detach(module)
-            return copied
-
-        exact = from_pretrained(folder, empty(), fused=False, activations=False)
+        exact = from_pretrained(folder, emptied(final), fused=False, activations=False)
         fingerprints = fingerprints_of(exact)
-        served = from_pretrained(folder, empty(), fused=False)
+        served = from_pretrained(folder, emptied(final), fused=False)
         fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
-        logits = {"logits": run(from_pretrained(folder, empty()), inputs), "exact_logits": run(exact, inputs)}
+        logits = {"logits": run(from_pretrained(folder, emptied(final)), inputs), "exact_logits": run(exact, inputs)}
         loaded = "ds_compress.from_pretrained(model=), in the process that wrote it"
         return Answer(logits, loaded, fingerprints=fingerprints)
 
@@ -142,10 +132,12 @@ def stored_weight(encoded: EncodedWeight) -> dict[str, torch.Tensor]:
         stored["weight_offset"] = encoded.offset
     if encoded.bits == _BYTE:
         return {**stored, "weight_codes": encoded.codes}
-    codes = encoded.codes
+    codes, bits = encoded.codes, encoded.bits
+    if bits == 1:  # -1 and 1 as -1 and 0, which one bit holds
+        codes = codes.clamp_max(0)
     if encoded.offset is not None:  # packing is for signed codes
         codes = (codes.to(torch.int16) - 2 ** (encoded.bits - 1)).to(torch.int8)
-    return {**stored, "weight_packed": pack_to_int32(codes, encoded.bits)}
+    return {**stored, "weight_packed": pack_to_int32(codes, bits)}
 
 
 def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> EncodedWeight:
@@ -159,6 +151,8 @@ def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> En
     else:
         columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
         codes = unpack_from_int32(stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns)))
+        if scheme["bits"] == 1:
+            codes = 2 * codes + 1
         if offset is not None:
             codes = (codes.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
     return EncodedWeight(codes, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)

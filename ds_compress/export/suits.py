@@ -14,7 +14,9 @@ from torch import nn
 
 from ds_compress.config.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.config.modules import ModuleKind
+from ds_compress.config.storage import format_of
 from ds_compress.config.structures import StructurePlan, kept_units, shape_after
+from ds_compress.export import rehearsal
 from ds_compress.export.format import is_of_transformers
 from ds_compress.export.onnx import generates
 from ds_compress.structure.cut import Cuts
@@ -52,6 +54,16 @@ def notes(plan: Plan, model: nn.Module) -> Iterator[str]:
             yield f"not as {format}: {found[0]}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
 
 
+def loads_packed(plan: Plan, model: nn.Module) -> bool:
+    """Whether stock transformers loads packed weights of this model, where the plan has any for it."""
+    targets = [t for t in _targets(plan, "weight_quantization") if t.kind is ModuleKind.LINEAR]
+    if not targets or not is_of_transformers(model) or format_of(plan) != "compressed-tensors":
+        return True
+    claimed = {target.param_name for target in targets}
+    untied = any(len(weight.users) > 1 and weight.name in claimed for weight in plan.weights)
+    return rehearsal.loads_packed(model, [target.module_name for target in targets], untied)
+
+
 def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
     """Sentences that name the module; empty: the format has words for all of it."""
     return [*_scales(plan), *_of_model(model, format), *_of_quantizers(plan, format), *_of_cuts(plan, model, format)]
@@ -79,11 +91,6 @@ def _of_quantizers(plan: Plan, format: str) -> Iterator[str]:
             asymmetric = [t for t in linears if t.params.target_bits > 2]
             if asymmetric:
                 yield f"{asymmetric[0].module_name} has asymmetric weights, which do not load back"
-    if format == "onnx":
-        for target in weights:
-            if target.kind is ModuleKind.CONV2D:
-                yield f"{target.module_name}: the format has no integers for a {target.kind}"
-                break
 
 
 def _scales(plan: Plan) -> Iterator[str]:

@@ -14,11 +14,11 @@ class UnfinishedFolder:
     """A temporary folder beside `out`, renamed to it by `finish` and removed when the block ends without.
 
     Raises:
-        ExportError: `out` exists and may not be overwritten.
+        ExportError: `out` exists, is no empty folder, and may not be overwritten.
     """
 
     def __init__(self, out: Path, overwrite: bool) -> None:
-        if out.exists() and not overwrite:
+        if out.exists() and not overwrite and not _is_empty_folder(out):
             raise ExportError(f"{out} exists: give another folder, or overwrite=True")
         self.out = out
 
@@ -42,3 +42,7 @@ class UnfinishedFolder:
             shutil.rmtree(old)
         else:
             self.path.rename(self.out)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

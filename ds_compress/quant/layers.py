@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ds_compress.config.modules import ModuleKind, kind_of
 from ds_compress.quant.embedding import quantized_embedding
 from ds_compress.quant.functions import quantized_product
 from ds_compress.quant.grid import ActivationGrid
@@ -211,13 +212,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def qat_class(base: type[nn.Module]) -> type[QATModule]:
+def qat_class(base: type[nn.Module], computes_linear: bool = False) -> type[QATModule]:
     """The quantizing class for modules of class `base`, which may be a subclass that inherits its forward.
 
+    computes_linear: somebody has seen that its own forward does what that of Linear does.
     Raises TypeError for classes that we do not know or that have a forward of their own.
     """
     if base not in _classes:
-        mixin = _mixin_for(base)
+        mixin = _QATLinear if computes_linear else _mixin_for(base)
         namespace = {"_ds_compress_base_class": base, "__module__": __name__, "__doc__": mixin.__doc__}
         _classes[base] = cast(Any, type(f"QAT{base.__name__}", (mixin, base), namespace))
     return _classes[base]
@@ -226,7 +228,7 @@ def qat_class(base: type[nn.Module]) -> type[QATModule]:
 def check(module: nn.Module, learned: bool = False) -> None:
     """Raises TypeError or ValueError where `attach` would, or where a `learned` scale is not possible."""
     if not isinstance(module, QATModule):
-        qat_class(type(module))
+        _class_for(module)
     if not isinstance(module, nn.Embedding):
         return
     if module.sparse:
@@ -245,7 +247,7 @@ def attach(module: nn.Module) -> QATModule:
     if isinstance(module, QATModule):
         return module
     check(module)
-    new_class = qat_class(type(module))
+    new_class = _class_for(module)
     module.__dict__["weight_quantizer"] = None
     module.__dict__["input_quantizer"] = None
     module.__class__ = new_class
@@ -261,8 +263,12 @@ def detach(module: nn.Module) -> None:
     cast(Any, module).__class__ = module._ds_compress_base_class
 
 
+def _class_for(module: nn.Module) -> type[QATModule]:
+    return qat_class(type(module), computes_linear=kind_of(module) is ModuleKind.LINEAR)
+
+
 def _rebuild(base: type[nn.Module]) -> QATModule:
-    made = qat_class(base)
+    made = qat_class(base, computes_linear=issubclass(base, nn.Linear))  # it was swapped when it was pickled
     return made.__new__(made)
 
 

@@ -204,12 +204,12 @@ class LearnedUnits(UnitScore):
         return {**super().state_dict(), "moments": moments, "settings": dict(self._settings)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, total in state["totals"].items():
-            self.totals[name].copy_(total)
+        # Not into the tensors that are here: a schedule that is over has none.
+        super().load_state_dict(state)
+        self._optimizer = torch.optim.AdamW(list(self.totals.values()) or [torch.zeros(0)])
         for name, moments in state["moments"].items():
             self._optimizer.state[self.totals[name]] = {key: value.clone() for key, value in moments.items()}
         self._settings = dict(state["settings"])
-        self._parts = {}
 
 
 def random_units(seed: int, structure: str, units: int) -> torch.Tensor:

@@ -144,7 +144,7 @@ def selves(folder: str) -> dict[Any, Any]:
     """The model as its own teacher, and an average that survives a checkpoint."""
     results: dict[Any, Any] = {}
     for weights in KINDS_OF_SELF:
-        chosen: dict[str, Any] = {"weights": weights, **({"decay": 0.5} if weights == "ema" else {})}
+        chosen: dict[str, Any] = {"weights": weights, **({"decay": 0.75} if weights == "ema" else {})}
         for stage in (0, 2, 3):
             results[weights, stage] = run(stage, quantized({"logits": {}, "hidden": {}}, self_teacher=chosen))
     for stage in (0, 2, 3):
@@ -199,7 +199,7 @@ def _part_of(fragment: Any) -> torch.Tensor:
 
 
 def _average_across_a_checkpoint(stage: int, folder: str) -> dict[str, Any]:
-    compression = block({"logits": {}}, self_teacher={"weights": "ema", "decay": 0.5})
+    compression = block({"logits": {}}, self_teacher={"weights": "ema", "decay": 0.75})
     config = ds_config(stage, compression)
     model = llama()
     expected = {name: value.clone() for name, value in full_weights(model).items()}

@@ -62,6 +62,7 @@ def exported(stage: int, names: tuple[str, ...], folder: str) -> dict[str, Any]:
         with engine_of(net, ds_config(stage, block or None)) as engine:
             train(engine, batches(4))
             report = export(engine, where / "engine", format, shard_bytes=60_000)
+            assert report.bytes > 10_000 and 0.9 < report.ratio < 10  # in every process
             if block:
                 engine.save_checkpoint(str(where / "checkpoint"))
         dist.barrier()

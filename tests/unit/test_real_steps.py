@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -230,3 +231,45 @@ def test_static_inputs_have_no_bits_before_the_first_range() -> None:
     assert engine.compression.metrics()["activation_quantization/mean_bits"] == 0.0
     step(engine, 0)
     assert engine.compression.metrics()["activation_quantization/mean_bits"] == 8.0
+
+
+@pytest.mark.parametrize("method", ["l1", "taylor", "topk"])
+def test_weights_that_come_without_our_state_begin_anew(method: str, tmp_path: Any) -> None:
+    """A checkpoint of a run without the block: the masks of before are neither in the weights nor in the numbers."""
+    schedule = {"schedule_offset": 3, "schedule_offset_end": 5}
+    rows = {"enabled": True, "method": method, "dense_ratio": 0.5, **schedule}
+    block = {**sparse(method=method, **schedule), "row_pruning": {"shared_parameters": rows}}
+    engine = engine_of(block, 2)
+    engine.save_checkpoint(str(tmp_path))
+    shutil.rmtree(next(tmp_path.glob("*/ds_compress")))
+    first = [_loss_and_step(engine, at) for at in range(6)]
+    engine.load_checkpoint(str(tmp_path))
+    assert engine.compression.applied_steps == 0 == zeros(engine)
+    metrics = engine.compression.metrics()
+    assert (metrics["sparse_pruning/sparsity"], metrics["row_pruning/density"]) == (0.0, 1.0)
+    assert [_loss_and_step(engine, at) for at in range(6)] == first
+
+
+@pytest.mark.parametrize("method", ["l1", "taylor", "topk", "activation"])
+def test_a_checkpoint_from_within_the_schedule_loads_after_its_end(method: str, tmp_path: Any) -> None:
+    """As `load_best_model_at_end` does; scores were thrown away when the masks became final."""
+    shared = {"enabled": True, "method": method, "dense_ratio": 0.5, "schedule_offset": 1, "schedule_offset_end": 5}
+    block: dict[str, Any] = {"row_pruning": {"shared_parameters": shared}}
+    if method != "activation":
+        block |= sparse(method=method, schedule_offset=1, schedule_offset_end=5)
+    engine = engine_of(block, 1)
+    for at in range(3):
+        _loss_and_step(engine, at)
+    engine.save_checkpoint(str(tmp_path))
+    first = [(_loss_and_step(engine, at), engine.compression.metrics()) for at in range(3, 8)]
+    engine.load_checkpoint(str(tmp_path))
+    assert engine.compression.applied_steps == 3
+    assert [(_loss_and_step(engine, at), engine.compression.metrics()) for at in range(3, 8)] == first
+
+
+def _loss_and_step(engine: Any, at: int) -> float:
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(at))
+    loss = engine(x).square().mean()
+    engine.backward(loss)
+    engine.step()
+    return float(loss.detach())

@@ -284,3 +284,82 @@ def test_muon_keeps_its_tags_and_momenta(stage: int) -> None:
     # Orthogonal updates of a smaller matrix are others, so only what comes before them is equal.
     assert losses[0][: SHRINK_AT + 1] == pytest.approx(losses[1][: SHRINK_AT + 1], rel=1e-5)
     assert all(loss < 2 for loss in losses[1])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_the_loss_scale_of_torch_autocast_goes_on(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_compress.engine import seams, shrink
+
+    model = bert()
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "torch_autocast": {"enabled": True, "dtype": "float16"},
+    }
+    engine = engine_of(model, DEPTH, stage, model_parameters=model.parameters(), config=config)
+    scaler, before = seams.gradient_scaler(engine), {}
+    scaler.set_growth_interval(2)
+    original = shrink.shrink
+
+    def look_and_shrink(engine: Any) -> None:
+        before.update(seams.gradient_scaler(engine).state_dict())
+        original(engine)
+
+    monkeypatch.setattr(shrink, "shrink", look_and_shrink)
+    for at in range(SHRINK_AT):
+        step(engine, at)
+    after = seams.gradient_scaler(engine)
+    assert after is not scaler and after.state_dict() == before
+    assert before["scale"] > 65536 and before["growth_interval"] == 2
+
+
+@pytest.fixture
+def trainer_state() -> Any:
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    init_single_process()
+    yield
+    AcceleratorState._reset_state(True)
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.usefixtures("trainer_state")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_trainer_with_its_own_optimizer_and_schedule_goes_through(stage: int, tmp_path: Any) -> None:
+    """Without an optimizer in the JSON, accelerate steps a LambdaLR of torch that the engine never sees."""
+    from transformers import Trainer, TrainingArguments
+
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(0, 64, (6,), generator=generator) for _ in range(24)]
+    trainer = Trainer(
+        model=bert(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            deepspeed={
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_clipping": "auto",
+                "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True,
+                "compression_training": {**DEPTH, **LSQ, **DEPTH},
+            },
+            **{"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 6, "learning_rate": 1e-3},
+            **{"per_device_train_batch_size": 4, "logging_steps": 1, "weight_decay": 0.1, "save_strategy": "no"},
+            lr_scheduler_type="linear",
+        ),
+        train_dataset=[{"input_ids": ids, "labels": ids[0] % 2} for ids in rows],
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([1e-3 * (6 - k) / 6 for k in range(6)])
+    assert stage == 0 or all(entry["grad_norm"] > 0 for entry in logs)  # DeepSpeed keeps none at stage 0
+    assert trainer.model.config.num_hidden_layers == 2
+    used = {g["lr"] for g in trainer.model_wrapped.basic_optimizer.param_groups}
+    assert used == {0.0}  # every group is at the end of the schedule, that of the scales, too
+
+
+def test_momenta_that_a_shrink_would_lose_are_refused() -> None:
+    model = bert(layers=2)
+    zero = {"stage": 3, "reduce_scatter": False, "save_muon_momentum_buffer_in_memory": True}
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}, "zero_optimization": zero}
+    with pytest.raises(ds_compress.ConfigError, match="save_muon_momentum_buffer_in_memory"):
+        engine_of(model, LSQ, 3, model_parameters=model.parameters(), config=muon)
