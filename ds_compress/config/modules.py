@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ds_compress.config.linear_activation import computes_linear_activation
+
 _OF_LINEAR = {"weight", "bias"}
 
 
@@ -23,6 +25,8 @@ class ModuleKind(StrEnum):
     """[outputs, inputs / groups, height, width]"""
     EMBEDDING = "Embedding"
     """[entries, columns]"""
+    LINEAR_ACTIVATION = "Linear with its activation"
+    """[outputs, inputs]; no nn.Linear: see `linear_activation`"""
 
 
 def kind_of(module: nn.Module) -> ModuleKind | None:
@@ -39,6 +43,8 @@ def kind_of(module: nn.Module) -> ModuleKind | None:
     for kind, base in _bases().items():
         if issubclass(cls, base) and (_computes_like(cls, base) or computes_linear(module)):
             return kind
+    if not isinstance(module, tuple(_bases().values())) and computes_linear_activation(module):
+        return ModuleKind.LINEAR_ACTIVATION
     return None
 
 

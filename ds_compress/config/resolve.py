@@ -33,7 +33,9 @@ from ds_compress.config.targets import Target, TechniquePlan, Weight
 
 logger = logging.getLogger("ds_compress")
 
-LAYERS = frozenset({ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D})
+LAYERS = frozenset(
+    {ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D, ModuleKind.LINEAR_ACTIVATION}
+)
 KINDS = {
     "sparse_pruning": LAYERS | {ModuleKind.EMBEDDING},
     "weight_quantization": LAYERS | {ModuleKind.EMBEDDING},
@@ -266,7 +268,7 @@ class Claims:
 
 
 def _kinds_in_words(kinds: frozenset[ModuleKind]) -> str:
-    *names, last = (kind for kind in ModuleKind if kind in kinds)
+    *names, last = (kind for kind in ModuleKind if kind in kinds - {ModuleKind.LINEAR_ACTIVATION})
     return f"{', '.join(names)} or {last}"
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ds_compress.config.modules import shape_of
 from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.errors import ExportError
@@ -141,14 +142,40 @@ def refuse_unless_stock(trained: Trained, final: nn.Module, name: str, checked: 
     return obstacles
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 def emptied(model: nn.Module) -> nn.Module:
-    """A copy without quantizers, of a model that only its own code can build."""
-    copied = copy.deepcopy(model)
+    """A copy without quantizers and without values, of a model that only its own code can build.
+
+    Its parameters are whole and plain, also where those of the model are sharded, and hooks of a training engine stay
+    behind.
+    """
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty(shape_of(p), dtype=p.dtype), requires_grad=False) for p in model.parameters()
+    }
+    for module in model.modules():
+        for kind in _HOOKS:
+            hooks = vars(module).get(kind)
+            if hooks:
+                memo[id(hooks)] = type(hooks)((k, hook) for k, hook in hooks.items() if not _is_of_training(hook))
+    copied = copy.deepcopy(model, memo)
     for module in copied.modules():
+        module._parameters = dict(module._parameters.items())
         if isinstance(module, layers.QATModule):
             module.weight_quantizer = module.input_quantizer = None
             layers.detach(module)
     return copied
+
+
+def _is_of_training(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # a functools.partial has its function's
+    return str(getattr(function, "__module__", "")).startswith(("deepspeed.", "ds_compress."))
 
 
 def is_of_transformers(model: nn.Module) -> bool:

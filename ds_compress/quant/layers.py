@@ -14,7 +14,9 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from ds_compress.config.linear_activation import LINEAR, builtin_linear
 from ds_compress.config.modules import ModuleKind, kind_of
 from ds_compress.quant.embedding import quantized_embedding
 from ds_compress.quant.functions import quantized_product
@@ -127,6 +129,50 @@ class _QATLinear(_QATProduct):
         return LinearProduct()
 
 
+class _QATLinearActivation(_QATProduct):
+    """A module whose forward goes on after its product: the product alone is another one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._weight_recipe() is None and self.input_quantizer is None:
+            result: torch.Tensor = self._ds_compress_base_class.forward(self, *args, **kwargs)
+            return result
+        with builtin_linear(), _OwnProduct(self) as product:
+            result = self._ds_compress_base_class.forward(self, *args, **kwargs)
+        if product.calls != 1:
+            raise RuntimeError(
+                f"{self._ds_compress_base_class.__name__} multiplied {product.calls} times by its weight where it was "
+                "seen to do so once: its quantizers were not in force; exclude the module"
+            )
+        return result
+
+    def _product(self) -> Product:
+        return LinearProduct()
+
+
+class _OwnProduct(TorchFunctionMode):
+    """F.linear by the weight of one module becomes the product with its quantized operands."""
+
+    def __init__(self, layer: _QATLinearActivation) -> None:
+        super().__init__()
+        self._layer, self.calls = layer, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        if func is not LINEAR or not isinstance(weight, nn.Parameter) or weight is not self._layer.weight:
+            return func(*args, **kwargs)
+        self.calls += 1
+        layer, recipe = self._layer, self._layer._weight_recipe()
+        x, bias = kwargs.get("input", args[0] if args else None), kwargs.get("bias", args[2] if len(args) > 2 else None)
+        grid, fixed_range = None, None
+        if layer.input_quantizer is not None:
+            grid, fixed_range = layer.input_quantizer.active(x, layer.training)
+        if recipe is None and grid is None:
+            return func(*args, **kwargs)
+        step_size = layer._step_size(recipe)
+        return quantized_product(x, weight, bias, layer._product(), recipe, grid, step_size, fixed_range)
+
+
 class _QATConv1D(_QATProduct):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._compute(x)
@@ -212,14 +258,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def qat_class(base: type[nn.Module], computes_linear: bool = False) -> type[QATModule]:
+def qat_class(base: type[nn.Module], kind: ModuleKind | None = None) -> type[QATModule]:
     """The quantizing class for modules of class `base`, which may be a subclass that inherits its forward.
 
-    computes_linear: somebody has seen that its own forward does what that of Linear does.
+    kind: what somebody has seen that its own forward does, LINEAR or LINEAR_ACTIVATION.
     Raises TypeError for classes that we do not know or that have a forward of their own.
     """
     if base not in _classes:
-        mixin = _QATLinear if computes_linear else _mixin_for(base)
+        of_kind = {ModuleKind.LINEAR: _QATLinear, ModuleKind.LINEAR_ACTIVATION: _QATLinearActivation}
+        mixin = of_kind[kind] if kind in of_kind else _mixin_for(base)
         namespace = {"_ds_compress_base_class": base, "__module__": __name__, "__doc__": mixin.__doc__}
         _classes[base] = cast(Any, type(f"QAT{base.__name__}", (mixin, base), namespace))
     return _classes[base]
@@ -264,11 +311,16 @@ def detach(module: nn.Module) -> None:
 
 
 def _class_for(module: nn.Module) -> type[QATModule]:
-    return qat_class(type(module), computes_linear=kind_of(module) is ModuleKind.LINEAR)
+    return qat_class(type(module), kind_of(module))
 
 
 def _rebuild(base: type[nn.Module]) -> QATModule:
-    made = qat_class(base, computes_linear=issubclass(base, nn.Linear))  # it was swapped when it was pickled
+    # It was swapped when it was pickled, so it is one of those that can be.
+    kind = ModuleKind.LINEAR if issubclass(base, nn.Linear) else None
+    try:
+        made = qat_class(base, kind)
+    except TypeError:
+        made = qat_class(base, ModuleKind.LINEAR_ACTIVATION)
     return made.__new__(made)
 
 
