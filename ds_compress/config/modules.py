@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.config.linear_activation import computes_linear_activation
+from ds_compress.config.linear_activation import builtin_linear, computes_linear_activation
 
 _OF_LINEAR = {"weight", "bias"}
 
@@ -70,7 +70,8 @@ def computes_linear(module: nn.Module) -> bool:
     twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     twin._parameters["bias"] = nn.Parameter(bias, requires_grad=False) if has_bias else None
     try:
-        found = cls.forward(twin.eval(), x)
+        with builtin_linear():
+            found = cls.forward(twin.eval(), x)
     except Exception:  # a forward that needs other sizes, or more arguments
         return False
     expected = F.linear(x, weight, bias if has_bias else None)
