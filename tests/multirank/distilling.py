@@ -208,7 +208,7 @@ def _average_across_a_checkpoint(stage: int, folder: str) -> dict[str, Any]:
             engine.backward(engine(**batch).loss)
             engine.step()
             for name, value in full_weights(model).items():
-                expected[name].lerp_(value, 0.5)
+                expected[name].lerp_(value, 0.25)
         engine.save_checkpoint(folder)
     again = llama(seed=9)
     with engine_of(again, config) as engine:
