@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-import transformers
-import transformers.integrations.deepspeed
 from torch import nn
 
 
@@ -21,6 +19,9 @@ def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied:
 
     model: only its class, config and shapes are used. untied: its tied weights are stored apart.
     """
+    import transformers
+    import transformers.integrations.deepspeed
+
     held: Any = model
     config = copy.deepcopy(held.config)
     config.quantization_config = dict(quantization_config)

@@ -25,7 +25,7 @@ def test_ops_built_ahead_run_without_a_compiler(tmp_path: Path) -> None:
     # From a copy: setuptools leaves its build folder beside setup.py.
     copy = tmp_path / "source"
     copy.mkdir()
-    for name in ("ds_compress", "csrc"):
+    for name in ("ds_compress", "csrc", "benchmarks"):
         shutil.copytree(_REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("prebuilt", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(_REPOSITORY / name, copy)

@@ -48,6 +48,7 @@ def test_errors_are_one_line_and_code_2(arguments: tuple[str, ...], words: str) 
 
 def test_existing_folder_needs_overwrite(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("somebody's")
     assert invoke("export", model, tmp_path / "out", "--no-check").exit_code == 2
     assert invoke("export", model, tmp_path / "out", "--no-check", "--overwrite").exit_code == 0
 

@@ -79,7 +79,7 @@ _STRANGERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "gptj": ("GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 4}, "rhl"),
     "openai": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT, "rl"),
     "bloom": ("BloomForCausalLM", "BloomConfig", {**_GPT, "hidden_size": 32}, "rl"),
-    "falcon": ("FalconForCausalLM", "FalconConfig", _BASE, "l"),
+    "falcon": ("FalconForCausalLM", "FalconConfig", _BASE, "rl"),
     "persimmon": ("PersimmonForCausalLM", "PersimmonConfig", _BASE, "rhl"),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", _GROUPED, "rhl"),
     "cohere": ("CohereForCausalLM", "CohereConfig", _GROUPED, "rhl"),
