@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_compress.engine import seams
 from ds_compress.engine.fragments import Fragment
 from ds_compress.engine.replaced import Replaced
 from ds_compress.engine.shards import Shards
+from ds_compress.engine.tensor_parallel import TensorParallel
 from ds_compress.select import bitmask
 from ds_compress.stages.base import Stage
 
@@ -43,7 +45,7 @@ class AppliedNorm:
             )
 
     def use(self, shards: Shards) -> None:
-        self._shards = shards
+        self._shards, self._layers = shards, TensorParallel.of_engine(self._engine)
         self._by_parameter = {id(f.parameter): f for f in shards.fragments.values() if f.is_stepped}
 
     def remove(self) -> None:
@@ -116,16 +118,22 @@ class AppliedNorm:
             yield
         seams.divide_reported_norm(self._engine, ratio)
 
+    def _is_ours_to_count(self, parameter: Any) -> bool:
+        """Weights that every process of a tensor-parallel group holds alike are counted by the first one."""
+        if self._layers is None or seams.is_tensor_parallel_shard(parameter):
+            return True
+        return dist.get_rank(self._layers.group) == 0
+
     def _ratio(self) -> float:
         """The norm of all gradients over that of the applied ones; 1 where there is none."""
-        if seams.tensor_parallel_group(self._engine) is not None:
-            return 1.0
         squares = torch.zeros(2, dtype=torch.float64)
         for parameter, gradient in seams.whole_gradients(self._engine):
             fragment = self._by_parameter.get(id(parameter))
-            if fragment is not None:
+            if fragment is not None and self._is_ours_to_count(parameter):
                 dense = gradient.to_dense() if gradient.is_sparse else gradient
-                part = dense.view(-1)[fragment.start : fragment.start + fragment.numel].float()
+                # Of a weight whose shards are in several processes, this one's gradient begins where its shard does.
+                start = fragment.start - (self._layers.start_of(fragment.name) if self._layers else 0)
+                part = dense.view(-1)[start : start + fragment.numel].float()
                 applied = self._applied(fragment, part)
                 norm = float(part.norm(2)) ** 2
                 squares += torch.tensor([norm, norm if applied is part else float(applied.norm(2)) ** 2])

@@ -56,9 +56,13 @@ class TensorParallel:
         before = {name: sum(numels[name] for numels in everyone[:rank]) for name in own}
         return cls(group, {name: (before[name], sum(numels[name] for numels in everyone)) for name in own})
 
+    def start_of(self, name: str) -> int:
+        """Where the shard of the parameter begins in the whole weight; 0 for one that is not sharded."""
+        return self.places.get(name, (0, 0))[0]
+
     def placed(self, fragment: Fragment) -> Fragment:
         """The fragment of a shard, in the coordinates of the whole weight."""
-        start, _ = self.places.get(fragment.name, (0, 0))
+        start = self.start_of(fragment.name)
         return replace(fragment, start=fragment.start + start) if start else fragment
 
     def holders(self, is_spread_over_data: bool) -> Any:
