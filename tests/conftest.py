@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Before torch is imported: its thread pools read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,15 @@ torch.set_num_threads(1)
 # The first example of a property pays for imports and allocations, so a deadline per example is noise here.
 settings.register_profile("ds_compress", deadline=None, derandomize=True)
 settings.load_profile("ds_compress")
+
+
+@pytest.fixture(autouse=True)
+def no_autocast_of_an_earlier_test() -> Iterator[None]:
+    """DeepSpeed keeps the settings of torch_autocast in its module: every later engine would scale its losses."""
+    yield
+    module = sys.modules.get("deepspeed.runtime.torch_autocast")
+    if module is not None:
+        module.TORCH_AUTOCAST_INITIALIZED, module.TORCH_AUTOCAST_DTYPE = False, None  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
