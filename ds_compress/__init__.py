@@ -21,8 +21,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ds_compress import log
+from ds_compress.api import plan
 from ds_compress.config import ConfigError, parse_config
-from ds_compress.config.plan import Plan, plan
+from ds_compress.config.plan import Plan
 from ds_compress.distill.cache_write import cache_teacher
 from ds_compress.engine.api import export_state_dict, initialize
 from ds_compress.engine.finalize import finalize, redundancy_clean
@@ -31,7 +32,7 @@ from ds_compress.engine.registration import register, unregister
 from ds_compress.export.api import export
 from ds_compress.export.errors import ExportError
 from ds_compress.export.load import from_pretrained
-from ds_compress.hf.auto import register_quantizer as _register_quantizer
+from ds_compress.hf.auto import join_transformers as _join_transformers
 from ds_compress.version import __version__
 
 if TYPE_CHECKING:
@@ -78,4 +79,4 @@ def __dir__() -> list[str]:
 log.set_up()
 log.print_one_traceback()
 register()
-_register_quantizer()
+_join_transformers()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.plan import plan
+from ds_compress import plan
 from ds_compress.quant import layers
 from ds_compress.stages import STAGES
 

@@ -115,7 +115,7 @@ def plan(
 ) -> None:
     """Prints what a config would do to which weight, and the predicted bytes; reads no weights."""
     with one_line_errors():
+        from ds_compress.api import plan as make
         from ds_compress.cli.models import skeleton
-        from ds_compress.config.plan import plan as make
 
         _out.print(make(skeleton(model), str(config)))

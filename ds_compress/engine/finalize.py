@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.plan import plan
+from ds_compress.config.resolve import resolve
+from ds_compress.config.source import block_of
 from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
 from ds_compress.engine import origin
 from ds_compress.engine.plain import cut_in_place
@@ -107,7 +108,7 @@ def _of_weights(session: Compression) -> dict[str, Any]:
 
 @torch.no_grad()
 def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
-    resolved = plan(model, config)
+    resolved = resolve(model, block_of(config))
     origin.remember(model)
     if SparsePruning.name in resolved.techniques:
         _prune_smallest(model, resolved.techniques[SparsePruning.name])

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_compress.engine.op_builder import register_builder
-from ds_compress.imports import when_imported
 
 logger = logging.getLogger("ds_compress")
 
@@ -39,7 +38,6 @@ def register() -> None:
     DeepSpeedConfig.__init__ = _wrap_config(DeepSpeedConfig.__init__)
     DeepSpeedEngine.__init__ = _wrap_engine(DeepSpeedEngine.__init__)
     register_builder()
-    when_imported("transformers.trainer", _join_trainers)
 
 
 def unregister() -> None:
@@ -131,12 +129,6 @@ def _block_of_prepared(model: Any) -> Mapping[str, Any] | None:
 
     session = session_of(model)
     return session.block if session is not None and session.engine is None else None
-
-
-def _join_trainers(trainer_module: Any) -> None:
-    from ds_compress.hf.callback import CompressionCallback
-
-    CompressionCallback.join_every_trainer(trainer_module)
 
 
 def _trains(optimizer: Any, config_class: Any) -> bool:

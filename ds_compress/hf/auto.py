@@ -1,62 +1,28 @@
-"""Makes transformers' `from_pretrained` know folders of `format="torch"`, without importing transformers.
+"""What `import ds_compress` adds to transformers, without importing it: whichever of the two is imported first.
 
-Whichever of the two is imported first: where `transformers.quantizers.auto` is there already, the quantizer is
-registered now; else as soon as it has been imported.
+Trainers get a callback, and `from_pretrained` knows folders of `format="torch"`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_REGISTRY = "transformers.quantizers.auto"
+from ds_compress.imports import when_imported
 
 
-def register_quantizer() -> None:
-    """Idempotent."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    registry = sys.modules.get(_REGISTRY)
-    if registry is not None and not getattr(registry.__spec__, "_initializing", False):
-        _register()
-    else:
-        sys.meta_path.insert(0, _Finder())
+def join_transformers() -> None:
+    """Once, when the package is imported."""
+    when_imported("transformers.trainer", _join_trainers)
+    when_imported("transformers.quantizers.auto", _register_quantizer)
 
 
-def _register() -> None:
+def _join_trainers(module: ModuleType) -> None:
+    from ds_compress.hf.callback import CompressionCallback
+
+    CompressionCallback.join_every_trainer(module)
+
+
+def _register_quantizer(module: ModuleType) -> None:
     from ds_compress.hf import quantizer
 
     quantizer.register()
-
-
-class _Finder(MetaPathFinder):
-    """Finds one module, as all other finders do, and has something done once it was executed."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register()

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from ds_compress import plan
 from ds_compress.cli import app
 from ds_compress.compat import init_compression
 from ds_compress.compat.migrate import Migration, NoteKind, migrate
 from ds_compress.config import ConfigError, parse_config
-from ds_compress.config.plan import plan
 from ds_compress.engine.seams import removed_config_keys
 from ds_compress.engine.sessions import session_of
 from tests.legacy_blocks import (

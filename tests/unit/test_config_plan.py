@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from ds_compress import plan
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.forecast import Stored, stored, total, training_state
-from ds_compress.config.plan import Plan, plan
+from ds_compress.config.plan import Plan
 from ds_compress.config.report import Treatment, collapse, lines_of, size_in_words
 from ds_compress.config.source import block_of
 
