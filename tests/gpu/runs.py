@@ -66,7 +66,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2": {"stage": 2},
     "3": {"stage": 3},
     "2 overlap": {"stage": 2, "zero": {"overlap_comm": True, "reduce_bucket_size": 5000}},
-    "3 overlap": {"stage": 3, "zero": {"overlap_comm": True, "reduce_bucket_size": 5000, "sub_group_size": 5000}},
+    "3 overlap": {
+        "stage": 3,
+        "zero": {"overlap_comm": True, "reduce_bucket_size": 5000, "sub_group_size": 5000},
+    },
     "1 offload": {"stage": 1, **OFFLOAD},
     "2 offload": {"stage": 2, **OFFLOAD},
     "3 offload": {"stage": 3, **OFFLOAD},

@@ -32,5 +32,7 @@ def losses_of(layout: str, block: dict[str, Any] | None, dtype: str, compiles: b
 def test_inductor(layout: str, dtype: str) -> None:
     block = BLOCKS["everything"]
     got, expected = (losses_of(layout, block, dtype, compiles) for compiles in (True, False))
-    torch.testing.assert_close(got["losses"], expected["losses"], rtol=0, atol=1e-3 if dtype == "fp32" else 2e-2)
+    torch.testing.assert_close(
+        got["losses"], expected["losses"], rtol=0, atol=1e-3 if dtype == "fp32" else 2e-2
+    )
     assert_same_zeros(got, expected, 0.005)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.gpu.runs import BLOCKS, assert_close, assert_same_zeros, cached
 from tests.multirank.launch import run_ranks
@@ -33,5 +32,4 @@ def test_as_on_the_cpu(on_cpu: Any, layout: str, name: str) -> None:
         assert_same_zeros(got, expected)  # made of the first weights, which are the same bits
     for key, weight in expected["weights"].items():
         if weight.dim() > 1:  # biases of keys have gradients of rounding errors alone
-            ours, theirs = got["weights"][key].flatten(), weight.flatten()
-            assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99, key
+            assert float((got["weights"][key] - weight).norm()) <= 0.15 * float(weight.norm()), key

@@ -68,7 +68,9 @@ def test_sixteen_bits(stage: int, dtype: str) -> None:
     assert runs[0]["losses"] == pytest.approx(runs[1]["losses"], abs=5e-2)
 
 
-@pytest.mark.parametrize(("name", "stage"), [("weights", 0), ("weights", 3), ("static and sparse", 3), ("bf16", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("weights", 0), ("weights", 3), ("static and sparse", 3), ("bf16", 3)]
+)
 def test_layer_by_layer(name: str, stage: int) -> None:
     found = distilling._layer_by_layer(name, stage)
     assert found["masters follow"]
@@ -81,7 +83,11 @@ def test_chunks_are_less_memory() -> None:
 
     vocabulary, tokens = (64000, 1024) if ON_CUDA else (500, 64)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=vocabulary
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=vocabulary,
     )
     ids = torch.randint(0, vocabulary, (4, tokens), generator=torch.Generator().manual_seed(0)).to(device())
     peaks, losses = [], []

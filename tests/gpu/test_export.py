@@ -24,7 +24,9 @@ def logits_of(anything: Any, where: torch.device) -> torch.Tensor:
         return anything(**kept).logits.float().cpu()
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("0", "fp32"), ("3", "fp32"), ("2 offload", "bf16"), ("3 offload", "bf16")])
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("0", "fp32"), ("3", "fp32"), ("2 offload", "bf16"), ("3 offload", "bf16")]
+)
 def test_stock_transformers_computes_what_was_trained(layout: str, dtype: str, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -39,8 +41,12 @@ def test_stock_transformers_computes_what_was_trained(layout: str, dtype: str, t
         assert report.check["verdict"]
     for where in (device(), torch.device("cpu")):
         stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").to(where).eval().float()
-        torch.testing.assert_close(logits_of(stock, where), trained, rtol=0, atol=1e-4 if dtype == "fp32" else 2e-2)
-    assert sum(p.numel() for p in stock.parameters()) < 0.8 * sum(p.numel() for p in tiny_bert(layers=4).parameters())
+        torch.testing.assert_close(
+            logits_of(stock, where), trained, rtol=0, atol=1e-4 if dtype == "fp32" else 2e-2
+        )
+    assert sum(p.numel() for p in stock.parameters()) < 0.8 * sum(
+        p.numel() for p in tiny_bert(layers=4).parameters()
+    )
 
 
 @pytest.mark.parametrize("layout", ["0", "3", "2 offload"])
@@ -53,7 +59,10 @@ def test_quantized_formats_of_engine_and_checkpoint_are_equal(name: str, layout:
         report = ds_compress.export(engine, tmp_path / "engine", format)
     assert report.check["verdict"]
     ds_compress.export(tmp_path / "checkpoint", tmp_path / "again", format)
-    ours, theirs = ({k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()} for d in ("engine", "again"))
+    ours, theirs = (
+        {k: v for f in (tmp_path / d).glob("*.safetensors") for k, v in load_file(f).items()}
+        for d in ("engine", "again")
+    )
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 

@@ -45,9 +45,13 @@ def test_fp16_skips_what_overflows_and_goes_on(layout: str) -> None:
 @pytest.mark.parametrize("layout", ("0", "2", "3", "2 offload"))
 def test_the_loss_scale_is_that_of_plain_deepspeed(layout: str) -> None:
     late = {**BLOCKS["sparse l1"]["sparse_pruning"]["shared_parameters"], "schedule_offset": 1000}  # type: ignore[index]
-    block: dict[str, Any] = {"sparse_pruning": {**BLOCKS["sparse l1"]["sparse_pruning"], "shared_parameters": late}}  # type: ignore[index]
+    block: dict[str, Any] = {
+        "sparse_pruning": {**BLOCKS["sparse l1"]["sparse_pruning"], "shared_parameters": late}
+    }  # type: ignore[index]
     got, plain = (run(layout, b, "fp16", steps=12, gradient_clipping=0.5) for b in (block, None))
-    assert [got[k] for k in ("scales", "skipped", "losses")] == [plain[k] for k in ("scales", "skipped", "losses")]
+    assert [got[k] for k in ("scales", "skipped", "losses")] == [
+        plain[k] for k in ("scales", "skipped", "losses")
+    ]
 
 
 @functools.cache

@@ -35,7 +35,9 @@ def test_kernels_give_what_plain_torch_gives(name: str, dtype: str) -> None:
         pytest.skip(f"no native kernels here: {library.failure()}")
     assert runs[0]["losses"] == pytest.approx(runs[1]["losses"], abs=1e-6 if dtype == "fp32" else 4e-3)
     for key, weight in runs[1]["weights"].items():
-        torch.testing.assert_close(runs[0]["weights"][key], weight, rtol=0, atol=1e-5 if dtype == "fp32" else 2e-3)
+        torch.testing.assert_close(
+            runs[0]["weights"][key], weight, rtol=0, atol=1e-5 if dtype == "fp32" else 2e-3
+        )
 
 
 @pytest.mark.parametrize("layout", ["0", "2 offload", "3", "3 offload all"])

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.runs import BLOCKS, DENSITY, LAYOUTS, METHODS, assert_close, assert_density, assert_same_zeros, cached, run
+from tests.gpu.runs import (
+    BLOCKS,
+    DENSITY,
+    LAYOUTS,
+    METHODS,
+    assert_close,
+    assert_density,
+    assert_same_zeros,
+    cached,
+    run,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 OTHERS = [layout for layout in LAYOUTS if layout not in ("0", "1 fp32 sums")]

@@ -16,7 +16,14 @@ from tests.multirank.structured import QUANTIZED, SPARSE, logits_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 
-DTYPES = [("0", "fp32"), ("2", "fp32"), ("3", "fp32"), ("0", "bf16"), ("2 offload", "bf16"), ("3 offload", "bf16")]
+DTYPES = [
+    ("0", "fp32"),
+    ("2", "fp32"),
+    ("3", "fp32"),
+    ("0", "bf16"),
+    ("2 offload", "bf16"),
+    ("3 offload", "bf16"),
+]
 
 
 def four_layers() -> torch.nn.Module:
@@ -48,7 +55,9 @@ def test_finalized_is_what_was_masked(layout: str, dtype: str) -> None:
         engine.eval()
         masked = logits_of(engine)
         final = ds_compress.finalize(engine)
-        assert sum(p.numel() for p in final.parameters()) < 0.8 * sum(p.numel() for p in four_layers().parameters())
+        assert sum(p.numel() for p in final.parameters()) < 0.8 * sum(
+            p.numel() for p in four_layers().parameters()
+        )
         final = final.to(masked.device)
         tolerance = 1e-4 if dtype == "fp32" else 2e-2
         torch.testing.assert_close(logits_of(final), masked, rtol=0, atol=tolerance)

@@ -24,7 +24,10 @@ def test_trains_saves_and_loads(stage: int, tmp_path: Path) -> None:
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
-        "zero_optimization": {"stage": stage, **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})},
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}),
+        },
         "compression_training": {k: v for k, v in everything().items() if k == "sparse_pruning"},
     }
     arguments = TrainingArguments(
