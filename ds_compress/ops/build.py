@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ds_compress.ops.toolchain import Cuda, ToolchainError, Torch, compiler_version, find_cxx
+from ds_compress.ops.toolchain import OLDEST_TORCH, Cuda, ToolchainError, Torch, compiler_version, find_cxx
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PREBUILT = PACKAGE / "ops" / "prebuilt"
@@ -49,7 +49,8 @@ _NVCC_FLAGS = shlex.split(
     "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
 )
-_STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-DUSE_CUDA"]
+# Built with any torch from OLDEST_TORCH on, the library loads on every such torch.
+_STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH), "-DUSE_CUDA"]
 
 
 class BuildError(RuntimeError):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+OLDEST_TORCH = (2, 10)  # its stable ABI is the first with parallel_for, contiguous and const_data_ptr
+
 
 class ToolchainError(RuntimeError):
     """Something that a build needs is not there; the message says what and how to get it."""
@@ -30,15 +32,20 @@ class Torch:
         """The torch of this environment, found without importing it.
 
         Raises:
-            ToolchainError: there is none, or it has no headers.
+            ToolchainError: there is none, it is older than OLDEST_TORCH, or it has no headers.
         """
+        needed = "torch >= {}.{} with headers".format(*OLDEST_TORCH)
         for folder in _package_folders():
             version_file = folder / "torch" / "version.py"
             if version_file.is_file():
                 found = re.search(r"__version__ = '([^']+)'", version_file.read_text())
+                if found and tuple(map(int, found[1].split(".")[:2])) < OLDEST_TORCH:
+                    raise ToolchainError(
+                        f"{needed} is needed, this environment has {found[1]}: pip install -U torch"
+                    )
                 if found and (folder / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
                     return cls(folder / "torch", found[1])
-        raise ToolchainError("no torch >= 2.13 with headers in this environment: pip install torch")
+        raise ToolchainError(f"no {needed} in this environment: pip install torch")
 
     @property
     def include(self) -> list[Path]:

@@ -9,6 +9,7 @@
 //   DSC_DYNAMIC_SHARED(type, name)     the launch's shared_bytes
 //   ldmatrix_x4, mma_s8_16x8x32, mma_sp_s8_16x8x64                    tensor cores, sm_80 and later
 //   copy_async_16, commit_copies, wait_copies<pending>                global to shared without registers
+//   multiprocessors()                  on the host, for the size of a grid
 //   to_float, from_float<T>            fp32, bf16, fp16; rounds to nearest even
 // Never __shared__ or <<< >>>: the emulator would not see them.
 #pragma once
@@ -92,6 +93,19 @@ DSC_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int pending>
 DSC_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+/// How many multiprocessors the current device has; asked for once per device.
+inline int multiprocessors() {
+    static int known[64];
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 1;
+    if (known[device] == 0) {  // threads that meet here write the same number
+        int count = 0;
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+        known[device] = count > 0 ? count : 1;
+    }
+    return known[device];
 }
 
 }  // namespace ds_compress
