@@ -86,7 +86,9 @@ def separate(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: to
     return functional.gelu(y.to(x.dtype))
 
 
-def calls_of(layer: Layer, rows: int, inputs: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[Call]]:
+def calls_of(
+    layer: Layer, rows: int, inputs: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, list[Call]]:
     """{name: the same call on each copy of the weights}"""
     ops = native()
     x = torch.randn(rows, inputs, device=device, dtype=dtype)
@@ -147,7 +149,9 @@ def copy_rate(device: torch.device, quick: bool) -> float:
     return 2 * size / microseconds([partial(target.copy_, source)], device, quick)
 
 
-def figures_of(taken: dict[str, float], rows: int, outputs: int, inputs: int, rate: float) -> dict[str, dict[str, float]]:
+def figures_of(
+    taken: dict[str, float], rows: int, outputs: int, inputs: int, rate: float
+) -> dict[str, dict[str, float]]:
     """{kind: {figure: value}} of one layer and number of rows. Ratios: times faster than the other."""
     operations = 2 * rows * outputs * inputs
     found = {name: {"us": us} for name, us in taken.items()}
@@ -162,10 +166,16 @@ def figures_of(taken: dict[str, float], rows: int, outputs: int, inputs: int, ra
     found["int8"]["bf16 / int8"] = taken["bf16"] / taken["int8"]
     found["int4"]["ratio to bf16" if rows <= 64 else "bf16 / int4"] = taken["bf16"] / taken["int4"]
     if rows == 1:
-        moved = {"int8": outputs * inputs, "int4": outputs * (inputs // 2 + 4 * -(-inputs // GROUP)), "bf16": 2 * outputs * inputs}
+        moved = {
+            "int8": outputs * inputs,
+            "int4": outputs * (inputs // 2 + 4 * -(-inputs // GROUP)),
+            "bf16": 2 * outputs * inputs,
+        }
         for name, size in moved.items():
             found[name]["roofline us"] = size / rate
-            found[name]["percent of bandwidth" if name != "bf16" else "bf16, of bandwidth"] = 100 * size / rate / taken[name]
+            found[name]["percent of bandwidth" if name != "bf16" else "bf16, of bandwidth"] = (
+                100 * size / rate / taken[name]
+            )
     return found
 
 
