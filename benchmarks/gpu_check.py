@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from . import gpu_goals, record
-from .gpu_parts import PARTS, Part, write_json
+from .gpu_parts import ABSENT, PARTS, Part, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0
 LEAST_S = 5.0  # a part with less time than this is not started
+STATUS = {0: "done", ABSENT: "absent"}  # by exit status; any other: "failed"
 OUTPUT_KEPT = 3000  # characters of the end of a part's output, when it did not end well
 
 
@@ -105,12 +106,10 @@ def run(part: Part, device: str, quick: bool, limit: float) -> Outcome:
     """One part in a process group of its own, which is killed whole when `limit` seconds have passed."""
     if limit < LEAST_S:
         return Outcome("no time left", 0, limit, {})
-    if not ROOT.joinpath(*part.module.split(".")).with_suffix(".py").is_file():
-        return Outcome("absent", 0, limit, {}, f"there is no {part.module}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         figures, log = Path(folder) / "figures.json", Path(folder) / "log"
-        command = [sys.executable, "-m", "benchmarks.gpu_parts", part.name, "--output", str(figures)]
+        command = [sys.executable, "-m", "benchmarks.gpu_parts", part.module, "--output", str(figures)]
         command += ["--device", device, *(["--quick"] if quick else [])]
         with open(log, "w") as said:
             process = subprocess.Popen(
@@ -122,7 +121,7 @@ def run(part: Part, device: str, quick: bool, limit: float) -> Outcome:
                 start_new_session=True,
             )
             try:
-                status = "done" if process.wait(limit) == 0 else "failed"
+                status = STATUS.get(process.wait(limit), "failed")
             except subprocess.TimeoutExpired:
                 status = "out of time"
             finally:

@@ -1,6 +1,6 @@
 """The parts of `gpu_check`, in the order of their worth, and how one of them runs in a process of its own.
 
-    python -m benchmarks.gpu_parts NAME --output FILE [--quick] [--device cpu]
+    python -m benchmarks.gpu_parts NAME_OR_MODULE --output FILE [--quick] [--device cpu]
 
 A part is a module with `measure(device, quick) -> {variant: {figure: value}}`. One whose `measure` also takes `report`
 calls it with everything measured so far, again and again: FILE then holds that much when the part is cut off.
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +53,17 @@ PARTS = (
 )
 
 
-def run_part(part: Part, device: str, quick: bool, output: Path) -> None:
+ABSENT = 3  # the exit status when there is no such module
+
+
+def run_part(module: str, device: str, quick: bool, output: Path) -> None:
     """Measures one part in this process; its figures so far are in `output` all the while."""
     import torch
 
     def report(figures: Figures) -> None:
         write_json(output, figures)
 
-    measure = importlib.import_module(part.module).measure
+    measure = importlib.import_module(module).measure
     extra: dict[str, Any] = {"report": report} if "report" in inspect.signature(measure).parameters else {}
     report(measure(torch.device(device), quick, **extra))
 
@@ -73,13 +78,16 @@ def write_json(path: Path, content: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", choices=[part.name for part in PARTS])
+    parser.add_argument("name", help=", ".join(part.name for part in PARTS))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    part = next(part for part in PARTS if part.name == args.name)
-    run_part(part, args.device, args.quick, args.output)
+    module = {part.name: part.module for part in PARTS}.get(args.name, args.name)
+    if importlib.util.find_spec(module) is None:
+        print(f"there is no {module}")
+        sys.exit(ABSENT)
+    run_part(module, args.device, args.quick, args.output)
 
 
 if __name__ == "__main__":
