@@ -97,10 +97,12 @@ def peak(variant: str, batch: int) -> dict[str, float]:
     return {"peak MB": highest / 1e6, "above what is resident between steps MB": (highest - before) / 1e6}
 
 
-def step_of(variant: str, batch: int) -> Callable[[], float]:
+def step_of(
+    variant: str, batch: int, device: str = "cpu", size: dict[str, Any] = SMOLLM2_135M, tokens: int = TOKENS
+) -> Callable[[], float]:
     """One forward and backward; the weights stay as they are."""
-    teacher = llama(seed=1).bfloat16().eval().requires_grad_(False)
-    student = llama(seed=0)
+    teacher = llama(1, size).bfloat16().eval().requires_grad_(False).to(device)
+    student = llama(0, size)
     student.gradient_checkpointing_enable({"use_reentrant": False})
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch,
@@ -122,7 +124,7 @@ def step_of(variant: str, batch: int) -> Callable[[], float]:
     )
     engine.train()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, SMOLLM2_135M["vocab_size"], (batch, TOKENS), generator=generator)
+    ids = torch.randint(0, size["vocab_size"], (batch, tokens), generator=generator).to(device)
 
     def step() -> float:
         output = engine(input_ids=ids, labels=ids)
@@ -145,11 +147,11 @@ def whole_logits_loss(logits: torch.Tensor, teacher: Any, ids: torch.Tensor) -> 
     return divergence * TEMPERATURE**2
 
 
-def llama(seed: int) -> Any:
+def llama(seed: int, size: dict[str, Any]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M, use_cache=False))
+    return LlamaForCausalLM(LlamaConfig(**size, use_cache=False))
 
 
 def print_result(result: dict[str, dict[str, float]]) -> None:

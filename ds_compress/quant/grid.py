@@ -91,9 +91,17 @@ class Grid:
         return 2**self.bits - int(self.narrow_range)
 
     @property
+    def range_is_given(self) -> bool:
+        """Whether the range comes from elsewhere than the values at hand."""
+        return False
+
+    @property
     def may_clip(self) -> bool:
-        """Whether a value may lie beyond the outermost codes although the range was measured on it."""
-        return self.levels is Levels.UNIFORM and not (self.symmetric and self.narrow_range)
+        """Whether a value may lie beyond the outermost codes."""
+        # Not an override that calls super(): compiled code (Dynamo of torch 2.10) takes such a property for a tensor.
+        return self.range_is_given or (
+            self.levels is Levels.UNIFORM and not (self.symmetric and self.narrow_range)
+        )
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -133,8 +141,8 @@ class WeightGrid(Grid):
         return Levels.TERNARY if self.bits == 2 else Levels.BINARY
 
     @property
-    def may_clip(self) -> bool:
-        return self.learned or super().may_clip
+    def range_is_given(self) -> bool:
+        return self.learned
 
 
 class TokenGranularity(StrEnum):
@@ -157,8 +165,8 @@ class ActivationGrid(Grid):
             raise ValueError(f"activations have 3 to 8 bits, got {self.bits}")
 
     @property
-    def may_clip(self) -> bool:
-        return self.static or super().may_clip
+    def range_is_given(self) -> bool:
+        return self.static
 
 
 @dataclass(frozen=True)
