@@ -4,6 +4,7 @@ What a GPU would not allow is an error here too, and what it would wait for is c
 
 - an op over tensors of both devices (but for a CPU scalar of no dimension), an index on the CPU aside;
 - `.numpy()` and anything else that wants the memory of a tensor that is not on the CPU;
+- dividing by a number multiplies by its rounded reciprocal, as torch's CUDA kernel does;
 - `waits`: reads of a number by the host (`.item()`, `bool`, `nonzero` and masks as an index) and copies from one
   device to the other.
 
@@ -24,12 +25,31 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "gpu"
 _setup_privateuseone_for_python_backend(NAME)
+# Where torch.autocast asks.
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 DEVICE = torch.device(NAME, 0)
 _aten = torch.ops.aten
-_READS = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.equal.default, _aten.is_nonzero.default}
-_READS |= {_aten.masked_select.default, _aten.unique_dim.default, _aten._unique2.default, _aten.bincount.default}
-_INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
+_READS = {
+    _aten._local_scalar_dense.default,
+    _aten.nonzero.default,
+    _aten.equal.default,
+    _aten.is_nonzero.default,
+}
+_READS |= {
+    _aten.masked_select.default,
+    _aten.unique_dim.default,
+    _aten._unique2.default,
+    _aten.bincount.default,
+}
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index_put_.default,
+    _aten.index_put.default,
+    _aten._index_put_impl_.default,
+}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
+
+_DIVISIONS = {_aten.div.Tensor: _aten.mul.Tensor, _aten.div_.Tensor: _aten.mul_.Tensor}
 
 waits: Counter[str] = Counter()
 """{op: how often the host waited in it}, since the last `clear`."""
@@ -62,7 +82,11 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         return _run(func, tuple(args), dict(kwargs or {}))
 
@@ -72,7 +96,9 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if _is_ours(kwargs.get("device")) or any(isinstance(x, OnDevice) for x in pytree.tree_leaves((args, kwargs))):
+        if _is_ours(kwargs.get("device")) or any(
+            isinstance(x, OnDevice) for x in pytree.tree_leaves((args, kwargs))
+        ):
             return _run(func, tuple(args), kwargs)
         return func(*args, **kwargs)
 
@@ -99,8 +125,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _wait(func)
     else:
         _refuse_mixtures(func, args, leaves, ours)
-        if func in _READS or (func in _INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in _indices(args))):
+        if func in _READS or (
+            func in _INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in _indices(args))
+        ):
             _wait(func)
+    if ours and func in _DIVISIONS and not isinstance(args[1], OnDevice) and args[0].is_floating_point():
+        return _run(_DIVISIONS[func], (args[0], _reciprocal(args[0], args[1])), kwargs)
     inner_args, inner_kwargs = pytree.tree_map_only(OnDevice, lambda x: x.inner, (args, kwargs))
     if "device" in inner_kwargs and inner_kwargs["device"] is not None:
         inner_kwargs["device"] = torch.device("cpu")
@@ -116,11 +146,19 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, out) if ours and to_ours else out
 
 
+def _reciprocal(values: torch.Tensor, number: Any) -> float:
+    """1 / number in the precision that a kernel computes in: fp64 for fp64, else fp32."""
+    dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
+    return float(torch.tensor(1.0, dtype=dtype) / torch.tensor(float(number), dtype=dtype))
+
+
 def _indices(args: Sequence[Any]) -> list[torch.Tensor]:
     return [x for x in args[1] if isinstance(x, torch.Tensor)]
 
 
-def _refuse_mixtures(func: Any, args: Sequence[Any], leaves: Sequence[torch.Tensor], ours: Sequence[OnDevice]) -> None:
+def _refuse_mixtures(
+    func: Any, args: Sequence[Any], leaves: Sequence[torch.Tensor], ours: Sequence[OnDevice]
+) -> None:
     others = [x for x in leaves if not isinstance(x, OnDevice)]
     if not ours or not others:
         return
@@ -131,9 +169,13 @@ def _refuse_mixtures(func: Any, args: Sequence[Any], leaves: Sequence[torch.Tens
     # A scalar goes along with the others, but not as what is written to.
     written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     first = args[0] if args else None
-    is_written = bool(written) and func._schema.arguments[0].name in written and not isinstance(first, OnDevice)
+    is_written = (
+        bool(written) and func._schema.arguments[0].name in written and not isinstance(first, OnDevice)
+    )
     if any(x.dim() for x in others) or is_written:
-        raise RuntimeError(f"{func}: tensors of two devices: {[(tuple(x.shape), str(x.device)) for x in leaves]}")
+        raise RuntimeError(
+            f"{func}: tensors of two devices: {[(tuple(x.shape), str(x.device)) for x in leaves]}"
+        )
 
 
 def _wait(func: Any) -> None:

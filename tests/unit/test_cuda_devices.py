@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """{check: what went wrong, or None}, on the kernels and on plain torch."""
     path = tmp_path_factory.mktemp("devices") / "found.json"
-    environment = os.environ | {"DS_COMPRESS_KERNELS": request.param, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "DS_COMPRESS_KERNELS": request.param,
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "tests.device_runs", str(path)]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -29,6 +33,6 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_all_checks_pass(found: dict[str, str | None]) -> None:
-    assert len(found) > 30
+    assert len(found) > 25
     wrong = {name: text for name, text in found.items() if text is not None}
     assert not wrong, "\n\n".join(f"{name}:\n{text}" for name, text in wrong.items())
