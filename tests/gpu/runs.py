@@ -4,8 +4,8 @@ two processes."""
 from __future__ import annotations
 
 import contextlib
-import gc
 import functools
+import gc
 from collections.abc import Iterator
 from typing import Any
 
