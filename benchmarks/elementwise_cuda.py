@@ -206,8 +206,8 @@ def build_variant(name: str, folder: Path, emulated: bool) -> Path:
 
         command = [harness.compiler()[0], *harness.COMMON, *harness.MODES["plain"], *VARIANTS[name].split()]
         command += [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'tests/native'}", "-x", "c++"]
-        sources = [*(ROOT / "csrc/cuda/elementwise").glob("*.cu"), ROOT / harness.EMULATOR / "library.cpp"]
-        subprocess.run([*command, *map(str, sources), "-o", str(target), "-ldl"], check=True)
+        parts = [*(ROOT / "csrc/cuda/elementwise").glob("*.cu"), ROOT / harness.EMULATOR / "library.cpp"]
+        subprocess.run([*command, *map(str, parts), "-o", str(target), "-ldl"], check=True)
         return target
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     command = [nvcc, "-shared", "-std=c++17", "-O3", "--fmad=false", "-arch=sm_90", "-Xcompiler", "-fPIC"]
@@ -593,10 +593,11 @@ def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) ->
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(rows, columns, device=device).to(dtype)
             for grid in (SYMMETRIC, ASYMMETRIC):
-                mine = ops.fake_quantize(x, **grid, keep=True)
-                theirs = [t for t in implementations["fake_quantize"](x, **grid, keep=True) if t.numel()]
-                mine = [t for t in mine if t.numel()]
-                for part, a, b in zip(("y", "scale", "offset or kept", "kept"), mine, theirs, strict=False):
+                got, expected = (
+                    [t for t in f(x, **grid, keep=True) if t.numel()]
+                    for f in (ops.fake_quantize, implementations["fake_quantize"])
+                )
+                for part, a, b in zip(("y", "scale", "offset or kept", "kept"), got, expected, strict=False):
                     same(f"fake_quantize {rows}x{columns} {dtype} {grid['symmetric']}: {part}", a, b)
     scores = torch.randn(64, 4096, device=device)
     same("mask_n_of_m", ops.mask_n_of_m(scores, 2, 4), implementations["mask_n_of_m"](scores, 2, 4))
