@@ -115,6 +115,8 @@ def approximate(ins: Instruction) -> str:
 def extreme(ins: Instruction) -> str:
     type_ = ins.type()
     a, b = ins.value(1, type_), ins.value(2, type_)
+    if ins.take("NaN"):
+        return ins.set(f"{'smaller' if ins.name == 'min' else 'larger'}({a}, {b})", type_)
     if type_ == "f32":
         return ins.set(f"std::f{ins.name}({a}, {b})", type_)
     return ins.set(f"{a} {'<' if ins.name == 'min' else '>'} {b} ? {a} : {b}", type_)
