@@ -96,7 +96,7 @@ def mask_apply_adam_(
 def mask_apply_many_(
     weights: list[torch.Tensor], packed: list[torch.Tensor], bit_offsets: list[int], fill: float = 0.0
 ) -> None:
-    """`mask_apply_` of many tensors on one device, on CUDA in one launch for every 64 of a dtype.
+    """`mask_apply_` of many tensors on one device, on CUDA in one launch for every 256 of a dtype.
 
     Args:
         weights, packed, bit_offsets: of one length; each three as in `mask_apply_`. No two weights share memory.

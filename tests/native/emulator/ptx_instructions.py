@@ -25,6 +25,7 @@ def load_or_store(ins: Instruction) -> str:
     space = ins.need("param", "shared", "global")
     count = int((ins.take("v2", "v4") or "v1")[1:])
     ins.take("nc")
+    ins.take("cs")
     type_ = ins.type()
     cpp = CPP_TYPES[type_]
     registers, place = (ins.operands[0], ins.operands[1]) if ins.name == "ld" else ins.operands[::-1]
