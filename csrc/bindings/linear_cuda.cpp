@@ -1,24 +1,15 @@
-// Integer linear layers on CUDA: rows are quantized by one kernel, multiplied by the next.
+// Integer linear layers on CUDA: packing, and what products are asked for; how they are made is in products_cuda.h.
 //
 // The header of a packed weight lies on the device and is not read, which would wait for the GPU: a weight is packed
 // on the device that uses it.
-#include "cuda.h"
-
-#include "../cuda/launchers.h"
-#include "linear_checks.h"
+#include "products_cuda.h"
 
 #include <torch/csrc/stable/library.h>
 
 namespace ds_compress {
 namespace {
 
-using bindings::check_launch;
 using bindings::OnDevice;
-
-int dtype_of(ScalarType type) {
-    if (type == ScalarType::BFloat16) return dsc_bfloat16;
-    return type == ScalarType::Half ? dsc_float16 : dsc_float32;
-}
 
 int activation_of(const std::string& name) {
     const char* names[] = {"none", "relu", "gelu_erf", "gelu_tanh", "silu"};  // in the order of DscActivation
@@ -31,8 +22,6 @@ template <class T>
 const T* data(const Tensor& tensor) {
     return static_cast<const T*>(tensor.const_data_ptr());
 }
-
-const float* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? data<float>(*tensor) : nullptr; }
 
 Tensor new_packed(const Tensor& like, int64_t rows, int64_t columns, int64_t groups) {
     return torch::stable::new_zeros(like, {packed_bytes(rows, columns, groups > 0 ? 4 : 8, groups)}, ScalarType::Byte);
@@ -106,67 +95,42 @@ Tensor sparse24_linear_pack(const Tensor& given) {
 
 // --- multiplying --------------------------------------------------------------------------------------------------
 
-struct Rows {
-    Tensor codes, scales;
-    int64_t count;
-};
-
-Rows quantized(const Tensor& x, const std::optional<Tensor>& input_scale, int64_t steps, cudaStream_t stream) {
-    const int64_t columns = x.size(x.dim() - 1);
-    int64_t rows = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
-    Rows made{torch::stable::new_empty(x, {rows, round_up(columns, 16)}, ScalarType::Char),
-              torch::stable::new_empty(x, {rows}, ScalarType::Float), rows};
-    check_launch(dsc_quantize_rows(x.const_data_ptr(), dtype_of(x.scalar_type()), data_or_null(input_scale), rows,
-                                   columns, static_cast<int>(steps),
-                                   static_cast<int8_t*>(made.codes.mutable_data_ptr()),
-                                   static_cast<float*>(made.scales.mutable_data_ptr()), stream),
-                 "quantize_rows");
-    return made;
-}
-
 void require_size(const Tensor& packed, int64_t rows, int64_t columns, int64_t groups) {
     const int64_t expected = packed_bytes(rows, columns, groups > 0 ? 4 : 8, groups);
     require(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == expected,
             "a packed weight of (", rows, ", ", columns, ") is Byte (", expected, "), got ", shape_of(packed));
 }
 
-// int8_linear and sparse24_linear, which differ in their launcher.
-template <class Launcher>
-Tensor linear(const char* op, Launcher launcher, const Tensor& given, const Tensor& packed,
-              const Tensor& weight_scale, const std::optional<Tensor>& bias,
+// int8_linear and sparse24_linear.
+template <class Multiply>
+Tensor linear(const Tensor& given, const Tensor& packed, const Tensor& weight_scale, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& input_scale, int64_t steps, const std::string& activation,
-              std::optional<ScalarType> out_dtype) {
+              std::optional<ScalarType> out_dtype, Multiply multiply) {
     require(given.dim() > 0, "x is (..., in_features), got ", shape_of(given));
     const int64_t columns = given.size(given.dim() - 1), outputs = weight_scale.numel();
     require(is_vector(weight_scale, outputs), "weight_scale is contiguous Float (out_features), got ",
             shape_of(weight_scale));
     require_size(packed, outputs, columns, 0);
     require_linear(given, outputs, columns, bias, input_scale, steps, out_dtype);
-    const Tensor x = torch::stable::contiguous(given);
+    const Tensor x = as_contiguous(given);
     const OnDevice on(x);
-    const Rows rows = quantized(x, input_scale, steps, on.stream);
-    const ScalarType type = out_dtype.value_or(x.scalar_type());
-    Tensor y = torch::stable::new_empty(x, result_shape(x, outputs), type);
-    check_launch(launcher(data<int8_t>(rows.codes), data<float>(rows.scales), packed.const_data_ptr(),
-                          data<float>(weight_scale), data_or_null(bias), y.mutable_data_ptr(), dtype_of(type),
-                          activation_of(activation), rows.count, outputs, columns, on.stream),
-                 op);
+    Tensor y = new_tensor(x, result_shape(x, outputs), out_dtype.value_or(x.scalar_type()));
+    multiply(Call{x, packed, data<float>(weight_scale), data_or_null(bias), y, shape_of_rows(x), outputs,
+                  static_cast<int>(steps), activation_of(activation), on.stream},
+             input_scale);
     return y;
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
                    std::optional<Tensor> input_scale, int64_t steps, std::string activation,
                    std::optional<ScalarType> out_dtype) {
-    return linear("int8_linear", dsc_int8_linear, x, packed, weight_scale, bias, input_scale, steps, activation,
-                  out_dtype);
+    return linear(x, packed, weight_scale, bias, input_scale, steps, activation, out_dtype, multiply_int8);
 }
 
 Tensor sparse24_linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
                        std::optional<Tensor> input_scale, int64_t steps, std::string activation,
                        std::optional<ScalarType> out_dtype) {
-    return linear("sparse24_linear", dsc_sparse24_linear, x, packed, weight_scale, bias, input_scale, steps,
-                  activation, out_dtype);
+    return linear(x, packed, weight_scale, bias, input_scale, steps, activation, out_dtype, multiply_sparse24);
 }
 
 Tensor int4_linear(const Tensor& given, const Tensor& packed, int64_t out_features, int64_t group_size,
@@ -178,15 +142,12 @@ Tensor int4_linear(const Tensor& given, const Tensor& packed, int64_t out_featur
     const int64_t columns = given.size(given.dim() - 1);
     require_size(packed, out_features, columns, (columns + group_size - 1) / group_size);
     require_linear(given, out_features, columns, bias, input_scale, steps, out_dtype);
-    const Tensor x = torch::stable::contiguous(given);
+    const Tensor x = as_contiguous(given);
     const OnDevice on(x);
-    const Rows rows = quantized(x, input_scale, steps, on.stream);
-    const ScalarType type = out_dtype.value_or(x.scalar_type());
-    Tensor y = torch::stable::new_empty(x, result_shape(x, out_features), type);
-    check_launch(dsc_int4_linear(data<int8_t>(rows.codes), data<float>(rows.scales), packed.const_data_ptr(),
-                                 data_or_null(bias), y.mutable_data_ptr(), dtype_of(type), activation_of(activation),
-                                 rows.count, out_features, columns, static_cast<int>(group_size), on.stream),
-                 "int4_linear");
+    Tensor y = new_tensor(x, result_shape(x, out_features), out_dtype.value_or(x.scalar_type()));
+    multiply_int4(Call{x, packed, nullptr, data_or_null(bias), y, shape_of_rows(x), out_features, static_cast<int>(steps),
+                       activation_of(activation), on.stream},
+                  input_scale, static_cast<int>(group_size));
     return y;
 }
 

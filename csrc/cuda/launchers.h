@@ -43,6 +43,15 @@ cudaError_t dsc_int8_linear(const int8_t* codes, const float* input_scale, const
 cudaError_t dsc_int4_linear(const int8_t* codes, const float* input_scale, const void* packed, const float* bias,
                             void* out, int out_dtype, int activation, int64_t m, int64_t n, int64_t k, int group,
                             cudaStream_t stream);
+// The same of x itself, (m, k) of `dtype`, in one launch, where dsc_quantizes_itself(m, k); given_scale, steps: as
+// dsc_quantize_rows.
+int dsc_quantizes_itself(int64_t m, int64_t k);
+cudaError_t dsc_int8_linear_of(const void* x, int dtype, const float* given_scale, int steps, const void* packed,
+                               const float* weight_scale, const float* bias, void* out, int out_dtype, int activation,
+                               int64_t m, int64_t n, int64_t k, cudaStream_t stream);
+cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float* given_scale, int steps, const void* packed,
+                               const float* bias, void* out, int out_dtype, int activation, int64_t m, int64_t n,
+                               int64_t k, int group, cudaStream_t stream);
 cudaError_t dsc_sparse24_linear(const int8_t* codes, const float* input_scale, const void* packed,
                                 const float* weight_scale, const float* bias, void* out, int out_dtype,
                                 int activation, int64_t m, int64_t n, int64_t k, cudaStream_t stream);

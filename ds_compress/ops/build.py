@@ -30,7 +30,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ds_compress.ops.toolchain import OLDEST_TORCH, Cuda, ToolchainError, Torch, compiler_version, find_cxx
+from ds_compress.ops.toolchain import (
+    OLDEST_TORCH,
+    Cuda,
+    Cutlass,
+    ToolchainError,
+    Torch,
+    compiler_version,
+    find_cxx,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PREBUILT = PACKAGE / "ops" / "prebuilt"
@@ -48,6 +56,11 @@ _ISA_FLAGS = {
 _NVCC_FLAGS = shlex.split(
     "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
+)
+_HOPPER_FLAGS = shlex.split(
+    # NDEBUG: an assert is a call, and ptxas serializes wgmma around calls.
+    "-std=c++17 -O3 --fmad=false -DNDEBUG --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden "
+    "-gencode arch=compute_90a,code=sm_90a"
 )
 # Built with any torch from OLDEST_TORCH on, the library loads on every such torch.
 _STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH), "-DUSE_CUDA"]
@@ -80,11 +93,13 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Build:
-    """One library that can be built: for the CPU, and for CUDA too when `cuda` is given."""
+    """One library that can be built: for the CPU, and for CUDA too when `cuda` is given, with Hopper's own products when
+    `cutlass` is."""
 
     torch: Torch
     cxx: Path
     cuda: Cuda | None = None
+    cutlass: Cutlass | None = None
 
     @classmethod
     def for_this_machine(cls, with_cuda: bool) -> Build:
@@ -94,11 +109,12 @@ class Build:
             raise ToolchainError(
                 "no nvcc: set CUDA_HOME, put nvcc on PATH, or pip install 'ds_compress[cuda-build]'"
             )
-        return cls(Torch.find(), find_cxx(), cuda)
+        return cls(Torch.find(), find_cxx(), cuda, Cutlass.find() if cuda else None)
 
     @cached_property
     def sources(self) -> list[Path]:
-        """What is compiled, in a fixed order; `_cuda` bindings and .cu files only with CUDA."""
+        """What is compiled, what takes longest first; `_cuda` bindings and .cu files only with CUDA, those of `hopper` only
+        with CUTLASS."""
         root = sources_folder()
         bindings = [
             path for path in root.glob("bindings/*.cpp") if self.cuda or not path.stem.endswith("_cuda")
@@ -106,14 +122,17 @@ class Build:
         kernels = [*root.glob("cpu/**/*.cpp"), *(root.glob("cuda/**/*.cu") if self.cuda else ())]
         if platform.machine() not in ("x86_64", "AMD64"):
             kernels = [path for path in kernels if not path.stem.endswith(tuple(_ISA_FLAGS))]
-        return sorted([*bindings, *kernels])
+        if not self.cutlass:
+            kernels = [path for path in kernels if path.parent.name != "hopper"]
+        return sorted([*bindings, *kernels], key=lambda path: (path.parent.name != "hopper", path))
 
     @cached_property
     def name(self) -> str:
         """File name of the library: its sources, then what makes it."""
         tools = [self.torch.version, str(self.cxx), compiler_version(self.cxx), platform.machine()]
         tools += [self.cuda.version] if self.cuda else []
-        made_by = repr([tools, _CXX_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _STABLE_ABI]).encode()
+        tools += [self.cutlass.version] if self.cutlass else []
+        made_by = repr([tools, _CXX_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _HOPPER_FLAGS, _STABLE_ABI]).encode()
         return f"{stem_of(self.cuda is not None)}-{hashlib.sha256(made_by).hexdigest()[:8]}.so"
 
     def command(self, source: Path, target: Path) -> list[str]:
@@ -122,7 +141,11 @@ class Build:
         include = ["-I", str(root / "include")]
         if source.suffix == ".cu":
             assert self.cuda is not None
-            return [str(self.cuda.nvcc), *_NVCC_FLAGS, *include, "-c", str(source), "-o", str(target)]
+            flags = list(_NVCC_FLAGS)
+            if source.parent.name == "hopper":
+                assert self.cutlass is not None
+                flags = [*_HOPPER_FLAGS, "-isystem", str(self.cutlass.include)]
+            return [str(self.cuda.nvcc), *flags, *include, "-c", str(source), "-o", str(target)]
         flags = list(_CXX_FLAGS)
         for ending, isa_flags in _ISA_FLAGS.items():
             if source.stem.endswith(ending):
@@ -179,7 +202,7 @@ def compile_library(build: Build, library: Path, say: Callable[[str], object] = 
     """Compiles and links everything to `library`, which appears only when it is whole."""
     started = time.monotonic()
     count = len(build.sources)
-    say(f"ds_compress: compiling native ops ({count} files), once for this machine; it takes about a minute")
+    say(f"ds_compress: compiling native ops ({count} files), once for this machine; it takes a minute, with Hopper's kernels some minutes")
     with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
         objects = [Path(folder) / f"{index}.o" for index in range(count)]
         with ThreadPoolExecutor(_jobs()) as pool:

@@ -84,6 +84,27 @@ class Cuda:
         return _first_line_with("release", str(self.nvcc), "--version")
 
 
+@dataclass(frozen=True)
+class Cutlass:
+    """CUTLASS's headers, which the products of Hopper are made of."""
+
+    include: Path
+    version: str
+
+    @classmethod
+    def find(cls) -> Cutlass | None:
+        """From $CUTLASS_HOME, else the wheel `nvidia-cutlass` of `ds_compress[cuda-build]`; None without, or before 4.0."""
+        roots = [Path(os.environ["CUTLASS_HOME"])] if os.environ.get("CUTLASS_HOME") else []
+        roots += [folder / "cutlass_library" / "source" for folder in _package_folders()]
+        for root in roots:
+            version_file = root / "include" / "cutlass" / "version.h"
+            if version_file.is_file():
+                parts = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR|PATCH) +(\d+)", version_file.read_text()))
+                if int(parts.get("MAJOR", 0)) >= 4:
+                    return cls(root / "include", ".".join(parts[p] for p in ("MAJOR", "MINOR", "PATCH")))
+        return None
+
+
 def find_cxx() -> Path:
     """The C++ compiler: $CXX, else g++ or c++ on PATH.
 

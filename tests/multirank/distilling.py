@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_compress
-from tests.multirank.common import ds_config, engine_of, full_weights
+from tests.multirank.common import device, ds_config, engine_of, full_weights
 
 STAGES = (0, 1, 2, 3)
 VOCABULARY = 61
@@ -61,7 +61,7 @@ def token_batches(
         mask = torch.ones_like(ids)
         mask[::3, 6:] = 0
         batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-        yield {name: value[rows] for name, value in batch.items() if labels or name != "labels"}
+        yield {name: value[rows].to(device()) for name, value in batch.items() if labels or name != "labels"}
 
 
 def block(losses: dict[str, Any], **settings: Any) -> dict[str, Any]:

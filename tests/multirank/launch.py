@@ -23,8 +23,10 @@ BACKEND = os.environ.get("DS_COMPRESS_TEST_BACKEND", "gloo")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(world_size: int, function: str, timeout_s: float = 540, **arguments: Any) -> list[Any]:
-    """Calls `function` ("package.module:name") with `arguments` in `world_size` processes.
+def run_ranks(
+    world_size: int, function: str, timeout_s: float = 540, backend: str = BACKEND, **arguments: Any
+) -> list[Any]:
+    """Calls `function` ("package.module:name") with `arguments` in `world_size` processes, on `backend`.
 
     Returns the results by rank. A failing or hanging process fails the test with its output.
     """
@@ -43,7 +45,8 @@ def run_ranks(world_size: int, function: str, timeout_s: float = 540, **argument
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                **(_on_cuda(rank, torch.cuda.device_count()) if BACKEND == "nccl" else {}),
+                "DS_COMPRESS_TEST_BACKEND": backend,
+                **(_on_cuda(rank, torch.cuda.device_count()) if backend == "nccl" else {"DS_ACCELERATOR": "cpu"}),
             }
             with open(f"{folder}/{rank}.log", "w") as log:
                 command = [sys.executable, "-m", "tests.multirank.launch", function, folder]

@@ -46,8 +46,9 @@ class LinearCase:
         return "-".join([*parts, str(self.steps)])
 
 
-# Every kernel (decode with 1, 2, 4, 8 rows; small and large tiles) with tails in every direction.
-SHAPES = [(1, 1, 1), (1, 17, 100), (2, 9, 530), (3, 5, 0), (4, 20, 48), (7, 33, 64), (8, 10, 1040), (9, 65, 70),
+# Every kernel (few rows: to 8, 16, 32; small and large tiles) with tails in every direction, and steps enough for a ring of
+# stages to go round in every warp.
+SHAPES = [(1, 33, 4100), (3, 17, 5000), (17, 20, 3100), (1, 1, 1), (1, 17, 100), (2, 9, 530), (3, 5, 0), (4, 20, 48), (7, 33, 64), (8, 10, 1040), (9, 65, 70),
           (33, 64, 16), (64, 70, 200), (65, 130, 100), (130, 127, 333), (0, 5, 16), (9, 0, 16)]  # fmt: skip
 INT8_CASES = [LinearCase(m, n, k) for m, n, k in SHAPES] + [
     LinearCase(12, 20, 40, activation=a, out_dtype=t) for a in ACTIVATIONS[1:] for t in DTYPES
@@ -60,7 +61,7 @@ INT8_CASES = [LinearCase(m, n, k) for m, n, k in SHAPES] + [
     LinearCase(6, 19, 2100, special=True, dtype=torch.bfloat16),
 ]  # fmt: skip
 INT8_CASES += [LinearCase(13, 19, 50, special=True, activation=a) for a in ACTIVATIONS]
-INT4_SHAPES = [(1, 1, 1), (1, 9, 1100), (3, 17, 33), (8, 12, 2080), (9, 66, 96), (40, 65, 130), (66, 70, 300),
+INT4_SHAPES = [(1, 33, 6200), (17, 20, 5300), (1, 1, 1), (1, 9, 1100), (3, 17, 33), (8, 12, 2080), (9, 66, 96), (40, 65, 130), (66, 70, 300),
                (130, 64, 160), (0, 5, 32), (9, 0, 40)]  # fmt: skip
 INT4_CASES = [LinearCase(m, n, k, "int4", group) for m, n, k in INT4_SHAPES for group in (32, 64, 128)] + [
     LinearCase(3, 5, 0, "int4", 32),
@@ -274,6 +275,24 @@ def linear_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Prog
     ]
     arguments += [case.m, case.n, case.k, *([case.group] if case.kind == "int4" else []), None]
     return Program(buffers, [(f"dsc_{case.kind}_linear", tuple(arguments))], ("out",))
+
+
+def quantizes_itself(case: LinearCase) -> bool:
+    """Whether one launch may do all: dsc_quantizes_itself."""
+    return case.kind != "sparse24" and 0 < case.m <= 8 and case.m * case.k <= 16384
+
+
+def fused_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Program:
+    """Quantization and product in one launch."""
+    program = linear_program(case, inputs, packed)
+    buffers = {name: each for name, each in program.buffers.items() if name not in ("codes", "input_scale")}
+    buffers["x"] = raw(inputs.x)
+    if inputs.input_scale is not None:
+        buffers["given"] = raw(inputs.input_scale)
+    [(function, arguments)] = program.calls
+    given = "given" if inputs.input_scale is not None else None
+    head = ("x", DTYPES[inputs.x.dtype], given, case.steps)
+    return Program(buffers, [(f"{function}_of", (*head, *arguments[2:]))], program.outputs)
 
 
 def as_output(case: LinearCase, out: np.ndarray) -> torch.Tensor:

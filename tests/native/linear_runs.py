@@ -30,8 +30,22 @@ def check_linears(kind: str, chosen: Sequence[LinearCase], libraries: Libraries,
     outcome = harness.run(libraries[LINEAR_SOURCES[kind]], programs, schedule)
     for case, each, result in zip(chosen, inputs, outcome.results, strict=True):
         cases.check(case, each, cases.as_output(case, result["out"]))
+    check_fused(kind, chosen, packed, libraries, schedule)
     assert outcome.statistics.ldmatrix_phases > 0
     assert outcome.statistics.bank_conflicts == 0
+
+
+def check_fused(
+    kind: str, chosen: Sequence[LinearCase], packed: Sequence[dict[str, np.ndarray]], libraries: Libraries, schedule: int
+) -> None:
+    """The launch that quantizes x itself, where there is one."""
+    both = [(case, each["packed"]) for case, each in zip(chosen, packed, strict=True) if cases.quantizes_itself(case)]
+    programs = [cases.fused_program(case, cases.make_inputs(case), weight) for case, weight in both]
+    if not programs:
+        return
+    results = harness.run(libraries[LINEAR_SOURCES[kind]], programs, schedule).results
+    for (case, _), result in zip(both, results, strict=True):
+        cases.check(case, cases.make_inputs(case), cases.as_output(case, result["out"]))
 
 
 def quantization_cases() -> list[tuple[torch.Tensor, int, torch.Tensor | None]]:

@@ -30,8 +30,9 @@ class Mutant:
 
 
 INT8 = (LinearCase(70, 66, 333), LinearCase(9, 65, 70))
-SMALL_INT8 = (LinearCase(9, 65, 70, bias=False),)
-INT4_DECODE = (LinearCase(3, 17, 1100, "int4", 64),)
+SMALL_INT8 = (LinearCase(40, 65, 70, bias=False),)
+INT4_FEW = (LinearCase(3, 17, 3100, "int4", 64),)
+INT8_FEW = (LinearCase(3, 17, 5000),)
 SPARSE24 = (LinearCase(9, 33, 200, "sparse24"),)
 
 MUTANTS = [
@@ -79,9 +80,27 @@ MUTANTS = [
         (Edit(HERE + "epilogue.cuh", "e.weight_scale[column]", "e.weight_scale[column / 2 * 2]"),), SMALL_INT8,
     ),
     Mutant(
-        "a shuffle that only some lanes reach", "plain", "divergence", "int4_linear",
-        (Edit(HERE + "int4_gemv.cuh", "sum += __shfl_xor_sync(~0u, sum, distance);",
-              "if (first < k) sum += __shfl_xor_sync(~0u, sum, distance);"),), INT4_DECODE,
+        "a collective that only some lanes reach", "plain", "divergence", "quantize",
+        (Edit(HERE + "quantize.cuh", "    value = __reduce_max_sync(~0u, value);",
+              "    if (value != 0) value = __reduce_max_sync(~0u, value);"),),
+    ),
+    Mutant(
+        "few rows: a warp waits for one group too few", "plain", "differ", "int8_linear",
+        (Edit(HERE + "skinny.cuh", "wait_copies<stages - 2>();", "wait_copies<stages - 1>();"),), INT8_FEW,
+    ),
+    Mutant(
+        "few rows: copies go to the stage that is being read", "plain", "differ", "int8_linear",
+        (Edit(HERE + "skinny.cuh", "start(writing, started);", "start(reading, started);"),), INT8_FEW,
+    ),
+    Mutant(
+        "few rows: the scale of the neighbouring group", "plain", "differ", "int4_linear",
+        (Edit(HERE + "int4_skinny.cuh", "index * Tile::groups + row,", "index * Tile::groups + (row ^ 1),"),), INT4_FEW,
+    ),
+    Mutant(
+        "few rows: a total is not cleared for the next tile of features", "plain", "differ", "int8_linear",
+        (Edit(HERE + "int8_skinny.cuh", "            total = 0;\n", ""),
+         Edit(HERE + "int8_linear.cu", "const dim3 grid(static_cast<unsigned>((e.n + Tile::features - 1) / Tile::features));",
+              "const dim3 grid(1);")), INT8_FEW,
     ),
     Mutant(
         "mma.sp: the places of rows and halves swapped", "plain", "differ", "pack",
@@ -124,12 +143,17 @@ MUTANTS = [
     ),
     Mutant(
         "every thread writes the scale of its row: the right value", "tsan", "data race", "quantize",
-        (Edit(HERE + "quantize.cuh", "if (threadIdx.x % threads_per_row == 0) scales[row] = scale;",
-              "scales[row] = scale;"),), silent=True,
+        (Edit(HERE + "quantize.cuh", "if (threadIdx.x % threads_per_row == 0) scales[index] = scale;",
+              "scales[index] = scale;"),), silent=True,
     ),
     Mutant(
-        "parts are overwritten while lanes still add them", "tsan", "data race", "int4_linear",
-        (Edit(HERE + "int4_gemv.cuh", "        __syncwarp();\n    }\n", "    }\n"),), INT4_DECODE,
+        "few rows: parts are overwritten while others still add them", "tsan", "data race", "int4_linear",
+        (Edit(HERE + "int4_skinny.cuh", "from[slot * Tile::cells]);\n            }\n            __syncthreads();",
+              "from[slot * Tile::cells]);\n            }"),), INT4_FEW,
+    ),
+    Mutant(
+        "few rows: a lane reads what another copied before it is told", "tsan", "data race", "int4_linear",
+        (Edit(HERE + "skinny.cuh", "            __syncwarp();  // now", "            // now"),), INT4_FEW,
     ),
     Mutant(
         "two blocks write the same rows: the right values", "tsan", "data race", "quantize",

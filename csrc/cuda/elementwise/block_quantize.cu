@@ -4,17 +4,48 @@
 
 namespace ds_compress::elementwise {
 
+template <int sharing_, int depth_>
+struct Shape {
+    static constexpr int sharing = sharing_, depth = depth_;
+};
+
 static Format format_of(int64_t numel, int bits, int block) {
     return {block, (numel + block - 1) / block, block * bits / 8};
+}
+
+/// Blocks of a grid: x over the blocks of a message, y over messages.
+static dim3 grid_of(int64_t blocks, int sharing, int64_t messages) {
+    dim3 grid = blocks_for(blocks, threads / sharing);
+    grid.y = static_cast<unsigned>(messages < 65535 ? messages : 65535);
+    return grid;
+}
+
+/// Calls run(shape) with what holds a block in registers: 16 or 32 values a lane; depth 0: none does.
+template <int width, class Run>
+static cudaError_t by_length(int block, const Run& run) {
+    if (block <= 128) return run(Shape<8, 16 / width>());
+    if (block <= 512) return run(Shape<32, 16 / width>());
+    if (block <= 1024) return run(Shape<32, 32 / width>());
+    return run(Shape<32, 0>());
+}
+
+template <class T, int bits>
+static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
+                            int64_t chunk, const Format& format, cudaStream_t stream) {
+    return by_length<Vector<T>::count>(format.block, [&](auto shape) {
+        const auto kernel = residual != nullptr ? block_quantize_kernel<T, bits, true, shape.sharing, shape.depth>
+                                                : block_quantize_kernel<T, bits, false, shape.sharing, shape.depth>;
+        return launch(kernel, grid_of(format.blocks, shape.sharing, message_count), threads, 0, stream,
+                      static_cast<const T*>(x), numel, residual, messages, message_count, chunk, format);
+    });
 }
 
 template <class T>
 static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
                             int64_t chunk, int bits, int block, cudaStream_t stream) {
     const Format format = format_of(chunk, bits, block);
-    const auto kernel = bits == 8 ? block_quantize_kernel<T, 8> : block_quantize_kernel<T, 4>;
-    return launch(kernel, blocks_for(message_count * format.blocks, warps), threads, 0, stream,
-                  static_cast<const T*>(x), numel, residual, messages, message_count, chunk, format);
+    return bits == 8 ? quantize<T, 8>(x, numel, residual, messages, message_count, chunk, format, stream)
+                     : quantize<T, 4>(x, numel, residual, messages, message_count, chunk, format, stream);
 }
 
 template <class T>
@@ -22,8 +53,17 @@ static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, in
                               void* out, int64_t numel, cudaStream_t stream) {
     const Format format = format_of(chunk, bits, block);
     const auto kernel = bits == 8 ? block_dequantize_kernel<T, 8> : block_dequantize_kernel<T, 4>;
-    return launch(kernel, blocks_for(message_count * format.blocks, warps), threads, 0, stream, messages,
-                  message_count, chunk, format, static_cast<T*>(out), numel);
+    return launch(kernel, grid_of(format.blocks, 32, message_count), threads, 0, stream, messages, message_count, chunk,
+                  format, static_cast<T*>(out), numel);
+}
+
+template <int bits>
+static cudaError_t reduce_quantize(const Sum<bits>& sum, float* residual, uint8_t* message, cudaStream_t stream) {
+    return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
+        const auto kernel = residual != nullptr ? block_reduce_quantize_kernel<bits, true, shape.sharing, shape.depth>
+                                                : block_reduce_quantize_kernel<bits, false, shape.sharing, shape.depth>;
+        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), threads, 0, stream, sum, residual, message);
+    });
 }
 
 static bool is_valid(int bits, int block) {
@@ -68,25 +108,22 @@ extern "C" cudaError_t dsc_block_dequantize(const uint8_t* messages, int64_t mes
 
 extern "C" cudaError_t dsc_block_reduce(const uint8_t* messages, int64_t message_count, int64_t numel, int bits,
                                         int block, float multiplier, float* out, cudaStream_t stream) {
-    if (!is_valid(bits, block) || message_count < 1) return cudaErrorInvalidValue;
+    if (!is_valid(bits, block) || message_count < 1 || message_count > INT32_MAX) return cudaErrorInvalidValue;
     const Format format = format_of(numel, bits, block);
-    const dim3 grid = blocks_for((numel + quad - 1) / quad);
+    const dim3 grid = grid_of(format.blocks, 32, 1);
     if (bits == 8)
         return launch(block_reduce_kernel<8>, grid, threads, 0, stream,
-                      Sum<8>{messages, message_count, numel, format, multiplier}, out);
+                      Sum<8>{messages, static_cast<int>(message_count), numel, format, multiplier}, out);
     return launch(block_reduce_kernel<4>, grid, threads, 0, stream,
-                  Sum<4>{messages, message_count, numel, format, multiplier}, out);
+                  Sum<4>{messages, static_cast<int>(message_count), numel, format, multiplier}, out);
 }
 
 extern "C" cudaError_t dsc_block_reduce_quantize(const uint8_t* messages, int64_t message_count, int64_t numel,
                                                  int bits, int block, float multiplier, float* residual,
                                                  uint8_t* message, cudaStream_t stream) {
-    if (!is_valid(bits, block) || message_count < 1) return cudaErrorInvalidValue;
+    if (!is_valid(bits, block) || message_count < 1 || message_count > INT32_MAX) return cudaErrorInvalidValue;
     const Format format = format_of(numel, bits, block);
-    const dim3 grid = blocks_for(format.blocks, warps);
     if (bits == 8)
-        return launch(block_reduce_quantize_kernel<8>, grid, threads, 0, stream,
-                      Sum<8>{messages, message_count, numel, format, multiplier}, residual, message);
-    return launch(block_reduce_quantize_kernel<4>, grid, threads, 0, stream,
-                  Sum<4>{messages, message_count, numel, format, multiplier}, residual, message);
+        return reduce_quantize(Sum<8>{messages, static_cast<int>(message_count), numel, format, multiplier}, residual, message, stream);
+    return reduce_quantize(Sum<4>{messages, static_cast<int>(message_count), numel, format, multiplier}, residual, message, stream);
 }

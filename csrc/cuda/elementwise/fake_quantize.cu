@@ -4,10 +4,6 @@
 
 namespace ds_compress::elementwise {
 
-constexpr int64_t short_row = 1024;  // a warp each
-constexpr int64_t long_row = 16384;  // several blocks each
-constexpr int64_t piece_columns = 8192;
-
 template <class T, bool symmetric>
 struct FakeQuantize {
     const T* x;
@@ -16,55 +12,89 @@ struct FakeQuantize {
     float* scale;
     float* offset;
     Codes codes;
+    math::Divisor steps;
     cudaStream_t stream;
 
-    cudaError_t run(bool given, uint8_t* kept) const {
-        const cudaError_t error = given ? in_pieces() : measured();
-        if (error != cudaSuccess || kept == nullptr || columns == 0) return error;
+    /// `given`: how many ranges there are; 0: they are measured.
+    cudaError_t run(int64_t given, uint8_t* kept) const {
+        constexpr int64_t width = Vector<T>::count;
+        if (columns == 0 && given != 0) return cudaSuccess;
+        const auto address = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y);
+        const bool whole = columns % width == 0 && address % 16 == 0;
+        const bool bits_fit = columns % 8 == 0 || rows == 1;  // rows are whole bytes of them
+        uint8_t* const kept_here = bits_fit ? kept : nullptr;
+        const int64_t vectors = columns / width;
+        cudaError_t error;
+        if (whole && columns % 8 == 0 && vectors <= 4096) {
+            if (vectors <= 8) error = in_rows<8, 1>(given, kept_here);
+            else if (vectors <= 32) error = in_rows<8, 4>(given, kept_here);
+            else if (vectors <= 128) error = in_rows<32, 4>(given, kept_here);
+            else if (vectors <= 256) error = in_rows<32, 8>(given, kept_here);
+            else if (vectors <= 1024) error = in_rows<256, 4>(given, kept_here);
+            else if (vectors <= 2048) error = in_rows<256, 8>(given, kept_here);
+            else error = in_rows<512, 8>(given, kept_here);
+        } else if (given == 0 && columns <= 16384) {
+            error = in_loose_rows();
+            uint8_t* const rest = kept;
+            if (error != cudaSuccess || rest == nullptr || columns == 0) return error;
+            return kept_alone(rest);
+        } else {
+            error = given == 0 ? measured() : cudaSuccess;
+            if (error == cudaSuccess) error = in_pieces(kept_here);
+        }
+        if (error != cudaSuccess || kept == nullptr || bits_fit || columns == 0) return error;
+        return kept_alone(kept);
+    }
+
+private:
+    cudaError_t kept_alone(uint8_t* kept) const {
         return launch(kept_bits_kernel<T, symmetric>, blocks_for((rows * columns + 7) / 8), threads, 0, stream, x, rows,
                       columns, scale, offset, codes, kept);
     }
 
-private:
+    template <int sharing, int depth>
+    cudaError_t in_rows(int64_t given, uint8_t* kept) const {
+        constexpr int block = sharing > threads ? sharing : threads;
+        return launch(fake_quantize_rows_kernel<T, sharing, depth, symmetric>, blocks_for(rows, block / sharing, 0), block,
+                      0, stream, x, y, rows, static_cast<int>(columns), given, scale, offset, codes, steps, kept);
+    }
+
+    cudaError_t in_loose_rows() const {
+        return launch(fake_quantize_loose_rows_kernel<T, symmetric>, blocks_for(rows, warps, 0), threads, 0, stream, x, y,
+                      rows, columns, scale, offset, codes, steps);
+    }
+
     cudaError_t measured() const {
-        if (columns <= short_row) return in_rows<32>();
-        if (columns <= long_row) return in_rows<threads>();
         cudaError_t error = launch(begin_spans_kernel<symmetric>, blocks_for(rows), threads, 0, stream, rows, scale, offset);
+        const int64_t each = 132 * 8 / rows + 1, pieces = pieces_per_row();
+        const int64_t blocks_per_row = each < pieces ? each : pieces;
         if (error == cudaSuccess)
-            error = launch(join_spans_kernel<T, symmetric>, grid(), threads, 0, stream, x, columns, piece_columns,
-                           pieces_per_row(), scale, offset);
+            error = launch(join_spans_kernel<T, symmetric>, dim3(static_cast<unsigned>(rows * blocks_per_row)), threads, 0,
+                           stream, x, rows, columns, static_cast<unsigned>(blocks_per_row), scale, offset);
         if (error == cudaSuccess)
             error = launch(finish_spans_kernel<symmetric>, blocks_for(rows), threads, 0, stream, rows, columns, scale,
-                           offset, codes.steps);
-        return error == cudaSuccess ? in_pieces() : error;
+                           offset, steps);
+        return error;
     }
 
-    template <int sharing>
-    cudaError_t in_rows() const {
-        constexpr int rows_per_block = threads / sharing;
-        const dim3 grid(static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block));
-        return launch(fake_quantize_rows_kernel<T, sharing, symmetric>, grid, threads, 0, stream, x, y, rows, columns, scale,
-                      offset, codes);
-    }
+    int64_t pieces_per_row() const { return (columns + piece_columns<T> - 1) / piece_columns<T>; }
 
-    unsigned pieces_per_row() const { return static_cast<unsigned>((columns + piece_columns - 1) / piece_columns); }
-    dim3 grid() const { return dim3(static_cast<unsigned>(rows * pieces_per_row())); }
-
-    cudaError_t in_pieces() const {
+    cudaError_t in_pieces(uint8_t* kept) const {
         if (rows * pieces_per_row() > INT32_MAX) return cudaErrorInvalidValue;
-        return launch(quantize_pieces_kernel<T, symmetric>, grid(), threads, 0, stream, x, y, columns, piece_columns,
-                      pieces_per_row(), scale, offset, codes);
+        return launch(quantize_pieces_kernel<T, symmetric>, dim3(static_cast<unsigned>(rows * pieces_per_row())), threads, 0,
+                      stream, x, y, rows, columns, static_cast<unsigned>(pieces_per_row()), scale, offset, codes, kept);
     }
 };
 
 template <class T>
-static cudaError_t fake_quantize(const void* x, void* y, int64_t rows, int64_t columns, bool given, float* scale,
+static cudaError_t fake_quantize(const void* x, void* y, int64_t rows, int64_t columns, int64_t given, float* scale,
                                  float* offset, Codes codes, uint8_t* kept, cudaStream_t stream) {
     const T* const from = static_cast<const T*>(x);
     T* const to = static_cast<T*>(y);
+    const math::Divisor steps = math::divisor_of(codes.steps);
     if (offset == nullptr)
-        return FakeQuantize<T, true>{from, to, rows, columns, scale, offset, codes, stream}.run(given, kept);
-    return FakeQuantize<T, false>{from, to, rows, columns, scale, offset, codes, stream}.run(given, kept);
+        return FakeQuantize<T, true>{from, to, rows, columns, scale, offset, codes, steps, stream}.run(given, kept);
+    return FakeQuantize<T, false>{from, to, rows, columns, scale, offset, codes, steps, stream}.run(given, kept);
 }
 
 }  // namespace ds_compress::elementwise
@@ -79,15 +109,16 @@ extern "C" cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int6
         columns *= rows;
         rows = 1;
     }
+    const int64_t count = given != 0 ? (ranges == 1 ? 1 : rows) : 0;
     const Codes codes = {static_cast<float>(low), static_cast<float>(high), static_cast<float>(steps)};
     switch (dtype) {
         case dsc_float32:
-            return fake_quantize<float>(x, y, rows, columns, given != 0, scale, offset, codes, kept, stream);
+            return fake_quantize<float>(x, y, rows, columns, count, scale, offset, codes, kept, stream);
         case dsc_bfloat16:
-            return fake_quantize<__nv_bfloat16>(x, y, rows, columns, given != 0, scale, offset, codes, kept,
+            return fake_quantize<__nv_bfloat16>(x, y, rows, columns, count, scale, offset, codes, kept,
                                                 stream);
         case dsc_float16:
-            return fake_quantize<__half>(x, y, rows, columns, given != 0, scale, offset, codes, kept, stream);
+            return fake_quantize<__half>(x, y, rows, columns, count, scale, offset, codes, kept, stream);
         default:
             return cudaErrorInvalidValue;
     }

@@ -1,44 +1,113 @@
-// Fake quantization of the rows of a matrix. Rows that a warp or a block finds in cache again are measured and quantized
-// by one kernel; the pieces of longer ones are measured by many blocks, which meet in the row's scale and offset.
+// Fake quantization of the rows of a matrix. A row that fits into the registers of some lanes, a warp or a block is read
+// once. The pieces of longer rows are measured by many blocks, which meet in the row's scale and offset, and then read
+// again. Rows that do not lie on vectors of 16 bytes go the loose way, element by element.
 #pragma once
 
-#include "ds_compress/math.h"
 #include "grid.cuh"
 
 namespace ds_compress::elementwise {
 
 struct Codes {
-    float low, high, steps;
+    float low, high;
+    float steps;
 };
 
-/// What values span, as integers in their order (see `ordered`), so that atomics can join them.
-struct Span {
-    int lowest;
-    int highest;
-    unsigned largest;  // magnitude bits: NaN and Inf win
+// --- ranges -----------------------------------------------------------------------------------------------------------
 
-    static DSC_DEVICE Span empty() { return {0x7fffffff, static_cast<int>(0x80000000u), 0}; }
+/// What values span: their largest magnitude, or the least and the greatest. NaN wins.
+template <bool symmetric>
+struct Span;
+
+template <>
+struct Span<true> {
+    float largest = 0.0f;
+
+    DSC_DEVICE void add(float value) { largest = larger(largest, fabsf(value)); }
+    DSC_DEVICE math::ScaleAndOffset range(int64_t, const math::Divisor& steps) const {
+        if (math::bits_of(largest) >= math::kInfinityBits) return {math::float_of(math::kNanBits), 0.0f};
+        const float scale = math::scale_or_zero(largest, steps);
+        return {scale == 0.0f ? math::float_of(math::kSmallestScaleBits) : scale, 0.0f};
+    }
 };
 
-/// Its own inverse.
+template <>
+struct Span<false> {
+    float lowest = math::float_of(math::kInfinityBits), highest = -math::float_of(math::kInfinityBits);
+
+    DSC_DEVICE void add(float value) {
+        lowest = smaller(lowest, value);
+        highest = larger(highest, value);
+    }
+    DSC_DEVICE math::ScaleAndOffset range(int64_t columns, const math::Divisor& steps) const {
+        const float not_a_number = math::float_of(math::kNanBits), smallest = math::float_of(math::kSmallestScaleBits);
+        if (columns == 0) return {smallest, 0.0f};
+        if (!(fabsf(lowest) <= math::kLargestFloat && fabsf(highest) <= math::kLargestFloat)) return {not_a_number, not_a_number};
+        const float low = math::add(lowest, 0.0f);  // of the two zeros, one
+        float span = math::subtract(highest, low);
+        const bool overflows = span > math::kLargestFloat;
+        if (overflows) span = math::subtract(math::multiply(highest, math::kShrink), math::multiply(low, math::kShrink));
+        float width = math::scale_or_zero(span, steps);
+        if (width == 0.0f) return {smallest, low};
+        if (overflows) width = math::multiply(width, math::kGrow);
+        if (width > math::kLargestFloat) return {not_a_number, not_a_number};
+        const float offset =
+            math::multiply(math::round_half_even(math::quotient(low, math::divisor_of(width))), width);
+        return {width, math::clamp(offset, -math::kLargestFloat, math::kLargestFloat)};
+    }
+};
+
+/// Integers in the order of floats, and back: its own inverse. Positive NaNs are the largest.
 DSC_DEVICE int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 DSC_DEVICE int ordered(float value) { return ordered(static_cast<int>(math::bits_of(value))); }
 DSC_DEVICE float unordered(int key) { return math::float_of(static_cast<uint32_t>(ordered(key))); }
 
-DSC_DEVICE Span with(Span span, float value) {
-    const int key = ordered(value);
-    return {min(span.lowest, key), max(span.highest, key),
-            max(span.largest, math::bits_of(value) & math::kMagnitudeBits)};
+/// The largest key among `sharing` (up to 32) neighbouring lanes.
+template <int sharing>
+DSC_DEVICE unsigned largest_key(unsigned key) {
+    if constexpr (sharing >= 32) {
+        return __reduce_max_sync(~0u, key);
+    } else {
+#pragma unroll
+        for (int distance = sharing / 2; distance > 0; distance /= 2)
+            key = max(key, __shfl_xor_sync(~0u, key, distance));
+        return key;
+    }
 }
 
-template <bool symmetric>
-DSC_DEVICE math::ScaleAndOffset range_of(Span span, int64_t columns, float steps) {
-    if (columns == 0) span = {0, 0, 0};
-    if (symmetric) return {math::row_scale(span.largest, steps), 0.0f};
-    const float not_a_number = math::float_of(math::kNanBits);
-    if (span.largest >= math::kInfinityBits) return {not_a_number, not_a_number};
-    return math::row_range(math::add(unordered(span.lowest), 0.0f), unordered(span.highest), steps);
+/// The span over lanes of a warp. A NaN is in both ends, and found in the highest.
+template <int sharing, bool symmetric>
+DSC_DEVICE Span<symmetric> join_warp(const Span<symmetric>& span) {
+    if constexpr (symmetric) {
+        return {math::float_of(largest_key<sharing>(math::bits_of(span.largest)))};
+    } else {
+        // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of it.
+        constexpr unsigned turn = 0x80000000u, reverse = 0x7fffffffu;
+        const unsigned low = largest_key<sharing>(static_cast<unsigned>(ordered(span.lowest)) ^ reverse) ^ reverse;
+        const unsigned high = largest_key<sharing>(static_cast<unsigned>(ordered(span.highest)) ^ turn) ^ turn;
+        return {unordered(static_cast<int>(low)), unordered(static_cast<int>(high))};
+    }
 }
+
+DSC_DEVICE Span<true> both(const Span<true>& a, const Span<true>& b) { return {larger(a.largest, b.largest)}; }
+DSC_DEVICE Span<false> both(const Span<false>& a, const Span<false>& b) {
+    return {smaller(a.lowest, b.lowest), larger(a.highest, b.highest)};
+}
+
+/// The span over the threads that share a row: lanes of a warp, or the whole block, to which all threads then come.
+template <int sharing, bool symmetric>
+DSC_DEVICE Span<symmetric> join(Span<symmetric> span) {
+    span = join_warp<sharing>(span);
+    if constexpr (sharing > 32) {
+        DSC_SHARED(Span<symmetric>, parts, sharing / 32);
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = span;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < sharing / 32; i++) span = both(span, parts[i]);
+    }
+    return span;
+}
+
+// --- values -----------------------------------------------------------------------------------------------------------
 
 /// The largest finite value of a dtype.
 template <class T>
@@ -60,123 +129,130 @@ struct Largest<__half> {
 struct Working {
     math::ScaleAndOffset range;
     float shrink, limit;
+    math::Divisor divisor;
 };
 
 template <class T>
 DSC_DEVICE Working working(math::ScaleAndOffset range) {
-    if (!math::is_extreme(range, Largest<T>::value)) return {range, 1.0f, 0.0f};
-    return {{math::multiply(range.scale, math::kShrink), math::multiply(range.offset, math::kShrink)},
-            math::kShrink,
-            math::multiply(Largest<T>::value, math::kShrink)};
+    if (!math::is_extreme(range, Largest<T>::value)) return {range, 1.0f, 0.0f, math::divisor_of(range.scale)};
+    range = {math::multiply(range.scale, math::kShrink), math::multiply(range.offset, math::kShrink)};
+    return {range, math::kShrink, math::multiply(Largest<T>::value, math::kShrink), math::divisor_of(range.scale)};
 }
 
+/// The code before it is clamped.
 template <bool symmetric>
 DSC_DEVICE float rounded(float value, const Working& work) {
     value = math::multiply(value, work.shrink);
     if (!symmetric) value = math::subtract(value, work.range.offset);
-    return math::round_half_even(math::divide(value, work.range.scale));
+    return math::round_half_even(math::any_quotient(value, work.divisor));
 }
 
 template <bool symmetric>
-DSC_DEVICE float read_back(float value, const Working& work, const Codes& codes) {
-    value = math::multiply(math::clamp(rounded<symmetric>(value, work), codes.low, codes.high), work.range.scale);
+DSC_DEVICE float read_back(float code, const Working& work, const Codes& codes) {
+    float value = math::multiply(math::clamp(code, codes.low, codes.high), work.range.scale);
     if (!symmetric) value = math::add(value, work.range.offset);
     if (work.limit > 0.0f) value = math::multiply(math::clamp(value, -work.limit, work.limit), math::kGrow);
     return value;
 }
 
-/// Rows are whole vectors at 16-byte boundaries.
-template <class T>
-DSC_DEVICE bool is_whole(const void* x, const void* y, int64_t columns) {
-    return columns % Vector<T>::count == 0 &&
-           (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % 16 == 0;
-}
+DSC_DEVICE bool is_kept(float code, const Codes& codes) { return codes.low <= code && code <= codes.high; }
 
-/// Calls each(index of vector or element) for the share of one thread of `sharing` in columns [begin, end).
-template <class T, class OnVector, class OnElement>
-DSC_DEVICE void for_share(int64_t begin, int64_t end, int member, int sharing, bool whole, const OnVector& on_vector,
-                          const OnElement& on_element) {
-    constexpr int width = Vector<T>::count;
-    if (whole)
-        for (int64_t i = begin + static_cast<int64_t>(member) * width; i < end; i += static_cast<int64_t>(sharing) * width)
-            on_vector(i);
-    else
-        for (int64_t i = begin + member; i < end; i += sharing) on_element(i);
-}
-
-template <class T>
-DSC_DEVICE Span measure_share(const T* row, int64_t begin, int64_t end, int member, int sharing, bool whole) {
-    Span span = Span::empty();
-    for_share<T>(
-        begin, end, member, sharing, whole,
-        [&](int64_t i) {
-            const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(row + i);
+/// Quantizes a vector in place; the bits of what is kept.
+template <bool symmetric, class T>
+DSC_DEVICE unsigned quantize_vector(Vector<T>& vector, const Working& work, const Codes& codes) {
+    unsigned kept = 0;
 #pragma unroll
-            for (int j = 0; j < Vector<T>::count; j++) span = with(span, to_float(vector.values[j]));
-        },
-        [&](int64_t i) { span = with(span, to_float(row[i])); });
-    return span;
+    for (int j = 0; j < Vector<T>::count; j++) {
+        const float code = rounded<symmetric>(to_float(vector.values[j]), work);
+        vector.values[j] = from_float<T>(read_back<symmetric>(code, work, codes));
+        if (is_kept(code, codes)) kept |= 1u << j;
+    }
+    return kept;
 }
+
+/// Stores the bits of vector `i` of the matrix, where the rows are whole bytes of them. Lanes 2 i and 2 i + 1 have
+/// neighbouring vectors, or neither has one; all lanes of the warp come here.
+template <int width>
+DSC_DEVICE void store_kept(uint8_t* kept, int64_t i, bool exists, unsigned bits) {
+    if constexpr (width == 4) {
+        bits |= __shfl_xor_sync(~0u, bits, 1) << 4;
+        exists = exists && threadIdx.x % 2 == 0;
+        i /= 2;
+    }
+    if (exists) kept[i] = static_cast<uint8_t>(bits);
+}
+
+// --- rows in registers ------------------------------------------------------------------------------------------------
+
+/// Quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers. `given`: how many ranges
+/// there are, or 0: they are measured and written. kept: null, or for rows of whole bytes of it.
+template <class T, int sharing, int depth, bool symmetric>
+__global__ void __launch_bounds__(sharing > threads ? sharing : threads)
+    fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns, int64_t given,
+                              float* __restrict__ scale, float* __restrict__ offset, Codes codes, math::Divisor steps,
+                              uint8_t* __restrict__ kept) {
+    constexpr int width = Vector<T>::count, block = sharing > threads ? sharing : threads;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (block / sharing) + threadIdx.x / sharing;
+    const int member = static_cast<int>(threadIdx.x) % sharing;
+    const int vectors = row < rows ? columns / width : 0;
+    const T* const from = x + row * columns;
+    T* const to = y + row * columns;
+    Vector<T> held[depth];
+#pragma unroll
+    for (int d = 0; d < depth; d++)
+        if (d * sharing + member < vectors) held[d] = load_vector(from + (d * sharing + member) * width);
+    math::ScaleAndOffset range;
+    if (given == 0) {
+        Span<symmetric> span;
+#pragma unroll
+        for (int d = 0; d < depth; d++) {
+            if (d * sharing + member >= vectors) continue;
+#pragma unroll
+            for (int j = 0; j < width; j++) span.add(to_float(held[d].values[j]));
+        }
+        range = join<sharing>(span).range(columns, steps);
+        if (member == 0 && row < rows) {
+            scale[row] = range.scale;
+            if (!symmetric) offset[row] = range.offset;
+        }
+    } else if (row < rows) {
+        range = {scale[given == 1 ? 0 : row], symmetric ? 0.0f : offset[given == 1 ? 0 : row]};
+    }
+    const Working work = working<T>(range);
+#pragma unroll
+    for (int d = 0; d < depth; d++) {
+        const int i = d * sharing + member;
+        unsigned bits = 0;
+        if (i < vectors) {
+            bits = quantize_vector<symmetric>(held[d], work, codes);
+            store_vector(to + i * width, held[d]);
+        }
+        if (kept != nullptr) store_kept<width>(kept, row * (columns / width) + i, i < vectors, bits);
+    }
+}
+
+// --- rows that are not whole vectors: a warp each, element by element -----------------------------------------------
 
 template <class T, bool symmetric>
-DSC_DEVICE void quantize_share(const T* row, T* out, int64_t begin, int64_t end, int member, int sharing, bool whole,
-                               math::ScaleAndOffset range, const Codes& codes) {
-    const Working work = working<T>(range);
-    for_share<T>(
-        begin, end, member, sharing, whole,
-        [&](int64_t i) {
-            Vector<T> vector = *reinterpret_cast<const Vector<T>*>(row + i);
-#pragma unroll
-            for (int j = 0; j < Vector<T>::count; j++)
-                vector.values[j] = from_float<T>(read_back<symmetric>(to_float(vector.values[j]), work, codes));
-            *reinterpret_cast<Vector<T>*>(out + i) = vector;
-        },
-        [&](int64_t i) { out[i] = from_float<T>(read_back<symmetric>(to_float(row[i]), work, codes)); });
-}
-
-/// The span over a warp.
-DSC_DEVICE Span join_warp(Span span) {
-    // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of it.
-    constexpr unsigned turn = 0x80000000u, reverse = 0x7fffffffu;
-    span.lowest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(span.lowest) ^ reverse) ^ reverse);
-    span.highest = static_cast<int>(__reduce_max_sync(~0u, static_cast<unsigned>(span.highest) ^ turn) ^ turn);
-    span.largest = __reduce_max_sync(~0u, span.largest);
-    return span;
-}
-
-/// The span over the threads that share a row: a warp, or the whole block.
-template <int sharing>
-DSC_DEVICE Span join(Span span) {
-    span = join_warp(span);
-    if constexpr (sharing > 32) {
-        DSC_SHARED(Span, parts, warps);
-        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = span;
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < warps; i++)
-            span = {min(span.lowest, parts[i].lowest), max(span.highest, parts[i].highest),
-                    max(span.largest, parts[i].largest)};
-    }
-    return span;
-}
-
-/// Measures and quantizes; a row belongs to `sharing` threads.
-template <class T, int sharing, bool symmetric>
 __global__ void __launch_bounds__(threads)
-    fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
-                              float* __restrict__ scale, float* __restrict__ offset, Codes codes) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (threads / sharing) + threadIdx.x / sharing;
-    if (row >= rows) return;  // whole warps: every thread of a row leaves
-    const int member = static_cast<int>(threadIdx.x) % sharing;
-    const bool whole = is_whole<T>(x, y, columns);
+    fake_quantize_loose_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
+                                    float* __restrict__ scale, float* __restrict__ offset, Codes codes,
+                                    math::Divisor steps) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
+    if (row >= rows) return;  // whole warps
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const T* const from = x + row * columns;
-    const Span span = join<sharing>(measure_share(from, 0, columns, member, sharing, whole));
-    const math::ScaleAndOffset range = range_of<symmetric>(span, columns, codes.steps);
-    if (member == 0) {
+    Span<symmetric> span;
+    for (int64_t i = lane; i < columns; i += 32) span.add(to_float(from[i]));
+    const math::ScaleAndOffset range = join_warp<32>(span).range(columns, steps);
+    if (lane == 0) {
         scale[row] = range.scale;
         if (!symmetric) offset[row] = range.offset;
     }
-    quantize_share<T, symmetric>(from, y + row * columns, 0, columns, member, sharing, whole, range, codes);
+    const Working work = working<T>(range);
+    for (int64_t i = lane; i < columns; i += 32)
+        y[row * columns + i] =
+            from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, codes));
 }
 
 // --- long rows: until its range is known, a row's highest or largest lies in its scale, its lowest in its offset -----
@@ -184,68 +260,123 @@ __global__ void __launch_bounds__(threads)
 template <bool symmetric>
 __global__ void __launch_bounds__(threads) begin_spans_kernel(int64_t rows, float* scale, float* offset) {
     for (int64_t row = first_item(); row < rows; row += stride()) {
-        const Span span = Span::empty();
-        reinterpret_cast<int*>(scale)[row] = symmetric ? static_cast<int>(span.largest) : span.highest;
-        if (!symmetric) reinterpret_cast<int*>(offset)[row] = span.lowest;
+        const Span<symmetric> span;
+        if constexpr (symmetric) {
+            scale[row] = span.largest;
+        } else {
+            reinterpret_cast<int*>(scale)[row] = ordered(span.highest);
+            reinterpret_cast<int*>(offset)[row] = ordered(span.lowest);
+        }
     }
 }
 
-/// The part of a row that this block works on.
-struct Piece {
-    int64_t row, begin, end;
-    static DSC_DEVICE Piece mine(int64_t columns, int64_t size, unsigned pieces_per_row) {
-        const int64_t begin = blockIdx.x % pieces_per_row * size;
-        return {blockIdx.x / pieces_per_row, begin, begin + size < columns ? begin + size : columns};
-    }
-};
+template <class T>
+constexpr int64_t piece_columns = static_cast<int64_t>(threads) * unroll * Vector<T>::count;
 
-/// An asymmetric row with a value that is not finite has the highest key of all, a NaN.
+/// Rows that begin at multiples of 16 bytes, so that their pieces do.
+template <class T>
+DSC_DEVICE bool has_whole_vectors(const void* x, const void* y, int64_t rows, int64_t columns) {
+    return (rows == 1 || columns % Vector<T>::count == 0) && is_aligned(x) && is_aligned(y);
+}
+
+/// Block b measures pieces b, b + blocks_per_row, ... of its row.
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads)
-    join_spans_kernel(const T* __restrict__ x, int64_t columns, int64_t size, unsigned pieces_per_row, float* scale,
+    join_spans_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, unsigned blocks_per_row, float* scale,
                       float* offset) {
-    const Piece piece = Piece::mine(columns, size, pieces_per_row);
-    const Span span = join_warp(measure_share(x + piece.row * columns, piece.begin, piece.end,
-                                              static_cast<int>(threadIdx.x), threads, is_whole<T>(x, nullptr, columns)));
-    if (threadIdx.x % 32 != 0) return;
-    if (symmetric) {
-        atomicMax(reinterpret_cast<unsigned*>(scale) + piece.row, span.largest);
+    constexpr int width = Vector<T>::count;
+    const int64_t row = blockIdx.x / blocks_per_row;
+    const T* const from = x + row * columns;
+    const bool whole = has_whole_vectors<T>(x, nullptr, rows, columns);
+    Span<symmetric> span;
+    for (int64_t begin = blockIdx.x % blocks_per_row * piece_columns<T>; begin < columns;
+         begin += blocks_per_row * piece_columns<T>) {
+        if (whole && begin + piece_columns<T> <= columns) {
+            Vector<T> held[unroll];
+#pragma unroll
+            for (int u = 0; u < unroll; u++)
+                held[u] = load_vector(from + begin + (u * threads + static_cast<int>(threadIdx.x)) * width);
+#pragma unroll
+            for (int u = 0; u < unroll; u++)
+#pragma unroll
+                for (int j = 0; j < width; j++) span.add(to_float(held[u].values[j]));
+        } else {
+            const int64_t end = begin + piece_columns<T> < columns ? begin + piece_columns<T> : columns;
+            for (int64_t i = begin + threadIdx.x; i < end; i += threads) span.add(to_float(from[i]));
+        }
+    }
+    span = join<threads>(span);
+    if (threadIdx.x != 0) return;
+    if constexpr (symmetric) {
+        atomicMax(reinterpret_cast<unsigned*>(scale) + row, math::bits_of(span.largest));
     } else {
-        const bool finite = span.largest < math::kInfinityBits;
-        atomicMax(reinterpret_cast<int*>(scale) + piece.row, finite ? span.highest : 0x7fffffff);
-        atomicMin(reinterpret_cast<int*>(offset) + piece.row, span.lowest);
+        atomicMax(reinterpret_cast<int*>(scale) + row, ordered(span.highest));
+        atomicMin(reinterpret_cast<int*>(offset) + row, ordered(span.lowest));
     }
 }
 
 template <bool symmetric>
 __global__ void __launch_bounds__(threads)
-    finish_spans_kernel(int64_t rows, int64_t columns, float* scale, float* offset, float steps) {
+    finish_spans_kernel(int64_t rows, int64_t columns, float* scale, float* offset, math::Divisor steps) {
     for (int64_t row = first_item(); row < rows; row += stride()) {
-        Span span = {0, 0, math::bits_of(scale[row])};
-        if (!symmetric) {
-            span.highest = static_cast<int>(math::bits_of(scale[row]));
-            span.lowest = static_cast<int>(math::bits_of(offset[row]));
-            span.largest = span.highest == 0x7fffffff ? math::kNanBits : 0u;
+        Span<symmetric> span;
+        if constexpr (symmetric) {
+            span = {scale[row]};
+        } else {
+            span = {unordered(reinterpret_cast<int*>(offset)[row]), unordered(reinterpret_cast<int*>(scale)[row])};
         }
-        const math::ScaleAndOffset range = range_of<symmetric>(span, columns, steps);
+        const math::ScaleAndOffset range = span.range(columns, steps);
         scale[row] = range.scale;
         if (!symmetric) offset[row] = range.offset;
     }
 }
 
-/// With ranges that are known, one for each row.
+/// With ranges that are known, one for each row. The last pieces come first: they were measured last and may still be in
+/// the cache.
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads)
-    quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t columns, int64_t size,
-                           unsigned pieces_per_row, const float* __restrict__ scale,
-                           const float* __restrict__ offset, Codes codes) {
-    const Piece piece = Piece::mine(columns, size, pieces_per_row);
-    const math::ScaleAndOffset range = {scale[piece.row], symmetric ? 0.0f : offset[piece.row]};
-    quantize_share<T, symmetric>(x + piece.row * columns, y + piece.row * columns, piece.begin, piece.end,
-                                 static_cast<int>(threadIdx.x), threads, is_whole<T>(x, y, columns), range, codes);
+    quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
+                           unsigned pieces_per_row, const float* __restrict__ scale, const float* __restrict__ offset,
+                           Codes codes, uint8_t* __restrict__ kept) {
+    constexpr int width = Vector<T>::count;
+    const unsigned piece = gridDim.x - 1 - blockIdx.x;
+    const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * piece_columns<T>;
+    const T* const from = x + row * columns;
+    T* const to = y + row * columns;
+    const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
+    if (has_whole_vectors<T>(x, y, rows, columns) && begin + piece_columns<T> <= columns) {
+        Vector<T> held[unroll];
+#pragma unroll
+        for (int u = 0; u < unroll; u++)
+            held[u] = load_vector(from + begin + (u * threads + static_cast<int>(threadIdx.x)) * width);
+#pragma unroll
+        for (int u = 0; u < unroll; u++) {
+            const int i = u * threads + static_cast<int>(threadIdx.x);
+            const unsigned bits = quantize_vector<symmetric>(held[u], work, codes);
+            store_vector(to + begin + i * width, held[u]);
+            if (kept != nullptr) store_kept<width>(kept, (row * columns + begin) / width + i, true, bits);
+        }
+        return;
+    }
+    const int64_t end = begin + piece_columns<T> < columns ? begin + piece_columns<T> : columns;
+    // Eight elements a thread, if their bits are wanted: a byte.
+    if (kept == nullptr) {
+        for (int64_t i = begin + threadIdx.x; i < end; i += threads)
+            to[i] = from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, codes));
+        return;
+    }
+    for (int64_t i = begin + 8 * threadIdx.x; i < end; i += 8 * threads) {
+        unsigned bits = 0;
+        for (int j = 0; j < 8 && i + j < end; j++) {
+            const float code = rounded<symmetric>(to_float(from[i + j]), work);
+            to[i + j] = from_float<T>(read_back<symmetric>(code, work, codes));
+            if (is_kept(code, codes)) bits |= 1u << j;
+        }
+        kept[(row * columns + i) / 8] = static_cast<uint8_t>(bits);
+    }
 }
 
-/// A thread makes one byte of the kept bits.
+/// A thread makes one byte of the kept bits of any rows.
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads, 4)  // 64 registers: with fewer, ptxas spills
     kept_bits_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, const float* __restrict__ scale,
@@ -255,9 +386,8 @@ __global__ void __launch_bounds__(threads, 4)  // 64 registers: with fewer, ptxa
         unsigned bits = 0;
         int64_t row = byte * 8 / columns, column = byte * 8 % columns;
         for (int j = 0; j < 8 && byte * 8 + j < count; j++) {
-            const math::ScaleAndOffset range = {scale[row], symmetric ? 0.0f : offset[row]};
-            const float code = rounded<symmetric>(to_float(x[byte * 8 + j]), working<T>(range));
-            if (codes.low <= code && code <= codes.high) bits |= 1u << j;
+            const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
+            if (is_kept(rounded<symmetric>(to_float(x[byte * 8 + j]), work), codes)) bits |= 1u << j;
             if (++column == columns) {
                 column = 0;
                 row++;

@@ -1,16 +1,30 @@
-// How elementwise kernels share out their work.
+// How elementwise kernels share out their work: a thread has several independent accesses of 16 bytes under way.
 #pragma once
 
 #include "ds_compress/device.h"
+#include "ds_compress/division.h"
+#include "ds_compress/math.h"
+
+// Tuning, for a build that compares: python -m benchmarks.elementwise_cuda --tune.
+#ifndef DSC_UNROLL
+#define DSC_UNROLL 4
+#endif
+#ifndef DSC_THREADS
+#define DSC_THREADS 256
+#endif
+#ifndef DSC_BLOCKS_PER_SM
+#define DSC_BLOCKS_PER_SM 0
+#endif
 
 namespace ds_compress::elementwise {
 
-constexpr int threads = 256;
+constexpr int threads = DSC_THREADS;
 constexpr int warps = threads / 32;
+constexpr int unroll = DSC_UNROLL;  // vectors that a thread has under way
 
 /// Blocks for `items` threads' worth of work; kernels stride over what is beyond.
-inline dim3 blocks_for(int64_t items, int per_block = threads) {
-    constexpr int64_t most = 132 * 16;
+inline dim3 blocks_for(int64_t items, int64_t per_block = threads, int64_t per_sm = DSC_BLOCKS_PER_SM) {
+    const int64_t most = per_sm > 0 ? 132 * per_sm : INT32_MAX;
     const int64_t blocks = (items + per_block - 1) / per_block;
     return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }
@@ -18,14 +32,30 @@ inline dim3 blocks_for(int64_t items, int per_block = threads) {
 DSC_DEVICE int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 DSC_DEVICE int64_t stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-DSC_DEVICE int64_t first_warp() { return static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32; }
-DSC_DEVICE int64_t warp_stride() { return static_cast<int64_t>(gridDim.x) * warps; }
-
 /// 16 bytes at once.
 template <class T>
 struct alignas(16) Vector {
     static constexpr int count = 16 / sizeof(T);
     T values[count];
 };
+
+template <class T>
+DSC_DEVICE Vector<T> load_vector(const T* from) {
+    const uint4 words = load_wide<uint4>(from);
+    Vector<T> vector;
+    memcpy(&vector, &words, sizeof words);
+    return vector;
+}
+
+template <class T>
+DSC_DEVICE void store_vector(T* to, const Vector<T>& vector) {
+    uint4 words;
+    memcpy(&words, &vector, sizeof words);
+    store_wide(to, words);
+}
+
+DSC_DEVICE bool is_aligned(const void* pointer, int bytes = 16) {
+    return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
+}
 
 }  // namespace ds_compress::elementwise

@@ -20,6 +20,11 @@ cudaError_t dsc_mask_apply(void* data, int element_size, int64_t count, const ui
 // The same with zeros; *non_zero receives how many elements are not zero afterwards.
 cudaError_t dsc_mask_apply_count(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
                                  int64_t* non_zero, cudaStream_t stream);
+// `tensor_count` tensors of one element size, in one launch for every 64. The arrays lie on the host and are read here.
+cudaError_t dsc_mask_apply_many(void* const* data, const uint8_t* const* packed, const int64_t* bits,
+                                const int64_t* counts, int64_t tensor_count, int element_size, uint64_t fill,
+                                cudaStream_t stream);
+// keep and, below, scores may begin anywhere; what is written begins at a multiple of 16 bytes.
 cudaError_t dsc_mask_pack(const uint8_t* keep, int64_t count, uint8_t* packed, cudaStream_t stream);
 cudaError_t dsc_mask_unpack(const uint8_t* packed, int64_t bit, int64_t count, uint8_t* keep, cudaStream_t stream);
 cudaError_t dsc_mask_n_of_m(const float* scores, int64_t rows, int64_t columns, int64_t n, int64_t m, uint8_t* packed,

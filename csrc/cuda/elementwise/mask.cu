@@ -5,26 +5,33 @@
 
 namespace ds_compress::elementwise {
 
-template <class T, bool counts>
-static cudaError_t mask_apply(void* data, int64_t count, const uint8_t* packed, int64_t bit, uint64_t fill,
-                              int64_t* non_zero, cudaStream_t stream) {
-    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
-    const int64_t ahead = misaligned == 0 ? 0 : Vector<T>::count - misaligned;
-    return launch(mask_apply_kernel<T, counts>, blocks_for((count + Vector<T>::count - 1) / Vector<T>::count), threads, 0,
-                  stream, static_cast<T*>(data), count, ahead < count ? ahead : count, packed, bit,
+/// One launch for up to `capacity` tensors of one element size.
+template <class T, bool counts, int capacity>
+static cudaError_t mask_apply(const Governed* each, int64_t tensor_count, uint64_t fill, int64_t* non_zero,
+                              cudaStream_t stream) {
+    Tensors<capacity> tensors = {};
+    int64_t tiles = 0;
+    for (int i = 0; i < capacity; i++) {
+        if (i < tensor_count) {
+            tensors.each[i] = each[i];
+            tiles += (each[i].count + tile_elements<T> - 1) / tile_elements<T>;
+        }
+        tensors.tiles[i] = tiles;
+    }
+    return launch(mask_apply_kernel<T, counts, capacity>, blocks_for(tiles, 1), threads, 0, stream, tensors,
                   static_cast<T>(fill), reinterpret_cast<unsigned long long*>(non_zero));
 }
 
-template <bool counts>
-static cudaError_t mask_apply_sized(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
-                                    uint64_t fill, int64_t* non_zero, cudaStream_t stream) {
+template <bool counts, int capacity>
+static cudaError_t mask_apply_sized(const Governed* each, int64_t tensor_count, int element_size, uint64_t fill,
+                                    int64_t* non_zero, cudaStream_t stream) {
     switch (element_size) {
         case 2:
-            return mask_apply<uint16_t, counts>(data, count, packed, bit, fill, non_zero, stream);
+            return mask_apply<uint16_t, counts, capacity>(each, tensor_count, fill, non_zero, stream);
         case 4:
-            return mask_apply<uint32_t, counts>(data, count, packed, bit, fill, non_zero, stream);
+            return mask_apply<uint32_t, counts, capacity>(each, tensor_count, fill, non_zero, stream);
         case 8:
-            return mask_apply<uint64_t, counts>(data, count, packed, bit, fill, non_zero, stream);
+            return mask_apply<uint64_t, counts, capacity>(each, tensor_count, fill, non_zero, stream);
         default:
             return cudaErrorInvalidValue;
     }
@@ -36,12 +43,15 @@ static cudaError_t histogram(const void* values, int64_t count, int shift, int b
     const T* const from = static_cast<const T*>(values);
     auto* const to = reinterpret_cast<unsigned long long*>(counts);
     // Few enough blocks that adding up their histograms costs little.
-    const dim3 grid = blocks_for(count, 32 * threads);
-    if (bins <= 8192)
-        return launch(magnitude_histogram_kernel<T, true>, grid, threads, bins * sizeof(unsigned), stream, from, count,
-                      shift, bins, prefix_shift, prefix, to);
+    const dim3 grid = blocks_for(count, 32 * threads, histogram_blocks);
+    if (bins <= 16384) {
+        int copies = histogram_copies;
+        while (copies > 1 && bins * copies > 8192) copies /= 2;
+        return launch(magnitude_histogram_kernel<T, true>, grid, threads, bins * copies * sizeof(unsigned), stream, from,
+                      count, shift, bins, prefix_shift, prefix, copies, to);
+    }
     return launch(magnitude_histogram_kernel<T, false>, grid, threads, 0, stream, from, count, shift, bins,
-                  prefix_shift, prefix, to);
+                  prefix_shift, prefix, 1, to);
 }
 
 }  // namespace ds_compress::elementwise
@@ -51,28 +61,54 @@ using namespace ds_compress::elementwise;
 
 extern "C" cudaError_t dsc_mask_apply(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
                                       uint64_t fill, cudaStream_t stream) {
-    return mask_apply_sized<false>(data, element_size, count, packed, bit, fill, nullptr, stream);
+    const Governed one = {data, packed, bit, count};
+    return mask_apply_sized<false, 4>(&one, 1, element_size, fill, nullptr, stream);
 }
 
 extern "C" cudaError_t dsc_mask_apply_count(void* data, int element_size, int64_t count, const uint8_t* packed,
                                             int64_t bit, int64_t* non_zero, cudaStream_t stream) {
     const cudaError_t cleared = cudaMemsetAsync(non_zero, 0, sizeof(int64_t), stream);
     if (cleared != cudaSuccess) return cleared;
-    return mask_apply_sized<true>(data, element_size, count, packed, bit, 0, non_zero, stream);
+    const Governed one = {data, packed, bit, count};
+    return mask_apply_sized<true, 4>(&one, 1, element_size, 0, non_zero, stream);
+}
+
+extern "C" cudaError_t dsc_mask_apply_many(void* const* data, const uint8_t* const* packed, const int64_t* bits,
+                                           const int64_t* counts, int64_t tensor_count, int element_size,
+                                           uint64_t fill, cudaStream_t stream) {
+    constexpr int most = 64;  // of which the addresses fit into the parameters of a launch
+    for (int64_t first = 0; first < tensor_count; first += most) {
+        Governed each[most];
+        const int64_t count = tensor_count - first < most ? tensor_count - first : most;
+        for (int64_t i = 0; i < count; i++)
+            each[i] = {data[first + i], packed[first + i], bits[first + i], counts[first + i]};
+        const cudaError_t error =
+            count <= 4 ? mask_apply_sized<false, 4>(each, count, element_size, fill, nullptr, stream)
+                       : mask_apply_sized<false, most>(each, count, element_size, fill, nullptr, stream);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
 }
 
 extern "C" cudaError_t dsc_mask_pack(const uint8_t* keep, int64_t count, uint8_t* packed, cudaStream_t stream) {
-    return launch(mask_pack_kernel, blocks_for((count + 7) / 8), threads, 0, stream, keep, count, packed);
+    return launch(mask_pack_kernel, blocks_for((count + 15) / 16, threads * unroll), threads, 0, stream, keep, count, packed);
 }
 
 extern "C" cudaError_t dsc_mask_unpack(const uint8_t* packed, int64_t bit, int64_t count, uint8_t* keep,
                                        cudaStream_t stream) {
-    return launch(mask_unpack_kernel, blocks_for(count), threads, 0, stream, packed, bit, count, keep);
+    return launch(mask_unpack_kernel, blocks_for((count + 15) / 16, threads * unroll), threads, 0, stream, packed, bit, count, keep);
 }
 
 extern "C" cudaError_t dsc_mask_n_of_m(const float* scores, int64_t rows, int64_t columns, int64_t n, int64_t m,
                                        uint8_t* packed, cudaStream_t stream) {
-    return launch(mask_n_of_m_kernel, blocks_for((rows * columns + 7) / 8), threads, 0, stream, scores, rows, columns, n,
+    const int64_t count = rows * columns;
+    if (columns % 8 == 0 && reinterpret_cast<uintptr_t>(scores) % 16 == 0) {  // no run crosses a thread's eight
+        const auto kernel = m == 2 ? mask_runs_kernel<2> : m == 4 ? mask_runs_kernel<4> : m == 8 ? mask_runs_kernel<8> : nullptr;
+        if (kernel != nullptr)
+            return launch(kernel, blocks_for(count / 8, threads * 2), threads, 0, stream, scores, count, static_cast<int>(n),
+                          packed);
+    }
+    return launch(mask_n_of_m_kernel, blocks_for((count + 7) / 8, threads, 16), threads, 0, stream, scores, rows, columns, n,
                   m, packed);
 }
 

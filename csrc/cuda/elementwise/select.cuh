@@ -1,7 +1,6 @@
 // What chooses the weights that stay: N:M groups and histograms of magnitudes.
 #pragma once
 
-#include "ds_compress/math.h"
 #include "grid.cuh"
 
 namespace ds_compress::elementwise {
@@ -39,34 +38,106 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
+/// Runs of `m`, all whole: a thread ranks eight elements in registers and makes one byte, twice.
+template <int m>
+__global__ void __launch_bounds__(threads)
+    mask_runs_kernel(const float* __restrict__ scores, int64_t count, int n, uint8_t* __restrict__ packed) {
+    constexpr int each = 2;
+    const int64_t bytes = count / 8;
+    for (int64_t begin = static_cast<int64_t>(blockIdx.x) * threads * each; begin < bytes;
+         begin += static_cast<int64_t>(gridDim.x) * threads * each) {
+        Vector<float> halves[each][2];
+#pragma unroll
+        for (int u = 0; u < each; u++) {
+            const int64_t byte = begin + u * threads + threadIdx.x;
+            if (byte >= bytes) continue;
+            halves[u][0] = load_vector(scores + 8 * byte);
+            halves[u][1] = load_vector(scores + 8 * byte + 4);
+        }
+#pragma unroll
+        for (int u = 0; u < each; u++) {
+            const int64_t byte = begin + u * threads + threadIdx.x;
+            if (byte >= bytes) continue;
+            int keys[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) keys[j] = order_key(halves[u][j / 4].values[j % 4]);
+            unsigned bits = 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                int rank = 0;
+#pragma unroll
+                for (int k = j / m * m; k < j / m * m + m; k++)
+                    if (k != j) rank += k < j ? keys[k] >= keys[j] : keys[k] > keys[j];
+                if (rank < n) bits |= 1u << j;
+            }
+            packed[byte] = static_cast<uint8_t>(bits);
+        }
+    }
+}
+
+#ifndef DSC_COPIES
+#define DSC_COPIES 2
+#endif
+#ifndef DSC_HISTOGRAM_BLOCKS
+#define DSC_HISTOGRAM_BLOCKS 4
+#endif
+constexpr int histogram_copies = DSC_COPIES;  // a power of two
+constexpr int histogram_blocks = DSC_HISTOGRAM_BLOCKS;  // on a multiprocessor
+
 DSC_DEVICE float narrowed(float value) { return value; }
 DSC_DEVICE float narrowed(double value) { return static_cast<float>(value); }
 DSC_DEVICE float narrowed(__nv_bfloat16 value) { return to_float(value); }
 DSC_DEVICE float narrowed(__half value) { return to_float(value); }
 
-/// Counts in shared memory where `bins` fit there, else in global memory at once.
+/// Counts in shared memory where `bins` fit there, else in global memory at once. `copies` of the shared histogram, each
+/// for every so manieth lane, lie in different banks: few lanes of a warp then meet in one place.
 template <class T, bool shared>
 __global__ void __launch_bounds__(threads)
     magnitude_histogram_kernel(const T* __restrict__ values, int64_t count, int shift, int bins, int prefix_shift,
-                               unsigned prefix, unsigned long long* __restrict__ counts) {
+                               unsigned prefix, int copies, unsigned long long* __restrict__ counts) {
+    constexpr int width = Vector<T>::count;
     DSC_DYNAMIC_SHARED(unsigned, own);
     if (shared) {
-        for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += threads) own[bin] = 0;
+        for (int i = static_cast<int>(threadIdx.x); i < bins * copies; i += threads) own[i] = 0;
         __syncthreads();
     }
-    for (int64_t i = first_item(); i < count; i += stride()) {
-        const unsigned bits = math::bits_of(narrowed(values[i])) & math::kMagnitudeBits;
-        if (bits >> prefix_shift != prefix) continue;
+    const unsigned copy = threadIdx.x & static_cast<unsigned>(copies - 1);
+    const auto add = [&](T value) {
+        const unsigned bits = math::bits_of(narrowed(value)) & math::kMagnitudeBits;
+        if (bits >> prefix_shift != prefix) return;
         const unsigned bin = (bits >> shift) & static_cast<unsigned>(bins - 1);
         if (shared)
-            atomicAdd(own + bin, 1u);
+            atomicAdd(own + bin * static_cast<unsigned>(copies) + copy, 1u);
         else
             atomicAdd(counts + bin, 1ull);
+    };
+    const int ahead = static_cast<int>((0 - reinterpret_cast<uintptr_t>(values)) % 16 / sizeof(T));
+    const int64_t head = ahead < count ? ahead : count;
+    const int64_t vectors = (count - head) / width;
+    for (int64_t begin = static_cast<int64_t>(blockIdx.x) * threads * unroll; begin < vectors;
+         begin += static_cast<int64_t>(gridDim.x) * threads * unroll) {
+        Vector<T> here[unroll];
+#pragma unroll
+        for (int u = 0; u < unroll; u++) {
+            const int64_t i = begin + u * threads + threadIdx.x;
+            if (i < vectors) here[u] = load_vector(values + head + i * width);
+        }
+#pragma unroll
+        for (int u = 0; u < unroll; u++) {
+            if (begin + u * threads + threadIdx.x >= vectors) continue;
+#pragma unroll
+            for (int j = 0; j < width; j++) add(here[u].values[j]);
+        }
     }
+    const int64_t singles = head + (count - head) % width;
+    for (int64_t i = first_item(); i < singles; i += stride()) add(values[i < head ? i : vectors * width + i]);
     if (shared) {
         __syncthreads();
-        for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += threads)
-            if (own[bin] != 0) atomicAdd(counts + bin, static_cast<unsigned long long>(own[bin]));
+        for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += threads) {
+            unsigned sum = 0;
+            for (int i = 0; i < copies; i++) sum += own[bin * copies + i];
+            if (sum != 0) atomicAdd(counts + bin, static_cast<unsigned long long>(sum));
+        }
     }
 }
 

@@ -53,6 +53,50 @@ DSC_DEVICE unsigned row_maximum(unsigned value) {
     return value;
 }
 
+template <class T>
+struct Row {
+    const T* values;
+    int64_t columns;
+    bool whole;
+    /// A row of a matrix that begins at `matrix`.
+    DSC_DEVICE Row(const T* values, const T* matrix, int64_t columns)
+        : values(values), columns(columns),
+          whole(columns % chunk == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
+};
+
+/// The scale of a row, in all its threads.
+template <class T, int threads_per_row>
+DSC_DEVICE float row_scale(const Row<T>& row, const float* given_scale, int steps) {
+    float values[chunk];
+    unsigned largest = 0;
+    for (int64_t column = threadIdx.x % threads_per_row * chunk; column < row.columns;
+         column += threads_per_row * chunk) {
+        load_chunk(values, row.values, column, row.columns, row.whole);
+#pragma unroll
+        for (int i = 0; i < chunk; i++) largest = max(largest, math::bits_of(values[i]) & math::kMagnitudeBits);
+    }
+    largest = row_maximum<threads_per_row>(largest);
+    if (given_scale == nullptr) return math::row_scale(largest, static_cast<float>(steps));
+    return largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
+}
+
+/// The codes of a row, zeros from its end to `padded`; the row's second read finds it in L1 or L2.
+template <class T, int threads_per_row>
+DSC_DEVICE void encode_row(const Row<T>& row, float scale, int steps, int64_t padded, int8_t* codes) {
+    const float low = static_cast<float>(-steps);
+    float values[chunk];
+    for (int64_t column = threadIdx.x % threads_per_row * chunk; column < padded; column += threads_per_row * chunk) {
+        load_chunk(values, row.values, column, row.columns, row.whole);
+        unsigned words[4] = {};
+#pragma unroll
+        for (int i = 0; i < chunk; i++) {
+            const unsigned code = static_cast<unsigned>(encode(values[i], scale, low, 127.0f));
+            words[i / 4] |= (code & 255u) << i % 4 * 8;
+        }
+        *reinterpret_cast<uint4*>(codes + column) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
 /// x (rows, columns) -> codes (rows, padded_columns), scales (rows,).
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(quantize_threads)
@@ -60,39 +104,12 @@ __global__ void __launch_bounds__(quantize_threads)
                          int64_t columns, int64_t padded_columns, int steps, int8_t* __restrict__ codes,
                          float* __restrict__ scales) {
     constexpr int rows_per_block = quantize_threads / threads_per_row;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;
-    if (row >= rows) return;  // whole warps: every thread of a row leaves
-    const int64_t first = threadIdx.x % threads_per_row * chunk;
-    const T* const from = x + row * columns;
-    const bool whole = columns % chunk == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-
-    float values[chunk];
-    unsigned largest = 0;
-    for (int64_t column = first; column < columns; column += threads_per_row * chunk) {
-        load_chunk(values, from, column, columns, whole);
-#pragma unroll
-        for (int i = 0; i < chunk; i++) largest = max(largest, math::bits_of(values[i]) & math::kMagnitudeBits);
-    }
-    largest = row_maximum<threads_per_row>(largest);
-
-    const float not_a_number = math::float_of(math::kNanBits);
-    float scale;
-    if (given_scale == nullptr) scale = math::row_scale(largest, static_cast<float>(steps));
-    else scale = largest > math::kInfinityBits ? not_a_number : *given_scale;
-    if (threadIdx.x % threads_per_row == 0) scales[row] = scale;
-
-    const float low = static_cast<float>(-steps);
-    for (int64_t column = first; column < padded_columns; column += threads_per_row * chunk) {
-        load_chunk(values, from, column, columns, whole);
-        unsigned words[4] = {};
-#pragma unroll
-        for (int i = 0; i < chunk; i++) {
-            const unsigned code = static_cast<unsigned>(encode(values[i], scale, low, 127.0f));
-            words[i / 4] |= (code & 255u) << i % 4 * 8;
-        }
-        *reinterpret_cast<uint4*>(codes + row * padded_columns + column) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;
+    if (index >= rows) return;  // whole warps: every thread of a row leaves
+    const Row<T> row(x + index * columns, x, columns);
+    const float scale = row_scale<T, threads_per_row>(row, given_scale, steps);
+    if (threadIdx.x % threads_per_row == 0) scales[index] = scale;
+    encode_row<T, threads_per_row>(row, scale, steps, padded_columns, codes + index * padded_columns);
 }
 
 }  // namespace ds_compress::linear

@@ -9,7 +9,10 @@
 //   DSC_DYNAMIC_SHARED(type, name)     the launch's shared_bytes
 //   ldmatrix_x4, mma_s8_16x8x32, mma_sp_s8_16x8x64                    tensor cores, sm_80 and later
 //   copy_async_16, commit_copies, wait_copies<pending>                global to shared without registers
+//   multiprocessors()                  on the host, for the size of a grid
 //   to_float, from_float<T>            fp32, bf16, fp16; rounds to nearest even
+//   load_wide, store_wide<Word>        4, 8 or 16 aligned bytes of global memory in one access
+//   smaller, larger                    of two floats; a NaN wins
 // Never __shared__ or <<< >>>: the emulator would not see them.
 #pragma once
 
@@ -92,6 +95,55 @@ DSC_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int pending>
 DSC_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+/// How many multiprocessors the current device has; asked for once per device.
+inline int multiprocessors() {
+    static int known[64];
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 1;
+    if (known[device] == 0) {  // threads that meet here write the same number
+        int count = 0;
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+        known[device] = count > 0 ? count : 1;
+    }
+    return known[device];
+}
+
+// What streams through once should not push out of the caches what is used again; see elementwise/grid.cuh.
+#ifndef DSC_HINT
+#define DSC_HINT 0
+#endif
+
+/// uint32_t, uint2 or uint4 from an address that is a multiple of its size.
+template <class Word>
+DSC_DEVICE Word load_wide(const void* from) {
+#if DSC_HINT == 1
+    return __ldcs(static_cast<const Word*>(from));
+#else
+    return *static_cast<const Word*>(from);
+#endif
+}
+
+template <class Word>
+DSC_DEVICE void store_wide(void* to, Word word) {
+#if DSC_HINT >= 1
+    __stcs(static_cast<Word*>(to), word);
+#else
+    *static_cast<Word*>(to) = word;
+#endif
+}
+
+DSC_DEVICE float smaller(float a, float b) {
+    float result;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+DSC_DEVICE float larger(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
 }
 
 }  // namespace ds_compress

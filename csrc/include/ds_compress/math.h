@@ -71,6 +71,15 @@ DSC_HD float divide(float a, float b) {
 #endif
 }
 
+// a * b + c, rounded once.
+DSC_HD float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return __builtin_fmaf(a, b, c);
+#endif
+}
+
 // To the nearest integer, half to even, keeping the sign of zero. Right for |value| < 2^23; beyond, a number that is as
 // large (which is all that a following clamp needs), Inf or NaN.
 DSC_HD float round_half_even(float value) {
@@ -88,6 +97,9 @@ DSC_HD float clamp(float value, float low, float high) {
     value = value < low ? low : value;
     return value > high ? high : value;
 }
+
+// value + kRound holds the nearest integer of |value| < 2^22, half to even, in its lowest bits, as two's complement.
+constexpr float kRound = 0x1.8p23f;
 
 // --- scales -------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def cubin(source: str, arch: str, edits: Sequence[Edit] = (), flags: Sequence[st
 
 
 def inspect(binary: Path) -> dict[str, MachineCode]:
-    """The kernels of a cubin by readable name, such as `int8_gemv_kernel<1>`."""
+    """The kernels of a cubin by readable name, such as `int8_gemm_kernel<Int8Tile<64, 64, 2, 2, 4>>`."""
     usage = checked([nvcc.find("cuobjdump"), "-res-usage", str(binary)])
     kernels: dict[str, MachineCode] = {}
     for name, line in re.findall(r"Function (\w+):\s*\n\s*(REG:[^\n]*)", usage):

@@ -62,6 +62,26 @@ inline void wait_copies() {
     }
 }
 
+template <class Word>
+inline Word load_wide(const void* from) {
+    emulator::check_aligned(from, sizeof(Word), "a wide load from a misaligned address");
+    return *static_cast<const Word*>(from);
+}
+
+template <class Word>
+inline void store_wide(void* to, Word word) {
+    emulator::check_aligned(to, sizeof(Word), "a wide store to a misaligned address");
+    *static_cast<Word*>(to) = word;
+}
+
+// The NaN that CUDA makes.
+inline float smaller(float a, float b) {
+    return a != a || b != b ? emulator::bit_cast<float>(0x7fffffffu) : b < a ? b : a;
+}
+inline float larger(float a, float b) {
+    return a != a || b != b ? emulator::bit_cast<float>(0x7fffffffu) : a < b ? b : a;
+}
+
 }  // namespace ds_compress
 
 template <class T>

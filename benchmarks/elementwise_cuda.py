@@ -1,0 +1,605 @@
+"""Every elementwise op on a CUDA device, beside a copy of as many bytes: milliseconds, percent of a copy, roofline.
+
+    python -m benchmarks.elementwise_cuda [--out FILE] [--rounds 20] [--numel 25165824] [--device cuda]
+    python -m benchmarks.elementwise_cuda --tune build/elementwise --variants base,streaming
+
+A run's *bytes* are those that the operation has to read and write, each once. The roofline predicts that they pass as
+fast as those of `Tensor.copy_` on 100 MB, which is timed in the same rounds; measured beside predicted is the percentage.
+Each sample is the time of several calls between two CUDA events, on inputs that rotate through more memory than the
+second-level cache has, with the queue filled first, so that nothing waits for Python. Medians over interleaved rounds.
+
+With `--tune`, the kernels of several builds are compared: `csrc/cuda/elementwise` compiled with other values of the macros
+at the top of its headers, one library each, without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE_BYTES = 60e6
+DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+VARIANTS = {
+    "base": "",
+    "streaming": "-DDSC_HINT=1",
+    "streaming stores": "-DDSC_HINT=2",
+    "unroll 2": "-DDSC_UNROLL=2",
+    "unroll 8": "-DDSC_UNROLL=8",
+    "8 blocks": "-DDSC_BLOCKS_PER_SM=8",
+    "16 blocks": "-DDSC_BLOCKS_PER_SM=16",
+    "warp writes": "-DDSC_MASK_WRITE=1 -DDSC_QUANTIZE_BLOCKS=3 -DDSC_COPIES=4 -DDSC_HISTOGRAM_BLOCKS=8",
+    "always writes": "-DDSC_MASK_WRITE=2 -DDSC_QUANTIZE_BLOCKS=5 -DDSC_COPIES=1 -DDSC_HISTOGRAM_BLOCKS=2",
+    "128 threads": "-DDSC_THREADS=128 -DDSC_QUANTIZE_BLOCKS=8 -DDSC_COPIES=8 -DDSC_HISTOGRAM_BLOCKS=8",
+    "streaming, unroll 2, warp writes": "-DDSC_HINT=1 -DDSC_UNROLL=2 -DDSC_MASK_WRITE=1",
+    "streaming, 8 blocks": "-DDSC_HINT=1 -DDSC_BLOCKS_PER_SM=8",
+}
+
+
+def import_ops() -> tuple[Any, Any]:
+    """`ds_compress.ops` and its reference; where DeepSpeed is not installed, without the package around them."""
+    try:
+        import ds_compress  # noqa: F401
+    except ImportError:
+        package = types.ModuleType("ds_compress")
+        package.__path__ = [str(ROOT / "ds_compress")]
+        sys.modules["ds_compress"] = package
+    from ds_compress.ops import library, reference
+
+    return library, reference
+
+
+# --- the ops, through torch or straight from a library ------------------------------------------------------------------
+
+
+class TuningLibrary:
+    """The launchers of one build, with the signatures of the ops as far as the runs need them."""
+
+    def __init__(self, path: Path) -> None:
+        self._launchers = ctypes.CDLL(str(path))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        native = [_native(a) for a in arguments]
+        stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None
+        status = getattr(self._launchers, name)(*native, ctypes.c_void_p(stream))
+        if status != 0:
+            raise RuntimeError(f"{name} returned {status}")
+
+    def mask_apply_(self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0, fill: float = 0.0) -> None:
+        size = weights.element_size()
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        pattern = int(torch.tensor(fill, dtype=weights.dtype).view(integer)) & (2 ** (8 * size) - 1)
+        self._call("dsc_mask_apply", weights, size, weights.numel(), packed, bit, pattern)
+
+    def mask_apply_count_(self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0) -> torch.Tensor:
+        count = torch.empty((), dtype=torch.int64, device=weights.device)
+        self._call("dsc_mask_apply_count", weights, weights.element_size(), weights.numel(), packed, bit, count)
+        return count
+
+    def mask_apply_many_(self, weights: list[torch.Tensor], packed: list[torch.Tensor], bits: list[int]) -> None:
+        n = len(weights)
+        pointers = (ctypes.c_void_p * n)(*(w.data_ptr() for w in weights))
+        masks = (ctypes.c_void_p * n)(*(p.data_ptr() for p in packed))
+        counts = (ctypes.c_int64 * n)(*(w.numel() for w in weights))
+        offsets = (ctypes.c_int64 * n)(*bits)
+        self._call("dsc_mask_apply_many", pointers, masks, offsets, counts, n, weights[0].element_size(), 0)
+
+    def mask_apply_adam_(self, *tensors: torch.Tensor) -> None:
+        *parts, packed = tensors
+        self.mask_apply_many_(list(parts), [packed] * 3, [0] * 3)
+
+    def mask_pack(self, keep: torch.Tensor) -> torch.Tensor:
+        packed = torch.empty(-(-keep.numel() // 8), dtype=torch.uint8, device=keep.device)
+        self._call("dsc_mask_pack", keep, keep.numel(), packed)
+        return packed
+
+    def mask_unpack(self, packed: torch.Tensor, numel: int, bit: int = 0) -> torch.Tensor:
+        keep = torch.empty(numel, dtype=torch.bool, device=packed.device)
+        self._call("dsc_mask_unpack", packed, bit, numel, keep)
+        return keep
+
+    def mask_n_of_m(self, scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+        packed = torch.empty(-(-scores.numel() // 8), dtype=torch.uint8, device=scores.device)
+        self._call("dsc_mask_n_of_m", scores, *scores.shape, n, m, packed)
+        return packed
+
+    def magnitude_histogram(self, values: torch.Tensor, shift: int, bins: int, *prefix: int) -> torch.Tensor:
+        counts = torch.empty(bins, dtype=torch.int64, device=values.device)
+        form = (DTYPE_NUMBER[values.dtype], values.numel(), shift, bins, *prefix)
+        self._call("dsc_magnitude_histogram", values, *form, counts)
+        return counts
+
+    def fake_quantize(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        *,
+        low: int,
+        high: int,
+        steps: int,
+        symmetric: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        rows = x.shape[0]
+        y, given = torch.empty_like(x), scale is not None
+        scales = torch.empty(rows, device=x.device) if scale is None else scale
+        offsets = None if symmetric else torch.empty(rows, device=x.device)
+        kept = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device) if keep else None
+        form = (DTYPE_NUMBER[x.dtype], *x.shape, int(given), scales.numel())
+        self._call("dsc_fake_quantize", x, y, *form, scales, offsets, low, high, steps, kept)
+        return y, scales, *(t for t in (offsets, kept) if t is not None)
+
+    def block_quantize(self, x: torch.Tensor, messages: torch.Tensor, residual: Any, *form: int) -> None:
+        self._call(
+            "dsc_block_quantize", x, DTYPE_NUMBER[x.dtype], x.numel(), residual, messages, len(messages), *form
+        )
+
+    def block_dequantize(self, messages: torch.Tensor, out: torch.Tensor, *form: int) -> None:
+        self._call(
+            "dsc_block_dequantize", messages, len(messages), *form, out, DTYPE_NUMBER[out.dtype], out.numel()
+        )
+
+    def block_reduce(self, messages: torch.Tensor, out: torch.Tensor, bits: int, block: int, by: float) -> None:
+        self._call("dsc_block_reduce", messages, len(messages), out.numel(), bits, block, by, out)
+
+    def block_reduce_quantize(
+        self,
+        messages: torch.Tensor,
+        message: torch.Tensor,
+        residual: Any,
+        numel: int,
+        bits: int,
+        block: int,
+        by: float,
+    ) -> None:
+        self._call(
+            "dsc_block_reduce_quantize", messages, len(messages), numel, bits, block, by, residual, message
+        )
+
+
+def _native(argument: Any) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
+def build_variant(name: str, folder: Path, emulated: bool) -> Path:
+    """One library of the elementwise kernels for sm_90, unless it is there; `emulated`: that runs on the CPU."""
+    target = folder / f"{name.replace(' ', '_').replace(',', '')}{'_emulated' * emulated}.so"
+    if target.exists():
+        return target
+    if emulated:
+        from tests.native.emulator import harness
+
+        command = [harness.compiler()[0], *harness.COMMON, *harness.MODES["plain"], *VARIANTS[name].split()]
+        command += [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'tests/native'}", "-x", "c++"]
+        sources = [*(ROOT / "csrc/cuda/elementwise").glob("*.cu"), ROOT / harness.EMULATOR / "library.cpp"]
+        subprocess.run([*command, *map(str, sources), "-o", str(target), "-ldl"], check=True)
+        return target
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    command = [nvcc, "-shared", "-std=c++17", "-O3", "--fmad=false", "-arch=sm_90", "-Xcompiler", "-fPIC"]
+    command += ["-I", str(ROOT / "csrc/include"), *VARIANTS[name].split()]
+    sources = sorted(str(path) for path in (ROOT / "csrc/cuda/elementwise").glob("*.cu"))
+    subprocess.run([*command, *sources, "-o", f"{target}.part", "-t", "3"], check=True)
+    Path(f"{target}.part").rename(target)
+    return target
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """`calls`: the same operation on different memory; `bytes`: what one of them has to move."""
+
+    name: str
+    bytes: float
+    calls: list[Callable[[], object]]
+
+
+def rotated(name: str, bytes_: float, make: Callable[[int], Callable[[], object]]) -> Run:
+    """`make(i)` makes the i-th call on memory of its own."""
+    return Run(name, bytes_, [make(i) for i in range(max(2, int(4 * CACHE_BYTES / bytes_) + 1))])
+
+
+SYMMETRIC = {"low": -127, "high": 127, "steps": 127, "symmetric": True}
+ASYMMETRIC = {"low": 0, "high": 255, "steps": 256, "symmetric": False}
+BLOCK, RANKS = 512, 2
+
+
+def peers(numel: int, device: torch.device) -> Iterator[Run]:
+    """A copy, and what torch itself offers."""
+
+    def copy(i: int) -> Callable[[], object]:
+        source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
+        return lambda: target.copy_(source)
+
+    def multiply(i: int) -> Callable[[], object]:
+        weights, keep = torch.randn(numel, device=device), torch.rand(numel, device=device) < 0.5
+        return lambda: weights.mul_(keep)
+
+    yield rotated("copy_", 8 * numel, copy)
+    yield rotated("torch: mul_ by a bool mask", 9 * numel, multiply)
+
+
+def mask_runs(ops: Any, numel: int, device: torch.device) -> Iterator[Run]:
+    for dtype in (torch.float32, torch.bfloat16):
+        size, name = torch.empty(0, dtype=dtype).element_size(), str(dtype)[6:]
+        moved = 2 * size * numel + numel / 8
+
+        def new(i: int, dtype: torch.dtype = dtype) -> Callable[[], object]:
+            weights = torch.randn(numel, device=device).to(dtype)
+            packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
+            fills = [0.0, 1.0]  # each call changes every element that is not kept
+
+            def call() -> None:
+                fills.reverse()
+                ops.mask_apply_(weights, packed, 0, fills[0])
+
+            return call
+
+        def again(i: int, dtype: torch.dtype = dtype) -> Callable[[], object]:
+            weights = torch.randn(numel, device=device).to(dtype)
+            packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
+            return lambda: ops.mask_apply_(weights, packed, 0, 0.0)
+
+        yield rotated(f"mask_apply_ {name}, a new mask", moved, new)
+        yield rotated(f"mask_apply_ {name}, applied before", size * numel + numel / 8, again)
+
+    def count(i: int) -> Callable[[], object]:
+        weights = torch.randn(numel, device=device)
+        packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
+        return lambda: ops.mask_apply_count_(weights, packed)
+
+    def shifted(i: int) -> Callable[[], object]:
+        weights = torch.randn(numel + 8, device=device)
+        packed = torch.randint(0, 256, (numel // 8 + 2,), dtype=torch.uint8, device=device)
+        return lambda: ops.mask_apply_(weights[3 : 3 + numel], packed, 3, 0.0)
+
+    def adam(i: int) -> Callable[[], object]:
+        state = [torch.randn(numel, device=device) for _ in range(3)]
+        packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
+        return lambda: ops.mask_apply_adam_(*state, packed)
+
+    yield rotated("mask_apply_count_, applied before", 4 * numel + numel / 8, count)
+    yield rotated("mask_apply_, 3 elements and bits off, before", 4 * numel + numel / 8, shifted)
+    yield rotated("mask_apply_adam_, applied before", 12 * numel + numel / 8, adam)
+
+    def pack(i: int) -> Callable[[], object]:
+        keep = torch.rand(numel, device=device) < 0.5
+        return lambda: ops.mask_pack(keep)
+
+    def unpack(i: int) -> Callable[[], object]:
+        packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
+        return lambda: ops.mask_unpack(packed, numel)
+
+    def choose(i: int) -> Callable[[], object]:
+        scores = torch.randn(numel // 4096, 4096, device=device).abs_()
+        return lambda: ops.mask_n_of_m(scores, 2, 4)
+
+    def histogram(i: int) -> Callable[[], object]:
+        values = torch.randn(numel, device=device)
+        return lambda: ops.magnitude_histogram(values, 20, 2048, 31, 0)
+
+    yield rotated("mask_pack", numel * 9 / 8, pack)
+    yield rotated("mask_unpack", numel * 9 / 8, unpack)
+    yield rotated("mask_n_of_m 2:4", 4 * numel + numel / 8, choose)
+    yield rotated("magnitude_histogram, 2048 bins", 4 * numel, histogram)
+
+
+def fake_quantize_runs(ops: Any, numel: int, device: torch.device) -> Iterator[Run]:
+    cases: list[tuple[str, torch.dtype, int, dict[str, Any], bool, bool]] = [
+        ("rows of 128", torch.float32, 128, SYMMETRIC, False, False),
+        ("rows of 768", torch.float32, 768, SYMMETRIC, False, False),
+        ("rows of 4096", torch.float32, 4096, SYMMETRIC, False, False),
+        ("rows of 4096, asymmetric", torch.float32, 4096, ASYMMETRIC, False, False),
+        ("rows of 4096, kept bits", torch.float32, 4096, SYMMETRIC, True, False),
+        ("rows of 4096", torch.bfloat16, 4096, SYMMETRIC, False, False),
+        ("rows of 16384", torch.bfloat16, 16384, SYMMETRIC, False, False),
+        ("rows of 4096, ranges given", torch.float32, 4096, SYMMETRIC, False, True),
+        ("one row", torch.float32, numel, SYMMETRIC, False, False),
+        ("one row, range given, kept bits", torch.float32, numel, SYMMETRIC, True, True),
+    ]
+    for title, dtype, columns, grid, keep, given in cases:
+        columns = min(columns, numel)
+        size, rows = torch.empty(0, dtype=dtype).element_size(), numel // columns
+        passes = 2 if given or columns <= 16384 else 3  # the range of a long row is known after it was read
+        moved = passes * size * rows * columns + (rows * columns / 8 if keep else 0)
+
+        def make(
+            i: int,
+            rows: int = rows,
+            columns: int = columns,
+            dtype: torch.dtype = dtype,
+            grid: dict[str, Any] = grid,
+            keep: bool = keep,
+            given: bool = given,
+        ) -> Callable[[], object]:
+            x = torch.randn(rows, columns, device=device).to(dtype)
+            scale = torch.full((rows,), 0.03, device=device) if given else None
+            return lambda: ops.fake_quantize(x, scale, **grid, keep=keep)
+
+        yield rotated(f"fake_quantize {str(dtype)[6:]}, {title}", moved, make)
+
+
+def block_runs(ops: Any, message_bytes: Any, numel: int, device: torch.device) -> Iterator[Run]:
+    for bits, dtype in ((8, torch.float32), (4, torch.float32), (8, torch.bfloat16), (4, torch.bfloat16)):
+        size, name = torch.empty(0, dtype=dtype).element_size(), f"int{bits} of {str(dtype)[6:]}"
+        bytes_ = message_bytes(numel, bits, BLOCK)
+
+        def tensors(
+            bits: int = bits, dtype: torch.dtype = dtype, bytes_: int = bytes_
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.randn(numel, device=device).to(dtype)
+            message = torch.zeros(1, bytes_, dtype=torch.uint8, device=device)
+            ops.block_quantize(x, message, None, numel, bits, BLOCK)
+            return x, message
+
+        def quantize(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
+            x, message = tensors()
+            return lambda: ops.block_quantize(x, message, None, numel, bits, BLOCK)
+
+        def feedback(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
+            x, message = tensors()
+            residual = torch.zeros(numel, device=device)
+            return lambda: ops.block_quantize(x, message, residual, numel, bits, BLOCK)
+
+        def dequantize(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
+            out, message = tensors()
+            return lambda: ops.block_dequantize(message, out, numel, bits, BLOCK)
+
+        yield rotated(f"block_quantize {name}", size * numel + bytes_, quantize)
+        yield rotated(f"block_quantize {name}, feedback", (8 + size) * numel + bytes_, feedback)
+        yield rotated(f"block_dequantize {name}", size * numel + bytes_, dequantize)
+        if dtype is not torch.float32:
+            continue
+
+        def parts(bits: int = bits, bytes_: int = bytes_) -> torch.Tensor:
+            messages = torch.zeros(RANKS, bytes_, dtype=torch.uint8, device=device)
+            ops.block_quantize(torch.randn(RANKS * numel, device=device), messages, None, numel, bits, BLOCK)
+            return messages
+
+        def reduce(i: int, bits: int = bits, parts: Any = parts) -> Callable[[], object]:
+            messages, out = parts(), torch.empty(numel, device=device)
+            return lambda: ops.block_reduce(messages, out, bits, BLOCK, 0.5)
+
+        def requantize(i: int, bits: int = bits, parts: Any = parts) -> Callable[[], object]:
+            messages = parts()
+            message = torch.empty_like(messages[0])
+            return lambda: ops.block_reduce_quantize(messages, message, None, numel, bits, BLOCK, 0.5)
+
+        yield rotated(f"block_reduce int{bits}, {RANKS} messages", RANKS * bytes_ + 4 * numel, reduce)
+        yield rotated(f"block_reduce_quantize int{bits}, {RANKS} messages", (RANKS + 1) * bytes_, requantize)
+
+
+def many_runs(ops: Any, device: torch.device) -> Iterator[Run]:
+    """200 tensors as a small model has them: one launch for every 64, and one each."""
+
+    def tensors() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        sizes = [768, 768 * 768, 768, 3072 * 768] * 50
+        weights = [torch.randn(size // 8, device=device) for size in sizes]
+        return weights, [torch.randint(0, 256, (-(-w.numel() // 8),), dtype=torch.uint8, device=device) for w in weights]
+
+    weights, packed = tensors()
+    bytes_ = sum(w.numel() * 4 + p.numel() for w, p in zip(weights, packed, strict=True))
+    if hasattr(ops, "mask_apply_many_"):
+        yield Run("200 small tensors, mask_apply_many_", bytes_, [lambda: ops.mask_apply_many_(weights, packed, [0] * 200)])
+
+    def one_by_one() -> None:
+        for w, p in zip(weights, packed, strict=True):
+            ops.mask_apply_(w, p)
+
+    yield Run("200 small tensors, mask_apply_ each", bytes_, [one_by_one])
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------------
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(runs: list[Run], rounds: int, device: torch.device, calls: int = 4) -> list[list[float]]:
+    """Seconds of one call, by run and round. The first two rounds are not counted."""
+    taken: list[list[float]] = [[] for _ in runs]
+    position = [0] * len(runs)
+    for round_number in range(-2, rounds):
+        pending = []
+        if device.type == "cuda":
+            torch.cuda._sleep(20_000_000)  # about 10 ms, in which the queue fills
+        shift = round_number % len(runs)
+        for index in [*range(shift, len(runs)), *range(shift)]:
+            run = runs[index]
+            chosen = [run.calls[(position[index] + i) % len(run.calls)] for i in range(calls)]
+            position[index] += calls
+            if device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for call in chosen:
+                    call()
+                end.record()
+                pending.append((index, start, end))
+            else:
+                begin = time.perf_counter()
+                for call in chosen:
+                    call()
+                if round_number >= 0:
+                    taken[index].append((time.perf_counter() - begin) / calls)
+        wait(device)
+        if round_number >= 0:
+            for index, start, end in pending:
+                taken[index].append(start.elapsed_time(end) / 1e3 / calls)
+    return taken
+
+
+def report(runs: list[Run], taken: list[list[float]]) -> dict[str, dict[str, float]]:
+    """By run; the first one is the copy. Ratios are taken within a round."""
+    copy_run, copy_times = runs[0], taken[0]
+    result = {}
+    for run, times in zip(runs, taken, strict=True):
+        shares = [run.bytes / t * c / copy_run.bytes for t, c in zip(times, copy_times, strict=True)]
+        result[run.name] = {
+            "ms": 1e3 * statistics.median(times),
+            "roofline ms": 1e3 * run.bytes * statistics.median(copy_times) / copy_run.bytes,
+            "GB/s": 1e-9 * run.bytes / statistics.median(times),
+            "percent of a copy": 100 * statistics.median(shares),
+        }
+    return result
+
+
+def groups(ops: Any, message_bytes: Any, numel: int, device: torch.device) -> Iterator[Iterator[Run]]:
+    """Groups of runs whose memory is taken at a time."""
+    yield mask_runs(ops, numel, device)
+    yield fake_quantize_runs(ops, numel, device)
+    yield block_runs(ops, message_bytes, numel, device)
+    yield many_runs(ops, device)
+
+
+def run_all(ops: Any, message_bytes: Any, numel: int, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    everything: dict[str, dict[str, float]] = {}
+    for group in groups(ops, message_bytes, numel, device):
+        runs = [*peers(numel, device), *group]
+        everything |= {name: row for name, row in report(runs, measure(runs, rounds, device)).items() if name not in everything}
+    return everything
+
+
+def print_table(result: dict[str, dict[str, float]]) -> None:
+    print(f"{'':52}{'ms':>9}{'roofline':>10}{'GB/s':>8}{'% of copy':>11}")
+    for name, row in result.items():
+        print(f"{name:52}{row['ms']:9.4f}{row['roofline ms']:10.4f}{row['GB/s']:8.0f}{row['percent of a copy']:11.1f}")
+
+
+def print_variants(results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Percent of a copy, a column per variant."""
+    names = list(results)
+    for number, name in enumerate(names):
+        print(f"{number:3} {name}: {VARIANTS[name]}")
+    print(f"{'percent of a copy':50}" + "".join(f"{number:7}" for number in range(len(names))))
+    for run in results[names[0]]:
+        cells = "".join(f"{results[name].get(run, {}).get('percent of a copy', float('nan')):7.1f}" for name in names)
+        print(f"{run:50}{cells}")
+
+
+# --- a quick look whether they are right ----------------------------------------------------------------------------------
+
+
+def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) -> list[str]:
+    """What differs from the reference in plain torch, on a few sizes; long checks are those of `pytest -m gpu`."""
+    found = []
+    implementations = reference.IMPLEMENTATIONS
+
+    def same(name: str, mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        a, b = mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)
+        if a.shape != b.shape or not torch.equal(a, b):
+            found.append(name)
+
+    for numel, off in ((1_000_003, 0), (1 << 20, 0), (300_007, 3)):
+        data = torch.randn(numel + off, device=device)
+        packed = torch.randint(0, 256, (-(-(numel + off) // 8),), dtype=torch.uint8, device=device)
+        for dtype in (torch.float32, torch.bfloat16):
+            mine, theirs = data.to(dtype)[off:].clone(), data.to(dtype)[off:].clone()
+            ops.mask_apply_(mine, packed, off, 0.0)
+            implementations["mask_apply_"](theirs, packed, off, 0.0)
+            same(f"mask_apply_ {numel} {dtype}", mine, theirs)
+            for bits in (8, 4):
+                size = message_bytes(numel, bits, BLOCK)
+                a, b = (torch.zeros(1, size, dtype=torch.uint8, device=device) for _ in range(2))
+                x = data.to(dtype)[off:]
+                rest_a, rest_b = (torch.full((numel,), 0.01, device=device) for _ in range(2))
+                ops.block_quantize(x, a, rest_a, numel, bits, BLOCK)
+                implementations["block_quantize"](x, b, rest_b, numel, bits, BLOCK)
+                same(f"block_quantize {numel} {dtype} int{bits}", a, b)
+                same(f"block_quantize {numel} {dtype} int{bits}: residual", rest_a, rest_b)
+                out_a, out_b = (torch.empty(numel, dtype=dtype, device=device) for _ in range(2))
+                ops.block_dequantize(a, out_a, numel, bits, BLOCK)
+                implementations["block_dequantize"](b, out_b, numel, bits, BLOCK)
+                same(f"block_dequantize {numel} {dtype} int{bits}", out_a, out_b)
+                sum_a, sum_b = (torch.empty(numel, device=device) for _ in range(2))
+                both = torch.cat([b, b])
+                ops.block_reduce(both, sum_a, bits, BLOCK, 0.5)
+                implementations["block_reduce"](both, sum_b, bits, BLOCK, 0.5)
+                same(f"block_reduce {numel} int{bits}", sum_a, sum_b)
+        keep = data > 0
+        same(f"mask_pack {numel}", ops.mask_pack(keep), implementations["mask_pack"](keep))
+        same(f"mask_unpack {numel}", ops.mask_unpack(packed, numel, off), implementations["mask_unpack"](packed, numel, off))
+        histograms = [f(data, 20, 2048, 31, 0) for f in (ops.magnitude_histogram, implementations["magnitude_histogram"])]
+        same(f"magnitude_histogram {numel}", *histograms)
+    for rows, columns in ((1000, 128), (999, 768), (37, 4096), (11, 16384), (3, 50_001), (1, 1 << 20), (77, 100)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, columns, device=device).to(dtype)
+            for grid in (SYMMETRIC, ASYMMETRIC):
+                mine = ops.fake_quantize(x, **grid, keep=True)
+                theirs = [t for t in implementations["fake_quantize"](x, **grid, keep=True) if t.numel()]
+                mine = [t for t in mine if t.numel()]
+                for part, a, b in zip(("y", "scale", "offset or kept", "kept"), mine, theirs, strict=False):
+                    same(f"fake_quantize {rows}x{columns} {dtype} {grid['symmetric']}: {part}", a, b)
+    scores = torch.randn(64, 4096, device=device)
+    same("mask_n_of_m", ops.mask_n_of_m(scores, 2, 4), implementations["mask_n_of_m"](scores, 2, 4))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--numel", type=int, default=25_165_824)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tune", type=Path, metavar="FOLDER", help="compare builds, which are kept there")
+    parser.add_argument("--variants", default=",".join(VARIANTS).replace("streaming, ", "streaming; "))
+    parser.add_argument("--jobs", type=int, default=8)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    library, reference = import_ops()
+    from ds_compress.ops.schemas import message_bytes
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    record: dict[str, Any] = {"device": name, "torch": torch.__version__, "numel": args.numel, "rounds": args.rounds}
+    if args.tune is None:
+        ops = library.native()
+        record["wrong"] = wrong(ops, reference, message_bytes, device)
+        record["figures"] = run_all(ops, message_bytes, args.numel, args.rounds, device)
+        print(f"{name}; wrong: {record['wrong'] or 'nothing'}")
+        print_table(record["figures"])
+    else:
+        chosen = [each.replace(";", ",").strip() for each in args.variants.replace("streaming, ", "streaming; ").split(",")]
+        args.tune.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            paths = list(pool.map(lambda variant: build_variant(variant, args.tune, device.type == "cpu"), chosen))
+        print(f"builds ready after {time.monotonic() - began:.0f} s")
+        record["figures"], record["wrong"] = {}, {}
+        for variant, path in zip(chosen, paths, strict=True):
+            ops = TuningLibrary(path)
+            if variant == chosen[0]:
+                record["wrong"][variant] = wrong(ops, reference, message_bytes, device)
+            record["figures"][variant] = run_all(ops, message_bytes, args.numel, args.rounds, device)
+            if args.out is not None:  # after each, in case there is no time for all
+                args.out.write_text(json.dumps(record, indent=1))
+        print(f"{name}; wrong: {record['wrong']}; {time.monotonic() - began:.0f} s")
+        print_table(record["figures"][chosen[0]])
+        print_variants(record["figures"])
+    if args.out is not None:
+        args.out.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

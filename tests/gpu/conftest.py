@@ -1,0 +1,47 @@
+"""One process group for all tests of this folder, and DeepSpeed's optimizer builds, begun at once in the background."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gpu.where import ON_CUDA, init_process_group
+
+_BUILDERS = ("FusedAdamBuilder", "CPUAdamBuilder")
+_builds: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    if ON_CUDA and torch.cuda.is_available() and not hasattr(config, "workerinput"):
+        for builder in _BUILDERS:
+            code = f"from deepspeed.ops.op_builder import {builder} as B; B().load(verbose=False)"
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            _builds.append(subprocess.Popen([sys.executable, "-c", code], **quiet))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for build in _builds:
+        build.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group() -> None:
+    init_process_group()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_on_the_device() -> Iterator[None]:
+    """What an earlier test has left behind is not in the memory figures of the next."""
+    yield
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
