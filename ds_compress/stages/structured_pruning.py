@@ -157,13 +157,15 @@ class StructuredPruning(Stage):
         return self._masks.get(name)
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
+        masked = []
         for fragment in self._mine(fragments):
             mask = self._masks.get(fragment.name)
             if mask is None:
                 continue
             if self.score.may_change and not self.is_over:
                 self._hide(fragment)
-            bitmask.apply_(fragment.values, mask)
+            masked.append((fragment.values, mask))
+        bitmask.apply_many_(masked)
 
     def after_step(self, step: int) -> None:
         self._applied, self._done = True, self.is_over
