@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 # Registers of a thread when the kernel starts; setmaxnreg gives the multiplying warps more. wgmma of a k-step.
 MOST_REGISTERS = 168
-INSTANCES = 6
+INSTANCES = 5
 
 
 @pytest.fixture(scope="module")
