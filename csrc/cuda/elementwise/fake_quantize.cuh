@@ -203,7 +203,8 @@ DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, co
         // A zero has the sign of what it was.
         const float code = math::float_of(math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits));
         if (wants_kept && is_kept(code, codes)) kept |= 1u << j;
-        values[j] = math::multiply(fminf(fmaxf(code, codes.low), codes.high), work.range.scale);
+        const float above = code < codes.low ? codes.low : code;  // fmaxf would make +0 of -0
+        values[j] = math::multiply(fminf(above, codes.high), work.range.scale);
         if (!symmetric) values[j] = math::add(values[j], work.range.offset);
     }
     if (work.limit > 0.0f) {
