@@ -9,6 +9,10 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 # Files of tests at a time. Many tests start two to four processes themselves.
 JOBS   ?= 2
+# `make gpu-check` needs torch with CUDA and a C++ compiler in $(PYTHON)'s environment, and no network: what else it needs
+# comes from the folder that `make gpu-wheels` fills elsewhere, e.g. ARGS='--python 3.12 --machine x86_64'.
+WHEELS  ?= gpu-wheels
+MINUTES ?= 8
 
 BIN       := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-test
@@ -22,12 +26,14 @@ export TOKENIZERS_PARALLELISM := false
 # A build of a DeepSpeed op that was killed leaves a lock on which every later launch waits silently and for ever.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup test demo lint benchmark clean
+.PHONY: help setup test demo lint benchmark gpu-wheels gpu-check clean
 
 help:
 	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest; JOBS=1)"
 	@echo "make demo       set up $(VENV), compress a real encoder  (ARGS='--output DIR' goes to the demo)"
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
+	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
+	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove $(VENV)"
 
@@ -59,6 +65,14 @@ demo: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_overhead --quick $(ARGS)
+
+gpu-wheels:
+	$(PYTHON) -m benchmarks.gpu_wheels collect $(WHEELS) $(ARGS)
+
+gpu-check:
+	@if [ -d "$(WHEELS)" ]; then $(PYTHON) -m benchmarks.gpu_wheels install "$(WHEELS)" .venv-gpu; fi
+	@python=.venv-gpu/bin/python; [ -x $$python ] || python=$(PYTHON); \
+	    exec $$python -m benchmarks.gpu_check --minutes $(MINUTES) $(ARGS)
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

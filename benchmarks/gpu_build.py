@@ -14,10 +14,10 @@ from .record import Figures
 
 
 def measure(device: torch.device, quick: bool) -> Figures:
-    """Seconds of the build (about none when it was built before) and how many ops have a kernel for `device`.
+    """Seconds of the build (about none when it was built before) and how many ops have no kernel for `device`.
 
     Raises:
-        RuntimeError: the library could not be built or loaded, or an op has no kernel.
+        RuntimeError: the library could not be built or loaded.
     """
     if device.type == "cuda":
         os.environ["DS_COMPRESS_CUDA"] = "1"
@@ -32,6 +32,7 @@ def measure(device: torch.device, quick: bool) -> Figures:
     native = [
         op for op in SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"ds_compress::{op}", key)
     ]
-    if len(native) < len(SCHEMAS):
-        raise RuntimeError(f"ops without a kernel for {key}: {sorted(set(SCHEMAS) - set(native))}")
-    return {"library": {"build and load s": spent, "ops with a kernel": len(native), "ops": len(SCHEMAS)}}
+    missing = sorted(set(SCHEMAS) - set(native))
+    if missing:
+        print(f"ops without a kernel for {key}: {missing}")
+    return {"library": {"build and load s": spent, "ops": len(SCHEMAS), "ops without a kernel": len(missing)}}

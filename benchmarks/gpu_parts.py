@@ -41,7 +41,7 @@ PARTS = (
         "ceilings", "benchmarks.gpu_ceilings", 25, "bandwidth of a copy; rates of bf16, int8 and fp8 products"
     ),
     Part("products", "benchmarks.products_cuda", 80, "integer and fp8 linear layers beside cuBLASLt"),
-    Part("elementwise", "benchmarks.elementwise_cuda", 65, "masks, quantization, messages beside a copy"),
+    Part("elementwise", "benchmarks.gpu_elementwise", 65, "masks, quantization, messages beside a copy"),
     Part("tests", "benchmarks.gpu_tests", 90, "pytest -m gpu"),
     Part("steps", "benchmarks.gpu_steps", 90, "whole steps of a BERT-base and a 1B Llama, ZeRO 0 to 3"),
     Part(

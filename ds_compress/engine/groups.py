@@ -79,6 +79,11 @@ def add_scales(optimizer: Any, scales: Sequence[nn.Parameter]) -> None:
     if "initial_lr" in first:
         added["lr"] = first["lr"]
     added.update({key: value for key, value in first.items() if key not in added})
+    if isinstance(optimizer, torch.optim.Adagrad):
+        # Up to torch 2.11 it makes its state when it is made itself, and none for a group that comes later.
+        missing = [scale for scale in scales if not optimizer.state.get(scale)]
+        if missing:
+            optimizer.state.update(torch.optim.Adagrad(missing, **optimizer.defaults).state)
 
 
 class GroupSettings:

@@ -44,7 +44,7 @@ def mask_apply_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0
     kept = _bits(patterns.dtype, patterns.device)
     filled = None
     if struct.pack("d", fill) != bytes(8):  # -0.0 is a fill too
-        pattern = torch.tensor(fill, dtype=weights.dtype, device=weights.device).view(patterns.dtype)
+        pattern = torch.full((), fill, dtype=weights.dtype, device=weights.device).view(patterns.dtype)
         filled = ~kept & pattern
     for begin in range(0, patterns.numel(), _CHUNK):
         chunk = patterns[begin : begin + _CHUNK]
