@@ -14,6 +14,7 @@
 //   to_float, from_float<T>            fp32, bf16, fp16; rounds to nearest even
 //   load_wide, store_wide<Word>        4, 8 or 16 aligned bytes of global memory in one access;
 //   load_passing, store_passing        the same, for what no cache need keep
+//   pair_of                            two bf16 or fp16 values in a word
 //   permute                            bytes of a word, or their signs
 //   smaller, larger                    of two floats; a NaN wins
 // Never __shared__ or <<< >>>: the emulator would not see them.
@@ -159,6 +160,20 @@ DSC_DEVICE float larger(float a, float b) {
     float result;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
     return result;
+}
+
+/// Two values in a word, the first in the low half.
+DSC_DEVICE uint32_t pair_of(float low, float high, __nv_bfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+DSC_DEVICE uint32_t pair_of(float low, float high, __half) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
 }
 
 }  // namespace ds_compress
