@@ -3,13 +3,13 @@
     python -m benchmarks.elementwise_cuda [--out FILE] [--rounds 20] [--numel 25165824] [--device cuda]
     python -m benchmarks.elementwise_cuda --tune build/elementwise --variants base,streaming
 
-A run's *bytes* are those that the operation has to read and write, each once. The roofline predicts that they pass as
-fast as those of `Tensor.copy_` on 100 MB, which is timed in the same rounds; measured beside predicted is the percentage.
-Each sample is the time of several calls between two CUDA events, on inputs that rotate through more memory than the
+A run's *bytes* are those that the operation has to read and write, each once. The roofline predicts that they pass
+as fast as those of `Tensor.copy_` on 100 MB, which is timed in the same rounds; the percentage compares the two. Each
+sample is the time of several calls between two CUDA events, on inputs that rotate through more memory than the
 second-level cache has, with the queue filled first, so that nothing waits for Python. Medians over interleaved rounds.
 
-With `--tune`, the kernels of several builds are compared: `csrc/cuda/elementwise` compiled with other values of the macros
-at the top of its headers, one library each, without torch.
+With `--tune`, the kernels of several builds are compared: `csrc/cuda/elementwise` compiled with other values of the
+macros at the top of its headers, one library each, without torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def import_ops() -> tuple[Any, Any]:
     return library, reference
 
 
-# --- the ops, through torch or straight from a library ------------------------------------------------------------------
+# --- the ops, through torch or straight from a library --------------------------------------------------------
 
 
 class TuningLibrary:
@@ -79,7 +79,9 @@ class TuningLibrary:
         if status != 0:
             raise RuntimeError(f"{name} returned {status}")
 
-    def mask_apply_(self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0, fill: float = 0.0) -> None:
+    def mask_apply_(
+        self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0, fill: float = 0.0
+    ) -> None:
         size = weights.element_size()
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
         pattern = int(torch.tensor(fill, dtype=weights.dtype).view(integer)) & (2 ** (8 * size) - 1)
@@ -87,10 +89,14 @@ class TuningLibrary:
 
     def mask_apply_count_(self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0) -> torch.Tensor:
         count = torch.empty((), dtype=torch.int64, device=weights.device)
-        self._call("dsc_mask_apply_count", weights, weights.element_size(), weights.numel(), packed, bit, count)
+        self._call(
+            "dsc_mask_apply_count", weights, weights.element_size(), weights.numel(), packed, bit, count
+        )
         return count
 
-    def mask_apply_many_(self, weights: list[torch.Tensor], packed: list[torch.Tensor], bits: list[int]) -> None:
+    def mask_apply_many_(
+        self, weights: list[torch.Tensor], packed: list[torch.Tensor], bits: list[int]
+    ) -> None:
         n = len(weights)
         pointers = (ctypes.c_void_p * n)(*(w.data_ptr() for w in weights))
         masks = (ctypes.c_void_p * n)(*(p.data_ptr() for p in packed))
@@ -145,7 +151,14 @@ class TuningLibrary:
 
     def block_quantize(self, x: torch.Tensor, messages: torch.Tensor, residual: Any, *form: int) -> None:
         self._call(
-            "dsc_block_quantize", x, DTYPE_NUMBER[x.dtype], x.numel(), residual, messages, len(messages), *form
+            "dsc_block_quantize",
+            x,
+            DTYPE_NUMBER[x.dtype],
+            x.numel(),
+            residual,
+            messages,
+            len(messages),
+            *form,
         )
 
     def block_dequantize(self, messages: torch.Tensor, out: torch.Tensor, *form: int) -> None:
@@ -153,7 +166,9 @@ class TuningLibrary:
             "dsc_block_dequantize", messages, len(messages), *form, out, DTYPE_NUMBER[out.dtype], out.numel()
         )
 
-    def block_reduce(self, messages: torch.Tensor, out: torch.Tensor, bits: int, block: int, by: float) -> None:
+    def block_reduce(
+        self, messages: torch.Tensor, out: torch.Tensor, bits: int, block: int, by: float
+    ) -> None:
         self._call("dsc_block_reduce", messages, len(messages), out.numel(), bits, block, by, out)
 
     def block_reduce_quantize(
@@ -191,19 +206,19 @@ def build_variant(name: str, folder: Path, emulated: bool) -> Path:
 
         command = [harness.compiler()[0], *harness.COMMON, *harness.MODES["plain"], *VARIANTS[name].split()]
         command += [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'tests/native'}", "-x", "c++"]
-        sources = [*(ROOT / "csrc/cuda/elementwise").glob("*.cu"), ROOT / harness.EMULATOR / "library.cpp"]
-        subprocess.run([*command, *map(str, sources), "-o", str(target), "-ldl"], check=True)
+        parts = [*(ROOT / "csrc/cuda/elementwise").glob("*.cu"), ROOT / harness.EMULATOR / "library.cpp"]
+        subprocess.run([*command, *map(str, parts), "-o", str(target), "-ldl"], check=True)
         return target
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     command = [nvcc, "-shared", "-std=c++17", "-O3", "--fmad=false", "-arch=sm_90", "-Xcompiler", "-fPIC"]
-    command += ["-I", str(ROOT / "csrc/include"), *VARIANTS[name].split()]
+    command += ["-DDSC_TUNE", "-I", str(ROOT / "csrc/include"), *VARIANTS[name].split()]
     sources = sorted(str(path) for path in (ROOT / "csrc/cuda/elementwise").glob("*.cu"))
     subprocess.run([*command, *sources, "-o", f"{target}.part", "-t", "3"], check=True)
     Path(f"{target}.part").rename(target)
     return target
 
 
-# --- runs ----------------------------------------------------------------------------------------------------------------
+# --- runs --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -396,12 +411,18 @@ def many_runs(ops: Any, device: torch.device) -> Iterator[Run]:
     def tensors() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         sizes = [768, 768 * 768, 768, 3072 * 768] * 50
         weights = [torch.randn(size // 8, device=device) for size in sizes]
-        return weights, [torch.randint(0, 256, (-(-w.numel() // 8),), dtype=torch.uint8, device=device) for w in weights]
+        return weights, [
+            torch.randint(0, 256, (-(-w.numel() // 8),), dtype=torch.uint8, device=device) for w in weights
+        ]
 
     weights, packed = tensors()
     bytes_ = sum(w.numel() * 4 + p.numel() for w, p in zip(weights, packed, strict=True))
     if hasattr(ops, "mask_apply_many_"):
-        yield Run("200 small tensors, mask_apply_many_", bytes_, [lambda: ops.mask_apply_many_(weights, packed, [0] * 200)])
+        yield Run(
+            "200 small tensors, mask_apply_many_",
+            bytes_,
+            [lambda: ops.mask_apply_many_(weights, packed, [0] * 200)],
+        )
 
     def one_by_one() -> None:
         for w, p in zip(weights, packed, strict=True):
@@ -410,7 +431,7 @@ def many_runs(ops: Any, device: torch.device) -> Iterator[Run]:
     yield Run("200 small tensors, mask_apply_ each", bytes_, [one_by_one])
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------------
+# --- timing --------------------------------------------------------
 
 
 def wait(device: torch.device) -> None:
@@ -474,18 +495,26 @@ def groups(ops: Any, message_bytes: Any, numel: int, device: torch.device) -> It
     yield many_runs(ops, device)
 
 
-def run_all(ops: Any, message_bytes: Any, numel: int, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def run_all(
+    ops: Any, message_bytes: Any, numel: int, rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
     everything: dict[str, dict[str, float]] = {}
     for group in groups(ops, message_bytes, numel, device):
         runs = [*peers(numel, device), *group]
-        everything |= {name: row for name, row in report(runs, measure(runs, rounds, device)).items() if name not in everything}
+        everything |= {
+            name: row
+            for name, row in report(runs, measure(runs, rounds, device)).items()
+            if name not in everything
+        }
     return everything
 
 
 def print_table(result: dict[str, dict[str, float]]) -> None:
     print(f"{'':52}{'ms':>9}{'roofline':>10}{'GB/s':>8}{'% of copy':>11}")
     for name, row in result.items():
-        print(f"{name:52}{row['ms']:9.4f}{row['roofline ms']:10.4f}{row['GB/s']:8.0f}{row['percent of a copy']:11.1f}")
+        print(
+            f"{name:52}{row['ms']:9.4f}{row['roofline ms']:10.4f}{row['GB/s']:8.0f}{row['percent of a copy']:11.1f}"
+        )
 
 
 def print_variants(results: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -495,11 +524,13 @@ def print_variants(results: dict[str, dict[str, dict[str, float]]]) -> None:
         print(f"{number:3} {name}: {VARIANTS[name]}")
     print(f"{'percent of a copy':50}" + "".join(f"{number:7}" for number in range(len(names))))
     for run in results[names[0]]:
-        cells = "".join(f"{results[name].get(run, {}).get('percent of a copy', float('nan')):7.1f}" for name in names)
+        cells = "".join(
+            f"{results[name].get(run, {}).get('percent of a copy', float('nan')):7.1f}" for name in names
+        )
         print(f"{run:50}{cells}")
 
 
-# --- a quick look whether they are right ----------------------------------------------------------------------------------
+# --- a quick look whether they are right --------------------------------------------------------
 
 
 def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) -> list[str]:
@@ -540,17 +571,33 @@ def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) ->
                 same(f"block_reduce {numel} int{bits}", sum_a, sum_b)
         keep = data > 0
         same(f"mask_pack {numel}", ops.mask_pack(keep), implementations["mask_pack"](keep))
-        same(f"mask_unpack {numel}", ops.mask_unpack(packed, numel, off), implementations["mask_unpack"](packed, numel, off))
-        histograms = [f(data, 20, 2048, 31, 0) for f in (ops.magnitude_histogram, implementations["magnitude_histogram"])]
+        same(
+            f"mask_unpack {numel}",
+            ops.mask_unpack(packed, numel, off),
+            implementations["mask_unpack"](packed, numel, off),
+        )
+        histograms = [
+            f(data, 20, 2048, 31, 0)
+            for f in (ops.magnitude_histogram, implementations["magnitude_histogram"])
+        ]
         same(f"magnitude_histogram {numel}", *histograms)
-    for rows, columns in ((1000, 128), (999, 768), (37, 4096), (11, 16384), (3, 50_001), (1, 1 << 20), (77, 100)):
+    for rows, columns in (
+        (1000, 128),
+        (999, 768),
+        (37, 4096),
+        (11, 16384),
+        (3, 50_001),
+        (1, 1 << 20),
+        (77, 100),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(rows, columns, device=device).to(dtype)
             for grid in (SYMMETRIC, ASYMMETRIC):
-                mine = ops.fake_quantize(x, **grid, keep=True)
-                theirs = [t for t in implementations["fake_quantize"](x, **grid, keep=True) if t.numel()]
-                mine = [t for t in mine if t.numel()]
-                for part, a, b in zip(("y", "scale", "offset or kept", "kept"), mine, theirs, strict=False):
+                got, expected = (
+                    [t for t in f(x, **grid, keep=True) if t.numel()]
+                    for f in (ops.fake_quantize, implementations["fake_quantize"])
+                )
+                for part, a, b in zip(("y", "scale", "offset or kept", "kept"), got, expected, strict=False):
                     same(f"fake_quantize {rows}x{columns} {dtype} {grid['symmetric']}: {part}", a, b)
     scores = torch.randn(64, 4096, device=device)
     same("mask_n_of_m", ops.mask_n_of_m(scores, 2, 4), implementations["mask_n_of_m"](scores, 2, 4))
@@ -565,6 +612,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tune", type=Path, metavar="FOLDER", help="compare builds, which are kept there")
     parser.add_argument("--variants", default=",".join(VARIANTS).replace("streaming, ", "streaming; "))
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin with no further build after these")
     parser.add_argument("--jobs", type=int, default=8)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -572,7 +620,12 @@ def main() -> None:
     from ds_compress.ops.schemas import message_bytes
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    record: dict[str, Any] = {"device": name, "torch": torch.__version__, "numel": args.numel, "rounds": args.rounds}
+    record: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "numel": args.numel,
+        "rounds": args.rounds,
+    }
     if args.tune is None:
         ops = library.native()
         record["wrong"] = wrong(ops, reference, message_bytes, device)
@@ -580,14 +633,21 @@ def main() -> None:
         print(f"{name}; wrong: {record['wrong'] or 'nothing'}")
         print_table(record["figures"])
     else:
-        chosen = [each.replace(";", ",").strip() for each in args.variants.replace("streaming, ", "streaming; ").split(",")]
+        chosen = [
+            each.replace(";", ",").strip()
+            for each in args.variants.replace("streaming, ", "streaming; ").split(",")
+        ]
         args.tune.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with ThreadPoolExecutor(args.jobs) as pool:
-            paths = list(pool.map(lambda variant: build_variant(variant, args.tune, device.type == "cpu"), chosen))
+            paths = list(
+                pool.map(lambda variant: build_variant(variant, args.tune, device.type == "cpu"), chosen)
+            )
         print(f"builds ready after {time.monotonic() - began:.0f} s")
         record["figures"], record["wrong"] = {}, {}
         for variant, path in zip(chosen, paths, strict=True):
+            if time.monotonic() - began > args.seconds:
+                break
             ops = TuningLibrary(path)
             if variant == chosen[0]:
                 record["wrong"][variant] = wrong(ops, reference, message_bytes, device)

@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "ds_compress/math.h"
 
@@ -98,6 +99,17 @@ inline void check_adam(const Tensor& weights, const Tensor& exp_avg, const Tenso
         check_governed("mask_apply_adam_", names[i], *parts[i], packed, bit_offset);
         require(parts[i]->numel() == weights.numel(), "mask_apply_adam_: ", names[i], " has ", parts[i]->numel(),
                 " elements, weights ", weights.numel());
+    }
+}
+
+inline void check_many(const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
+                       const std::vector<int64_t>& bit_offsets) {
+    const char* op = "mask_apply_many_";
+    require(weights.size() == packed.size() && weights.size() == bit_offsets.size(), op, ": ", weights.size(),
+            " weights, ", packed.size(), " masks and ", bit_offsets.size(), " bit_offsets");
+    for (size_t i = 0; i < weights.size(); i++) {
+        check_governed(op, "weights", weights[i], packed[i], bit_offsets[i]);
+        check_same_device(op, "weights", weights[i], weights[0]);
     }
 }
 

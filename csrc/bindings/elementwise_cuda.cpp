@@ -5,6 +5,7 @@
 #include "elementwise_checks.h"
 
 #include <tuple>
+#include <vector>
 
 namespace ds_compress::bindings {
 namespace {
@@ -58,15 +59,46 @@ Tensor mask_apply_count_(const Tensor& weights, const Tensor& packed, int64_t bi
     return count;
 }
 
+/// One launcher call for the tensors of each dtype.
+cudaError_t apply_masks(const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
+                        const std::vector<int64_t>& bit_offsets, double fill, cudaStream_t stream) {
+    std::vector<void*> values;
+    std::vector<const uint8_t*> masks;
+    std::vector<int64_t> bits, counts;
+    for (const ScalarType type : {kFp32, kBf16, kFp16, ScalarType::Double}) {
+        values.clear(), masks.clear(), bits.clear(), counts.clear();
+        for (size_t i = 0; i < weights.size(); i++) {
+            if (weights[i].scalar_type() != type) continue;
+            values.push_back(weights[i].mutable_data_ptr());
+            masks.push_back(data_const<uint8_t>(packed[i]));
+            bits.push_back(bit_offsets[i]);
+            counts.push_back(weights[i].numel());
+        }
+        if (values.empty()) continue;
+        const int size = type == ScalarType::Double ? 8 : type == kFp32 ? 4 : 2;
+        const cudaError_t error =
+            dsc_mask_apply_many(values.data(), masks.data(), bits.data(), counts.data(),
+                                static_cast<int64_t>(values.size()), size, pattern_of(fill, type), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
 void mask_apply_adam_(const Tensor& weights, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& packed,
                       int64_t bit_offset) {
     check_adam(weights, exp_avg, exp_avg_sq, packed, bit_offset);
     const OnDevice on(weights);
-    // The bits are one part in 32 of the traffic: three launches read them again.
-    for (const Tensor* part : {&weights, &exp_avg, &exp_avg_sq})
-        check_launch(dsc_mask_apply(part->mutable_data_ptr(), static_cast<int>(part->element_size()), part->numel(),
-                                    data_const<uint8_t>(packed), bit_offset, 0, on.stream),
-                     "mask_apply_adam_");
+    check_launch(apply_masks({weights, exp_avg, exp_avg_sq}, {packed, packed, packed},
+                             {bit_offset, bit_offset, bit_offset}, 0.0, on.stream),
+                 "mask_apply_adam_");
+}
+
+void mask_apply_many_(std::vector<Tensor> weights, std::vector<Tensor> packed, std::vector<int64_t> bit_offsets,
+                      double fill) {
+    check_many(weights, packed, bit_offsets);
+    if (weights.empty()) return;
+    const OnDevice on(weights[0]);
+    check_launch(apply_masks(weights, packed, bit_offsets, fill, on.stream), "mask_apply_many_");
 }
 
 Tensor mask_pack(const Tensor& keep) {
@@ -197,6 +229,7 @@ STABLE_TORCH_LIBRARY_IMPL(ds_compress, CUDA, m) {
     m.impl("mask_apply_", TORCH_BOX(&mask_apply_));
     m.impl("mask_apply_count_", TORCH_BOX(&mask_apply_count_));
     m.impl("mask_apply_adam_", TORCH_BOX(&mask_apply_adam_));
+    m.impl("mask_apply_many_", TORCH_BOX(&mask_apply_many_));
     m.impl("mask_pack", TORCH_BOX(&mask_pack));
     m.impl("mask_unpack", TORCH_BOX(&mask_unpack));
     m.impl("mask_n_of_m", TORCH_BOX(&mask_n_of_m));

@@ -62,6 +62,12 @@ void mask_apply_adam_(const Tensor& weights, const Tensor& exp_avg, const Tensor
     });
 }
 
+void mask_apply_many_(std::vector<Tensor> weights, std::vector<Tensor> packed, std::vector<int64_t> bit_offsets,
+                      double fill) {
+    check_many(weights, packed, bit_offsets);
+    for (size_t i = 0; i < weights.size(); i++) mask_apply_(weights[i], packed[i], bit_offsets[i], fill);
+}
+
 Tensor mask_pack(const Tensor& keep) {
     check("mask_pack", "keep", keep, 1, {ScalarType::Bool});
     const cpu::ElementwiseKernels& kernels = cpu::elementwise();
@@ -141,6 +147,7 @@ STABLE_TORCH_LIBRARY_IMPL(ds_compress, CPU, m) {
     m.impl("mask_apply_", TORCH_BOX(&mask_apply_));
     m.impl("mask_apply_count_", TORCH_BOX(&mask_apply_count_));
     m.impl("mask_apply_adam_", TORCH_BOX(&mask_apply_adam_));
+    m.impl("mask_apply_many_", TORCH_BOX(&mask_apply_many_));
     m.impl("mask_pack", TORCH_BOX(&mask_pack));
     m.impl("mask_unpack", TORCH_BOX(&mask_unpack));
     m.impl("mask_n_of_m", TORCH_BOX(&mask_n_of_m));

@@ -63,11 +63,12 @@ class Upstream:
 
 def factor_between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
     """The number that makes `other` of `one`, None where there is none."""
-    if one.shape != other.shape or not bool((one[-1] != 0) & torch.isfinite(one).all()):
+    if one.shape != other.shape:
         return None
     factor = other[-1] / one[-1]
-    alike = torch.allclose(one * factor, other, rtol=1e-5, atol=0.0)
-    return factor if alike else None
+    alike = torch.isclose(one * factor, other, rtol=1e-5, atol=0.0).all()
+    # One question: on a GPU each is a wait, in the middle of backward.
+    return factor if bool(alike & (one[-1] != 0) & torch.isfinite(one).all()) else None
 
 
 class Head(Protocol):
@@ -107,12 +108,7 @@ def chunked_sums(
         loop()
 
     def job(hidden: torch.Tensor) -> torch.Tensor:
-        divisors = torch.stack(
-            [
-                torch.as_tensor(loss.averaged_over, dtype=torch.float32, device=hidden.device)
-                for loss in losses
-            ]
-        )
+        divisors = torch.stack([_on(hidden.device, loss.averaged_over) for loss in losses])
         upstream = head.upstream.setdefault(len(losses), Upstream())
         work = _Pass(values, around, head.chunk, divisors, upstream)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -122,6 +118,13 @@ def chunked_sums(
         return result
 
     return head.run(job, hidden)
+
+
+def _on(device: torch.device, number: torch.Tensor | float) -> torch.Tensor:
+    """fp32 scalar; filled there, because a copy from here would wait for the device."""
+    if isinstance(number, torch.Tensor):
+        return number.to(device, torch.float32)
+    return torch.full((), number, device=device)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class AppliedNorm:
             if fragment is not None and gradient is not None and key in norms:
                 applied = self._applied(fragment, gradient)
                 if applied is not gradient:
-                    norms[key] = applied.float().norm(2)
+                    # Masters and their gradients are in host memory, DeepSpeed's norms on the device.
+                    norms[key] = applied.float().norm(2).to(norms[key].device)
         try:
             return self._offloaded(params)
         finally:
@@ -126,7 +127,7 @@ class AppliedNorm:
 
     def _ratio(self) -> float:
         """The norm of all gradients over that of the applied ones; 1 where there is none."""
-        squares = torch.zeros(2, dtype=torch.float64)
+        norms: list[torch.Tensor] = []
         for parameter, gradient in seams.whole_gradients(self._engine):
             fragment = self._by_parameter.get(id(parameter))
             if fragment is not None and self._is_ours_to_count(parameter):
@@ -135,7 +136,9 @@ class AppliedNorm:
                 start = fragment.start - (self._layers.start_of(fragment.name) if self._layers else 0)
                 part = dense.view(-1)[start : start + fragment.numel].float()
                 applied = self._applied(fragment, part)
-                norm = float(part.norm(2)) ** 2
-                squares += torch.tensor([norm, norm if applied is part else float(applied.norm(2)) ** 2])
+                norm = part.norm(2)
+                norms += [norm, norm if applied is part else applied.norm(2)]
+        # One look at all of them: every single one would wait for the device.
+        squares = torch.stack(norms).double().square().view(-1, 2).sum(0) if norms else torch.zeros(2).double()
         total, counted = self._shards.sum(squares).tolist()
         return math.sqrt(total / counted) if counted > 0 and math.isfinite(total) else 1.0

@@ -140,9 +140,8 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     for member in structure.members:
         if member.scored:
             weight = parameters[member.tensor]
-            total += unit_sums(
-                weight.detach().float().abs().flatten(), 0, weight.shape, member.dim, member.index
-            )
+            magnitudes = weight.detach().float().abs().flatten()
+            total += unit_sums(magnitudes, 0, weight.shape, member.dim, member.index).to(total.device)
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     shared = structures.shared

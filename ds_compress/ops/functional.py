@@ -8,8 +8,8 @@
 Integer linear layers    int8_linear, int4_linear, sparse24_linear, and a `_pack` for the weight of each: layouts differ
                          between CPUs, so pack where you multiply, and store codes
 Fake quantization        fake_quantize
-Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_apply_, mask_apply_count_, mask_apply_adam_: bit i of
-                         byte j is element 8 j + i; a trailing underscore writes in place
+Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_apply_, mask_apply_many_, mask_apply_count_,
+                         mask_apply_adam_: bit i of byte j is element 8 j + i; a trailing underscore writes in place
 Selection                magnitude_histogram
 Quantized messages       block_quantize, block_dequantize, block_reduce, block_reduce_quantize: a message is one fp32
                          scale per block, then whole blocks of codes; `message_bytes` gives its size
@@ -52,6 +52,7 @@ fake_quantize = _preferred(reference.fake_quantize.fake_quantize)
 mask_apply_ = _preferred(reference.mask.mask_apply_)
 mask_apply_count_ = _preferred(reference.mask.mask_apply_count_)
 mask_apply_adam_ = _preferred(reference.mask.mask_apply_adam_)
+mask_apply_many_ = _preferred(reference.mask.mask_apply_many_)
 mask_pack = _preferred(reference.mask.mask_pack)
 mask_unpack = _preferred(reference.mask.mask_unpack)
 mask_n_of_m = _preferred(reference.mask.mask_n_of_m)
@@ -76,6 +77,7 @@ __all__ = [
     "mask_apply_",
     "mask_apply_adam_",
     "mask_apply_count_",
+    "mask_apply_many_",
     "mask_n_of_m",
     "mask_pack",
     "mask_unpack",

@@ -39,6 +39,7 @@ SCHEMAS = {
     "mask_apply_adam_": (
         "(Tensor(a!) weights, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor packed, int bit_offset=0) -> ()"
     ),
+    "mask_apply_many_": "(Tensor(a!)[] weights, Tensor[] packed, int[] bit_offsets, float fill=0.0) -> ()",
     "mask_pack": "(Tensor keep) -> Tensor",
     "mask_unpack": "(Tensor packed, int numel, int bit_offset=0) -> Tensor",
     "mask_n_of_m": "(Tensor scores, int n, int m) -> Tensor",
@@ -177,6 +178,13 @@ def _(
     exp_avg_sq: torch.Tensor,
     packed: torch.Tensor,
     bit_offset: int = 0,
+) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mask_apply_many_")
+def _(
+    weights: list[torch.Tensor], packed: list[torch.Tensor], bit_offsets: list[int], fill: float = 0.0
 ) -> None:
     return None
 

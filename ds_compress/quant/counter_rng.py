@@ -18,6 +18,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 _CHUNK = 1 << 15  # elements: two int64 buffers of it stay inside a core's second-level cache
+_CHUNK_OF_A_DEVICE = 1 << 23  # there a chunk costs ten launches, and may be 64 MB
 
 
 def stream_key(seed: int, name: str, step: int = 0) -> int:
@@ -43,11 +44,12 @@ def uniform(
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     count = math.prod(sizes)
     origin = _mix_(torch.full((), _as_signed(key), dtype=torch.int64, device=device))
-    if torch.compiler.is_compiling() or count <= _CHUNK:
+    chunk = _CHUNK if origin.device.type == "cpu" else _CHUNK_OF_A_DEVICE
+    if torch.compiler.is_compiling() or count <= chunk:
         return _uniform_run(origin, start, count).view(sizes)
     out = torch.empty(count, dtype=torch.float32, device=device)
-    for begin in range(0, count, _CHUNK):
-        length = min(_CHUNK, count - begin)
+    for begin in range(0, count, chunk):
+        length = min(chunk, count - begin)
         out[begin : begin + length] = _uniform_run(origin, start + begin, length)
     return out.view(sizes)
 

@@ -37,6 +37,7 @@ from enum import StrEnum
 
 import torch
 
+from ds_compress.ops.reference.division import divided
 from ds_compress.ops.reference.fake_quantize import SHRINK, SMALLEST_SCALE, asymmetric_range, is_extreme
 from ds_compress.quant.layout import (
     GROUP_AXIS,
@@ -219,7 +220,7 @@ def ranges_between(lowest: torch.Tensor, highest: torch.Tensor, grid: Grid) -> R
         return Ranges(scale=torch.ones_like(lowest), threshold=torch.zeros_like(lowest))
     if grid.symmetric:
         # Few operations: on a small layer, these tiny ones cost more than the elementwise passes.
-        return Ranges(scale=torch.maximum(highest, lowest.neg()).div_(grid.steps).clamp_min_(SMALLEST_SCALE))
+        return Ranges(scale=divided(torch.maximum(highest, lowest.neg()), grid.steps).clamp_min_(SMALLEST_SCALE))
     scale, offset = asymmetric_range(lowest, highest, grid.steps)
     return Ranges(scale=scale, offset=offset)
 

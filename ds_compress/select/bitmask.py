@@ -6,6 +6,8 @@ Inf included: the weight's bit pattern is ANDed with zeros, which multiplication
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ds_compress.ops import kernels
@@ -35,3 +37,15 @@ def apply_(weights: torch.Tensor, packed: torch.Tensor, fill: float = 0.0) -> No
         packed: uint8 of shape (ceil(n/8),) on the same device.
     """
     kernels().mask_apply_(weights, packed, 0, fill)
+
+
+@torch.no_grad()
+def apply_many_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """`apply_` of (weights, packed) pairs with zeros, in one call for each device."""
+    by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for weights, packed in pairs:
+        tensors, masks = by_device.setdefault(weights.device, ([], []))
+        tensors.append(weights)
+        masks.append(packed)
+    for tensors, masks in by_device.values():
+        kernels().mask_apply_many_(tensors, masks, [0] * len(tensors))

@@ -16,6 +16,8 @@ import torch
 
 _DIGITS = ((21, 2048), (10, 2048), (0, 1024))
 _CHUNK = 1 << 18
+_CHUNK_OF_A_DEVICE = 1 << 24
+"""There every chunk is a wait for the device, because how many keys are left decides what comes next."""
 # Scores whose exponent bits are all ones (Inf, NaN) fill the outermost four bins of the first digit.
 _NON_FINITE_BINS = (slice(0, 4), slice(2044, 2048))
 
@@ -64,7 +66,7 @@ def sort_keys_(scores: torch.Tensor, non_negative: bool = False) -> torch.Tensor
     keys = scores.view(torch.int32)
     if not non_negative:
         scores.add_(0.0)
-        for chunk in keys.split(_CHUNK):
+        for chunk in keys.split(_chunk(keys)):
             chunk.bitwise_xor_((chunk >> 31).bitwise_and_(0x7FFFFFFF))
     return keys
 
@@ -135,17 +137,22 @@ def _owned(candidates: Candidates) -> torch.Tensor:
 
 
 def _digit_histogram(keys: torch.Tensor, shift: int, bins: int, first: bool) -> torch.Tensor:
-    total = torch.zeros(bins, dtype=torch.int64)
-    for chunk in keys.split(_CHUNK):
+    total = torch.zeros(bins, dtype=torch.int64, device=keys.device)
+    for chunk in keys.split(_chunk(keys)):
         digit = chunk >> shift
         digit = digit + 1024 if first else digit & (bins - 1)
-        total += torch.bincount(digit, minlength=bins).cpu()
-    return total
+        total += torch.bincount(digit, minlength=bins)
+    return total.cpu()
+
+
+def _chunk(keys: torch.Tensor) -> int:
+    """Elements at a time: what stays in a CPU's cache."""
+    return _CHUNK if keys.device.type == "cpu" else _CHUNK_OF_A_DEVICE
 
 
 def _with_prefix(keys: torch.Tensor, prefix: int, shift: int) -> torch.Tensor:
     """The keys whose leading digits are `prefix`."""
-    parts = [chunk[(chunk >> shift) == prefix] for chunk in keys.split(_CHUNK)]
+    parts = [chunk[(chunk >> shift) == prefix] for chunk in keys.split(_chunk(keys))]
     return torch.cat(parts) if parts else keys
 
 

@@ -71,7 +71,9 @@ class UnitScore:
         self.totals = {n: t[kept[n]] if n in kept else t for n, t in self.totals.items()}
 
     def _add(self, structure: str, part: torch.Tensor) -> None:
-        self._parts[structure] = self._parts[structure] + part if structure in self._parts else part
+        if structure in self._parts:  # of a partly offloaded optimizer, parts are in different places
+            part = self._parts[structure] + part.to(self._parts[structure].device)
+        self._parts[structure] = part
 
     def _reduced(self, total: Sum) -> dict[str, torch.Tensor]:
         """The parts of all processes, one reduction for all structures."""

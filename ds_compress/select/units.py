@@ -8,9 +8,10 @@ fragment is a (periods, shape[dim], stride) array, whatever the dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def unit_sums(
@@ -27,7 +28,7 @@ def unit_sums(
     padded = values.new_zeros(periods * period)
     padded[before : before + values.numel()] = values
     by_entry = padded.view(periods, shape[dim], stride).sum((0, 2), dtype=torch.float64)
-    return by_entry[index.to(by_entry.device)].sum(1)
+    return by_entry[on_device(index, by_entry.device)].sum(1)
 
 
 def unit_mask(
@@ -39,6 +40,19 @@ def unit_mask(
     by_entry = torch.ones(shape[dim], dtype=torch.bool)
     by_entry[index[~keep].flatten()] = False
     return by_entry.view(1, -1, 1).expand(periods, shape[dim], stride).reshape(-1)[before : before + numel]
+
+
+def on_device(index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`index`, which never changes, on `device`: copied once, for every copy waits for the device."""
+    if index.device == device:
+        return index
+    copies = _copies.setdefault(index, {})
+    if device not in copies:
+        copies[device] = index.to(device)
+    return copies[device]
+
+
+_copies: MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]] = WeakTensorKeyDictionary()
 
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:

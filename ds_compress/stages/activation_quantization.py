@@ -154,7 +154,7 @@ class ActivationQuantization(Stage):
         if self._shards is not None:
             observed = self._shards.reduce_max(observed)
         # Observed is (-min, max), so that one maximum serves both.
-        fresh = observed * observed.new_tensor([-1.0, 1.0])
+        fresh = torch.stack([observed[:, 0].neg(), observed[:, 1]], dim=1)
         finite = torch.isfinite(fresh).all(dim=1, keepdim=True)
         old = torch.stack([_on(device, q.input_range, f) for q, f in zip(quantizers, fresh, strict=True)])
         momentum = self._shared.range_momentum

@@ -122,13 +122,15 @@ class SparsePruning(Stage):
         return self._in_force.get(name) if self.score.masks_gradient else None
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
+        masked = []
         for fragment in self._mine(fragments):
             mask = self.masks.get(fragment.name)
             if mask is None:
                 continue
             if self.regrowth and not self._is_over:
                 self._hide(fragment)
-            bitmask.apply_(fragment.values, mask)
+            masked.append((fragment.values, mask))
+        bitmask.apply_many_(masked)
 
     def after_step(self, step: int) -> None:
         if self._is_over and (self.hidden or self.score.tensors):

@@ -35,7 +35,7 @@ from ds_compress.config.structures import kept_units
 from ds_compress.select import bitmask
 from ds_compress.select.schedules import DensitySchedule
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
-from ds_compress.select.units import best, shares, unit_mask, unit_sums
+from ds_compress.select.units import best, on_device, shares, unit_mask, unit_sums
 from ds_compress.stages.base import Stage
 
 if TYPE_CHECKING:
@@ -157,13 +157,15 @@ class StructuredPruning(Stage):
         return self._masks.get(name)
 
     def on_update(self, fragments: Iterable[Fragment]) -> None:
+        masked = []
         for fragment in self._mine(fragments):
             mask = self._masks.get(fragment.name)
             if mask is None:
                 continue
             if self.score.may_change and not self.is_over:
                 self._hide(fragment)
-            bitmask.apply_(fragment.values, mask)
+            masked.append((fragment.values, mask))
+        bitmask.apply_many_(masked)
 
     def after_step(self, step: int) -> None:
         self._applied, self._done = True, self.is_over
@@ -341,7 +343,7 @@ class StructuredPruning(Stage):
             if module.training and not self._done:
                 x = first_argument(args, kwargs).detach().abs().movedim(axis, -1).flatten(0, -2)
                 by_entry = x.sum(0, dtype=torch.float32)
-                score.see(structure.name, by_entry[index.to(x.device)].sum(1), x.shape[0])
+                score.see(structure.name, by_entry[on_device(index, x.device)].sum(1), x.shape[0])
 
         yield module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -55,6 +55,8 @@ def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
 def _on(value: Any, device: str) -> Any:
     if isinstance(value, Packed):
         return Packed(value.op, tuple(tensor.to(device) for tensor in value.arguments))
+    if isinstance(value, list):
+        return [_on(each, device) for each in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
@@ -194,6 +196,18 @@ def _mask_cases(numel: int, offset: int, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("mask_unpack", title, lambda: ((_bits(numel + offset), numel, offset), {}))
 
 
+def _mask_many(count: int) -> Case:
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+    def make() -> Arguments:
+        sizes = [(37 * i * i) % 5000 for i in range(count)]  # 0 is one of them
+        offsets = [i % 11 for i in range(count)]
+        weights = [torch.randn(n).to(dtypes[i % 4]) for i, n in enumerate(sizes)]
+        return (weights, [_bits(n + o) for n, o in zip(sizes, offsets, strict=True)], offsets, 0.5), {}
+
+    return Case("mask_apply_many_", f"{count}", make, mutated=(0,))
+
+
 CASES = [
     Case("int8_linear_pack", "17x70", lambda: ((codes(17, 70),), {})),
     Case("int8_linear_quantize_pack", "17x70", lambda: ((torch.randn(17, 70), torch.rand(17) / 30, 127), {})),
@@ -211,6 +225,9 @@ CASES = [
     _fake_quantize(7, 33, False, torch.bfloat16),
     *_mask_cases(1003, 5, torch.float32),
     *_mask_cases(77, 0, torch.bfloat16),
+    _mask_many(0),
+    _mask_many(5),
+    _mask_many(70),
     Case("mask_pack", "1003", lambda: ((torch.rand(1003) < 0.3,), {})),
     Case("mask_n_of_m", "9x22-2:4", lambda: ((torch.randn(9, 22), 2, 4), {})),
     Case("magnitude_histogram", "1003", lambda: ((torch.randn(1003), 20, 2048, 31, 0), {})),

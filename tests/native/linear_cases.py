@@ -279,7 +279,7 @@ def linear_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Prog
 
 def quantizes_itself(case: LinearCase) -> bool:
     """Whether one launch may do all: dsc_quantizes_itself."""
-    return case.kind != "sparse24" and 0 < case.m <= 8 and case.m * case.k <= 16384
+    return case.kind != "sparse24" and case.m == 1 and 0 < case.k <= 16384
 
 
 def fused_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Program:

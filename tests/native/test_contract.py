@@ -69,7 +69,10 @@ def test_it_compiles_without_a_graph_break(case: Case, ops: Any) -> None:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = op(*args, **kwargs)
-        return result if result is not None else args[case.mutated[0]] + 0
+        if result is not None:
+            return result
+        changed = args[case.mutated[0]]
+        return [each + 0 for each in changed] if isinstance(changed, list) else changed + 0
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -93,6 +96,8 @@ def tensors(result: Any) -> list[torch.Tensor]:
 
 
 def _fake_cuda(value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, list):
+        return [_fake_cuda(each, mode) for each in value]
     if not isinstance(value, torch.Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")

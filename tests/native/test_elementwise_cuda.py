@@ -66,6 +66,11 @@ def check(built: Library, cases: list[Case], schedule: int) -> None:
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
+def shifted(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+    """`tensor` behind `elements` more, so that at a multiple of 16 bytes it does not begin."""
+    return torch.cat([torch.full((elements,), 7, dtype=tensor.dtype), tensor])
+
+
 def mask_cases() -> Iterator[Case]:
     for number, (dtype, numel) in enumerate(
         (dtype, numel) for dtype in DTYPE_NUMBER for numel in (0, 1, 7, 9, 65, 1000, 2113)
@@ -110,6 +115,9 @@ def mask_cases() -> Iterator[Case]:
                 [("dsc_magnitude_histogram", ("values", *form, "counts", None))],
                 {"counts": counts},
             )
+    yield from misaligned_mask_cases()
+    for count in (1, 4, 5, 70):
+        yield many_masks(count)
     for rows, columns, n, m in (
         (0, 4, 2, 4),
         (3, 17, 2, 4),
@@ -117,6 +125,9 @@ def mask_cases() -> Iterator[Case]:
         (5, 33, 4, 8),
         (2, 7, 3, 5),
         (4, 40, 0, 4),
+        (3, 520, 1, 2),
+        (5, 64, 3, 8),
+        (5, 600, 2, 4),
     ):
         scores = random_values(rows * columns, torch.float32, columns, specials=0.3).view(rows, columns)
         scores = torch.where(scores.isfinite(), scores.round(), scores)
@@ -125,6 +136,58 @@ def mask_cases() -> Iterator[Case]:
             [("dsc_mask_n_of_m", ("scores", rows, columns, n, m, "packed", None))],
             {"packed": mask.mask_n_of_m(scores, n, m)},
         )
+
+
+def misaligned_mask_cases() -> Iterator[Case]:
+    """More than a tile, from any element and any bit."""
+    for number, (dtype, off) in enumerate((dtype, off) for dtype in DTYPE_NUMBER for off in (1, 3)):
+        numel, bit, size = 9001, 5 * number, torch.empty(0, dtype=dtype).element_size()
+        packed = random_bytes(-(-(numel + bit) // 8), number)
+        weights = random_values(numel, dtype, number, specials=0.2)
+        wanted = weights.clone()
+        count = mask.mask_apply_count_(wanted, packed, bit)
+        place = f"weights+{off * size}"
+        yield program(
+            {"weights": shifted(weights, off), "packed": packed},
+            [("dsc_mask_apply_count", (place, size, numel, "packed", bit, "count", None))],
+            {"weights": shifted(wanted, off), "count": count.view(1)},
+        )
+        values = torch.where(weights.isnan(), torch.zeros_like(weights), weights)
+        form = (DTYPE_NUMBER[dtype], numel, 20, 2048, 31, 0)
+        yield program(
+            {"values": shifted(values, off)},
+            [("dsc_magnitude_histogram", (f"values+{off * size}", *form, "counts", None))],
+            {"counts": mask.magnitude_histogram(values, 20, 2048, 31, 0)},
+        )
+        keep = mask.mask_unpack(packed, numel, bit)
+        yield program(
+            {"keep": shifted(keep, off).view(torch.uint8)},
+            [("dsc_mask_pack", (f"keep+{off}", numel, "packed", None))],
+            {"packed": mask.mask_pack(keep)},
+        )
+
+
+def many_masks(count: int) -> Case:
+    """Tensors of very different size, empty ones too, each from an element and a bit of its own."""
+    weights, masks, bits, offs = [], [], [], []
+    for i in range(count):
+        numel, bit, off = (i * i * 37) % 5000 if i % 5 else 4100 * (i % 2), i % 11, i % 4
+        weights.append(random_values(numel, torch.float32, i, specials=0.2))
+        masks.append(random_bytes(-(-(numel + bit) // 8), i))
+        bits.append(bit)
+        offs.append(off)
+    wanted = [each.clone() for each in weights]
+    mask.mask_apply_many_(wanted, masks, bits, 0.5)
+    inputs = {f"w{i}": shifted(each, offs[i]) for i, each in enumerate(weights)}
+    expected = {f"w{i}": shifted(each, offs[i]) for i, each in enumerate(wanted)}
+    places = [f"w{i}+{4 * off}" for i, off in enumerate(offs)]
+    arguments = (places, [f"m{i}" for i in range(count)], bits, [each.numel() for each in weights])
+    pattern = int(torch.tensor(0.5).view(torch.int32))
+    return program(
+        inputs | {f"m{i}": each for i, each in enumerate(masks)},
+        [("dsc_mask_apply_many", (*arguments, count, 4, pattern, None))],
+        expected,
+    )
 
 
 def fake_quantize_cases() -> Iterator[Case]:
@@ -137,8 +200,15 @@ def fake_quantize_cases() -> Iterator[Case]:
         (40, 8),
         (2, 1500),
         (3, 1024),
+        (3, 96),
+        (7, 400),
+        (1, 1504),
+        (2, 4096),
+        (1, 9000),
         (1, 16500),
         (2, 17001),
+        (2, 33000),
+        (1, 16384),
     ]
     for number, (dtype, (rows, columns), symmetric) in enumerate(
         (dtype, shape, symmetric) for dtype in FLOATS for shape in shapes for symmetric in (True, False)
@@ -196,9 +266,9 @@ def block_cases() -> Iterator[Case]:
     for number, (dtype, numel, bits, block) in enumerate(
         (dtype, numel, bits, block)
         for dtype in FLOATS
-        for numel in (0, 1, 5, 130, 1000)
+        for numel in (0, 1, 5, 130, 1000, 4160)
         for bits in (8, 4)
-        for block in (32, 160, 1024)
+        for block in (32, 160, 1024, 2048)
     ):
         parts = 1 + number % 3
         chunk = -(-numel // parts)

@@ -84,8 +84,10 @@ extern "C" cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t nume
             return quantize<float>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
         case dsc_bfloat16:
             return quantize<__nv_bfloat16>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
+#ifndef DSC_TUNE
         case dsc_float16:
             return quantize<__half>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
+#endif
         default:
             return cudaErrorInvalidValue;
     }
@@ -99,8 +101,10 @@ extern "C" cudaError_t dsc_block_dequantize(const uint8_t* messages, int64_t mes
             return dequantize<float>(messages, message_count, chunk, bits, block, out, numel, stream);
         case dsc_bfloat16:
             return dequantize<__nv_bfloat16>(messages, message_count, chunk, bits, block, out, numel, stream);
+#ifndef DSC_TUNE
         case dsc_float16:
             return dequantize<__half>(messages, message_count, chunk, bits, block, out, numel, stream);
+#endif
         default:
             return cudaErrorInvalidValue;
     }

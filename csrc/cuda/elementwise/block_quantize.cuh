@@ -195,7 +195,7 @@ struct Sum {
 #pragma unroll
             for (int d = 0; d < depth; d++)
                 if (share.has(d)) octets[d].load(codes + (share.place(d) - share.first) * bits / 8);
-            const float scale = math::multiply(load_aligned_scale(scales), multiplier);
+            const float scale = share.has(0) ? math::multiply(load_aligned_scale(scales), multiplier) : 0.0f;
 #pragma unroll
             for (int d = 0; d < depth; d++) {
                 float mine[width];

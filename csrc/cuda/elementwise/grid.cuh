@@ -54,6 +54,22 @@ DSC_DEVICE void store_vector(T* to, const Vector<T>& vector) {
     store_wide(to, words);
 }
 
+/// Of data that is read once and not written.
+template <class T>
+DSC_DEVICE Vector<T> load_passing_vector(const T* from) {
+    const uint4 words = load_passing<uint4>(from);
+    Vector<T> vector;
+    memcpy(&vector, &words, sizeof words);
+    return vector;
+}
+
+template <class T>
+DSC_DEVICE void store_passing_vector(T* to, const Vector<T>& vector) {
+    uint4 words;
+    memcpy(&words, &vector, sizeof words);
+    store_passing(to, words);
+}
+
 DSC_DEVICE bool is_aligned(const void* pointer, int bytes = 16) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
 }

@@ -20,7 +20,7 @@ cudaError_t dsc_mask_apply(void* data, int element_size, int64_t count, const ui
 // The same with zeros; *non_zero receives how many elements are not zero afterwards.
 cudaError_t dsc_mask_apply_count(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
                                  int64_t* non_zero, cudaStream_t stream);
-// `tensor_count` tensors of one element size, in one launch for every 64. The arrays lie on the host and are read here.
+// `tensor_count` tensors of one element size, in one launch for every 256. The arrays lie on the host and are read here.
 cudaError_t dsc_mask_apply_many(void* const* data, const uint8_t* const* packed, const int64_t* bits,
                                 const int64_t* counts, int64_t tensor_count, int element_size, uint64_t fill,
                                 cudaStream_t stream);

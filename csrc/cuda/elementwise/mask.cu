@@ -5,25 +5,34 @@
 
 namespace ds_compress::elementwise {
 
+struct Masked {
+    void* data;
+    const uint8_t* packed;
+    int64_t bit, count;
+};
+
 /// One launch for up to `capacity` tensors of one element size.
 template <class T, bool counts, int capacity>
-static cudaError_t mask_apply(const Governed* each, int64_t tensor_count, uint64_t fill, int64_t* non_zero,
+static cudaError_t mask_apply(const Masked* each, int64_t tensor_count, uint64_t fill, int64_t* non_zero,
                               cudaStream_t stream) {
     Tensors<capacity> tensors = {};
     int64_t tiles = 0;
     for (int i = 0; i < capacity; i++) {
-        if (i < tensor_count) {
-            tensors.each[i] = each[i];
-            tiles += (each[i].count + tile_elements<T> - 1) / tile_elements<T>;
+        if (i < tensor_count && each[i].count > 0) {
+            tensors.each[i] = governed<T>(each[i].data, each[i].packed, each[i].bit, each[i].count);
+            tiles += tensors.each[i].count > 0 ? (tensors.each[i].count + tile_vectors - 1) / tile_vectors : 1;
         }
         tensors.tiles[i] = tiles;
     }
-    return launch(mask_apply_kernel<T, counts, capacity>, blocks_for(tiles, 1), threads, 0, stream, tensors,
-                  static_cast<T>(fill), reinterpret_cast<unsigned long long*>(non_zero));
+    const auto low = static_cast<uint32_t>(fill);
+    const uint2 words = make_uint2(sizeof(T) == 2 ? low << 16 | (low & 0xffffu) : low, static_cast<uint32_t>(fill >> 32));
+    // What counts adds up few sums: its blocks stay for several tiles.
+    return launch(mask_apply_kernel<T, counts, capacity>, blocks_for(tiles, 1, counts ? 8 : 0), threads, 0, stream,
+                  tensors, words, reinterpret_cast<unsigned long long*>(non_zero));
 }
 
 template <bool counts, int capacity>
-static cudaError_t mask_apply_sized(const Governed* each, int64_t tensor_count, int element_size, uint64_t fill,
+static cudaError_t mask_apply_sized(const Masked* each, int64_t tensor_count, int element_size, uint64_t fill,
                                     int64_t* non_zero, cudaStream_t stream) {
     switch (element_size) {
         case 2:
@@ -43,14 +52,14 @@ static cudaError_t histogram(const void* values, int64_t count, int shift, int b
     const T* const from = static_cast<const T*>(values);
     auto* const to = reinterpret_cast<unsigned long long*>(counts);
     // Few enough blocks that adding up their histograms costs little.
-    const dim3 grid = blocks_for(count, 32 * threads, histogram_blocks);
+    const dim3 grid = blocks_for(count, 8 * histogram_threads, histogram_blocks);
     if (bins <= 16384) {
         int copies = histogram_copies;
         while (copies > 1 && bins * copies > 8192) copies /= 2;
-        return launch(magnitude_histogram_kernel<T, true>, grid, threads, bins * copies * sizeof(unsigned), stream, from,
-                      count, shift, bins, prefix_shift, prefix, copies, to);
+        return launch(magnitude_histogram_kernel<T, true>, grid, histogram_threads, bins * copies * sizeof(unsigned),
+                      stream, from, count, shift, bins, prefix_shift, prefix, copies, to);
     }
-    return launch(magnitude_histogram_kernel<T, false>, grid, threads, 0, stream, from, count, shift, bins,
+    return launch(magnitude_histogram_kernel<T, false>, grid, histogram_threads, 0, stream, from, count, shift, bins,
                   prefix_shift, prefix, 1, to);
 }
 
@@ -61,7 +70,7 @@ using namespace ds_compress::elementwise;
 
 extern "C" cudaError_t dsc_mask_apply(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
                                       uint64_t fill, cudaStream_t stream) {
-    const Governed one = {data, packed, bit, count};
+    const Masked one = {data, packed, bit, count};
     return mask_apply_sized<false, 4>(&one, 1, element_size, fill, nullptr, stream);
 }
 
@@ -69,16 +78,16 @@ extern "C" cudaError_t dsc_mask_apply_count(void* data, int element_size, int64_
                                             int64_t bit, int64_t* non_zero, cudaStream_t stream) {
     const cudaError_t cleared = cudaMemsetAsync(non_zero, 0, sizeof(int64_t), stream);
     if (cleared != cudaSuccess) return cleared;
-    const Governed one = {data, packed, bit, count};
+    const Masked one = {data, packed, bit, count};
     return mask_apply_sized<true, 4>(&one, 1, element_size, 0, non_zero, stream);
 }
 
 extern "C" cudaError_t dsc_mask_apply_many(void* const* data, const uint8_t* const* packed, const int64_t* bits,
                                            const int64_t* counts, int64_t tensor_count, int element_size,
                                            uint64_t fill, cudaStream_t stream) {
-    constexpr int most = 64;  // of which the addresses fit into the parameters of a launch
+    constexpr int most = 256;  // of which the addresses fit into the parameters of a launch
     for (int64_t first = 0; first < tensor_count; first += most) {
-        Governed each[most];
+        Masked each[most];
         const int64_t count = tensor_count - first < most ? tensor_count - first : most;
         for (int64_t i = 0; i < count; i++)
             each[i] = {data[first + i], packed[first + i], bits[first + i], counts[first + i]};

@@ -3,10 +3,6 @@
 
 #include "grid.cuh"
 
-#ifndef DSC_MASK_WRITE
-#define DSC_MASK_WRITE 0
-#endif
-
 namespace ds_compress::elementwise {
 
 /// `count` (up to 8) bits from bit `bit` of `packed` on, in the low bits; reads no byte that it does not need.
@@ -22,12 +18,25 @@ DSC_DEVICE bool is_not_zero(T pattern) {
     return static_cast<T>(pattern << 1) != 0;  // neither of the zeros
 }
 
-/// A tensor and its mask: element i is governed by bit `bit` + i.
+/// A tensor and its mask, as whole vectors of 16 bytes behind a head and before a tail of single elements.
 struct Governed {
-    void* data;
-    const uint8_t* packed;
-    int64_t bit, count;
+    char* vectors;          // the first
+    const uint8_t* octets;  // the byte with the bit of its first element
+    int64_t count;          // of vectors
+    uint8_t shift;          // place of that bit
+    uint8_t head, tail;     // elements
 };
+
+/// `count` elements at `data`, whose bits begin with `bit`.
+template <class T>
+inline Governed governed(void* data, const uint8_t* packed, int64_t bit, int64_t count) {
+    constexpr int64_t width = Vector<T>::count;
+    const int64_t ahead = static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
+    const int64_t head = ahead < count ? ahead : count;
+    return {static_cast<char*>(data) + head * static_cast<int64_t>(sizeof(T)), packed + ((bit + head) >> 3),
+            (count - head) / width, static_cast<uint8_t>((bit + head) & 7), static_cast<uint8_t>(head),
+            static_cast<uint8_t>((count - head) % width)};
+}
 
 /// Up to `capacity` tensors, and for each how many tiles of a block there are up to its end.
 template <int capacity>
@@ -36,84 +45,113 @@ struct Tensors {
     int64_t tiles[capacity];
 };
 
-template <class T>
-constexpr int64_t tile_elements = static_cast<int64_t>(threads) * unroll * Vector<T>::count;
+constexpr int tile_vectors = threads * unroll;
 
-/// Elements before the first 16-byte boundary are the head; whole vectors follow, then single elements again. The first
-/// tile of a tensor also has the single ones.
-template <class T, bool counts>
-DSC_DEVICE unsigned mask_tile(const Governed& tensor, int64_t tile, T fill) {
-    constexpr int width = Vector<T>::count;
-    T* const data = static_cast<T*>(tensor.data);
-    const int ahead = static_cast<int>((0 - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
-    const int64_t head = ahead < tensor.count ? ahead : tensor.count;
-    const int64_t vectors = (tensor.count - head) / width;
-    const int64_t before = tile * threads * unroll;
-    unsigned found = 0;
-    if (before < vectors) {
-        const int left = static_cast<int>(vectors - before < threads * unroll ? vectors - before : threads * unroll);
-        T* const first = data + head + before * width;
-        const int64_t first_bit = tensor.bit + head + before * width;
-        const uint8_t* const octets = tensor.packed + (first_bit >> 3);
-        Vector<T> vectors_here[unroll];
-        unsigned bits[unroll];
+/// Replaces the elements of a vector whose bit is cleared by `fill`, of which a word has as many as it holds; returns
+/// whether anything changed.
+template <class T>
+DSC_DEVICE bool mask_vector(uint4& vector, unsigned bits, uint2 fill) {
+    uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w}, changed = 0;
 #pragma unroll
-        for (int u = 0; u < unroll; u++) {
-            const int i = u * threads + static_cast<int>(threadIdx.x);
-            if (i >= left) continue;
-            vectors_here[u] = load_vector(first + i * width);
-            bits[u] = bits_at(octets, (first_bit & 7) + i * width, width);
-        }
-#pragma unroll
-        for (int u = 0; u < unroll; u++) {
-            const int i = u * threads + static_cast<int>(threadIdx.x);
-            bool changed = false;
-            if (i < left) {
-#pragma unroll
-                for (int j = 0; j < width; j++) {
-                    T& value = vectors_here[u].values[j];
-                    const bool is_lost = !(bits[u] >> j & 1u);
-                    changed = changed || (is_lost && value != fill);
-                    if (is_lost) value = fill;
-                    if (counts) found += is_not_zero(value);
-                }
-            }
-            // Under a mask that was applied before, nothing is written.
-#if DSC_MASK_WRITE == 1
-            changed = i < left && __any_sync(~0u, changed);
-#elif DSC_MASK_WRITE == 2
-            changed = i < left;
-#endif
-            if (changed) store_vector(first + i * width, vectors_here[u]);
-        }
+    for (int w = 0; w < 4; w++) {
+        constexpr int per_word = sizeof(T) == 2 ? 2 : 1;
+        const int element = sizeof(T) == 8 ? w / 2 : w * per_word;
+        // Bit i of a nibble becomes the sign of byte i.
+        const uint32_t signs = (bits >> (element / 4 * 4) & 15u) * 0x10204080u;
+        const uint32_t mine = 0x8888u + 0x1111u * (element % 4);
+        const uint32_t kept = permute(signs, per_word == 2 ? mine + 0x1100u : mine);
+        const uint32_t masked = (words[w] & kept) | ((sizeof(T) == 8 && w % 2 == 1 ? fill.y : fill.x) & ~kept);
+        changed |= masked ^ words[w];
+        words[w] = masked;
     }
-    if (tile == 0) {
-        const int singles = static_cast<int>(head + (tensor.count - head) % width);
-        const int i = static_cast<int>(threadIdx.x);
-        if (i < singles) {
-            const int64_t element = i < head ? i : vectors * width + i;
-            if (!bits_at(tensor.packed, tensor.bit + element, 1)) data[element] = fill;
-            if (counts) found += is_not_zero(data[element]);
-        }
+    vector = make_uint4(words[0], words[1], words[2], words[3]);
+    return changed != 0;
+}
+
+template <class T>
+DSC_DEVICE unsigned not_zero_in(const uint4& words) {
+    Vector<T> vector;
+    memcpy(&vector, &words, sizeof words);
+    unsigned found = 0;
+#pragma unroll
+    for (int j = 0; j < Vector<T>::count; j++) found += is_not_zero(vector.values[j]);
+    return found;
+}
+
+/// `full`: all vectors of the tile are there, else the `left` first. Returns how many of the elements are not zero.
+template <class T, bool counts, bool full>
+DSC_DEVICE unsigned mask_tile(const Governed& tensor, int64_t tile, int left, uint2 fill) {
+    constexpr int width = Vector<T>::count;
+    const int thread = static_cast<int>(threadIdx.x);
+    char* const first = tensor.vectors + (tile * tile_vectors + thread) * 16;
+    const int bit = tensor.shift + thread * width, shift = bit & 7;
+    const uint8_t* const octets = tensor.octets + tile * (tile_vectors * width / 8) + (bit >> 3);
+    const bool straddles = shift + width > 8;
+    uint4 vectors[unroll];
+    unsigned bits[unroll], found = 0;
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+        if (!full && u * threads + thread >= left) continue;
+        vectors[u] = load_wide<uint4>(first + u * threads * 16);
+        bits[u] = octets[u * (threads * width / 8)];
+        if (straddles) bits[u] |= static_cast<unsigned>(octets[u * (threads * width / 8) + 1]) << 8;
+    }
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+        if (!full && u * threads + thread >= left) continue;
+        // Under a mask that was applied before, nothing is written.
+        if (mask_vector<T>(vectors[u], bits[u] >> shift, fill)) store_wide(first + u * threads * 16, vectors[u]);
+        if (counts) found += not_zero_in<T>(vectors[u]);
     }
     return found;
 }
 
+/// The head and the tail.
+template <class T, bool counts>
+DSC_DEVICE unsigned mask_singles(const Governed& tensor, T fill) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= tensor.head + tensor.tail) return 0;
+    const int64_t element = i < tensor.head ? i - tensor.head : tensor.count * Vector<T>::count + i - tensor.head;
+    T* const place = reinterpret_cast<T*>(tensor.vectors) + element;
+    const int64_t bit = tensor.shift + element;  // before the first vector: negative
+    T value = *place;
+    if ((tensor.octets[bit >> 3] >> (bit & 7) & 1) == 0) *place = value = fill;
+    return counts && is_not_zero(value) ? 1 : 0;
+}
+
+/// fill: the pattern of an element, in as many as a word holds, or in two words.
 template <class T, bool counts, int capacity>
 __global__ void __launch_bounds__(threads)
-    mask_apply_kernel(Tensors<capacity> tensors, T fill, unsigned long long* __restrict__ non_zero) {
+    mask_apply_kernel(Tensors<capacity> tensors, uint2 fill, unsigned long long* __restrict__ non_zero) {
     unsigned found = 0;
     for (int64_t tile = blockIdx.x; tile < tensors.tiles[capacity - 1]; tile += gridDim.x) {
         int which = 0;
 #pragma unroll
         for (int step = capacity / 2; step > 0; step /= 2)
             if (tile >= tensors.tiles[which + step - 1]) which += step;
-        const int64_t before = which == 0 ? 0 : tensors.tiles[which - 1];
-        found += mask_tile<T, counts>(tensors.each[which], tile - before, fill);
+        const Governed& tensor = tensors.each[which];
+        const int64_t own = which == 0 ? tile : tile - tensors.tiles[which - 1];
+        const int64_t left = tensor.count - own * tile_vectors;
+        if (left >= tile_vectors)
+            found += mask_tile<T, counts, true>(tensor, own, tile_vectors, fill);
+        else
+            found += mask_tile<T, counts, false>(tensor, own, static_cast<int>(left), fill);
+        if (own == 0) {
+            T one;
+            memcpy(&one, &fill, sizeof one);
+            found += mask_singles<T, counts>(tensor, one);
+        }
+        if (!counts) break;  // a block for every tile
     }
     if (counts) {
+        DSC_SHARED(unsigned, parts, warps);
         found = __reduce_add_sync(~0u, found);
-        if (threadIdx.x % 32 == 0 && found != 0) atomicAdd(non_zero, static_cast<unsigned long long>(found));
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = found;
+        __syncthreads();
+        if (threadIdx.x != 0) return;
+        unsigned long long sum = 0;
+        for (int i = 0; i < warps; i++) sum += parts[i];
+        atomicAdd(non_zero, sum);
     }
 }
 
@@ -141,7 +179,7 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
         for (int u = 0; u < unroll; u++) {
             const int64_t i = begin + u * threads + threadIdx.x;
-            if (i < vectors) words[u] = load_wide<uint4>(keep + 16 * i);
+            if (i < vectors) words[u] = load_passing<uint4>(keep + 16 * i);
         }
 #pragma unroll
         for (int u = 0; u < unroll; u++) {

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(threads)
         for (int u = 0; u < each; u++) {
             const int64_t byte = begin + u * threads + threadIdx.x;
             if (byte >= bytes) continue;
-            halves[u][0] = load_vector(scores + 8 * byte);
-            halves[u][1] = load_vector(scores + 8 * byte + 4);
+            halves[u][0] = load_passing_vector(scores + 8 * byte);
+            halves[u][1] = load_passing_vector(scores + 8 * byte + 4);
         }
 #pragma unroll
         for (int u = 0; u < each; u++) {
@@ -79,8 +79,16 @@ __global__ void __launch_bounds__(threads)
 #define DSC_COPIES 2
 #endif
 #ifndef DSC_HISTOGRAM_BLOCKS
-#define DSC_HISTOGRAM_BLOCKS 4
+#define DSC_HISTOGRAM_BLOCKS 2
 #endif
+#ifndef DSC_HISTOGRAM_THREADS
+#define DSC_HISTOGRAM_THREADS 1024
+#endif
+#ifndef DSC_HISTOGRAM_UNROLL
+#define DSC_HISTOGRAM_UNROLL 2
+#endif
+// Few and large blocks: every one adds its counts to those in global memory.
+constexpr int histogram_threads = DSC_HISTOGRAM_THREADS, histogram_unroll = DSC_HISTOGRAM_UNROLL;
 constexpr int histogram_copies = DSC_COPIES;  // a power of two
 constexpr int histogram_blocks = DSC_HISTOGRAM_BLOCKS;  // on a multiprocessor
 
@@ -92,13 +100,13 @@ DSC_DEVICE float narrowed(__half value) { return to_float(value); }
 /// Counts in shared memory where `bins` fit there, else in global memory at once. `copies` of the shared histogram, each
 /// for every so manieth lane, lie in different banks: few lanes of a warp then meet in one place.
 template <class T, bool shared>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(histogram_threads)
     magnitude_histogram_kernel(const T* __restrict__ values, int64_t count, int shift, int bins, int prefix_shift,
                                unsigned prefix, int copies, unsigned long long* __restrict__ counts) {
     constexpr int width = Vector<T>::count;
     DSC_DYNAMIC_SHARED(unsigned, own);
     if (shared) {
-        for (int i = static_cast<int>(threadIdx.x); i < bins * copies; i += threads) own[i] = 0;
+        for (int i = static_cast<int>(threadIdx.x); i < bins * copies; i += histogram_threads) own[i] = 0;
         __syncthreads();
     }
     const unsigned copy = threadIdx.x & static_cast<unsigned>(copies - 1);
@@ -114,17 +122,17 @@ __global__ void __launch_bounds__(threads)
     const int ahead = static_cast<int>((0 - reinterpret_cast<uintptr_t>(values)) % 16 / sizeof(T));
     const int64_t head = ahead < count ? ahead : count;
     const int64_t vectors = (count - head) / width;
-    for (int64_t begin = static_cast<int64_t>(blockIdx.x) * threads * unroll; begin < vectors;
-         begin += static_cast<int64_t>(gridDim.x) * threads * unroll) {
-        Vector<T> here[unroll];
+    for (int64_t begin = static_cast<int64_t>(blockIdx.x) * histogram_threads * histogram_unroll; begin < vectors;
+         begin += static_cast<int64_t>(gridDim.x) * histogram_threads * histogram_unroll) {
+        Vector<T> here[histogram_unroll];
 #pragma unroll
-        for (int u = 0; u < unroll; u++) {
-            const int64_t i = begin + u * threads + threadIdx.x;
-            if (i < vectors) here[u] = load_vector(values + head + i * width);
+        for (int u = 0; u < histogram_unroll; u++) {
+            const int64_t i = begin + u * histogram_threads + threadIdx.x;
+            if (i < vectors) here[u] = load_passing_vector(values + head + i * width);
         }
 #pragma unroll
-        for (int u = 0; u < unroll; u++) {
-            if (begin + u * threads + threadIdx.x >= vectors) continue;
+        for (int u = 0; u < histogram_unroll; u++) {
+            if (begin + u * histogram_threads + threadIdx.x >= vectors) continue;
 #pragma unroll
             for (int j = 0; j < width; j++) add(here[u].values[j]);
         }
@@ -133,7 +141,7 @@ __global__ void __launch_bounds__(threads)
     for (int64_t i = first_item(); i < singles; i += stride()) add(values[i < head ? i : vectors * width + i]);
     if (shared) {
         __syncthreads();
-        for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += threads) {
+        for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += histogram_threads) {
             unsigned sum = 0;
             for (int i = 0; i < copies; i++) sum += own[bin * copies + i];
             if (sum != 0) atomicAdd(counts + bin, static_cast<unsigned long long>(sum));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "product.cuh"
+#include "products.h"
 
 namespace ds_compress::hopper {
 

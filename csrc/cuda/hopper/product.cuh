@@ -60,10 +60,28 @@ struct Finish : fusion::Sm90VisitorImpl<> {
         CUTLASS_DEVICE cutlass::Array<Out, count> visit(const cutlass::Array<Sum, count>&, int, int, int,
                                                         const cutlass::Array<float, count>& scaled,
                                                         const cutlass::Array<Bias, count>& bias) {
+            // One choice for all elements: with it inside of their loop, every element would step over the code of all.
+            switch (params.activation) {
+                case dsc_none:
+                    return finished<dsc_none>(scaled, bias);
+                case dsc_relu:
+                    return finished<dsc_relu>(scaled, bias);
+                case dsc_gelu_erf:
+                    return finished<dsc_gelu_erf>(scaled, bias);
+                case dsc_gelu_tanh:
+                    return finished<dsc_gelu_tanh>(scaled, bias);
+                default:
+                    return finished<dsc_silu>(scaled, bias);
+            }
+        }
+
+        template <int activation, class Bias, int count>
+        CUTLASS_DEVICE cutlass::Array<Out, count> finished(const cutlass::Array<float, count>& scaled,
+                                                           const cutlass::Array<Bias, count>& bias) const {
             cutlass::Array<Out, count> result;
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < count; i++) {
-                const float y = linear::activate(math::add(scaled[i], bias[i]), params.activation);
+                const float y = linear::activate(math::add(scaled[i], bias[i]), activation);
                 if constexpr (sizeof(Out) == 4) {
                     result[i] = y;
                 } else {

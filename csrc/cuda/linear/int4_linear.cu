@@ -11,36 +11,47 @@ static cudaError_t int4_gemm(const int8_t* codes, const void* packed, int64_t k,
     return launch(int4_gemm_kernel<Tile>, grid, Tile::threads, Tile::shared_bytes, stream, codes, packed, k, group, e);
 }
 
-template <int token_tiles, int words, int stages, class Given>
-static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e, dim3 grid,
-                               size_t own_bytes, cudaStream_t stream) {
-    using Tile = Int4Skinny<token_tiles, words, stages>;
-    return launch(int4_skinny_kernel<Tile, Given>, grid, skinny_threads, Tile::ring_bytes + Tile::part_bytes + own_bytes,
-                  stream, given, packed, k, e);
+template <class Tile, class Given>
+static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+    const Turns turns = turns_of(e.m, k, Tile::groups);
+    const size_t tokens_bytes = Given::shared ? shared_tokens_bytes(e.m, k) : 0;
+    return launch(int4_skinny_kernel<Tile, Given>, skinny_grid(e.n, Tile::features, Tile::blocks), skinny_threads,
+                  Tile::ring_bytes + turns.bytes() + tokens_bytes, stream, given, packed, k, turns, e);
 }
 
-template <int token_tiles, int stages, class Given>
-static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, int group, const Epilogue& e, dim3 grid,
-                               size_t own_bytes, cudaStream_t stream) {
-    if (group == 32) return int4_skinny<token_tiles, 1, stages>(given, packed, k, e, grid, own_bytes, stream);
-    if (group == 64) return int4_skinny<token_tiles, 2, stages>(given, packed, k, e, grid, own_bytes, stream);
-    return int4_skinny<token_tiles, 4, stages>(given, packed, k, e, grid, own_bytes, stream);
+template <class Tile>
+static cudaError_t int4_skinny_of_codes(const int8_t* codes, const void* packed, int64_t k, const Epilogue& e,
+                                        cudaStream_t stream) {
+    if constexpr (Tile::token_tiles <= 2) {
+        if (are_copied(e.m, k, Tile::ring_bytes + turns_of(e.m, k, Tile::groups).bytes()))
+            return int4_skinny<Tile>(CopiedTokens{codes, e.input_scale}, packed, k, e, stream);
+    }
+    return int4_skinny<Tile>(GlobalTokens{codes, e.input_scale}, packed, k, e, stream);
 }
 
-/// As int8_skinny.
-template <int token_tiles, int stages>
-static cudaError_t int4_skinny_codes(const int8_t* codes, const void* packed, int64_t k, int group, const Epilogue& e,
-                                     cudaStream_t stream) {
-    const Tokens tokens{codes, int8_row_bytes(k), static_cast<int>(e.m), e.input_scale};
-    const dim3 grid(static_cast<unsigned>((e.n + 15) / 16));
-    return int4_skinny<token_tiles, stages>(tokens, packed, k, group, e, grid, 0, stream);
+template <int words>
+static cudaError_t int4_few(const int8_t* codes, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+    if (e.m <= 8) return int4_skinny_of_codes<Int4Skinny<1, words, 5, 3>>(codes, packed, k, e, stream);
+    if (e.m <= 16) return int4_skinny_of_codes<Int4Skinny<2, words, 4, 2>>(codes, packed, k, e, stream);
+    if constexpr (words >= 2) {
+        if (e.m <= 32) return int4_skinny_of_codes<Int4Skinny<4, words, 4, 2>>(codes, packed, k, e, stream);
+    }
+    if constexpr (words == 4) {
+        if (e.m <= 64) return int4_skinny_of_codes<Int4Skinny<8, words, 4, 2>>(codes, packed, k, e, stream);
+    }
+    return cudaErrorNotSupported;
 }
+
+/// The rows that the parts of a step in shared memory leave room for: many small groups have many.
+static int64_t most_few_rows(int group) { return group == 128 ? 64 : group == 64 ? 32 : 16; }
 
 template <class T>
 static cudaError_t int4_skinny_of(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
                                   int group, const Epilogue& e, cudaStream_t stream) {
     const RawTokens<T> raw{static_cast<const T*>(x), given_scale, steps};
-    return int4_skinny<1, 4>(raw, packed, k, group, e, skinny_grid(e.n), own_tokens_bytes(e.m, k), stream);
+    if (group == 32) return int4_skinny<Int4Skinny<1, 1, 5, 3>>(raw, packed, k, e, stream);
+    if (group == 64) return int4_skinny<Int4Skinny<1, 2, 5, 3>>(raw, packed, k, e, stream);
+    return int4_skinny<Int4Skinny<1, 4, 5, 3>>(raw, packed, k, e, stream);
 }
 
 static bool is_group(int group) { return group == 32 || group == 64 || group == 128; }
@@ -54,9 +65,11 @@ extern "C" cudaError_t dsc_int4_linear(const int8_t* codes, const float* input_s
     const Epilogue e{input_scale, nullptr, bias, out, out_dtype, activation, m, n};
     if (!is_group(group)) return cudaErrorInvalidValue;
     if (m == 0) return cudaSuccess;
-    if (m <= 8) return int4_skinny_codes<1, 4>(codes, packed, k, group, e, stream);
-    if (m <= 16) return int4_skinny_codes<2, 4>(codes, packed, k, group, e, stream);
-    if (m <= 32) return int4_skinny_codes<4, 4>(codes, packed, k, group, e, stream);
+    if (m <= most_few_rows(group)) {
+        if (group == 32) return int4_few<1>(codes, packed, k, e, stream);
+        if (group == 64) return int4_few<2>(codes, packed, k, e, stream);
+        return int4_few<4>(codes, packed, k, e, stream);
+    }
     if (m <= 64) return int4_gemm<Int4Tile<64, 64, 2, 2, 4>>(codes, packed, k, group, e, stream);
     return int4_gemm<Int4Tile<128, 64, 2, 4, 2>>(codes, packed, k, group, e, stream);
 }

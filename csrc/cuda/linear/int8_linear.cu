@@ -11,25 +11,26 @@ static cudaError_t int8_gemm(const int8_t* codes, const void* packed, int64_t k,
     return launch(int8_gemm_kernel<Tile>, grid, Tile::threads, Tile::shared_bytes, stream, codes, packed, k, e);
 }
 
-/// A block per tile of features, and more blocks than fit at once: while one ends, its neighbours load.
-template <int token_tiles, int feature_tiles, int stages>
-static cudaError_t int8_skinny(const int8_t* codes, const void* packed, int64_t k, const Epilogue& e,
-                               cudaStream_t stream) {
-    using Tile = Int8Skinny<token_tiles, feature_tiles, stages>;
-    const Tokens tokens{codes, int8_row_bytes(k), static_cast<int>(e.m), e.input_scale};
-    const dim3 grid(static_cast<unsigned>((e.n + Tile::features - 1) / Tile::features));
-    return launch(int8_skinny_kernel<Tile, Tokens>, grid, skinny_threads, Tile::template ring_bytes<false>, stream, tokens, packed,
-                  k, e);
+template <class Tile, class Given>
+static cudaError_t int8_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+    const size_t tokens_bytes = Given::shared ? shared_tokens_bytes(e.m, k) : 0;
+    return launch(int8_skinny_kernel<Tile, Given>, skinny_grid(e.n, Tile::features, Tile::blocks), skinny_threads,
+                  Tile::ring_bytes + tokens_bytes, stream, given, packed, k, e);
 }
 
-/// As many blocks as fit at once, since each of them quantizes x.
+template <class Tile>
+static cudaError_t int8_skinny_of_codes(const int8_t* codes, const void* packed, int64_t k, const Epilogue& e,
+                                        cudaStream_t stream) {
+    if (are_copied(e.m, k, Tile::ring_bytes))
+        return int8_skinny<Tile>(CopiedTokens{codes, e.input_scale}, packed, k, e, stream);
+    return int8_skinny<Tile>(GlobalTokens{codes, e.input_scale}, packed, k, e, stream);
+}
+
 template <class T>
 static cudaError_t int8_skinny_of(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
                                   const Epilogue& e, cudaStream_t stream) {
-    using Tile = Int8Skinny<1, 1, 5>;
-    const RawTokens<T> raw{static_cast<const T*>(x), given_scale, steps};
-    return launch(int8_skinny_kernel<Tile, RawTokens<T>>, skinny_grid(e.n), skinny_threads,
-                  Tile::template ring_bytes<true> + own_tokens_bytes(e.m, k), stream, raw, packed, k, e);
+    return int8_skinny<Int8Skinny<1, 1, 5, 3>>(RawTokens<T>{static_cast<const T*>(x), given_scale, steps}, packed, k, e,
+                                               stream);
 }
 
 }  // namespace ds_compress::linear
@@ -40,9 +41,9 @@ extern "C" cudaError_t dsc_int8_linear(const int8_t* codes, const float* input_s
     using namespace ds_compress::linear;
     const Epilogue e{input_scale, weight_scale, bias, out, out_dtype, activation, m, n};
     if (m == 0) return cudaSuccess;
-    if (m <= 8) return int8_skinny<1, 1, 5>(codes, packed, k, e, stream);
-    if (m <= 16) return int8_skinny<2, 1, 4>(codes, packed, k, e, stream);
-    if (m <= 32) return int8_skinny<4, 1, 4>(codes, packed, k, e, stream);
+    if (m <= 8) return int8_skinny_of_codes<Int8Skinny<1, 1, 5, 3>>(codes, packed, k, e, stream);
+    if (m <= 16) return int8_skinny_of_codes<Int8Skinny<2, 1, 4, 3>>(codes, packed, k, e, stream);
+    if (m <= 32) return int8_skinny_of_codes<Int8Skinny<4, 2, 3, 2>>(codes, packed, k, e, stream);
     if (m <= 64) return int8_gemm<Int8Tile<64, 64, 2, 2, 4>>(codes, packed, k, e, stream);
     return int8_gemm<Int8Tile<128, 128, 2, 4, 2>>(codes, packed, k, e, stream);
 }

@@ -12,72 +12,62 @@
 
 namespace ds_compress::linear {
 
-template <int token_tiles_, int feature_tiles_, int stages_>
+template <int token_tiles_, int feature_tiles_, int stages_, int blocks_>
 struct Int8Skinny {
-    static constexpr int token_tiles = token_tiles_, feature_tiles = feature_tiles_, stages = stages_;
-    static constexpr int features = feature_tiles * 16, pitch = skinny_pitch(features);
-    static constexpr int cells = token_tiles * 8 * pitch;
-    /// Chunks of 16 bytes that a lane copies in a step; tokens that a block has quantized are there already.
-    template <bool own_tokens>
-    static constexpr int chunks = feature_tiles * 2 + (own_tokens ? 0 : token_tiles);
-    template <bool own_tokens>
-    static constexpr int ring_bytes = skinny_warps * stages * chunks<own_tokens> * 512;
-    static constexpr int blocks = token_tiles * feature_tiles > 4 ? 2 : 3;
+    static constexpr int token_tiles = token_tiles_, feature_tiles = feature_tiles_, stages = stages_, blocks = blocks_;
+    static constexpr int features = feature_tiles * 16, chunks = feature_tiles * 2;  // of 16 bytes, a lane and step
+    static constexpr int pitch = skinny_pitch(features), cells = token_tiles * 8 * pitch;
+    static constexpr int ring_bytes = skinny_warps * stages * chunks * 512;
 };
 
-/// Grid: any number of blocks; they share out the tiles of features. Dynamic shared memory: the rings, then the tokens that
-/// the block quantizes itself.
+/// Grid: any number of blocks; they share out the tiles of features. Dynamic shared memory: the rings, then the tokens.
 template <class Tile, class Given>
 __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     int8_skinny_kernel(Given given, const void* __restrict__ packed, int64_t k, Epilogue e) {
-    constexpr bool own_tokens = Given::raw;
-    constexpr int step_bytes = 64, weight_chunks = Tile::feature_tiles * 2, chunks = Tile::template chunks<own_tokens>;
+    constexpr int step_bytes = 64;
     DSC_DYNAMIC_SHARED(int8_t, shared);
-    DSC_SHARED(int, totals, Tile::cells);
+    DSC_SHARED(int, totals, 2 * Tile::cells);  // of two tiles: one is finished while the next is summed
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, place = lane % 4 * 16;
     const int count = static_cast<int>(e.m);
-    const int64_t pitch = int8_row_bytes(k);
+    const int64_t pitch = int8_row_bytes(k), stride = static_cast<int64_t>(gridDim.x) * Tile::features;
     const int all_steps = static_cast<int>((pitch + step_bytes - 1) / step_bytes);
     const int steps = (all_steps - warp + skinny_warps - 1) / skinny_warps;  // of this warp
-    int8_t* const ring = shared + (warp * Tile::stages * chunks * 32 + lane) * 16;
-    for (int i = threadIdx.x; i < Tile::cells; i += skinny_threads) totals[i] = 0;
-    const Tokens tokens = tokens_of(given, count, k, shared + Tile::template ring_bytes<own_tokens>);
-    __syncthreads();
+    int8_t* const ring = shared + (warp * Tile::stages * Tile::chunks * 32 + lane) * 16;
+    int8_t* const own = shared + Tile::ring_bytes;
+    given.begin(count, k, own);
 
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * Tile::features; first < e.n;
-         first += static_cast<int64_t>(gridDim.x) * Tile::features) {
-        const int8_t* weights[weight_chunks];
+    Cursor starting{static_cast<int64_t>(blockIdx.x) * Tile::features, 0};
+    const auto start = [&](int stage) {
+        if (starting.first >= e.n || steps == 0) return;
+        const int64_t byte = static_cast<int64_t>(starting.step * skinny_warps + warp) * step_bytes + place;
+        const bool exists = byte < pitch;
+        int8_t* const to = ring + stage * Tile::chunks * 512;
 #pragma unroll
-        for (int i = 0; i < weight_chunks; i++) {
-            const int64_t feature = first + i * 8 + row;
-            weights[i] = packed_body(packed) + (feature < e.n ? feature : e.n - 1) * pitch;
+        for (int i = 0; i < Tile::chunks; i++) {
+            const int64_t wanted = starting.first + i * 8 + row, feature = wanted < e.n ? wanted : e.n - 1;
+            copy_async_16(to + i * 512, packed_body(packed) + feature * pitch + (exists ? byte : 0), exists);
         }
-        const auto start = [&](int stage, int step) {
-            const int64_t byte = static_cast<int64_t>(step * skinny_warps + warp) * step_bytes + place;
-            const bool exists = byte < pitch;
-            int8_t* const to = ring + stage * chunks * 512;
-#pragma unroll
-            for (int i = 0; i < weight_chunks; i++) copy_async_16(to + i * 512, weights[i] + (exists ? byte : 0), exists);
-            if constexpr (!own_tokens) {
-#pragma unroll
-                for (int t = 0; t < Tile::token_tiles; t++) {
-                    copy_async_16(to + (weight_chunks + t) * 512, tokens.row(t * 8 + row) + (exists ? byte : 0), exists);
-                }
-            }
-        };
+        starting.advance(steps, stride);
+    };
+    WarpRing<Tile::stages> copies;
+    copies.fill(start);
+    for (int i = threadIdx.x; i < 2 * Tile::cells; i += skinny_threads) totals[i] = 0;
+    const Tokens tokens = given.template end<Tile::stages - 1>(count, k, own);
+
+    int* sums_of_tile = totals;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * Tile::features; first < e.n; first += stride) {
         int sums[Tile::feature_tiles][Tile::token_tiles][4] = {};
-        const auto use = [&](int stage, int step) {
-            const int8_t* const from = ring + stage * chunks * 512;
-            int4 weight[weight_chunks];
+#pragma unroll 1
+        for (int step = 0; step < steps; step++) {
+            const int8_t* const from = ring + copies.next(start) * Tile::chunks * 512;
+            int4 weight[Tile::chunks];
 #pragma unroll
-            for (int i = 0; i < weight_chunks; i++) weight[i] = *reinterpret_cast<const int4*>(from + i * 512);
+            for (int i = 0; i < Tile::chunks; i++) weight[i] = *reinterpret_cast<const int4*>(from + i * 512);
             // Beyond the end the weights are 0, and the codes any that exist.
             const int64_t byte = static_cast<int64_t>(step * skinny_warps + warp) * step_bytes + place;
 #pragma unroll
             for (int t = 0; t < Tile::token_tiles; t++) {
-                const int8_t* const codes =
-                    own_tokens ? tokens.row(t * 8 + row) + (byte < pitch ? byte : 0) : from + (weight_chunks + t) * 512;
-                const int4 x = *reinterpret_cast<const int4*>(codes);
+                const int4 x = *reinterpret_cast<const int4*>(tokens.row(t * 8 + row) + (byte < pitch ? byte : 0));
 #pragma unroll
                 for (int f = 0; f < Tile::feature_tiles; f++) {
                     const int4 a = weight[f * 2], b = weight[f * 2 + 1];
@@ -87,28 +77,26 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
                     mma_s8_16x8x32(sums[f][t], back, uint32_t(x.z), uint32_t(x.w));
                 }
             }
-        };
-        WarpRing<Tile::stages> copies;
-        copies.fill(steps, start);
-        copies.advance(0, steps, steps, start, use);
+        }
 #pragma unroll
         for (int i = 0; i < Tile::feature_tiles * Tile::token_tiles * 4; i++) {
             const int f = i / 4 / Tile::token_tiles, t = i / 4 % Tile::token_tiles, s = i % 4;
             const int token = t * 8 + lane % 4 * 2 + s % 2, feature = f * 16 + s / 2 * 8 + row;
-            if (token < count) atomicAdd(totals + token * Tile::pitch + feature, sums[f][t][s]);
+            if (token < count) atomicAdd(sums_of_tile + token * Tile::pitch + feature, sums[f][t][s]);
         }
         __syncthreads();
         for (int i = threadIdx.x; i < count * Tile::features; i += skinny_threads) {
             const int token = i / Tile::features, feature = i % Tile::features;
             const int64_t column = first + feature;
-            int& total = totals[token * Tile::pitch + feature];
+            int& total = sums_of_tile[token * Tile::pitch + feature];
             if (column < e.n) {
                 const float value[1] = {finish(e, static_cast<float>(total), tokens.scales[token], column)};
                 store(e, token * e.n + column, value, 1);
             }
             total = 0;
         }
-        __syncthreads();
+        // Whoever adds to these totals again has passed the barrier of the tile in between.
+        sums_of_tile = sums_of_tile == totals ? totals + Tile::cells : totals;
     }
 }
 

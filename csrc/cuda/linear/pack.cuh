@@ -53,9 +53,13 @@ __global__ void __launch_bounds__(pack_threads)
     float values[chunk];
     load_chunk(values, weight + row * shape.k, byte % pitch, shape.k, whole);
     const float row_scale = scale[one_scale ? 0 : row], low = static_cast<float>(-steps);
+    const math::Divisor divisor = math::divisor_of(row_scale);
     unsigned words[4] = {};
+#pragma unroll
     for (int i = 0; i < chunk; i++) {
-        words[i / 4] |= (static_cast<unsigned>(encode(values[i], row_scale, low, 127.0f)) & 255u) << i % 4 * 8;
+        const float quotient = math::any_quotient(values[i], divisor);
+        const float code = math::clamp(math::round_half_even(quotient), low, 127.0f);
+        words[i / 4] |= (code == code ? static_cast<unsigned>(static_cast<int>(code)) & 255u : 0u) << i % 4 * 8;
     }
     store_16(static_cast<int8_t*>(packed) + header_bytes + byte, words);
 }

@@ -10,7 +10,8 @@ static cudaError_t quantize_rows(const void* x, const float* given_scale, int64_
                                  int8_t* codes, float* scales, cudaStream_t stream) {
     const T* const from = static_cast<const T*>(x);
     const int64_t padded = int8_row_bytes(columns);
-    if (columns > 2048) {
+    // A block per row where rows are long, or too few for a warp each to be enough for the device.
+    if (columns > 2048 || (columns > 256 && rows < 16 * multiprocessors())) {
         return launch(quantize_rows_kernel<T, quantize_threads>, dim3(static_cast<unsigned>(rows)), quantize_threads,
                       0, stream, from, given_scale, rows, columns, padded, steps, codes, scales);
     }

@@ -1,10 +1,11 @@
 // Rows of activations as int8 codes with one scale a row; the numerics are those of csrc/README.md.
 //
-// Two passes over a row, the second of which finds it in L1 or L2: its largest magnitude, then its codes. Short
-// rows take one warp each, long rows a block. A thread handles 16 columns at a time and stores them at once.
+// A row's largest magnitude, then its codes. Short rows take one warp each where there are many, else rows take a block. A
+// thread handles 16 columns at a time and stores them at once.
 #pragma once
 
 #include "ds_compress/device.h"
+#include "ds_compress/division.h"
 #include "ds_compress/math.h"
 
 namespace ds_compress::linear {
@@ -32,10 +33,22 @@ DSC_DEVICE void load_chunk(float (&values)[chunk], const T* row, int64_t column,
     }
 }
 
-/// The code of a value; 0 for NaN. low <= 0 <= high.
-DSC_DEVICE int encode(float value, float scale, float low, float high) {
-    const float code = math::clamp(math::round_half_even(math::divide(value, scale)), low, high);
-    return code == code ? static_cast<int>(code) : 0;
+/// The codes of sixteen values without a NaN, four to a word. `given`: quotients may be of any size, even infinite.
+DSC_DEVICE uint4 encode_chunk(const float (&values)[chunk], const math::Divisor& scale, float low, bool given) {
+    unsigned codes[chunk];
+#pragma unroll
+    for (int i = 0; i < chunk; i++) {
+        const float code = given ? math::any_quotient(values[i], scale) : math::quotient(values[i], scale);
+        // Clamped first, since the bounds are whole; then the nearest integer is in the lowest bits of the sum.
+        codes[i] = math::bits_of(math::add(fminf(fmaxf(code, low), 127.0f), math::kRound));
+    }
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned first = __byte_perm(codes[i * 4], codes[i * 4 + 1], 0x0040);
+        words[i] = __byte_perm(first, __byte_perm(codes[i * 4 + 2], codes[i * 4 + 3], 0x0040), 0x5410);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 /// The maximum over the threads that share a row.
@@ -64,36 +77,49 @@ struct Row {
           whole(columns % chunk == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
 };
 
-/// The scale of a row, in all its threads.
-template <class T, int threads_per_row>
-DSC_DEVICE float row_scale(const Row<T>& row, const float* given_scale, int steps) {
-    float values[chunk];
+/// The codes of a row, zeros from its end to `padded`, and its scale, by threads_per_row threads. What a thread's registers
+/// hold of the row is read once; the rest a second time, from L1 or L2.
+template <class T, int threads_per_row, int held = 2>
+DSC_DEVICE void quantize_row(const Row<T>& row, const float* given_scale, int steps, int64_t padded, int8_t* codes,
+                             float* scale_to) {
+    const int64_t first = threadIdx.x % threads_per_row * chunk;
+    constexpr int64_t turn = threads_per_row * chunk;
+    float kept[held][chunk];
     unsigned largest = 0;
-    for (int64_t column = threadIdx.x % threads_per_row * chunk; column < row.columns;
-         column += threads_per_row * chunk) {
-        load_chunk(values, row.values, column, row.columns, row.whole);
+    const auto measure = [&](const float (&values)[chunk]) {
 #pragma unroll
         for (int i = 0; i < chunk; i++) largest = max(largest, math::bits_of(values[i]) & math::kMagnitudeBits);
+    };
+#pragma unroll
+    for (int h = 0; h < held; h++)
+        if (first + h * turn < row.columns) load_chunk(kept[h], row.values, first + h * turn, row.columns, row.whole);
+#pragma unroll
+    for (int h = 0; h < held; h++)
+        if (first + h * turn < row.columns) measure(kept[h]);
+    float values[chunk];
+    for (int64_t column = first + held * turn; column < row.columns; column += turn) {
+        load_chunk(values, row.values, column, row.columns, row.whole);
+        measure(values);
     }
     largest = row_maximum<threads_per_row>(largest);
-    if (given_scale == nullptr) return math::row_scale(largest, static_cast<float>(steps));
-    return largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
-}
+    float scale;
+    if (given_scale == nullptr) scale = math::row_scale(largest, static_cast<float>(steps));
+    else scale = largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
+    if (threadIdx.x % threads_per_row == 0) *scale_to = scale;
 
-/// The codes of a row, zeros from its end to `padded`; the row's second read finds it in L1 or L2.
-template <class T, int threads_per_row>
-DSC_DEVICE void encode_row(const Row<T>& row, float scale, int steps, int64_t padded, int8_t* codes) {
+    const math::Divisor divisor = math::divisor_of(scale);
     const float low = static_cast<float>(-steps);
-    float values[chunk];
-    for (int64_t column = threadIdx.x % threads_per_row * chunk; column < padded; column += threads_per_row * chunk) {
-        load_chunk(values, row.values, column, row.columns, row.whole);
-        unsigned words[4] = {};
+    const bool given = given_scale != nullptr, is_number = scale == scale;  // a row with a NaN has codes 0
+    const auto encode = [&](const float (&from)[chunk], int64_t column) {
+        *reinterpret_cast<uint4*>(codes + column) =
+            is_number ? encode_chunk(from, divisor, low, given) : make_uint4(0, 0, 0, 0);
+    };
 #pragma unroll
-        for (int i = 0; i < chunk; i++) {
-            const unsigned code = static_cast<unsigned>(encode(values[i], scale, low, 127.0f));
-            words[i / 4] |= (code & 255u) << i % 4 * 8;
-        }
-        *reinterpret_cast<uint4*>(codes + column) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int h = 0; h < held; h++)
+        if (first + h * turn < padded) encode(kept[h], first + h * turn);
+    for (int64_t column = first + held * turn; column < padded; column += turn) {
+        load_chunk(values, row.values, column, row.columns, row.whole);
+        encode(values, column);
     }
 }
 
@@ -106,10 +132,8 @@ __global__ void __launch_bounds__(quantize_threads)
     constexpr int rows_per_block = quantize_threads / threads_per_row;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;
     if (index >= rows) return;  // whole warps: every thread of a row leaves
-    const Row<T> row(x + index * columns, x, columns);
-    const float scale = row_scale<T, threads_per_row>(row, given_scale, steps);
-    if (threadIdx.x % threads_per_row == 0) scales[index] = scale;
-    encode_row<T, threads_per_row>(row, scale, steps, padded_columns, codes + index * padded_columns);
+    quantize_row<T, threads_per_row>(Row<T>(x + index * columns, x, columns), given_scale, steps, padded_columns,
+                                     codes + index * padded_columns, scales + index);
 }
 
 }  // namespace ds_compress::linear

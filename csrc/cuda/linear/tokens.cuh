@@ -1,5 +1,6 @@
-// The few rows of x that a skinny product has (up to 32), as int8 codes: from an earlier launch of quantize_rows_kernel, or
-// quantized by the block itself, which saves that launch and is worth it while the rows are short and few.
+// The few rows of x that a skinny product has, as int8 codes. They come from an earlier launch, and lie in memory or, where they
+// fit, in the shared memory of every block; or every block quantizes x itself, which saves that launch and is worth it while the
+// rows are short and few.
 #pragma once
 
 #include "ds_compress/device.h"
@@ -8,9 +9,8 @@
 
 namespace ds_compress::linear {
 
-/// Rows in memory; a row beyond the last one is the last one: what comes of it is not stored.
+/// What a product reads. A row beyond the last one is the last one: what comes of it is not stored.
 struct Tokens {
-    static constexpr bool raw = false;
     const int8_t* codes;
     int64_t pitch;
     int count;
@@ -21,53 +21,81 @@ struct Tokens {
     }
 };
 
-/// Rows of x that every block quantizes for itself.
-template <class T>
-struct RawTokens {
-    static constexpr bool raw = true;
-    const T* x;
-    const float* given_scale;
-    int steps;
-};
-
-/// Shared memory that a block needs for `count` rows of k codes of its own: the codes, padded so that the rows that a warp
-/// reads together lie in different banks, and the scales.
-__host__ __device__ constexpr int64_t own_pitch(int64_t k) { return rounded_up(k, 64) + 64; }
-__host__ __device__ constexpr int64_t own_tokens_bytes(int64_t count, int64_t k) {
-    return count * own_pitch(k) + rounded_up(count * 4, 16);
+/// Shared memory of a block for `count` rows of k codes: padded, so that the rows that a warp reads together lie in different
+/// banks; then the scales.
+__host__ __device__ constexpr int64_t shared_pitch(int64_t k) { return rounded_up(k, 64) + 64; }
+__host__ __device__ constexpr int64_t shared_tokens_bytes(int64_t count, int64_t k) {
+    return count * shared_pitch(k) + rounded_up(count * 4, 16);
 }
 
 /// Whether so few values are worth a block's own quantization.
 __host__ __device__ constexpr bool quantizes_itself(int64_t count, int64_t k) {
-    return count > 0 && count <= 8 && count * k <= 16384;
+    return count == 1 && k > 0 && k <= 16384;
+}
+/// Whether so many codes are to be copied to every block that needs `others` bytes besides: where they are few, and all fits
+/// into the 99 KB that a block has on every GPU.
+__host__ __device__ constexpr bool are_copied(int64_t count, int64_t k, int64_t others) {
+    const int64_t bytes = shared_tokens_bytes(count, k);
+    return bytes <= 32 * 1024 && bytes + others <= 92 * 1024;
 }
 
-/// Blocks for n features where every block quantizes x: as many as fit at once, four to a multiprocessor.
-inline dim3 skinny_grid(int64_t n) {
-    const int64_t tiles = (n + 15) / 16, resident = 4 * multiprocessors();
-    return dim3(static_cast<unsigned>(tiles < resident ? tiles : resident));
-}
+// The three ways. `begin` starts what can go on while the weights are on their way; `end` has the tokens, after a barrier.
 
-/// The rows of x as codes in `shared`, by the whole block of quantize_threads; ends with a barrier.
-template <class T>
-DSC_DEVICE Tokens quantize_tokens(const RawTokens<T>& raw, int count, int64_t k, int8_t* shared) {
-    const int64_t pitch = own_pitch(k), padded = int8_row_bytes(k);
-    float* const scales = reinterpret_cast<float*>(shared + count * pitch);
-    for (int token = 0; token < count; token++) {
-        const Row<T> row(raw.x + token * k, raw.x, k);
-        const float scale = row_scale<T, quantize_threads>(row, raw.given_scale, raw.steps);
-        if (threadIdx.x == 0) scales[token] = scale;
-        encode_row<T, quantize_threads>(row, scale, raw.steps, padded, shared + token * pitch);
+/// Codes that stay where they are.
+struct GlobalTokens {
+    static constexpr bool shared = false;
+    const int8_t* codes;
+    const float* scales;
+
+    DSC_DEVICE void begin(int, int64_t, int8_t*) const {}
+    template <int later_groups>
+    DSC_DEVICE Tokens end(int count, int64_t k, int8_t*) const {
         __syncthreads();
+        return {codes, int8_row_bytes(k), count, scales};
     }
-    return {shared, pitch, count, scales};
-}
+};
 
-/// Launched with codes, or with x itself.
-DSC_DEVICE Tokens tokens_of(const Tokens& tokens, int, int64_t, int8_t*) { return tokens; }
+/// Codes that every block copies.
+struct CopiedTokens {
+    static constexpr bool shared = true;
+    const int8_t* codes;
+    const float* scales;
+
+    DSC_DEVICE void begin(int count, int64_t k, int8_t* to) const {
+        const int64_t chunks = int8_row_bytes(k) / 16, pitch = shared_pitch(k);
+        for (int64_t i = threadIdx.x; i < count * chunks; i += quantize_threads)
+            copy_async_16(to + i / chunks * pitch + i % chunks * 16, codes + i * 16, true);
+        commit_copies();
+    }
+    /// `later_groups`: groups of copies that were started since.
+    template <int later_groups>
+    DSC_DEVICE Tokens end(int count, int64_t k, int8_t* to) const {
+        wait_copies<later_groups>();
+        __syncthreads();
+        return {to, shared_pitch(k), count, scales};
+    }
+};
+
+/// x itself, which every block quantizes.
 template <class T>
-DSC_DEVICE Tokens tokens_of(const RawTokens<T>& raw, int count, int64_t k, int8_t* shared) {
-    return quantize_tokens(raw, count, k, shared);
-}
+struct RawTokens {
+    static constexpr bool shared = true;
+    const T* x;
+    const float* given_scale;
+    int steps;
+
+    DSC_DEVICE void begin(int, int64_t, int8_t*) const {}
+    template <int later_groups>
+    DSC_DEVICE Tokens end(int count, int64_t k, int8_t* to) const {
+        const int64_t pitch = shared_pitch(k), padded = int8_row_bytes(k);
+        float* const scales = reinterpret_cast<float*>(to + count * pitch);
+        for (int token = 0; token < count; token++) {
+            quantize_row<T, quantize_threads, 1>(Row<T>(x + token * k, x, k), given_scale, steps, padded,
+                                                 to + token * pitch, scales + token);
+            __syncthreads();
+        }
+        return {to, pitch, count, scales};
+    }
+};
 
 }  // namespace ds_compress::linear

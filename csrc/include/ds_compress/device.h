@@ -11,7 +11,9 @@
 //   copy_async_16, commit_copies, wait_copies<pending>                global to shared without registers
 //   multiprocessors()                  on the host, for the size of a grid
 //   to_float, from_float<T>            fp32, bf16, fp16; rounds to nearest even
-//   load_wide, store_wide<Word>        4, 8 or 16 aligned bytes of global memory in one access
+//   load_wide, store_wide<Word>        4, 8 or 16 aligned bytes of global memory in one access;
+//   load_passing, store_passing        the same, for what no cache need keep
+//   permute                            bytes of a word, or their signs
 //   smaller, larger                    of two floats; a NaN wins
 // Never __shared__ or <<< >>>: the emulator would not see them.
 #pragma once
@@ -110,28 +112,33 @@ inline int multiprocessors() {
     return known[device];
 }
 
-// What streams through once should not push out of the caches what is used again; see elementwise/grid.cuh.
-#ifndef DSC_HINT
-#define DSC_HINT 0
-#endif
-
 /// uint32_t, uint2 or uint4 from an address that is a multiple of its size.
 template <class Word>
 DSC_DEVICE Word load_wide(const void* from) {
-#if DSC_HINT == 1
-    return __ldcs(static_cast<const Word*>(from));
-#else
     return *static_cast<const Word*>(from);
-#endif
 }
 
 template <class Word>
 DSC_DEVICE void store_wide(void* to, Word word) {
-#if DSC_HINT >= 1
-    __stcs(static_cast<Word*>(to), word);
-#else
     *static_cast<Word*>(to) = word;
-#endif
+}
+
+/// The same for what is read or written once, by this kernel alone: other lines stay in the caches rather than these.
+template <class Word>
+DSC_DEVICE Word load_passing(const void* from) {
+    return __ldcs(static_cast<const Word*>(from));
+}
+
+template <class Word>
+DSC_DEVICE void store_passing(void* to, Word word) {
+    __stcs(static_cast<Word*>(to), word);
+}
+
+/// Byte i of the result is byte (selector >> 4 i & 3) of `word`, or its sign in all bits where 8 is added.
+DSC_DEVICE uint32_t permute(uint32_t word, uint32_t selector) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(word), "r"(selector));
+    return result;
 }
 
 DSC_DEVICE float smaller(float a, float b) {

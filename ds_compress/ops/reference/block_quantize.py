@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from ds_compress.ops.reference.division import divided
 from ds_compress.ops.reference.fake_quantize import SMALLEST_SCALE
 from ds_compress.ops.schemas import message_bytes
 
@@ -170,7 +171,7 @@ def _write(
     blocks = torch.nn.functional.pad(values, (0, (last - first) * block - count)).view(-1, block)
     largest = _LARGEST_CODE[bits]
     magnitude = (blocks.view(torch.int32) & 0x7FFFFFFF).amax(1)
-    scale = magnitude.view(torch.float32) / largest
+    scale = divided(magnitude.view(torch.float32), largest)
     finite = magnitude < _INFINITY_BITS
     live = (finite & (scale >= SMALLEST_SCALE))[:, None]
     codes = (blocks / scale[:, None]).round_().clamp_(-largest, largest)
@@ -207,7 +208,7 @@ def _sum(
     messages: torch.Tensor, bits: int, block: int, multiplier: float, first: int, last: int
 ) -> torch.Tensor:
     """fp32 (last - first, block), the sum over the messages in order."""
-    factor = torch.tensor(multiplier, dtype=torch.float32, device=messages.device)
+    factor = torch.full((), multiplier, dtype=torch.float32, device=messages.device)
     total: torch.Tensor | None = None
     for message in messages:
         scales, codes = _read(message, first, last, bits, block)

@@ -6,12 +6,14 @@ import math
 
 import torch
 
+from ds_compress.ops.reference.division import divided
 from ds_compress.ops.reference.mask import mask_pack
 
 SMALLEST_SCALE = 2.0**-126  # the least normal fp32: below it x / scale loses its digits
 SHRINK = 0.25
 """What extreme rows are multiplied by, exactly: then no difference of two values and no code times scale overflows."""
 # Elements worked on at a time, so that the fp32 copies of a chunk stay in cache.
+_CHUNK_OF_A_DEVICE = 1 << 24
 _CHUNK = 1 << 17
 
 
@@ -63,14 +65,16 @@ def fake_quantize(
     if scale is None:
         measured_scale, measured_offset = _measure(x, steps, symmetric)
     assert measured_scale is not None
-    height = max(1, _CHUNK // max(1, columns))
+    height = max(1, (_CHUNK if x.device.type == "cpu" else _CHUNK_OF_A_DEVICE) // max(1, columns))
     for begin in range(0, rows, height):
         part = slice(begin, begin + height)
         row_scale = _of_rows(measured_scale, part)
         row_offset = None if measured_offset is None else _of_rows(measured_offset, part)
         exact = x[part].float()
         extreme = is_extreme(row_scale, row_offset, torch.finfo(x.dtype).max)
-        shrink = torch.where(extreme, SHRINK, 1.0) if bool(extreme.any()) else None
+        # On a GPU the question would wait for all that runs before.
+        ask = x.device.type == "cpu"
+        shrink = None if ask and not bool(extreme.any()) else torch.where(extreme, SHRINK, 1.0)
         if shrink is not None:
             exact, row_scale = exact * shrink, row_scale * shrink
             row_offset = None if row_offset is None else row_offset * shrink
@@ -103,7 +107,7 @@ def _measure(x: torch.Tensor, steps: int, symmetric: bool) -> tuple[torch.Tensor
         # Adding zero makes one of the two zeros.
         lowest, highest = x.amin(1).float() + 0.0, x.amax(1).float()
     if symmetric:
-        return _nan_unless_finite((torch.maximum(highest, -lowest) / steps).clamp_min_(SMALLEST_SCALE)), None
+        return _nan_unless_finite(divided(torch.maximum(highest, -lowest), steps).clamp_min_(SMALLEST_SCALE)), None
     scale, offset = asymmetric_range(lowest, highest, steps)
     return _nan_unless_finite(scale), torch.where(scale.isfinite(), offset, math.nan)
 
@@ -112,9 +116,9 @@ def asymmetric_range(
     lowest: torch.Tensor, highest: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, offset) of groups from `lowest` to `highest`, fp32 or fp64 of one shape; see `quant.grid`."""
-    width = (highest - lowest).div_(steps)
+    width = divided(highest - lowest, steps)
     # Where max - min overflows, both count a quarter.
-    shrunk = (highest * SHRINK - lowest * SHRINK).div_(steps).div_(SHRINK)
+    shrunk = divided(highest * SHRINK - lowest * SHRINK, steps).div_(SHRINK)
     width = torch.where(width.isfinite(), width, shrunk)
     scale = width.clamp_min(SMALLEST_SCALE)
     largest = torch.finfo(scale.dtype).max

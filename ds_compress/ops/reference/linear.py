@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from ds_compress.ops.reference.division import divided
 from ds_compress.ops.schemas import HEADER_BYTES, packed_bytes
 
 MAGIC = int.from_bytes(b"DSCPACK1", "little")
@@ -245,7 +246,7 @@ def _quantize_rows(
         scale = values.new_full((values.shape[0],), SMALLEST_SCALE)
     else:
         largest = values.abs().amax(dim=1)
-        scale = torch.where(largest.isfinite(), (largest / steps).clamp_min(SMALLEST_SCALE), torch.nan)
+        scale = torch.where(largest.isfinite(), divided(largest, steps).clamp_min(SMALLEST_SCALE), torch.nan)
     return _codes(values, scale.unsqueeze(1), steps), scale
 
 

@@ -67,10 +67,12 @@ class Library:
 
 @dataclass(frozen=True)
 class Program:
-    """Launcher calls on named buffers. In a call a string is a buffer, None a null pointer (or the stream)."""
+    """Launcher calls on named buffers. In a call a string is a buffer, "x+6" a place in it, None a null pointer (or the
+    stream), a list an array on the host.
+    """
 
     buffers: dict[str, np.ndarray]
-    calls: list[tuple[str, tuple[str | int | float | None, ...]]]
+    calls: list[tuple[str, tuple[str | int | float | list[str] | list[int] | None, ...]]]
     outputs: tuple[str, ...]
 
 

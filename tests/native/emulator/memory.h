@@ -74,6 +74,17 @@ inline void store_wide(void* to, Word word) {
     *static_cast<Word*>(to) = word;
 }
 
+template <class Word>
+inline Word load_passing(const void* from) {
+    return load_wide<Word>(from);
+}
+template <class Word>
+inline void store_passing(void* to, Word word) {
+    store_wide(to, word);
+}
+
+inline uint32_t permute(uint32_t word, uint32_t selector) { return __byte_perm(word, 0, selector); }
+
 // The NaN that CUDA makes.
 inline float smaller(float a, float b) {
     return a != a || b != b ? emulator::bit_cast<float>(0x7fffffffu) : b < a ? b : a;

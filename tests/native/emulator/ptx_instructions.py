@@ -25,6 +25,7 @@ def load_or_store(ins: Instruction) -> str:
     space = ins.need("param", "shared", "global")
     count = int((ins.take("v2", "v4") or "v1")[1:])
     ins.take("nc")
+    ins.take("cs")
     type_ = ins.type()
     cpp = CPP_TYPES[type_]
     registers, place = (ins.operands[0], ins.operands[1]) if ins.name == "ld" else ins.operands[::-1]
@@ -115,6 +116,8 @@ def approximate(ins: Instruction) -> str:
 def extreme(ins: Instruction) -> str:
     type_ = ins.type()
     a, b = ins.value(1, type_), ins.value(2, type_)
+    if ins.take("NaN"):
+        return ins.set(f"{'smaller' if ins.name == 'min' else 'larger'}({a}, {b})", type_)
     if type_ == "f32":
         return ins.set(f"std::f{ins.name}({a}, {b})", type_)
     return ins.set(f"{a} {'<' if ins.name == 'min' else '>'} {b} ? {a} : {b}", type_)

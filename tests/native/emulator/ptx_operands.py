@@ -98,6 +98,8 @@ def value(operand: str, type_: str, kernel: Kernel) -> str:
         return f"({cpp}){operand.rstrip('U')}ll"
     if operand in kernel.shared_offsets:
         return f"({cpp}){kernel.shared_offsets[operand]}u"
+    if operand in kernel.parameters:
+        return f"({cpp})(uintptr_t)parameters[{kernel.parameters.index(operand)}]"
     raise Untranslated(f"operand {operand}")
 
 
@@ -117,6 +119,8 @@ def address(operand: str, space: str, cpp: str, count: int, kernel: Kernel) -> s
     """A C++ pointer to `count` elements in a state space."""
     base, offset = base_and_offset(operand)
     if space == "param":
+        if base.startswith("%"):  # an array among the parameters, indexed at run time
+            return f"(const {cpp}*)({value(base, 'u64', kernel)} + {offset})"
         return f"(const {cpp}*)((const char*)parameters[{kernel.parameters.index(base)}] + {offset})"
     width = "u32" if space == "shared" else "u64"
     return f"{space}<{cpp}>({value(base, width, kernel)} + {offset}, {count})"

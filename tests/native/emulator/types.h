@@ -42,7 +42,7 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* start, int byte, size_t bytes, cudaStream_t) {
     std::memset(start, byte, bytes);
@@ -107,7 +107,9 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
     unsigned result = 0;
     for (int i = 0; i < 4; i++) {
-        result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+        unsigned byte = bytes >> (selector >> 4 * i & 7) * 8 & 255;
+        if ((selector >> 4 * i & 8) != 0) byte = (byte & 128) != 0 ? 255 : 0;  // prmt: the sign in all bits
+        result |= byte << 8 * i;
     }
     return result;
 }

@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 
-Argument = str | int | float | None
+Argument = str | int | float | list[str] | list[int] | None
 
 
 def run_program(
@@ -38,13 +38,24 @@ def run_program(
     return results
 
 
-def native(argument: Argument, memory: dict[str, int]) -> ctypes._SimpleCData:
-    """Integers travel as 64 bits, which an `int` parameter reads as well on every 64-bit ABI."""
+def native(argument: Argument, memory: dict[str, int]) -> ctypes._SimpleCData | ctypes.Array:
+    """Integers travel as 64 bits, which an `int` parameter reads as well on every 64-bit ABI.
+
+    "x+6" is six bytes into the buffer x; a list is an array on the host, of addresses or of 64-bit integers.
+    """
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, str):
-        return ctypes.c_void_p(memory[argument])
+        return ctypes.c_void_p(address_of(argument, memory))
+    if isinstance(argument, list):
+        values = [address_of(each, memory) if isinstance(each, str) else each for each in argument]
+        return (ctypes.c_int64 * len(values))(*values)
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def address_of(place: str, memory: dict[str, int]) -> int:
+    name, _, offset = place.partition("+")
+    return memory[name] + int(offset or 0)
 
 
 def main() -> None:
