@@ -131,7 +131,16 @@ def test_every_goal_belongs_to_a_part_and_every_share_fits_into_the_minutes() ->
 def test_the_dry_run_runs_every_part(tmp_path: Path) -> None:
     """The code that a GPU runs, in tiny sizes on the CPU."""
     output = tmp_path / "check.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--dry-run",
+        "--minutes",
+        "20",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ)
     )
