@@ -42,6 +42,12 @@ def cubin(source: str, arch: str, edits: Sequence[Edit] = (), flags: Sequence[st
 
 def inspect(binary: Path) -> dict[str, MachineCode]:
     """The kernels of a cubin by readable name, such as `int8_gemm_kernel<Int8Tile<64, 64, 2, 2, 4>>`."""
+    kernels = inspect_mangled(binary)
+    names = readable(list(kernels))
+    return {names[name]: kernel for name, kernel in kernels.items()}
+
+
+def inspect_mangled(binary: Path) -> dict[str, MachineCode]:
     usage = checked([nvcc.find("cuobjdump"), "-res-usage", str(binary)])
     kernels: dict[str, MachineCode] = {}
     for name, line in re.findall(r"Function (\w+):\s*\n\s*(REG:[^\n]*)", usage):
@@ -54,8 +60,7 @@ def inspect(binary: Path) -> dict[str, MachineCode]:
         elif current is not None and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)):
             name = match[1].split(".")[0]
             current.counts["IMMA.SP" if name == "IMMA" and ".SP" in match[1] else name] += 1
-    names = readable(list(kernels))
-    return {names[name]: kernel for name, kernel in kernels.items()}
+    return kernels
 
 
 def readable(mangled: list[str]) -> dict[str, str]:
