@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -227,7 +228,8 @@ def free(device: torch.device, before: set[int] | None = None) -> None:
     if before is not None:
         for tensor in tensors_of(device):
             if id(tensor) not in before:
-                tensor.untyped_storage().resize_(0)
+                with suppress(RuntimeError):  # memory that torch did not take itself
+                    tensor.untyped_storage().resize_(0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
