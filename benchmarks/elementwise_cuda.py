@@ -1,10 +1,11 @@
 """Every elementwise op on a CUDA device, beside a copy of as many bytes: milliseconds, percent of a copy, roofline.
 
     python -m benchmarks.elementwise_cuda [--out FILE] [--rounds 20] [--numel 25165824] [--device cuda]
-    python -m benchmarks.elementwise_cuda --tune build/elementwise --variants base,streaming
+    python -m benchmarks.elementwise_cuda --tune build/elementwise --variants base,a
 
 A run's *bytes* are those that the operation has to read and write, each once. The roofline predicts that they pass
-as fast as those of `Tensor.copy_` on 100 MB, which is timed in the same rounds; the percentage compares the two. Each
+as fast as those of `Tensor.copy_` on 100 MB; "% of a copy" compares with a copy of as many bytes, which for few of them
+is slower: every kernel needs time to begin and to end. Copies of several sizes are timed in the same rounds. Each
 sample is the time of several calls between two CUDA events, on inputs that rotate through more memory than the
 second-level cache has, with the queue filled first, so that nothing waits for Python. Medians over interleaved rounds.
 
@@ -26,6 +27,7 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,12 @@ CACHE_BYTES = 60e6
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 VARIANTS = {
     "base": "",
-    "streaming": "-DDSC_HINT=1",
-    "streaming stores": "-DDSC_HINT=2",
-    "unroll 2": "-DDSC_UNROLL=2",
-    "unroll 8": "-DDSC_UNROLL=8",
-    "8 blocks": "-DDSC_BLOCKS_PER_SM=8",
-    "16 blocks": "-DDSC_BLOCKS_PER_SM=16",
-    "warp writes": "-DDSC_MASK_WRITE=1 -DDSC_QUANTIZE_BLOCKS=3 -DDSC_COPIES=4 -DDSC_HISTOGRAM_BLOCKS=8",
-    "always writes": "-DDSC_MASK_WRITE=2 -DDSC_QUANTIZE_BLOCKS=5 -DDSC_COPIES=1 -DDSC_HISTOGRAM_BLOCKS=2",
-    "128 threads": "-DDSC_THREADS=128 -DDSC_QUANTIZE_BLOCKS=8 -DDSC_COPIES=8 -DDSC_HISTOGRAM_BLOCKS=8",
-    "streaming, unroll 2, warp writes": "-DDSC_HINT=1 -DDSC_UNROLL=2 -DDSC_MASK_WRITE=1",
-    "streaming, 8 blocks": "-DDSC_HINT=1 -DDSC_BLOCKS_PER_SM=8",
+    "a": "-DDSC_UNROLL=2 -DDSC_PIECE_REVERSE=0 -DDSC_BLOCK_GRID=8 -DDSC_COPIES=1",
+    "b": "-DDSC_UNROLL=1 -DDSC_PIECE_STORE=0 -DDSC_BLOCK_GRID=0 -DDSC_COPIES=4",
+    "c": "-DDSC_UNROLL=8 -DDSC_PIECE_UNROLL=4 -DDSC_BLOCK_GRID=32 -DDSC_HISTOGRAM_THREADS=512 -DDSC_HISTOGRAM_BLOCKS=4",
+    "d": "-DDSC_THREADS=128 -DDSC_QUANTIZE_BLOCKS=8 -DDSC_BLOCK_GRID=32 -DDSC_HISTOGRAM_BLOCKS=1",
+    "e": "-DDSC_HALF_VALUES=16 -DDSC_QUANTIZE_BLOCKS=3 -DDSC_HISTOGRAM_UNROLL=4 -DDSC_BLOCK_STORE=0",
+    "f": "-DDSC_UNROLL=2 -DDSC_THREADS=512 -DDSC_QUANTIZE_BLOCKS=2 -DDSC_HISTOGRAM_UNROLL=1",
 }
 
 
@@ -237,21 +234,25 @@ def rotated(name: str, bytes_: float, make: Callable[[int], Callable[[], object]
 
 SYMMETRIC = {"low": -127, "high": 127, "steps": 127, "symmetric": True}
 ASYMMETRIC = {"low": 0, "high": 255, "steps": 256, "symmetric": False}
-BLOCK, RANKS = 512, 2
+BLOCK, RANKS = {8: 512, 4: 128}, 2  # the blocks that a run has by default
 
 
 def peers(numel: int, device: torch.device) -> Iterator[Run]:
-    """A copy, and what torch itself offers."""
+    """Copies, of all elements first and of fewer, and what torch itself offers for a mask."""
 
-    def copy(i: int) -> Callable[[], object]:
-        source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
-        return lambda: target.copy_(source)
+    def copy(count: int) -> Run:
+        def make(i: int) -> Callable[[], object]:
+            source, target = torch.randn(count, device=device), torch.empty(count, device=device)
+            return lambda: target.copy_(source)
+
+        return rotated("copy_" if count == numel else f"copy_ of {8e-6 * count:.0f} MB", 8 * count, make)
 
     def multiply(i: int) -> Callable[[], object]:
         weights, keep = torch.randn(numel, device=device), torch.rand(numel, device=device) < 0.5
         return lambda: weights.mul_(keep)
 
-    yield rotated("copy_", 8 * numel, copy)
+    for part in (1, 2, 4, 8, 16):
+        yield copy(numel // part)
     yield rotated("torch: mul_ by a bool mask", 9 * numel, multiply)
 
 
@@ -358,28 +359,28 @@ def fake_quantize_runs(ops: Any, numel: int, device: torch.device) -> Iterator[R
 def block_runs(ops: Any, message_bytes: Any, numel: int, device: torch.device) -> Iterator[Run]:
     for bits, dtype in ((8, torch.float32), (4, torch.float32), (8, torch.bfloat16), (4, torch.bfloat16)):
         size, name = torch.empty(0, dtype=dtype).element_size(), f"int{bits} of {str(dtype)[6:]}"
-        bytes_ = message_bytes(numel, bits, BLOCK)
+        bytes_ = message_bytes(numel, bits, BLOCK[bits])
 
         def tensors(
             bits: int = bits, dtype: torch.dtype = dtype, bytes_: int = bytes_
         ) -> tuple[torch.Tensor, torch.Tensor]:
             x = torch.randn(numel, device=device).to(dtype)
             message = torch.zeros(1, bytes_, dtype=torch.uint8, device=device)
-            ops.block_quantize(x, message, None, numel, bits, BLOCK)
+            ops.block_quantize(x, message, None, numel, bits, BLOCK[bits])
             return x, message
 
         def quantize(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
             x, message = tensors()
-            return lambda: ops.block_quantize(x, message, None, numel, bits, BLOCK)
+            return lambda: ops.block_quantize(x, message, None, numel, bits, BLOCK[bits])
 
         def feedback(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
             x, message = tensors()
             residual = torch.zeros(numel, device=device)
-            return lambda: ops.block_quantize(x, message, residual, numel, bits, BLOCK)
+            return lambda: ops.block_quantize(x, message, residual, numel, bits, BLOCK[bits])
 
         def dequantize(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
             out, message = tensors()
-            return lambda: ops.block_dequantize(message, out, numel, bits, BLOCK)
+            return lambda: ops.block_dequantize(message, out, numel, bits, BLOCK[bits])
 
         yield rotated(f"block_quantize {name}", size * numel + bytes_, quantize)
         yield rotated(f"block_quantize {name}, feedback", (8 + size) * numel + bytes_, feedback)
@@ -389,17 +390,19 @@ def block_runs(ops: Any, message_bytes: Any, numel: int, device: torch.device) -
 
         def parts(bits: int = bits, bytes_: int = bytes_) -> torch.Tensor:
             messages = torch.zeros(RANKS, bytes_, dtype=torch.uint8, device=device)
-            ops.block_quantize(torch.randn(RANKS * numel, device=device), messages, None, numel, bits, BLOCK)
+            ops.block_quantize(
+                torch.randn(RANKS * numel, device=device), messages, None, numel, bits, BLOCK[bits]
+            )
             return messages
 
         def reduce(i: int, bits: int = bits, parts: Any = parts) -> Callable[[], object]:
             messages, out = parts(), torch.empty(numel, device=device)
-            return lambda: ops.block_reduce(messages, out, bits, BLOCK, 0.5)
+            return lambda: ops.block_reduce(messages, out, bits, BLOCK[bits], 0.5)
 
         def requantize(i: int, bits: int = bits, parts: Any = parts) -> Callable[[], object]:
             messages = parts()
             message = torch.empty_like(messages[0])
-            return lambda: ops.block_reduce_quantize(messages, message, None, numel, bits, BLOCK, 0.5)
+            return lambda: ops.block_reduce_quantize(messages, message, None, numel, bits, BLOCK[bits], 0.5)
 
         yield rotated(f"block_reduce int{bits}, {RANKS} messages", RANKS * bytes_ + 4 * numel, reduce)
         yield rotated(f"block_reduce_quantize int{bits}, {RANKS} messages", (RANKS + 1) * bytes_, requantize)
@@ -472,17 +475,30 @@ def measure(runs: list[Run], rounds: int, device: torch.device, calls: int = 4) 
     return taken
 
 
+def copy_time(copies: list[tuple[float, float]], bytes_: float) -> float:
+    """Seconds that a copy of `bytes_` takes, between or beyond those of (bytes, seconds), from large to small."""
+    for (high, after), (low, before) in pairwise(copies):
+        if bytes_ >= low or low == copies[-1][0]:
+            return before + (after - before) * (bytes_ - low) / (high - low)
+    raise ValueError("at least two copies are needed")
+
+
 def report(runs: list[Run], taken: list[list[float]]) -> dict[str, dict[str, float]]:
-    """By run; the first one is the copy. Ratios are taken within a round."""
-    copy_run, copy_times = runs[0], taken[0]
+    """By run. The first ones are copies, from large to small. Ratios are taken within a round."""
+    copies = [index for index, run in enumerate(runs) if run.name.startswith("copy_")]
+    rounds = [[(runs[c].bytes, taken[c][r]) for c in copies] for r in range(len(taken[0]))]
     result = {}
     for run, times in zip(runs, taken, strict=True):
-        shares = [run.bytes / t * c / copy_run.bytes for t, c in zip(times, copy_times, strict=True)]
+        possible = [
+            t * r[0][0] / r[0][1] for r, t in zip(rounds, times, strict=True)
+        ]  # bytes, at the rate of a copy
         result[run.name] = {
             "ms": 1e3 * statistics.median(times),
-            "roofline ms": 1e3 * run.bytes * statistics.median(copy_times) / copy_run.bytes,
+            "roofline ms": 1e3 * run.bytes * statistics.median(taken[0]) / runs[0].bytes,
             "GB/s": 1e-9 * run.bytes / statistics.median(times),
-            "percent of a copy": 100 * statistics.median(shares),
+            "percent of a copy": 100
+            * statistics.median(copy_time(r, run.bytes) / t for r, t in zip(rounds, times, strict=True)),
+            "percent of the roofline": 100 * statistics.median(run.bytes / bytes_ for bytes_ in possible),
         }
     return result
 
@@ -510,10 +526,11 @@ def run_all(
 
 
 def print_table(result: dict[str, dict[str, float]]) -> None:
-    print(f"{'':52}{'ms':>9}{'roofline':>10}{'GB/s':>8}{'% of copy':>11}")
+    print(f"{'':52}{'ms':>9}{'roofline':>10}{'GB/s':>8}{'% of roofline':>15}{'% of a copy':>13}")
     for name, row in result.items():
         print(
-            f"{name:52}{row['ms']:9.4f}{row['roofline ms']:10.4f}{row['GB/s']:8.0f}{row['percent of a copy']:11.1f}"
+            f"{name:52}{row['ms']:9.4f}{row['roofline ms']:10.4f}{row['GB/s']:8.0f}"
+            f"{row['percent of the roofline']:15.1f}{row['percent of a copy']:13.1f}"
         )
 
 
@@ -522,10 +539,11 @@ def print_variants(results: dict[str, dict[str, dict[str, float]]]) -> None:
     names = list(results)
     for number, name in enumerate(names):
         print(f"{number:3} {name}: {VARIANTS[name]}")
-    print(f"{'percent of a copy':50}" + "".join(f"{number:7}" for number in range(len(names))))
+    print(f"{'percent of the roofline':50}" + "".join(f"{number:7}" for number in range(len(names))))
     for run in results[names[0]]:
         cells = "".join(
-            f"{results[name].get(run, {}).get('percent of a copy', float('nan')):7.1f}" for name in names
+            f"{results[name].get(run, {}).get('percent of the roofline', float('nan')):7.1f}"
+            for name in names
         )
         print(f"{run:50}{cells}")
 
@@ -552,22 +570,22 @@ def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) ->
             implementations["mask_apply_"](theirs, packed, off, 0.0)
             same(f"mask_apply_ {numel} {dtype}", mine, theirs)
             for bits in (8, 4):
-                size = message_bytes(numel, bits, BLOCK)
+                size = message_bytes(numel, bits, BLOCK[bits])
                 a, b = (torch.zeros(1, size, dtype=torch.uint8, device=device) for _ in range(2))
                 x = data.to(dtype)[off:]
                 rest_a, rest_b = (torch.full((numel,), 0.01, device=device) for _ in range(2))
-                ops.block_quantize(x, a, rest_a, numel, bits, BLOCK)
-                implementations["block_quantize"](x, b, rest_b, numel, bits, BLOCK)
+                ops.block_quantize(x, a, rest_a, numel, bits, BLOCK[bits])
+                implementations["block_quantize"](x, b, rest_b, numel, bits, BLOCK[bits])
                 same(f"block_quantize {numel} {dtype} int{bits}", a, b)
                 same(f"block_quantize {numel} {dtype} int{bits}: residual", rest_a, rest_b)
                 out_a, out_b = (torch.empty(numel, dtype=dtype, device=device) for _ in range(2))
-                ops.block_dequantize(a, out_a, numel, bits, BLOCK)
-                implementations["block_dequantize"](b, out_b, numel, bits, BLOCK)
+                ops.block_dequantize(a, out_a, numel, bits, BLOCK[bits])
+                implementations["block_dequantize"](b, out_b, numel, bits, BLOCK[bits])
                 same(f"block_dequantize {numel} {dtype} int{bits}", out_a, out_b)
                 sum_a, sum_b = (torch.empty(numel, device=device) for _ in range(2))
                 both = torch.cat([b, b])
-                ops.block_reduce(both, sum_a, bits, BLOCK, 0.5)
-                implementations["block_reduce"](both, sum_b, bits, BLOCK, 0.5)
+                ops.block_reduce(both, sum_a, bits, BLOCK[bits], 0.5)
+                implementations["block_reduce"](both, sum_b, bits, BLOCK[bits], 0.5)
                 same(f"block_reduce {numel} int{bits}", sum_a, sum_b)
         keep = data > 0
         same(f"mask_pack {numel}", ops.mask_pack(keep), implementations["mask_pack"](keep))
@@ -611,7 +629,7 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=25_165_824)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tune", type=Path, metavar="FOLDER", help="compare builds, which are kept there")
-    parser.add_argument("--variants", default=",".join(VARIANTS).replace("streaming, ", "streaming; "))
+    parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seconds", type=float, default=1e9, help="begin with no further build after these")
     parser.add_argument("--jobs", type=int, default=8)
     args = parser.parse_args()
@@ -633,10 +651,7 @@ def main() -> None:
         print(f"{name}; wrong: {record['wrong'] or 'nothing'}")
         print_table(record["figures"])
     else:
-        chosen = [
-            each.replace(";", ",").strip()
-            for each in args.variants.replace("streaming, ", "streaming; ").split(",")
-        ]
+        chosen = args.variants.split(",")
         args.tune.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with ThreadPoolExecutor(args.jobs) as pool:

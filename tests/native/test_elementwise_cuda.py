@@ -263,12 +263,13 @@ def fake_quantize_cases() -> Iterator[Case]:
 
 
 def block_cases() -> Iterator[Case]:
+    yield from misaligned_block_cases()
     for number, (dtype, numel, bits, block) in enumerate(
         (dtype, numel, bits, block)
         for dtype in FLOATS
-        for numel in (0, 1, 5, 130, 1000, 4160)
+        for numel in (0, 5, 130, 4160)
         for bits in (8, 4)
-        for block in (32, 160, 1024, 2048)
+        for block in (32, 128, 160, 256, 512, 1024)
     ):
         parts = 1 + number % 3
         chunk = -(-numel // parts)
@@ -296,6 +297,40 @@ def block_cases() -> Iterator[Case]:
         )
         if dtype is torch.float32:
             yield from sum_cases(numel, bits, block, number)
+
+
+def misaligned_block_cases() -> Iterator[Case]:
+    """Values, residuals and messages from any byte on that they may begin at."""
+    for number, (dtype, bits, block) in enumerate(
+        (dtype, bits, block) for dtype in FLOATS for bits in (8, 4) for block in (128, 2048)
+    ):
+        numel, size = 4224, torch.empty(0, dtype=dtype).element_size()
+        off, rest_off, message_off = ((3, 0, 0), (0, 1, 0), (0, 0, 3), (0, 0, 2))[number % 4]
+        x = hard_values(numel, dtype, number, specials=0.0002)
+        messages = torch.empty(1, message_bytes(numel, bits, block), dtype=torch.uint8)
+        residual = random_values(numel, torch.float32, number + 1) * 1e-2
+        after = residual.clone()
+        block_quantize.block_quantize(x, messages, after, numel, bits, block)
+        inputs = {"x": shifted(x, off), "residual": shifted(residual, rest_off)}
+        inputs |= {"messages": torch.full((message_off + messages.numel(),), 7, dtype=torch.uint8)}
+        form = (1, numel, bits, block, None)
+        places = (f"x+{off * size}", DTYPE_NUMBER[dtype], numel, f"residual+{4 * rest_off}")
+        yield program(
+            inputs,
+            [("dsc_block_quantize", (*places, f"messages+{message_off}", *form))],
+            {
+                "messages": shifted(messages.view(-1), message_off),
+                "residual": shifted(after, rest_off),
+            },
+        )
+        out = torch.empty_like(x)
+        block_quantize.block_dequantize(messages, out, numel, bits, block)
+        places = (f"messages+{message_off}", *form[:-1], f"out+{off * size}", DTYPE_NUMBER[dtype], numel, None)
+        yield program(
+            {"messages": shifted(messages.view(-1), message_off), "out": shifted(torch.zeros_like(out), off)},
+            [("dsc_block_dequantize", places)],
+            {"out": shifted(out, off)},
+        )
 
 
 def sum_cases(numel: int, bits: int, block: int, seed: int) -> Iterator[Case]:

@@ -4,38 +4,56 @@
 
 namespace ds_compress::elementwise {
 
+#ifndef DSC_BLOCK_GRID
+#define DSC_BLOCK_GRID 16
+#endif
+#ifndef DSC_HALF_VALUES
+#define DSC_HALF_VALUES 32
+#endif
+constexpr int blocks_per_multiprocessor = DSC_BLOCK_GRID;  // with each more, a kernel begins more often
+
 template <int sharing_, int depth_>
 struct Shape {
     static constexpr int sharing = sharing_, depth = depth_;
 };
 
 static Format format_of(int64_t numel, int bits, int block) {
-    return {block, (numel + block - 1) / block, block * bits / 8};
+    return {block, block * bits / 8, (numel + block - 1) / block, numel / block};
 }
 
 /// Blocks of a grid: x over the blocks of a message, y over messages.
 static dim3 grid_of(int64_t blocks, int sharing, int64_t messages) {
-    dim3 grid = blocks_for(blocks, threads / sharing);
+    dim3 grid = blocks_for(blocks, threads / sharing, blocks_per_multiprocessor);
     grid.y = static_cast<unsigned>(messages < 65535 ? messages : 65535);
     return grid;
 }
 
-/// Calls run(shape) with what holds a block in registers: 16 or 32 values a lane; depth 0: none does.
-template <int width, class Run>
+/// Calls run(shape) with how many lanes hold a block in how many vectors each; depth 0: in no registers. `values`: of a
+/// lane; 16 or 32.
+template <int width, int values, class Run>
 static cudaError_t by_length(int block, const Run& run) {
-    if (block <= 128) return run(Shape<8, 16 / width>());
-    if (block <= 512) return run(Shape<32, 16 / width>());
-    if (block <= 1024) return run(Shape<32, 32 / width>());
-    return run(Shape<32, 0>());
+    constexpr int depth = values / width;
+    switch (block) {
+        case 128:
+            return run(Shape<128 / values, depth>());
+        case 256:
+            return run(Shape<256 / values, depth>());
+        case 512:
+            return run(Shape<512 / values, depth>());
+        case 1024:
+            return run(Shape<32, 32 / width>());
+        default:
+            return run(Shape<32, 0>());
+    }
 }
 
-template <class T, int bits>
+template <class T, int bits, bool has_residual>
 static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
                             int64_t chunk, const Format& format, cudaStream_t stream) {
-    return by_length<Vector<T>::count>(format.block, [&](auto shape) {
-        const auto kernel = residual != nullptr ? block_quantize_kernel<T, bits, true, shape.sharing, shape.depth>
-                                                : block_quantize_kernel<T, bits, false, shape.sharing, shape.depth>;
-        return launch(kernel, grid_of(format.blocks, shape.sharing, message_count), threads, 0, stream,
+    constexpr int values = sizeof(T) == 2 && !has_residual ? DSC_HALF_VALUES : 16;
+    return by_length<Vector<T>::count, values>(format.block, [&](auto shape) {
+        return launch(block_quantize_kernel<T, bits, has_residual, shape.sharing, shape.depth>,
+                      grid_of(format.blocks, shape.sharing, message_count), threads, 0, stream,
                       static_cast<const T*>(x), numel, residual, messages, message_count, chunk, format);
     });
 }
@@ -44,22 +62,40 @@ template <class T>
 static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
                             int64_t chunk, int bits, int block, cudaStream_t stream) {
     const Format format = format_of(chunk, bits, block);
-    return bits == 8 ? quantize<T, 8>(x, numel, residual, messages, message_count, chunk, format, stream)
-                     : quantize<T, 4>(x, numel, residual, messages, message_count, chunk, format, stream);
+    const auto run = bits == 8 ? (residual != nullptr ? quantize<T, 8, true> : quantize<T, 8, false>)
+                               : (residual != nullptr ? quantize<T, 4, true> : quantize<T, 4, false>);
+    return run(x, numel, residual, messages, message_count, chunk, format, stream);
+}
+
+template <class T, int bits>
+static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, const Format& format,
+                              void* out, int64_t numel, cudaStream_t stream) {
+    return by_length<Vector<T>::count, 16>(format.block, [&](auto shape) {
+        return launch(block_dequantize_kernel<T, bits, shape.sharing, shape.depth>,
+                      grid_of(format.blocks, shape.sharing, message_count), threads, 0, stream, messages, message_count,
+                      chunk, format, static_cast<T*>(out), numel);
+    });
 }
 
 template <class T>
 static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, int bits, int block,
                               void* out, int64_t numel, cudaStream_t stream) {
     const Format format = format_of(chunk, bits, block);
-    const auto kernel = bits == 8 ? block_dequantize_kernel<T, 8> : block_dequantize_kernel<T, 4>;
-    return launch(kernel, grid_of(format.blocks, 32, message_count), threads, 0, stream, messages, message_count, chunk,
-                  format, static_cast<T*>(out), numel);
+    const auto run = bits == 8 ? dequantize<T, 8> : dequantize<T, 4>;
+    return run(messages, message_count, chunk, format, out, numel, stream);
+}
+
+template <int bits>
+static cudaError_t reduce(const Sum<bits>& sum, float* out, cudaStream_t stream) {
+    return by_length<Sum<bits>::width, 16>(sum.format.block, [&](auto shape) {
+        return launch(block_reduce_kernel<bits, shape.sharing, shape.depth>, grid_of(sum.format.blocks, shape.sharing, 1),
+                      threads, 0, stream, sum, out);
+    });
 }
 
 template <int bits>
 static cudaError_t reduce_quantize(const Sum<bits>& sum, float* residual, uint8_t* message, cudaStream_t stream) {
-    return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
+    return by_length<Sum<bits>::width, 16>(sum.format.block, [&](auto shape) {
         const auto kernel = residual != nullptr ? block_reduce_quantize_kernel<bits, true, shape.sharing, shape.depth>
                                                 : block_reduce_quantize_kernel<bits, false, shape.sharing, shape.depth>;
         return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), threads, 0, stream, sum, residual, message);
@@ -114,12 +150,8 @@ extern "C" cudaError_t dsc_block_reduce(const uint8_t* messages, int64_t message
                                         int block, float multiplier, float* out, cudaStream_t stream) {
     if (!is_valid(bits, block) || message_count < 1 || message_count > INT32_MAX) return cudaErrorInvalidValue;
     const Format format = format_of(numel, bits, block);
-    const dim3 grid = grid_of(format.blocks, 32, 1);
-    if (bits == 8)
-        return launch(block_reduce_kernel<8>, grid, threads, 0, stream,
-                      Sum<8>{messages, static_cast<int>(message_count), numel, format, multiplier}, out);
-    return launch(block_reduce_kernel<4>, grid, threads, 0, stream,
-                  Sum<4>{messages, static_cast<int>(message_count), numel, format, multiplier}, out);
+    if (bits == 8) return reduce(Sum<8>{messages, static_cast<int>(message_count), numel, format, multiplier}, out, stream);
+    return reduce(Sum<4>{messages, static_cast<int>(message_count), numel, format, multiplier}, out, stream);
 }
 
 extern "C" cudaError_t dsc_block_reduce_quantize(const uint8_t* messages, int64_t message_count, int64_t numel,

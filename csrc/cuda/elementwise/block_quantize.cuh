@@ -1,9 +1,9 @@
 // Messages of a quantized reduction: quantize with error feedback, read back, add up, and both at once.
 //
 // Some lanes of a warp, or all, work on one block of a message, each on every so manieth vector of 16 bytes. They hold
-// the block in registers, so that it is read once; longer blocks are read a second time, from cache. That is the tidy
-// way, for blocks that are all there and lie at multiples of 16 bytes. Others, such as the last of a message, go the
-// loose way: two elements at a time, by a warp.
+// blocks of common lengths in registers, so that these are read once; others are read a second time, from cache. That is
+// the tidy way, for blocks that are all there and lie at multiples of 16 bytes. What is not tidy, such as the last block
+// of a message, goes the loose way: two elements at a time, by a warp.
 #pragma once
 
 #include "grid.cuh"
@@ -11,13 +11,17 @@
 #ifndef DSC_QUANTIZE_BLOCKS
 #define DSC_QUANTIZE_BLOCKS 4
 #endif
+#ifndef DSC_BLOCK_STORE
+#define DSC_BLOCK_STORE 1
+#endif
 
 namespace ds_compress::elementwise {
 
 struct Format {
     int block;
-    int64_t blocks;  // in one message
-    int code_bytes;  // of one block
+    int code_bytes;       // of one block
+    int64_t blocks;       // in one message
+    int64_t whole_blocks;  // in a message whose values are all there
     DSC_DEVICE int64_t message_bytes() const { return blocks * (4 + code_bytes); }
     DSC_DEVICE int64_t codes_at(int64_t index) const { return 4 * blocks + index * code_bytes; }
 };
@@ -26,10 +30,6 @@ struct Format {
 DSC_DEVICE float load_scale(const uint8_t* from) {
     return math::float_of(static_cast<uint32_t>(from[0]) | static_cast<uint32_t>(from[1]) << 8 |
                           static_cast<uint32_t>(from[2]) << 16 | static_cast<uint32_t>(from[3]) << 24);
-}
-
-DSC_DEVICE float load_aligned_scale(const uint8_t* from) {
-    return math::float_of(*reinterpret_cast<const uint32_t*>(from));
 }
 
 DSC_DEVICE void store_scale(uint8_t* to, float scale) {
@@ -44,6 +44,13 @@ DSC_DEVICE float load_code(const uint8_t* codes, int i) {
 }
 
 // --- codes of one vector -----------------------------------------------------------------------------------------
+
+/// The largest code, and what to add to a quotient so that its nearest integer, half to even, is in the low bits: for
+/// int4 that and 8, which is not negative.
+template <int bits>
+constexpr float largest_code = bits == 8 ? 127.0f : 7.0f;
+template <int bits>
+constexpr float rounding = bits == 8 ? math::kRound : math::kRound + 8.0f;
 
 /// The codes of `width` (4 or 8) neighbours: 2, 4 or 8 bytes, in words of up to 4.
 template <int bits, int width>
@@ -71,69 +78,53 @@ struct Octets {
         }
     }
 
+    /// 2^23 holds an integer that is not negative in its low bits: the sign of a code is turned for that.
     DSC_DEVICE void decode(float (&values)[width]) const {
+        if constexpr (bits == 8) {
 #pragma unroll
-        for (int j = 0; j < width; j++) {
-            // 2^23 holds integers in its low bits; the sign bit is turned so that they are not negative.
-            if constexpr (bits == 8)
+            for (int j = 0; j < width; j++)
                 values[j] = math::add(
-                    math::float_of(__byte_perm(word[j / 4] ^ 0x80808080u, 0x4b000000u, 0x7650u | (j % 4))), -8388736.0f);
-            else
-                values[j] =
-                    math::add(math::float_of(((word[0] ^ 0x88888888u) >> (4 * j) & 15u) | 0x4b000000u), -8388616.0f);
+                    math::float_of(__byte_perm(word[j / 4] ^ 0x80808080u, 0x4b000000u, 0x7650u + j % 4)), -8388736.0f);
+        } else {
+            const uint32_t even = (word[0] & 0x0f0f0f0fu) ^ 0x08080808u, odd = (word[0] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u;
+#pragma unroll
+            for (int j = 0; j < width; j++)
+                values[j] = math::add(
+                    math::float_of(__byte_perm(j % 2 == 0 ? even : odd, 0x4b000000u, 0x7650u + j / 2)), -8388616.0f);
         }
     }
 
-    /// From integers in the low bits of `rounded`.
-    DSC_DEVICE void encode(const uint32_t (&rounded)[width], uint32_t kept) {
+    /// From the sums of quotients and `rounding`; all 0 unless `kept` is all ones.
+    DSC_DEVICE void encode(const float (&sums)[width], uint32_t kept) {
         if constexpr (bits == 8) {
 #pragma unroll
-            for (int w = 0; w < words; w++)
-                word[w] = __byte_perm(__byte_perm(rounded[4 * w], rounded[4 * w + 1], 0x0040u),
-                                      __byte_perm(rounded[4 * w + 2], rounded[4 * w + 3], 0x0040u), 0x5410u) & kept;
+            for (int w = 0; w < words; w++) {
+                const uint32_t low = __byte_perm(math::bits_of(sums[4 * w]), math::bits_of(sums[4 * w + 1]), 0x0040u);
+                const uint32_t high = __byte_perm(math::bits_of(sums[4 * w + 2]), math::bits_of(sums[4 * w + 3]), 0x0040u);
+                word[w] = __byte_perm(low, high, 0x5410u) & kept;
+            }
         } else {
-            word[0] = 0;
+            // The bits of a sum are those of `rounding` - 8, and the code + 8.
+            uint32_t sum = math::bits_of(sums[width - 1]), constant = 0x4b400000u;
 #pragma unroll
-            for (int j = 0; j < width; j++) word[0] |= (rounded[j] & 15u) << (4 * j);
-            word[0] &= kept;
+            for (int j = width - 2; j >= 0; j--) {
+                sum = sum * 16 + math::bits_of(sums[j]);
+                constant = constant * 16 + 0x4b400000u;
+            }
+            word[0] = ((sum - constant) ^ 0x88888888u) & kept;
         }
     }
 };
 
-// --- values of one vector ----------------------------------------------------------------------------------------
+// --- where a lane works ----------------------------------------------------------------------------------------------
 
-template <int width, class T>
-DSC_DEVICE void load_values(const T* from, float (&values)[width]) {
-    constexpr int step = Vector<T>::count;
-    static_assert(width % step == 0);
-#pragma unroll
-    for (int v = 0; v < width; v += step) {
-        const Vector<T> loaded = load_vector(from + v);
-#pragma unroll
-        for (int j = 0; j < step; j++) values[v + j] = to_float(loaded.values[j]);
-    }
-}
-
-template <int width, class T>
-DSC_DEVICE void store_values(T* to, const float (&values)[width]) {
-    constexpr int step = Vector<T>::count;
-    static_assert(width % step == 0);
-#pragma unroll
-    for (int v = 0; v < width; v += step) {
-        Vector<T> stored;
-#pragma unroll
-        for (int j = 0; j < step; j++) stored.values[j] = from_float<T>(values[v + j]);
-        store_vector(to + v, stored);
-    }
-}
-
-/// What one lane holds of a block: vectors `sharing` apart, as far as they are in it.
+/// The vectors of a lane: `sharing` vectors apart, from `first` (a place in the block) on.
 template <int sharing, int width>
 struct Share {
-    int first;  // place in the block
-    int block;
-    DSC_DEVICE int place(int d) const { return first + d * sharing * width; }
-    DSC_DEVICE bool has(int d) const { return place(d) < block; }
+    int64_t index;  // the block
+    int64_t begin;  // its first element
+    int first;
+    static DSC_DEVICE constexpr int step() { return sharing * width; }
 };
 
 // --- what a block is quantized from ---------------------------------------------------------------------------------
@@ -148,17 +139,19 @@ struct Values {
     DSC_DEVICE bool is_tidy() const { return is_aligned(data); }
     DSC_DEVICE float at(int64_t, int64_t i, int) const { return i < count ? to_float(data[i]) : 0.0f; }
 
-    template <class Share, int depth>
-    DSC_DEVICE void load(int64_t, int64_t begin, const Share& share, float (&values)[depth][width]) const {
-        const T* const from = data + begin + share.first;
-        Vector<T> loaded[depth];
+    template <int depth>
+    struct Held {
+        Vector<T> vectors[depth];
+        DSC_DEVICE void get(int d, float (&values)[width]) const { unpack(vectors[d], values); }
+    };
+
+    template <int depth, class Share>
+    DSC_DEVICE Held<depth> load(const Share& share) const {
+        const T* const from = data + share.begin + share.first;
+        Held<depth> held;
 #pragma unroll
-        for (int d = 0; d < depth; d++)
-            if (share.has(d)) loaded[d] = load_vector(from + (share.place(d) - share.first));
-#pragma unroll
-        for (int d = 0; d < depth; d++)
-#pragma unroll
-            for (int j = 0; j < width; j++) values[d][j] = share.has(d) ? to_float(loaded[d].values[j]) : 0.0f;
+        for (int d = 0; d < depth; d++) held.vectors[d] = load_vector(from + d * Share::step());
+        return held;
     }
 };
 
@@ -176,41 +169,69 @@ struct Sum {
 
     DSC_DEVICE float at(int64_t index, int64_t i, int place) const {
         const uint8_t* message = messages;
-        float sum = 0.0f;
-        for (int w = 0; w < message_count; w++, message += format.message_bytes()) {
-            const float product = math::multiply(load_code<bits>(message + format.codes_at(index), place),
-                                                 math::multiply(load_scale(message + 4 * index), multiplier));
-            sum = w == 0 ? product : math::add(sum, product);
-        }
+        float sum = -0.0f;
+#pragma unroll 1
+        for (int w = 0; w < message_count; w++, message += format.message_bytes())
+            sum = math::add(sum, math::multiply(load_code<bits>(message + format.codes_at(index), place),
+                                                math::multiply(load_scale(message + 4 * index), multiplier)));
         return i < count ? sum : 0.0f;
     }
 
-    template <class Share, int depth>
-    DSC_DEVICE void load(int64_t index, int64_t, const Share& share, float (&values)[depth][width]) const {
-        const int64_t bytes = format.message_bytes();
-        const uint8_t* scales = messages + 4 * index;
-        const uint8_t* codes = messages + format.codes_at(index) + share.first * bits / 8;
-        for (int w = 0; w < message_count; w++, scales += bytes, codes += bytes) {
-            Octets<bits, width> octets[depth] = {};
+    template <int depth>
+    struct Held {
+        float sums[depth][width];
+        DSC_DEVICE void get(int d, float (&values)[width]) const {
 #pragma unroll
-            for (int d = 0; d < depth; d++)
-                if (share.has(d)) octets[d].load(codes + (share.place(d) - share.first) * bits / 8);
-            const float scale = share.has(0) ? math::multiply(load_aligned_scale(scales), multiplier) : 0.0f;
+            for (int j = 0; j < width; j++) values[j] = sums[d][j];
+        }
+        DSC_DEVICE void add(const Octets<bits, width> (&octets)[depth], float scale) {
 #pragma unroll
             for (int d = 0; d < depth; d++) {
-                float mine[width];
-                octets[d].decode(mine);
+                float codes[width];
+                octets[d].decode(codes);
 #pragma unroll
-                for (int j = 0; j < width; j++) {
-                    const float product = math::multiply(mine[j], scale);
-                    values[d][j] = w == 0 ? product : math::add(values[d][j], product);
-                }
+                for (int j = 0; j < width; j++) sums[d][j] = math::add(sums[d][j], math::multiply(codes[j], scale));
             }
         }
+    };
+
+    /// Two messages at a time are under way.
+    template <int depth, class Share>
+    DSC_DEVICE Held<depth> load(const Share& share) const {
+        const int64_t bytes = format.message_bytes();
+        const uint8_t* scales = messages + 4 * share.index;
+        const uint8_t* codes = messages + format.codes_at(share.index) + share.first * bits / 8;
+        Held<depth> held;
 #pragma unroll
-        for (int d = 0; d < depth; d++)  // a scale may be NaN, and what is not there must not be
+        for (int d = 0; d < depth; d++)
 #pragma unroll
-            for (int j = 0; j < width; j++) values[d][j] = share.has(d) ? values[d][j] : 0.0f;
+            for (int j = 0; j < width; j++) held.sums[d][j] = -0.0f;  // which changes nothing that it is added to
+#pragma unroll 1
+        for (int w = 0; w < message_count; w += 2, scales += 2 * bytes, codes += 2 * bytes) {
+            const bool has_second = w + 1 < message_count;
+            const int64_t to_second = has_second ? bytes : 0;  // if there is none, the first is read again
+            Octets<bits, width> first[depth], second[depth];
+            const float first_scale = *reinterpret_cast<const float*>(scales);
+            const float second_scale = *reinterpret_cast<const float*>(scales + to_second);
+#pragma unroll
+            for (int d = 0; d < depth; d++) {
+                first[d].load(codes + d * Share::step() * bits / 8);
+                second[d].load(codes + to_second + d * Share::step() * bits / 8);
+            }
+            held.add(first, math::multiply(first_scale, multiplier));
+            if (has_second) held.add(second, math::multiply(second_scale, multiplier));
+        }
+        return held;
+    }
+};
+
+/// Values and the residual of those before.
+template <int depth, int width>
+struct Corrected {
+    float values[depth][width];
+    DSC_DEVICE void get(int d, float (&out)[width]) const {
+#pragma unroll
+        for (int j = 0; j < width; j++) out[j] = values[d][j];
     }
 };
 
@@ -229,36 +250,38 @@ DSC_DEVICE unsigned largest_of(unsigned bits) {
     }
 }
 
-template <int depth, int width>
-DSC_DEVICE float largest_in(const float (&values)[depth][width]) {
+template <int depth, int width, class Held>
+DSC_DEVICE float largest_in(const Held& held) {
     float largest = 0.0f;
 #pragma unroll
-    for (int d = 0; d < depth; d++)
+    for (int d = 0; d < depth; d++) {
+        float values[width];
+        held.get(d, values);
 #pragma unroll
-        for (int j = 0; j < width; j++) largest = larger(largest, fabsf(values[d][j]));
+        for (int j = 0; j < width; j++) largest = larger(largest, fabsf(values[j]));
+    }
     return largest;
 }
 
 /// How the values of a block become codes, given the bits of the largest magnitude.
+template <int bits>
 struct Coder {
     bool is_finite;
     float scale;
     math::Divisor divisor;
 
-    template <int bits>
     static DSC_DEVICE Coder of(unsigned largest) {
-        const math::Divisor steps = {1.0f, bits == 8 ? 127.0f : 7.0f, bits == 8 ? 0x1.020408p-7f : 0x1.24924ap-3f, bits == 8 ? 0x1.020408p-35f : -0x1.b6db7p-28f};
+        constexpr math::Divisor steps = bits == 8 ? math::Divisor{1.0f, 127.0f, 0x1.020408p-7f, 0x1.020408p-35f}
+                                                  : math::Divisor{1.0f, 7.0f, 0x1.24924ap-3f, -0x1.b6db7p-28f};
         if (largest >= math::kInfinityBits) return {false, math::float_of(math::kNanBits), math::divisor_to_nothing()};
         const float scale = math::scale_or_zero(math::float_of(largest), steps);
         return {true, scale, scale > 0.0f ? math::divisor_of(scale) : math::divisor_to_nothing()};
     }
 
-    /// A code in the low bits. The largest magnitude has the largest code: nothing is to be clamped.
-    DSC_DEVICE float rounded(float value) const {
-        return math::add(math::quotient(value, divisor), math::kRound);
-    }
-    DSC_DEVICE float rest(float value, float rounded) const {
-        return math::subtract(value, math::multiply(math::subtract(rounded, math::kRound), scale));
+    /// The code, in a sum with `rounding`. The largest magnitude has the largest code: nothing is to be clamped.
+    DSC_DEVICE float sum(float value) const { return math::add(math::quotient(value, divisor), rounding<bits>); }
+    DSC_DEVICE float rest(float value, float sum) const {
+        return math::subtract(value, math::multiply(math::subtract(sum, rounding<bits>), scale));
     }
 };
 
@@ -267,92 +290,99 @@ template <int bits, bool has_residual>
 struct Target {
     uint8_t* message;
     float* residual;
-    int64_t count;    // values of the message; beyond, the residual has none
+    int64_t count;  // values of the message; beyond, the residual has none
     Format format;
 
     DSC_DEVICE bool is_tidy() const { return is_aligned(message, 4) && (!has_residual || is_aligned(residual)); }
 
-    template <class Share, int depth, int width>
-    DSC_DEVICE void add_residual(int64_t begin, const Share& share, float (&values)[depth][width]) const {
-        if (!has_residual) return;
-        const float* const from = residual + begin + share.first;
-        float rest[depth][width];
+    template <int depth, int width, class Share, class Held>
+    DSC_DEVICE auto corrected(const Share& share, const Held& held, bool is_mine) const {
+        if constexpr (has_residual) {
+            const float* const from = residual + share.begin + share.first;
+            Vector<float> rest[depth][width / 4] = {};
+            Corrected<depth, width> result;
 #pragma unroll
-        for (int d = 0; d < depth; d++)
-            if (share.has(d)) load_values(from + (share.place(d) - share.first), rest[d]);
+            for (int d = 0; d < depth; d++)
 #pragma unroll
-        for (int d = 0; d < depth; d++)
+                for (int v = 0; v < width / 4; v++)
+                    if (is_mine) rest[d][v] = load_vector(from + d * Share::step() + 4 * v);
 #pragma unroll
-            for (int j = 0; j < width; j++)
-                values[d][j] = share.has(d) ? math::add(values[d][j], rest[d][j]) : values[d][j];
+            for (int d = 0; d < depth; d++) {
+                held.get(d, result.values[d]);
+#pragma unroll
+                for (int j = 0; j < width; j++)
+                    result.values[d][j] = math::add(result.values[d][j], rest[d][j / 4].values[j % 4]);
+            }
+            return result;
+        } else {
+            return held;
+        }
     }
 
-    template <class Share, int depth, int width>
-    DSC_DEVICE void write(int64_t index, int64_t begin, const Share& share, const float (&values)[depth][width],
-                          const Coder& coder) const {
-        if (share.first == 0) store_scale(message + 4 * index, coder.scale);
-        uint8_t* const codes = message + format.codes_at(index) + share.first * bits / 8;
-        float* const rests = residual + begin + share.first;
+    template <int depth, int width, class Share, class Held>
+    DSC_DEVICE void write(const Share& share, const Held& held, const Coder<bits>& coder) const {
+        if (share.first == 0) *reinterpret_cast<float*>(message + 4 * share.index) = coder.scale;
+        uint8_t* const codes = message + format.codes_at(share.index) + share.first * bits / 8;
 #pragma unroll
         for (int d = 0; d < depth; d++) {
-            if (!share.has(d)) continue;
-            uint32_t rounded[width];
-            float rest[width];
+            float values[width], sums[width];
+            held.get(d, values);
 #pragma unroll
-            for (int j = 0; j < width; j++) {
-                const float whole = coder.rounded(values[d][j]);
-                rounded[j] = math::bits_of(whole);
-                rest[j] = coder.rest(values[d][j], whole);
-            }
+            for (int j = 0; j < width; j++) sums[j] = coder.sum(values[j]);
             Octets<bits, width> octets;
-            octets.encode(rounded, coder.is_finite ? ~0u : 0u);
-            octets.store(codes + (share.place(d) - share.first) * bits / 8);
-            if (has_residual && coder.is_finite) store_values(rests + (share.place(d) - share.first), rest);
+            octets.encode(sums, coder.is_finite ? ~0u : 0u);
+            octets.store(codes + d * Share::step() * bits / 8);
+            if constexpr (has_residual) {
+                float* const rests = residual + share.begin + share.first + d * Share::step();
+                if (!coder.is_finite) continue;
+#pragma unroll
+                for (int v = 0; v < width; v += 4) {
+                    Vector<float> rest;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) rest.values[j] = coder.rest(values[v + j], sums[v + j]);
+                    store_vector(rests + v, rest);
+                }
+            }
         }
     }
 
     /// The code in the low bits.
-    DSC_DEVICE uint32_t write_one(int64_t i, float value, const Coder& coder) const {
-        const float whole = coder.rounded(value);
-        if (has_residual && coder.is_finite && i < count) residual[i] = coder.rest(value, whole);
-        return coder.is_finite ? math::bits_of(whole) : 0u;
+    DSC_DEVICE uint32_t write_one(int64_t i, float value, const Coder<bits>& coder) const {
+        const float sum = coder.sum(value);
+        if (has_residual && coder.is_finite && i < count) residual[i] = coder.rest(value, sum);
+        return coder.is_finite ? math::bits_of(math::subtract(sum, rounding<bits> - math::kRound)) : 0u;
     }
 };
 
-/// Block `index` of a message, by `sharing` lanes with `depth` vectors each; `exists`: there is one, and it is tidy. All
-/// lanes of the warp come here.
+/// A tidy block of sharing * depth vectors, by `sharing` lanes with `depth` vectors each. All lanes of the warp come
+/// here, some perhaps with a block that is another's to write (`is_mine` false).
 template <int sharing, int depth, int bits, bool has_residual, class Source>
-DSC_DEVICE void quantize_block(const Source& source, const Target<bits, has_residual>& target, int64_t index, bool exists) {
+DSC_DEVICE void quantize_block(const Source& source, const Target<bits, has_residual>& target, int64_t index, bool is_mine) {
     constexpr int width = Source::width;
     const int member = static_cast<int>(threadIdx.x) % sharing;
-    const Share<sharing, width> share = {member * width, exists ? target.format.block : 0};
-    const int64_t begin = index * target.format.block;
-    float values[depth][width];
-    source.load(index, begin, share, values);
-    target.add_residual(begin, share, values);
-    const unsigned largest = largest_of<sharing>(math::bits_of(largest_in(values)));
-    if (exists) target.write(index, begin, share, values, Coder::of<bits>(largest));
+    const Share<sharing, width> share = {index, index * target.format.block, member * width};
+    const auto loaded = source.template load<depth>(share);
+    const auto held = target.template corrected<depth, width>(share, loaded, is_mine);
+    const unsigned largest = largest_of<sharing>(math::bits_of(largest_in<depth, width>(held)));
+    if (is_mine) target.template write<depth, width>(share, held, Coder<bits>::of(largest));
 }
 
-/// A block that is too long for registers, by a warp, in pieces.
-template <int depth, int bits, bool has_residual, class Source>
-DSC_DEVICE void quantize_long_block(const Source& source, const Target<bits, has_residual>& target, int64_t index) {
-    constexpr int width = Source::width, piece = 32 * depth * width;
+/// A tidy block of any length, by a warp, vector by vector.
+template <int bits, bool has_residual, class Source>
+DSC_DEVICE void quantize_any_block(const Source& source, const Target<bits, has_residual>& target, int64_t index) {
+    constexpr int width = Source::width;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t begin = index * target.format.block;
-    float values[depth][width], largest = 0.0f;
-    for (int first = lane * width; first < target.format.block + lane * width; first += piece) {
-        const Share<32, width> share = {first, target.format.block};
-        source.load(index, begin, share, values);
-        target.add_residual(begin, share, values);
-        largest = larger(largest, largest_in(values));
+    float largest = 0.0f;
+    for (int first = lane * width; first < target.format.block; first += 32 * width) {
+        const Share<32, width> share = {index, index * target.format.block, first};
+        const auto held = target.template corrected<1, width>(share, source.template load<1>(share), true);
+        largest = larger(largest, largest_in<1, width>(held));
     }
-    const Coder coder = Coder::of<bits>(largest_of<32>(math::bits_of(largest)));
-    for (int first = lane * width; first < target.format.block + lane * width; first += piece) {
-        const Share<32, width> share = {first, target.format.block};
-        source.load(index, begin, share, values);
-        target.add_residual(begin, share, values);
-        target.write(index, begin, share, values, coder);
+    const Coder<bits> coder = Coder<bits>::of(largest_of<32>(math::bits_of(largest)));
+    for (int first = lane * width; first < target.format.block; first += 32 * width) {
+        const Share<32, width> share = {index, index * target.format.block, first};
+        const auto held = target.template corrected<1, width>(share, source.template load<1>(share), true);
+        target.template write<1, width>(share, held, coder);
     }
 }
 
@@ -369,7 +399,7 @@ DSC_DEVICE void quantize_loose_block(const Source& source, const Target<bits, ha
     float largest = 0.0f;
 #pragma unroll 1
     for (int place = lane; place < target.format.block; place += 32) largest = larger(largest, fabsf(load(place)));
-    const Coder coder = Coder::of<bits>(largest_of<32>(math::bits_of(largest)));
+    const Coder<bits> coder = Coder<bits>::of(largest_of<32>(math::bits_of(largest)));
     if (lane == 0) store_scale(target.message + 4 * index, coder.scale);
     uint8_t* const codes = target.message + target.format.codes_at(index);
     __syncwarp();  // the residual is written where other lanes have read it
@@ -388,20 +418,24 @@ DSC_DEVICE void quantize_loose_block(const Source& source, const Target<bits, ha
 
 // --- kernels: blockIdx.y is the message -----------------------------------------------------------------------------
 
-/// Blocks of a message that are whole and lie where vectors may; the others, from the returned one on, are loose.
-DSC_DEVICE int64_t tidy_blocks(bool tidy, int64_t count, const Format& format) { return tidy ? count / format.block : 0; }
+/// How many blocks of a message of `count` values are tidy; the others, from there on, are loose.
+DSC_DEVICE int64_t tidy_blocks(bool tidy, int64_t count, bool is_whole, const Format& format) {
+    if (!tidy) return 0;
+    return is_whole ? format.whole_blocks : count / format.block;
+}
 
-/// Calls on_tidy(index, exists) for the blocks before `tidy`, as often in all lanes of a warp, and on_loose(index), by
-/// whole warps, for those after it.
+/// Calls on_tidy(index, is_mine) for the blocks before `tidy`, as often in all lanes of a warp, and on_loose(index), by
+/// whole warps, for those after it. A lane without a block of its own gets another's.
 template <int sharing, class OnTidy, class OnLoose>
 DSC_DEVICE void for_blocks(int64_t tidy, int64_t blocks, const OnTidy& on_tidy, const OnLoose& on_loose) {
     constexpr int at_once = threads / sharing;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * at_once; first < tidy;
          first += static_cast<int64_t>(gridDim.x) * at_once) {
+        if (first + threadIdx.x / 32 * (32 / sharing) >= tidy) break;  // nothing for this warp
         const int64_t index = first + threadIdx.x / sharing;
-        on_tidy(index, index < tidy);
+        on_tidy(index < tidy ? index : tidy - 1, index < tidy);
     }
-    // The last block of the grid begins, as it is likely to have no other work.
+    // The last blocks of the grid begin, as they are likely to have no other work.
     for (int64_t index = tidy + static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * warps + threadIdx.x / 32;
          index < blocks; index += static_cast<int64_t>(gridDim.x) * warps)
         on_loose(index);
@@ -410,33 +444,34 @@ DSC_DEVICE void for_blocks(int64_t tidy, int64_t blocks, const OnTidy& on_tidy, 
 /// What a message of `chunk` values has of `numel` in all.
 struct Cut {
     int64_t begin, count;
+    bool is_whole;
     static DSC_DEVICE Cut of(int64_t row, int64_t chunk, int64_t numel) {
         const int64_t begin = row * chunk < numel ? row * chunk : numel;
-        return {begin, numel - begin < chunk ? numel - begin : chunk};
+        return numel - begin < chunk ? Cut{begin, numel - begin, false} : Cut{begin, chunk, true};
     }
 };
 
+/// `depth` 0: blocks of any length.
 template <int sharing, int depth, int bits, bool has_residual, class Source>
-DSC_DEVICE void quantize_message(const Source& source, const Target<bits, has_residual>& target) {
-    const int64_t tidy = tidy_blocks(source.is_tidy() && target.is_tidy(), target.count, target.format);
+DSC_DEVICE void quantize_message(const Source& source, const Target<bits, has_residual>& target, bool is_whole) {
+    const int64_t tidy = tidy_blocks(source.is_tidy() && target.is_tidy(), target.count, is_whole, target.format);
     for_blocks<sharing>(
         tidy, target.format.blocks,
-        [&](int64_t index, bool exists) {
+        [&](int64_t index, bool is_mine) {
             if constexpr (depth > 0)
-                quantize_block<sharing, depth>(source, target, index, exists);
-            else if (exists)
-                quantize_long_block<16 / Source::width>(source, target, index);
+                quantize_block<sharing, depth>(source, target, index, is_mine);
+            else if (is_mine)
+                quantize_any_block(source, target, index);
         },
         [&](int64_t index) { quantize_loose_block(source, target, index); });
 }
 
 /// Blocks of threads on a multiprocessor, which leaves registers for what a lane holds.
-template <int depth, int width, bool has_residual>
-constexpr int blocks_at_once = depth * width == 16 ? (has_residual ? DSC_QUANTIZE_BLOCKS - 1 : DSC_QUANTIZE_BLOCKS) : has_residual ? 1 : 2;
+template <int values, bool has_residual>
+constexpr int blocks_at_once = values <= 16 ? (has_residual ? 3 : DSC_QUANTIZE_BLOCKS) : has_residual ? 1 : 2;
 
-/// `depth` vectors a lane; 0: long blocks.
 template <class T, int bits, bool has_residual, int sharing, int depth>
-__global__ void __launch_bounds__(threads, (blocks_at_once<depth, Vector<T>::count, has_residual>))
+__global__ void __launch_bounds__(threads, (blocks_at_once<depth * Vector<T>::count, has_residual>))
     block_quantize_kernel(const T* __restrict__ x, int64_t numel, float* __restrict__ residual,
                           uint8_t* __restrict__ messages, int64_t message_count, int64_t chunk, Format format) {
     for (int64_t row = blockIdx.y; row < message_count; row += gridDim.y) {
@@ -444,53 +479,66 @@ __global__ void __launch_bounds__(threads, (blocks_at_once<depth, Vector<T>::cou
         const Values<T> values = {x + cut.begin, cut.count};
         const Target<bits, has_residual> target = {messages + row * format.message_bytes(),
                                                    has_residual ? residual + cut.begin : nullptr, cut.count, format};
-        quantize_message<sharing, depth>(values, target);
+        quantize_message<sharing, depth>(values, target, cut.is_whole);
     }
 }
 
 template <int bits, bool has_residual, int sharing, int depth>
-__global__ void __launch_bounds__(threads, (blocks_at_once<depth, Sum<bits>::width, has_residual>))
+__global__ void __launch_bounds__(threads, (blocks_at_once<depth * Sum<bits>::width, has_residual>))
     block_reduce_quantize_kernel(Sum<bits> sum, float* __restrict__ residual, uint8_t* __restrict__ message) {
-    quantize_message<sharing, depth>(sum, Target<bits, has_residual>{message, residual, sum.count, sum.format});
+    quantize_message<sharing, depth>(sum, Target<bits, has_residual>{message, residual, sum.count, sum.format}, true);
 }
 
-template <class T, int bits>
+template <class T>
+DSC_DEVICE void store_out(T* to, const Vector<T>& vector) {
+#if DSC_BLOCK_STORE
+    store_passing_vector(to, vector);
+#else
+    store_vector(to, vector);
+#endif
+}
+
+template <class T, int bits, int sharing, int depth>
 __global__ void __launch_bounds__(threads)
     block_dequantize_kernel(const uint8_t* __restrict__ messages, int64_t message_count, int64_t chunk, Format format,
                             T* __restrict__ out, int64_t numel) {
-    constexpr int width = Vector<T>::count, depth = 16 / width, piece = 32 * depth * width;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    constexpr int width = Vector<T>::count;
     for (int64_t row = blockIdx.y; row < message_count; row += gridDim.y) {
         const Cut cut = Cut::of(row, chunk, numel);
         const uint8_t* const message = messages + row * format.message_bytes();
         T* const to = out + cut.begin;
-        const int64_t tidy = tidy_blocks(is_aligned(messages, 4) && is_aligned(to), cut.count, format);
-        const auto on_tidy = [&](int64_t index, bool exists) {
-            if (!exists) return;
-            const float scale = load_aligned_scale(message + 4 * index);
+        const int64_t tidy = tidy_blocks(is_aligned(messages, 4) && is_aligned(to), cut.count, cut.is_whole, format);
+        const auto read = [&](const auto& octets, float scale, T* place) {
+            float values[width];
+            octets.decode(values);
+#pragma unroll
+            for (int j = 0; j < width; j++) values[j] = math::multiply(values[j], scale);
+            store_out(place, pack<T>(values));
+        };
+        const auto on_tidy = [&](int64_t index, bool is_mine) {
+            const int member = static_cast<int>(threadIdx.x) % sharing;
+            const float scale = *reinterpret_cast<const float*>(message + 4 * index);
             const uint8_t* const codes = message + format.codes_at(index);
             T* const values_to = to + index * format.block;
-            for (int first = lane * width; first < format.block; first += piece) {
-                const Share<32, width> share = {first, format.block};
+            if constexpr (depth > 0) {
                 Octets<bits, width> octets[depth];
 #pragma unroll
+                for (int d = 0; d < depth; d++) octets[d].load(codes + (d * sharing + member) * Octets<bits, width>::bytes);
+#pragma unroll
                 for (int d = 0; d < depth; d++)
-                    if (share.has(d)) octets[d].load(codes + share.place(d) * bits / 8);
-#pragma unroll
-                for (int d = 0; d < depth; d++) {
-                    if (!share.has(d)) continue;
-                    float values[width];
-                    octets[d].decode(values);
-#pragma unroll
-                    for (int j = 0; j < width; j++) values[j] = math::multiply(values[j], scale);
-                    store_values(values_to + share.place(d), values);
+                    if (is_mine) read(octets[d], scale, values_to + (d * sharing + member) * width);
+            } else if (is_mine) {
+                for (int place = member * width; place < format.block; place += sharing * width) {
+                    Octets<bits, width> octets;
+                    octets.load(codes + place * bits / 8);
+                    read(octets, scale, values_to + place);
                 }
             }
         };
-        for_blocks<32>(tidy, format.blocks, on_tidy, [&](int64_t index) {
+        for_blocks<sharing>(tidy, format.blocks, on_tidy, [&](int64_t index) {
             const float scale = load_scale(message + 4 * index);
 #pragma unroll 1
-            for (int place = lane; place < format.block; place += 32) {
+            for (int place = static_cast<int>(threadIdx.x) % 32; place < format.block; place += 32) {
                 const int64_t i = index * format.block + place;
                 if (i < cut.count)
                     to[i] = from_float<T>(math::multiply(load_code<bits>(message + format.codes_at(index), place), scale));
@@ -499,26 +547,29 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-template <int bits>
+template <int bits, int sharing, int depth>
 __global__ void __launch_bounds__(threads) block_reduce_kernel(Sum<bits> sum, float* __restrict__ out) {
-    constexpr int width = Sum<bits>::width, depth = 4, piece = 32 * depth * width;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t tidy = tidy_blocks(sum.is_tidy() && is_aligned(out), sum.count, sum.format);
-    const auto on_tidy = [&](int64_t index, bool exists) {
-        if (!exists) return;
-        const int64_t begin = index * sum.format.block;
-        for (int first = lane * width; first < sum.format.block; first += piece) {
-            const Share<32, width> share = {first, sum.format.block};
-            float values[depth][width];
-            sum.load(index, begin, share, values);
+    constexpr int width = Sum<bits>::width;
+    const int64_t tidy = tidy_blocks(sum.is_tidy() && is_aligned(out), sum.count, true, sum.format);
+    const auto on_tidy = [&](int64_t index, bool is_mine) {
+        constexpr int at_once = depth > 0 ? depth : 1;
+        const int begin = static_cast<int>(threadIdx.x) % sharing * width;
+        if (depth == 0 && !is_mine) return;
+        for (int first = begin; first < sum.format.block; first += at_once * sharing * width) {
+            const Share<sharing, width> share = {index, index * sum.format.block, first};
+            const auto held = sum.template load<at_once>(share);
 #pragma unroll
-            for (int d = 0; d < depth; d++)
-                if (share.has(d)) store_values(out + begin + share.place(d), values[d]);
+            for (int d = 0; d < at_once; d++) {
+                float values[width];
+                held.get(d, values);
+                if (is_mine) store_out(out + share.begin + first + d * share.step(), pack<float>(values));
+            }
+            if (depth > 0) break;
         }
     };
-    for_blocks<32>(tidy, sum.format.blocks, on_tidy, [&](int64_t index) {
+    for_blocks<sharing>(tidy, sum.format.blocks, on_tidy, [&](int64_t index) {
 #pragma unroll 1
-        for (int place = lane; place < sum.format.block; place += 32) {
+        for (int place = static_cast<int>(threadIdx.x) % 32; place < sum.format.block; place += 32) {
             const int64_t i = index * sum.format.block + place;
             if (i < sum.count) out[i] = sum.at(index, i, place);
         }

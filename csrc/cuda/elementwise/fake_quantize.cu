@@ -15,48 +15,56 @@ struct FakeQuantize {
     math::Divisor steps;
     cudaStream_t stream;
 
-    /// `given`: how many ranges there are; 0: they are measured.
-    cudaError_t run(int64_t given, uint8_t* kept) const {
-        constexpr int64_t width = Vector<T>::count;
-        if (columns == 0 && given != 0) return cudaSuccess;
-        const auto address = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y);
-        const bool whole = columns % width == 0 && address % 16 == 0;
+    /// `given`: whether there are ranges; else they are measured.
+    cudaError_t run(bool given, uint8_t* kept) const {
+        if (columns == 0 && given) return cudaSuccess;
         const bool bits_fit = columns % 8 == 0 || rows == 1;  // rows are whole bytes of them
-        uint8_t* const kept_here = bits_fit ? kept : nullptr;
-        const int64_t vectors = columns / width;
-        cudaError_t error;
-        if (whole && columns % 8 == 0 && vectors <= 4096) {
-            if (vectors <= 8) error = in_rows<8, 1>(given, kept_here);
-            else if (vectors <= 32) error = in_rows<8, 4>(given, kept_here);
-            else if (vectors <= 128) error = in_rows<32, 4>(given, kept_here);
-            else if (vectors <= 256) error = in_rows<32, 8>(given, kept_here);
-            else if (vectors <= 1024) error = in_rows<256, 4>(given, kept_here);
-            else if (vectors <= 2048) error = in_rows<256, 8>(given, kept_here);
-            else error = in_rows<512, 8>(given, kept_here);
-        } else if (given == 0 && columns <= 16384) {
-            error = in_loose_rows();
-            uint8_t* const rest = kept;
-            if (error != cudaSuccess || rest == nullptr || columns == 0) return error;
-            return kept_alone(rest);
-        } else {
-            error = given == 0 ? measured() : cudaSuccess;
-            if (error == cudaSuccess) error = in_pieces(kept_here);
-        }
-        if (error != cudaSuccess || kept == nullptr || bits_fit || columns == 0) return error;
-        return kept_alone(kept);
-    }
-
-private:
-    cudaError_t kept_alone(uint8_t* kept) const {
+        const cudaError_t error = given ? by_given_ranges(bits_fit ? kept : nullptr) : measured(bits_fit ? kept : nullptr);
+        const bool is_done = kept == nullptr || columns == 0 || (bits_fit && !(is_loose() && !given));
+        if (error != cudaSuccess || is_done) return error;
         return launch(kept_bits_kernel<T, symmetric>, blocks_for((rows * columns + 7) / 8), threads, 0, stream, x, rows,
                       columns, scale, offset, codes, kept);
     }
 
+private:
+    static constexpr int64_t width = Vector<T>::count;
+
+    bool is_whole() const {
+        const auto address = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y);
+        return columns % 8 == 0 && address % 16 == 0;
+    }
+    /// Not even long enough for pieces of its own.
+    bool is_loose() const { return !is_whole() && columns <= 16384; }
+
+    cudaError_t measured(uint8_t* kept) const {
+        const int64_t vectors = columns / width;
+        if (is_loose()) return in_loose_rows();
+        if (!is_whole() || vectors > 4096) {
+            const cudaError_t error = measure_pieces();
+            return error == cudaSuccess ? in_pieces<true>(kept) : error;
+        }
+        if (vectors <= 32) return in_rows<8, 4>(kept);
+        if (vectors <= 128) return in_rows<32, 4>(kept);
+        if (vectors <= 256) return in_rows<32, 8>(kept);
+        if (vectors <= 512) return in_rows<128, 4>(kept);
+        if (vectors <= 1024) return in_rows<256, 4>(kept);
+        if (vectors <= 2048) return in_rows<256, 8>(kept);
+        return in_rows<512, 8>(kept);
+    }
+
+    cudaError_t by_given_ranges(uint8_t* kept) const {
+        const int64_t vectors = rows * (columns / width);
+        if (rows == 1 || !is_whole() || columns >= piece_columns<T> || vectors > INT32_MAX) return in_pieces<false>(kept);
+        return launch(quantize_short_rows_kernel<T, symmetric>, blocks_for(vectors, threads * unroll, 0), threads, 0, stream,
+                      x, y, static_cast<unsigned>(vectors), static_cast<unsigned>(columns / width), scale, offset, codes,
+                      kept);
+    }
+
     template <int sharing, int depth>
-    cudaError_t in_rows(int64_t given, uint8_t* kept) const {
-        constexpr int block = sharing > threads ? sharing : threads;
-        return launch(fake_quantize_rows_kernel<T, sharing, depth, symmetric>, blocks_for(rows, block / sharing, 0), block,
-                      0, stream, x, y, rows, static_cast<int>(columns), given, scale, offset, codes, steps, kept);
+    cudaError_t in_rows(uint8_t* kept) const {
+        return launch(fake_quantize_rows_kernel<T, sharing, depth, symmetric>,
+                      blocks_for(rows, threads_for<sharing> / sharing, 0), threads_for<sharing>, 0, stream, x, y, rows,
+                      static_cast<int>(columns), scale, offset, codes, steps, kept);
     }
 
     cudaError_t in_loose_rows() const {
@@ -64,7 +72,7 @@ private:
                       rows, columns, scale, offset, codes, steps);
     }
 
-    cudaError_t measured() const {
+    cudaError_t measure_pieces() const {
         cudaError_t error = launch(begin_spans_kernel<symmetric>, blocks_for(rows), threads, 0, stream, rows, scale, offset);
         const int64_t each = 132 * 8 / rows + 1, pieces = pieces_per_row();
         const int64_t blocks_per_row = each < pieces ? each : pieces;
@@ -79,15 +87,16 @@ private:
 
     int64_t pieces_per_row() const { return (columns + piece_columns<T> - 1) / piece_columns<T>; }
 
+    template <bool measured>
     cudaError_t in_pieces(uint8_t* kept) const {
         if (rows * pieces_per_row() > INT32_MAX) return cudaErrorInvalidValue;
-        return launch(quantize_pieces_kernel<T, symmetric>, dim3(static_cast<unsigned>(rows * pieces_per_row())), threads, 0,
+        return launch(quantize_pieces_kernel<T, symmetric, measured>, dim3(static_cast<unsigned>(rows * pieces_per_row())), threads, 0,
                       stream, x, y, rows, columns, static_cast<unsigned>(pieces_per_row()), scale, offset, codes, kept);
     }
 };
 
 template <class T>
-static cudaError_t fake_quantize(const void* x, void* y, int64_t rows, int64_t columns, int64_t given, float* scale,
+static cudaError_t fake_quantize(const void* x, void* y, int64_t rows, int64_t columns, bool given, float* scale,
                                  float* offset, Codes codes, uint8_t* kept, cudaStream_t stream) {
     const T* const from = static_cast<const T*>(x);
     T* const to = static_cast<T*>(y);
@@ -109,17 +118,16 @@ extern "C" cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int6
         columns *= rows;
         rows = 1;
     }
-    const int64_t count = given != 0 ? (ranges == 1 ? 1 : rows) : 0;
     const Codes codes = {static_cast<float>(low), static_cast<float>(high), static_cast<float>(steps)};
     switch (dtype) {
         case dsc_float32:
-            return fake_quantize<float>(x, y, rows, columns, count, scale, offset, codes, kept, stream);
+            return fake_quantize<float>(x, y, rows, columns, given != 0, scale, offset, codes, kept, stream);
         case dsc_bfloat16:
-            return fake_quantize<__nv_bfloat16>(x, y, rows, columns, count, scale, offset, codes, kept,
+            return fake_quantize<__nv_bfloat16>(x, y, rows, columns, given != 0, scale, offset, codes, kept,
                                                 stream);
 #ifndef DSC_TUNE
         case dsc_float16:
-            return fake_quantize<__half>(x, y, rows, columns, count, scale, offset, codes, kept, stream);
+            return fake_quantize<__half>(x, y, rows, columns, given != 0, scale, offset, codes, kept, stream);
 #endif
         default:
             return cudaErrorInvalidValue;

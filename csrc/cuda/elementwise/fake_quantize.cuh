@@ -139,6 +139,8 @@ DSC_DEVICE Working working(math::ScaleAndOffset range) {
     return {range, math::kShrink, math::multiply(Largest<T>::value, math::kShrink), math::divisor_of(range.scale)};
 }
 
+DSC_DEVICE bool is_kept(float code, const Codes& codes) { return codes.low <= code && code <= codes.high; }
+
 /// The code before it is clamped.
 template <bool symmetric>
 DSC_DEVICE float rounded(float value, const Working& work) {
@@ -155,18 +157,62 @@ DSC_DEVICE float read_back(float code, const Working& work, const Codes& codes) 
     return value;
 }
 
-DSC_DEVICE bool is_kept(float code, const Codes& codes) { return codes.low <= code && code <= codes.high; }
-
-/// Quantizes a vector in place; the bits of what is kept.
+/// Quantizes a vector by ranges that are given; whether each element is kept, as bits.
 template <bool symmetric, class T>
-DSC_DEVICE unsigned quantize_vector(Vector<T>& vector, const Working& work, const Codes& codes) {
+DSC_DEVICE unsigned quantize_vector(Vector<T>& vector, const Working& work, const Codes& codes, bool wants_kept) {
+    constexpr int width = Vector<T>::count;
+    float values[width];
+    unpack(vector, values);
     unsigned kept = 0;
 #pragma unroll
-    for (int j = 0; j < Vector<T>::count; j++) {
-        const float code = rounded<symmetric>(to_float(vector.values[j]), work);
-        vector.values[j] = from_float<T>(read_back<symmetric>(code, work, codes));
-        if (is_kept(code, codes)) kept |= 1u << j;
+    for (int j = 0; j < width; j++) {
+        const float code = rounded<symmetric>(values[j], work);
+        if (wants_kept && is_kept(code, codes)) kept |= 1u << j;
+        values[j] = read_back<symmetric>(code, work, codes);
     }
+    vector = pack<T>(values);
+    return kept;
+}
+
+/// The same by the measured range of the row: no value is far outside of it, and in a row with a NaN or Inf the scale is
+/// NaN, and so is all that it is multiplied by. What most rows do not need is asked for once a vector.
+template <bool symmetric, class T>
+DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, const Codes& codes, bool wants_kept) {
+    constexpr int width = Vector<T>::count;
+    float values[width];
+    unpack(vector, values);
+    if (work.shrink != 1.0f) {
+#pragma unroll
+        for (int j = 0; j < width; j++) values[j] = math::multiply(values[j], work.shrink);
+    }
+    if (!symmetric) {
+#pragma unroll
+        for (int j = 0; j < width; j++) values[j] = math::subtract(values[j], work.range.offset);
+    }
+    float lifted[width];
+#pragma unroll
+    for (int j = 0; j < width; j++) lifted[j] = values[j];
+    if (work.divisor.lift != 1.0f) {
+#pragma unroll
+        for (int j = 0; j < width; j++) lifted[j] = math::multiply(values[j], work.divisor.lift);
+    }
+    unsigned kept = 0;
+#pragma unroll
+    for (int j = 0; j < width; j++) {
+        const float whole = math::subtract(math::add(math::lifted_quotient(lifted[j], work.divisor), math::kRound), math::kRound);
+        // A zero has the sign of what it was.
+        const float code = math::float_of(math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits));
+        if (wants_kept && is_kept(code, codes)) kept |= 1u << j;
+        const float above = code < codes.low ? codes.low : code;  // fmaxf would make +0 of -0
+        values[j] = math::multiply(fminf(above, codes.high), work.range.scale);
+        if (!symmetric) values[j] = math::add(values[j], work.range.offset);
+    }
+    if (work.limit > 0.0f) {
+#pragma unroll
+        for (int j = 0; j < width; j++)
+            values[j] = math::multiply(math::clamp(values[j], -work.limit, work.limit), math::kGrow);
+    }
+    vector = pack<T>(values);
     return kept;
 }
 
@@ -184,39 +230,39 @@ DSC_DEVICE void store_kept(uint8_t* kept, int64_t i, bool exists, unsigned bits)
 
 // --- rows in registers ------------------------------------------------------------------------------------------------
 
-/// Quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers. `given`: how many ranges
-/// there are, or 0: they are measured and written. kept: null, or for rows of whole bytes of it.
+template <int sharing>
+constexpr int threads_for = sharing > 32 ? sharing : threads;
+
+/// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of a
+/// warp, or a block. kept: null, or for rows of whole bytes of it.
 template <class T, int sharing, int depth, bool symmetric>
-__global__ void __launch_bounds__(sharing > threads ? sharing : threads)
-    fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns, int64_t given,
+__global__ void __launch_bounds__(threads_for<sharing>)
+    fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
                               float* __restrict__ scale, float* __restrict__ offset, Codes codes, math::Divisor steps,
                               uint8_t* __restrict__ kept) {
-    constexpr int width = Vector<T>::count, block = sharing > threads ? sharing : threads;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (block / sharing) + threadIdx.x / sharing;
+    constexpr int width = Vector<T>::count;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (threads_for<sharing> / sharing) + threadIdx.x / sharing;
     const int member = static_cast<int>(threadIdx.x) % sharing;
     const int vectors = row < rows ? columns / width : 0;
-    const T* const from = x + row * columns;
-    T* const to = y + row * columns;
+    const T* const from = x + row * columns + member * width;
+    T* const to = y + row * columns + member * width;
     Vector<T> held[depth];
 #pragma unroll
     for (int d = 0; d < depth; d++)
-        if (d * sharing + member < vectors) held[d] = load_vector(from + (d * sharing + member) * width);
-    math::ScaleAndOffset range;
-    if (given == 0) {
-        Span<symmetric> span;
+        if (d * sharing + member < vectors) held[d] = load_vector(from + d * sharing * width);
+    Span<symmetric> span;
 #pragma unroll
-        for (int d = 0; d < depth; d++) {
-            if (d * sharing + member >= vectors) continue;
+    for (int d = 0; d < depth; d++) {
+        if (d * sharing + member >= vectors) continue;
+        float values[width];
+        unpack(held[d], values);
 #pragma unroll
-            for (int j = 0; j < width; j++) span.add(to_float(held[d].values[j]));
-        }
-        range = join<sharing>(span).range(columns, steps);
-        if (member == 0 && row < rows) {
-            scale[row] = range.scale;
-            if (!symmetric) offset[row] = range.offset;
-        }
-    } else if (row < rows) {
-        range = {scale[given == 1 ? 0 : row], symmetric ? 0.0f : offset[given == 1 ? 0 : row]};
+        for (int j = 0; j < width; j++) span.add(values[j]);
+    }
+    const math::ScaleAndOffset range = join<sharing>(span).range(columns, steps);
+    if (member == 0 && row < rows) {
+        scale[row] = range.scale;
+        if (!symmetric) offset[row] = range.offset;
     }
     const Working work = working<T>(range);
 #pragma unroll
@@ -224,8 +270,8 @@ __global__ void __launch_bounds__(sharing > threads ? sharing : threads)
         const int i = d * sharing + member;
         unsigned bits = 0;
         if (i < vectors) {
-            bits = quantize_vector<symmetric>(held[d], work, codes);
-            store_vector(to + i * width, held[d]);
+            bits = quantize_measured<symmetric>(held[d], work, codes, kept != nullptr);
+            store_vector(to + d * sharing * width, held[d]);
         }
         if (kept != nullptr) store_kept<width>(kept, row * (columns / width) + i, i < vectors, bits);
     }
@@ -270,8 +316,18 @@ __global__ void __launch_bounds__(threads) begin_spans_kernel(int64_t rows, floa
     }
 }
 
+#ifndef DSC_PIECE_UNROLL
+#define DSC_PIECE_UNROLL 8
+#endif
+#ifndef DSC_PIECE_REVERSE
+#define DSC_PIECE_REVERSE 1
+#endif
+#ifndef DSC_PIECE_STORE
+#define DSC_PIECE_STORE 1
+#endif
+constexpr int piece_vectors = DSC_PIECE_UNROLL;  // of a thread
 template <class T>
-constexpr int64_t piece_columns = static_cast<int64_t>(threads) * unroll * Vector<T>::count;
+constexpr int64_t piece_columns = static_cast<int64_t>(threads) * piece_vectors * Vector<T>::count;
 
 /// Rows that begin at multiples of 16 bytes, so that their pieces do.
 template <class T>
@@ -292,12 +348,12 @@ __global__ void __launch_bounds__(threads)
     for (int64_t begin = blockIdx.x % blocks_per_row * piece_columns<T>; begin < columns;
          begin += blocks_per_row * piece_columns<T>) {
         if (whole && begin + piece_columns<T> <= columns) {
-            Vector<T> held[unroll];
+            Vector<T> held[piece_vectors];
 #pragma unroll
-            for (int u = 0; u < unroll; u++)
+            for (int u = 0; u < piece_vectors; u++)
                 held[u] = load_vector(from + begin + (u * threads + static_cast<int>(threadIdx.x)) * width);
 #pragma unroll
-            for (int u = 0; u < unroll; u++)
+            for (int u = 0; u < piece_vectors; u++)
 #pragma unroll
                 for (int j = 0; j < width; j++) span.add(to_float(held[u].values[j]));
         } else {
@@ -331,29 +387,34 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-/// With ranges that are known, one for each row. The last pieces come first: they were measured last and may still be in
-/// the cache.
-template <class T, bool symmetric>
+/// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces, which
+/// come first, may still be in the cache.
+template <class T, bool symmetric, bool measured>
 __global__ void __launch_bounds__(threads)
     quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
                            unsigned pieces_per_row, const float* __restrict__ scale, const float* __restrict__ offset,
                            Codes codes, uint8_t* __restrict__ kept) {
     constexpr int width = Vector<T>::count;
-    const unsigned piece = gridDim.x - 1 - blockIdx.x;
+    const unsigned piece = measured && DSC_PIECE_REVERSE ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * piece_columns<T>;
     const T* const from = x + row * columns;
     T* const to = y + row * columns;
     const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
     if (has_whole_vectors<T>(x, y, rows, columns) && begin + piece_columns<T> <= columns) {
-        Vector<T> held[unroll];
+        Vector<T> held[piece_vectors];
 #pragma unroll
-        for (int u = 0; u < unroll; u++)
+        for (int u = 0; u < piece_vectors; u++)
             held[u] = load_vector(from + begin + (u * threads + static_cast<int>(threadIdx.x)) * width);
 #pragma unroll
-        for (int u = 0; u < unroll; u++) {
+        for (int u = 0; u < piece_vectors; u++) {
             const int i = u * threads + static_cast<int>(threadIdx.x);
-            const unsigned bits = quantize_vector<symmetric>(held[u], work, codes);
+            const unsigned bits = measured ? quantize_measured<symmetric>(held[u], work, codes, kept != nullptr)
+                                           : quantize_vector<symmetric>(held[u], work, codes, kept != nullptr);
+#if DSC_PIECE_STORE
+            store_passing_vector(to + begin + i * width, held[u]);
+#else
             store_vector(to + begin + i * width, held[u]);
+#endif
             if (kept != nullptr) store_kept<width>(kept, (row * columns + begin) / width + i, true, bits);
         }
         return;
@@ -373,6 +434,33 @@ __global__ void __launch_bounds__(threads)
             if (is_kept(code, codes)) bits |= 1u << j;
         }
         kept[(row * columns + i) / 8] = static_cast<uint8_t>(bits);
+    }
+}
+
+/// Many short rows of whole vectors and of whole bytes of bits, with a given range each: the vectors of the matrix one
+/// after another.
+template <class T, bool symmetric>
+__global__ void __launch_bounds__(threads)
+    quantize_short_rows_kernel(const T* __restrict__ x, T* __restrict__ y, unsigned vectors, unsigned vectors_per_row,
+                               const float* __restrict__ scale, const float* __restrict__ offset, Codes codes,
+                               uint8_t* __restrict__ kept) {
+    constexpr int width = Vector<T>::count;
+    const unsigned begin = blockIdx.x * (threads * unroll) + threadIdx.x;
+    Vector<T> held[unroll];
+#pragma unroll
+    for (int u = 0; u < unroll; u++)
+        if (begin + u * threads < vectors) held[u] = load_vector(x + static_cast<int64_t>(begin + u * threads) * width);
+#pragma unroll
+    for (int u = 0; u < unroll; u++) {
+        const unsigned i = begin + u * threads;
+        unsigned bits = 0;
+        if (i < vectors) {
+            const unsigned row = i / vectors_per_row;
+            const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
+            bits = quantize_vector<symmetric>(held[u], work, codes, kept != nullptr);
+            store_vector(y + static_cast<int64_t>(i) * width, held[u]);
+        }
+        if (kept != nullptr) store_kept<width>(kept, i, i < vectors, bits);
     }
 }
 

@@ -70,6 +70,28 @@ DSC_DEVICE void store_passing_vector(T* to, const Vector<T>& vector) {
     store_passing(to, words);
 }
 
+/// The elements of a vector as fp32, and back.
+template <class T>
+DSC_DEVICE void unpack(const Vector<T>& vector, float (&values)[Vector<T>::count]) {
+#pragma unroll
+    for (int j = 0; j < Vector<T>::count; j++) values[j] = to_float(vector.values[j]);
+}
+
+template <class T>
+DSC_DEVICE Vector<T> pack(const float (&values)[Vector<T>::count]) {
+    Vector<T> vector;
+    if constexpr (sizeof(T) == 2) {
+        uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; w++) words[w] = pair_of(values[2 * w], values[2 * w + 1], T());
+        memcpy(&vector, words, sizeof words);
+    } else {
+#pragma unroll
+        for (int j = 0; j < Vector<T>::count; j++) vector.values[j] = from_float<T>(values[j]);
+    }
+    return vector;
+}
+
 DSC_DEVICE bool is_aligned(const void* pointer, int bytes = 16) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
 }

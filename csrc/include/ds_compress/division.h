@@ -40,11 +40,12 @@ DSC_HD Divisor divisor_to_nothing() { return {1.0f, 0.0f, 0.0f, 0.0f}; }
 // The nearest float to value / d, where that is normal and value is neither much less than d nor Inf: the estimate is
 // off by little more than half an ulp, and its exact remainder times the nearest reciprocal mends it (Markstein).
 // Quotients below 1/4 may be off in their last bits, as nothing here but rounding to integers comes after.
-DSC_HD float quotient(float value, const Divisor& d) {
-    value = multiply(value, d.lift);
+DSC_HD float lifted_quotient(float value, const Divisor& d) {
     const float estimate = fused(value, d.high, multiply(value, d.low));
     return fused(fused(-estimate, d.value, value), d.high, estimate);
 }
+
+DSC_HD float quotient(float value, const Divisor& d) { return lifted_quotient(multiply(value, d.lift), d); }
 
 // The same for any value, with the sign of a zero; from 2^22 on it is only about right, Inf and NaN stay.
 DSC_HD float any_quotient(float value, const Divisor& d) {

@@ -85,6 +85,13 @@ inline void store_passing(void* to, Word word) {
 
 inline uint32_t permute(uint32_t word, uint32_t selector) { return __byte_perm(word, 0, selector); }
 
+inline uint32_t pair_of(float low, float high, __nv_bfloat16) {
+    return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;
+}
+inline uint32_t pair_of(float low, float high, __half) {
+    return __float2half_rn(low).bits | static_cast<uint32_t>(__float2half_rn(high).bits) << 16;
+}
+
 // The NaN that CUDA makes.
 inline float smaller(float a, float b) {
     return a != a || b != b ? emulator::bit_cast<float>(0x7fffffffu) : b < a ? b : a;

@@ -181,6 +181,11 @@ def select(ins: Instruction) -> str:
 
 @opcode("cvt")
 def convert(ins: Instruction) -> str:
+    if pair := ins.take("bf16x2", "f16x2"):  # the first source is the high half
+        ins.need("rn")
+        ins.need("f32")
+        low, high = ins.value(2, "f32"), ins.value(1, "f32")
+        return ins.set(f"pair_of({low}, {high}, {'__nv_bfloat16' if pair == 'bf16x2' else '__half'}())", "b32")
     source, to = ins.type(), ins.type()
     if "f16" in (source, to) or "bf16" in (source, to):
         return convert_half(ins, source, to)
