@@ -378,12 +378,14 @@ DSC_DEVICE void quantize_any_block(const Source& source, const Target<bits, has_
     constexpr int width = Source::width;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     float largest = 0.0f;
+#pragma unroll 1
     for (int first = lane * width; first < target.format.block; first += 32 * width) {
         const Share<32, width> share = {index, index * target.format.block, first};
         const auto held = target.template corrected<1, width>(share, source.template load<1>(share), true);
         largest = larger(largest, largest_in<1, width>(held));
     }
     const Coder<bits> coder = Coder<bits>::of(largest_of<32>(math::bits_of(largest)));
+#pragma unroll 1
     for (int first = lane * width; first < target.format.block; first += 32 * width) {
         const Share<32, width> share = {index, index * target.format.block, first};
         const auto held = target.template corrected<1, width>(share, source.template load<1>(share), true);
