@@ -35,7 +35,7 @@ help:
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
 	@echo "make lint       ruff and mypy"
-	@echo "make clean      remove $(VENV)"
+	@echo "make clean      remove $(VENV) and .venv-gpu"
 
 setup: $(INSTALLED)
 
@@ -79,4 +79,4 @@ lint: $(LINTERS)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-gpu

@@ -6,10 +6,12 @@ Inputs are random and rotate through more than the L2 cache holds; a figure is t
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from .record import Figures
 
 TURNS = 3  # sets of inputs
 COPY, BF16, INT8, FP8 = "copy", "bf16 product", "int8 product", "fp8 product"
+RATE_OF = {"bf16": BF16, "int8": INT8, "int4": INT8, "_int_mm": INT8, "fp8": FP8, "_scaled_mm": FP8}
 
 
 def measure(device: torch.device, quick: bool) -> Figures:
@@ -31,6 +34,20 @@ def measure(device: torch.device, quick: bool) -> Figures:
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             print(f"no {name} here: {str(error).splitlines()[0]}")
     return found
+
+
+def add_percentages(parts: Mapping[str, Any]) -> None:
+    """Gives every figure in TOP/s of the products its percentage of this device's rate for that kind of product.
+
+    `parts` as in the JSON of a check. The kind is the last word of a variant's name that names one; int4 weights are
+    multiplied as int8.
+    """
+    ceilings = parts.get("ceilings", {}).get("figures", {})
+    for variant, figures in parts.get("products", {}).get("figures", {}).items():
+        kinds = [word for word in re.findall(r"[a-z_]+\d*", variant) if word in RATE_OF]
+        rate = ceilings.get(RATE_OF[kinds[-1]], {}).get("TFLOP/s") if kinds else None
+        if rate and "TOP/s" in figures:
+            figures["percent of the device's rate"] = 100 * figures["TOP/s"] / rate
 
 
 def copy_bandwidth(device: torch.device, size: int, calls: int = 12) -> float:

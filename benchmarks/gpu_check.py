@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import gpu_goals, record
+from . import gpu_ceilings, gpu_goals, record
 from .gpu_parts import ABSENT, PARTS, Part, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +97,7 @@ def check(
         outcome = run(part, device, quick, limit)
         print(f"{part.name}: {outcome.status} after {outcome.seconds:.0f} s\n{outcome.output}", flush=True)
         result["parts"][part.name] = outcome.as_json()
+        gpu_ceilings.add_percentages(result["parts"])
         result["goals"] = gpu_goals.judge(result["parts"])
         write_json(path, result)
     return result

@@ -65,7 +65,8 @@ def run_part(module: str, device: str, quick: bool, output: Path) -> None:
 
     measure = importlib.import_module(module).measure
     extra: dict[str, Any] = {"report": report} if "report" in inspect.signature(measure).parameters else {}
-    report(measure(torch.device(device), quick, **extra))
+    # With its index: some calls of torch.cuda insist on one.
+    report(measure(torch.device(device, 0) if device == "cuda" else torch.device(device), quick, **extra))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -73,20 +74,30 @@ QUICK = (
 
 
 def blocks(modules: str) -> dict[str, dict[str, Any] | None]:
-    """{variant: compression_training}; pruned to half from the second step on, the mask then stays."""
+    """{variant: compression_training}; pruned to half from the second step on, the mask then stays.
+
+    "integer products": the forward of training multiplies the 8-bit codes themselves.
+    """
 
     def one(shared: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
         groups = {"layers": {"params": params, "modules": [modules]}}
         return {"shared_parameters": {"enabled": True, **shared}, "different_groups": groups}
 
-    weights = {"quantize_weight_in_forward": True, "granularity": "per_channel"}
-    quantized = {
-        "weight_quantization": one(weights, {"start_bits": 8, "target_bits": 8}),
-        "activation_quantization": one({"range_calibration": "dynamic"}, {"bits": 8}),
-    }
+    def quantized(kernel: str) -> dict[str, Any]:
+        weights = {"quantize_weight_in_forward": True, "granularity": "per_channel", "kernel": kernel}
+        return {
+            "weight_quantization": one(weights, {"start_bits": 8, "target_bits": 8}),
+            "activation_quantization": one({"range_calibration": "dynamic"}, {"bits": 8}),
+        }
+
     schedule = {"method": "l1", "schedule_offset": 0, "schedule_offset_stride": 1000, "schedule": "linear"}
     pruned = {"sparse_pruning": one({**schedule, "schedule_offset_end": 2}, {"dense_ratio": 0.5})}
-    return {PLAIN: None, "W8A8": quantized, "pruned to half": pruned}
+    return {
+        PLAIN: None,
+        "W8A8": quantized("float"),
+        "pruned to half": pruned,
+        "W8A8, integer products": quantized("int8"),
+    }
 
 
 def measure(device: torch.device, quick: bool, report: Report) -> Figures:
@@ -217,7 +228,8 @@ def free(device: torch.device, before: set[int] | None = None) -> None:
     if before is not None:
         for tensor in tensors_of(device):
             if id(tensor) not in before:
-                tensor.untyped_storage().resize_(0)
+                with suppress(RuntimeError):  # memory that torch did not take itself
+                    tensor.untyped_storage().resize_(0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.products_cuda [--quick] [--json] [--record [FOLDER]] [--device cpu]
 
-The layers are those of BERT-base and of Llamas with 1B and 8B parameters, for 1 to 8192 rows. What is timed is a CUDA graph of
-many calls, so that Python and launches cost nothing; weights rotate through more memory than the L2 cache holds. "product" is
-the op less the quantization of x, which a layer with no columns to multiply but the same x tells. On the CPU (`--device cpu`,
-for a check of this file) plain calls are timed and what torch lacks there is left out.
+The layers are those of BERT-base and of Llamas with 1B and 8B parameters, for 1 to 8192 rows. What is timed is a CUDA
+graph of many calls, so that Python and launches cost nothing; weights rotate through more memory than the L2 cache
+holds. "product" is the op less the quantization of x, which a layer without outputs and with the same x tells. On the
+CPU (`--device cpu`, for a check of this file) plain calls are timed and what torch lacks there is left out.
 """
 
 from __future__ import annotations

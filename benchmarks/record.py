@@ -71,7 +71,10 @@ def append(benchmark: str, arguments: str, figures: Figures, folder: Path = RESU
 
 
 def conditions() -> dict[str, str]:
-    """time (UTC), commit ("+" when the tree has changes), CPU model, cores and the versions that matter."""
+    """time (UTC), commit, CPU model, cores and the versions that matter.
+
+    The commit has a "+" when the tree has changes; outside git it is what $BENCHMARK_COMMIT says.
+    """
     packages = ("torch", "deepspeed", "transformers")
     versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
     return {
@@ -106,7 +109,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCHMARK_COMMIT", "unknown")
 
 
 def instruction_set() -> str:

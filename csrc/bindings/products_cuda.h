@@ -70,7 +70,7 @@ struct Call {
 // The wgmma kernels: where they are in the library, the GPU is one of theirs, TMA can reach rows and outputs, and there is enough
 // to do for a tile.
 inline bool hopper_serves(const Call& call) {
-    if (dsc_hopper_product == nullptr || call.shape.rows <= 32 || call.shape.columns == 0 || call.outputs == 0) return false;
+    if (dsc_hopper_product == nullptr || call.shape.rows <= 16 || call.shape.columns == 0 || call.outputs == 0) return false;
     if (bindings::major_version(call.x.get_device_index()) != 9) return false;
     const auto body = reinterpret_cast<uintptr_t>(call.packed.const_data_ptr()) + sizeof(PackedHeader);
     return body % 16 == 0 && call.outputs * static_cast<int64_t>(call.y.element_size()) % 16 == 0 &&

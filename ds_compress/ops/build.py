@@ -93,8 +93,8 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Build:
-    """One library that can be built: for the CPU, and for CUDA too when `cuda` is given, with Hopper's own products when
-    `cutlass` is."""
+    """One library that can be built: for the CPU, for CUDA too when `cuda` is given, and with Hopper's own products
+    when `cutlass` is."""
 
     torch: Torch
     cxx: Path
@@ -113,8 +113,8 @@ class Build:
 
     @cached_property
     def sources(self) -> list[Path]:
-        """What is compiled, what takes longest first; `_cuda` bindings and .cu files only with CUDA, those of `hopper` only
-        with CUTLASS."""
+        """What is compiled, what takes longest first; `_cuda` bindings and .cu files only with CUDA, those of `hopper`
+        only with CUTLASS."""
         root = sources_folder()
         bindings = [
             path for path in root.glob("bindings/*.cpp") if self.cuda or not path.stem.endswith("_cuda")
@@ -202,7 +202,8 @@ def compile_library(build: Build, library: Path, say: Callable[[str], object] = 
     """Compiles and links everything to `library`, which appears only when it is whole."""
     started = time.monotonic()
     count = len(build.sources)
-    say(f"ds_compress: compiling native ops ({count} files), once for this machine; it takes a minute, with Hopper's kernels some minutes")
+    how_long = "some minutes, with Hopper's kernels" if build.cutlass else "about a minute"
+    say(f"ds_compress: compiling native ops ({count} files), once for this machine; it takes {how_long}")
     with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
         objects = [Path(folder) / f"{index}.o" for index in range(count)]
         with ThreadPoolExecutor(_jobs()) as pool:

@@ -93,7 +93,7 @@ class Cutlass:
 
     @classmethod
     def find(cls) -> Cutlass | None:
-        """From $CUTLASS_HOME, else the wheel `nvidia-cutlass` of `ds_compress[cuda-build]`; None without, or before 4.0."""
+        """From $CUTLASS_HOME, else the wheel `nvidia-cutlass`; None without, or before 4.0."""
         roots = [Path(os.environ["CUTLASS_HOME"])] if os.environ.get("CUTLASS_HOME") else []
         roots += [folder / "cutlass_library" / "source" for folder in _package_folders()]
         for root in roots:

@@ -227,9 +227,11 @@ class RobustSum:
         """Adds <x_i, x_j> of one piece; NaN and Inf come through."""
         numel = count(lane.slices.parts(self.rank, piece))
         rows = self._decoded(lane.codec, lane.arrived[piece], numel)
+        found = torch.zeros_like(gram, device=rows.device)
         for block in rows.split(max(1, _AT_A_TIME // self.world_size), dim=1):
             # fp32 products of a few thousand elements, fp64 sums of those.
-            gram += (block @ block.T).double().cpu()
+            found += (block @ block.T).double()
+        gram += found.cpu()
 
     def _decoded(self, codec: Codec, messages: torch.Tensor, numel: int) -> torch.Tensor:
         rows = torch.empty((len(messages), numel), device=messages.device)

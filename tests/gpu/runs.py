@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,7 +157,11 @@ def cached(layout: str, block: str, dtype: str = "fp32") -> dict[str, Any]:
 
 def several(names: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
     """{(layout, block): run}, for other processes to do."""
-    return {(layout, block): run(layout, BLOCKS[block]) for layout, block in names}
+    results = {}
+    for layout, block in names:
+        results[layout, block] = run(layout, BLOCKS[block])
+        gc.freeze()
+    return results
 
 
 def assert_close(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:

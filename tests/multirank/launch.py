@@ -105,6 +105,7 @@ def _main() -> None:
     import deepspeed.ops
 
     from tests.ending import end
+    from tests.frozen import freeze_imports
 
     # Its C++ build takes minutes and changes nothing here: gloo carries the collectives.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -114,8 +115,10 @@ def _main() -> None:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
     deepspeed.init_distributed(BACKEND)
     module, _, name = function.partition(":")
+    function_to_run = getattr(importlib.import_module(module), name)
+    freeze_imports()
     arguments = torch.load(f"{folder}/arguments.pt", weights_only=False)
-    result = getattr(importlib.import_module(module), name)(**arguments)
+    result = function_to_run(**arguments)
     torch.save(result, f"{folder}/{os.environ['RANK']}.pt")
     end()
 

@@ -46,9 +46,10 @@ class LinearCase:
         return "-".join([*parts, str(self.steps)])
 
 
-# Every kernel (few rows: to 8, 16, 32; small and large tiles) with tails in every direction, and steps enough for a ring of
-# stages to go round in every warp.
-SHAPES = [(1, 33, 4100), (3, 17, 5000), (17, 20, 3100), (1, 1, 1), (1, 17, 100), (2, 9, 530), (3, 5, 0), (4, 20, 48), (7, 33, 64), (8, 10, 1040), (9, 65, 70),
+# Every kernel (one row; few rows: to 8, 16, 32; small and large tiles) with tails in every direction, and steps enough
+# for a ring of stages to go round in every warp.
+SHAPES = [(1, 33, 4100), (1, 700, 1040), (3, 17, 5000), (17, 20, 3100),
+          (1, 1, 1), (1, 17, 100), (2, 9, 530), (3, 5, 0), (4, 20, 48), (7, 33, 64), (8, 10, 1040), (9, 65, 70),
           (33, 64, 16), (64, 70, 200), (65, 130, 100), (130, 127, 333), (0, 5, 16), (9, 0, 16)]  # fmt: skip
 INT8_CASES = [LinearCase(m, n, k) for m, n, k in SHAPES] + [
     LinearCase(12, 20, 40, activation=a, out_dtype=t) for a in ACTIVATIONS[1:] for t in DTYPES
@@ -61,7 +62,8 @@ INT8_CASES = [LinearCase(m, n, k) for m, n, k in SHAPES] + [
     LinearCase(6, 19, 2100, special=True, dtype=torch.bfloat16),
 ]  # fmt: skip
 INT8_CASES += [LinearCase(13, 19, 50, special=True, activation=a) for a in ACTIVATIONS]
-INT4_SHAPES = [(1, 33, 6200), (17, 20, 5300), (1, 1, 1), (1, 9, 1100), (3, 17, 33), (8, 12, 2080), (9, 66, 96), (40, 65, 130), (66, 70, 300),
+INT4_SHAPES = [(1, 33, 6200), (1, 150, 1100), (17, 20, 5300), (1, 1, 1), (50, 20, 300),
+               (1, 9, 1100), (3, 17, 33), (8, 12, 2080), (9, 66, 96), (40, 65, 130), (66, 70, 300),
                (130, 64, 160), (0, 5, 32), (9, 0, 40)]  # fmt: skip
 INT4_CASES = [LinearCase(m, n, k, "int4", group) for m, n, k in INT4_SHAPES for group in (32, 64, 128)] + [
     LinearCase(3, 5, 0, "int4", 32),

@@ -36,7 +36,11 @@ def check_linears(kind: str, chosen: Sequence[LinearCase], libraries: Libraries,
 
 
 def check_fused(
-    kind: str, chosen: Sequence[LinearCase], packed: Sequence[dict[str, np.ndarray]], libraries: Libraries, schedule: int
+    kind: str,
+    chosen: Sequence[LinearCase],
+    packed: Sequence[dict[str, np.ndarray]],
+    libraries: Libraries,
+    schedule: int,
 ) -> None:
     """The launch that quantizes x itself, where there is one."""
     both = [(case, each["packed"]) for case, each in zip(chosen, packed, strict=True) if cases.quantizes_itself(case)]

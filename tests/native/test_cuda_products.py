@@ -1,4 +1,4 @@
-"""Linear layers on codes on a CUDA device: shapes that reach every kernel, streams, captures, and what they fall back to."""
+"""Linear layers on codes on a CUDA device: shapes that reach every kernel, streams, captures, first uses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from ds_compress.ops.reference import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.gpu
 
-# (rows, out_features, in_features): up to 8, 16, 32, 64 rows; every tile of Hopper, whole and with tails; what TMA cannot reach.
+# (rows, out_features, in_features): one row; up to 8, 16, 32, 64 rows; every tile of Hopper, whole and with tails; rows
+# that TMA cannot reach.
 SHAPES = [
-    (1, 64, 96), (1, 1000, 4096), (1, 48, 20000), (3, 130, 2080), (8, 768, 768), (9, 33, 130), (16, 4096, 528),
-    (31, 257, 1040), (33, 64, 64), (64, 768, 3072), (65, 1000, 80), (100, 1001, 336), (128, 2048, 512), (300, 264, 1008),
-    (513, 3072, 768), (2049, 776, 256), (4096, 4096, 128), (1000, 14336, 64), (200, 0, 64), (0, 40, 64), (40, 40, 0),
+    (1, 64, 96), (1, 1000, 4096), (1, 20000, 256), (1, 48, 20000), (3, 130, 2080), (8, 768, 768), (9, 33, 130),
+    (16, 4096, 528), (31, 257, 1040), (33, 64, 64), (64, 768, 3072), (65, 1000, 80), (100, 1001, 336),
+    (128, 2048, 512), (300, 264, 1008), (513, 3072, 768), (2049, 776, 256), (4096, 4096, 128),
+    (1000, 14336, 64), (200, 0, 64), (0, 40, 64), (40, 40, 0),
 ]  # fmt: skip
 
 
@@ -56,7 +58,9 @@ def cuda(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_linear_gives_the_bits_of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, ops: Any) -> None:
+def test_int8_linear_gives_the_bits_of_the_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, ops: Any
+) -> None:
     x, codes, scale, bias = operands(*shape, dtype)
     packed, theirs = ops.int8_linear_pack(codes.cuda()), IMPLEMENTATIONS["int8_linear_pack"](codes)
     for with_bias, activation, given in ((bias, "none", None), (None, "relu", torch.tensor([0.05]))):
@@ -71,10 +75,17 @@ def test_int8_linear_gives_the_bits_of_the_reference(shape: tuple[int, int, int]
 def test_activations_are_within_their_bound(rows: int, activation: str, ops: Any) -> None:
     x, codes, scale, bias = operands(rows, 264, 512, torch.float32)
     mine = ops.int8_linear(
-        *cuda(x, ops.int8_linear_pack(codes.cuda()), scale, bias), activation=activation, out_dtype=torch.float32
+        *cuda(x, ops.int8_linear_pack(codes.cuda()), scale, bias),
+        activation=activation,
+        out_dtype=torch.float32,
     ).cpu()
     theirs = IMPLEMENTATIONS["int8_linear"](
-        x, IMPLEMENTATIONS["int8_linear_pack"](codes), scale, bias, activation=activation, out_dtype=torch.float32
+        x,
+        IMPLEMENTATIONS["int8_linear_pack"](codes),
+        scale,
+        bias,
+        activation=activation,
+        out_dtype=torch.float32,
     )
     near = (mine - theirs).abs() <= 2e-6 * theirs.abs() + 4e-7
     assert (near | (mine == theirs) | (mine.isnan() & theirs.isnan())).all()
@@ -82,15 +93,20 @@ def test_activations_are_within_their_bound(rows: int, activation: str, ops: Any
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] <= 300], ids=str)
-def test_int4_linear_gives_the_bits_of_the_reference(shape: tuple[int, int, int], group: int, ops: Any) -> None:
-    rows, outputs, inputs = shape
+def test_int4_linear_gives_the_bits_of_the_reference(
+    shape: tuple[int, int, int], group: int, ops: Any
+) -> None:
+    _, outputs, inputs = shape
     x, _, _, bias = operands(*shape, torch.bfloat16)
     generator = torch.Generator().manual_seed(5)
     codes = torch.randint(-8, 8, (outputs, inputs), generator=generator, dtype=torch.int8)
     scale = torch.rand(outputs, -(-inputs // group), generator=generator) * 0.02
     if inputs and outputs and not scale.shape[1]:
         pytest.skip("no groups")
-    packed, theirs = ops.int4_linear_pack(*cuda(codes, scale)), IMPLEMENTATIONS["int4_linear_pack"](codes, scale)
+    packed, theirs = (
+        ops.int4_linear_pack(*cuda(codes, scale)),
+        IMPLEMENTATIONS["int4_linear_pack"](codes, scale),
+    )
     mine = ops.int4_linear(x.cuda(), packed, outputs, group, bias.cuda())
     same(mine, IMPLEMENTATIONS["int4_linear"](x, theirs, outputs, group, bias))
 
@@ -151,5 +167,7 @@ assert torch.equal(captured, ops.int8_linear(x, packed, scale))
 
 def test_a_first_use_within_a_capture_tries_nothing_out(ops: Any) -> None:
     """Trying out waits for the device, which a capture forbids: the way that every GPU has serves meanwhile."""
-    done = subprocess.run([sys.executable, "-c", _FIRST_USE_IN_A_CAPTURE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_USE_IN_A_CAPTURE], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]

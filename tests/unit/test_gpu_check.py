@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_check, gpu_goals
+from benchmarks import gpu_ceilings, gpu_check, gpu_goals
 from benchmarks.gpu_goals import Goal
 from benchmarks.gpu_parts import PARTS, Part
 
@@ -123,6 +123,21 @@ def test_goals() -> None:
     assert rows[3] == ["2 of 3", "0 of 1", "not measured"]
 
 
+def test_rates_are_told_as_percentages_of_the_device() -> None:
+    layer = "1B 2048x2048, 64 rows"
+    products: dict[str, dict[str, float]] = {
+        f"{layer}, int8": {"TOP/s": 50.0},
+        f"{layer}, _int_mm": {"TOP/s": 60.0},
+        f"{layer}, bf16": {"TOP/s": 10.0},
+        f"{layer}, fp8": {"TOP/s": 10.0},
+        f"{layer}, int8, gelu": {"us": 1.0},
+    }
+    ceilings = {gpu_ceilings.INT8: {"TFLOP/s": 200.0}, gpu_ceilings.BF16: {"TFLOP/s": 100.0}}
+    gpu_ceilings.add_percentages({"ceilings": {"figures": ceilings}, "products": {"figures": products}})
+    told = {variant: figures.get("percent of the device's rate") for variant, figures in products.items()}
+    assert list(told.values()) == [25.0, 30.0, 10.0, None, None]
+
+
 def test_every_goal_belongs_to_a_part_and_every_share_fits_into_the_minutes() -> None:
     assert {goal.part for goal in gpu_goals.GOALS} <= {part.name for part in PARTS}
     assert sum(part.seconds for part in PARTS) == pytest.approx(60 * gpu_check.MINUTES)
@@ -131,7 +146,16 @@ def test_every_goal_belongs_to_a_part_and_every_share_fits_into_the_minutes() ->
 def test_the_dry_run_runs_every_part(tmp_path: Path) -> None:
     """The code that a GPU runs, in tiny sizes on the CPU."""
     output = tmp_path / "check.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--dry-run",
+        "--minutes",
+        "20",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ)
     )

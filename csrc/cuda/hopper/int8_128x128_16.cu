@@ -1,5 +1,5 @@
 #include "instances.cuh"
 
 cudaError_t ds_compress::hopper::int8_128x128_16(const DscProduct& product, cudaStream_t stream) {
-    return PingPongProduct<int8_t, cutlass::bfloat16_t, Shape<_128, _128, _128>, Shape<_2, _1, _1>>::run(product, stream);
+    return Int8Product<cutlass::bfloat16_t, Shape<_128, _128, _128>, Shape<_2, _1, _1>>::run(product, stream);
 }

@@ -1,5 +1,5 @@
 #include "instances.cuh"
 
 cudaError_t ds_compress::hopper::int8_64x64_32(const DscProduct& product, cudaStream_t stream) {
-    return PingPongProduct<int8_t, float, Shape<_64, _64, _128>, Shape<_1, _1, _1>>::run(product, stream);
+    return Int8Product<float, Shape<_64, _64, _128>, Shape<_1, _1, _1>>::run(product, stream);
 }

@@ -24,7 +24,7 @@ typedef struct {
 } DscProduct;
 
 enum DscCodes { dsc_int8_codes = 0, dsc_fp8_codes = 1 };
-enum { dsc_hopper_tiles = 4 };  // of every kind of codes
+enum { dsc_hopper_tiles = 3 };  // of every kind of codes
 
 // One of the tiles; `tile` < dsc_hopper_tiles. Nothing is allocated, no workspace is needed.
 __attribute__((weak)) cudaError_t dsc_hopper_product(const DscProduct* product, int codes, int tile, cudaStream_t stream);

@@ -20,6 +20,25 @@ struct Epilogue {
     int64_t m, n;
 };
 
+/// x erfc(-x / sqrt 2) / 2 without a branch, since a tile activates a hundred values a thread. With t = 1 / (1 + 0.3 z),
+/// erfc(z) = exp(-z^2) t P(t) within 2e-8 for 0 <= z <= 9: P was fitted to scipy's erfcx at Chebyshev's points.
+DSC_DEVICE float gelu_erf(float x) {
+    const float magnitude = math::float_of(math::bits_of(x) & math::kMagnitudeBits);
+    const float t = approximate_reciprocal(math::fused(0.3f * 0.70710678f, magnitude, 1.0f));
+    float p = -0.12925847f;
+    p = math::fused(p, t, 0.48417068f);
+    p = math::fused(p, t, -0.50913280f);
+    p = math::fused(p, t, 0.54374641f);
+    p = math::fused(p, t, -0.091583930f);
+    p = math::fused(p, t, 0.21344759f);
+    p = math::fused(p, t, 0.14877333f);
+    p = math::fused(p, t, 0.17064433f);
+    p = math::fused(p, t, 0.16919293f);
+    const float half_erfc = 0.5f * p * t * exp2f(x * x * -0.72134752f);  // exp(-x^2 / 2)
+    // Beyond 1000 the second term is 0; of an infinite x it would be NaN.
+    return x < 0.0f ? x * half_erfc : x - (x > 1000.0f ? 0.0f : x * half_erfc);
+}
+
 /// Within 2e-6 relative + 2e-7 absolute of the exact function.
 DSC_DEVICE float activate(float x, int activation) {
     if (activation > dsc_relu) x = x < -1000.0f ? -1000.0f : x;  // -Inf has the limit, not Inf times 0
@@ -27,13 +46,13 @@ DSC_DEVICE float activate(float x, int activation) {
         case dsc_relu:
             return x < 0.0f ? 0.0f : x;  // NaN stays NaN
         case dsc_gelu_erf:
-            return 0.5f * x * erfcf(x * -0.70710678118654752f);  // erfc: 1 + erf cancels where x is negative
+            return gelu_erf(x);
         case dsc_gelu_tanh: {
             const float inner = 1.5957691216057308f * (x + 0.044715f * x * x * x);
-            return math::divide(x, 1.0f + expf(-inner));  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+            return x * approximate_reciprocal(1.0f + expf(-inner));  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
         }
         case dsc_silu:
-            return math::divide(x, 1.0f + expf(-x));
+            return x * approximate_reciprocal(1.0f + expf(-x));
         default:
             return x;
     }

@@ -1,4 +1,5 @@
 #include "int4_gemm.cuh"
+#include "int4_row.cuh"
 #include "int4_skinny.cuh"
 
 namespace ds_compress::linear {
@@ -45,13 +46,24 @@ static cudaError_t int4_few(const int8_t* codes, const void* packed, int64_t k, 
 /// The rows that the parts of a step in shared memory leave room for: many small groups have many.
 static int64_t most_few_rows(int group) { return group == 128 ? 64 : group == 64 ? 32 : 16; }
 
+/// A warp per feature, or, where a row has too many groups for that, 16 features at once.
+template <int words, class T>
+static cudaError_t int4_row(const RawTokens<T>& raw, const void* packed, int64_t k, const Epilogue& e,
+                            cudaStream_t stream) {
+    const int64_t groups = (k + words * 32 - 1) / (words * 32);
+    if (groups > row_groups) return int4_skinny<Int4Skinny<1, words, 5, 3>>(raw, packed, k, e, stream);
+    const int64_t scratch_bytes = rounded_up(skinny_warps * row_scratch(static_cast<int>(groups)) * 4, 16);
+    return launch(int4_row_kernel<words, RawTokens<T>>, skinny_grid(e.n, skinny_warps, row_blocks), skinny_threads,
+                  row_ring_bytes + scratch_bytes + shared_tokens_bytes(1, k), stream, raw, packed, k, e);
+}
+
 template <class T>
-static cudaError_t int4_skinny_of(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
-                                  int group, const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int4_row(const void* x, const float* given_scale, int steps, const void* packed, int64_t k, int group,
+                            const Epilogue& e, cudaStream_t stream) {
     const RawTokens<T> raw{static_cast<const T*>(x), given_scale, steps};
-    if (group == 32) return int4_skinny<Int4Skinny<1, 1, 5, 3>>(raw, packed, k, e, stream);
-    if (group == 64) return int4_skinny<Int4Skinny<1, 2, 5, 3>>(raw, packed, k, e, stream);
-    return int4_skinny<Int4Skinny<1, 4, 5, 3>>(raw, packed, k, e, stream);
+    if (group == 32) return int4_row<1>(raw, packed, k, e, stream);
+    if (group == 64) return int4_row<2>(raw, packed, k, e, stream);
+    return int4_row<4>(raw, packed, k, e, stream);
 }
 
 static bool is_group(int group) { return group == 32 || group == 64 || group == 128; }
@@ -83,11 +95,11 @@ extern "C" cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float*
     if (!is_group(group) || !quantizes_itself(m, k) || (steps != 127 && steps != 128)) return cudaErrorInvalidValue;
     switch (dtype) {
         case dsc_float32:
-            return int4_skinny_of<float>(x, given_scale, steps, packed, k, group, e, stream);
+            return int4_row<float>(x, given_scale, steps, packed, k, group, e, stream);
         case dsc_bfloat16:
-            return int4_skinny_of<__nv_bfloat16>(x, given_scale, steps, packed, k, group, e, stream);
+            return int4_row<__nv_bfloat16>(x, given_scale, steps, packed, k, group, e, stream);
         case dsc_float16:
-            return int4_skinny_of<__half>(x, given_scale, steps, packed, k, group, e, stream);
+            return int4_row<__half>(x, given_scale, steps, packed, k, group, e, stream);
         default:
             return cudaErrorInvalidValue;
     }

@@ -1,4 +1,5 @@
 #include "int8_gemm.cuh"
+#include "int8_row.cuh"
 #include "int8_skinny.cuh"
 
 namespace ds_compress::linear {
@@ -27,10 +28,11 @@ static cudaError_t int8_skinny_of_codes(const int8_t* codes, const void* packed,
 }
 
 template <class T>
-static cudaError_t int8_skinny_of(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
-                                  const Epilogue& e, cudaStream_t stream) {
-    return int8_skinny<Int8Skinny<1, 1, 5, 3>>(RawTokens<T>{static_cast<const T*>(x), given_scale, steps}, packed, k, e,
-                                               stream);
+static cudaError_t int8_row(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
+                            const Epilogue& e, cudaStream_t stream) {
+    const RawTokens<T> raw{static_cast<const T*>(x), given_scale, steps};
+    return launch(int8_row_kernel<RawTokens<T>>, skinny_grid(e.n, skinny_warps, row_blocks), skinny_threads,
+                  row_ring_bytes + shared_tokens_bytes(1, k), stream, raw, packed, k, e);
 }
 
 }  // namespace ds_compress::linear
@@ -57,11 +59,11 @@ extern "C" cudaError_t dsc_int8_linear_of(const void* x, int dtype, const float*
     if (!quantizes_itself(m, k) || (steps != 127 && steps != 128)) return cudaErrorInvalidValue;
     switch (dtype) {
         case dsc_float32:
-            return int8_skinny_of<float>(x, given_scale, steps, packed, k, e, stream);
+            return int8_row<float>(x, given_scale, steps, packed, k, e, stream);
         case dsc_bfloat16:
-            return int8_skinny_of<__nv_bfloat16>(x, given_scale, steps, packed, k, e, stream);
+            return int8_row<__nv_bfloat16>(x, given_scale, steps, packed, k, e, stream);
         case dsc_float16:
-            return int8_skinny_of<__half>(x, given_scale, steps, packed, k, e, stream);
+            return int8_row<__half>(x, given_scale, steps, packed, k, e, stream);
         default:
             return cudaErrorInvalidValue;
     }

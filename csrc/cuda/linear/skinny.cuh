@@ -37,7 +37,7 @@ struct WarpRing {
     int reading = 0, writing = stages - 1;
 
     template <class Start>
-    DSC_DEVICE void fill(Start start) {
+    DSC_DEVICE void fill(Start& start) {
 #pragma unroll 1
         for (int stage = 0; stage < stages - 1; stage++) {
             start(stage);
@@ -47,7 +47,7 @@ struct WarpRing {
 
     /// The stage of the next step, whose copies have all come. The stage before it is filled anew: no lane reads it any more.
     template <class Start>
-    DSC_DEVICE int next(Start start) {
+    DSC_DEVICE int next(Start& start) {
         wait_copies<stages - 2>();
         __syncwarp();
         start(writing);

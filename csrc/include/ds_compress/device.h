@@ -10,6 +10,7 @@
 //   ldmatrix_x4, mma_s8_16x8x32, mma_sp_s8_16x8x64                    tensor cores, sm_80 and later
 //   copy_async_16, commit_copies, wait_copies<pending>                global to shared without registers
 //   multiprocessors()                  on the host, for the size of a grid
+//   approximate_reciprocal             within a unit in the last place
 //   to_float, from_float<T>            fp32, bf16, fp16; rounds to nearest even
 //   load_wide, store_wide<Word>        4, 8 or 16 aligned bytes of global memory in one access;
 //   load_passing, store_passing        the same, for what no cache need keep
@@ -40,7 +41,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-    if (shared_bytes > 48 * 1024) {  // more than that is a wish that has to be stated
+    if (shared_bytes > 16 * 1024) {  // with what a kernel declares itself, more than 48 KB have to be asked for
         const cudaError_t refused = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
         if (refused != cudaSuccess) return refused;
@@ -89,6 +90,13 @@ DSC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
     const int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
                  : "memory");
+}
+
+/// 1 / x within one unit in the last place; 0 where that is subnormal. Only where a bound is promised, not bits.
+DSC_DEVICE float approximate_reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
 }
 
 /// Closes the group of the copies that this thread started since the last call.

@@ -120,3 +120,7 @@ inline int __dp4a(int a, int b, int sum) {
     }
     return sum;
 }
+
+namespace ds_compress {
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+}  // namespace ds_compress

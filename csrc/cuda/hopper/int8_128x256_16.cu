@@ -1,5 +1,0 @@
-#include "instances.cuh"
-
-cudaError_t ds_compress::hopper::int8_128x256_16(const DscProduct& product, cudaStream_t stream) {
-    return CooperativeProduct<int8_t, cutlass::bfloat16_t, Shape<_128, _256, _128>, Shape<_2, _1, _1>>::run(product, stream);
-}
