@@ -230,13 +230,16 @@ DSC_DEVICE void store_kept(uint8_t* kept, int64_t i, bool exists, unsigned bits)
 
 // --- rows in registers ------------------------------------------------------------------------------------------------
 
+#ifndef DSC_ROWS_WARPS
+#define DSC_ROWS_WARPS 24
+#endif
 template <int sharing>
 constexpr int threads_for = sharing > 32 ? sharing : threads;
 
 /// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of a
 /// warp, or a block. kept: null, or for rows of whole bytes of it.
 template <class T, int sharing, int depth, bool symmetric>
-__global__ void __launch_bounds__(threads_for<sharing>, 1)
+__global__ void __launch_bounds__(threads_for<sharing>, depth == 4 ? DSC_ROWS_WARPS * 32 / threads_for<sharing> : 1)
     fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
                               float* __restrict__ scale, float* __restrict__ offset, Codes codes, math::Divisor steps,
                               uint8_t* __restrict__ kept) {
