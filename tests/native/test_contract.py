@@ -95,6 +95,10 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
+def as_list(argument: Any) -> list[torch.Tensor]:
+    return argument if isinstance(argument, list) else [argument]
+
+
 def _fake_cuda(value: Any, mode: FakeTensorMode) -> Any:
     if isinstance(value, list):
         return [_fake_cuda(each, mode) for each in value]

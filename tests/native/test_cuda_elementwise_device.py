@@ -17,7 +17,7 @@ from ds_compress.ops import library
 from ds_compress.ops.schemas import message_bytes
 from tests.native.cases import CASES, Case
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
-from tests.native.test_contract import tensors
+from tests.native.test_contract import as_list, tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -198,16 +198,12 @@ def test_a_captured_graph_does_what_the_call_does(case: Case, ops: Any) -> None:
         results = tensors(op(*captured, **kwargs))
     for _ in range(2):
         for index in case.mutated:
-            for mine, fresh in zip(_list(captured[index]), _list(args[index]), strict=True):
+            for mine, fresh in zip(as_list(captured[index]), as_list(args[index]), strict=True):
                 mine.copy_(fresh)
         graph.replay()
         torch.cuda.synchronize()
         for mine, theirs in zip(results, expected, strict=True):
             assert same(mine, theirs)
         for index in case.mutated:
-            for mine, theirs in zip(_list(captured[index]), _list(eager[index]), strict=True):
+            for mine, theirs in zip(as_list(captured[index]), as_list(eager[index]), strict=True):
                 assert same(mine, theirs)
-
-
-def _list(value: Any) -> list[torch.Tensor]:
-    return value if isinstance(value, list) else [value]

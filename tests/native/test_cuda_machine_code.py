@@ -26,6 +26,7 @@ SOURCES = sorted(
     if path.parent.name != "hopper"
 )
 BUDGETS = harness.REPOSITORY / "tests/native/budgets.toml"
+WIDE = ("LDG.128", "STG.128")
 COUNTED = ("IMMA", "IMMA.SP", "LDSM", "LDGSTS", "IDP")
 # expf, erfcf and the activations may approximate: their bound is 2e-6, and they are written to hold it.
 MAY_APPROXIMATE = {f"csrc/cuda/linear/{kind}_linear.cu" for kind in ("int8", "int4", "sparse24")}
@@ -67,6 +68,9 @@ def violations(name: str, arch: str, code: MachineCode) -> list[str]:
     for instruction in COUNTED:
         if code.counts[instruction] != budget.get(instruction, 0):
             found.append(f"{code.counts[instruction]} {instruction}, not {budget.get(instruction, 0)}")
+    for instruction in WIDE:
+        if code.counts[instruction] < budget.get(instruction, 0):
+            found.append(f"{code.counts[instruction]} {instruction}, at least {budget[instruction]} are needed")
     return [f"{name} for sm_{arch}: {what}" for what in found]
 
 

@@ -53,6 +53,24 @@ def test_apply(dtype: torch.dtype, place: tuple[int, int, int], seed: int, fill:
     assert same(weights, torch.where(bits_of(packed, numel, bit_offset), before, filled))
 
 
+@given(sizes=st.lists(places, max_size=12), seed=seeds, fill=st.sampled_from([0.0, -1.5]))
+def test_apply_to_many(sizes: list[tuple[int, int, int]], seed: int, fill: float) -> None:
+    """Tensors of any dtypes: as one call for each."""
+    masks = [mask_for(numel, bit, seed + i) for i, (numel, bit, _) in enumerate(sizes)]
+    weights = [
+        random_values(numel, DTYPES[(seed + i) % 4], seed + i, specials=0.2, offset=offset)
+        for i, (numel, _, offset) in enumerate(sizes)
+    ]
+    bits = [bit for _, bit, _ in sizes]
+    expected = [each.clone() for each in weights]
+    for values, packed, bit in zip(expected, masks, bits, strict=True):
+        native_ops().mask_apply_(values, packed, bit, fill)
+    for apply in (reference.mask_apply_many_, native_ops().mask_apply_many_):
+        mine = [each.clone() for each in weights]
+        apply(mine, masks, bits, fill)
+        assert all(same(a, b) for a, b in zip(mine, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", LENGTHS)
 def test_apply_count_and_adam_at_hard_lengths(dtype: torch.dtype, numel: int) -> None:
@@ -212,6 +230,8 @@ BAD_CALLS = {
     "bits 1 to 17 of a mask of 2 bytes": lambda ops, f, b: ops.mask_apply_(f, b, 1),
     "is negative": lambda ops, f, b: ops.mask_unpack(b, 3, -1),
     "exp_avg has 15 elements": lambda ops, f, b: ops.mask_apply_adam_(f, f[1:].clone(), f, b),
+    "2 weights, 1 masks and 2 bit_offsets": lambda ops, f, b: ops.mask_apply_many_([f, f], [b], [0, 0]),
+    "mask_apply_many_: bits 9 to 25": lambda ops, f, b: ops.mask_apply_many_([f], [b], [9]),
     "keep is bool": lambda ops, f, b: ops.mask_pack(f),
     "got n = 5, m = 4": lambda ops, f, b: ops.mask_n_of_m(f.view(2, 8), 5, 4),
     "power of two": lambda ops, f, b: ops.magnitude_histogram(f, 0, 100, 31, 0),

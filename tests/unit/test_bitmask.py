@@ -31,6 +31,17 @@ def test_apply_clears_exactly_the_masked_weights(dtype: torch.dtype, numel: int)
     assert torch.equal(weights, expected)
 
 
+def test_apply_many_is_apply_of_each() -> None:
+    weights = [torch.randn(numel).to(dtype) for numel in (0, 5, 1003) for dtype in (torch.float32, torch.bfloat16)]
+    masks = [bitmask.pack(torch.rand(each.numel()) < 0.5) for each in weights]
+    expected = [each.clone() for each in weights]
+    for each, mask in zip(expected, masks, strict=True):
+        bitmask.apply_(each, mask)
+    bitmask.apply_many_(zip(weights, masks, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    bitmask.apply_many_([])
+
+
 def test_a_masked_nan_inf_or_negative_zero_becomes_positive_zero() -> None:
     weights = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, -3.0, 2.0])
     bitmask.apply_(weights, bitmask.pack(torch.tensor([False] * 5 + [True])))

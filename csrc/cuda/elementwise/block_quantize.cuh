@@ -279,7 +279,7 @@ struct Coder {
     }
 
     /// The code, in a sum with `rounding`. The largest magnitude has the largest code: nothing is to be clamped.
-    DSC_DEVICE float sum(float value) const { return math::add(math::quotient(value, divisor), rounding<bits>); }
+    DSC_DEVICE float sum(float lifted) const { return math::add(math::lifted_quotient(lifted, divisor), rounding<bits>); }
     DSC_DEVICE float rest(float value, float sum) const {
         return math::subtract(value, math::multiply(math::subtract(sum, rounding<bits>), scale));
     }
@@ -327,8 +327,13 @@ struct Target {
         for (int d = 0; d < depth; d++) {
             float values[width], sums[width];
             held.get(d, values);
+            held.get(d, sums);
+            if (coder.divisor.lift != 1.0f) {
 #pragma unroll
-            for (int j = 0; j < width; j++) sums[j] = coder.sum(values[j]);
+                for (int j = 0; j < width; j++) sums[j] = math::multiply(sums[j], coder.divisor.lift);
+            }
+#pragma unroll
+            for (int j = 0; j < width; j++) sums[j] = coder.sum(sums[j]);
             Octets<bits, width> octets;
             octets.encode(sums, coder.is_finite ? ~0u : 0u);
             octets.store(codes + d * Share::step() * bits / 8);
@@ -348,7 +353,7 @@ struct Target {
 
     /// The code in the low bits.
     DSC_DEVICE uint32_t write_one(int64_t i, float value, const Coder<bits>& coder) const {
-        const float sum = coder.sum(value);
+        const float sum = coder.sum(math::multiply(value, coder.divisor.lift));
         if (has_residual && coder.is_finite && i < count) residual[i] = coder.rest(value, sum);
         return coder.is_finite ? math::bits_of(math::subtract(sum, rounding<bits> - math::kRound)) : 0u;
     }
@@ -373,12 +378,14 @@ DSC_DEVICE void quantize_any_block(const Source& source, const Target<bits, has_
     constexpr int width = Source::width;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     float largest = 0.0f;
+#pragma unroll 1
     for (int first = lane * width; first < target.format.block; first += 32 * width) {
         const Share<32, width> share = {index, index * target.format.block, first};
         const auto held = target.template corrected<1, width>(share, source.template load<1>(share), true);
         largest = larger(largest, largest_in<1, width>(held));
     }
     const Coder<bits> coder = Coder<bits>::of(largest_of<32>(math::bits_of(largest)));
+#pragma unroll 1
     for (int first = lane * width; first < target.format.block; first += 32 * width) {
         const Share<32, width> share = {index, index * target.format.block, first};
         const auto held = target.template corrected<1, width>(share, source.template load<1>(share), true);

@@ -230,13 +230,16 @@ DSC_DEVICE void store_kept(uint8_t* kept, int64_t i, bool exists, unsigned bits)
 
 // --- rows in registers ------------------------------------------------------------------------------------------------
 
+#ifndef DSC_ROWS_WARPS
+#define DSC_ROWS_WARPS 24
+#endif
 template <int sharing>
 constexpr int threads_for = sharing > 32 ? sharing : threads;
 
 /// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of a
 /// warp, or a block. kept: null, or for rows of whole bytes of it.
 template <class T, int sharing, int depth, bool symmetric>
-__global__ void __launch_bounds__(threads_for<sharing>)
+__global__ void __launch_bounds__(threads_for<sharing>, depth == 4 ? DSC_ROWS_WARPS * 32 / threads_for<sharing> : 1)
     fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
                               float* __restrict__ scale, float* __restrict__ offset, Codes codes, math::Divisor steps,
                               uint8_t* __restrict__ kept) {
@@ -358,6 +361,7 @@ __global__ void __launch_bounds__(threads)
                 for (int j = 0; j < width; j++) span.add(to_float(held[u].values[j]));
         } else {
             const int64_t end = begin + piece_columns<T> < columns ? begin + piece_columns<T> : columns;
+#pragma unroll 1
             for (int64_t i = begin + threadIdx.x; i < end; i += threads) span.add(to_float(from[i]));
         }
     }
@@ -390,7 +394,7 @@ __global__ void __launch_bounds__(threads)
 /// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces, which
 /// come first, may still be in the cache.
 template <class T, bool symmetric, bool measured>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas chooses it spills
     quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
                            unsigned pieces_per_row, const float* __restrict__ scale, const float* __restrict__ offset,
                            Codes codes, uint8_t* __restrict__ kept) {
@@ -422,12 +426,15 @@ __global__ void __launch_bounds__(threads)
     const int64_t end = begin + piece_columns<T> < columns ? begin + piece_columns<T> : columns;
     // Eight elements a thread, if their bits are wanted: a byte.
     if (kept == nullptr) {
+#pragma unroll 1
         for (int64_t i = begin + threadIdx.x; i < end; i += threads)
             to[i] = from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, codes));
         return;
     }
+#pragma unroll 1
     for (int64_t i = begin + 8 * threadIdx.x; i < end; i += 8 * threads) {
         unsigned bits = 0;
+#pragma unroll 1
         for (int j = 0; j < 8 && i + j < end; j++) {
             const float code = rounded<symmetric>(to_float(from[i + j]), work);
             to[i + j] = from_float<T>(read_back<symmetric>(code, work, codes));

@@ -13,13 +13,14 @@ struct Divisor {
     float lift, value, high, low;
 };
 
-// 1 / value to the nearest, for 2^-100 <= value <= 2^100: Newton's iteration from an estimate by the exponent. Of all
-// mantissas, only that of all ones comes out one bit off.
+// 1 / value to the nearest, for 2^-100 <= value <= 2^100: Newton's iteration from an estimate by the exponent. It ends
+// one bit short for one mantissa, that of all ones.
 DSC_HD float reciprocal(float value) {
-    float result = float_of(0x7ef311c3u - bits_of(value));
+    const uint32_t bits = bits_of(value);
+    float result = float_of(0x7ef311c3u - bits);
 #pragma unroll
     for (int i = 0; i < 5; i++) result = fused(fused(-value, result, 1.0f), result, result);
-    return result;
+    return (bits & 0x7fffffu) == 0x7fffffu ? float_of(bits_of(result) + 1) : result;
 }
 
 // By zero everything becomes Inf, by Inf zero, by NaN NaN.

@@ -17,7 +17,7 @@ SPILLS_ARE_ERRORS = ["-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"]
 
 @dataclass
 class MachineCode:
-    """One kernel for one architecture. `counts`: instructions by their name without modifiers, IMMA.SP apart."""
+    """One kernel for one architecture. `counts`: instructions by their name without modifiers, IMMA.SP apart, and LDG.128, STG.128."""
 
     registers: int
     stack_bytes: int
@@ -60,6 +60,8 @@ def inspect_mangled(binary: Path) -> dict[str, MachineCode]:
         elif current is not None and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)):
             name = match[1].split(".")[0]
             current.counts["IMMA.SP" if name == "IMMA" and ".SP" in match[1] else name] += 1
+            if name in ("LDG", "STG") and ".128" in match[1]:
+                current.counts[f"{name}.128"] += 1
     return kernels
 
 
