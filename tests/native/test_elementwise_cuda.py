@@ -17,9 +17,10 @@ import torch
 from ds_compress.ops.reference import block_quantize, fake_quantize, mask
 from ds_compress.ops.schemas import message_bytes
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
-from tests.native.emulator import harness, nvcc
+from tests.native.emulator import harness, machine_code, nvcc
 from tests.native.emulator.harness import Edit, Library, Program
 from tests.native.test_block_quantize import hard_values, random_messages
+from tests.native.test_cuda_machine_code import violations
 from tests.native.test_fake_quantize import hard_rows
 
 FOLDER = "csrc/cuda/elementwise"
@@ -457,7 +458,7 @@ BUGS = {
         "block_quantize", "tsan", edit_of("block_quantize", "    __syncwarp();  // the", "    // the"),
     ),
     "a message after the last is added": (
-        "block_quantize", "asan", edit_of("block_quantize", "= w + 1 < message_count;", "= true;"),
+        "block_quantize", "asan", edit_of("block_quantize", "pair < message_count / 2;", "pair <= message_count / 2;"),
     ),
     "int4 codes keep the sign turned": (
         "block_quantize", "plain", edit_of("block_quantize", "- constant) ^ 0x88888888u)", "- constant))"),
@@ -487,3 +488,12 @@ def test_planted_bugs_are_caught() -> None:
         assert isinstance(outcome, (harness.Fault, AssertionError)), f"not caught: {bug}: {outcome!r}"
         if mode in ("asan", "tsan"):
             assert "Sanitizer" in str(outcome), f"not caught by {mode}: {bug}: {str(outcome)[:500]}"
+
+
+@pytest.mark.skipif(not nvcc.available(), reason="nvcc is not installed")
+def test_accesses_of_four_bytes_are_seen() -> None:
+    words = ", ".join(f"load_wide<uint32_t>(keep + 16 * i + {4 * word})" for word in range(4))
+    edit = edit_of("mask", "load_passing<uint4>(keep + 16 * i)", f"make_uint4({words})")
+    kernels = machine_code.inspect(machine_code.cubin(f"{FOLDER}/mask.cu", "90", [edit]))
+    found = [each for name, code in kernels.items() for each in violations(name, "90", code)]
+    assert found == ["mask_pack_kernel for sm_90: 0 LDG.128, at least 4 are needed"]

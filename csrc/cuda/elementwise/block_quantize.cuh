@@ -206,20 +206,23 @@ struct Sum {
         for (int d = 0; d < depth; d++)
 #pragma unroll
             for (int j = 0; j < width; j++) held.sums[d][j] = -0.0f;  // which changes nothing that it is added to
-#pragma unroll 1
-        for (int w = 0; w < message_count; w += 2, scales += 2 * bytes, codes += 2 * bytes) {
-            const bool has_second = w + 1 < message_count;
-            const int64_t to_second = has_second ? bytes : 0;  // if there is none, the first is read again
-            Octets<bits, width> first[depth], second[depth];
-            const float first_scale = *reinterpret_cast<const float*>(scales);
-            const float second_scale = *reinterpret_cast<const float*>(scales + to_second);
+        const auto load_one = [&](Octets<bits, width>(&octets)[depth], int64_t offset) {
 #pragma unroll
-            for (int d = 0; d < depth; d++) {
-                first[d].load(codes + d * Share::step() * bits / 8);
-                second[d].load(codes + to_second + d * Share::step() * bits / 8);
-            }
+            for (int d = 0; d < depth; d++) octets[d].load(codes + offset + d * Share::step() * bits / 8);
+            return *reinterpret_cast<const float*>(scales + offset);
+        };
+        if (message_count % 2 != 0) {
+            Octets<bits, width> octets[depth];
+            const float scale = load_one(octets, 0);
+            held.add(octets, math::multiply(scale, multiplier));
+            scales += bytes, codes += bytes;
+        }
+#pragma unroll 1
+        for (int pair = 0; pair < message_count / 2; pair++, scales += 2 * bytes, codes += 2 * bytes) {
+            Octets<bits, width> first[depth], second[depth];
+            const float first_scale = load_one(first, 0), second_scale = load_one(second, bytes);
             held.add(first, math::multiply(first_scale, multiplier));
-            if (has_second) held.add(second, math::multiply(second_scale, multiplier));
+            held.add(second, math::multiply(second_scale, multiplier));
         }
         return held;
     }
