@@ -50,8 +50,9 @@ struct Span<false> {
         if (width == 0.0f) return {smallest, low};
         if (overflows) width = math::multiply(width, math::kGrow);
         if (width > math::kLargestFloat) return {not_a_number, not_a_number};
-        const float offset =
-            math::multiply(math::round_half_even(math::quotient(low, math::divisor_of(width))), width);
+        // A zero has the sign of what it was.
+        const float steps_below = math::with_sign_of(math::quotient(low, math::divisor_of(width)), low);
+        const float offset = math::multiply(math::round_half_even(steps_below), width);
         return {width, math::clamp(offset, -math::kLargestFloat, math::kLargestFloat)};
     }
 };
