@@ -4,13 +4,7 @@
 
 namespace ds_compress::elementwise {
 
-#ifndef DSC_BLOCK_GRID
-#define DSC_BLOCK_GRID 16
-#endif
-#ifndef DSC_HALF_VALUES
-#define DSC_HALF_VALUES 32
-#endif
-constexpr int blocks_per_multiprocessor = DSC_BLOCK_GRID;  // with each more, a kernel begins more often
+constexpr int blocks_per_multiprocessor = 64;
 
 template <int sharing_, int depth_>
 struct Shape {
@@ -23,23 +17,23 @@ static Format format_of(int64_t numel, int bits, int block) {
 
 /// Blocks of a grid: x over the blocks of a message, y over messages.
 static dim3 grid_of(int64_t blocks, int sharing, int64_t messages) {
-    dim3 grid = blocks_for(blocks, threads / sharing, blocks_per_multiprocessor);
+    dim3 grid = blocks_for(blocks, block_threads / sharing, blocks_per_multiprocessor);
     grid.y = static_cast<unsigned>(messages < 65535 ? messages : 65535);
     return grid;
 }
 
-/// Calls run(shape) with how many lanes hold a block in how many vectors each; depth 0: in no registers. `values`: of a
-/// lane; 16 or 32.
-template <int width, int values, class Run>
+/// Calls run(shape) with how many lanes hold a block in how many vectors each, 16 values a lane or 32; depth 0: in no
+/// registers.
+template <int width, class Run>
 static cudaError_t by_length(int block, const Run& run) {
-    constexpr int depth = values / width;
+    constexpr int depth = 16 / width;
     switch (block) {
         case 128:
-            return run(Shape<128 / values, depth>());
+            return run(Shape<8, depth>());
         case 256:
-            return run(Shape<256 / values, depth>());
+            return run(Shape<16, depth>());
         case 512:
-            return run(Shape<512 / values, depth>());
+            return run(Shape<32, depth>());
         case 1024:
             return run(Shape<32, 32 / width>());
         default:
@@ -50,10 +44,9 @@ static cudaError_t by_length(int block, const Run& run) {
 template <class T, int bits, bool has_residual>
 static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
                             int64_t chunk, const Format& format, cudaStream_t stream) {
-    constexpr int values = sizeof(T) == 2 && !has_residual ? DSC_HALF_VALUES : 16;
-    return by_length<Vector<T>::count, values>(format.block, [&](auto shape) {
+    return by_length<Vector<T>::count>(format.block, [&](auto shape) {
         return launch(block_quantize_kernel<T, bits, has_residual, shape.sharing, shape.depth>,
-                      grid_of(format.blocks, shape.sharing, message_count), threads, 0, stream,
+                      grid_of(format.blocks, shape.sharing, message_count), block_threads, 0, stream,
                       static_cast<const T*>(x), numel, residual, messages, message_count, chunk, format);
     });
 }
@@ -70,9 +63,9 @@ static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8
 template <class T, int bits>
 static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, const Format& format,
                               void* out, int64_t numel, cudaStream_t stream) {
-    return by_length<Vector<T>::count, 16>(format.block, [&](auto shape) {
+    return by_length<Vector<T>::count>(format.block, [&](auto shape) {
         return launch(block_dequantize_kernel<T, bits, shape.sharing, shape.depth>,
-                      grid_of(format.blocks, shape.sharing, message_count), threads, 0, stream, messages, message_count,
+                      grid_of(format.blocks, shape.sharing, message_count), block_threads, 0, stream, messages, message_count,
                       chunk, format, static_cast<T*>(out), numel);
     });
 }
@@ -87,18 +80,18 @@ static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, in
 
 template <int bits>
 static cudaError_t reduce(const Sum<bits>& sum, float* out, cudaStream_t stream) {
-    return by_length<Sum<bits>::width, 16>(sum.format.block, [&](auto shape) {
+    return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
         return launch(block_reduce_kernel<bits, shape.sharing, shape.depth>, grid_of(sum.format.blocks, shape.sharing, 1),
-                      threads, 0, stream, sum, out);
+                      block_threads, 0, stream, sum, out);
     });
 }
 
 template <int bits>
 static cudaError_t reduce_quantize(const Sum<bits>& sum, float* residual, uint8_t* message, cudaStream_t stream) {
-    return by_length<Sum<bits>::width, 16>(sum.format.block, [&](auto shape) {
+    return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
         const auto kernel = residual != nullptr ? block_reduce_quantize_kernel<bits, true, shape.sharing, shape.depth>
                                                 : block_reduce_quantize_kernel<bits, false, shape.sharing, shape.depth>;
-        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), threads, 0, stream, sum, residual, message);
+        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, residual, message);
     });
 }
 
@@ -120,10 +113,8 @@ extern "C" cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t nume
             return quantize<float>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
         case dsc_bfloat16:
             return quantize<__nv_bfloat16>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
-#ifndef DSC_TUNE
         case dsc_float16:
             return quantize<__half>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
-#endif
         default:
             return cudaErrorInvalidValue;
     }
@@ -137,10 +128,8 @@ extern "C" cudaError_t dsc_block_dequantize(const uint8_t* messages, int64_t mes
             return dequantize<float>(messages, message_count, chunk, bits, block, out, numel, stream);
         case dsc_bfloat16:
             return dequantize<__nv_bfloat16>(messages, message_count, chunk, bits, block, out, numel, stream);
-#ifndef DSC_TUNE
         case dsc_float16:
             return dequantize<__half>(messages, message_count, chunk, bits, block, out, numel, stream);
-#endif
         default:
             return cudaErrorInvalidValue;
     }

@@ -8,14 +8,9 @@
 
 #include "grid.cuh"
 
-#ifndef DSC_QUANTIZE_BLOCKS
-#define DSC_QUANTIZE_BLOCKS 4
-#endif
-#ifndef DSC_BLOCK_STORE
-#define DSC_BLOCK_STORE 1
-#endif
-
 namespace ds_compress::elementwise {
+
+constexpr int block_threads = 128, block_warps = block_threads / 32;  // of a block of threads
 
 struct Format {
     int block;
@@ -438,7 +433,7 @@ DSC_DEVICE int64_t tidy_blocks(bool tidy, int64_t count, bool is_whole, const Fo
 /// whole warps, for those after it. A lane without a block of its own gets another's.
 template <int sharing, class OnTidy, class OnLoose>
 DSC_DEVICE void for_blocks(int64_t tidy, int64_t blocks, const OnTidy& on_tidy, const OnLoose& on_loose) {
-    constexpr int at_once = threads / sharing;
+    constexpr int at_once = block_threads / sharing;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * at_once; first < tidy;
          first += static_cast<int64_t>(gridDim.x) * at_once) {
         if (first + threadIdx.x / 32 * (32 / sharing) >= tidy) break;  // nothing for this warp
@@ -446,8 +441,8 @@ DSC_DEVICE void for_blocks(int64_t tidy, int64_t blocks, const OnTidy& on_tidy, 
         on_tidy(index < tidy ? index : tidy - 1, index < tidy);
     }
     // The last blocks of the grid begin, as they are likely to have no other work.
-    for (int64_t index = tidy + static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * warps + threadIdx.x / 32;
-         index < blocks; index += static_cast<int64_t>(gridDim.x) * warps)
+    for (int64_t index = tidy + static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * block_warps + threadIdx.x / 32;
+         index < blocks; index += static_cast<int64_t>(gridDim.x) * block_warps)
         on_loose(index);
 }
 
@@ -476,12 +471,12 @@ DSC_DEVICE void quantize_message(const Source& source, const Target<bits, has_re
         [&](int64_t index) { quantize_loose_block(source, target, index); });
 }
 
-/// Blocks of threads on a multiprocessor, which leaves registers for what a lane holds.
+/// Blocks of threads on a multiprocessor, which leaves registers for what a lane holds: 16 values, or more.
 template <int values, bool has_residual>
-constexpr int blocks_at_once = values <= 16 ? (has_residual ? 3 : DSC_QUANTIZE_BLOCKS) : has_residual ? 1 : 2;
+constexpr int blocks_at_once = values <= 16 ? (has_residual ? 6 : 8) : has_residual ? 3 : 4;
 
 template <class T, int bits, bool has_residual, int sharing, int depth>
-__global__ void __launch_bounds__(threads, (blocks_at_once<depth * Vector<T>::count, has_residual>))
+__global__ void __launch_bounds__(block_threads, (blocks_at_once<depth * Vector<T>::count, has_residual>))
     block_quantize_kernel(const T* __restrict__ x, int64_t numel, float* __restrict__ residual,
                           uint8_t* __restrict__ messages, int64_t message_count, int64_t chunk, Format format) {
     for (int64_t row = blockIdx.y; row < message_count; row += gridDim.y) {
@@ -494,22 +489,13 @@ __global__ void __launch_bounds__(threads, (blocks_at_once<depth * Vector<T>::co
 }
 
 template <int bits, bool has_residual, int sharing, int depth>
-__global__ void __launch_bounds__(threads, (blocks_at_once<depth * Sum<bits>::width, has_residual>))
+__global__ void __launch_bounds__(block_threads, (blocks_at_once<depth * Sum<bits>::width, has_residual>))
     block_reduce_quantize_kernel(Sum<bits> sum, float* __restrict__ residual, uint8_t* __restrict__ message) {
     quantize_message<sharing, depth>(sum, Target<bits, has_residual>{message, residual, sum.count, sum.format}, true);
 }
 
-template <class T>
-DSC_DEVICE void store_out(T* to, const Vector<T>& vector) {
-#if DSC_BLOCK_STORE
-    store_passing_vector(to, vector);
-#else
-    store_vector(to, vector);
-#endif
-}
-
 template <class T, int bits, int sharing, int depth>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(block_threads)
     block_dequantize_kernel(const uint8_t* __restrict__ messages, int64_t message_count, int64_t chunk, Format format,
                             T* __restrict__ out, int64_t numel) {
     constexpr int width = Vector<T>::count;
@@ -523,7 +509,7 @@ __global__ void __launch_bounds__(threads)
             octets.decode(values);
 #pragma unroll
             for (int j = 0; j < width; j++) values[j] = math::multiply(values[j], scale);
-            store_out(place, pack<T>(values));
+            store_passing_vector(place, pack<T>(values));
         };
         const auto on_tidy = [&](int64_t index, bool is_mine) {
             const int member = static_cast<int>(threadIdx.x) % sharing;
@@ -558,7 +544,8 @@ __global__ void __launch_bounds__(threads)
 }
 
 template <int bits, int sharing, int depth>
-__global__ void __launch_bounds__(threads) block_reduce_kernel(Sum<bits> sum, float* __restrict__ out) {
+__global__ void __launch_bounds__(block_threads, (blocks_at_once<depth * 4, false>))
+    block_reduce_kernel(Sum<bits> sum, float* __restrict__ out) {
     constexpr int width = Sum<bits>::width;
     const int64_t tidy = tidy_blocks(sum.is_tidy() && is_aligned(out), sum.count, true, sum.format);
     const auto on_tidy = [&](int64_t index, bool is_mine) {
@@ -572,7 +559,7 @@ __global__ void __launch_bounds__(threads) block_reduce_kernel(Sum<bits> sum, fl
             for (int d = 0; d < at_once; d++) {
                 float values[width];
                 held.get(d, values);
-                if (is_mine) store_out(out + share.begin + first + d * share.step(), pack<float>(values));
+                if (is_mine) store_passing_vector(out + share.begin + first + d * share.step(), pack<float>(values));
             }
             if (depth > 0) break;
         }

@@ -125,10 +125,8 @@ extern "C" cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int6
         case dsc_bfloat16:
             return fake_quantize<__nv_bfloat16>(x, y, rows, columns, given != 0, scale, offset, codes, kept,
                                                 stream);
-#ifndef DSC_TUNE
         case dsc_float16:
             return fake_quantize<__half>(x, y, rows, columns, given != 0, scale, offset, codes, kept, stream);
-#endif
         default:
             return cudaErrorInvalidValue;
     }

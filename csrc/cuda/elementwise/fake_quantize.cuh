@@ -50,8 +50,9 @@ struct Span<false> {
         if (width == 0.0f) return {smallest, low};
         if (overflows) width = math::multiply(width, math::kGrow);
         if (width > math::kLargestFloat) return {not_a_number, not_a_number};
-        const float offset =
-            math::multiply(math::round_half_even(math::quotient(low, math::divisor_of(width))), width);
+        // A zero has the sign of what it was.
+        const float steps_below = math::with_sign_of(math::quotient(low, math::divisor_of(width)), low);
+        const float offset = math::multiply(math::round_half_even(steps_below), width);
         return {width, math::clamp(offset, -math::kLargestFloat, math::kLargestFloat)};
     }
 };
@@ -230,16 +231,13 @@ DSC_DEVICE void store_kept(uint8_t* kept, int64_t i, bool exists, unsigned bits)
 
 // --- rows in registers ------------------------------------------------------------------------------------------------
 
-#ifndef DSC_ROWS_WARPS
-#define DSC_ROWS_WARPS 24
-#endif
 template <int sharing>
 constexpr int threads_for = sharing > 32 ? sharing : threads;
 
 /// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of a
 /// warp, or a block. kept: null, or for rows of whole bytes of it.
 template <class T, int sharing, int depth, bool symmetric>
-__global__ void __launch_bounds__(threads_for<sharing>, depth == 4 ? DSC_ROWS_WARPS * 32 / threads_for<sharing> : 1)
+__global__ void __launch_bounds__(threads_for<sharing>, 1)
     fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
                               float* __restrict__ scale, float* __restrict__ offset, Codes codes, math::Divisor steps,
                               uint8_t* __restrict__ kept) {
@@ -319,16 +317,7 @@ __global__ void __launch_bounds__(threads) begin_spans_kernel(int64_t rows, floa
     }
 }
 
-#ifndef DSC_PIECE_UNROLL
-#define DSC_PIECE_UNROLL 8
-#endif
-#ifndef DSC_PIECE_REVERSE
-#define DSC_PIECE_REVERSE 1
-#endif
-#ifndef DSC_PIECE_STORE
-#define DSC_PIECE_STORE 1
-#endif
-constexpr int piece_vectors = DSC_PIECE_UNROLL;  // of a thread
+constexpr int piece_vectors = 4;  // of a thread
 template <class T>
 constexpr int64_t piece_columns = static_cast<int64_t>(threads) * piece_vectors * Vector<T>::count;
 
@@ -399,7 +388,7 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
                            unsigned pieces_per_row, const float* __restrict__ scale, const float* __restrict__ offset,
                            Codes codes, uint8_t* __restrict__ kept) {
     constexpr int width = Vector<T>::count;
-    const unsigned piece = measured && DSC_PIECE_REVERSE ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const unsigned piece = measured ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * piece_columns<T>;
     const T* const from = x + row * columns;
     T* const to = y + row * columns;
@@ -414,11 +403,7 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
             const int i = u * threads + static_cast<int>(threadIdx.x);
             const unsigned bits = measured ? quantize_measured<symmetric>(held[u], work, codes, kept != nullptr)
                                            : quantize_vector<symmetric>(held[u], work, codes, kept != nullptr);
-#if DSC_PIECE_STORE
             store_passing_vector(to + begin + i * width, held[u]);
-#else
-            store_vector(to + begin + i * width, held[u]);
-#endif
             if (kept != nullptr) store_kept<width>(kept, (row * columns + begin) / width + i, true, bits);
         }
         return;

@@ -5,26 +5,16 @@
 #include "ds_compress/division.h"
 #include "ds_compress/math.h"
 
-// Tuning, for a build that compares: python -m benchmarks.elementwise_cuda --tune.
-#ifndef DSC_UNROLL
-#define DSC_UNROLL 4
-#endif
-#ifndef DSC_THREADS
-#define DSC_THREADS 256
-#endif
-#ifndef DSC_BLOCKS_PER_SM
-#define DSC_BLOCKS_PER_SM 0
-#endif
-
 namespace ds_compress::elementwise {
 
-constexpr int threads = DSC_THREADS;
+constexpr int threads = 256;
 constexpr int warps = threads / 32;
-constexpr int unroll = DSC_UNROLL;  // vectors that a thread has under way
+constexpr int unroll = 2;  // vectors that a thread has under way
 
-/// Blocks for `items` threads' worth of work; kernels stride over what is beyond.
-inline dim3 blocks_for(int64_t items, int64_t per_block = threads, int64_t per_sm = DSC_BLOCKS_PER_SM) {
-    const int64_t most = per_sm > 0 ? 132 * per_sm : INT32_MAX;
+/// Blocks for `items` threads' worth of work; kernels stride over what is beyond. `per_multiprocessor`: at most so many
+/// (of the 132 of a Hopper), where beginning a block costs something; 0: as many as there is work for.
+inline dim3 blocks_for(int64_t items, int64_t per_block = threads, int64_t per_multiprocessor = 0) {
+    const int64_t most = per_multiprocessor > 0 ? 132 * per_multiprocessor : INT32_MAX;
     const int64_t blocks = (items + per_block - 1) / per_block;
     return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }

@@ -75,22 +75,10 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-#ifndef DSC_COPIES
-#define DSC_COPIES 2
-#endif
-#ifndef DSC_HISTOGRAM_BLOCKS
-#define DSC_HISTOGRAM_BLOCKS 2
-#endif
-#ifndef DSC_HISTOGRAM_THREADS
-#define DSC_HISTOGRAM_THREADS 1024
-#endif
-#ifndef DSC_HISTOGRAM_UNROLL
-#define DSC_HISTOGRAM_UNROLL 2
-#endif
 // Few and large blocks: every one adds its counts to those in global memory.
-constexpr int histogram_threads = DSC_HISTOGRAM_THREADS, histogram_unroll = DSC_HISTOGRAM_UNROLL;
-constexpr int histogram_copies = DSC_COPIES;  // a power of two
-constexpr int histogram_blocks = DSC_HISTOGRAM_BLOCKS;  // on a multiprocessor
+constexpr int histogram_threads = 1024, histogram_unroll = 2;
+constexpr int histogram_blocks = 2;  // on a multiprocessor
+constexpr int histogram_copies = 2;  // a power of two
 
 DSC_DEVICE float narrowed(float value) { return value; }
 DSC_DEVICE float narrowed(double value) { return static_cast<float>(value); }

@@ -7,6 +7,10 @@
 
 namespace ds_compress::math {
 
+DSC_HD float with_sign_of(float magnitude, float sign) {
+    return float_of((bits_of(magnitude) & kMagnitudeBits) | (bits_of(sign) & ~kMagnitudeBits));
+}
+
 // The reciprocal of a positive value in two parts. Tiny and huge divisors are lifted, with what they divide, to where
 // nothing is lost; of a negative one, `lift` has the sign.
 struct Divisor {
@@ -55,7 +59,7 @@ DSC_HD float any_quotient(float value, const Divisor& d) {
     const float estimate = fused(value, d.high, multiply(value, d.low));
     const float better = fused(fused(-estimate, d.value, value), d.high, estimate);
     const float result = float_of(bits_of(rough) & kMagnitudeBits) < 0x1p22f ? better : rough;
-    return float_of((bits_of(result) & kMagnitudeBits) | (bits_of(value) & ~kMagnitudeBits));
+    return with_sign_of(result, value);
 }
 
 // value / steps of a finite value >= 0, or 0 where that is below 2^-126; `steps` is 1 to 2^24.
