@@ -1,6 +1,6 @@
 """Where the tests of this folder train: on the CUDA device, or on the CPU to try the tests themselves.
 
-    pytest -m gpu tests/gpu                                     # on a machine with a GPU, under two minutes
+    pytest -m gpu tests/gpu -n 4 --dist loadfile                # on a machine with a GPU, some minutes
     DS_COMPRESS_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu        # the same functions, where there is none
 
 Set it before Python starts: DeepSpeed asks for its accelerator once.
