@@ -141,9 +141,19 @@ def microseconds(calls: list[Call], device: torch.device, quick: bool) -> float:
     return statistics.median(taken)
 
 
+def warm_up(device: torch.device, quick: bool) -> None:
+    """A card that was idle takes a while to reach its clocks."""
+    square = torch.randn(256 if quick else 4096, 256 if quick else 4096, device=device)
+    end = time.monotonic() + (0.0 if quick else 1.0)
+    while time.monotonic() < end:
+        square @ square
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
 def copy_rate(device: torch.device, quick: bool) -> float:
     """Bytes a microsecond, those read and those written, of a large copy."""
-    size = 1 << (16 if quick else 29)
+    size = 1 << (16 if quick else 27)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / microseconds([partial(target.copy_, source)], device, quick)
@@ -193,6 +203,7 @@ def measure(device: torch.device, quick: bool, report: Callable[[Figures], None]
     """{"<layer>, <rows> rows, <kind>": {figure: value}}"""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     result: dict[str, dict[str, float]] = {}
+    warm_up(device, quick)
     rate = copy_rate(device, quick)
     layers: dict[str, Layer] = {}
     for name, outputs, inputs, rows in cases(quick):

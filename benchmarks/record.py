@@ -73,7 +73,7 @@ def append(benchmark: str, arguments: str, figures: Figures, folder: Path = RESU
 def conditions() -> dict[str, str]:
     """time (UTC), commit, CPU model, cores and the versions that matter.
 
-    The commit has a "+" when the tree has changes; outside git it is what $BENCHMARK_COMMIT says.
+    The commit has a "+" when the tree has changes; of a copy, $BENCHMARK_COMMIT may name it.
     """
     packages = ("torch", "deepspeed", "transformers")
     versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
@@ -104,12 +104,14 @@ def _commit() -> str:
             ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True
         ).stdout
 
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
     try:
         # Results are appended while a benchmark runs; they do not change what was measured.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCHMARK_COMMIT", "unknown")
+        return "unknown"
 
 
 def instruction_set() -> str:

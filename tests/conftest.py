@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -38,3 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_gpu)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What imports have left behind is no garbage. DeepSpeed collects it several times for every engine."""
+    gc.collect()
+    gc.freeze()

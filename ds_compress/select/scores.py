@@ -7,7 +7,7 @@ and its gradient g at the optimizer step. None of them adds a parameter to the m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -52,6 +52,9 @@ class Score:
 
     def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
         """Called before each optimizer step; `settings` is the optimizer's parameter group."""
+
+    def learn(self, settings: Mapping[str, Any]) -> None:
+        """Called once all fragments of a parameter group were observed."""
 
     def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         """fp32 scores of shape (fragment.numel,), the caller's to change; a larger score is kept."""
@@ -139,6 +142,10 @@ class Movement(Score):
         return self._accumulator(fragment).clone()
 
 
+_LEARN_TOGETHER = 1 << 24
+"""Scores whose gradients exist at a time: many small ones are one launch on a GPU, and large ones are little memory."""
+
+
 class Learned(Score):
     """`topk`: scores trained by gradient descent with a straight-through top-k (Ramanujan et al. 2020).
 
@@ -155,24 +162,35 @@ class Learned(Score):
 
     def __init__(self, seed: int = 0, momentum: float = 0.9) -> None:
         super().__init__(seed, momentum)
-        self._optimizers: dict[str, torch.optim.AdamW] = {}
+        self._optimizer: torch.optim.AdamW | None = None
+        self._learning: list[torch.Tensor] = []
+        """Scores that have a gradient."""
 
     def observe(self, fragment: ScoredFragment, settings: Mapping[str, Any]) -> None:
         if fragment.gradient is None:
             return
         score = self._score(fragment)
-        optimizer = self._optimizer(fragment.name, score)
-        optimizer.param_groups[0].update(adamw_settings(settings))
         score.grad = fragment.gradient.float() * fragment.values.float()
+        self._learning.append(score)
+        if sum(score.numel() for score in self._learning) > _LEARN_TOGETHER:
+            self.learn(settings)
+
+    def learn(self, settings: Mapping[str, Any]) -> None:
+        if not self._learning:
+            return
+        optimizer = self._optimizer_of(self._learning)
+        optimizer.param_groups[0].update(adamw_settings(settings))
         optimizer.step()
-        score.grad = None
+        for score in self._learning:
+            score.grad = None
+        self._learning = []
 
     def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._score(fragment).clone()
 
     def clear(self) -> None:
         super().clear()
-        self._optimizers.clear()
+        self._optimizer = None
 
     def _score(self, fragment: ScoredFragment) -> torch.Tensor:
         if fragment.name not in self.tensors:
@@ -182,15 +200,19 @@ class Learned(Score):
             self.tensors[fragment.name] = uniform.mul_(2 * bound).sub_(bound)
         return self.tensors[fragment.name]
 
-    def _optimizer(self, name: str, score: torch.Tensor) -> torch.optim.AdamW:
-        if name not in self._optimizers:
-            self._optimizers[name] = torch.optim.AdamW([score], fused=True)
-        return self._optimizers[name]
+    def _optimizer_of(self, scores: Sequence[torch.Tensor]) -> torch.optim.AdamW:
+        """The one whose `step` changes these scores, and of others only those that have a gradient."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(scores, fused=True)
+        known = self._optimizer.param_groups[0]["params"]
+        ids = {id(score) for score in known}
+        known += [score for score in scores if id(score) not in ids]
+        return self._optimizer
 
     def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
         state = super().fragment_state()
-        for name, optimizer in self._optimizers.items():
-            moments = optimizer.state[self.tensors[name]]
+        for name, score in self.tensors.items():
+            moments = {} if self._optimizer is None else self._optimizer.state.get(score, {})
             if not moments:
                 continue
             for kind in ("exp_avg", "exp_avg_sq"):
@@ -202,9 +224,9 @@ class Learned(Score):
 
     def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         super().load_fragment_state(state)
-        self._optimizers = {}
+        self._optimizer = None
         for name, exp_avg in state.get("exp_avg", {}).items():
-            optimizer = self._optimizer(name, self.tensors[name])
+            optimizer = self._optimizer_of([self.tensors[name]])
             optimizer.state[self.tensors[name]] = {
                 "step": state["score_steps"][name][0].clone(),
                 "exp_avg": exp_avg,

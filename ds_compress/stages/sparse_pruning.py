@@ -110,6 +110,8 @@ class SparsePruning(Stage):
                 self.score.observe(fragment, settings)
             if self.score.masks_gradient and fragment.name in self._in_force:
                 fragment.mask_gradient(self._in_force[fragment.name])
+        if scoring and learning:
+            self.score.learn(settings)
 
     @property
     def clears_gradients(self) -> bool:

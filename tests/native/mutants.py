@@ -33,6 +33,8 @@ INT8 = (LinearCase(70, 66, 333), LinearCase(9, 65, 70))
 SMALL_INT8 = (LinearCase(40, 65, 70, bias=False),)
 INT4_FEW = (LinearCase(3, 17, 3100, "int4", 64),)
 INT8_FEW = (LinearCase(3, 17, 5000),)
+ONE_ROW = (LinearCase(1, 300, 700),)
+INT4_ONE_ROW = (LinearCase(1, 17, 3100, "int4", 64),)
 MANY_FEATURES = (LinearCase(3, 300, 64),)  # three tiles for a block
 SPARSE24 = (LinearCase(9, 33, 200, "sparse24"),)
 
@@ -55,8 +57,8 @@ MUTANTS = [
     ),
     Mutant(
         "an array indexed at run time goes to local memory", "machine code", "stack 16", "quantize",
-        (Edit(HERE + "quantize.cuh", "words[i / 4] |= (code & 255u) << i % 4 * 8;",
-              "words[(i / 4 + code) % 4] |= (code & 255u) << i % 4 * 8;"),),
+        (Edit(HERE + "quantize.cuh", "words[i] = __byte_perm(first,",
+              "words[(i + codes[i]) % 4] = __byte_perm(first,"),),
     ),
     Mutant(
         "an approximate division in the quantization", "exactness", "div.approx", "quantize",
@@ -81,7 +83,7 @@ MUTANTS = [
         (Edit(HERE + "epilogue.cuh", "e.weight_scale[column]", "e.weight_scale[column / 2 * 2]"),), SMALL_INT8,
     ),
     Mutant(
-        "a collective that only some lanes reach", "plain", "divergence", "quantize",
+        "a collective that only some lanes reach", "plain", "deadlock", "quantize",
         (Edit(HERE + "quantize.cuh", "    value = __reduce_max_sync(~0u, value);",
               "    if (value != 0) value = __reduce_max_sync(~0u, value);"),),
     ),
@@ -91,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         "few rows: copies go to the stage that is being read", "plain", "differ", "int8_linear",
-        (Edit(HERE + "skinny.cuh", "start(writing, started);", "start(reading, started);"),), INT8_FEW,
+        (Edit(HERE + "skinny.cuh", "        start(writing);", "        start(reading);"),), INT8_FEW,
     ),
     Mutant(
         "few rows: the scale of the neighbouring group", "plain", "differ", "int4_linear",
@@ -114,6 +116,15 @@ MUTANTS = [
     Mutant(
         "more stages than shared memory has room for", "plain", "dsc_int8_linear returned 1", "int8_linear",
         (Edit(HERE + "int8_gemm.cuh", "stages = 4, chunks = 4", "stages = 7, chunks = 4"),), INT8,
+    ),
+    Mutant(
+        "one row: a lane finishes the sum of another feature", "plain", "differ", "int8_linear",
+        (Edit(HERE + "int8_row.cuh", "if (lane == done) mine = sum;", "if (lane == (done ^ 1)) mine = sum;"),), ONE_ROW,
+    ),
+    Mutant(
+        "one row: the scale of the group 32 further", "plain", "differ", "int4_linear",
+        (Edit(HERE + "int4_row.cuh", "(sums[its_group] >> 4), scale[i]);", "(sums[its_group] >> 4), scale[i ^ 1]);"),),
+        INT4_ONE_ROW,
     ),
     # --- conflicts: right, but eight rows share banks -----------------------------------------------------------
     Mutant(
@@ -142,17 +153,19 @@ MUTANTS = [
     ),
     Mutant(
         "every thread writes the scale of its row: the right value", "tsan", "data race", "quantize",
-        (Edit(HERE + "quantize.cuh", "if (threadIdx.x % threads_per_row == 0) scales[index] = scale;",
-              "scales[index] = scale;"),), silent=True,
+        (Edit(HERE + "quantize.cuh", "if (threadIdx.x % threads_per_row == 0) *scale_to = scale;",
+              "*scale_to = scale;"),), silent=True,
     ),
     Mutant(
         "few rows: parts are overwritten while others still add them", "tsan", "data race", "int4_linear",
-        (Edit(HERE + "int4_skinny.cuh", "from[slot * Tile::cells]);\n            }\n            __syncthreads();",
-              "from[slot * Tile::cells]);\n            }"),), INT4_FEW,
+        (Edit(HERE + "int4_skinny.cuh",
+              "if (turns.twice) is_second = !is_second;\n            else __syncthreads();", ""),),
+        INT4_FEW,
     ),
     Mutant(
         "few rows: a lane reads what another copied before it is told", "tsan", "data race", "int4_linear",
-        (Edit(HERE + "skinny.cuh", "            __syncwarp();  // now", "            // now"),), INT4_FEW,
+        (Edit(HERE + "skinny.cuh", "wait_copies<stages - 2>();\n        __syncwarp();",
+              "wait_copies<stages - 2>();"),), INT4_FEW,
     ),
     Mutant(
         "two blocks write the same rows: the right values", "tsan", "data race", "quantize",
@@ -161,6 +174,10 @@ MUTANTS = [
          Edit(HERE + "quantize.cu", "dim3(static_cast<unsigned>(rows))", "dim3(static_cast<unsigned>(rows * 2))"),
          Edit(HERE + "quantize.cu", "dim3(static_cast<unsigned>(blocks))", "dim3(static_cast<unsigned>(blocks * 2))"),
          ), silent=True,
+    ),
+    Mutant(
+        "one row: codes are read before the block has written them", "tsan", "data race", "int8_linear",
+        (Edit(HERE + "tokens.cuh", "to, scale);\n        __syncthreads();", "to, scale);"),), ONE_ROW,
     ),
     # --- ptx: inline assembly, which the runs of the source replace ---------------------------------------------
     Mutant(

@@ -38,9 +38,11 @@ def check_cases(chosen: Sequence[LinearCase], pack: Library, linear: Library) ->
     for case in chosen:
         inputs = cases.make_inputs(case)
         packed = harness.run(pack, [cases.pack_program(case, inputs)], 1).results[0]["packed"]
-        outcome = harness.run(linear, [cases.linear_program(case, inputs, packed)], 1)
-        cases.check(case, inputs, cases.as_output(case, outcome.results[0]["out"]))
-        assert outcome.statistics.bank_conflicts == 0, "bank conflicts"
+        ways = [cases.linear_program] + [cases.fused_program] * cases.quantizes_itself(case)
+        for way in ways:
+            outcome = harness.run(linear, [way(case, inputs, packed)], 1)
+            cases.check(case, inputs, cases.as_output(case, outcome.results[0]["out"]))
+            assert outcome.statistics.bank_conflicts == 0, "bank conflicts"
 
 
 def evidence(mutant: Mutant) -> str:

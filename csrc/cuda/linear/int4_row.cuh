@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
     float* const scaled = reinterpret_cast<float*>(sums) + pitch;
     const int64_t scale_stride = int4_scale_stride(e.n);
     const float* const scales = int4_scales(packed, e.n, k);
+    int8_t* const own = shared + row_ring_bytes + rounded_up(skinny_warps * row_scratch(groups) * 4, 16);
+    const auto early = given.begin(1, k, own);
     RowStream stream = row_stream(packed_body(packed), shared, int4_row_bytes(k), e.n);
     WarpRing<row_stages> copies;
     copies.fill(stream);
@@ -52,8 +54,7 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
             next_scale[i] = of < e.n && lane + i * 32 < groups ? scales[(lane + i * 32) * scale_stride + of] : 0.0f;
     };
     load_scales(feature);
-    const int64_t scratch_bytes = rounded_up(static_cast<int64_t>(skinny_warps) * row_scratch(groups) * 4, 16);
-    const Tokens x = given.template end<row_stages - 1>(1, k, shared + row_ring_bytes + scratch_bytes);
+    const Tokens x = given.template end<row_stages - 1>(early, 1, k, own);
     const int code_pitch = static_cast<int>(int8_row_bytes(k));
 
     while (feature < e.n) {

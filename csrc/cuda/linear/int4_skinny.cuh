@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     const float* const scales = int4_scales(packed, e.n, k);
     int8_t* const ring = shared + warp * Tile::stages * Tile::stage_bytes;
     int8_t* const own = shared + Tile::ring_bytes + turns.bytes();
-    given.begin(count, k, own);
+    const auto early = given.begin(count, k, own);
 
     Cursor starting{static_cast<int64_t>(blockIdx.x) * Tile::features, 0};
     const auto start = [&](int stage) {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     };
     WarpRing<Tile::stages> copies;
     copies.fill(start);
-    const Tokens tokens = given.template end<Tile::stages - 1>(count, k, own);
+    const Tokens tokens = given.template end<Tile::stages - 1>(early, count, k, own);
 
     // The scaled sums of the groups of one step, in slot `slot` and those behind it.
     const auto multiply = [&](int step, int slot, float* parts_of_turn) {

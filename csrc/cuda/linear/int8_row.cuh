@@ -9,7 +9,8 @@
 
 namespace ds_compress::linear {
 
-constexpr int row_stages = 9, row_blocks = 4;
+// Few blocks, since each of them quantizes x, and deep rings: 98 KB are on their way to a multiprocessor.
+constexpr int row_stages = 13, row_blocks = 2;
 constexpr int row_step = 512;  // bytes of a row that a warp copies at once, 16 a lane
 constexpr int row_ring_bytes = skinny_warps * row_stages * row_step;
 
@@ -53,10 +54,12 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
     int8_row_kernel(Given given, const void* __restrict__ packed, int64_t k, Epilogue e) {
     DSC_DYNAMIC_SHARED(int8_t, shared);
     const int lane = threadIdx.x % 32;
+    int8_t* const own = shared + row_ring_bytes;
+    const auto early = given.begin(1, k, own);
     RowStream stream = row_stream(packed_body(packed), shared, int8_row_bytes(k), e.n);
     WarpRing<row_stages> copies;
     copies.fill(stream);
-    const Tokens x = given.template end<row_stages - 1>(1, k, shared + row_ring_bytes);
+    const Tokens x = given.template end<row_stages - 1>(early, 1, k, own);
 
     int64_t first = static_cast<int64_t>(blockIdx.x) * skinny_warps + threadIdx.x / 32;
     while (first < e.n) {  // 32 features a turn, one of which every lane finishes

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     const int steps = (all_steps - warp + skinny_warps - 1) / skinny_warps;  // of this warp
     int8_t* const ring = shared + (warp * Tile::stages * Tile::chunks * 32 + lane) * 16;
     int8_t* const own = shared + Tile::ring_bytes;
-    given.begin(count, k, own);
+    const auto early = given.begin(count, k, own);
 
     Cursor starting{static_cast<int64_t>(blockIdx.x) * Tile::features, 0};
     const auto start = [&](int stage) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     WarpRing<Tile::stages> copies;
     copies.fill(start);
     for (int i = threadIdx.x; i < 2 * Tile::cells; i += skinny_threads) totals[i] = 0;
-    const Tokens tokens = given.template end<Tile::stages - 1>(count, k, own);
+    const Tokens tokens = given.template end<Tile::stages - 1>(early, count, k, own);
 
     int* sums_of_tile = totals;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * Tile::features; first < e.n; first += stride) {

@@ -77,22 +77,34 @@ struct Row {
           whole(columns % chunk == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
 };
 
+/// The first chunks of a row that this thread handles, already on their way.
+template <class T, int threads_per_row, int held>
+struct HeldChunks {
+    float values[held][chunk];
+
+    DSC_DEVICE explicit HeldChunks(const Row<T>& row) {
+        const int64_t first = threadIdx.x % threads_per_row * chunk;
+#pragma unroll
+        for (int h = 0; h < held; h++) {
+            const int64_t column = first + h * threads_per_row * chunk;
+            if (column < row.columns) load_chunk(values[h], row.values, column, row.columns, row.whole);
+        }
+    }
+};
+
 /// The codes of a row, zeros from its end to `padded`, and its scale, by threads_per_row threads. What a thread's registers
 /// hold of the row is read once; the rest a second time, from L1 or L2.
-template <class T, int threads_per_row, int held = 2>
-DSC_DEVICE void quantize_row(const Row<T>& row, const float* given_scale, int steps, int64_t padded, int8_t* codes,
-                             float* scale_to) {
+template <class T, int threads_per_row, int held>
+DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_row, held>& early,
+                             const float* given_scale, int steps, int64_t padded, int8_t* codes, float* scale_to) {
     const int64_t first = threadIdx.x % threads_per_row * chunk;
     constexpr int64_t turn = threads_per_row * chunk;
-    float kept[held][chunk];
+    const auto& kept = early.values;
     unsigned largest = 0;
     const auto measure = [&](const float (&values)[chunk]) {
 #pragma unroll
         for (int i = 0; i < chunk; i++) largest = max(largest, math::bits_of(values[i]) & math::kMagnitudeBits);
     };
-#pragma unroll
-    for (int h = 0; h < held; h++)
-        if (first + h * turn < row.columns) load_chunk(kept[h], row.values, first + h * turn, row.columns, row.whole);
 #pragma unroll
     for (int h = 0; h < held; h++)
         if (first + h * turn < row.columns) measure(kept[h]);
@@ -132,8 +144,9 @@ __global__ void __launch_bounds__(quantize_threads)
     constexpr int rows_per_block = quantize_threads / threads_per_row;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;
     if (index >= rows) return;  // whole warps: every thread of a row leaves
-    quantize_row<T, threads_per_row>(Row<T>(x + index * columns, x, columns), given_scale, steps, padded_columns,
-                                     codes + index * padded_columns, scales + index);
+    const Row<T> row(x + index * columns, x, columns);
+    quantize_row(row, HeldChunks<T, threads_per_row, 2>(row), given_scale, steps, padded_columns,
+                 codes + index * padded_columns, scales + index);
 }
 
 }  // namespace ds_compress::linear

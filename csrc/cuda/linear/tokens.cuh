@@ -39,7 +39,10 @@ __host__ __device__ constexpr bool are_copied(int64_t count, int64_t k, int64_t 
     return bytes <= 32 * 1024 && bytes + others <= 92 * 1024;
 }
 
-// The three ways. `begin` starts what can go on while the weights are on their way; `end` has the tokens, after a barrier.
+// The three ways. `begin` comes before the copies of the weights, behind which its own would queue; `end` has the tokens, after
+// a barrier, from what `begin` gave.
+
+struct Nothing {};
 
 /// Codes that stay where they are.
 struct GlobalTokens {
@@ -47,9 +50,9 @@ struct GlobalTokens {
     const int8_t* codes;
     const float* scales;
 
-    DSC_DEVICE void begin(int, int64_t, int8_t*) const {}
+    DSC_DEVICE Nothing begin(int, int64_t, int8_t*) const { return {}; }
     template <int later_groups>
-    DSC_DEVICE Tokens end(int count, int64_t k, int8_t*) const {
+    DSC_DEVICE Tokens end(Nothing, int count, int64_t k, int8_t*) const {
         __syncthreads();
         return {codes, int8_row_bytes(k), count, scales};
     }
@@ -61,22 +64,23 @@ struct CopiedTokens {
     const int8_t* codes;
     const float* scales;
 
-    DSC_DEVICE void begin(int count, int64_t k, int8_t* to) const {
+    DSC_DEVICE Nothing begin(int count, int64_t k, int8_t* to) const {
         const int64_t chunks = int8_row_bytes(k) / 16, pitch = shared_pitch(k);
         for (int64_t i = threadIdx.x; i < count * chunks; i += quantize_threads)
             copy_async_16(to + i / chunks * pitch + i % chunks * 16, codes + i * 16, true);
         commit_copies();
+        return {};
     }
     /// `later_groups`: groups of copies that were started since.
     template <int later_groups>
-    DSC_DEVICE Tokens end(int count, int64_t k, int8_t* to) const {
+    DSC_DEVICE Tokens end(Nothing, int count, int64_t k, int8_t* to) const {
         wait_copies<later_groups>();
         __syncthreads();
         return {to, shared_pitch(k), count, scales};
     }
 };
 
-/// x itself, which every block quantizes.
+/// x itself, a single row, which every block quantizes.
 template <class T>
 struct RawTokens {
     static constexpr bool shared = true;
@@ -84,17 +88,16 @@ struct RawTokens {
     const float* given_scale;
     int steps;
 
-    DSC_DEVICE void begin(int, int64_t, int8_t*) const {}
+    using Early = HeldChunks<T, quantize_threads, 1>;
+
+    DSC_DEVICE Early begin(int, int64_t k, int8_t*) const { return Early(Row<T>(x, x, k)); }
     template <int later_groups>
-    DSC_DEVICE Tokens end(int count, int64_t k, int8_t* to) const {
-        const int64_t pitch = shared_pitch(k), padded = int8_row_bytes(k);
-        float* const scales = reinterpret_cast<float*>(to + count * pitch);
-        for (int token = 0; token < count; token++) {
-            quantize_row<T, quantize_threads, 1>(Row<T>(x + token * k, x, k), given_scale, steps, padded,
-                                                 to + token * pitch, scales + token);
-            __syncthreads();
-        }
-        return {to, pitch, count, scales};
+    DSC_DEVICE Tokens end(const Early& early, int, int64_t k, int8_t* to) const {
+        const int64_t pitch = shared_pitch(k);
+        float* const scale = reinterpret_cast<float*>(to + pitch);
+        quantize_row(Row<T>(x, x, k), early, given_scale, steps, int8_row_bytes(k), to, scale);
+        __syncthreads();
+        return {to, pitch, 1, scale};
     }
 };
 

@@ -17,7 +17,8 @@ SPILLS_ARE_ERRORS = ["-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"]
 
 @dataclass
 class MachineCode:
-    """One kernel for one architecture. `counts`: instructions by their name without modifiers, IMMA.SP apart, and LDG.128, STG.128."""
+    """One kernel for one architecture. `counts`: instructions by their name without modifiers, IMMA.SP apart, and
+    LDG.128, STG.128."""
 
     registers: int
     stack_bytes: int

@@ -106,7 +106,7 @@ def divide(ins: Instruction) -> str:
 def approximate(ins: Instruction) -> str:
     """Here exact to half a unit; on a GPU within 2. Only the activations use them."""
     ins.need("approx")
-    ins.need("ftz")
+    ins.take("ftz")
     type_ = ins.need("f32")
     x = ins.value(1, type_)
     return ins.set(f"std::exp2({x})" if ins.name == "ex2" else f"1.0f / {x}", type_)
