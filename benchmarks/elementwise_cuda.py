@@ -1,31 +1,23 @@
 """Every elementwise op on a CUDA device, beside a copy of as many bytes: milliseconds, percent of a copy, roofline.
 
     python -m benchmarks.elementwise_cuda [--out FILE] [--rounds 20] [--numel 25165824] [--device cuda]
-    python -m benchmarks.elementwise_cuda --tune build/elementwise --variants base,a
 
 A run's *bytes* are those that the operation has to read and write, each once. The roofline predicts that they pass
 as fast as those of `Tensor.copy_` on 100 MB; "% of a copy" compares with a copy of as many bytes, which for few of them
 is slower: every kernel needs time to begin and to end. Copies of several sizes are timed in the same rounds. Each
 sample is the time of several calls between two CUDA events, on inputs that rotate through more memory than the
 second-level cache has, with the queue filled first, so that nothing waits for Python. Medians over interleaved rounds.
-
-With `--tune`, the kernels of several builds are compared: `csrc/cuda/elementwise` compiled with other values of the
-macros at the top of its headers, one library each, without torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,16 +27,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_BYTES = 60e6
-DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-VARIANTS = {
-    "base": "",
-    "a": "-DDSC_UNROLL=2 -DDSC_PIECE_REVERSE=0 -DDSC_BLOCK_GRID=8 -DDSC_COPIES=1 -DDSC_ROWS_WARPS=32",
-    "b": "-DDSC_UNROLL=1 -DDSC_PIECE_STORE=0 -DDSC_BLOCK_GRID=0 -DDSC_COPIES=4",
-    "c": "-DDSC_UNROLL=8 -DDSC_PIECE_UNROLL=4 -DDSC_BLOCK_GRID=32 -DDSC_HISTOGRAM_THREADS=512",
-    "d": "-DDSC_THREADS=128 -DDSC_QUANTIZE_BLOCKS=8 -DDSC_BLOCK_GRID=32 -DDSC_HISTOGRAM_BLOCKS=1",
-    "e": "-DDSC_HALF_VALUES=16 -DDSC_QUANTIZE_BLOCKS=3 -DDSC_HISTOGRAM_UNROLL=4 -DDSC_ROWS_WARPS=40",
-    "f": "-DDSC_UNROLL=2 -DDSC_BLOCK_STORE=0 -DDSC_THREADS=512 -DDSC_QUANTIZE_BLOCKS=2 -DDSC_HISTOGRAM_UNROLL=1",
-}
 
 
 def import_ops() -> tuple[Any, Any]:
@@ -58,161 +40,6 @@ def import_ops() -> tuple[Any, Any]:
     from ds_compress.ops import library, reference
 
     return library, reference
-
-
-# --- the ops, through torch or straight from a library --------------------------------------------------------
-
-
-class TuningLibrary:
-    """The launchers of one build, with the signatures of the ops as far as the runs need them."""
-
-    def __init__(self, path: Path) -> None:
-        self._launchers = ctypes.CDLL(str(path))
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        native = [_native(a) for a in arguments]
-        stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None
-        status = getattr(self._launchers, name)(*native, ctypes.c_void_p(stream))
-        if status != 0:
-            raise RuntimeError(f"{name} returned {status}")
-
-    def mask_apply_(
-        self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0, fill: float = 0.0
-    ) -> None:
-        size = weights.element_size()
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-        pattern = int(torch.tensor(fill, dtype=weights.dtype).view(integer)) & (2 ** (8 * size) - 1)
-        self._call("dsc_mask_apply", weights, size, weights.numel(), packed, bit, pattern)
-
-    def mask_apply_count_(self, weights: torch.Tensor, packed: torch.Tensor, bit: int = 0) -> torch.Tensor:
-        count = torch.empty((), dtype=torch.int64, device=weights.device)
-        self._call(
-            "dsc_mask_apply_count", weights, weights.element_size(), weights.numel(), packed, bit, count
-        )
-        return count
-
-    def mask_apply_many_(
-        self, weights: list[torch.Tensor], packed: list[torch.Tensor], bits: list[int]
-    ) -> None:
-        n = len(weights)
-        pointers = (ctypes.c_void_p * n)(*(w.data_ptr() for w in weights))
-        masks = (ctypes.c_void_p * n)(*(p.data_ptr() for p in packed))
-        counts = (ctypes.c_int64 * n)(*(w.numel() for w in weights))
-        offsets = (ctypes.c_int64 * n)(*bits)
-        self._call("dsc_mask_apply_many", pointers, masks, offsets, counts, n, weights[0].element_size(), 0)
-
-    def mask_apply_adam_(self, *tensors: torch.Tensor) -> None:
-        *parts, packed = tensors
-        self.mask_apply_many_(list(parts), [packed] * 3, [0] * 3)
-
-    def mask_pack(self, keep: torch.Tensor) -> torch.Tensor:
-        packed = torch.empty(-(-keep.numel() // 8), dtype=torch.uint8, device=keep.device)
-        self._call("dsc_mask_pack", keep, keep.numel(), packed)
-        return packed
-
-    def mask_unpack(self, packed: torch.Tensor, numel: int, bit: int = 0) -> torch.Tensor:
-        keep = torch.empty(numel, dtype=torch.bool, device=packed.device)
-        self._call("dsc_mask_unpack", packed, bit, numel, keep)
-        return keep
-
-    def mask_n_of_m(self, scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-        packed = torch.empty(-(-scores.numel() // 8), dtype=torch.uint8, device=scores.device)
-        self._call("dsc_mask_n_of_m", scores, *scores.shape, n, m, packed)
-        return packed
-
-    def magnitude_histogram(self, values: torch.Tensor, shift: int, bins: int, *prefix: int) -> torch.Tensor:
-        counts = torch.empty(bins, dtype=torch.int64, device=values.device)
-        form = (DTYPE_NUMBER[values.dtype], values.numel(), shift, bins, *prefix)
-        self._call("dsc_magnitude_histogram", values, *form, counts)
-        return counts
-
-    def fake_quantize(
-        self,
-        x: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        *,
-        low: int,
-        high: int,
-        steps: int,
-        symmetric: bool,
-        keep: bool,
-    ) -> tuple[torch.Tensor, ...]:
-        rows = x.shape[0]
-        y, given = torch.empty_like(x), scale is not None
-        scales = torch.empty(rows, device=x.device) if scale is None else scale
-        offsets = None if symmetric else torch.empty(rows, device=x.device)
-        kept = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device) if keep else None
-        form = (DTYPE_NUMBER[x.dtype], *x.shape, int(given), scales.numel())
-        self._call("dsc_fake_quantize", x, y, *form, scales, offsets, low, high, steps, kept)
-        return y, scales, *(t for t in (offsets, kept) if t is not None)
-
-    def block_quantize(self, x: torch.Tensor, messages: torch.Tensor, residual: Any, *form: int) -> None:
-        self._call(
-            "dsc_block_quantize",
-            x,
-            DTYPE_NUMBER[x.dtype],
-            x.numel(),
-            residual,
-            messages,
-            len(messages),
-            *form,
-        )
-
-    def block_dequantize(self, messages: torch.Tensor, out: torch.Tensor, *form: int) -> None:
-        self._call(
-            "dsc_block_dequantize", messages, len(messages), *form, out, DTYPE_NUMBER[out.dtype], out.numel()
-        )
-
-    def block_reduce(
-        self, messages: torch.Tensor, out: torch.Tensor, bits: int, block: int, by: float
-    ) -> None:
-        self._call("dsc_block_reduce", messages, len(messages), out.numel(), bits, block, by, out)
-
-    def block_reduce_quantize(
-        self,
-        messages: torch.Tensor,
-        message: torch.Tensor,
-        residual: Any,
-        numel: int,
-        bits: int,
-        block: int,
-        by: float,
-    ) -> None:
-        self._call(
-            "dsc_block_reduce_quantize", messages, len(messages), numel, bits, block, by, residual, message
-        )
-
-
-def _native(argument: Any) -> Any:
-    if argument is None:
-        return ctypes.c_void_p(None)
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
-
-
-def build_variant(name: str, folder: Path, emulated: bool) -> Path:
-    """One library of the elementwise kernels for sm_90, unless it is there; `emulated`: that runs on the CPU."""
-    target = folder / f"{name.replace(' ', '_').replace(',', '')}{'_emulated' * emulated}.so"
-    if target.exists():
-        return target
-    if emulated:
-        from tests.native.emulator import harness
-
-        command = [harness.compiler()[0], *harness.COMMON, *harness.MODES["plain"], *VARIANTS[name].split()]
-        command += [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'tests/native'}", "-x", "c++"]
-        parts = [*(ROOT / "csrc/cuda/elementwise").glob("*.cu"), ROOT / harness.EMULATOR / "library.cpp"]
-        subprocess.run([*command, *map(str, parts), "-o", str(target), "-ldl"], check=True)
-        return target
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    command = [nvcc, "-shared", "-std=c++17", "-O3", "--fmad=false", "-arch=sm_90", "-Xcompiler", "-fPIC"]
-    command += ["-DDSC_TUNE", "-I", str(ROOT / "csrc/include"), *VARIANTS[name].split()]
-    sources = sorted(str(path) for path in (ROOT / "csrc/cuda/elementwise").glob("*.cu"))
-    subprocess.run([*command, *sources, "-o", f"{target}.part", "-t", "3"], check=True)
-    Path(f"{target}.part").rename(target)
-    return target
 
 
 # --- runs --------------------------------------------------------
@@ -409,7 +236,7 @@ def block_runs(ops: Any, message_bytes: Any, numel: int, device: torch.device) -
 
 
 def many_runs(ops: Any, device: torch.device) -> Iterator[Run]:
-    """200 tensors as a small model has them: one launch for every 64, and one each."""
+    """200 tensors as a small model has them: in one launch, and one each."""
 
     def tensors() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         sizes = [768, 768 * 768, 768, 3072 * 768] * 50
@@ -418,20 +245,23 @@ def many_runs(ops: Any, device: torch.device) -> Iterator[Run]:
             torch.randint(0, 256, (-(-w.numel() // 8),), dtype=torch.uint8, device=device) for w in weights
         ]
 
-    weights, packed = tensors()
-    bytes_ = sum(w.numel() * 4 + p.numel() for w, p in zip(weights, packed, strict=True))
-    if hasattr(ops, "mask_apply_many_"):
-        yield Run(
-            "200 small tensors, mask_apply_many_",
-            bytes_,
-            [lambda: ops.mask_apply_many_(weights, packed, [0] * 200)],
-        )
+    bytes_ = sum(w.numel() * 4 + p.numel() for w, p in zip(*tensors(), strict=True))
 
-    def one_by_one() -> None:
-        for w, p in zip(weights, packed, strict=True):
-            ops.mask_apply_(w, p)
+    def together(i: int) -> Callable[[], object]:
+        weights, packed = tensors()
+        return lambda: ops.mask_apply_many_(weights, packed, [0] * len(weights))
 
-    yield Run("200 small tensors, mask_apply_ each", bytes_, [one_by_one])
+    def one_by_one(i: int) -> Callable[[], object]:
+        weights, packed = tensors()
+
+        def call() -> None:
+            for w, p in zip(weights, packed, strict=True):
+                ops.mask_apply_(w, p)
+
+        return call
+
+    yield rotated("200 small tensors, mask_apply_many_", bytes_, together)
+    yield rotated("200 small tensors, mask_apply_ each", bytes_, one_by_one)
 
 
 # --- timing --------------------------------------------------------
@@ -534,20 +364,6 @@ def print_table(result: dict[str, dict[str, float]]) -> None:
         )
 
 
-def print_variants(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Percent of a copy, a column per variant."""
-    names = list(results)
-    for number, name in enumerate(names):
-        print(f"{number:3} {name}: {VARIANTS[name]}")
-    print(f"{'percent of the roofline':50}" + "".join(f"{number:7}" for number in range(len(names))))
-    for run in results[names[0]]:
-        cells = "".join(
-            f"{results[name].get(run, {}).get('percent of the roofline', float('nan')):7.1f}"
-            for name in names
-        )
-        print(f"{run:50}{cells}")
-
-
 # --- a quick look whether they are right --------------------------------------------------------
 
 
@@ -628,50 +444,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--numel", type=int, default=25_165_824)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tune", type=Path, metavar="FOLDER", help="compare builds, which are kept there")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin with no further build after these")
-    parser.add_argument("--jobs", type=int, default=8)
     args = parser.parse_args()
     device = torch.device(args.device)
     library, reference = import_ops()
     from ds_compress.ops.schemas import message_bytes
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    ops = library.native()
     record: dict[str, Any] = {
         "device": name,
         "torch": torch.__version__,
         "numel": args.numel,
         "rounds": args.rounds,
     }
-    if args.tune is None:
-        ops = library.native()
-        record["wrong"] = wrong(ops, reference, message_bytes, device)
-        record["figures"] = run_all(ops, message_bytes, args.numel, args.rounds, device)
-        print(f"{name}; wrong: {record['wrong'] or 'nothing'}")
-        print_table(record["figures"])
-    else:
-        chosen = args.variants.split(",")
-        args.tune.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            paths = list(
-                pool.map(lambda variant: build_variant(variant, args.tune, device.type == "cpu"), chosen)
-            )
-        print(f"builds ready after {time.monotonic() - began:.0f} s")
-        record["figures"], record["wrong"] = {}, {}
-        for variant, path in zip(chosen, paths, strict=True):
-            if time.monotonic() - began > args.seconds:
-                break
-            ops = TuningLibrary(path)
-            if variant == chosen[0]:
-                record["wrong"][variant] = wrong(ops, reference, message_bytes, device)
-            record["figures"][variant] = run_all(ops, message_bytes, args.numel, args.rounds, device)
-            if args.out is not None:  # after each, in case there is no time for all
-                args.out.write_text(json.dumps(record, indent=1))
-        print(f"{name}; wrong: {record['wrong']}; {time.monotonic() - began:.0f} s")
-        print_table(record["figures"][chosen[0]])
-        print_variants(record["figures"])
+    record["wrong"] = wrong(ops, reference, message_bytes, device)
+    record["figures"] = run_all(ops, message_bytes, args.numel, args.rounds, device)
+    print(f"{name}; wrong: {record['wrong'] or 'nothing'}")
+    print_table(record["figures"])
     if args.out is not None:
         args.out.write_text(json.dumps(record, indent=1))
 

@@ -507,4 +507,4 @@ def test_accesses_of_four_bytes_are_seen() -> None:
     edit = edit_of("mask", "load_passing<uint4>(keep + 16 * i)", f"make_uint4({words})")
     kernels = machine_code.inspect(machine_code.cubin(f"{FOLDER}/mask.cu", "90", [edit]))
     found = [each for name, code in kernels.items() for each in violations(name, "90", code)]
-    assert found == ["mask_pack_kernel for sm_90: 0 LDG.128, at least 4 are needed"]
+    assert found == ["mask_pack_kernel for sm_90: 0 LDG.128, at least 2 are needed"]
