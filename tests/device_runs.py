@@ -60,8 +60,17 @@ def train(block: dict[str, Any] | None, device: Any, steps: int = 9) -> dict[str
         losses.append(float(loss.detach()))
     weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     if session is not None:
+        assert_on_cpu(session.state_dict())
         session.detach()
     return {"losses": losses, "waited": waited, "weights": weights}
+
+
+def assert_on_cpu(state: Any) -> None:
+    """What every process keeps in a checkpoint can be read where there is no such device."""
+    elsewhere = [
+        x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, torch.Tensor) and not x.is_cpu
+    ]
+    assert not elsewhere, elsewhere
 
 
 @functools.cache
@@ -237,6 +246,7 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
         stage.after_step(1)
         waited = sum(waits.values())
         found += [float(loss.detach()), *stage.metrics().values()]
+    assert_on_cpu(stage.state_dict())
     stage.detach()
     return found, waited
 

@@ -112,7 +112,7 @@ def load(folder: Path, session: Compression) -> None:
         )
         session.begin_anew()
         return
-    state = torch.load(folder / STATE, weights_only=True)
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     missing = [name for name in state["files"] if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}: the checkpoint is incomplete")
@@ -139,7 +139,7 @@ def _load_process_state(folder: Path, stored_world_size: int | None, session: Co
     path = folder / _process_file(rank)
     own: dict[str, Any] = {}
     if stored_world_size == world_size and path.exists():
-        own = torch.load(path, weights_only=True)
+        own = torch.load(path, map_location="cpu", weights_only=True)
     elif stored_world_size != world_size and next(folder.glob("process_*.pt"), None) is not None:
         logger.warning(
             "ds_compress: %s was stored by %s processes, there are %s now; error feedback, worker momenta and who "
@@ -242,7 +242,7 @@ def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor] | 
     if tag is None and not (load_dir / "latest").exists():
         return None
     path = _folder(load_dir, tag) / STATE
-    return torch.load(path, weights_only=True).get("shrunk_units", {}) if path.exists() else None
+    return torch.load(path, map_location="cpu", weights_only=True).get("shrunk_units", {}) if path.exists() else None
 
 
 def _same_units(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

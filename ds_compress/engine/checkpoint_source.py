@@ -96,7 +96,7 @@ def _state(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler finds
         raise checkpoint.CheckpointError(f"{path} is damaged: {error}") from error
     missing = [name for name in state["files"] if not (path.parent / name).exists()]

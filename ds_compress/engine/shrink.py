@@ -115,7 +115,8 @@ class _Restored:
                     write_state(engine, fragment, kind, values)
             if fragment is not None and fragment.is_stepped:
                 scalars = self._snapshot.scalars.get(self.origin[new], {})
-                optimizer_state(engine, fragment).update(scalars)
+                made = {key: scalar.beside(fragment.stepped) for key, scalar in scalars.items()}
+                optimizer_state(engine, fragment).update(made)
 
     def stages(self, session: Compression) -> None:
         for name, stage in session.stages.items():

@@ -28,13 +28,33 @@ class Part:
     values: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Scalar:
+    """What an optimizer keeps once per tensor. Tensors are told to other processes, whose device is another one."""
+
+    value: Any
+    is_beside_weight: bool
+
+    @classmethod
+    def of(cls, value: Any) -> Scalar:
+        if not isinstance(value, torch.Tensor):
+            return cls(value, False)
+        return cls(value.detach().to("cpu", copy=True), value.device.type != "cpu")
+
+    def beside(self, weight: torch.Tensor) -> Any:
+        """A copy for the state of `weight`: on its device where it was on a weight's."""
+        if not isinstance(self.value, torch.Tensor):
+            return self.value
+        return self.value.to(weight.device if self.is_beside_weight else "cpu", copy=True)
+
+
 class Snapshot:
     """Parts of this process by (owner, kind) and parameter name; owner is a stage's name or "optimizer"."""
 
     def __init__(self, engine: Any, shards: Shards, stages: Iterable[Stage]) -> None:
         self._shards = shards
         self.parts: dict[tuple[str, str], dict[str, Part]] = {}
-        self.scalars: dict[str, dict[str, Any]] = {}
+        self.scalars: dict[str, dict[str, Scalar]] = {}
         """What the optimizer keeps once per tensor, such as `step`, by parameter name."""
         optimizers = seams.stepped_optimizers(engine)
         for fragment in shards.fragments.values():
@@ -46,8 +66,7 @@ class Snapshot:
                     flat = value.view(-1).narrow(0, fragment.offset, fragment.numel)
                     self._keep("optimizer", key, fragment, flat)
                 else:
-                    kept = value.clone() if isinstance(value, torch.Tensor) else value
-                    self.scalars.setdefault(fragment.name, {})[key] = kept
+                    self.scalars.setdefault(fragment.name, {})[key] = Scalar.of(value)
         for stage in stages:
             for kind, by_name in stage.fragment_state().items():
                 for name, values in by_name.items():
@@ -61,9 +80,9 @@ class Snapshot:
             self.scalars |= scalars
 
     def _keep(self, owner: str, kind: str, fragment: Fragment, values: torch.Tensor) -> None:
-        self.parts.setdefault((owner, kind), {})[fragment.name] = Part(
-            fragment.start, values.detach().clone()
-        )
+        # In host memory: on a device that training has filled there is no room for everything twice.
+        kept = values.detach().to("cpu", copy=True)
+        self.parts.setdefault((owner, kind), {})[fragment.name] = Part(fragment.start, kept)
 
     def whole(self, owner: str, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor of `shape`, the same in every process: a collective."""

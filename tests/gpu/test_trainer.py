@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from tests.gpu.where import ON, ON_CUDA
 from tests.multirank.common import batches, tiny_bert
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
+
+
+@pytest.fixture(autouse=True)
+def no_config_for_later_tests() -> Iterator[None]:
+    """transformers would go on loading models as this Trainer's ZeRO stage wants them."""
+    yield
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 @pytest.mark.parametrize("stage", [2, 3])

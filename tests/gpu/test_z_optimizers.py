@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.runs import BLOCKS, assert_close, assert_density, cached, run
+from tests.gpu.runs import BLOCKS, assert_close, assert_density, cached, run, structures
 from tests.gpu.where import ON_CUDA
+from tests.multirank.common import tiny_bert
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(170)]
 PARAMETERS = {"lr": 1e-3} if ON_CUDA else {"lr": 1e-3, "torch_adam": True}
@@ -52,6 +53,18 @@ def test_trained_by_deepspeeds_adam(built: Any, layout: str, dtype: str) -> None
         assert_close(got, cached("0", "everything"), 5e-4 if dtype == "fp32" else 2e-2)
     elif layout != "0" or ON_CUDA:
         assert got["skipped"] >= 1 and len(set(got["scales"])) > 2, got["scales"]
+
+
+@pytest.mark.parametrize("layout", ["0", "2", "3", "2 offload"])
+def test_a_shrink_carries_their_moments(built: Any, layout: str) -> None:
+    """The losses after it are those of the model that is only masked; Adam's bias correction goes on counting."""
+    if built["CPUAdamBuilder" if "offload" in layout else "FusedAdamBuilder"]:
+        pytest.skip("not built")
+    losses = []
+    for shrinks in (True, False):
+        block = structures(method="l1", shrink_at_end_of_schedule=shrinks)
+        losses.append(run(layout, block, model=lambda: tiny_bert(layers=4), **DEEPSPEED)["losses"])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-4)
 
 
 @pytest.mark.parametrize("layout", ["0", "2", "3", "3 offload"])

@@ -56,7 +56,7 @@ class ContrastiveDistillation(DistillationLoss):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"queue": self._queue}
+        return {"queue": None if self._queue is None else self._queue.cpu()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._queue = state["queue"]
