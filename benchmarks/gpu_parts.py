@@ -36,18 +36,18 @@ class Part:
 
 
 PARTS = (
-    Part("build", "benchmarks.gpu_build", 100, "the library with CUDA kernels compiles and loads"),
+    Part("build", "benchmarks.gpu_build", 80, "the library with CUDA kernels compiles and loads"),
     Part(
-        "ceilings", "benchmarks.gpu_ceilings", 25, "bandwidth of a copy; rates of bf16, int8 and fp8 products"
+        "ceilings", "benchmarks.gpu_ceilings", 15, "bandwidth of a copy; rates of bf16, int8 and fp8 products"
     ),
-    Part("products", "benchmarks.products_cuda", 80, "integer and fp8 linear layers beside cuBLASLt"),
-    Part("elementwise", "benchmarks.gpu_elementwise", 65, "masks, quantization, messages beside a copy"),
-    Part("tests", "benchmarks.gpu_tests", 90, "pytest -m gpu"),
-    Part("steps", "benchmarks.gpu_steps", 90, "whole steps of a BERT-base and a 1B Llama, ZeRO 0 to 3"),
+    Part("products", "benchmarks.products_cuda", 75, "integer and fp8 linear layers beside cuBLASLt"),
+    Part("elementwise", "benchmarks.gpu_elementwise", 50, "masks, quantization, messages beside a copy"),
+    Part("tests", "benchmarks.gpu_tests", 150, "pytest -m gpu"),
+    Part("steps", "benchmarks.gpu_steps", 85, "whole steps of a BERT-base and a 1B Llama, ZeRO 0 to 3"),
     Part(
         "memory",
         "benchmarks.gpu_memory",
-        30,
+        25,
         "peak memory of distillation with whole and with chunked logits",
     ),
 )

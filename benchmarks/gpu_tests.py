@@ -6,6 +6,7 @@ python -m benchmarks.gpu_parts tests --output FILE
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .gpu_parts import Report
 from .record import Figures
 
 ROOT = Path(__file__).resolve().parents[1]
-AT_A_TIME = 4  # processes; each holds a CUDA context of half a gigabyte
+MOST_AT_A_TIME = 12  # processes; each holds a CUDA context of half a gigabyte
 
 
 class Count:
@@ -48,7 +49,8 @@ def measure(device: torch.device, quick: bool, report: Report) -> Figures:
     count = Count(report)
     arguments = ["-m", "gpu", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     if device.type == "cuda" and importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(AT_A_TIME), "--dist", "loadfile"]
+        processes = max(1, min(MOST_AT_A_TIME, len(os.sched_getaffinity(0)) - 2))
+        arguments += ["-n", str(processes), "--dist", "worksteal"]
     # Without a device every one of these is skipped, and one file shows that as well as all.
     files = [str(ROOT / "tests" / "native" / "test_cuda_device.py")] if quick else [str(ROOT / "tests")]
     status = pytest.main([*arguments, *files], plugins=[count])
