@@ -132,8 +132,14 @@ def run(part: Part, device: str, quick: bool, limit: float) -> Outcome:
                 process.wait()
         spent = time.monotonic() - started
         measured = json.loads(figures.read_text()) if figures.is_file() else {}
-        output = "" if status == "done" else log.read_text(errors="replace")[-OUTPUT_KEPT:]
+        output = "" if status == "done" else without_paths(log.read_text(errors="replace"))[-OUTPUT_KEPT:]
     return Outcome(status, spent, limit, measured, output)
+
+
+def without_paths(text: str) -> str:
+    """Files of this folder and of installed packages by relative names: where they lie is the machine's affair."""
+    text = text.replace(f"{ROOT}/", "")
+    return re.sub(r"(?<![\w.])/[\w./+-]*/(?:site|dist)-packages/", "", text)
 
 
 def environment() -> dict[str, str]:

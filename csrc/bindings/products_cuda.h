@@ -77,15 +77,15 @@ inline bool hopper_serves(const Call& call) {
            reinterpret_cast<uintptr_t>(call.y.const_data_ptr()) % 16 == 0;
 }
 
-inline bool multiply_on_hopper(const char* op, const Call& call, const Rows& rows, int codes) {
+inline bool multiply_on_hopper(const char* op, const Call& call, const Rows& rows) {
     if (!hopper_serves(call)) return false;
     const int device = call.x.get_device_index(), sms = bindings::multiprocessors(device);
-    const Way way{codes, dsc_hopper_tile(call.shape.rows, call.outputs, rows.pitch, sms)};
+    const Way way{dsc_hopper_tile(call.shape.rows, call.outputs, rows.pitch, sms)};
     if (verify(way, call.x, call.stream) != Verdict::right) return false;
     const auto* const weight = static_cast<const uint8_t*>(call.packed.const_data_ptr()) + sizeof(PackedHeader);
     const DscProduct product{rows.codes(), weight, rows.scales(), call.weight_scale, call.bias, call.y.mutable_data_ptr(),
                              call.y_dtype(), call.activation, call.shape.rows, call.outputs, rows.pitch, device, sms};
-    check_launch(dsc_hopper_product(&product, codes, way.tile, call.stream), op);
+    check_launch(dsc_hopper_product(&product, way.tile, call.stream), op);
     return true;
 }
 
@@ -102,15 +102,15 @@ inline void multiply_int8(const Call& call, const std::optional<Tensor>& input_s
     const void *x = call.x.const_data_ptr(), *packed = call.packed.const_data_ptr();
     void* const y = call.y.mutable_data_ptr();
     if (dsc_quantizes_itself(m, k)) {
-        require_right(op, {dsc_int8_codes, Way::few_rows}, call);
+        require_right(op, {Way::few_rows}, call);
         check_launch(dsc_int8_linear_of(x, call.x_dtype(), data_or_null(input_scale), call.steps, packed, call.weight_scale,
                                         call.bias, y, call.y_dtype(), call.activation, m, call.outputs, k, call.stream),
                      op);
         return;
     }
     const Rows rows(call.x, call.shape, input_scale, call.steps, call.stream);
-    if (multiply_on_hopper(op, call, rows, dsc_int8_codes)) return;
-    require_right(op, {dsc_int8_codes, m <= 32 ? Way::few_rows : Way::any_gpu}, call);
+    if (multiply_on_hopper(op, call, rows)) return;
+    require_right(op, {m <= 32 ? Way::few_rows : Way::any_gpu}, call);
     check_launch(dsc_int8_linear(rows.codes(), rows.scales(), packed, call.weight_scale, call.bias, y, call.y_dtype(),
                                  call.activation, m, call.outputs, k, call.stream),
                  op);

@@ -13,16 +13,15 @@
 namespace ds_compress {
 
 struct Way {
-    int codes;
     int tile;  // one of dsc_hopper_tiles, or one of those below
 
     // mma.sync, which every GPU since sm_80 has: tiles, and what up to 32 rows take.
     static constexpr int any_gpu = -1, few_rows = -2;
 
     bool is_hopper() const { return tile >= 0; }
-    int index() const { return 2 + tile + codes * (2 + dsc_hopper_tiles); }
+    int index() const { return tile - few_rows; }
     const char* name() const {
-        if (is_hopper()) return codes == dsc_fp8_codes ? "the fp8 kernels of Hopper (wgmma)" : "the int8 kernels of Hopper (wgmma)";
+        if (is_hopper()) return "the int8 kernels of Hopper (wgmma)";
         return tile == few_rows ? "the int8 kernels for few rows (mma.sync)" : "the int8 kernels (mma.sync)";
     }
 };

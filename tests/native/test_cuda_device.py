@@ -1,7 +1,7 @@
 """The same cases on a CUDA device: against the reference, which the CPU kernels are held against too.
 
 CI has no device. Without one, these kernels are known by their source on fibers, their PTX on the CPU, and their
-machine code; an H100 has run this file once.
+machine code; an H100 and an H200 have run this file.
 """
 
 from __future__ import annotations

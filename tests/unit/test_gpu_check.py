@@ -100,6 +100,11 @@ def test_time_left_over_goes_to_the_next_part_and_without_any_none_starts(fakes:
     assert parts["quick"]["status"] == "no time left" and not parts["quick"]["figures"]
 
 
+def test_kept_output_names_no_folder_of_the_machine() -> None:
+    said = f"{gpu_check.ROOT}/benchmarks/gpu_steps.py:3: at\n/a/.venv/lib/python3.12/site-packages/torch/x.py:8: 1/2"
+    assert gpu_check.without_paths(said) == "benchmarks/gpu_steps.py:3: at\ntorch/x.py:8: 1/2"
+
+
 def test_goals() -> None:
     goals = (
         Goal("p", r"^percent of copy", 90, "kernels", r"^(?!torch)"),

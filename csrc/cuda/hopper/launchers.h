@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // out (m, n) in out_dtype = activation(codes . weight^T * (input_scale[m] * weight_scale[n]) + bias[n]).
-// codes (m, pitch), weight (n, pitch): int8 or fp8 e4m3 codes, zeros beyond the last column, pitch a multiple of 16, both at
+// codes (m, pitch), weight (n, pitch): int8 codes, zeros beyond the last column, pitch a multiple of 16, both at
 // multiples of 16 bytes; bias: or null; out at a multiple of 16 bytes, and so is a row of it.
 typedef struct {
     const void* codes;
@@ -23,11 +23,10 @@ typedef struct {
     int device, multiprocessors;
 } DscProduct;
 
-enum DscCodes { dsc_int8_codes = 0, dsc_fp8_codes = 1 };
-enum { dsc_hopper_tiles = 3 };  // of every kind of codes
+enum { dsc_hopper_tiles = 3 };
 
 // One of the tiles; `tile` < dsc_hopper_tiles. Nothing is allocated, no workspace is needed.
-__attribute__((weak)) cudaError_t dsc_hopper_product(const DscProduct* product, int codes, int tile, cudaStream_t stream);
+__attribute__((weak)) cudaError_t dsc_hopper_product(const DscProduct* product, int tile, cudaStream_t stream);
 // The tile that is expected to be the fastest for a shape.
 __attribute__((weak)) int dsc_hopper_tile(int64_t m, int64_t n, int64_t k, int multiprocessors);
 

@@ -100,7 +100,7 @@ struct Finish : fusion::Sm90VisitorImpl<> {
     }
 };
 
-/// One instance: Code is int8_t or cutlass::float_e4m3_t, Sum int32_t or float, Out float or cutlass::bfloat16_t.
+/// One instance: Out is float or cutlass::bfloat16_t.
 template <class Code, class Sum, class Out, class Tile, class Cluster, class Schedule, class EpilogueSchedule,
           class Scheduler = void>
 struct Product {

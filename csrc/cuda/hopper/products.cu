@@ -38,9 +38,9 @@ static constexpr Cost costs[dsc_hopper_tiles] = {
 
 }  // namespace ds_compress::hopper
 
-extern "C" cudaError_t dsc_hopper_product(const DscProduct* product, int codes, int tile, cudaStream_t stream) {
+extern "C" cudaError_t dsc_hopper_product(const DscProduct* product, int tile, cudaStream_t stream) {
     using namespace ds_compress::hopper;
-    if (codes != dsc_int8_codes || tile < 0 || tile >= dsc_hopper_tiles) return cudaErrorInvalidValue;
+    if (tile < 0 || tile >= dsc_hopper_tiles) return cudaErrorInvalidValue;
     return int8_product(*product, tile, stream);
 }
 
