@@ -80,6 +80,7 @@ gpu-check:
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

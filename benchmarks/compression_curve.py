@@ -189,7 +189,10 @@ def draw(result: dict[str, dict[str, float]], path: Path) -> Path:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     error = 100 * (result[TEACHER]["accuracy"] * (1 - result[TEACHER]["accuracy"]) / 2049) ** 0.5
-    for axis, key, label in ((axes[0], "times smaller", "bytes on disk"), (axes[1], "times faster", "latency")):
+    for axis, key, label in (
+        (axes[0], "times smaller", "bytes on disk"),
+        (axes[1], "times faster", "latency"),
+    ):
         for number, (name, values) in enumerate(result.items()):
             axis.errorbar(
                 values[key], 100 * values["accuracy"], error, fmt="o", capsize=3, label=f"{number}: {name}"

@@ -86,7 +86,9 @@ def build(teacher: Path, setting: str, distillation: dict[str, Any] | None, step
     if distillation is not None:
         source = {} if "self_teacher" in distillation else {"teacher": str(teacher), "teacher_zero_stage": 0}
         by_layer = {"hidden", "attention"} & {*distillation.get("losses", {})}
-        mapped = {"layer_map": KEPT_LAYERS[setting]} if by_layer and "self_teacher" not in distillation else {}
+        mapped = (
+            {"layer_map": KEPT_LAYERS[setting]} if by_layer and "self_teacher" not in distillation else {}
+        )
         shared = {"enabled": True, "task_loss_weight": 0.5}
         block["distillation"] = {**shared, **source, **mapped, **distillation}
     warmup = {

@@ -95,7 +95,12 @@ def sparse_block(method: str, stride: int, dense_ratio: float, end: int, **share
 
 def w8a8_block(calibration: str, kernel: str = "float") -> dict[str, Any]:
     """8-bit weights per output channel and 8-bit activations (`dynamic` per token or `static`)."""
-    weights = {"enabled": True, "quantize_weight_in_forward": True, "granularity": "per_channel", "kernel": kernel}
+    weights = {
+        "enabled": True,
+        "quantize_weight_in_forward": True,
+        "granularity": "per_channel",
+        "kernel": kernel,
+    }
     activations = {"enabled": True, "range_calibration": calibration}
     return {
         "weight_quantization": _block(weights, {"start_bits": 8, "target_bits": 8}),

@@ -163,7 +163,14 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     if "step" in arguments.kinds:
         for model in arguments.models.split(","):
             for stage in arguments.stages.split(","):
-                options = ["--model", model, "--stage", stage, "--variants", listed(arguments.variants.split(";"))]
+                options = [
+                    "--model",
+                    model,
+                    "--stage",
+                    stage,
+                    "--variants",
+                    listed(arguments.variants.split(";")),
+                ]
                 found.append(("step", f"step of {model}, stage {stage}", options))
     return found
 

@@ -95,9 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of two variants"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few steps of two variants")
     record.add_output_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", default="2,3")

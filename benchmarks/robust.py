@@ -215,9 +215,7 @@ def run(
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "compression_training": {
-            "robust_reduction": {"enabled": True, "max_malicious": bad, **SETUPS[rule]}
-        },
+        "compression_training": {"robust_reduction": {"enabled": True, "max_malicious": bad, **SETUPS[rule]}},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     reduction = engine.compression.stages["gradient_reduction"]

@@ -40,7 +40,12 @@ Report = dict[str, Any]
 
 
 def block(shrinks: bool) -> dict[str, Any]:
-    shared = {"enabled": True, "method": "l1", "schedule_offset": CUT_AT, "shrink_at_end_of_schedule": shrinks}
+    shared = {
+        "enabled": True,
+        "method": "l1",
+        "schedule_offset": CUT_AT,
+        "shrink_at_end_of_schedule": shrinks,
+    }
     return {
         "row_pruning": {"shared_parameters": {**shared, "dense_ratio": 0.5}},
         "head_pruning": {"shared_parameters": {**shared, "dense_ratio": 0.5}},

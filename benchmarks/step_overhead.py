@@ -127,7 +127,9 @@ def blocks() -> dict[str, dict[str, Any] | None]:
     variants |= {f"{method}, stride 1": pruned(method, 1) for method in ("topk", "movement")}
     calibrations = ("dynamic", "static")
     variants |= {f"W8A8 {calibration}": w8a8_block(calibration) for calibration in calibrations}
-    variants |= {f"W8A8 {calibration}, int8 kernel": w8a8_block(calibration, "int8") for calibration in calibrations}
+    variants |= {
+        f"W8A8 {calibration}, int8 kernel": w8a8_block(calibration, "int8") for calibration in calibrations
+    }
     variants["l1 + W8A8 dynamic"] = pruned("l1") | w8a8_block("dynamic")
     return variants
 

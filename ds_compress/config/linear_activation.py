@@ -31,11 +31,18 @@ def computes_linear_activation(module: nn.Module) -> bool:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         return False
-    if set(module._parameters) - _PARAMETERS or module._buffers or next(_inner_parameters(module), None) is not None:
+    if (
+        set(module._parameters) - _PARAMETERS
+        or module._buffers
+        or next(_inner_parameters(module), None) is not None
+    ):
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((2, 4, _INPUTS), generator=generator)
-    matrix, vector = torch.randn((_OUTPUTS, _INPUTS), generator=generator), torch.randn(_OUTPUTS, generator=generator)
+    matrix, vector = (
+        torch.randn((_OUTPUTS, _INPUTS), generator=generator),
+        torch.randn(_OUTPUTS, generator=generator),
+    )
     changed = matrix.clone()
     changed[1] += 1
     try:

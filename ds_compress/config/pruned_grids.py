@@ -38,7 +38,11 @@ def with_pruned_marked(
 def grid_problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
     """An asymmetric grid that was asked to be the legacy one where weights are pruned."""
     block = techniques.get(_BLOCK)
-    if block is None or block.shared.quantization_type != "asymmetric" or block.shared.narrow_range is not False:
+    if (
+        block is None
+        or block.shared.quantization_type != "asymmetric"
+        or block.shared.narrow_range is not False
+    ):
         return
     pruned = [target.module_name for target in block.targets if target.pruned]
     if pruned:

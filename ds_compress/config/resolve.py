@@ -33,9 +33,7 @@ from ds_compress.config.targets import Target, TechniquePlan, Weight
 
 logger = logging.getLogger("ds_compress")
 
-LAYERS = frozenset(
-    {ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D, ModuleKind.LINEAR_ACTIVATION}
-)
+LAYERS = frozenset({ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D, ModuleKind.LINEAR_ACTIVATION})
 KINDS = {
     "sparse_pruning": LAYERS | {ModuleKind.EMBEDDING},
     "weight_quantization": LAYERS | {ModuleKind.EMBEDDING},
@@ -74,7 +72,11 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
     problems += integer_product_problems(techniques)
     structures, structure_problems = resolve_structures(model, parsed, entries, removed)
     techniques = with_pruned_marked(techniques, structures)
-    problems += [*structure_problems, *structure_conflicts(structures, techniques), *grid_problems(techniques)]
+    problems += [
+        *structure_problems,
+        *structure_conflicts(structures, techniques),
+        *grid_problems(techniques),
+    ]
     if problems:
         raise ConfigError(problems)
     weights = tuple(weight for weight in _weights_of(model) if not weight.name.startswith(removed))
@@ -202,9 +204,7 @@ class Claims:
             unsupported = [entry for entry in reached if entry.is_unsupported]
         return [entry for entry in unsupported if entry not in self._excluded]
 
-    def _refused(
-        self, path: str, pattern: str, unsupported: list[Entry], reaches_others: bool
-    ) -> Problem:
+    def _refused(self, path: str, pattern: str, unsupported: list[Entry], reaches_others: bool) -> Problem:
         what = [
             f"{entry.name or 'the model itself'} ({type(entry.module).__name__})" for entry in unsupported
         ]

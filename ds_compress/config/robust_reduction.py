@@ -65,7 +65,12 @@ class RobustReduction(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.neighbor_mixing:
-            yield from without_effect(self, "neighbor_mixing", self.rule == "mean", "rule is another than mean")
             yield from without_effect(
-                self, "neighbor_mixing", self.rule != "mean" and not self.max_malicious, "max_malicious is 1 or more"
+                self, "neighbor_mixing", self.rule == "mean", "rule is another than mean"
+            )
+            yield from without_effect(
+                self,
+                "neighbor_mixing",
+                self.rule != "mean" and not self.max_malicious,
+                "max_malicious is 1 or more",
             )

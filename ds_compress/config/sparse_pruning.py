@@ -213,7 +213,11 @@ class SparsePruningShared(Section):
             self, "seed", self.method not in _METHODS_WITH_SEED, f"method is {listed(_METHODS_WITH_SEED)}"
         )
         # Configs that spell out every default of the removed library say 1.
-        once = self.schedule_offset_end is None and not self.effective_regrowth and self.schedule_offset_stride > 1
+        once = (
+            self.schedule_offset_end is None
+            and not self.effective_regrowth
+            and self.schedule_offset_stride > 1
+        )
         yield from without_effect(
             self, "schedule_offset_stride", once, "schedule_offset_end is given: one mask is made, and stays"
         )

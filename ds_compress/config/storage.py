@@ -30,7 +30,10 @@ def format_of(plan: Plan) -> str:
     if technique is None:
         return "compressed-tensors" if "activation_quantization" in plan.techniques else "hf"
     kinds = {target.kind for target in technique.targets}
-    fits = kinds <= {ModuleKind.LINEAR, ModuleKind.EMBEDDING} and technique.shared.quantization_type != "asymmetric"
+    fits = (
+        kinds <= {ModuleKind.LINEAR, ModuleKind.EMBEDDING}
+        and technique.shared.quantization_type != "asymmetric"
+    )
     return "compressed-tensors" if fits else "torch"
 
 

@@ -32,6 +32,7 @@ Rounding = Annotated[Whole, Field(ge=1)]
 
 _METHODS_WITH_SEED = ("topk", "random")
 
+
 class StructuredPruningParams(Section):
     """`params` of one group."""
 

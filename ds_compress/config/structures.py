@@ -234,7 +234,9 @@ class _Claims:
 
     def _warn_of_refusals(self, pattern: str) -> None:
         """What the regex reaches too and what stays whole: the rest is pruned, so this is no error."""
-        refused = [r for r in self.found.refusals if _reaches(pattern, [r.module]) and not self._leaves_out(r.module)]
+        refused = [
+            r for r in self.found.refusals if _reaches(pattern, [r.module]) and not self._leaves_out(r.module)
+        ]
         if refused:
             logger.warning(
                 "%s: not pruned: %s. %s", self.key, few([r.module for r in refused]), refused[0].reason
@@ -244,7 +246,11 @@ class _Claims:
         return any(_reaches(regex, [module]) for regex in self.block.shared.excluded_modules)
 
     def _all_excluded(self, group: str, pattern: str) -> None:
-        path = dotted(self.key, "different_groups", group) if group in self.block.different_groups else dotted(self.key)
+        path = (
+            dotted(self.key, "different_groups", group)
+            if group in self.block.different_groups
+            else dotted(self.key)
+        )
         hint = "all that it reaches is in excluded_modules: remove the group, or exclude less"
         allowed = f"a group with at least one {_OF_KIND[self.kind]}"
         self.problems.append(Problem(path, shown(pattern), allowed, hint))
@@ -266,10 +272,7 @@ class _Claims:
         return [
             entry.name
             for entry in self.entries
-            if (
-                entry.is_layer
-                or (pattern != EVERY_LAYER and _has_entries(entry.module))
-            )
+            if (entry.is_layer or (pattern != EVERY_LAYER and _has_entries(entry.module)))
             and entry.is_reached_by(pattern)
             and not any(entry.is_reached_by(regex) for regex in excluded)
         ]
@@ -388,6 +391,4 @@ def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
 
 
 def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return kept_units(
-        target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up
-    )
+    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up)

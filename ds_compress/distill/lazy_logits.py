@@ -247,7 +247,20 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 # Python looks operators up in the class, so __getattr__ never sees them.
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "neg", "abs"):
+for _name in (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "rpow",
+    "matmul",
+    "neg",
+    "abs",
+):
     setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))

@@ -22,7 +22,9 @@ def announce_start(session: Compression, engine: Any) -> None:
     plan = session.plan
     count = sum(weight.numel for weight in plan.weights)
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    where = f"ZeRO stage {engine.zero_optimization_stage()}, {processes} process{'es' if processes > 1 else ''}"
+    where = (
+        f"ZeRO stage {engine.zero_optimization_stage()}, {processes} process{'es' if processes > 1 else ''}"
+    )
     if not session.stages and not plan.config.layer_reduction:
         return  # the line that nothing is enabled is there already
     logger.info("%s with %s parameters, %s", type(session.model).__name__, f"{count:,}", where)

@@ -46,7 +46,7 @@ def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
 
     fp32 CPU tensors by name on process 0, an empty dict elsewhere; learned scales are folded into the weights.
     A collective that makes one module whole at a time, so no process but the first ever holds more than
-    a layer. A tied weight has the values of the module that quantizes it.    """
+    a layer. A tied weight has the values of the module that quantizes it."""
     if seams.tensor_parallel_group(engine) is not None:
         return seams.whole_state_dict(engine)
     keep = not dist.is_initialized() or dist.get_rank() == 0

@@ -242,7 +242,11 @@ def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor] | 
     if tag is None and not (load_dir / "latest").exists():
         return None
     path = _folder(load_dir, tag) / STATE
-    return torch.load(path, map_location="cpu", weights_only=True).get("shrunk_units", {}) if path.exists() else None
+    return (
+        torch.load(path, map_location="cpu", weights_only=True).get("shrunk_units", {})
+        if path.exists()
+        else None
+    )
 
 
 def _same_units(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

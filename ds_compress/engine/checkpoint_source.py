@@ -101,7 +101,9 @@ def _state(folder: Path) -> dict[str, Any] | None:
         raise checkpoint.CheckpointError(f"{path} is damaged: {error}") from error
     missing = [name for name in state["files"] if not (path.parent / name).exists()]
     if missing:
-        raise checkpoint.CheckpointError(f"{path.parent} lacks {', '.join(missing)}: the checkpoint is incomplete")
+        raise checkpoint.CheckpointError(
+            f"{path.parent} lacks {', '.join(missing)}: the checkpoint is incomplete"
+        )
     return state
 
 
@@ -124,7 +126,9 @@ def _weights(folder: Path) -> dict[str, Any]:
 
     if any(folder.glob("*zero*optim_states.pt")):
         try:
-            lazy = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
+            lazy = get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), tag=folder.name, lazy_mode=True
+            )
         except Exception as error:  # a file that is missing shows in many ways
             raise ExportError(f"{folder} is incomplete or damaged: {error}") from error
         return dict(lazy)
@@ -167,14 +171,20 @@ def _compress(
     config = parse_config({key: value for key, value in block.items() if key not in done})
     plan = resolve(model, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    structures = [target.structure for structured in plan.structures.values() for target in structured.targets]
+    structures = [
+        target.structure for structured in plan.structures.values() for target in structured.targets
+    ]
     kept = {
-        name: units for key in plan.structures for name, units in state["stages"].get(key, {}).get("kept", {}).items()
+        name: units
+        for key in plan.structures
+        for name, units in state["stages"].get(key, {}).get("kept", {}).items()
     }
     cuts = Cuts.of(structures, kept, model)
     if cuts.active():
         cuts.rewrite(model)
-        plan = resolve(model, parse_config({k: v for k, v in block.items() if k not in (*done, *KIND_OF_BLOCK)}))
+        plan = resolve(
+            model, parse_config({k: v for k, v in block.items() if k not in (*done, *KIND_OF_BLOCK)})
+        )
     for key in _QUANTIZERS:
         if key in plan.techniques:
             stage = STAGES[key](plan.techniques[key], config.seed)

@@ -104,14 +104,18 @@ class AppliedNorm:
 
     def _counts(self, total: Any) -> bool:
         """DeepSpeed marks a norm that is NaN or Inf by a negative one."""
-        return self._wrapper.clip_grad > 0 and self._clears and math.isfinite(float(total)) and float(total) > 0
+        return (
+            self._wrapper.clip_grad > 0 and self._clears and math.isfinite(float(total)) and float(total) > 0
+        )
 
     # -- others ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """Around a step of an optimizer that is not ZeRO's."""
-        ratio = 1.0 if self._is_zero or not self._clears or seams.clip_limit(self._engine) <= 0 else self._ratio()
+        ratio = (
+            1.0 if self._is_zero or not self._clears or seams.clip_limit(self._engine) <= 0 else self._ratio()
+        )
         if ratio == 1.0:
             yield
             return
@@ -139,6 +143,8 @@ class AppliedNorm:
                 norm = part.norm(2)
                 norms += [norm, norm if applied is part else applied.norm(2)]
         # One look at all of them: every single one would wait for the device.
-        squares = torch.stack(norms).double().square().view(-1, 2).sum(0) if norms else torch.zeros(2).double()
+        squares = (
+            torch.stack(norms).double().square().view(-1, 2).sum(0) if norms else torch.zeros(2).double()
+        )
         total, counted = self._shards.sum(squares).tolist()
         return math.sqrt(total / counted) if counted > 0 and math.isfinite(total) else 1.0

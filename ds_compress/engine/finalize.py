@@ -102,7 +102,9 @@ def _is_untouched(session: Compression) -> bool:
 def _of_weights(session: Compression) -> dict[str, Any]:
     """What of the block the weights alone decide; layers of a teacher are in place since the session began."""
     blocks = {**session.block}
-    logger.info("ds_compress: no step was taken under this block: masks are made now, of the weights as they are")
+    logger.info(
+        "ds_compress: no step was taken under this block: masks are made now, of the weights as they are"
+    )
     return {key: value for key, value in blocks.items() if key not in ("layer_reduction", "distillation")}
 
 

@@ -87,7 +87,9 @@ def all_fragments(engine: Any, data_parallel_group: Any) -> Iterator[Fragment]:
     A tied parameter comes once, under its first name. Where this process owns no element of a parameter, `numel` is 0.
     """
     wrapper = engine.optimizer
-    stepped = {id(p) for o in seams.stepped_optimizers(engine) for group in o.param_groups for p in group["params"]}
+    stepped = {
+        id(p) for o in seams.stepped_optimizers(engine) for group in o.param_groups for p in group["params"]
+    }
     for name, parameter in engine.module.named_parameters():
         if seams.is_zero3_parameter(parameter):
             yield _zero3_master(name, parameter) or _zero3_weight(name, parameter)

@@ -78,7 +78,9 @@ class Uncut:
             return {**kept, "params": [named[name] for name in kept["params"]]}
 
         if self._listed and isinstance(self._listed[0], dict):
-            arguments["model_parameters"] = [group(g) for g in self._listed if isinstance(g, dict) and g["params"]]
+            arguments["model_parameters"] = [
+                group(g) for g in self._listed if isinstance(g, dict) and g["params"]
+            ]
         elif arguments["model_parameters"] is not None:
             arguments["model_parameters"] = [named[name] for names in self._listed for name in names]
         optimizer = arguments["optimizer"]

@@ -61,7 +61,9 @@ def _of_model(model: nn.Module) -> Trained:
         cuts = session.cuts()
         trained.cuts = cuts if cuts.active() else None
         return trained
-    has_quantizers = any(layers.weight_recipe(m) or getattr(m, "input_quantizer", None) for m in model.modules())
+    has_quantizers = any(
+        layers.weight_recipe(m) or getattr(m, "input_quantizer", None) for m in model.modules()
+    )
     lost = [name for name in origin.unfinished(model) if not (name in origin.QUANTIZERS and has_quantizers)]
     if session is None and lost:
         raise ExportError(without(lost))

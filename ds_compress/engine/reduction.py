@@ -266,7 +266,12 @@ class GradientReduction(Stage):
                 codec = self._codec()
             pieces = wire.piece_elements if wire is not None else 1 << 20
             self._robust_sums[key] = RobustSum(
-                group, codec, policy, pieces, self._add_report, lambda: self._watch.suspects if self._watch else ()
+                group,
+                codec,
+                policy,
+                pieces,
+                self._add_report,
+                lambda: self._watch.suspects if self._watch else (),
             )
         return self._robust_sums[key]
 
@@ -326,10 +331,14 @@ class GradientReduction(Stage):
             )
 
     def metrics(self) -> dict[str, float]:
-        counts = {} if self.wire is None else {
-            "quantized_elements": float(self._quantized),
-            "exact_elements": float(self._exact),
-        }
+        counts = (
+            {}
+            if self.wire is None
+            else {
+                "quantized_elements": float(self._quantized),
+                "exact_elements": float(self._exact),
+            }
+        )
         return {**counts, **self._workers()}
 
     def _workers(self) -> dict[str, float]:

@@ -132,8 +132,13 @@ SEAMS: tuple[Seam, ...] = (
         source_mentions=("max_norm=self.gradient_clipping()",),
     ),
     *(
-        Seam(f"deepspeed.runtime.{wrapper}.get_grad_norm_direct", ("self", "gradients", "params", "norm_type"))
-        for wrapper in ("zero.stage_1_and_2:DeepSpeedZeroOptimizer", "zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+        Seam(
+            f"deepspeed.runtime.{wrapper}.get_grad_norm_direct", ("self", "gradients", "params", "norm_type")
+        )
+        for wrapper in (
+            "zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+        )
     ),
     *(
         Seam(
@@ -141,14 +146,19 @@ SEAMS: tuple[Seam, ...] = (
             ("self", "params"),
             source_mentions=("self.norm_for_param_grads[param_id]",),
         )
-        for wrapper in ("zero.stage_1_and_2:DeepSpeedZeroOptimizer", "zero.stage3:DeepSpeedZeroOptimizer_Stage3")
+        for wrapper in (
+            "zero.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+        )
     ),
     Seam(
         "deepspeed.runtime.bf16_optimizer:BF16_Optimizer.step",
         source_mentions=("max_norm=self.clip_grad", "self._global_grad_norm"),
     ),
     *(
-        Seam(f"deepspeed.runtime.fp16.{wrapper}.unscale_and_clip_grads", source_mentions=("/ self.clip_grad",))
+        Seam(
+            f"deepspeed.runtime.fp16.{wrapper}.unscale_and_clip_grads", source_mentions=("/ self.clip_grad",)
+        )
         for wrapper in ("fused_optimizer:FP16_Optimizer", "unfused_optimizer:FP16_UnfusedOptimizer")
     ),
     Seam(
@@ -409,7 +419,9 @@ def release(parameters: Iterable[nn.Parameter]) -> None:
     whole: list[Any] = [
         p
         for p in parameters
-        if is_zero3_parameter(p) and is_gathered(p) and not getattr(p, "_ds_z3_gathered_param_context_depth", 0)
+        if is_zero3_parameter(p)
+        and is_gathered(p)
+        and not getattr(p, "_ds_z3_gathered_param_context_depth", 0)
     ]
     if whole:
         whole[0].partition(whole)

@@ -26,8 +26,12 @@ def refuse_unsupported(
     ]
     key = "save_muon_momentum_buffer_in_memory"
     if getattr(ds_config.zero_config, key, False) and config is not None and _shrinks(config):
-        hint = "remove the key: momenta that DeepSpeed keeps beside the optimizer's state are lost in a shrink"
-        problems.append(Problem(f"zero_optimization.{key}", "true", "false with shrink_at_end_of_schedule", hint))
+        hint = (
+            "remove the key: momenta that DeepSpeed keeps beside the optimizer's state are lost in a shrink"
+        )
+        problems.append(
+            Problem(f"zero_optimization.{key}", "true", "false with shrink_at_end_of_schedule", hint)
+        )
     if problems:
         raise ConfigError(problems)
 

@@ -241,7 +241,9 @@ def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
         ConfigError: the student trains a parameter, or a memory, that the teacher has.
     """
     if teacher is student:
-        raise _error("the student itself", "another model object", "give ds_compress.initialize copy.deepcopy(model)")
+        raise _error(
+            "the student itself", "another model object", "give ds_compress.initialize copy.deepcopy(model)"
+        )
     theirs = dict(teacher.named_parameters())
     ids = {id(parameter): name for name, parameter in theirs.items()}
     memories = {_memory(parameter): name for name, parameter in theirs.items()}

@@ -157,7 +157,9 @@ class _Export:
             if trained.writes:
                 self._finish(folder, expected)
         except Exception as error:
-            failure = error if isinstance(error, ExportError) else ExportError(f"{type(error).__name__}: {error}")
+            failure = (
+                error if isinstance(error, ExportError) else ExportError(f"{type(error).__name__}: {error}")
+            )
         trained.agree(failure)
 
     def _write_tensors(self, folder: Path, shard_bytes: int) -> BaseException | None:
@@ -187,7 +189,12 @@ class _Export:
 
     def _note_zero_units(self, layer: Layer) -> None:
         weight = layer.tensors.get("weight") if layer.encoded is None else layer.encoded.values()
-        if layer.kind in (None, ModuleKind.EMBEDDING) or weight is None or weight.dim() < 2 or not weight.numel():
+        if (
+            layer.kind in (None, ModuleKind.EMBEDDING)
+            or weight is None
+            or weight.dim() < 2
+            or not weight.numel()
+        ):
             return
         counts = weight.flatten(1).count_nonzero(1), weight.flatten(1).count_nonzero(0)
         if max(float((count == 0).float().mean()) for count in counts) >= _MANY_ZERO_UNITS:
@@ -220,8 +227,12 @@ class _Export:
             return self._ran(self.inputs)
         except Exception as error:
             if self.given is not None:
-                raise ExportError(f"the model does not run on inputs=: {type(error).__name__}: {error}") from error
-            raise ExportError(f"{unknown_inputs(self.trained.model)} ({type(error).__name__}: {error})") from error
+                raise ExportError(
+                    f"the model does not run on inputs=: {type(error).__name__}: {error}"
+                ) from error
+            raise ExportError(
+                f"{unknown_inputs(self.trained.model)} ({type(error).__name__}: {error})"
+            ) from error
 
     def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
         model, stored = self.trained.model, self.format.options.dtype
@@ -255,7 +266,9 @@ class _Export:
         return loaded if is_rounded or (format.options.dtype and self._quantizes_tables()) else torch.float32
 
     def _quantizes_tables(self) -> bool:
-        return any(isinstance(m, nn.Embedding) and layers.weight_recipe(m) for m in self.trained.model.modules())
+        return any(
+            isinstance(m, nn.Embedding) and layers.weight_recipe(m) for m in self.trained.model.modules()
+        )
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
@@ -328,7 +341,9 @@ def _after_cuts(trained: Trained) -> nn.Module:
     if cuts is None or not cuts.active():
         return trained.model
     if trained.config is None:
-        raise ExportError("structures are masked and the model has no config: export what ds_compress.finalize returns")
+        raise ExportError(
+            "structures are masked and the model has no config: export what ds_compress.finalize returns"
+        )
     skeleton = fresh(type(trained.model), trained.config)
     cuts.rewrite(skeleton, skeleton=True)
     return skeleton
@@ -351,4 +366,6 @@ def _class_name(model: nn.Module) -> str:
 def _sparsity_notes(report: ExportReport) -> list[str]:
     if report.sparsity < 0.3:
         return []
-    return ["zeros are stored like all other weights: no format here is sparse, and neither is any served 2:4 format"]
+    return [
+        "zeros are stored like all other weights: no format here is sparse, and neither is any served 2:4 format"
+    ]

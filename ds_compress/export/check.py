@@ -124,7 +124,9 @@ def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:
     _same_tensors(expected, answer)
     logits = answer.tensors["logits"]
     if logits.shape != expected.logits.shape:
-        raise ExportError(f"the exported model gives {tuple(logits.shape)}, not {tuple(expected.logits.shape)}")
+        raise ExportError(
+            f"the exported model gives {tuple(logits.shape)}, not {tuple(expected.logits.shape)}"
+        )
     relative = _RELATIVE.get(expected.dtype, 1e-4)
     largest = float(expected.logits.abs().max())
     result: dict[str, Any] = {
@@ -138,7 +140,9 @@ def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:
         exact = float((answer.tensors["exact_logits"] - expected.exact_logits).abs().max())
         result["max_difference_with_exact_activations"] = exact
         if not exact <= relative * float(expected.exact_logits.abs().max()) + _SMALLEST + expected.rounding:
-            raise ExportError(f"with exact activations its logits differ by {exact:.3g}, of {largest:.3g}: {result}")
+            raise ExportError(
+                f"with exact activations its logits differ by {exact:.3g}, of {largest:.3g}: {result}"
+            )
     own_rounding = _rms(expected.logits - expected.exact_logits)
     if own_rounding == 0 and not expected.fp8_products:
         measured, what = result["max_difference"], "the largest difference"

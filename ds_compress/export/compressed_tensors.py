@@ -51,7 +51,9 @@ class CompressedTensorsFormat(Format):
         if self.options.scheme not in (None, "fp8"):
             raise ExportError(f'scheme is None or "fp8", got {self.options.scheme!r}')
         self.packs = _loads_packed(trained, final)
-        self.note("config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them")
+        self.note(
+            "config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them"
+        )
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         self.untie(layer)
@@ -62,7 +64,9 @@ class CompressedTensorsFormat(Format):
             return stored
         if layer.kind is ModuleKind.EMBEDDING and layer.encoded is not None:
             stored[layer.full("weight")] = self.decoded(layer, layer.encoded)
-            self.note(f"{layer.name}: a quantized embedding does not load back, so its rounded values are floats")
+            self.note(
+                f"{layer.name}: a quantized embedding does not load back, so its rounded values are floats"
+            )
             return stored
         if layer.kind is not ModuleKind.LINEAR:
             raise ExportError(
@@ -110,7 +114,9 @@ class CompressedTensorsFormat(Format):
         group["targets"].append(module)
         self.schemes[module] = {key: value for key, value in scheme.items() if value is not None}
 
-    def _integers(self, layer: Layer, encoded: EncodedWeight, scheme: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _integers(
+        self, layer: Layer, encoded: EncodedWeight, scheme: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         if encoded.offset is not None:
@@ -167,7 +173,9 @@ class CompressedTensorsFormat(Format):
 
     def _fp8(self, layer: Layer, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if layer.encoded is not None or layer.input is not None:
-            raise ExportError(f'{layer.name} was trained in integers: scheme="fp8" is for models that were not')
+            raise ExportError(
+                f'{layer.name} was trained in integers: scheme="fp8" is for models that were not'
+            )
         is_head = layer.name.rpartition(".")[2] in ("lm_head", "embed_out", "decoder")
         if layer.kind is not ModuleKind.LINEAR or "weight" not in layer.tensors or is_head:
             return stored
@@ -195,7 +203,9 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
 def _loads_packed(trained: Trained, final: nn.Module) -> bool:
     """Whether the class gets through its loading without the weights that would be packed."""
     recipes = {name: layers.weight_recipe(module) for name, module in trained.model.named_modules()}
-    renamed = {} if trained.cuts is None else {name: trained.cuts.renamed(f"{name}.weight") for name in recipes}
+    renamed = (
+        {} if trained.cuts is None else {name: trained.cuts.renamed(f"{name}.weight") for name in recipes}
+    )
     targets = [
         str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
         for name, recipe in recipes.items()

@@ -115,7 +115,9 @@ def _modules_in_fp32(model: nn.Module, value: Callable[[torch.Tensor, bool], tor
             handle.remove()
 
 
-def _hooks(value: Callable[[torch.Tensor, bool], torch.Tensor]) -> tuple[Callable[..., Any], Callable[..., None]]:
+def _hooks(
+    value: Callable[[torch.Tensor, bool], torch.Tensor],
+) -> tuple[Callable[..., Any], Callable[..., None]]:
     before: list[list[tuple[nn.Parameter, torch.Tensor]]] = []
 
     def convert(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

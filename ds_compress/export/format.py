@@ -88,7 +88,9 @@ class Format(ABC):
     ) -> None:
         """After all tensors were written. final: the model after its cuts; inputs: those of the check, if any."""
 
-    def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
+    def reload_here(
+        self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module
+    ) -> Answer | None:
         """What the folder computes, where that needs no loader of a fresh process; None: ask one."""
         return None
 
@@ -157,13 +159,16 @@ def emptied(model: nn.Module) -> nn.Module:
     behind.
     """
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty(shape_of(p), dtype=p.dtype), requires_grad=False) for p in model.parameters()
+        id(p): nn.Parameter(torch.empty(shape_of(p), dtype=p.dtype), requires_grad=False)
+        for p in model.parameters()
     }
     for module in model.modules():
         for kind in _HOOKS:
             hooks = vars(module).get(kind)
             if hooks:
-                memo[id(hooks)] = type(hooks)((k, hook) for k, hook in hooks.items() if not _is_of_training(hook))
+                memo[id(hooks)] = type(hooks)(
+                    (k, hook) for k, hook in hooks.items() if not _is_of_training(hook)
+                )
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         module._parameters = dict(module._parameters.items())

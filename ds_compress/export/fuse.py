@@ -23,7 +23,12 @@ _ACTIVATED = (
     ("dense_h_to_4h", "act"),
     ("gate_proj", "act_fn"),
 )
-_SHARING = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+_SHARING = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
 _OTHER_INPUTS = ("cross", "encdec", "encoder_attn")
 
 

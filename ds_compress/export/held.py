@@ -15,7 +15,9 @@ def fingerprints_of(model: nn.Module) -> dict[str, Fingerprint]:
     """Of all floats that the model holds, by every name that they have."""
     held: list[tuple[str, torch.Tensor]] = []
     held += [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    held += [(f"{name}.weight", m.weight) for name, m in model.named_modules() if isinstance(m, Int8Embedding)]
+    held += [
+        (f"{name}.weight", m.weight) for name, m in model.named_modules() if isinstance(m, Int8Embedding)
+    ]
     return {name: fingerprint(value) for name, value in held if value.is_floating_point()}
 
 

@@ -59,7 +59,10 @@ def _example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             return {name: value.clone() for name, value in dummy.items()}
         raise ExportError(unknown_inputs(model))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    low, high = min(3, text.vocab_size - 1) if hasattr(text, "vocab_size") else 0, getattr(text, "vocab_size", 2)
+    low, high = (
+        min(3, text.vocab_size - 1) if hasattr(text, "vocab_size") else 0,
+        getattr(text, "vocab_size", 2),
+    )
     length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
     tokens = torch.randint(low, high, (_SENTENCES, length), generator=generator)
     inputs: dict[str, torch.Tensor] = {}

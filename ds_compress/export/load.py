@@ -24,7 +24,11 @@ _OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset")
 
 
 def from_pretrained(
-    folder: str | PathLike[str], model: nn.Module | None = None, *, fused: bool = True, activations: bool = True
+    folder: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    fused: bool = True,
+    activations: bool = True,
 ) -> nn.Module:
     """The model of a folder that `ds_compress.export(..., format="torch")` wrote, in eval mode, on the CPU.
 
@@ -48,12 +52,16 @@ def from_pretrained(
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
     if not activations:
-        schemes = {name: {k: v for k, v in scheme.items() if k != "input"} for name, scheme in schemes.items()}
+        schemes = {
+            name: {k: v for k, v in scheme.items() if k != "input"} for name, scheme in schemes.items()
+        }
     serve(model, schemes, Stored(path), fused)
     return model
 
 
-def serve(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored, fused: bool = True) -> None:
+def serve(
+    model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored, fused: bool = True
+) -> None:
     """Makes `model`, a new instance of the exported class, the model of a folder, in place.
 
     schemes: how each module is stored, by its name; see `ServingFormat`.
@@ -130,7 +138,9 @@ def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
     for name, tensor in stored.items():
         if name in module._parameters:
             is_whole = tensor.is_floating_point()
-            module._parameters[name] = nn.Parameter(tensor.float() if is_whole else tensor, requires_grad=False)
+            module._parameters[name] = nn.Parameter(
+                tensor.float() if is_whole else tensor, requires_grad=False
+            )
         elif name in module._buffers:
             before = module._buffers[name]
             module._buffers[name] = tensor if before is None else tensor.to(before.dtype)

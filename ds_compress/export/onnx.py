@@ -49,7 +49,9 @@ class OnnxFormat(Format):
             raise ExportError(f'format "onnx" needs {error.name}: pip install "ds_compress[onnx]"') from error
         if generates(trained.model):
             kind = type(trained.model).__name__
-            raise ExportError(f'format "onnx" is for encoders, and a {kind} generates, with a cache; {OTHER_FORMAT}')
+            raise ExportError(
+                f'format "onnx" is for encoders, and a {kind} generates, with a cache; {OTHER_FORMAT}'
+            )
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         encoded = layer.encoded
@@ -60,12 +62,18 @@ class OnnxFormat(Format):
             layer = Layer(layer.name, layer.kind, encoded, {}, layer.input, layer.ties)
         if layer.input is not None and layer.input.input_range is None:
             self.ignores_inputs = True
-            self.note("inputs with a range per token stay floats: no operator of ONNX rounds them as training did")
+            self.note(
+                "inputs with a range per token stay floats: no operator of ONNX rounds them as training did"
+            )
         self.layers.append(layer)
         if encoded is not None:
             weight = {"type": "int", "bits": encoded.bits, "group_size": encoded.group_size}
             self.schemes[layer.name] = {"weight": weight}
-        if encoded is not None and layer.kind in _PRODUCTS and (layer.input is None or layer.input.input_range is None):
+        if (
+            encoded is not None
+            and layer.kind in _PRODUCTS
+            and (layer.input is None or layer.input.input_range is None)
+        ):
             self.note(
                 "onnxruntime rounds the inputs of weight-only products to int8 unless the session option "
                 "session.qdq_matmulnbits_accuracy_level is 1, which the check sets"
@@ -84,7 +92,9 @@ class OnnxFormat(Format):
         graph = exported(model, dict(inputs or example_inputs(model)))
         unquantized = quantize_graph(graph, [layer for layer in self.layers if layer.encoded is not None])
         if unquantized:
-            raise ExportError(f"{unquantized[0]}: its product was not found in the exported graph; {OTHER_FORMAT}")
+            raise ExportError(
+                f"{unquantized[0]}: its product was not found in the exported graph; {OTHER_FORMAT}"
+            )
         import onnx
 
         onnx.save(graph, folder / FILE_NAME)

@@ -55,7 +55,9 @@ def _module_of(node: Any) -> str:
 def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
     assert layer.encoded is not None
     encoded, name = layer.encoded, layer.full("weight")
-    outputs_first = any(a.name == "transB" and a.i for a in node.attribute)  # [out, in]; a MatMul's is [in, out]
+    outputs_first = any(
+        a.name == "transB" and a.i for a in node.attribute
+    )  # [out, in]; a MatMul's is [in, out]
     codes, scale, offset = encoded.codes, encoded.scale, encoded.offset
     zero = None
     if offset is not None:
@@ -126,7 +128,9 @@ def _round_input(graph: Any, node: Any, layer: Layer, used: InputScheme) -> None
     graph.initializer.append(zero)
     scale_and_zero = [f"{name}_scale", f"{name}_zero_point"]
     graph.node.append(helper.make_node("QuantizeLinear", [node.input[0], *scale_and_zero], [f"{name}_codes"]))
-    graph.node.append(helper.make_node("DequantizeLinear", [f"{name}_codes", *scale_and_zero], [f"{name}_values"]))
+    graph.node.append(
+        helper.make_node("DequantizeLinear", [f"{name}_codes", *scale_and_zero], [f"{name}_values"])
+    )
     node.input[0] = f"{name}_values"
 
 

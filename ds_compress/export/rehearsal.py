@@ -48,7 +48,12 @@ def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied:
 def loads_packed(model: nn.Module, targets: Sequence[str], untied: bool = False) -> bool:
     """Whether it loads with the weights of `targets`, each an nn.Linear, packed."""
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    group = {"targets": list(targets), "weights": weights, "input_activations": None, "format": "pack-quantized"}
+    group = {
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": None,
+        "format": "pack-quantized",
+    }
     config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

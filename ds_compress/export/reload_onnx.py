@@ -1,6 +1,6 @@
 """`reload_stock`, for `model.onnx`: onnxruntime runs it. Started as a script; knows nothing of us, or of transformers.
 
-    python -P reload_onnx.py REQUESTS.json
+python -P reload_onnx.py REQUESTS.json
 """
 
 from __future__ import annotations

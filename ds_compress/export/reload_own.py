@@ -1,6 +1,6 @@
 """`reload_stock`, for folders of the `torch` format: `ds_compress.from_pretrained` loads them.
 
-    python -m ds_compress.export.reload_own REQUESTS.json
+python -m ds_compress.export.reload_own REQUESTS.json
 """
 
 from __future__ import annotations

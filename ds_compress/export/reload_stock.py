@@ -45,7 +45,9 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
     model, info = getattr(transformers, request["class"]).from_pretrained(
         request["folder"], output_loading_info=True
     )
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    wrong = {
+        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if any(wrong.values()):
         raise ValueError(", ".join(f"{key}: {names[:4]}" for key, names in wrong.items() if names))
     model.eval()

@@ -146,5 +146,7 @@ def _scheme(module: dict[str, Any]) -> str:
         parts.append(f"{weight.get('type', 'int')}{bits}")
     if inputs:
         static = inputs.get("range") is not None or inputs.get("dynamic") is False
-        parts.append(f"inputs int{inputs.get('bits') or inputs.get('num_bits')} {'static' if static else 'dynamic'}")
+        parts.append(
+            f"inputs int{inputs.get('bits') or inputs.get('num_bits')} {'static' if static else 'dynamic'}"
+        )
     return ", ".join(parts) or "float"

@@ -56,7 +56,9 @@ class Int8Linear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+        )
 
 
 class Int4Linear(Int8Linear):
@@ -110,7 +112,12 @@ def serving_module(module: nn.Module, encoded: EncodedWeight | None, used: Input
     """
     kind = kind_of(module)
     bias = module._parameters.get("bias")
-    if kind is ModuleKind.EMBEDDING and encoded is not None and encoded.groups == 1 and encoded.offset is None:
+    if (
+        kind is ModuleKind.EMBEDDING
+        and encoded is not None
+        and encoded.groups == 1
+        and encoded.offset is None
+    ):
         return Int8Embedding(encoded, getattr(module, "padding_idx", None))
     if kind in (ModuleKind.LINEAR, ModuleKind.CONV1D) and encoded is not None and used is not None:
         fits = used.grid.symmetric and used.grid.bits == 8 and encoded.offset is None

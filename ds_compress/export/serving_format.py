@@ -61,7 +61,9 @@ class ServingFormat(Format):
         if trained.config is None:
             self.note("no config: load it with ds_compress.from_pretrained(folder, model=<a new instance>)")
 
-    def reload_here(self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module) -> Answer | None:
+    def reload_here(
+        self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module
+    ) -> Answer | None:
         """Of a model that only its own code can build, a copy of it is filled in this very process."""
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
@@ -72,7 +74,10 @@ class ServingFormat(Format):
         fingerprints = fingerprints_of(exact)
         served = from_pretrained(folder, emptied(final), fused=False)
         fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
-        logits = {"logits": run(from_pretrained(folder, emptied(final)), inputs), "exact_logits": run(exact, inputs)}
+        logits = {
+            "logits": run(from_pretrained(folder, emptied(final)), inputs),
+            "exact_logits": run(exact, inputs),
+        }
         loaded = "ds_compress.from_pretrained(model=), in the process that wrote it"
         return Answer(logits, loaded, fingerprints=fingerprints)
 
@@ -108,7 +113,6 @@ class ServingFormat(Format):
         if scheme:
             self.schemes[layer.name] = scheme
         return stored
-
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         if not self.schemes and not self.unsaid and not self.reshaped:
@@ -150,7 +154,9 @@ def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> En
         codes = stored["weight_codes"]
     else:
         columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
-        codes = unpack_from_int32(stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns)))
+        codes = unpack_from_int32(
+            stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns))
+        )
         if scheme["bits"] == 1:
             codes = 2 * codes + 1
         if offset is not None:

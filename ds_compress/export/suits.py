@@ -39,7 +39,11 @@ def refuse_unfit(plan: Plan, model: nn.Module) -> None:
     if not reasons:
         return
     fitting = [other for other in FORMATS if other != format and not misfits(plan, model, other)]
-    hint = f"{listed(fitting, 'or')} can; or change what the reasons name" if fitting else "change what they name"
+    hint = (
+        f"{listed(fitting, 'or')} can; or change what the reasons name"
+        if fitting
+        else "change what they name"
+    )
     path, allowed = f"{ROOT}.export_to", "a format that can say it"
     raise ConfigError([Problem(path, f"{shown(format)}: {reason}", allowed, hint) for reason in reasons])
 
@@ -66,7 +70,12 @@ def loads_packed(plan: Plan, model: nn.Module) -> bool:
 
 def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
     """Sentences that name the module; empty: the format has words for all of it."""
-    return [*_scales(plan), *_of_model(model, format), *_of_quantizers(plan, format), *_of_cuts(plan, model, format)]
+    return [
+        *_scales(plan),
+        *_of_model(model, format),
+        *_of_quantizers(plan, format),
+        *_of_cuts(plan, model, format),
+    ]
 
 
 def _of_model(model: nn.Module, format: str) -> Iterator[str]:
@@ -82,7 +91,9 @@ def _of_quantizers(plan: Plan, format: str) -> Iterator[str]:
         if not weights and not inputs:
             yield "nothing is quantized"
         for target in (*weights, *inputs):
-            if target.kind is not ModuleKind.LINEAR and (target.kind is not ModuleKind.EMBEDDING or target in inputs):
+            if target.kind is not ModuleKind.LINEAR and (
+                target.kind is not ModuleKind.EMBEDDING or target in inputs
+            ):
                 yield f"{target.module_name} is a {target.kind}, and the format quantizes nn.Linear only"
                 break
         technique = plan.techniques.get("weight_quantization")
@@ -147,7 +158,10 @@ def _of_cuts(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
         cuts = Cuts.of(structures, kept)
     except ValueError:
         return  # two blocks that the plan has refused already
-    yield from (f"stock transformers would load another model: {obstacle}" for obstacle in stock_obstacles(model, cuts))
+    yield from (
+        f"stock transformers would load another model: {obstacle}"
+        for obstacle in stock_obstacles(model, cuts)
+    )
 
 
 def _kept(block: StructurePlan) -> Iterator[tuple[str, torch.Tensor]]:

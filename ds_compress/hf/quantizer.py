@@ -65,7 +65,9 @@ class DsCompressQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype is not torch.float32:
-            raise ValueError(f"{QUANT_METHOD}: its layers compute in float32; got dtype={dtype}, leave it out")
+            raise ValueError(
+                f"{QUANT_METHOD}: its layers compute in float32; got dtype={dtype}, leave it out"
+            )
         return dtype
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -80,11 +82,16 @@ class DsCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files")
         if not files:
-            raise ValueError(f"{QUANT_METHOD}: it is loaded from the files that ds_compress.export wrote, got none")
+            raise ValueError(
+                f"{QUANT_METHOD}: it is loaded from the files that ds_compress.export wrote, got none"
+            )
         self._folder = Path(files[0]).parent
         self._added, self._removed = _prefixes(model, self.quantization_config)
         config = self.quantization_config
-        restore(model, {self._in_model(n): values for n, values in config.attributes.items() if self._has(model, n)})
+        restore(
+            model,
+            {self._in_model(n): values for n, values in config.attributes.items() if self._has(model, n)},
+        )
         for name, shape in config.shapes.items():
             self._shape(model, name, shape)
         ignored = set(_OURS)

@@ -99,7 +99,9 @@ class Cutlass:
         for root in roots:
             version_file = root / "include" / "cutlass" / "version.h"
             if version_file.is_file():
-                parts = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR|PATCH) +(\d+)", version_file.read_text()))
+                parts = dict(
+                    re.findall(r"#define CUTLASS_(MAJOR|MINOR|PATCH) +(\d+)", version_file.read_text())
+                )
                 if int(parts.get("MAJOR", 0)) >= 4:
                     return cls(root / "include", ".".join(parts[p] for p in ("MAJOR", "MINOR", "PATCH")))
         return None

@@ -220,7 +220,9 @@ def ranges_between(lowest: torch.Tensor, highest: torch.Tensor, grid: Grid) -> R
         return Ranges(scale=torch.ones_like(lowest), threshold=torch.zeros_like(lowest))
     if grid.symmetric:
         # Few operations: on a small layer, these tiny ones cost more than the elementwise passes.
-        return Ranges(scale=divided(torch.maximum(highest, lowest.neg()), grid.steps).clamp_min_(SMALLEST_SCALE))
+        return Ranges(
+            scale=divided(torch.maximum(highest, lowest.neg()), grid.steps).clamp_min_(SMALLEST_SCALE)
+        )
     scale, offset = asymmetric_range(lowest, highest, grid.steps)
     return Ranges(scale=scale, offset=offset)
 

@@ -163,7 +163,10 @@ class _OwnProduct(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         layer, recipe = self._layer, self._layer._weight_recipe()
-        x, bias = kwargs.get("input", args[0] if args else None), kwargs.get("bias", args[2] if len(args) > 2 else None)
+        x, bias = (
+            kwargs.get("input", args[0] if args else None),
+            kwargs.get("bias", args[2] if len(args) > 2 else None),
+        )
         grid, fixed_range = None, None
         if layer.input_quantizer is not None:
             grid, fixed_range = layer.input_quantizer.active(x, layer.training)

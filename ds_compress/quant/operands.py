@@ -118,7 +118,9 @@ def quantize_input(
     if rows is None:
         ranges = ranges or input_ranges(x, grid, fixed_range)
         normalized = normalize(x.to(working_dtype(x)), ranges)
-        return FakeQuantized(within(decode_(round_codes_(normalized, grid), ranges), x.dtype).to(x.dtype), [ranges])
+        return FakeQuantized(
+            within(decode_(round_codes_(normalized, grid), ranges), x.dtype).to(x.dtype), [ranges]
+        )
     one_pass = fake_quantize_rows(rows, grid, ranges, keep)
     if ranges is None:
         axes = 1 if grid.granularity is TokenGranularity.PER_TOKEN else x.dim() - 1

@@ -207,9 +207,7 @@ class RobustSum:
 
         pipelined(range(lane.slices.pieces), lambda piece: self._send(lane, piece, device), finish)
 
-    def _send(
-        self, lane: _Lane, piece: int, device: torch.device
-    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    def _send(self, lane: _Lane, piece: int, device: torch.device) -> tuple[Any, torch.Tensor, torch.Tensor]:
         parts = [lane.slices.parts(owner, piece) for owner in range(self.world_size)]
         sizes = [lane.codec.message_bytes(count(own)) for own in parts]
         sent = torch.empty(sum(sizes), dtype=torch.uint8, device=device)

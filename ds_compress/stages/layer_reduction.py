@@ -163,9 +163,7 @@ def _other_pairs(
         return [
             (parameter, sources[name])
             for name, parameter in model.named_parameters()
-            if not name.startswith(outside)
-            and name in sources
-            and _shape(parameter) == _shape(sources[name])
+            if not name.startswith(outside) and name in sources and _shape(parameter) == _shape(sources[name])
         ]
     pairs = []
     for name in names:

@@ -42,7 +42,9 @@ def layer_structures(
             raise
         why = "; ".join(problem.hint for problem in error.problems)
         key = "say it with shared_parameters.module_name_prefix"
-        return [], [Refusal(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}; {key}")]
+        return [], [
+            Refusal(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}; {key}")
+        ]
     for name, layers in stacks:
         units = _alike(name, layers)
         if not _may_change_depth(inventory.model):

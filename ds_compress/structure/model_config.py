@@ -34,8 +34,12 @@ def configs_of_stack(model: nn.Module, stack: str, depth: int) -> list[Any]:
     themselves, and as a part of a composite config. A model of several towers (CLIP, Gemma-3 with vision) has a config
     for each, and towers of the same depth must not be taken for one another.
     """
-    around = [name for name in dict(model.named_modules()) if name == "" or f"{stack}.".startswith(f"{name}.")]
-    held = [config for name in reversed(around) if (config := _config_of(model.get_submodule(name))) is not None]
+    around = [
+        name for name in dict(model.named_modules()) if name == "" or f"{stack}.".startswith(f"{name}.")
+    ]
+    held = [
+        config for name in reversed(around) if (config := _config_of(model.get_submodule(name))) is not None
+    ]
     described = next((config for config in held if _describes(config, stack, depth)), None)
     if described is None:
         return []

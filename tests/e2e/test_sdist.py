@@ -57,7 +57,18 @@ def test_a_wheel_from_the_sdist_works_by_itself(tmp_path: Path) -> None:
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
     assert {"csrc/cpu/isa.cpp", "csrc/include/ds_compress/math.h", "ds_configs/small_zero2.json"} <= names
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(archive), cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(archive),
+        cwd=tmp_path,
+    )
     (wheel,) = tmp_path.glob("ds_compress-*.whl")
 
     # An environment of its own, in which only the dependencies are those of this one.

@@ -26,7 +26,9 @@ def test_ops_built_ahead_run_without_a_compiler(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     copy.mkdir()
     for name in ("ds_compress", "csrc", "benchmarks"):
-        shutil.copytree(_REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("prebuilt", "__pycache__"))
+        shutil.copytree(
+            _REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("prebuilt", "__pycache__")
+        )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(_REPOSITORY / name, copy)
     built = subprocess.run(
@@ -49,7 +51,12 @@ def test_ops_built_ahead_run_without_a_compiler(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "DS_COMPRESS_KERNELS")}
     environment |= {"PYTHONPATH": str(site), "PATH": "", "DS_COMPRESS_CACHE": str(tmp_path / "cache")}
     used = subprocess.run(
-        [sys.executable, "-c", _USE], env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", _USE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert used.returncode == 0, used.stderr[-3000:]
     assert "[7]" in used.stdout

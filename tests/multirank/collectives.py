@@ -251,7 +251,9 @@ def robust() -> list[dict[str, Any]]:
                     lambda gram, report, reports=reports: reports.append(report),
                 )
                 x = rows[rank].clone()
-                cuts = zip(("a", "b", "c"), x.split((700, 100, numel - 800)), (False, True, False), strict=True)
+                cuts = zip(
+                    ("a", "b", "c"), x.split((700, 100, numel - 800)), (False, True, False), strict=True
+                )
                 reduction.all_reduce([Segment(values, 0, key, exact=e) for key, values, e in cuts], 1 / world)
                 honest = [r for r in range(world) if bad == "none" or r != 1]
                 expected = whole_rule(rule, rows[honest].double(), 1 if bad == "none" else 0, mixed)

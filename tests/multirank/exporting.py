@@ -95,7 +95,9 @@ def refused_everywhere(stage: int) -> str:
         folder: list[Any] = [name]
         dist.broadcast_object_list(folder)
         out = Path(folder[0]) / "out"
-        with engine_of(tiny_bert(), ds_config(stage, _quantized(8, quantization_type="asymmetric"))) as engine:
+        with engine_of(
+            tiny_bert(), ds_config(stage, _quantized(8, quantization_type="asymmetric"))
+        ) as engine:
             try:
                 export(engine, out, "compressed-tensors")
             except ExportError as error:

@@ -46,7 +46,11 @@ def run_ranks(
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "DS_COMPRESS_TEST_BACKEND": backend,
-                **(_on_cuda(rank, torch.cuda.device_count()) if backend == "nccl" else {"DS_ACCELERATOR": "cpu"}),
+                **(
+                    _on_cuda(rank, torch.cuda.device_count())
+                    if backend == "nccl"
+                    else {"DS_ACCELERATOR": "cpu"}
+                ),
             }
             with open(f"{folder}/{rank}.log", "w") as log:
                 command = [sys.executable, "-m", "tests.multirank.launch", function, folder]

@@ -118,9 +118,7 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for fragment in shards.values():
             if id(fragment.stepped) in stepped and fragment.gradient is not None:
-                whole = seen.setdefault(
-                    fragment.name, torch.zeros(fragment.shape, device=device()).flatten()
-                )
+                whole = seen.setdefault(fragment.name, torch.zeros(fragment.shape, device=device()).flatten())
                 whole[fragment.start : fragment.start + fragment.numel] = fragment.gradient.float()
 
     handle = engine.basic_optimizer.register_step_pre_hook(look)
@@ -185,7 +183,9 @@ def muon() -> dict[int, tuple[float, float]]:
     for stage in (0, 1, 2):
         weights = []
         for block in (None, exact, wire(8)):
-            with engine_for({"stage": stage, "zero": {"reduce_bucket_size": 3000}}, block, **optimizer) as engine:
+            with engine_for(
+                {"stage": stage, "zero": {"reduce_bucket_size": 3000}}, block, **optimizer
+            ) as engine:
                 train(engine, batches(3, rank=dist.get_rank()))
                 weights.append(joined(full_weights(engine.module)))
         found[stage] = (relative(weights[1], weights[0]), relative(weights[2], weights[0]))
@@ -407,7 +407,9 @@ def momenta(folder: str) -> dict[str, Any]:
                 stock.append(final_gradients(engine, steps))
         with engine_for({"stage": stage}, block, **still) as engine:
             ours = final_gradients(engine, 3)
-        expected = {k: beta * (beta * stock[0][k] + (1 - beta) * stock[1][k]) + (1 - beta) * stock[2][k] for k in ours}
+        expected = {
+            k: beta * (beta * stock[0][k] + (1 - beta) * stock[1][k]) + (1 - beta) * stock[2][k] for k in ours
+        }
         ends = []
         for resumed in (False, True):
             with engine_for({"stage": stage}, block) as engine:
@@ -473,7 +475,9 @@ def weights_on_the_wire(folder: str) -> dict[str, Any]:
     rank = dist.get_rank()
     for name, layout in layouts.items():
         # At stage 3 every weight is sent anew in each forward: there is nothing to refresh.
-        block = {"parameter_compression": {**wish, **({} if layout["stage"] == 3 else {"refresh_interval": 4})}}
+        block = {
+            "parameter_compression": {**wish, **({} if layout["stage"] == 3 else {"refresh_interval": 4})}
+        }
         with engine_for(layout, None) as engine:
             train(engine, batches(7, rank=rank))
             stock = full_weights(engine.module)

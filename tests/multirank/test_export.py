@@ -17,7 +17,10 @@ STAGES = (2, 3)
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     names = tuple(exporting.SCENARIOS)
     folder = str(tmp_path_factory.mktemp("exports"))
-    return {stage: run_ranks(2, SCENARIO + "exported", stage=stage, names=names, folder=folder)[0] for stage in STAGES}
+    return {
+        stage: run_ranks(2, SCENARIO + "exported", stage=stage, names=names, folder=folder)[0]
+        for stage in STAGES
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -43,7 +43,11 @@ def check_fused(
     schedule: int,
 ) -> None:
     """The launch that quantizes x itself, where there is one."""
-    both = [(case, each["packed"]) for case, each in zip(chosen, packed, strict=True) if cases.quantizes_itself(case)]
+    both = [
+        (case, each["packed"])
+        for case, each in zip(chosen, packed, strict=True)
+        if cases.quantizes_itself(case)
+    ]
     programs = [cases.fused_program(case, cases.make_inputs(case), weight) for case, weight in both]
     if not programs:
         return
@@ -58,7 +62,11 @@ def quantization_cases() -> list[tuple[torch.Tensor, int, torch.Tensor | None]]:
     generator = torch.Generator().manual_seed(8)
     for rows, columns in ((1, 1), (9, 16), (17, 63), (8, 300), (2, 2047), (3, 2064), (2, 2500), (5, 0)):
         for dtype in cases.DTYPES:
-            x = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator) * 10
+            x = (
+                torch.randn(rows, columns, generator=generator)
+                * torch.rand(rows, 1, generator=generator)
+                * 10
+            )
             chosen.append((x.to(dtype), 127 + rows % 2, None))
     special = torch.randn(8, 37, generator=generator)
     special[0, 3], special[1, 36], special[2, 0] = math.nan, math.inf, -math.inf
@@ -89,7 +97,16 @@ def check_packing(library: harness.Library) -> None:
     case = LinearCase(1, 21, 50)
     inputs = cases.make_inputs(case)
     packed = harness.run(library, [cases.pack_program(case, inputs)]).results[0]["packed"]
-    assert packed[:64].view(np.int64).tolist() == [int.from_bytes(b"DSCPACK1", "little"), 16, 21, 50, 0, 0, 0, 0]
+    assert packed[:64].view(np.int64).tolist() == [
+        int.from_bytes(b"DSCPACK1", "little"),
+        16,
+        21,
+        50,
+        0,
+        0,
+        0,
+        0,
+    ]
     body = packed[64:].view(np.int8).reshape(21, 64)
     np.testing.assert_array_equal(body[:, :50], inputs.codes.numpy())
     assert not body[:, 50:].any()
@@ -106,9 +123,15 @@ def check_quantize_pack(library: harness.Library, steps: int) -> None:
         scale = torch.full((1,), 0.01) if one_scale else weight.float().abs().amax(1) / 150
         if not one_scale:
             scale[3] = math.nan
-        wanted = torch.round(weight.float() / scale[:, None]).clamp(-steps, 127).nan_to_num(0.0).to(torch.int8)
+        wanted = (
+            torch.round(weight.float() / scale[:, None]).clamp(-steps, 127).nan_to_num(0.0).to(torch.int8)
+        )
         pitch = -(-columns // 16) * 16
-        buffers = {"w": cases.raw(weight), "scale": cases.raw(scale), "packed": np.full(64 + 7 * pitch, 9, np.uint8)}
+        buffers = {
+            "w": cases.raw(weight),
+            "scale": cases.raw(scale),
+            "packed": np.full(64 + 7 * pitch, 9, np.uint8),
+        }
         arguments = ("w", cases.DTYPES[dtype], "scale", int(one_scale), 7, columns, steps, "packed", None)
         program = Program(buffers, [("dsc_int8_quantize_pack", arguments)], ("packed",))
         body = harness.run(library, [program]).results[0]["packed"][64:].view(np.int8).reshape(7, pitch)

@@ -40,7 +40,10 @@ def test_every_op_has_a_cuda_kernel_and_the_cpu_ones_still_run(library: Path) ->
 def test_it_carries_machine_code_for_both_architectures_and_ptx_for_later_ones(library: Path) -> None:
     listed = {
         kind: subprocess.run(
-            [nvcc.find("cuobjdump"), f"--list-{kind}", str(library)], capture_output=True, text=True, check=True
+            [nvcc.find("cuobjdump"), f"--list-{kind}", str(library)],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for kind in ("elf", "ptx")
     }

@@ -70,13 +70,17 @@ def violations(name: str, arch: str, code: MachineCode) -> list[str]:
             found.append(f"{code.counts[instruction]} {instruction}, not {budget.get(instruction, 0)}")
     for instruction in WIDE:
         if code.counts[instruction] < budget.get(instruction, 0):
-            found.append(f"{code.counts[instruction]} {instruction}, at least {budget[instruction]} are needed")
+            found.append(
+                f"{code.counts[instruction]} {instruction}, at least {budget[instruction]} are needed"
+            )
     return [f"{name} for sm_{arch}: {what}" for what in found]
 
 
 def approximations(source: str, ptx: str) -> set[str]:
     """The approximate or flushing instructions that a source must not have."""
-    allowed = {"ex2.approx.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f32"} if source in MAY_APPROXIMATE else set()
+    allowed = (
+        {"ex2.approx.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f32"} if source in MAY_APPROXIMATE else set()
+    )
     return set(re.findall(r"\b[\w.]*\.(?:approx|ftz)\b[\w.]*", ptx)) - allowed
 
 
@@ -90,7 +94,9 @@ def test_kernels_keep_to_their_budget(source: str, arch: str) -> None:
 
 def test_every_budget_has_a_kernel() -> None:
     existing = [name for source in SOURCES for name in kernels(source, "80")]
-    idle = [pattern for pattern in budgets() if not any(fnmatch.fnmatchcase(name, pattern) for name in existing)]
+    idle = [
+        pattern for pattern in budgets() if not any(fnmatch.fnmatchcase(name, pattern) for name in existing)
+    ]
     assert idle == ["other kernels"]
 
 

@@ -71,7 +71,9 @@ def test_packing(mode: str) -> None:
     ],
     ids=lambda call: "-".join(str(a) for a in (call[1], *call[2])),
 )
-def test_arguments_that_no_kernel_serves_are_refused(call: tuple[str, str, tuple[str | int | None, ...]]) -> None:
+def test_arguments_that_no_kernel_serves_are_refused(
+    call: tuple[str, str, tuple[str | int | None, ...]],
+) -> None:
     source, function, arguments = call
     library = libraries("plain")[LINEAR_SOURCES[source]]
     with pytest.raises(harness.Fault, match=f"{function} returned 1"):

@@ -194,7 +194,9 @@ def many_masks(count: int) -> Case:
 def rows_with_zeros_of_both_signs() -> Case:
     """Their lowest value is far less than a step: the offset is a zero that has its sign."""
     x = torch.tensor([[0.0887, 1.1155, -1e-38, 3e38], [-0.0, 0.0, 2.0, 1e-40], [-1e-3, 1.0, 0.5, -0.0]])
-    y, scale, offset, _ = fake_quantize.fake_quantize(x, low=0, high=255, steps=256, symmetric=False, keep=False)
+    y, scale, offset, _ = fake_quantize.fake_quantize(
+        x, low=0, high=255, steps=256, symmetric=False, keep=False
+    )
     form = (0, 3, 4, 0, 3, "scale", "offset", 0, 255, 256, None, None)
     return program(
         {"x": x}, [("dsc_fake_quantize", ("x", "y", *form))], {"y": y, "scale": scale, "offset": offset}
@@ -337,7 +339,14 @@ def misaligned_block_cases() -> Iterator[Case]:
         )
         out = torch.empty_like(x)
         block_quantize.block_dequantize(messages, out, numel, bits, block)
-        places = (f"messages+{message_off}", *form[:-1], f"out+{off * size}", DTYPE_NUMBER[dtype], numel, None)
+        places = (
+            f"messages+{message_off}",
+            *form[:-1],
+            f"out+{off * size}",
+            DTYPE_NUMBER[dtype],
+            numel,
+            None,
+        )
         yield program(
             {"messages": shifted(messages.view(-1), message_off), "out": shifted(torch.zeros_like(out), off)},
             [("dsc_block_dequantize", places)],
@@ -480,7 +489,11 @@ BUGS = {
 # Fewer kernels, which compile sooner: blocks of 256 and 1024 then go the way of any length.
 FEWER = {
     "block_quantize": [
-        Edit(f"{FOLDER}/block_quantize.cu", f"        case {length}:\n            return run(Shape<{shape}>());\n", "")
+        Edit(
+            f"{FOLDER}/block_quantize.cu",
+            f"        case {length}:\n            return run(Shape<{shape}>());\n",
+            "",
+        )
         for length, shape in ((256, "16, depth"), (1024, "32, 32 / width"))
     ]
 }
@@ -488,7 +501,9 @@ FEWER = {
 
 def outcome_of(bug: str) -> object:
     source, mode, edit = BUGS[bug]
-    check(harness.build(f"{FOLDER}/{source}.cu", mode, [edit, *FEWER.get(source, [])]), list(CASES[source]()), 3)
+    check(
+        harness.build(f"{FOLDER}/{source}.cu", mode, [edit, *FEWER.get(source, [])]), list(CASES[source]()), 3
+    )
     return None
 
 

@@ -77,7 +77,9 @@ def test_16_bit_floats_convert_as_torch_s(dtype: torch.dtype) -> None:
 
 def test_portable_fibers_give_the_same() -> None:
     """ucontext, for processors whose registers we do not switch by hand."""
-    portable = Edit("tests/native/emulator/fiber.h", "#if !defined(__x86_64__) && !defined(DSC_UCONTEXT)", "#if 1")
+    portable = Edit(
+        "tests/native/emulator/fiber.h", "#if !defined(__x86_64__) && !defined(DSC_UCONTEXT)", "#if 1"
+    )
     check_quantization(harness.build(LINEAR_SOURCES["quantize"], "plain", [portable]), schedule=2)
 
 

@@ -17,7 +17,8 @@ from ds_compress.ops import build, toolchain
 from tests.native.emulator import machine_code, nvcc
 
 pytestmark = pytest.mark.skipif(
-    not nvcc.available() or toolchain.Cutlass.find() is None, reason="no nvcc or no CUTLASS: ds_compress[cuda-build]"
+    not nvcc.available() or toolchain.Cutlass.find() is None,
+    reason="no nvcc or no CUTLASS: ds_compress[cuda-build]",
 )
 
 # Registers of a thread when the kernel starts; setmaxnreg gives the multiplying warps more. wgmma of a k-step.
@@ -53,5 +54,7 @@ def test_they_multiply_by_wgmma_and_load_by_tma(kernels: dict[str, machine_code.
 
 def test_sums_stay_in_registers(kernels: dict[str, machine_code.MachineCode]) -> None:
     for name, code in kernels.items():
-        assert (code.local_bytes, code.stack_bytes, code.counts["LDL"], code.counts["STL"]) == (0, 0, 0, 0), name
+        assert (code.local_bytes, code.stack_bytes, code.counts["LDL"], code.counts["STL"]) == (0, 0, 0, 0), (
+            name
+        )
         assert code.registers <= MOST_REGISTERS, name

@@ -45,7 +45,9 @@ def test_the_ptx_of_the_quantization_gives_the_bits_of_the_reference(
 
 
 @needs_nvcc
-def test_the_ptx_of_the_packing_gives_the_bits_of_the_reference(libraries: dict[str, harness.Library]) -> None:
+def test_the_ptx_of_the_packing_gives_the_bits_of_the_reference(
+    libraries: dict[str, harness.Library],
+) -> None:
     check_packing(libraries[LINEAR_SOURCES["pack"]])
 
 
@@ -106,7 +108,9 @@ WRONG_LAYOUTS: dict[str, Edit] = {
 
 
 def test_wrong_layouts_are_seen() -> None:
-    jobs: list[Callable[[], object]] = [functools.partial(triton_mismatches, (e,)) for e in WRONG_LAYOUTS.values()]
+    jobs: list[Callable[[], object]] = [
+        functools.partial(triton_mismatches, (e,)) for e in WRONG_LAYOUTS.values()
+    ]
     outcomes = dict(zip(WRONG_LAYOUTS, harness.in_parallel(jobs), strict=True))
     elements = sum(m * n for m, n, _ in TRITON_SHAPES)
     assert all(isinstance(wrong, int) and wrong > elements // 3 for wrong in outcomes.values()), outcomes

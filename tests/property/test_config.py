@@ -77,7 +77,10 @@ COMPLETE: dict[str, Any] = {
     },
     "channel_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {}},
     "head_pruning": {"shared_parameters": {"enabled": False, "num_heads": 12}, "different_groups": {}},
-    "depth_pruning": {"shared_parameters": {"enabled": False, "schedule": "constant"}, "different_groups": {}},
+    "depth_pruning": {
+        "shared_parameters": {"enabled": False, "schedule": "constant"},
+        "different_groups": {},
+    },
     "hidden_pruning": {"dense_ratio": 0.5, "shared_parameters": {"enabled": False}},
     "layer_reduction": {
         "enabled": True,

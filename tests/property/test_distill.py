@@ -92,9 +92,7 @@ def test_identical_predictions_differ_by_nothing(
 
 
 @given(both=pairs(), beta=betas)
-def test_jensen_shannon_is_bounded_and_mirrored(
-    both: tuple[torch.Tensor, torch.Tensor], beta: float
-) -> None:
+def test_jensen_shannon_is_bounded_and_mirrored(both: tuple[torch.Tensor, torch.Tensor], beta: float) -> None:
     student, teacher = both
     entropy = -(beta * math.log(beta) + (1 - beta) * math.log1p(-beta))
     assert (found("jsd", beta, student, teacher) <= entropy + 2e-5).all()

@@ -32,7 +32,9 @@ def test_apply_clears_exactly_the_masked_weights(dtype: torch.dtype, numel: int)
 
 
 def test_apply_many_is_apply_of_each() -> None:
-    weights = [torch.randn(numel).to(dtype) for numel in (0, 5, 1003) for dtype in (torch.float32, torch.bfloat16)]
+    weights = [
+        torch.randn(numel).to(dtype) for numel in (0, 5, 1003) for dtype in (torch.float32, torch.bfloat16)
+    ]
     masks = [bitmask.pack(torch.rand(each.numel()) < 0.5) for each in weights]
     expected = [each.clone() for each in weights]
     for each, mask in zip(expected, masks, strict=True):

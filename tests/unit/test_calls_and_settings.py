@@ -16,7 +16,9 @@ from ds_compress.select.score_training import adamw_settings
 from tests.single import init_single_process
 
 
-def engine_of(model: nn.Module, block: dict[str, Any], stage: int = 0, given: Any = None, **config: Any) -> Any:
+def engine_of(
+    model: nn.Module, block: dict[str, Any], stage: int = 0, given: Any = None, **config: Any
+) -> Any:
     init_single_process()
     settings = {
         "train_micro_batch_size_per_gpu": 4,
@@ -58,7 +60,9 @@ class TestKeywords:
         model = nn.ModuleDict(
             {"linear": nn.Linear(8, 8), "conv": nn.Conv2d(3, 4, 3), "table": nn.Embedding(8, 8)}
         )
-        block = block_of("weight_quantization", {"start_bits": 4, "target_bits": 4}, granularity="per_channel")
+        block = block_of(
+            "weight_quantization", {"start_bits": 4, "target_bits": 4}, granularity="per_channel"
+        )
         block["weight_quantization"]["different_groups"]["g"]["modules"] = ["linear", "conv", "table"]
         engine_of(model, block)
         for name, x in (
@@ -85,13 +89,18 @@ class TestKeywords:
         kept = []
         for by_name in (False, True):
             rows = block_of("row_pruning", {"dense_ratio": 0.25}, method=method, schedule_offset=2)
-            rows["row_pruning"]["different_groups"]["g"] |= {"modules": ["first"], "related_modules": [["second"]]}
+            rows["row_pruning"]["different_groups"]["g"] |= {
+                "modules": ["first"],
+                "related_modules": [["second"]],
+            }
             engine = engine_of(Net(by_name), {**QAT, **rows})
             for at in range(3):
                 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(at))
                 engine.backward(engine(x).square().mean())
                 engine.step()
-            kept.append({name: units.tolist() for name, units in engine.compression.structured[0].kept.items()})
+            kept.append(
+                {name: units.tolist() for name, units in engine.compression.structured[0].kept.items()}
+            )
         assert kept[0] == kept[1] and all(len(units) < 16 for units in kept[0].values())
 
 
@@ -118,7 +127,9 @@ class TestScoresOfForeignOptimizers:
 
         makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
             "relative": lambda p: transformers.Adafactor(p),
-            "adafactor": lambda p: transformers.Adafactor(p, lr=1e-2, relative_step=False, scale_parameter=False),
+            "adafactor": lambda p: transformers.Adafactor(
+                p, lr=1e-2, relative_step=False, scale_parameter=False
+            ),
             "torch": lambda p: torch.optim.Adafactor(p, lr=1e-2),
             "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
             "rate in a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2)),
@@ -126,9 +137,14 @@ class TestScoresOfForeignOptimizers:
         for name, make in makers.items():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-            block = block_of(technique, {"dense_ratio": 0.5}, method="topk", schedule_offset=1, schedule_offset_end=4)
+            block = block_of(
+                technique, {"dense_ratio": 0.5}, method="topk", schedule_offset=1, schedule_offset_end=4
+            )
             if technique == "row_pruning":
-                block[technique]["different_groups"]["g"] |= {"modules": ["^0$"], "related_modules": [["^2$"]]}
+                block[technique]["different_groups"]["g"] |= {
+                    "modules": ["^0$"],
+                    "related_modules": [["^2$"]],
+                }
             engine = engine_of(model, block, stage, make(model.parameters()))
             for at in range(5):
                 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(at))
@@ -141,7 +157,9 @@ class TestScoresOfForeignOptimizers:
 class _AdamWByHand:
     """AdamW on one score, straight from the paper (Loshchilov & Hutter 2019, algorithm 2), in float64."""
 
-    def __init__(self, score: torch.Tensor, lr: float, betas: tuple[float, float], eps: float, decay: float) -> None:
+    def __init__(
+        self, score: torch.Tensor, lr: float, betas: tuple[float, float], eps: float, decay: float
+    ) -> None:
         self.score, self.lr, self.betas, self.eps, self.decay = score.double(), lr, betas, eps, decay
         self.m, self.v, self.t = torch.zeros_like(self.score), torch.zeros_like(self.score), 0
 
@@ -164,7 +182,9 @@ class TestLearnedScores:
         self._compare(block_of("sparse_pruning", {"dense_ratio": 0.5}, method="topk", **schedule))
 
     def test_of_units(self) -> None:
-        block = block_of("row_pruning", {"dense_ratio": 0.5}, method="topk", schedule_offset=1, schedule_offset_end=50)
+        block = block_of(
+            "row_pruning", {"dense_ratio": 0.5}, method="topk", schedule_offset=1, schedule_offset_end=50
+        )
         block["row_pruning"]["different_groups"]["g"] |= {"modules": ["^0$"], "related_modules": [["^2$"]]}
         self._compare(block)
 

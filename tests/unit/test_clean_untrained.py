@@ -52,7 +52,9 @@ def queries(model: nn.Module) -> list[torch.Tensor]:
     return [layer.attention.self.query.weight.detach() for layer in model.bert.encoder.layer]
 
 
-@pytest.mark.parametrize("how", ["alone", "with a scheduler", "engine", "engine, ZeRO-3", "never initialised"])
+@pytest.mark.parametrize(
+    "how", ["alone", "with a scheduler", "engine", "engine, ZeRO-3", "never initialised"]
+)
 def test_everything_that_the_block_asks_for_is_removed(how: str) -> None:
     block = {**single(), **rows()}
     config = ds_config(3 if "3" in how else 0, block)

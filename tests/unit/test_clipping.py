@@ -18,7 +18,10 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "0": ({"stage": 0}, {}),
     "0-bf16": ({"stage": 0}, {"bf16": {"enabled": True}}),
     "0-autocast": ({"stage": 0}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-    "1-BF16_Optimizer": ({"stage": 1}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    "1-BF16_Optimizer": (
+        {"stage": 1},
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    ),
     "1": ({"stage": 1}, {}),
     "2-bf16": ({"stage": 2}, {"bf16": {"enabled": True}}),
     "2-offload": ({"stage": 2, **OFFLOAD}, {}),

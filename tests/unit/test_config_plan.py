@@ -98,7 +98,9 @@ class TestNarrowTerminal:
         rows = text.splitlines()
         at = rows.index("bert.encoder.layer.{0-5}.attention.self.query")
         assert rows[at + 1].startswith("    shape 16 x 16; pruning 0.5 kept")
-        at = next(at for at, row in enumerate(rows) if row.startswith("bert.encoder.layer.{1-5}.intermediate.dense"))
+        at = next(
+            at for at, row in enumerate(rows) if row.startswith("bert.encoder.layer.{1-5}.intermediate.dense")
+        )
         assert "row_pruning" in rows[at] or rows[at + 1].startswith("    block row_pruning; kept ")
 
     def test_without_a_terminal_it_is_80(self, bert: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,11 +282,15 @@ class TestForecast:
 
     def test_a_legacy_embedding_has_a_scale_per_row(self) -> None:
         model = nn.ModuleDict({"0": nn.Embedding(10, 4)})
-        assert self.forecast(model, bits(["0"], quantize_groups=3) | {"export_to": "torch"}).after == 40 + 4 * 10
+        assert (
+            self.forecast(model, bits(["0"], quantize_groups=3) | {"export_to": "torch"}).after == 40 + 4 * 10
+        )
 
     def test_pruned_and_quantized(self) -> None:
         block = {**pruning(["*"]), **bits(["*"], target=4)}
-        assert self.forecast(nn.Sequential(nn.Linear(6, 4)), block) == Stored(96, 4 * 4 + 16 + 4 * 4, 3 + 6 + 4, 12)
+        assert self.forecast(nn.Sequential(nn.Linear(6, 4)), block) == Stored(
+            96, 4 * 4 + 16 + 4 * 4, 3 + 6 + 4, 12
+        )
 
     @pytest.mark.parametrize(
         ("method", "hidden", "scores"),
@@ -386,7 +392,9 @@ class TestSource:
 
     def test_a_deepspeed_config_without_any_block_is_one_problem(self) -> None:
         with pytest.raises(ConfigError) as caught:
-            block_of({"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}})
+            block_of(
+                {"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}
+            )
         (problem,) = caught.value.problems
         assert 'the key "compression_training"' in problem.allowed
 

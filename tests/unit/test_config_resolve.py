@@ -292,7 +292,9 @@ class TestRefusals:
         assert names_of(nn.Sequential(first, second), inputs("*")) == ["0", "1"]
 
     @pytest.mark.parametrize("settings", [{"method": "taylor"}, {"method": "topk"}, {"regrowth": True}])
-    def test_training_dependent_masks_of_a_frozen_weight(self, bert: nn.Module, settings: dict[str, Any]) -> None:
+    def test_training_dependent_masks_of_a_frozen_weight(
+        self, bert: nn.Module, settings: dict[str, Any]
+    ) -> None:
         bert.get_submodule("bert.pooler").requires_grad_(False)
         try:
             problem = only_problem_of(bert, pruning(**settings))

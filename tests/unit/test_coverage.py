@@ -40,7 +40,9 @@ def test_experts_are_a_warning_with_their_share(caplog: pytest.LogCaptureFixture
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
     with engine_of(model, ds_config(2, EVERYTHING)):
         pass
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "left out" in r.getMessage()]
+    (warning,) = [
+        r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "left out" in r.getMessage()
+    ]
     assert f"{100 * experts / total:.3g} % in MixtralExperts" in warning
     assert "model.layers.0.mlp.experts.gate_up_proj" in warning
 
@@ -71,7 +73,11 @@ def test_shares_add_up() -> None:
     (missing,) = left_out(ds_compress.plan(model, EVERYTHING))
     one_dimensional = sum(p.numel() for p in model.parameters() if p.dim() < 2)
     elsewhere = sum(elements for elements, _ in missing.by_owner.values())
-    assert missing.reached + elsewhere + one_dimensional == missing.total == sum(p.numel() for p in model.parameters())
+    assert (
+        missing.reached + elsewhere + one_dimensional
+        == missing.total
+        == sum(p.numel() for p in model.parameters())
+    )
     assert next(iter(missing.by_owner)) == "MixtralExperts"
 
 

@@ -31,7 +31,9 @@ def test_enabled_was_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     with engine_of(tiny_bert(), ds_config(1, without_enabled(pruning_block()))):
         pass
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any('add "enabled": true to compression_training.sparse_pruning.shared' in text for text in warnings)
+    assert any(
+        'add "enabled": true to compression_training.sparse_pruning.shared' in text for text in warnings
+    )
     assert any("trains uncompressed" in text for text in warnings)
 
 
@@ -79,7 +81,10 @@ def test_a_density_of_one_removes_nothing() -> None:
     ("block", "name"),
     [
         ({"head_pruning": {"dense_ratio": 0.9, "shared_parameters": {"method": "l1"}}}, "attention"),
-        ({"row_pruning": {"dense_ratio": 0.9, "shared_parameters": {"method": "l1", "round_to": 96}}}, "intermediate"),
+        (
+            {"row_pruning": {"dense_ratio": 0.9, "shared_parameters": {"method": "l1", "round_to": 96}}},
+            "intermediate",
+        ),
         (pruning_block(density=0.5, pattern="32x32"), "attention.self.query"),
     ],
 )

@@ -152,7 +152,12 @@ def _other(name: str) -> nn.Module:
         return hf.SiglipModel(
             hf.SiglipConfig(text_config=text, vision_config={**small, "image_size": 16, "patch_size": 8})
         )
-    convolutions = {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    convolutions = {
+        "conv_dim": (16,),
+        "conv_stride": (5,),
+        "conv_kernel": (10,),
+        "num_feat_extract_layers": 1,
+    }
     groups = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     return hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(vocab_size=61, **small, **convolutions, **groups))
 

@@ -91,7 +91,10 @@ class TestFormats:
 
     def test_fp8(self, tmp_path: Path) -> None:
         report = export(ZOO["llama"](), tmp_path / "out", scheme="fp8")
-        assert report.format == "compressed-tensors" and report.check["max_difference_with_exact_activations"] < 1e-4
+        assert (
+            report.format == "compressed-tensors"
+            and report.check["max_difference_with_exact_activations"] < 1e-4
+        )
 
     def test_quantized_embedding_becomes_floats_and_the_report_says_so(self, tmp_path: Path) -> None:
         report = export(quantized(bert(), 8, modules=("embeddings", "layer")), tmp_path / "out")
@@ -127,7 +130,9 @@ class TestFormats:
         name = "bert.encoder.layer.0.intermediate.dense"
         loaded = hf.BertForSequenceClassification.from_pretrained(tmp_path / "out")
         run(loaded, inputs_of(model))
-        assert torch.equal(loaded.get_submodule(name).weight, layers.quantized_weight(model.get_submodule(name)))
+        assert torch.equal(
+            loaded.get_submodule(name).weight, layers.quantized_weight(model.get_submodule(name))
+        )
         stored = load_file(tmp_path / "out" / "model.safetensors")
         assert stored["bert.embeddings.word_embeddings.weight"].dtype is torch.float16
 
@@ -236,7 +241,9 @@ class TestCheck:
 
         model = bert()
         structures = find_structures(model, StructureKind.HEAD).structures
-        Cuts.of(structures, {s.name: torch.arange(2 + n % 2) for n, s in enumerate(structures)}).rewrite(model)
+        Cuts.of(structures, {s.name: torch.arange(2 + n % 2) for n, s in enumerate(structures)}).rewrite(
+            model
+        )
         with pytest.raises(ExportError, match="stock transformers would load another model"):
             export(model, tmp_path / "out", "hf")
         assert export(model, tmp_path / "out", "torch", embeddings="float").check["max_difference"] < 1e-5
@@ -245,7 +252,13 @@ class TestCheck:
 class TestDamage:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        export(quantized(bert(), 8, DYNAMIC, ("layer",)), tmp_path / "out", "torch", check=False, shard_bytes=20_000)
+        export(
+            quantized(bert(), 8, DYNAMIC, ("layer",)),
+            tmp_path / "out",
+            "torch",
+            check=False,
+            shard_bytes=20_000,
+        )
         return tmp_path / "out"
 
     def test_missing_shard(self, folder: Path) -> None:

@@ -18,7 +18,10 @@ from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, tra
 from tests.multirank.exporting import SCENARIOS
 from tests.single import init_single_process
 
-INPUTS = {"input_ids": torch.arange(3, 15).view(1, 12), "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
+INPUTS = {
+    "input_ids": torch.arange(3, 15).view(1, 12),
+    "attention_mask": torch.ones(1, 12, dtype=torch.int64),
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,10 @@ def test_damaged_description(checkpoint: Path, tmp_path: Path, damage: str, word
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("ds_compress/fragments_00000.safetensors", "fragments_00000"), ("mp_rank_00_model_states.pt", "no model states")],
+    [
+        ("ds_compress/fragments_00000.safetensors", "fragments_00000"),
+        ("mp_rank_00_model_states.pt", "no model states"),
+    ],
 )
 def test_missing_files_are_named(checkpoint: Path, tmp_path: Path, file: str, words: str) -> None:
     (checkpoint / "here" / file).unlink()

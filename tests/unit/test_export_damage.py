@@ -97,7 +97,9 @@ def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case
         folders = [requests[0].folder]
         for number, damage in enumerate(damages.values()):
             folders.append(_damaged(requests[0].folder, tmp_path / f"damage{number}", damage))
-        asked = [check.Request(f, requests[0].model_class, requests[0].inputs, requests[0].loader) for f in folders]
+        asked = [
+            check.Request(f, requests[0].model_class, requests[0].inputs, requests[0].loader) for f in folders
+        ]
         answers = reload(asked)
         seen["answers"] = answers[1:]
         return answers[:1]
@@ -128,7 +130,9 @@ def test_a_layer_that_is_not_used_shows_in_the_logits(
 
     def damaged(requests: Any) -> Any:
         folder = _damaged(requests[0].folder, tmp_path / "damage", DAMAGE["feed-forward output"])
-        return original([check.Request(folder, requests[0].model_class, requests[0].inputs, requests[0].loader)])
+        return original(
+            [check.Request(folder, requests[0].model_class, requests[0].inputs, requests[0].loader)]
+        )
 
     monkeypatch.setattr(check, "reload", damaged)
     with pytest.raises(ExportError, match="logits differ"):
@@ -139,7 +143,11 @@ def test_an_input_scale_in_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     onnx = pytest.importorskip("onnx")
     model = ZOO["bert_classifier"]()
     quantized(model, 8, STATIC, ("layer",), run=inputs_of(model))
-    damaged_names = ["layer.1.attention.self.query.input_scale", "layer.2.output.dense.weight_scale", "classifier.bias"]
+    damaged_names = [
+        "layer.1.attention.self.query.input_scale",
+        "layer.2.output.dense.weight_scale",
+        "classifier.bias",
+    ]
     verdict, original, seen = check.verdict, check.reload, {}
 
     def damaged(requests: Any) -> Any:

@@ -107,7 +107,9 @@ def other_activation() -> Any:
     return model
 
 
-@pytest.mark.parametrize(("build", "words"), [(scaled_attention, "scaling is"), (other_activation, "is a ReLU")])
+@pytest.mark.parametrize(
+    ("build", "words"), [(scaled_attention, "scaling is"), (other_activation, "is a ReLU")]
+)
 def test_what_matters_is_refused(tmp_path: Path, build: Callable[[], Any], words: str) -> None:
     with pytest.raises(ExportError, match=f"another model.*{words}.*logits differ"):
         export(build(), tmp_path / "out")

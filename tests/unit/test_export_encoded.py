@@ -24,7 +24,9 @@ GRANULARITIES: list[dict[str, Any]] = [
 ]
 
 
-def weight(rows: int = 16, columns: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def weight(
+    rows: int = 16, columns: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator).to(dtype)
 

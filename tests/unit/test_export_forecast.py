@@ -35,7 +35,9 @@ def bert() -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=500, n_embd=128, n_layer=3, n_head=4, n_positions=64)).eval()
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=500, n_embd=128, n_layer=3, n_head=4, n_positions=64)
+    ).eval()
 
 
 GRIDS: dict[str, dict[str, Any]] = {
@@ -58,7 +60,8 @@ CASES = [
     if not (grid.startswith("asymmetric") and bits <= 2)
     if not (grid.startswith("asymmetric") and format == "compressed-tensors")
     if not (build is gpt2 and (format in ("compressed-tensors", "onnx") or grid == "per group"))
-    if not (format == "hf" and bits != 4) and not (format == "onnx" and (bits not in (1, 8) or "columns" in grid))
+    if not (format == "hf" and bits != 4)
+    and not (format == "onnx" and (bits not in (1, 8) or "columns" in grid))
 ]
 
 
@@ -121,4 +124,7 @@ def _block(bits: int, modules: tuple[str, ...], format: str, shared: dict[str, A
     shared = {"enabled": True, "granularity": "per_channel", "quantize_weight_in_forward": True, **shared}
     params = {"start_bits": bits, "target_bits": bits}
     groups = {"g": {"params": params, "modules": list(modules)}}
-    return {"weight_quantization": {"shared_parameters": shared, "different_groups": groups}, "export_to": format}
+    return {
+        "weight_quantization": {"shared_parameters": shared, "different_groups": groups},
+        "export_to": format,
+    }

@@ -22,7 +22,11 @@ from tests.zoo.models import ZOO, inputs_of
 
 QAT = {
     "weight_quantization": {
-        "shared_parameters": {"enabled": True, "granularity": "per_channel", "quantize_weight_in_forward": True},
+        "shared_parameters": {
+            "enabled": True,
+            "granularity": "per_channel",
+            "quantize_weight_in_forward": True,
+        },
         "different_groups": {"g": {"params": {"start_bits": 4, "target_bits": 4}, "modules": ["layer"]}},
     }
 }
@@ -87,7 +91,9 @@ def test_a_trainer(tmp_path: Path) -> None:
         def save_pretrained(self, folder: Path) -> None:
             (folder / "tokenizer.json").write_text("{}")
 
-    trainer = SimpleNamespace(model_wrapped=engine, accelerator=None, model=engine.module, processing_class=Tokenizer())
+    trainer = SimpleNamespace(
+        model_wrapped=engine, accelerator=None, model=engine.module, processing_class=Tokenizer()
+    )
     report = export(trainer, tmp_path / "out", check=False)
     assert report.format == "compressed-tensors" and (tmp_path / "out" / "tokenizer.json").exists()
     engine.destroy()
@@ -110,7 +116,9 @@ def test_finalized_too(tmp_path: Path) -> None:
     engine = trained(ROWS)
     model = ds_compress.finalize(engine)
     report = export(model, tmp_path / "out", check=False)
-    assert report.dense_bytes == 4 * sum(parameter.numel() for parameter in ZOO["bert_classifier"]().parameters())
+    assert report.dense_bytes == 4 * sum(
+        parameter.numel() for parameter in ZOO["bert_classifier"]().parameters()
+    )
 
 
 def test_masked_units_that_nobody_declared(tmp_path: Path) -> None:

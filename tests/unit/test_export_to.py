@@ -92,7 +92,11 @@ def test_refused_by_plan(case: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ds_compress.plan(build(), {**block, "export_to": format})
     problem = caught.value.problems[0]
-    assert problem.path == "compression_training.export_to" and words in problem.got and f'"{format}"' in problem.got
+    assert (
+        problem.path == "compression_training.export_to"
+        and words in problem.got
+        and f'"{format}"' in problem.got
+    )
 
 
 def engine_of(model: nn.Module, block: dict[str, Any]) -> Any:
@@ -112,7 +116,10 @@ def test_refused_by_initialize() -> None:
 
 def test_the_plan_says_what_can_be_written() -> None:
     text = str(ds_compress.plan(ZOO["bert_classifier"](), half("head_pruning")))
-    assert 'exports as "torch" or "onnx"' in text and "not as hf: stock transformers would load another model" in text
+    assert (
+        'exports as "torch" or "onnx"' in text
+        and "not as hf: stock transformers would load another model" in text
+    )
 
 
 @pytest.mark.parametrize("name", ["bert_classifier", "gpt2", "vit", "t5", "resnet"])

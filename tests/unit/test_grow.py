@@ -34,7 +34,13 @@ SPARSE = {
 
 
 def cut(*kinds: str, **shared: Any) -> dict[str, Any]:
-    keys = {"enabled": True, "method": "l1", "schedule_offset": CUT_AT, "shrink_at_end_of_schedule": True, **shared}
+    keys = {
+        "enabled": True,
+        "method": "l1",
+        "schedule_offset": CUT_AT,
+        "shrink_at_end_of_schedule": True,
+        **shared,
+    }
     groups = {"g": {"params": {"dense_ratio": 0.5}}}
     return {kind: {"shared_parameters": keys, "different_groups": groups} for kind in kinds}
 
@@ -63,7 +69,9 @@ def engine_of(block: dict[str, Any], stage: int, **given: Any) -> Any:
         optimizer = torch.optim.AdamW(groups)
         rates = [lambda s, k=k: 1 / (1 + s + k) for k in range(5)]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+        return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[
+            0
+        ]
     config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 

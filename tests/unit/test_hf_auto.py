@@ -160,4 +160,6 @@ def _without_us(folder: Path, cls: str = "AutoModelForSequenceClassification") -
 
 
 def _python(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ)
+    )

@@ -148,9 +148,7 @@ def test_a_schedule_beyond_max_steps_is_refused_before_the_first_step(tmp_path: 
     (problem,) = caught.value.problems
     assert problem.path == "compression_training.sparse_pruning.shared_parameters.schedule_offset_end"
     assert trainer.state.global_step == 0
-    trainer = Trainer(
-        model=tiny_bert(), args=arguments(tmp_path, block, max_steps=5), train_dataset=data()
-    )
+    trainer = Trainer(model=tiny_bert(), args=arguments(tmp_path, block, max_steps=5), train_dataset=data())
     trainer.train()
 
 

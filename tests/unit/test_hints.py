@@ -61,7 +61,9 @@ def problem_after_following(model: nn.Module, block: dict[str, Any]) -> Problem 
 
 
 def sparse(**group: Any) -> dict[str, Any]:
-    return {"sparse_pruning": {"shared_parameters": SHARED, "different_groups": {"g": {"params": {}, **group}}}}
+    return {
+        "sparse_pruning": {"shared_parameters": SHARED, "different_groups": {"g": {"params": {}, **group}}}
+    }
 
 
 def rows(**group: Any) -> dict[str, Any]:
@@ -153,7 +155,9 @@ def test_a_key_of_shared_parameters_elsewhere(key: str, place: tuple[str, ...]) 
 
 def test_start_bits_is_target_bits_by_default() -> None:
     group = {"params": {"target_bits": 4}}
-    block = {"weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"g": group}}}
+    block = {
+        "weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": {"g": group}}
+    }
     parsed = parse_config(block).weight_quantization
     assert parsed is not None and parsed.different_groups["g"].params.start_bits == 4
     block["weight_quantization"]["different_groups"]["g"]["params"] = {"target_bits": 9}  # type: ignore[index]
@@ -183,7 +187,9 @@ def test_a_broken_json_with_comments_says_where_it_is_broken(tmp_path: Any) -> N
 
 def test_a_json_with_comments_is_read(tmp_path: Any) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{\n  # sizes\n  "train_batch_size": 8, /* more */\n  "compression_training": {"seed": 3,},\n}')
+    path.write_text(
+        '{\n  # sizes\n  "train_batch_size": 8, /* more */\n  "compression_training": {"seed": 3,},\n}'
+    )
     assert block_of(str(path)) == {"seed": 3}
 
 
@@ -200,6 +206,8 @@ def test_structures_count_as_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     model = tiny_bert()
     inner = sum(p.numel() for n, p in model.named_parameters() if "intermediate" in n)
-    inner += sum(m.weight.numel() for n, m in model.named_modules() if re.search(r"layer\.\d\.output\.dense$", n))
+    inner += sum(
+        m.weight.numel() for n, m in model.named_modules() if re.search(r"layer\.\d\.output\.dense$", n)
+    )
     text = str(plan(model, {"row_pruning": {"dense_ratio": 0.5}}))
     assert f"claimed: {inner:,} of" in text

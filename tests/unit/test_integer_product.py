@@ -41,7 +41,9 @@ def layer(kind: str = "linear", bias: bool = True) -> nn.Module:
     return nn.Linear(37, 24, bias=bias)
 
 
-def twins(grid: WeightGrid, input_grid: ActivationGrid, module: nn.Module, **extra: Any) -> list[layers.QATModule]:
+def twins(
+    grid: WeightGrid, input_grid: ActivationGrid, module: nn.Module, **extra: Any
+) -> list[layers.QATModule]:
     """The same layer on the float path and on the integer path."""
     made = []
     for integer in (False, True):

@@ -38,9 +38,12 @@ class LinearActivation(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.act == "gelu" and self.bias is not None:
             return F.gelu(F.linear(input, self.weight, None) + self.bias)
-        return {"gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softmax": lambda y: y.softmax(-1)}[
-            self.act
-        ](F.linear(input, self.weight, self.bias))
+        return {
+            "gelu": F.gelu,
+            "tanh": torch.tanh,
+            "sigmoid": torch.sigmoid,
+            "softmax": lambda y: y.softmax(-1),
+        }[self.act](F.linear(input, self.weight, self.bias))
 
 
 class Block(nn.Module):
@@ -214,7 +217,9 @@ LEGACY = {
 
 def test_a_legacy_config_of_all_blocks_is_prepared() -> None:
     model = init_compression(block_model(), {"compression_training": LEGACY})
-    assert all(isinstance(layer, layers.QATModule) for layer in (model.query, model.intermediate, model.output))
+    assert all(
+        isinstance(layer, layers.QATModule) for layer in (model.query, model.intermediate, model.output)
+    )
 
 
 def test_rows_go() -> None:

@@ -52,13 +52,22 @@ def test_other_processes_are_silent_but_for_errors(package: str) -> None:
 
 
 def test_the_environment_sets_the_level(package: str) -> None:
-    code = package + SET_UP + "logger.debug('said debug'); logger.info('said info'); logger.warning('said warning')"
+    code = (
+        package
+        + SET_UP
+        + "logger.debug('said debug'); logger.info('said info'); logger.warning('said warning')"
+    )
     assert len(stderr_of(code, DS_COMPRESS_LOG_LEVEL="debug")) == 3
     assert len(stderr_of(code, DS_COMPRESS_LOG_LEVEL="WARNING")) == 1
 
 
 def test_an_application_that_configured_logging_gets_them_its_way_and_once(package: str) -> None:
-    code = package + "import logging; logging.basicConfig(format='app %(message)s'); " + SET_UP + "logger.info('said')"
+    code = (
+        package
+        + "import logging; logging.basicConfig(format='app %(message)s'); "
+        + SET_UP
+        + "logger.info('said')"
+    )
     assert stderr_of(code) == ["app said"]
 
 
@@ -75,7 +84,11 @@ FAILS = (
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_one_process_prints_the_traceback(rank: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FAILS], capture_output=True, text=True, check=False, env={**os.environ, "RANK": rank}
+        [sys.executable, "-c", FAILS],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RANK": rank},
     )
     assert done.returncode == 1
     if rank == "0":

@@ -30,8 +30,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (sources / "cpu" / "wide_avx2.cpp").write_text("#ifndef __AVX2__\n#error no -mavx2\n#endif\n")
     compiler = tmp_path / "cxx"
     compiler.write_text(
-        f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\n"
-        f"case \"$*\" in *-c*) while [ -e {tmp_path}/wait ]; do sleep 0.05; done;; esac\nexec {find_cxx()} \"$@\"\n"
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        f'case "$*" in *-c*) while [ -e {tmp_path}/wait ]; do sleep 0.05; done;; esac\nexec {find_cxx()} "$@"\n'
     )
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(compiler))
@@ -123,7 +123,9 @@ def test_a_compiler_error_is_shown_and_leaves_nothing_behind(small: Path) -> Non
 
 
 def test_an_undefined_symbol_is_an_error_of_the_build(small: Path) -> None:
-    (small / "csrc" / "cpu" / "answer.cpp").write_text("int elsewhere(); int answer() { return elsewhere(); }\n")
+    (small / "csrc" / "cpu" / "answer.cpp").write_text(
+        "int elsewhere(); int answer() { return elsewhere(); }\n"
+    )
     with pytest.raises(build.BuildError, match="elsewhere"):
         build.ensure_built(build.Build.for_this_machine(with_cuda=False))
 

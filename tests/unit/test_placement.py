@@ -33,7 +33,10 @@ MISTAKES = [
     ({"gradient_compression": {"enabled": True}}, "gradient_compression"),
     ({"distilation": {"enabled": True, "losses": {"logits": {}}}}, "distilation"),
     ({"weight_quantization": {"shared_parameters": {"enabled": True}}}, "weight_quantization"),
-    ({"zero_optimization": {"stage": 1, "compression_training": BLOCK}}, "zero_optimization.compression_training"),
+    (
+        {"zero_optimization": {"stage": 1, "compression_training": BLOCK}},
+        "zero_optimization.compression_training",
+    ),
     ({"zero_optimization": {"stage": 1, "sparse_pruning": PRUNING}}, "zero_optimization.sparse_pruning"),
     ({"bf16": {"enabled": True, "compresion_training": BLOCK}}, "bf16.compresion_training"),
 ]
@@ -41,7 +44,9 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("wrong", "path"), MISTAKES, ids=[path for _, path in MISTAKES])
 @pytest.mark.parametrize("beside", [False, True])
-def test_it_is_refused_with_the_place_where_it_belongs(wrong: dict[str, Any], path: str, beside: bool) -> None:
+def test_it_is_refused_with_the_place_where_it_belongs(
+    wrong: dict[str, Any], path: str, beside: bool
+) -> None:
     config = {**ds_config(1, BLOCK if beside else None), **wrong}
     model = tiny_bert()
     with pytest.raises(ConfigError) as caught:

@@ -33,15 +33,24 @@ def texts() -> Iterator[tuple[str, str]]:
 def test_every_function_that_is_named_is_there_after_one_import() -> None:
     names = {name: where for where, text in texts() for name in named_in(text)}
     assert {"export", "initialize", "hf.merge_and_unload", "plan"} <= set(names)
-    program = "import ds_compress, operator, sys\nfor name in sys.argv[1:]: operator.attrgetter(name)(ds_compress)"
+    program = (
+        "import ds_compress, operator, sys\nfor name in sys.argv[1:]: operator.attrgetter(name)(ds_compress)"
+    )
     every = [*names, "run.leave_process_group", "ops.functional.mask_pack", "compat.init_compression"]
-    done = subprocess.run([sys.executable, "-c", program, *every], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *every], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_each_alone() -> None:
     """The order of access does not matter: hf and run in processes of their own."""
-    for name in ("hf.merge_and_unload", "run.leave_process_group", "compat.init_compression", "ops.functional"):
+    for name in (
+        "hf.merge_and_unload",
+        "run.leave_process_group",
+        "compat.init_compression",
+        "ops.functional",
+    ):
         program = f"import ds_compress; ds_compress.{name}"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-500:]

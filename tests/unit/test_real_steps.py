@@ -253,7 +253,13 @@ def test_weights_that_come_without_our_state_begin_anew(method: str, tmp_path: A
 @pytest.mark.parametrize("method", ["l1", "taylor", "topk", "activation"])
 def test_a_checkpoint_from_within_the_schedule_loads_after_its_end(method: str, tmp_path: Any) -> None:
     """As `load_best_model_at_end` does; scores were thrown away when the masks became final."""
-    shared = {"enabled": True, "method": method, "dense_ratio": 0.5, "schedule_offset": 1, "schedule_offset_end": 5}
+    shared = {
+        "enabled": True,
+        "method": method,
+        "dense_ratio": 0.5,
+        "schedule_offset": 1,
+        "schedule_offset_end": 5,
+    }
     block: dict[str, Any] = {"row_pruning": {"shared_parameters": shared}}
     if method != "activation":
         block |= sparse(method=method, schedule_offset=1, schedule_offset_end=5)

@@ -49,7 +49,9 @@ def test_the_bytes_of_a_step_hardly_change(model: str, bits: int, block: int, ow
         numel = shape.numel()
         elements += numel
         if travels_exactly(shape):
-            found += 2 * 2 * numel  # an all-reduce of 16-bit numbers sends nearly twice what a reduce-scatter does
+            found += (
+                2 * 2 * numel
+            )  # an all-reduce of 16-bit numbers sends nearly twice what a reduce-scatter does
         else:
             found += owners * message_bytes(-(-numel // owners), bits, block)
     assert found < 1.015 * message_bytes(elements, bits, block)

@@ -106,7 +106,9 @@ class TestVerdict:
         rows[1] *= 10
         suspected = judge(rows @ rows.T, [], Policy("trimmed_mean", on_outlier="exclude"), suspects=[1])
         assert suspected.keep == (0, 2, 3, 4) and suspected.trim == 0
-        assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 2, 3, 4), "an honest one may do this once"
+        assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 2, 3, 4), (
+            "an honest one may do this once"
+        )
         assert judge(rows @ rows.T, [], Policy("trimmed_mean"), suspects=[1]).keep == (0, 1, 2, 3, 4)
         rows[1] = torch.nan
         assert judge(rows @ rows.T, [1], Policy(on_outlier="exclude"), suspects=[1]).keep == (0, 2, 3, 4)

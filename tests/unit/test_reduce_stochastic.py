@@ -93,7 +93,9 @@ def test_an_overflow_is_seen(bad: float) -> None:
     x = torch.ones(1024)
     x[700] = bad
     read = sent(StochasticBlockCodec(4, 128, Dither()), x)
-    assert bool(read[640:768].isnan().all()) and bool((read[:640] == 1).all()) and bool((read[768:] == 1).all())
+    assert (
+        bool(read[640:768].isnan().all()) and bool((read[:640] == 1).all()) and bool((read[768:] == 1).all())
+    )
 
 
 def test_zeros_stay_zeros_and_the_ends_of_the_range_stay_finite() -> None:

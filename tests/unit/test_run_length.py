@@ -25,11 +25,15 @@ def single_process() -> None:
 def bits(start: int, target: int, period: int, **shared: Any) -> dict[str, Any]:
     params = {"start_bits": start, "target_bits": target, "quantization_period": period}
     group = {"g": {"params": params, "modules": ["intermediate"]}}
-    return {"weight_quantization": {"shared_parameters": {"enabled": True, **shared}, "different_groups": group}}
+    return {
+        "weight_quantization": {"shared_parameters": {"enabled": True, **shared}, "different_groups": group}
+    }
 
 
 def rows(**shared: Any) -> dict[str, Any]:
-    return {"row_pruning": {"shared_parameters": {"enabled": True, "method": "l1", "dense_ratio": 0.5, **shared}}}
+    return {
+        "row_pruning": {"shared_parameters": {"enabled": True, "method": "l1", "dense_ratio": 0.5, **shared}}
+    }
 
 
 ENDS = [

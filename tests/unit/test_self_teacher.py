@@ -265,7 +265,11 @@ def test_labels_are_labels_however_they_are_passed(task_loss_weight: float, by_n
 def test_evaluating_between_steps_changes_nothing_and_gives_real_logits() -> None:
     runs = []
     block = distillation(
-        {"logits": {"chunk_tokens": 7}, "contrastive": {"dimension": 4, "queue": 20}, "attention": {"kind": "maps"}}
+        {
+            "logits": {"chunk_tokens": 7},
+            "contrastive": {"dimension": 4, "queue": 20},
+            "attention": {"kind": "maps"},
+        }
     )
     for evaluates in (False, True):
         student = llama()
@@ -287,7 +291,9 @@ def test_evaluating_between_steps_changes_nothing_and_gives_real_logits() -> Non
                 engine.backward(output.loss)
                 engine.step()
                 losses.append(float(output.loss))
-            runs.append((losses, engine.compression.metrics(), {n: p.detach() for n, p in student.named_parameters()}))
+            runs.append(
+                (losses, engine.compression.metrics(), {n: p.detach() for n, p in student.named_parameters()})
+            )
     (a, metrics_a, weights_a), (b, metrics_b, weights_b) = runs
     assert a == b and metrics_a == metrics_b
     assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)

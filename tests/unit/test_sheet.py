@@ -64,7 +64,9 @@ def test_folding_keeps_words() -> None:
 def test_an_export_report_at_80_columns() -> None:
     report = ExportReport("out", "torch", "BertForSequenceClassification")
     report.modules[NAME] = {"parameters": 3, "sparsity": 0.5, "bytes": 12, "scheme": {"weight": {"bits": 8}}}
-    report.notes = ["a note that is so long that it does not fit into one line of a terminal of eighty columns"]
+    report.notes = [
+        "a note that is so long that it does not fit into one line of a terminal of eighty columns"
+    ]
     lines = printed(report)
     assert NAME in lines and "    stored as int8; parameters 3; zeros 50.0%; bytes 12" in lines
     assert all(len(line) <= 80 or line == NAME for line in lines)

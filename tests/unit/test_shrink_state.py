@@ -98,7 +98,9 @@ def decay(at: int) -> float:
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "none": lambda o: None,
-    "lambdas": lambda o: schedules.LambdaLR(o, [lambda s, k=k: 1 / (1 + s + k) for k in range(len(o.param_groups))]),
+    "lambdas": lambda o: schedules.LambdaLR(
+        o, [lambda s, k=k: 1 / (1 + s + k) for k in range(len(o.param_groups))]
+    ),
     "one-cycle": lambda o: schedules.OneCycleLR(
         o, max_lr=[g["lr"] for g in o.param_groups], total_steps=20, cycle_momentum=False
     ),
@@ -128,7 +130,11 @@ def expected_rates(make: Callable[[torch.optim.Optimizer], Any], steps: int) -> 
 
 
 CASES = [
-    *((name, stage, by) for name in SCHEDULERS for stage, by in ((0, "callable"), (1, "engine"), (0, "user"))),
+    *(
+        (name, stage, by)
+        for name in SCHEDULERS
+        for stage, by in ((0, "callable"), (1, "engine"), (0, "user"))
+    ),
     *(("lambdas", stage, by) for stage, by in ((0, "engine"), (3, "engine"), (3, "user"))),
     ("none", 3, "engine"),
 ]
@@ -149,7 +155,9 @@ def test_settings_and_schedules_follow_the_parameters(name: str, stage: int, hel
             scheduler.step()
         if not isinstance(used, dict):
             continue
-        kept = [0, 1, 2, 3] if at < SHRINK_AT else engine.compression.shrunk_units["bert.encoder.layer"].tolist()
+        kept = (
+            [0, 1, 2, 3] if at < SHRINK_AT else engine.compression.shrunk_units["bert.encoder.layer"].tolist()
+        )
         assert len(kept) == (4 if at < SHRINK_AT else 2)
         for parameter, settings in used.items():
             now = group_of(parameter)
@@ -224,13 +232,19 @@ def _scale_state(engine: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_learned_scales_keep_their_rows_moments_and_counters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_scales_keep_their_rows_moments_and_counters(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ds_compress.engine import shrink
 
     stage, config = ENGINES[name]
     optimizer = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
     model = bert(layers=2)
-    common = {"gradient_accumulation_steps": 2, "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 1.0}
+    common = {
+        "gradient_accumulation_steps": 2,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 1.0,
+    }
     engine = engine_of(
         model, LSQ, stage, model_parameters=model.parameters(), config={**optimizer, **common, **config}
     )
@@ -240,14 +254,20 @@ def test_learned_scales_keep_their_rows_moments_and_counters(name: str, monkeypa
 
     def look_and_shrink(engine: Any) -> None:
         before["scales"] = {SCALE.format(i): _scale_state(engine, SCALE.format(i)) for i in (0, 1)}
-        before["counters"] = {c: getattr(engine, c) for c in counters} | {"norm": engine.get_global_grad_norm()}
+        before["counters"] = {c: getattr(engine, c) for c in counters} | {
+            "norm": engine.get_global_grad_norm()
+        }
         original(engine)
 
     monkeypatch.setattr(shrink, "shrink", look_and_shrink)
     for at in range(2 * SHRINK_AT):
         step(engine, at)
     after = {c: getattr(engine, c) for c in counters} | {"norm": engine.get_global_grad_norm()}
-    assert after == before["counters"] and after["global_steps"] == SHRINK_AT and after["micro_steps"] == 2 * SHRINK_AT
+    assert (
+        after == before["counters"]
+        and after["global_steps"] == SHRINK_AT
+        and after["micro_steps"] == 2 * SHRINK_AT
+    )
     assert (after["norm"] is None) == (name == "0")  # DeepSpeed keeps none at stage 0 in fp32
     for i in (0, 1):
         kept = engine.compression.shrunk_units[f"bert.encoder.layer.{i}.intermediate.dense"]
@@ -279,7 +299,9 @@ def test_muon_keeps_its_tags_and_momenta(stage: int) -> None:
         }
         engine = engine_of(model, block, stage, model_parameters=model.parameters(), config=muon)
         losses.append([step(engine, at) for at in range(6)])
-        assert {p.use_muon for n, p in engine.module.named_parameters() if n.endswith("weight_step_size")} == {False}
+        assert {
+            p.use_muon for n, p in engine.module.named_parameters() if n.endswith("weight_step_size")
+        } == {False}
         assert engine.module.bert.encoder.layer[0].output.dense.weight.use_muon
     # Orthogonal updates of a smaller matrix are others, so only what comes before them is equal.
     assert losses[0][: SHRINK_AT + 1] == pytest.approx(losses[1][: SHRINK_AT + 1], rel=1e-5)
@@ -343,7 +365,12 @@ def test_a_trainer_with_its_own_optimizer_and_schedule_goes_through(stage: int, 
                 "compression_training": {**DEPTH, **LSQ, **DEPTH},
             },
             **{"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 6, "learning_rate": 1e-3},
-            **{"per_device_train_batch_size": 4, "logging_steps": 1, "weight_decay": 0.1, "save_strategy": "no"},
+            **{
+                "per_device_train_batch_size": 4,
+                "logging_steps": 1,
+                "weight_decay": 0.1,
+                "save_strategy": "no",
+            },
             lr_scheduler_type="linear",
         ),
         train_dataset=[{"input_ids": ids, "labels": ids[0] % 2} for ids in rows],

@@ -84,7 +84,9 @@ def block(cache: Path | None, **logits: Any) -> dict[str, Any]:
     return {"distillation": {"enabled": True, "losses": {"logits": own}, **source}}
 
 
-def engine_of(cache: Path | None, student: nn.Module | None = None, teacher: Any = None, **logits: Any) -> Any:
+def engine_of(
+    cache: Path | None, student: nn.Module | None = None, teacher: Any = None, **logits: Any
+) -> Any:
     student = student or llama()
     engine, *_ = ds_compress.initialize(
         model=student,
@@ -162,9 +164,7 @@ def test_another_order_of_writing_gives_the_same_predictions(folder: Path, tmp_p
     assert torch.equal(one.indices, other.indices)
 
 
-def test_many_shards_are_one_cache(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_shards_are_one_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ds_compress.distill.cache_write._POSITIONS_PER_SHARD", 8)
     manifest = cache_teacher(
         llama(3, hidden=24), batches(1), tmp_path / "shards", top_k=TOP_K, temperature=TEMPERATURE
@@ -264,9 +264,7 @@ def test_a_smaller_vocabulary(folder: Path) -> None:
 
 def test_a_larger_vocabulary_is_padding_as_with_a_live_teacher(folder: Path) -> None:
     got = trained(engine_of(folder, llama(vocabulary=64)), batches())
-    live = trained(
-        engine_of(None, llama(vocabulary=64), llama(3, hidden=24), top_k=TOP_K), batches()
-    )
+    live = trained(engine_of(None, llama(vocabulary=64), llama(3, hidden=24), top_k=TOP_K), batches())
     assert got["metrics"] == pytest.approx(live["metrics"], rel=1e-4)
 
 
@@ -348,7 +346,11 @@ def test_a_killed_writer_leaves_no_folder(tmp_path: Path) -> None:
     target = tmp_path / "cache"
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(target)], cwd=root, env=os.environ, capture_output=True, timeout=300
+        [sys.executable, "-c", KILLED, str(target)],
+        cwd=root,
+        env=os.environ,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not target.exists()

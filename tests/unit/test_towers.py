@@ -58,7 +58,15 @@ def gemma3() -> Any:
 
 def t5() -> Any:
     return hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=61, d_model=32, d_ff=64, d_kv=8, num_layers=DEPTH, num_decoder_layers=DEPTH, num_heads=4)
+        hf.T5Config(
+            vocab_size=61,
+            d_model=32,
+            d_ff=64,
+            d_kv=8,
+            num_layers=DEPTH,
+            num_decoder_layers=DEPTH,
+            num_heads=4,
+        )
     )
 
 
@@ -105,7 +113,9 @@ def test_layer_reduction_of_one_tower(make: Any, prefix: str, tower: str) -> Non
     reduced(model, block)
     assert len(find_layers(model, prefix)[1]) == 2
     assert depths(model) == {**before, tower: 2}
-    held = {m.config.num_hidden_layers for m in find_layers(model, prefix)[1].modules() if hasattr(m, "config")}
+    held = {
+        m.config.num_hidden_layers for m in find_layers(model, prefix)[1].modules() if hasattr(m, "config")
+    }
     assert held <= {2, DEPTH} if make is t5 else held <= {2}
 
 
@@ -148,7 +158,12 @@ def test_what_is_saved_loads_with_the_same_features(tmp_path: Path) -> None:
 
 def test_depth_pruning_in_training_and_the_export_of_it(tmp_path: Path) -> None:
     model = clip()
-    shared = {"enabled": True, "dense_ratio": 0.5, "method": "l1", "module_name_prefix": "vision_model.encoder.layers"}
+    shared = {
+        "enabled": True,
+        "dense_ratio": 0.5,
+        "method": "l1",
+        "module_name_prefix": "vision_model.encoder.layers",
+    }
     config = ds_config(2, {"depth_pruning": {"shared_parameters": shared}})
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     ids = torch.randint(3, 61, (4, 8))
@@ -169,7 +184,9 @@ def test_two_towers_without_a_prefix_are_told_the_key() -> None:
 
 
 def test_a_prefix_that_is_no_stack() -> None:
-    block = {"depth_pruning": {"dense_ratio": 0.5, "shared_parameters": {"module_name_prefix": "vision.layers"}}}
+    block = {
+        "depth_pruning": {"dense_ratio": 0.5, "shared_parameters": {"module_name_prefix": "vision.layers"}}
+    }
     with pytest.raises(ConfigError) as caught:
         plan(clip(), block)
     (problem,) = caught.value.problems

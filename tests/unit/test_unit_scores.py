@@ -69,7 +69,10 @@ def test_learned_scores_start_around_zero() -> None:
 
 
 def test_random_scores_depend_on_seed_and_name_alone() -> None:
-    one, other = Structure("a", StructureKind.ROW, ("a",), 5, ()), Structure("b", StructureKind.ROW, ("b",), 5, ())
+    one, other = (
+        Structure("a", StructureKind.ROW, ("a",), 5, ()),
+        Structure("b", StructureKind.ROW, ("b",), 5, ()),
+    )
     together = unit_scores.RandomUnits([one, other], seed=3)
     swapped = unit_scores.RandomUnits([other, one], seed=3)
     for name in ("a", "b"):
@@ -84,7 +87,9 @@ def test_structures_of_different_scale_compete_by_their_share_of_the_norm() -> N
     assert shares([large, small], 5, 1) == [3, 2]
 
 
-@pytest.mark.parametrize(("total", "expected"), [(7, [8, 4]), (6, [4, 4]), (4, [4, 4]), (2, [4, 4]), (16, [8, 8])])
+@pytest.mark.parametrize(
+    ("total", "expected"), [(7, [8, 4]), (6, [4, 4]), (4, [4, 4]), (2, [4, 4]), (16, [8, 8])]
+)
 def test_shares_are_rounded_to_the_nearest_multiple(total: int, expected: list[int]) -> None:
     first = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 4.5, 0.02, 0.01])
     second = torch.tensor([0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]) + 1e-6

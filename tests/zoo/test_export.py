@@ -60,7 +60,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     return found
 
 
-def _own_format(outcome: Outcome, model: torch.nn.Module, given: dict[str, torch.Tensor], folder: Path) -> None:
+def _own_format(
+    outcome: Outcome, model: torch.nn.Module, given: dict[str, torch.Tensor], folder: Path
+) -> None:
     export(model, folder, "torch", check=False, embeddings="float")
     outcome.torch_logits = run(from_pretrained(folder), given)
     outcome.unfused_logits = run(from_pretrained(folder, fused=False), given)
@@ -90,7 +92,9 @@ class TestZoo:
         # Sums in another order move a few codes, which is at most like rounding all of them anew.
         assert difference <= 1e-5 * outcome.expected.logits.abs().max() + 2 * rounding
 
-    def test_fused_equals_unfused(self, outcomes: dict[tuple[str, str], Outcome], name: str, scheme: str) -> None:
+    def test_fused_equals_unfused(
+        self, outcomes: dict[tuple[str, str], Outcome], name: str, scheme: str
+    ) -> None:
         outcome = outcomes[name, scheme]
         if outcome.torch_logits is None or outcome.unfused_logits is None or outcome.expected is None:
             pytest.skip("no config to build it from")

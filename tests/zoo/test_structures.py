@@ -27,7 +27,9 @@ _ROW, _HEAD, _LAYER, _HIDDEN, _CHANNEL = (
     StructureKind.HIDDEN,
     StructureKind.CHANNEL,
 )
-_TOLERANCE = 3e-5  # fp32 logits of a few units; smaller products are summed in another order, which depends on the CPU
+_TOLERANCE = (
+    3e-5  # fp32 logits of a few units; smaller products are summed in another order, which depends on the CPU
+)
 _TRANSFORMERS = [name for name in ZOO if name not in ("resnet", "cnn")]
 _EXACT_HIDDEN = {
     "llama",

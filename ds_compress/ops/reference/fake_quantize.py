@@ -107,7 +107,9 @@ def _measure(x: torch.Tensor, steps: int, symmetric: bool) -> tuple[torch.Tensor
         # Adding zero makes one of the two zeros.
         lowest, highest = x.amin(1).float() + 0.0, x.amax(1).float()
     if symmetric:
-        return _nan_unless_finite(divided(torch.maximum(highest, -lowest), steps).clamp_min_(SMALLEST_SCALE)), None
+        return _nan_unless_finite(
+            divided(torch.maximum(highest, -lowest), steps).clamp_min_(SMALLEST_SCALE)
+        ), None
     scale, offset = asymmetric_range(lowest, highest, steps)
     return _nan_unless_finite(scale), torch.where(scale.isfinite(), offset, math.nan)
 

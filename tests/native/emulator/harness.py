@@ -32,8 +32,17 @@ EMULATOR = Path("tests/native/emulator")
 FOLDERS = (Path("csrc/include"), Path("csrc/cuda"), EMULATOR)  # all that a library can be made of
 SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 
-COMMON = ["-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno",
-          "-Wno-unknown-pragmas"]  # nvcc's #pragma unroll
+COMMON = [
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-unknown-pragmas",
+]  # nvcc's #pragma unroll
 MODES = {
     "plain": ["-O2"],
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -123,7 +132,7 @@ def reachable(tree: dict[Path, str], source: Path) -> dict[Path, str]:
     while todo:
         current = todo.pop()
         for line in tree[current].splitlines():
-            if not line.startswith("#include \""):
+            if not line.startswith('#include "'):
                 continue
             name = line.split('"')[1]
             for folder in (current.parent, Path("csrc/include"), EMULATOR.parent):
@@ -228,7 +237,11 @@ def build_all(sources: Sequence[str], mode: str) -> dict[str, Library]:
     for outcome in built:
         if isinstance(outcome, Exception):
             raise outcome
-    return {source: library for source, library in zip(sources, built, strict=True) if isinstance(library, Library)}
+    return {
+        source: library
+        for source, library in zip(sources, built, strict=True)
+        if isinstance(library, Library)
+    }
 
 
 def run(library: Library, programs: Sequence[Program], schedule: int = 0) -> Outcome:

@@ -58,7 +58,9 @@ def inspect_mangled(binary: Path) -> dict[str, MachineCode]:
     for line in checked([nvcc.find("cuobjdump"), "-sass", str(binary)]).splitlines():
         if match := re.search(r"Function : (\w+)", line):
             current = kernels[match[1]]
-        elif current is not None and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)):
+        elif current is not None and (
+            match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line)
+        ):
             name = match[1].split(".")[0]
             current.counts["IMMA.SP" if name == "IMMA" and ".SP" in match[1] else name] += 1
             if name in ("LDG", "STG") and ".128" in match[1]:

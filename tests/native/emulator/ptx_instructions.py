@@ -17,7 +17,14 @@ from tests.native.emulator.ptx_operands import (
 
 WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 INTEGER_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-UNORDERED = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<", "equ": "!=", "neu": "=="}  # the negation, ordered
+UNORDERED = {
+    "ltu": ">=",
+    "leu": ">",
+    "gtu": "<=",
+    "geu": "<",
+    "equ": "!=",
+    "neu": "==",
+}  # the negation, ordered
 
 
 @opcode("ld", "st")
@@ -151,11 +158,15 @@ def bytes_and_fields(ins: Instruction) -> str:
         return ins.set(f"__dp4a({', '.join(ins.value(i, 's32') for i in (1, 2, 3))})", "s32")
     type_ = ins.type()
     if ins.name == "bfe":
-        return ins.set(f"extract_bits({ins.value(1, type_)}, {ins.value(2, 'u32')}, {ins.value(3, 'u32')})", type_)
+        return ins.set(
+            f"extract_bits({ins.value(1, type_)}, {ins.value(2, 'u32')}, {ins.value(3, 'u32')})", type_
+        )
     if type_ != "b32":
         raise Untranslated(ins.text)
     function = "insert_bits" if ins.name == "bfi" else "__byte_perm"
-    return ins.set(f"{function}({', '.join(ins.value(i, type_) for i in range(1, len(ins.operands)))})", type_)
+    return ins.set(
+        f"{function}({', '.join(ins.value(i, type_) for i in range(1, len(ins.operands)))})", type_
+    )
 
 
 @opcode("setp")
@@ -185,7 +196,9 @@ def convert(ins: Instruction) -> str:
         ins.need("rn")
         ins.need("f32")
         low, high = ins.value(2, "f32"), ins.value(1, "f32")
-        return ins.set(f"pair_of({low}, {high}, {'__nv_bfloat16' if pair == 'bf16x2' else '__half'}())", "b32")
+        return ins.set(
+            f"pair_of({low}, {high}, {'__nv_bfloat16' if pair == 'bf16x2' else '__half'}())", "b32"
+        )
     source, to = ins.type(), ins.type()
     if "f16" in (source, to) or "bf16" in (source, to):
         return convert_half(ins, source, to)
@@ -276,7 +289,17 @@ def load_matrix(ins: Instruction) -> str:
 def multiply_matrices(ins: Instruction) -> str:
     """Dense and 2:4. `satfinite` clamps sums at the ends of int32, which no test comes near."""
     sparse = ins.take("sp", "sp::ordered_metadata")
-    for modifier in ("sync", "aligned", "m16n8k64" if sparse else "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"):
+    for modifier in (
+        "sync",
+        "aligned",
+        "m16n8k64" if sparse else "m16n8k32",
+        "row",
+        "col",
+        "s32",
+        "s8",
+        "s8",
+        "s32",
+    ):
         ins.need(modifier)
     ins.take("satfinite")
     results, a, b, sums = (vector(operand) for operand in ins.operands[:4])
@@ -287,7 +310,9 @@ def multiply_matrices(ins: Instruction) -> str:
         return ", ".join(value(name, type_, ins.kernel) for name in names)
 
     call = (
-        f"mma_sp_s8_16x8x64(sums, a, b, {ins.value(4, 'b32')});" if sparse else "mma_s8_16x8x32(sums, a, b[0], b[1]);"
+        f"mma_sp_s8_16x8x64(sums, a, b, {ins.value(4, 'b32')});"
+        if sparse
+        else "mma_s8_16x8x32(sums, a, b[0], b[1]);"
     )
     moves = " ".join(f"set({register(r)}, sums[{i}]);" for i, r in enumerate(results))
     return (

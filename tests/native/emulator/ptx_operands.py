@@ -15,7 +15,12 @@ CPP_TYPES = {
 }  # fmt: skip
 SPECIAL_REGISTERS = {
     f"%{name}.{axis}": f"{variable}.{axis}"
-    for name, variable in {"tid": "threadIdx", "ctaid": "blockIdx", "ntid": "blockDim", "nctaid": "gridDim"}.items()
+    for name, variable in {
+        "tid": "threadIdx",
+        "ctaid": "blockIdx",
+        "ntid": "blockDim",
+        "nctaid": "gridDim",
+    }.items()
     for axis in "xyz"
 }
 
@@ -105,7 +110,9 @@ def value(operand: str, type_: str, kernel: Kernel) -> str:
 
 def vector(operand: str) -> list[str]:
     """The elements of {a, b, c}, or the operand alone."""
-    return [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
+    return (
+        [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
+    )
 
 
 def base_and_offset(operand: str) -> tuple[str, int]:

@@ -36,7 +36,9 @@ class Kernel:
 def parse(text: str) -> list[Kernel]:
     """The kernels (.entry) of a module."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
-    text = re.sub(r"^\s*(?:" + "|".join(map(re.escape, IGNORED_DIRECTIVES)) + r")\b[^\n;{]*;?", "", text, flags=re.M)
+    text = re.sub(
+        r"^\s*(?:" + "|".join(map(re.escape, IGNORED_DIRECTIVES)) + r")\b[^\n;{]*;?", "", text, flags=re.M
+    )
     header = text[: text.index(".entry")]
     kernels = []
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*\{", text):
@@ -119,4 +121,6 @@ def parse_instruction(piece: str) -> Statement:
     if match is None:
         raise MalformedPtx(piece)
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{\[][^,{\[]*", match[3])
-    return Statement(" ".join(piece.split()), None, match[1], match[2], [" ".join(o.split()) for o in operands])
+    return Statement(
+        " ".join(piece.split()), None, match[1], match[2], [" ".join(o.split()) for o in operands]
+    )

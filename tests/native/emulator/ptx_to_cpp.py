@@ -76,7 +76,9 @@ def translate(text: str, only: str = "") -> str:
         "}  // namespace ds_compress",
         'extern "C" const ds_compress::emulator::PtxKernel* dsc_ptx_kernel(const char* name) {',
         "    using namespace ds_compress;",
-        "    static const struct { const char* name; emulator::PtxKernel kernel; } kernels[] = {" + entries + "};",
+        "    static const struct { const char* name; emulator::PtxKernel kernel; } kernels[] = {"
+        + entries
+        + "};",
         "    for (const auto& each : kernels) if (std::strcmp(each.name, name) == 0) return &each.kernel;",
         "    return nullptr;",
         "}",
