@@ -247,7 +247,13 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
     assert config.distillation is not None
     stage = Distillation(config.distillation, model, teacher, None, all_gather_rows)
     stage.prepare(model)
-    engine = SimpleNamespace(backward=lambda loss: loss.backward())
+    transforms: list[Any] = []
+
+    def transform_loss(transform: Any) -> Any:
+        transforms.append(transform)
+        return lambda: None
+
+    engine: Any = SimpleNamespace(transform_loss=transform_loss)
     stage.attach_engine(engine)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     found = []
@@ -256,7 +262,7 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
         waits.clear()
         optimizer.zero_grad()
         loss = model(**given).loss
-        engine.backward(loss)
+        transforms[0](loss).backward()
         stage.before_step(0)
         optimizer.step()
         stage.after_step(1)

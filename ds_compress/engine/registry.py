@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.config.schema.compression_training import CompressionConfig, block_classes
 from ds_compress.errors import ROOT, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -83,5 +83,5 @@ def means_the_same(one: CompressionConfig, other: CompressionConfig) -> bool:
 
 def _meaning(config: CompressionConfig) -> dict[str, Any]:
     enabled = config.enabled_blocks()
-    settings = {key: value for key, value in config.model_dump().items() if key not in config.blocks()}
+    settings = {key: value for key, value in config.model_dump().items() if key not in block_classes()}
     return {**settings, **{name: block.meaning() for name, block in enabled.items()}}
