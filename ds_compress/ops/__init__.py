@@ -13,6 +13,21 @@
 from __future__ import annotations
 
 from ds_compress.ops import functional
-from ds_compress.ops.library import KernelsUnavailable, Preference, kernels, prefer
+from ds_compress.ops.library import (
+    KernelsUnavailable,
+    KernelsUnavailableError,
+    Preference,
+    kernel_preference,
+    kernels,
+    prefer,
+)
 
-__all__ = ["KernelsUnavailable", "Preference", "functional", "kernels", "prefer"]
+__all__ = [
+    "KernelsUnavailable",
+    "KernelsUnavailableError",
+    "Preference",
+    "functional",
+    "kernel_preference",
+    "kernels",
+    "prefer",
+]
