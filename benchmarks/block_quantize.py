@@ -17,7 +17,7 @@ import torch
 
 from ds_compress.ops import reference
 from ds_compress.ops.library import native
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 
 from .bandwidth import COPY, Run, run_benchmark
 
@@ -47,11 +47,11 @@ def runs_of(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Ru
     x = torch.randn(NUMEL, device=device).to(dtype)
     values, target = torch.randn(NUMEL, device=device), torch.empty(NUMEL, device=device)
     out, residual = torch.empty_like(x), torch.zeros(NUMEL, device=device)
-    size = message_bytes(NUMEL, bits, BLOCK)
+    size = payload_bytes(NUMEL, bits, BLOCK)
     message = torch.empty(1, size, dtype=torch.uint8, device=device)
     read = x.element_size() * NUMEL
     part = NUMEL // RANKS
-    parts = torch.empty(RANKS, message_bytes(part, bits, BLOCK), dtype=torch.uint8, device=device)
+    parts = torch.empty(RANKS, payload_bytes(part, bits, BLOCK), dtype=torch.uint8, device=device)
     ops.block_quantize(x, message, None, NUMEL, bits, BLOCK)
     ops.block_quantize(x, parts, None, part, bits, BLOCK)
     total, reduced = torch.empty(part, device=device), torch.empty_like(parts[0])

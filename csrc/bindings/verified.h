@@ -10,7 +10,7 @@
 
 #include "../cuda/hopper/launchers.h"
 
-namespace ds_compress {
+namespace ds_compress::bindings {
 
 struct Way {
     int tile;  // one of dsc_hopper_tiles, or one of those below
@@ -32,4 +32,4 @@ enum class Verdict : int { unknown = 0, right, wrong };
 /// tried before: trying waits for the device.
 Verdict verify(const Way& way, const torch::stable::Tensor& like, cudaStream_t stream);
 
-}  // namespace ds_compress
+}  // namespace ds_compress::bindings

@@ -21,7 +21,7 @@ def preference(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_it_has_every_op_and_dir_lists_them() -> None:
-    assert set(functional.__all__) == {*schemas.SCHEMAS, "message_bytes"}
+    assert set(functional.__all__) == {*schemas.SCHEMAS, "payload_bytes"}
     assert dir(functional) == sorted(functional.__all__)
 
 

@@ -37,7 +37,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kStrip = 32;  // elements that code conversions take at a time; blocks are multiples of it
+constexpr int kStrip = 32;  // elements that conversions take at a time; blocks are multiples of it
 constexpr int kPerStrip = kStrip / kLanes;
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));

@@ -1,6 +1,6 @@
 // The int4 engine (see int4_driver.h) for AVX2. To be included in linear_avx2.cpp.
 //
-// Weights are 0 to 15 and codes -128 to 127, so a vpmaddubsw of theirs is at most 3840 and 8 of them, the 32 columns of
+// Weights are 0 to 15 and quantized values -128 to 127, so a vpmaddubsw of theirs is at most 3840 and 8 of them, the 32 columns of
 // a block, fit into int16: one multiplication and one addition do the work of three of each in the int8 layer.
 #pragma once
 
@@ -9,12 +9,12 @@
 namespace ds_compress::cpu {
 namespace {
 
-struct Int8Codes {
+struct Int8Values {
     using Stored = int8_t;
     static DSC_INLINE int store(int8_t* to, Ints a, Ints b) {
         const __m256i lanes = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a, (__m256i)b), 0xd8);
-        const __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+        const __m128i quantized = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), quantized);
         return 0;
     }
     struct Correction {
@@ -64,7 +64,7 @@ struct Int8Codes {
 template <int kRows>
 [[gnu::noinline]] void int4_tile(const Int4Tile& tile) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const int8_t* a = tile.codes;
+    const int8_t* a = tile.quantized;
     const uint8_t* w = tile.weights;
     int64_t group = 0, in_group = 0;
     for (int64_t block = 0; block < tile.blocks; block++, a += 32, w += 256) {
@@ -110,7 +110,7 @@ template <int kRows>
 #undef DSC_BLOCK
 
 struct Int4Avx2 {
-    using Codes = Int8Codes;
+    using Values = Int8Values;
     static constexpr int kColumns = 16;
     static constexpr int64_t kRows = 4;
 

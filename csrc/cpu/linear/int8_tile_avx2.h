@@ -1,4 +1,4 @@
-// The inner loop of the int8 linear layer for AVX2: exact products of 8-bit codes at half the multiplications.
+// The inner loop of the int8 linear layer for AVX2: exact products of 8-bit values at half the multiplications.
 //
 // Winograd's inner product (1968): a0 w0 + a2 w2 = (a0 + w2)(a2 + w0) - a0 a2 - w0 w2. The last two terms belong to a
 // row and to a column alone and are corrected outside. A plain loop of vpmaddwd and vpaddd fights for the two multiply
@@ -58,15 +58,15 @@ constexpr int kTileColumns = 16;
                  : "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13", "ymm14", "ymm15", "memory")
 
 // kRows rows of 16 sums, which start from `from` (rows `from_stride` apart) and end at `to` (rows 16 apart).
-// codes: rows `stride` bytes apart; steps: K / 8; next: weights to prefetch, for the hardware loses a stream at its end.
+// quantized: rows `stride` bytes apart; steps: K / 8; next: weights to prefetch, for the hardware loses a stream at its end.
 template <int kRows>
-[[gnu::noinline]] void int8_tile(const int16_t* codes, int64_t stride, const uint8_t* weights, int64_t steps,
+[[gnu::noinline]] void int8_tile(const int16_t* quantized, int64_t stride, const uint8_t* weights, int64_t steps,
                                  const uint8_t* next, const int32_t* from, int64_t from_stride, int32_t* to) {
     __m256i s[2 * kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * kRows; i++)
         s[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i / 2 * from_stride + i % 2 * 8));
-    const auto* a = reinterpret_cast<const uint8_t*>(codes);
+    const auto* a = reinterpret_cast<const uint8_t*>(quantized);
     const uint8_t* a3 = a + 3 * stride;
     const uint8_t* w = weights;
     for (; steps > 0; steps--) {

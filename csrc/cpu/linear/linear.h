@@ -51,15 +51,15 @@ struct LinearKernels {
     int64_t (*int8_panel_bytes)(const LinearWeight& weight);
     int64_t (*int4_panel_bytes)(const LinearWeight& weight);
 
-    // Panels of row-major codes (N, K).
-    void (*int8_pack)(const int8_t* codes, const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
+    // Panels of row-major quantized (N, K).
+    void (*int8_pack)(const int8_t* quantized, const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
     // Quantizes with `scale` (one per row of the weight, or one for all) and packs in one pass.
     void (*int8_quantize_pack)(const void* values, LinearType type, const float* scale, bool scale_per_row, int steps,
                                const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
     void (*int8_linear)(const LinearCall& call, Range rows, Range panels, void* scratch);
 
-    // codes (N, K) in [-8, 7], scale (N, groups).
-    void (*int4_pack)(const int8_t* codes, const float* scale, const LinearWeight& weight, Range panels, uint8_t* body);
+    // quantized (N, K) in [-8, 7], scale (N, groups).
+    void (*int4_pack)(const int8_t* quantized, const float* scale, const LinearWeight& weight, Range panels, uint8_t* body);
     void (*int4_linear)(const LinearCall& call, Range rows, Range panels, void* scratch);
 
     // Bytes of scratch, aligned to 64, that one call of any kernel needs for rows of `columns` in `groups`.

@@ -1,4 +1,4 @@
-// Products of 8-bit codes on Hopper's wgmma and TMA, by CUTLASS: its main loop, our epilogue.
+// Products of 8-bit values on Hopper's wgmma and TMA, by CUTLASS: its main loop, our epilogue.
 //
 // out (m, n) = activation(float(sum) * (input_scale[m] * weight_scale[n]) + bias[n]), in the order of operations and with
 // the functions of ../linear/epilogue.cuh, so that integers give the same bits on both paths. Compiled for sm_90a alone, with
@@ -131,7 +131,7 @@ struct Product {
         typename Gemm::Arguments arguments{};
         arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
         arguments.problem_shape = {static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.pitch), 1};
-        arguments.mainloop.ptr_A = static_cast<const Code*>(p.codes);
+        arguments.mainloop.ptr_A = static_cast<const Code*>(p.quantized);
         arguments.mainloop.dA = {p.pitch, _1{}, 0};
         arguments.mainloop.ptr_B = static_cast<const Code*>(p.weight);
         arguments.mainloop.dB = {p.pitch, _1{}, 0};

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     const int steps = (all_steps - warp + skinny_warps - 1) / skinny_warps;  // of this warp
     const int slot_floats = count * Tile::pitch;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * Tile::features;
-    const int64_t weight_pitch = int4_row_bytes(k), code_pitch = int8_row_bytes(k), scale_stride = int4_scale_stride(e.n);
+    const int64_t weight_pitch = int4_row_bytes(k), x_pitch = int8_row_bytes(k), scale_stride = int4_scale_stride(e.n);
     const float* const scales = int4_scales(packed, e.n, k);
     int8_t* const ring = shared + warp * Tile::stages * Tile::stage_bytes;
     int8_t* const own = shared + Tile::ring_bytes + turns.bytes();
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
         const int64_t column = (static_cast<int64_t>(step) * skinny_warps + warp) * Tile::step_columns;
 #pragma unroll
         for (int g = 0; g < Tile::groups; g++) {
-            const int word = quad_lane * words;  // of the group: it has the codes first .. + 3 and those 16 further
+            const int word = quad_lane * words;  // of the group: it has the quantized values first .. + 3 and those 16 further
             const int64_t low_at = column + g * group + word / 4 * 32 + word % 4 * 4, high_at = low_at + 16;
             const float* const scale = reinterpret_cast<const float*>(from + 1024) + g * Tile::features + row;
             const auto upper = *reinterpret_cast<const Words<words>*>(from + row * 64 + g * group / 2 + word * 4);
@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
             float* const to = parts_of_turn + (slot + g) * slot_floats + row;
 #pragma unroll
             for (int t = 0; t < Tile::token_tiles; t++) {
-                // Beyond the end the weights are 0, and the codes any that exist.
+                // Beyond the end the weights are 0, and the quantized values whatever exists.
                 const int8_t* const x = tokens.row(t * 8 + row);
-                const auto low = *reinterpret_cast<const Words<words>*>(x + (low_at < code_pitch ? low_at : 0));
-                const auto high = *reinterpret_cast<const Words<words>*>(x + (high_at < code_pitch ? high_at : 0));
+                const auto low = *reinterpret_cast<const Words<words>*>(x + (low_at < x_pitch ? low_at : 0));
+                const auto high = *reinterpret_cast<const Words<words>*>(x + (high_at < x_pitch ? high_at : 0));
                 int sums[4] = {};
 #pragma unroll
                 for (int j = 0; j < words; j++) {

@@ -130,17 +130,17 @@ DSC_HD ScaleAndOffset row_range(float lowest, float highest, float steps) {
     return {width, clamp(offset, -kLargestFloat, kLargestFloat)};
 }
 
-// Whether values of a row may overflow on the way to their code or back, or end beyond `limit`, the largest finite value
+// Whether values of a row may overflow on the way to their quantized value or back, or end beyond `limit`, the largest finite value
 // of their dtype. Such rows are quantized at a quarter of their size, and what is beyond the limit ends there.
 DSC_HD bool is_extreme(ScaleAndOffset range, float limit) {
     const float magnitude = float_of(bits_of(range.offset) & kMagnitudeBits);
     return add(multiply(512.0f, range.scale), magnitude) >= limit;
 }
 
-// The scale of a block of a message: 0 for a block that is as good as zero, NaN if any value was NaN or Inf.
-DSC_HD float block_scale(uint32_t largest_bits, float largest_code) {
+// The scale of a block of a payload: 0 for a block that is as good as zero, NaN if any value was NaN or Inf.
+DSC_HD float block_scale(uint32_t largest_bits, float quant_max) {
     if (largest_bits >= kInfinityBits) return float_of(kNanBits);
-    const float scale = divide(float_of(largest_bits), largest_code);
+    const float scale = divide(float_of(largest_bits), quant_max);
     return scale < float_of(kSmallestScaleBits) ? 0.0f : scale;
 }
 
