@@ -19,7 +19,8 @@ inline cudaStream_t current_stream(int32_t device_index) {
     static const Get get = [] {
         void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
         void* found = dlsym(torch_cuda ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
-        if (!found) throw std::runtime_error("this torch has no aoti_torch_get_current_cuda_stream: is it without CUDA?");
+        if (!found)
+            throw std::runtime_error("this torch has no aoti_torch_get_current_cuda_stream: is it without CUDA?");
         return reinterpret_cast<Get>(found);
     }();
     void* stream = nullptr;

@@ -1,4 +1,5 @@
-// Every elementwise op, once for all devices: arguments are checked and results allocated here, a `Device` does the work.
+// Every elementwise op, once for all devices: arguments are checked and results allocated here, a `Device` does the
+// work.
 //
 // A `Device` is a class of static functions that check nothing, each named as its op; see `Cpu` and `Cuda`.
 #pragma once
@@ -11,11 +12,12 @@
 
 namespace ds_compress::bindings {
 
-// --- masks ----------------------------------------------------------------------------------------------------------
+// --- masks ---------------------------------------------------------------------------------------------------------
 
 inline void check_bits(const char* op, const Tensor& packed, int64_t count, int64_t bit_offset) {
     check(op, "packed", packed, 1, {kByte});
-    require(count >= 0 && bit_offset >= 0, op, ": a count of ", count, " or a bit_offset of ", bit_offset, " is negative");
+    require(count >= 0 && bit_offset >= 0, op, ": a count of ", count, " or a bit_offset of ", bit_offset,
+            " is negative");
     require(count <= 8 * packed.numel() - bit_offset, op, ": bits ", bit_offset, " to ", bit_offset + count,
             " of a mask of ", packed.numel(), " bytes");
 }
@@ -46,7 +48,7 @@ inline uint64_t pattern_of(double fill, ScalarType type) {
 
 inline Tensor new_bits(const Tensor& like, int64_t count) { return new_tensor(like, {(count + 7) / 8}, kByte); }
 
-// --- payloads of a reduction ----------------------------------------------------------------------------------------
+// --- payloads of a reduction ---------------------------------------------------------------------------------------
 
 inline int64_t blocks_of(int64_t numel, int64_t block) { return (numel + block - 1) / block; }
 
@@ -86,7 +88,7 @@ inline void check_residual(const char* op, const std::optional<Tensor>& residual
     require(residual->numel() == numel, op, ": residual has ", residual->numel(), " elements for ", numel, " values");
 }
 
-// --- fake quantization ----------------------------------------------------------------------------------------------
+// --- fake quantization ---------------------------------------------------------------------------------------------
 
 struct QuantRange {
     int quant_min, quant_max, steps;
@@ -98,11 +100,13 @@ struct FakeQuantized {
     Tensor y, scale, offset, mask;
 };
 
-inline void check_fake_quantize(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& offset,
-                                int64_t quant_min, int64_t quant_max, int64_t steps, bool symmetric) {
+inline void check_fake_quantize(const Tensor& x, const std::optional<Tensor>& scale,
+                                const std::optional<Tensor>& offset, int64_t quant_min, int64_t quant_max,
+                                int64_t steps, bool symmetric) {
     const std::string op = "fake_quantize: ";
     const ScalarType type = x.scalar_type();
-    require(type == kFp32 || type == kBf16 || type == kFp16, op, "x is float32, bfloat16 or float16, got ", name_of(type));
+    require(type == kFp32 || type == kBf16 || type == kFp16, op, "x is float32, bfloat16 or float16, got ",
+            name_of(type));
     require(x.dim() == 2 && x.is_contiguous(), op, "x is a contiguous matrix (R, C), got ", shape_of(x));
     require(-128 <= quant_min && quant_min <= quant_max && quant_max <= 255 && steps >= 1, op,
             "-128 <= quant_min <= quant_max <= 255 and steps >= 1, got ", quant_min, ", ", quant_max, ", ", steps);
@@ -121,7 +125,7 @@ inline void check_fake_quantize(const Tensor& x, const std::optional<Tensor>& sc
     require(!scale || !offset || scale->numel() == offset->numel(), op, "scale and offset have the same length");
 }
 
-// --- the ops ----------------------------------------------------------------------------------------------------------
+// --- the ops -------------------------------------------------------------------------------------------------------
 
 template <class Device>
 struct Elementwise {
@@ -158,8 +162,8 @@ struct Elementwise {
 
     static Tensor mask_n_of_m(const Tensor& scores, int64_t n, int64_t m) {
         check("mask_n_of_m", "scores", scores, 2, {kFp32});
-        require(0 <= n && n <= m && m >= 1 && m <= INT32_MAX, "mask_n_of_m: 0 <= n <= m and m >= 1 are needed, got n = ",
-                n, ", m = ", m);
+        require(0 <= n && n <= m && m >= 1 && m <= INT32_MAX,
+                "mask_n_of_m: 0 <= n <= m and m >= 1 are needed, got n = ", n, ", m = ", m);
         Tensor packed = new_bits(scores, scores.numel());
         Device::mask_n_of_m(scores, n, m, packed);
         return packed;
@@ -190,7 +194,8 @@ struct Elementwise {
         Device::block_quantize(x, payloads, residual, chunk, format);
     }
 
-    static void block_dequantize(const Tensor& payloads, const Tensor& out, int64_t chunk, int64_t bits, int64_t block) {
+    static void block_dequantize(const Tensor& payloads, const Tensor& out, int64_t chunk, int64_t bits,
+                                 int64_t block) {
         const char* op = "block_dequantize";
         const PayloadFormat format = checked_format(op, bits, block);
         check(op, "out", out, 1, {kFp32, kBf16, kFp16});
@@ -199,7 +204,8 @@ struct Elementwise {
         Device::block_dequantize(payloads, out, chunk, format);
     }
 
-    static void block_reduce(const Tensor& payloads, const Tensor& out, int64_t bits, int64_t block, double multiplier) {
+    static void block_reduce(const Tensor& payloads, const Tensor& out, int64_t bits, int64_t block,
+                             double multiplier) {
         const char* op = "block_reduce";
         const PayloadFormat format = checked_format(op, bits, block);
         check(op, "out", out, 1, {kFp32});
@@ -208,8 +214,9 @@ struct Elementwise {
         Device::block_reduce(payloads, out, format, static_cast<float>(multiplier));
     }
 
-    static void block_reduce_quantize(const Tensor& payloads, const Tensor& payload, const std::optional<Tensor>& residual,
-                                      int64_t numel, int64_t bits, int64_t block, double multiplier) {
+    static void block_reduce_quantize(const Tensor& payloads, const Tensor& payload,
+                                      const std::optional<Tensor>& residual, int64_t numel, int64_t bits, int64_t block,
+                                      double multiplier) {
         const char* op = "block_reduce_quantize";
         const PayloadFormat format = checked_format(op, bits, block);
         check_summands(op, payloads, numel, format);

@@ -9,8 +9,8 @@ namespace {
 struct Cuda {
     static void mask_apply(const Tensor& weights, const Tensor& packed, int64_t bit_offset, uint64_t fill) {
         const OnDevice on(weights);
-        check_launch(dsc_mask_apply(weights.mutable_data_ptr(), static_cast<int>(weights.element_size()), weights.numel(),
-                                    const_data<uint8_t>(packed), bit_offset, fill, on.stream),
+        check_launch(dsc_mask_apply(weights.mutable_data_ptr(), static_cast<int>(weights.element_size()),
+                                    weights.numel(), const_data<uint8_t>(packed), bit_offset, fill, on.stream),
                      "mask_apply_");
     }
 
@@ -33,21 +33,24 @@ struct Cuda {
                 size = static_cast<int>(weights[i].element_size());
             }
             if (values.empty()) continue;
-            check_launch(dsc_mask_apply_many(values.data(), masks.data(), bits.data(), counts.data(),
-                                             static_cast<int64_t>(values.size()), size, pattern_of(fill, type), on.stream),
-                         "mask_apply_many_");
+            check_launch(
+                dsc_mask_apply_many(values.data(), masks.data(), bits.data(), counts.data(),
+                                    static_cast<int64_t>(values.size()), size, pattern_of(fill, type), on.stream),
+                "mask_apply_many_");
         }
     }
 
     static void mask_pack(const Tensor& mask, const Tensor& packed) {
         const OnDevice on(mask);
-        check_launch(dsc_mask_pack(const_data<uint8_t>(mask), mask.numel(), data<uint8_t>(packed), on.stream), "mask_pack");
+        check_launch(dsc_mask_pack(const_data<uint8_t>(mask), mask.numel(), data<uint8_t>(packed), on.stream),
+                     "mask_pack");
     }
 
     static void mask_unpack(const Tensor& packed, int64_t bit_offset, const Tensor& mask) {
         const OnDevice on(packed);
-        check_launch(dsc_mask_unpack(const_data<uint8_t>(packed), bit_offset, mask.numel(), data<uint8_t>(mask), on.stream),
-                     "mask_unpack");
+        check_launch(
+            dsc_mask_unpack(const_data<uint8_t>(packed), bit_offset, mask.numel(), data<uint8_t>(mask), on.stream),
+            "mask_unpack");
     }
 
     static void mask_n_of_m(const Tensor& scores, int64_t n, int64_t m, const Tensor& packed) {
@@ -62,21 +65,21 @@ struct Cuda {
         const OnDevice on(x);
         copy(scale, to.scale, on.stream);  // results do not alias arguments
         copy(offset, to.offset, on.stream);
-        check_launch(dsc_fake_quantize(x.const_data_ptr(), to.y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1),
-                                       scale.has_value(), to.scale.numel(), data<float>(to.scale),
-                                       range.symmetric ? nullptr : data<float>(to.offset), range.quant_min,
-                                       range.quant_max, range.steps, with_mask ? data<uint8_t>(to.mask) : nullptr,
-                                       on.stream),
-                     "fake_quantize");
+        check_launch(
+            dsc_fake_quantize(x.const_data_ptr(), to.y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1),
+                              scale.has_value(), to.scale.numel(), data<float>(to.scale),
+                              range.symmetric ? nullptr : data<float>(to.offset), range.quant_min, range.quant_max,
+                              range.steps, with_mask ? data<uint8_t>(to.mask) : nullptr, on.stream),
+            "fake_quantize");
     }
 
     static void block_quantize(const Tensor& x, const Tensor& payloads, const std::optional<Tensor>& residual,
                                int64_t chunk, PayloadFormat format) {
         const OnDevice on(x);
-        check_launch(dsc_block_quantize(x.const_data_ptr(), dtype_of(x), x.numel(), data_or_null<float>(residual),
-                                        data<uint8_t>(payloads), payloads.size(0), chunk, format.bits, format.block,
-                                        on.stream),
-                     "block_quantize");
+        check_launch(
+            dsc_block_quantize(x.const_data_ptr(), dtype_of(x), x.numel(), data_or_null<float>(residual),
+                               data<uint8_t>(payloads), payloads.size(0), chunk, format.bits, format.block, on.stream),
+            "block_quantize");
     }
 
     static void block_dequantize(const Tensor& payloads, const Tensor& out, int64_t chunk, PayloadFormat format) {
@@ -97,17 +100,17 @@ struct Cuda {
                                       const std::optional<Tensor>& residual, int64_t numel, PayloadFormat format,
                                       float multiplier) {
         const OnDevice on(payloads);
-        check_launch(dsc_block_reduce_quantize(const_data<uint8_t>(payloads), payloads.size(0), numel, format.bits,
-                                               format.block, multiplier, data_or_null<float>(residual),
-                                               data<uint8_t>(payload), on.stream),
-                     "block_reduce_quantize");
+        check_launch(
+            dsc_block_reduce_quantize(const_data<uint8_t>(payloads), payloads.size(0), numel, format.bits, format.block,
+                                      multiplier, data_or_null<float>(residual), data<uint8_t>(payload), on.stream),
+            "block_reduce_quantize");
     }
 
 private:
     static void copy(const std::optional<Tensor>& from, const Tensor& to, cudaStream_t stream) {
         if (!from || from->numel() == 0) return;
-        check_launch(cudaMemcpyAsync(to.mutable_data_ptr(), from->const_data_ptr(), 4 * static_cast<size_t>(from->numel()),
-                                     cudaMemcpyDeviceToDevice, stream),
+        check_launch(cudaMemcpyAsync(to.mutable_data_ptr(), from->const_data_ptr(),
+                                     4 * static_cast<size_t>(from->numel()), cudaMemcpyDeviceToDevice, stream),
                      "fake_quantize");
     }
 };

@@ -1,7 +1,8 @@
-// The integer linear layers, once for all devices: arguments are checked and results allocated here, a `Device` multiplies.
+// The integer linear layers, once for all devices: arguments are checked and results allocated here, a `Device`
+// multiplies.
 //
-// A `Device` is a class of static functions: int8_pack, int8_quantize_pack and int4_pack make a packed weight; int8_weight
-// and int4_weight check one and tell its shape; int8_linear and int4_linear fill the result of a call.
+// A `Device` is a class of static functions: int8_pack, int8_quantize_pack and int4_pack make a packed weight;
+// int8_weight and int4_weight check one and tell its shape; int8_linear and int4_linear fill the result of a call.
 #pragma once
 
 #include "ds_compress/packed.h"
@@ -10,7 +11,7 @@
 namespace ds_compress::bindings {
 
 struct WeightShape {
-    int64_t rows, columns;             // outputs, inputs
+    int64_t rows, columns;               // outputs, inputs
     int64_t groups = 0, group_size = 0;  // int4: scales of a row, columns that share one
 };
 
@@ -40,8 +41,8 @@ inline void require_quantized(const Tensor& weight) {
 
 inline void require_groups(int64_t group_size, const WeightShape& weight) {
     require(group_size >= 32 && group_size % 32 == 0 && (weight.columns + group_size - 1) / group_size == weight.groups,
-            "group_size is a multiple of 32 that makes ", weight.groups, " groups of ", weight.columns, " columns, got ",
-            group_size);
+            "group_size is a multiple of 32 that makes ", weight.groups, " groups of ", weight.columns,
+            " columns, got ", group_size);
 }
 
 inline int activation_of(const std::string& name) {
@@ -61,8 +62,8 @@ struct Linear {
     static Tensor int8_linear_quantize_pack(const Tensor& weight, const Tensor& scale, int64_t steps) {
         require(weight.dim() == 2, "weight is (out_features, in_features), got ", described(weight));
         require_float(weight.scalar_type(), "weight");
-        require(is_vector(scale, weight.size(0)) || is_vector(scale, 1), "scale is contiguous float32 (", weight.size(0),
-                ",) or (1,), got ", described(scale));
+        require(is_vector(scale, weight.size(0)) || is_vector(scale, 1), "scale is contiguous float32 (",
+                weight.size(0), ",) or (1,), got ", described(scale));
         require_steps(steps);
         return Device::int8_quantize_pack(as_contiguous(weight), scale, static_cast<int>(steps));
     }

@@ -59,7 +59,7 @@ LinearWeight shape_of_weight(const Tensor& weight, int64_t groups = 0) {
     return {nullptr, weight.size(0), weight.size(1), groups, 0};
 }
 
-// --- packing ------------------------------------------------------------------------------------------------------
+// --- packing -------------------------------------------------------------------------------------------------------
 
 // Asks for huge pages: a product that reads weights from memory waits for the addresses of small ones, too.
 void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
@@ -95,12 +95,11 @@ void for_panels(const LinearKernels& kernels, const LinearWeight& weight, const 
     const int64_t panels = panels_of(kernels, weight.rows);
     const int64_t elements = std::max<int64_t>(1, weight.columns * kernels.panel_columns);
     const int64_t bytes = kernels.scratch_bytes(weight.columns, weight.groups);
-    torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 65536 / elements), [&](int64_t begin, int64_t end) {
-        pack(Range{begin, end}, thread_scratch(bytes));
-    });
+    torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 65536 / elements),
+                                [&](int64_t begin, int64_t end) { pack(Range{begin, end}, thread_scratch(bytes)); });
 }
 
-// --- multiplying --------------------------------------------------------------------------------------------------
+// --- multiplying ---------------------------------------------------------------------------------------------------
 
 constexpr int64_t kSerialProducts = 200'000;  // less is done before another thread has woken up
 constexpr int64_t kRowsWorthATask = 16;       // so many rows use a panel of weights well
@@ -150,9 +149,17 @@ void multiply(const LinearCall& call, void (*LinearKernels::*kernel)(const cpu::
     const LinearKernels& kernels = cpu::linear_kernels();
     const auto& [rows, columns, groups, group_size] = call.weight;
     run(kernels,
-        {call.x.const_data_ptr(), type_of(call.x), call.rows, {body_of(call.packed), rows, columns, groups, group_size},
-         call.weight_scale, call.bias, call.input_scale, call.steps, static_cast<cpu::Activation>(call.activation),
-         call.y.mutable_data_ptr(), type_of(call.y)},
+        {call.x.const_data_ptr(),
+         type_of(call.x),
+         call.rows,
+         {body_of(call.packed), rows, columns, groups, group_size},
+         call.weight_scale,
+         call.bias,
+         call.input_scale,
+         call.steps,
+         static_cast<cpu::Activation>(call.activation),
+         call.y.mutable_data_ptr(),
+         type_of(call.y)},
         kernels.*kernel);
 }
 
@@ -173,8 +180,8 @@ struct Cpu {
         const Tensor packed = new_int8_packed(values, kernels, weight);
         const bool per_row = scale.size(0) == weight.rows;
         for_panels(kernels, weight, [&](Range panels, void* scratch) {
-            kernels.int8_quantize_pack(values.const_data_ptr(), type_of(values), const_data<float>(scale), per_row, steps,
-                                       weight, panels, scratch, body_of(packed));
+            kernels.int8_quantize_pack(values.const_data_ptr(), type_of(values), const_data<float>(scale), per_row,
+                                       steps, weight, panels, scratch, body_of(packed));
         });
         return packed;
     }

@@ -21,10 +21,10 @@ struct Cuda {
         const int64_t rows = values.size(0), columns = values.size(1);
         const OnDevice on(values);
         const Tensor packed = new_packed(values, {rows, columns}, on.stream);
-        check_launch(dsc_int8_quantize_pack(values.const_data_ptr(), dtype_of(values), const_data<float>(scale),
-                                            scale.size(0) != rows, rows, columns, steps, packed.mutable_data_ptr(),
-                                            on.stream),
-                     "int8_linear_quantize_pack");
+        check_launch(
+            dsc_int8_quantize_pack(values.const_data_ptr(), dtype_of(values), const_data<float>(scale),
+                                   scale.size(0) != rows, rows, columns, steps, packed.mutable_data_ptr(), on.stream),
+            "int8_linear_quantize_pack");
         return packed;
     }
 
@@ -33,8 +33,8 @@ struct Cuda {
         int group = 0;
         for (int candidate : {32, 64, 128})
             if ((columns + candidate - 1) / candidate == groups) group = candidate;
-        require(group > 0, "int4 weights on CUDA have groups of 32, 64 or 128 columns; ", groups, " groups of ", columns,
-                " columns are none of these");
+        require(group > 0, "int4 weights on CUDA have groups of 32, 64 or 128 columns; ", groups, " groups of ",
+                columns, " columns are none of these");
         const OnDevice on(quantized);
         const Tensor packed = new_packed(quantized, {rows, columns, groups}, on.stream);
         check_launch(dsc_int4_pack(const_data<int8_t>(quantized), const_data<float>(scale), rows, columns, group,

@@ -34,17 +34,15 @@ void Cpu::mask_apply_many(const std::vector<Tensor>& weights, const std::vector<
 void Cpu::mask_pack(const Tensor& mask, const Tensor& packed) {
     const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     auto* to = data<uint8_t>(packed);
-    in_ranges(mask.numel(), kMaskStep, [&](int64_t begin, int64_t end) {
-        kernels.mask_pack(at(mask, begin), end - begin, to + begin / 8);
-    });
+    in_ranges(mask.numel(), kMaskStep,
+              [&](int64_t begin, int64_t end) { kernels.mask_pack(at(mask, begin), end - begin, to + begin / 8); });
 }
 
 void Cpu::mask_unpack(const Tensor& packed, int64_t bit_offset, const Tensor& to) {
     const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const cpu::Mask mask = mask_of(packed, bit_offset);
-    in_ranges(to.numel(), kMaskStep, [&](int64_t begin, int64_t end) {
-        kernels.mask_unpack(from(mask, begin), end - begin, at(to, begin));
-    });
+    in_ranges(to.numel(), kMaskStep,
+              [&](int64_t begin, int64_t end) { kernels.mask_unpack(from(mask, begin), end - begin, at(to, begin)); });
 }
 
 void Cpu::mask_n_of_m(const Tensor& scores, int64_t n, int64_t m, const Tensor& packed) {
@@ -58,7 +56,8 @@ void Cpu::mask_n_of_m(const Tensor& scores, int64_t n, int64_t m, const Tensor& 
     if (columns % m == 0) {  // no run is short: rows do not matter, and a range is whole runs and whole bytes
         in_ranges(count, m * 64, [&](int64_t begin, int64_t end) { run(begin, 1, end - begin); });
     } else {
-        in_ranges(count, columns * 8, [&](int64_t begin, int64_t end) { run(begin, (end - begin) / columns, columns); });
+        in_ranges(count, columns * 8,
+                  [&](int64_t begin, int64_t end) { run(begin, (end - begin) / columns, columns); });
     }
 }
 

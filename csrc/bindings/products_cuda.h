@@ -1,4 +1,5 @@
-// Which kernels an int8 or int4 product takes on CUDA: those of Hopper, those of any GPU, or those that quantize x themselves.
+// Which kernels an int8 or int4 product takes on CUDA: those of Hopper, those of any GPU, or those that quantize x
+// themselves.
 #pragma once
 
 #include "cuda.h"
@@ -30,8 +31,8 @@ private:
     Tensor memory_;
 };
 
-// The wgmma kernels: where they are in the library, the GPU is one of theirs, TMA can reach rows and outputs, and there is enough
-// to do for a tile.
+// The wgmma kernels: where they are in the library, the GPU is one of theirs, TMA can reach rows and outputs, and there
+// is enough to do for a tile.
 inline bool hopper_serves(const LinearCall& call) {
     const auto& [outputs, columns, groups, group_size] = call.weight;
     if (dsc_hopper_product == nullptr || call.rows <= 16 || columns == 0 || outputs == 0) return false;
@@ -48,9 +49,19 @@ inline bool multiply_on_hopper(const char* op, const LinearCall& call, const Row
     const Way way{dsc_hopper_tile(call.rows, outputs, rows.pitch, sms)};
     if (verify(way, call.x, stream) != Verdict::right) return false;
     const auto* const weight = const_data<uint8_t>(call.packed) + sizeof(PackedHeader);
-    const DscProduct product{rows.quantized(), weight, rows.scales(), call.weight_scale, call.bias,
-                             call.y.mutable_data_ptr(), dtype_of(call.y), call.activation, call.rows, outputs, rows.pitch,
-                             device, sms};
+    const DscProduct product{rows.quantized(),
+                             weight,
+                             rows.scales(),
+                             call.weight_scale,
+                             call.bias,
+                             call.y.mutable_data_ptr(),
+                             dtype_of(call.y),
+                             call.activation,
+                             call.rows,
+                             outputs,
+                             rows.pitch,
+                             device,
+                             sms};
     check_launch(dsc_hopper_product(&product, way.tile, stream), op);
     return true;
 }
@@ -58,8 +69,9 @@ inline bool multiply_on_hopper(const char* op, const LinearCall& call, const Row
 // What every GPU has must be right; a capture that began before it was tried out takes it on trust.
 inline void require_right(const char* op, const Way& way, const LinearCall& call, cudaStream_t stream) {
     if (verify(way, call.x, stream) == Verdict::wrong)
-        throw std::runtime_error(std::string(op) + ": " + way.name() +
-                                 " give wrong sums on this GPU; set DS_COMPRESS_KERNELS=reference to train without them");
+        throw std::runtime_error(
+            std::string(op) + ": " + way.name() +
+            " give wrong sums on this GPU; set DS_COMPRESS_KERNELS=reference to train without them");
 }
 
 inline void multiply_int8(const LinearCall& call, cudaStream_t stream) {
@@ -69,10 +81,10 @@ inline void multiply_int8(const LinearCall& call, cudaStream_t stream) {
     void* const y = call.y.mutable_data_ptr();
     if (dsc_quantizes_itself(m, k)) {
         require_right(op, {Way::few_rows}, call, stream);
-        check_launch(dsc_int8_linear_of(call.x.const_data_ptr(), dtype_of(call.x), call.input_scale, call.steps, packed,
-                                        call.weight_scale, call.bias, y, dtype_of(call.y), call.activation, m, n, k,
-                                        stream),
-                     op);
+        check_launch(
+            dsc_int8_linear_of(call.x.const_data_ptr(), dtype_of(call.x), call.input_scale, call.steps, packed,
+                               call.weight_scale, call.bias, y, dtype_of(call.y), call.activation, m, n, k, stream),
+            op);
         return;
     }
     const Rows rows(call, stream);
@@ -96,8 +108,8 @@ inline void multiply_int4(const LinearCall& call, cudaStream_t stream) {
         return;
     }
     const Rows rows(call, stream);
-    check_launch(dsc_int4_linear(rows.quantized(), rows.scales(), packed, call.bias, y, dtype_of(call.y), call.activation,
-                                 m, n, k, group, stream),
+    check_launch(dsc_int4_linear(rows.quantized(), rows.scales(), packed, call.bias, y, dtype_of(call.y),
+                                 call.activation, m, n, k, group, stream),
                  op);
 }
 

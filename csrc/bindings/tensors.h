@@ -83,8 +83,8 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
     require(tensor.device() == like.device(), op, ": ", name, " is on another device than the other arguments");
 }
 
-/// Contiguous memory of torch's allocator on the device of `like`, by the shortest way that the stable ABI has (a third of
-/// the time of torch::stable::new_empty, which goes through the dispatcher by the name of the op).
+/// Contiguous memory of torch's allocator on the device of `like`, by the shortest way that the stable ABI has (a third
+/// of the time of torch::stable::new_empty, which goes through the dispatcher by the name of the op).
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];

@@ -21,8 +21,14 @@ struct Trial {
     std::vector<uint8_t> quantized, weight;  // int8
     std::vector<float> input_scale, weight_scale, bias, expected;
 
-    explicit Trial(int64_t rows) : m(rows), quantized(rows * pitch), weight(n * pitch), input_scale(rows), weight_scale(n), bias(n),
-                                    expected(rows * n) {
+    explicit Trial(int64_t rows)
+        : m(rows),
+          quantized(rows * pitch),
+          weight(n * pitch),
+          input_scale(rows),
+          weight_scale(n),
+          bias(n),
+          expected(rows * n) {
         uint32_t state = 12345;
         const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
         std::vector<int> a(quantized.size()), b(weight.size());
@@ -66,7 +72,8 @@ Tensor on_device(const Tensor& like, const std::vector<T>& values, int64_t ahead
 bool try_out(const Way& way, int64_t rows, int dtype, const Tensor& like, cudaStream_t stream) {
     const Trial trial(rows);
     constexpr int64_t head = sizeof(PackedHeader);
-    const Tensor quantized = on_device(like, trial.quantized, 0, stream), packed = on_device(like, trial.weight, head, stream);
+    const Tensor quantized = on_device(like, trial.quantized, 0, stream),
+                 packed = on_device(like, trial.weight, head, stream);
     const Tensor input_scale = on_device(like, trial.input_scale, 0, stream);
     const Tensor weight_scale = on_device(like, trial.weight_scale, 0, stream);
     const Tensor bias = on_device(like, trial.bias, 0, stream);
@@ -75,15 +82,24 @@ bool try_out(const Way& way, int64_t rows, int dtype, const Tensor& like, cudaSt
     const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
     cudaError_t error;
     if (way.is_hopper()) {
-        const DscProduct product{quantized.const_data_ptr(), static_cast<const uint8_t*>(packed.const_data_ptr()) + head,
-                                 floats(input_scale), floats(weight_scale), floats(bias), out.mutable_data_ptr(), dtype,
-                                 dsc_none, trial.m, trial.n, trial.pitch, like.get_device_index(),
+        const DscProduct product{quantized.const_data_ptr(),
+                                 static_cast<const uint8_t*>(packed.const_data_ptr()) + head,
+                                 floats(input_scale),
+                                 floats(weight_scale),
+                                 floats(bias),
+                                 out.mutable_data_ptr(),
+                                 dtype,
+                                 dsc_none,
+                                 trial.m,
+                                 trial.n,
+                                 trial.pitch,
+                                 like.get_device_index(),
                                  multiprocessors(like.get_device_index())};
         error = dsc_hopper_product(&product, way.tile, stream);
     } else {
         error = dsc_int8_linear(static_cast<const int8_t*>(quantized.const_data_ptr()), floats(input_scale),
-                                packed.const_data_ptr(), floats(weight_scale), floats(bias), out.mutable_data_ptr(), dtype,
-                                dsc_none, trial.m, trial.n, trial.k, stream);
+                                packed.const_data_ptr(), floats(weight_scale), floats(bias), out.mutable_data_ptr(),
+                                dtype, dsc_none, trial.m, trial.n, trial.k, stream);
     }
     if (error != cudaSuccess) {
         cudaGetLastError();  // so that the next launch does not find it
@@ -124,10 +140,11 @@ Verdict verify(const Way& way, const Tensor& like, cudaStream_t stream) {
         // Threads that meet here try it out twice and come to the same answer.
         const bool is_right = try_out(way, like, stream);
         if (!is_right)
-            std::fprintf(stderr,
-                         "ds_compress: %s give wrong sums on CUDA device %d and are not used there. Please report this GPU and "
-                         "driver.\n",
-                         way.name(), device);
+            std::fprintf(
+                stderr,
+                "ds_compress: %s give wrong sums on CUDA device %d and are not used there. Please report this GPU and "
+                "driver.\n",
+                way.name(), device);
         verdict.store(is_right ? Verdict::right : Verdict::wrong, std::memory_order_release);
     }
     return verdict.load(std::memory_order_acquire);

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-// --- linear --------------------------------------------------------------------------------------------------
+// --- linear --------------------------------------------------------------------------------------------------------
 
 enum DscDtype { dsc_float32 = 0, dsc_bfloat16 = 1, dsc_float16 = 2 };
 enum DscActivation { dsc_none = 0, dsc_relu = 1, dsc_gelu_erf = 2, dsc_gelu_tanh = 3, dsc_silu = 4 };
@@ -31,8 +31,8 @@ cudaError_t dsc_int8_quantize_pack(const void* weight, int dtype, const float* s
 cudaError_t dsc_int4_pack(const int8_t* quantized, const float* scale, int64_t n, int64_t k, int group, void* packed,
                           cudaStream_t stream);
 
-// out (m, n) = activation(dequantized product + bias); quantized values and input_scale from dsc_quantize_rows, bias fp32
-// (n,) or null. Any m, n, k; group: 32, 64 or 128.
+// out (m, n) = activation(dequantized product + bias); quantized values and input_scale from dsc_quantize_rows, bias
+// fp32 (n,) or null. Any m, n, k; group: 32, 64 or 128.
 cudaError_t dsc_int8_linear(const int8_t* quantized, const float* input_scale, const void* packed,
                             const float* weight_scale, const float* bias, void* out, int out_dtype, int activation,
                             int64_t m, int64_t n, int64_t k, cudaStream_t stream);

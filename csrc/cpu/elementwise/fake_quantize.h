@@ -75,21 +75,21 @@ void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored*
     [[maybe_unused]] const Floats limit = splat(Format::kLargest * math::kShrink);
     const Floats low = splat(grid.low), high = splat(grid.high);
     [[maybe_unused]] BitWriter writer(kMask ? mask : reinterpret_cast<uint8_t*>(&grid), kMask ? bit : 0);
-    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to,
-                         int lanes) __attribute__((always_inline)) {
-        Floats value = Format::load(from);
-        if constexpr (kExtreme) value = value * splat(math::kShrink);
-        if constexpr (kOffset) value = value - offset;
-        value = round_half_even(value / scale);
-        if constexpr (kMask) {
-            const uint32_t inside = sign_bits((Ints)(value >= low) & (Ints)(value <= high));
-            writer.push(inside & (0xffffffffu >> (32 - lanes)), lanes);
-        }
-        value = clamp(value, low, high) * scale;
-        if constexpr (kOffset) value = value + offset;
-        if constexpr (kExtreme) value = clamp(value, -limit, limit) * splat(math::kGrow);
-        Format::save(to, value);
-    };
+    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to, int lanes)
+                         __attribute__((always_inline)) {
+                             Floats value = Format::load(from);
+                             if constexpr (kExtreme) value = value * splat(math::kShrink);
+                             if constexpr (kOffset) value = value - offset;
+                             value = round_half_even(value / scale);
+                             if constexpr (kMask) {
+                                 const uint32_t inside = sign_bits((Ints)(value >= low) & (Ints)(value <= high));
+                                 writer.push(inside & (0xffffffffu >> (32 - lanes)), lanes);
+                             }
+                             value = clamp(value, low, high) * scale;
+                             if constexpr (kOffset) value = value + offset;
+                             if constexpr (kExtreme) value = clamp(value, -limit, limit) * splat(math::kGrow);
+                             Format::save(to, value);
+                         };
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
         __builtin_prefetch(x + count + i);  // the next row, while this one is in cache

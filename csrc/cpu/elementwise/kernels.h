@@ -34,9 +34,9 @@ struct Grid {
 
 // How a payload is laid out; see ds_compress/ops/reference/block_quantize.py.
 struct BlockFormat {
-    int bits;           // 8 or 4
-    int block;          // a multiple of 32 up to 8192
-    int64_t blocks;     // in one payload
+    int bits;        // 8 or 4
+    int block;       // a multiple of 32 up to 8192
+    int64_t blocks;  // in one payload
     int64_t value_bytes() const { return static_cast<int64_t>(block) * bits / 8; }
     int64_t payload_bytes() const { return blocks * (4 + value_bytes()); }
 };
@@ -69,8 +69,7 @@ struct ElementwiseKernels {
     // `out` begins at block `first` and has `count` elements.
     void (*block_dequantize)(const uint8_t* payload, BlockFormat format, int64_t first, int64_t last, void* out,
                              Float type, int64_t count);
-    void (*block_reduce)(Payloads payloads, BlockFormat format, int64_t first, int64_t last, float* out,
-                         int64_t count);
+    void (*block_reduce)(Payloads payloads, BlockFormat format, int64_t first, int64_t last, float* out, int64_t count);
     void (*block_reduce_quantize)(Payloads payloads, BlockFormat format, int64_t first, int64_t last, int64_t count,
                                   float* residual, uint8_t* payload);
 };

@@ -47,8 +47,7 @@ void top_of_short_groups(const float* scores, int64_t count, int n, int m, BitWr
         for (int i = 0; i < size; i++) {
             const int32_t mine = order_key(scores[begin + i]);
             int rank = 0;
-            for (int j = 0; j < size && rank < n; j++)
-                rank += order_key(scores[begin + j]) > mine - (j < i) && j != i;
+            for (int j = 0; j < size && rank < n; j++) rank += order_key(scores[begin + j]) > mine - (j < i) && j != i;
             writer.push(rank < n, 1);
         }
     }

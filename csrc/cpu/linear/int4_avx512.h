@@ -72,8 +72,8 @@ struct Int4Avx512 {
     static constexpr int64_t kRows = 6;
 
     static void multiply(int64_t rows, const Int4Tile& tile) {
-        static constexpr void (*kTiles[])(const Int4Tile&) = {int4_tile<1>, int4_tile<2>, int4_tile<3>, int4_tile<4>,
-                                                             int4_tile<5>, int4_tile<6>};
+        static constexpr void (*kTiles[])(const Int4Tile&) = {int4_tile<1>, int4_tile<2>, int4_tile<3>,
+                                                              int4_tile<4>, int4_tile<5>, int4_tile<6>};
         kTiles[rows - 1](tile);
     }
 };

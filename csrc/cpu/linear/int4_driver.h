@@ -20,11 +20,11 @@ constexpr int64_t kInt4BlockRows = 64;
 struct Int4Tile {
     const int8_t* quantized;  // rows `stride` apart
     int64_t stride;
-    const float* scales;        // (groups, kColumns)
-    const uint8_t* weights;     // blocks
-    int64_t blocks;             // of 32 columns of K
-    int64_t blocks_per_group;   // the last group may have fewer
-    const int32_t* excess;      // 8 times the sum of a group's quantized values; rows `groups` apart
+    const float* scales;       // (groups, kColumns)
+    const uint8_t* weights;    // blocks
+    int64_t blocks;            // of 32 columns of K
+    int64_t blocks_per_group;  // the last group may have fewer
+    const int32_t* excess;     // 8 times the sum of a group's quantized values; rows `groups` apart
     int64_t groups;
     int32_t* partial;  // (kRows, kColumns), for sums of groups of more than one block
     float* values;     // (kRows, kColumns), the result
@@ -65,9 +65,8 @@ struct Int4Driver {
         const Scratch scratch(memory, call.weight.columns, call.weight.groups);
         Finish* finish_tile = nullptr;
         with_format(call.y_type, [&]<class Format>() {
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                finish_tile = rescale<Format, kActivation, kColumns>;
-            });
+            with_activation(call.activation,
+                            [&]<Activation kActivation>() { finish_tile = rescale<Format, kActivation, kColumns>; });
         });
         for (int64_t begin = rows.begin; begin < rows.end; begin += kInt4BlockRows) {
             const int64_t count = rows.end - begin < kInt4BlockRows ? rows.end - begin : kInt4BlockRows;
@@ -90,13 +89,13 @@ struct Int4Driver {
             if (scale.all_zero)
                 zero_row<typename Engine::Values>(weight.columns, quantized);
             else
-                quantize_row<typename Engine::Values, Format, true>(x, weight.columns, scale.value, call.steps, quantized,
-                                                                   none);
+                quantize_row<typename Engine::Values, Format, true>(x, weight.columns, scale.value, call.steps,
+                                                                    quantized, none);
             scratch.scale[m] = scale.value;
             for (int64_t group = 0; group < weight.groups; group++) {
                 const int64_t first = group * weight.group_size;
-                const int64_t end = first + weight.group_size < weight.columns ? first + weight.group_size
-                                                                               : weight.columns;
+                const int64_t end =
+                    first + weight.group_size < weight.columns ? first + weight.group_size : weight.columns;
                 int32_t sum = 0;
                 for (int64_t k = first; k < end; k++) sum += quantized[k];
                 scratch.excess[m * weight.groups + group] = 8 * sum;
@@ -117,11 +116,11 @@ struct Int4Driver {
             if (weight.groups == 0)
                 memset(scratch.values, 0, rows * kColumns * sizeof(float));
             else
-                Engine::multiply(rows,
-                                 Int4Tile{scratch.quantized + m * stride, stride, reinterpret_cast<const float*>(packed),
-                                          packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
-                                          weight.group_size / kInt4Depth, scratch.excess + m * weight.groups,
-                                          weight.groups, scratch.partial, scratch.values});
+                Engine::multiply(
+                    rows, Int4Tile{scratch.quantized + m * stride, stride, reinterpret_cast<const float*>(packed),
+                                   packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
+                                   weight.group_size / kInt4Depth, scratch.excess + m * weight.groups, weight.groups,
+                                   scratch.partial, scratch.values});
             finish_tile(scratch.values, scratch.scale + m, columns, y);
         }
     }

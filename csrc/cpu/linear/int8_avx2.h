@@ -80,9 +80,8 @@ struct Int8Avx2 {
         const __m256i high01 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
         const __m256i low23 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
         const __m256i high23 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
-        const __m256i transposed[4] = {
-            _mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-            _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+        const __m256i transposed[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                                       _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
         const __m256i halves = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13,  //
                                                 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
         for (int q = 0; q < 4; q++)

@@ -82,8 +82,8 @@ struct Int8Avx512 {
     }
 
     static DSC_INLINE void tile(int64_t rows, const uint8_t* quantized, int64_t stride, const uint8_t* weights,
-                                int64_t depth, const uint8_t* next, const int32_t* from,
-                                int64_t from_stride, int32_t* to) {
+                                int64_t depth, const uint8_t* next, const int32_t* from, int64_t from_stride,
+                                int32_t* to) {
         static constexpr decltype(&int8_tile<1>) kTiles[] = {int8_tile<1>, int8_tile<2>, int8_tile<3>, int8_tile<4>,
                                                              int8_tile<5>, int8_tile<6>, int8_tile<7>, int8_tile<8>};
         kTiles[rows - 1](quantized, stride, weights, depth / 4, next, from, from_stride, to);

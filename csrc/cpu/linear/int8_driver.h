@@ -13,9 +13,10 @@
 //                                may prefetch what lies at `next` (which may be behind the end of all memory)
 //
 // Loops, from the outside: blocks of rows, quantized once; slices of panels; chunks of K; panels; tiles. So a chunk of
-// the block's quantized values stays in the second-level cache. With one chunk, a slice has one panel, and with few rows (decode)
-// there is one chunk: each weight is then read once, in the order of memory. A tile is finished as soon as its sums are
-// complete, while they are in the first-level cache: the processor writes results while it multiplies the next tile.
+// the block's quantized values stays in the second-level cache. With one chunk, a slice has one panel, and with few
+// rows (decode) there is one chunk: each weight is then read once, in the order of memory. A tile is finished as soon
+// as its sums are complete, while they are in the first-level cache: the processor writes results while it multiplies
+// the next tile.
 #pragma once
 
 #include "epilogue.h"
@@ -89,9 +90,8 @@ struct Int8Driver {
         const Scratch scratch(memory, block, columns);
         Finish* finish_tile = nullptr;
         with_format(call.y_type, [&]<class Format>() {
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                finish_tile = dequantize<Format, kActivation, kColumns>;
-            });
+            with_activation(call.activation,
+                            [&]<Activation kActivation>() { finish_tile = dequantize<Format, kActivation, kColumns>; });
         });
         for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
             const Range part{begin, rows.end - begin < block ? rows.end : begin + block};
@@ -174,8 +174,8 @@ struct Int8Driver {
                 typename Values::Correction correction;
                 if (row < weight.rows)
                     quantize_row<Values, Format, true>(values + row * weight.columns, weight.columns,
-                                                      scale[scale_per_row ? row : 0], steps,
-                                                      scratch.quantized + j * stride, correction);
+                                                       scale[scale_per_row ? row : 0], steps,
+                                                       scratch.quantized + j * stride, correction);
                 else
                     zero_row<Values>(weight.columns, scratch.quantized + j * stride);
                 corrections[j] = correction.total();

@@ -1,8 +1,8 @@
 // Integer linear layers on the CPU as a table of plain functions, one table per instruction set.
 //
 // A weight is packed in panels of `panel_columns` output columns. A kernel is serial and computes a rectangle of the
-// result, rows by panels; who calls it cuts the work for threads. No kernel checks its arguments. The numerics are those
-// of ds_compress/ops/reference/linear.py, bit for bit for the activations none and relu.
+// result, rows by panels; who calls it cuts the work for threads. No kernel checks its arguments. The numerics are
+// those of ds_compress/ops/reference/linear.py, bit for bit for the activations none and relu.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,8 @@ struct LinearKernels {
     void (*int8_linear)(const LinearCall& call, Range rows, Range panels, void* scratch);
 
     // quantized (N, K) in [-8, 7], scale (N, groups).
-    void (*int4_pack)(const int8_t* quantized, const float* scale, const LinearWeight& weight, Range panels, uint8_t* body);
+    void (*int4_pack)(const int8_t* quantized, const float* scale, const LinearWeight& weight, Range panels,
+                      uint8_t* body);
     void (*int4_linear)(const LinearCall& call, Range rows, Range panels, void* scratch);
 
     // Bytes of scratch, aligned to 64, that one call of any kernel needs for rows of `columns` in `groups`.

@@ -21,7 +21,8 @@ struct PlainValues {
     };
 };
 
-// A panel is 8 zeros and 8 rows of quantized values as they come. Quantized values of x are int16: baseline SSE2 multiplies no bytes.
+// A panel is 8 zeros and 8 rows of quantized values as they come. Quantized values of x are int16: baseline SSE2
+// multiplies no bytes.
 struct Int8Scalar {
     using Values = PlainValues<int16_t>;
     static constexpr int kColumns = 8;
@@ -78,8 +79,8 @@ struct Int4Scalar {
 }  // namespace
 
 const LinearKernels* linear_scalar() {
-    static constexpr LinearKernels kTable = table<Int8Driver<Int8Scalar>, Int4Driver<Int4Scalar>>(
-        Isa::scalar, kLayoutInt8Scalar, kLayoutInt4Scalar);
+    static constexpr LinearKernels kTable =
+        table<Int8Driver<Int8Scalar>, Int4Driver<Int4Scalar>>(Isa::scalar, kLayoutInt8Scalar, kLayoutInt4Scalar);
     return &kTable;
 }
 

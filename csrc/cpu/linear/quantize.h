@@ -37,12 +37,9 @@ DSC_INLINE uint32_t largest_magnitude(const typename Format::Stored* x, int64_t 
     int64_t i = 0;
     for (; i + 4 * kLanes <= count; i += 4 * kLanes)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            best[j] = larger(best[j], bits_of(Format::load(x + i + j * kLanes)) & magnitude);
-    for (; i + kLanes <= count; i += kLanes)
-        best[0] = larger(best[0], bits_of(Format::load(x + i)) & magnitude);
-    auto largest = static_cast<uint32_t>(
-        largest_of(larger(larger(best[0], best[1]), larger(best[2], best[3]))));
+        for (int j = 0; j < 4; j++) best[j] = larger(best[j], bits_of(Format::load(x + i + j * kLanes)) & magnitude);
+    for (; i + kLanes <= count; i += kLanes) best[0] = larger(best[0], bits_of(Format::load(x + i)) & magnitude);
+    auto largest = static_cast<uint32_t>(largest_of(larger(larger(best[0], best[1]), larger(best[2], best[3]))));
     for (; i < count; i++) {
         const uint32_t bits = math::bits_of(Format::widen(x[i])) & math::kMagnitudeBits;
         largest = bits > largest ? bits : largest;
@@ -65,7 +62,8 @@ DSC_INLINE RowScale row_scale(const typename Format::Stored* x, int64_t count, c
     return {math::row_scale(largest, static_cast<float>(steps)), largest >= math::kInfinityBits};
 }
 
-// `count` values, quantized, then zeros up to a multiple of kQuantizedStrip. kNanIsZero: a quotient that is NaN becomes 0.
+// `count` values, quantized, then zeros up to a multiple of kQuantizedStrip. kNanIsZero: a quotient that is NaN becomes
+// 0.
 template <class Values, class Format, bool kNanIsZero>
 DSC_INLINE void quantize_row(const typename Format::Stored* x, int64_t count, float scale, int steps,
                              typename Values::Stored* quantized, typename Values::Correction& correction) {

@@ -66,8 +66,8 @@ static cudaError_t dequantize(const uint8_t* payloads, int64_t payload_count, in
                               void* out, int64_t numel, cudaStream_t stream) {
     return by_length<Vector<T>::count>(format.block, [&](auto shape) {
         return launch(block_dequantize_kernel<T, bits, shape.sharing, shape.depth>,
-                      grid_of(format.blocks, shape.sharing, payload_count), block_threads, 0, stream, payloads, payload_count,
-                      chunk, format, static_cast<T*>(out), numel);
+                      grid_of(format.blocks, shape.sharing, payload_count), block_threads, 0, stream, payloads,
+                      payload_count, chunk, format, static_cast<T*>(out), numel);
     });
 }
 
@@ -82,8 +82,8 @@ static cudaError_t dequantize(const uint8_t* payloads, int64_t payload_count, in
 template <int bits>
 static cudaError_t reduce(const Sum<bits>& sum, float* out, cudaStream_t stream) {
     return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
-        return launch(block_reduce_kernel<bits, shape.sharing, shape.depth>, grid_of(sum.format.blocks, shape.sharing, 1),
-                      block_threads, 0, stream, sum, out);
+        return launch(block_reduce_kernel<bits, shape.sharing, shape.depth>,
+                      grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, out);
     });
 }
 
@@ -92,7 +92,8 @@ static cudaError_t reduce_quantize(const Sum<bits>& sum, float* residual, uint8_
     return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
         const auto kernel = residual != nullptr ? block_reduce_quantize_kernel<bits, true, shape.sharing, shape.depth>
                                                 : block_reduce_quantize_kernel<bits, false, shape.sharing, shape.depth>;
-        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, residual, payload);
+        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, residual,
+                      payload);
     });
 }
 
@@ -109,20 +110,25 @@ extern "C" cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t nume
                                           int64_t payload_count, int64_t chunk, int bits, int block,
                                           cudaStream_t stream) {
     if (!is_valid(bits, block)) return cudaErrorInvalidValue;
-    return with_dtype(dtype, [&](auto t) { return quantize<decltype(t)>(x, numel, residual, payloads, payload_count, chunk, bits, block, stream); });
+    return with_dtype(dtype, [&](auto t) {
+        return quantize<decltype(t)>(x, numel, residual, payloads, payload_count, chunk, bits, block, stream);
+    });
 }
 
 extern "C" cudaError_t dsc_block_dequantize(const uint8_t* payloads, int64_t payload_count, int64_t chunk, int bits,
                                             int block, void* out, int dtype, int64_t numel, cudaStream_t stream) {
     if (!is_valid(bits, block)) return cudaErrorInvalidValue;
-    return with_dtype(dtype, [&](auto t) { return dequantize<decltype(t)>(payloads, payload_count, chunk, bits, block, out, numel, stream); });
+    return with_dtype(dtype, [&](auto t) {
+        return dequantize<decltype(t)>(payloads, payload_count, chunk, bits, block, out, numel, stream);
+    });
 }
 
 extern "C" cudaError_t dsc_block_reduce(const uint8_t* payloads, int64_t payload_count, int64_t numel, int bits,
                                         int block, float multiplier, float* out, cudaStream_t stream) {
     if (!is_valid(bits, block) || payload_count < 1 || payload_count > INT32_MAX) return cudaErrorInvalidValue;
     const Format format = format_of(numel, bits, block);
-    if (bits == 8) return reduce(Sum<8>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, out, stream);
+    if (bits == 8)
+        return reduce(Sum<8>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, out, stream);
     return reduce(Sum<4>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, out, stream);
 }
 
@@ -132,6 +138,8 @@ extern "C" cudaError_t dsc_block_reduce_quantize(const uint8_t* payloads, int64_
     if (!is_valid(bits, block) || payload_count < 1 || payload_count > INT32_MAX) return cudaErrorInvalidValue;
     const Format format = format_of(numel, bits, block);
     if (bits == 8)
-        return reduce_quantize(Sum<8>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, residual, payload, stream);
-    return reduce_quantize(Sum<4>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, residual, payload, stream);
+        return reduce_quantize(Sum<8>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, residual,
+                               payload, stream);
+    return reduce_quantize(Sum<4>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, residual,
+                           payload, stream);
 }

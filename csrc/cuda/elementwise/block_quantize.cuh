@@ -1,9 +1,9 @@
 // Payloads of a quantized reduction: quantize with error feedback, read back, add up, and both at once.
 //
 // Some lanes of a warp, or all, work on one block of a payload, each on every so manieth vector of 16 bytes. They hold
-// blocks of common lengths in registers, so that these are read once; others are read a second time, from cache. That is
-// the tidy way, for blocks that are all there and lie at multiples of 16 bytes. What is not tidy, such as the last block
-// of a payload, goes the loose way: two elements at a time, by a warp.
+// blocks of common lengths in registers, so that these are read once; others are read a second time, from cache. That
+// is the tidy way, for blocks that are all there and lie at multiples of 16 bytes. What is not tidy, such as the last
+// block of a payload, goes the loose way: two elements at a time, by a warp.
 #pragma once
 
 #include "grid.cuh"
@@ -15,7 +15,7 @@ constexpr int block_threads = 128, block_warps = block_threads / 32;  // of a bl
 struct Format {
     int block;
     int value_bytes;       // of one block
-    int64_t blocks;       // in one payload
+    int64_t blocks;        // in one payload
     int64_t whole_blocks;  // in a payload whose values are all there
     DSC_DEVICE int64_t payload_bytes() const { return blocks * (4 + value_bytes); }
     DSC_DEVICE int64_t quantized_at(int64_t index) const { return 4 * blocks + index * value_bytes; }
@@ -38,10 +38,10 @@ DSC_DEVICE float load_quantized(const uint8_t* quantized, int i) {
     return static_cast<float>(static_cast<int>((quantized[i / 2] >> (i % 2 * 4) & 15u) ^ 8u) - 8);
 }
 
-// --- quantized values of one vector -----------------------------------------------------------------------------------------
+// --- quantized values of one vector --------------------------------------------------------------------------------
 
-/// The largest quantized value, and what to add to a quotient so that its nearest integer, half to even, is in the low bits: for
-/// int4 that and 8, which is not negative.
+/// The largest quantized value, and what to add to a quotient so that its nearest integer, half to even, is in the low
+/// bits: for int4 that and 8, which is not negative.
 template <int bits>
 constexpr float quant_max = bits == 8 ? 127.0f : 7.0f;
 template <int bits>
@@ -81,7 +81,8 @@ struct Octets {
                 values[j] = math::add(
                     math::float_of(__byte_perm(word[j / 4] ^ 0x80808080u, 0x4b000000u, 0x7650u + j % 4)), -8388736.0f);
         } else {
-            const uint32_t even = (word[0] & 0x0f0f0f0fu) ^ 0x08080808u, odd = (word[0] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u;
+            const uint32_t even = (word[0] & 0x0f0f0f0fu) ^ 0x08080808u,
+                           odd = (word[0] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u;
 #pragma unroll
             for (int j = 0; j < width; j++)
                 values[j] = math::add(
@@ -95,7 +96,8 @@ struct Octets {
 #pragma unroll
             for (int w = 0; w < words; w++) {
                 const uint32_t low = __byte_perm(math::bits_of(sums[4 * w]), math::bits_of(sums[4 * w + 1]), 0x0040u);
-                const uint32_t high = __byte_perm(math::bits_of(sums[4 * w + 2]), math::bits_of(sums[4 * w + 3]), 0x0040u);
+                const uint32_t high =
+                    __byte_perm(math::bits_of(sums[4 * w + 2]), math::bits_of(sums[4 * w + 3]), 0x0040u);
                 word[w] = __byte_perm(low, high, 0x5410u) & kept;
             }
         } else {
@@ -111,7 +113,7 @@ struct Octets {
     }
 };
 
-// --- where a lane works ----------------------------------------------------------------------------------------------
+// --- where a lane works --------------------------------------------------------------------------------------------
 
 /// The vectors of a lane: `sharing` vectors apart, from `first` (a place in the block) on.
 template <int sharing, int width>
@@ -122,7 +124,7 @@ struct Share {
     static DSC_DEVICE constexpr int step() { return sharing * width; }
 };
 
-// --- what a block is quantized from ---------------------------------------------------------------------------------
+// --- what a block is quantized from --------------------------------------------------------------------------------
 
 /// Part of a tensor: `count` values of a payload, the others are 0.
 template <class T>
@@ -233,7 +235,7 @@ struct Corrected {
     }
 };
 
-// --- quantizing ---------------------------------------------------------------------------------------------------
+// --- quantizing ----------------------------------------------------------------------------------------------------
 
 /// The largest bit pattern among `sharing` neighbouring lanes.
 template <int sharing>
@@ -276,8 +278,11 @@ struct Coder {
         return {true, scale, scale > 0.0f ? math::divisor_of(scale) : math::divisor_to_nothing()};
     }
 
-    /// Quantized, in a sum with `rounding`. The largest magnitude has the largest quantized value: nothing is to be clamped.
-    DSC_DEVICE float sum(float lifted) const { return math::add(math::lifted_quotient(lifted, divisor), rounding<bits>); }
+    /// Quantized, in a sum with `rounding`. The largest magnitude has the largest quantized value: nothing is to be
+    /// clamped.
+    DSC_DEVICE float sum(float lifted) const {
+        return math::add(math::lifted_quotient(lifted, divisor), rounding<bits>);
+    }
     DSC_DEVICE float rest(float value, float sum) const {
         return math::subtract(value, math::multiply(math::subtract(sum, rounding<bits>), scale));
     }
@@ -360,7 +365,8 @@ struct Target {
 /// A tidy block of sharing * depth vectors, by `sharing` lanes with `depth` vectors each. All lanes of the warp come
 /// here, some perhaps with a block that is another's to write (`is_mine` false).
 template <int sharing, int depth, int bits, bool has_residual, class Source>
-DSC_DEVICE void quantize_block(const Source& source, const Target<bits, has_residual>& target, int64_t index, bool is_mine) {
+DSC_DEVICE void quantize_block(const Source& source, const Target<bits, has_residual>& target, int64_t index,
+                               bool is_mine) {
     constexpr int width = Source::width;
     const int member = static_cast<int>(threadIdx.x) % sharing;
     const Share<sharing, width> share = {index, index * target.format.block, member * width};
@@ -421,7 +427,7 @@ DSC_DEVICE void quantize_loose_block(const Source& source, const Target<bits, ha
     }
 }
 
-// --- kernels: blockIdx.y is the payload -----------------------------------------------------------------------------
+// --- kernels: blockIdx.y is the payload ----------------------------------------------------------------------------
 
 /// How many blocks of a payload of `count` values are tidy; the others, from there on, are loose.
 DSC_DEVICE int64_t tidy_blocks(bool tidy, int64_t count, bool is_whole, const Format& format) {
@@ -473,7 +479,9 @@ DSC_DEVICE void quantize_payload(const Source& source, const Target<bits, has_re
 
 /// Blocks of threads on a multiprocessor, which leaves registers for what a lane holds: 16 values, or more.
 template <int values, bool has_residual>
-constexpr int blocks_at_once = values <= 16 ? (has_residual ? 6 : 8) : has_residual ? 3 : 4;
+constexpr int blocks_at_once = values <= 16   ? (has_residual ? 6 : 8)
+                               : has_residual ? 3
+                                              : 4;
 
 template <class T, int bits, bool has_residual, int sharing, int depth>
 __global__ void __launch_bounds__(block_threads, (blocks_at_once<depth * Vector<T>::count, has_residual>))
@@ -519,7 +527,8 @@ __global__ void __launch_bounds__(block_threads)
             if constexpr (depth > 0) {
                 Octets<bits, width> octets[depth];
 #pragma unroll
-                for (int d = 0; d < depth; d++) octets[d].load(quantized + (d * sharing + member) * Octets<bits, width>::bytes);
+                for (int d = 0; d < depth; d++)
+                    octets[d].load(quantized + (d * sharing + member) * Octets<bits, width>::bytes);
 #pragma unroll
                 for (int d = 0; d < depth; d++)
                     if (is_mine) read(octets[d], scale, values_to + (d * sharing + member) * width);
@@ -537,7 +546,8 @@ __global__ void __launch_bounds__(block_threads)
             for (int place = static_cast<int>(threadIdx.x) % 32; place < format.block; place += 32) {
                 const int64_t i = index * format.block + place;
                 if (i < cut.count)
-                    to[i] = from_float<T>(math::multiply(load_quantized<bits>(payload + format.quantized_at(index), place), scale));
+                    to[i] = from_float<T>(
+                        math::multiply(load_quantized<bits>(payload + format.quantized_at(index), place), scale));
             }
         });
     }

@@ -20,7 +20,8 @@ struct FakeQuantize {
     cudaError_t run(bool given, uint8_t* mask) const {
         if (columns == 0 && given) return cudaSuccess;
         const bool bits_fit = columns % 8 == 0 || rows == 1;  // rows are whole bytes of them
-        const cudaError_t error = given ? by_given_ranges(bits_fit ? mask : nullptr) : measured(bits_fit ? mask : nullptr);
+        const cudaError_t error =
+            given ? by_given_ranges(bits_fit ? mask : nullptr) : measured(bits_fit ? mask : nullptr);
         const bool is_done = mask == nullptr || columns == 0 || (bits_fit && !(is_loose() && !given));
         if (error != cudaSuccess || is_done) return error;
         return launch(mask_bits_kernel<T, symmetric>, blocks_for((rows * columns + 7) / 8), threads, 0, stream, x, rows,
@@ -55,10 +56,11 @@ private:
 
     cudaError_t by_given_ranges(uint8_t* mask) const {
         const int64_t vectors = rows * (columns / width);
-        if (rows == 1 || !is_whole() || columns >= piece_columns<T> || vectors > INT32_MAX) return in_pieces<false>(mask);
-        return launch(quantize_short_rows_kernel<T, symmetric>, blocks_for(vectors, threads * unroll, 0), threads, 0, stream,
-                      x, y, static_cast<unsigned>(vectors), static_cast<unsigned>(columns / width), scale, offset, quant,
-                      mask);
+        if (rows == 1 || !is_whole() || columns >= piece_columns<T> || vectors > INT32_MAX)
+            return in_pieces<false>(mask);
+        return launch(quantize_short_rows_kernel<T, symmetric>, blocks_for(vectors, threads * unroll, 0), threads, 0,
+                      stream, x, y, static_cast<unsigned>(vectors), static_cast<unsigned>(columns / width), scale,
+                      offset, quant, mask);
     }
 
     template <int sharing, int depth>
@@ -69,17 +71,18 @@ private:
     }
 
     cudaError_t in_loose_rows() const {
-        return launch(fake_quantize_loose_rows_kernel<T, symmetric>, blocks_for(rows, warps, 0), threads, 0, stream, x, y,
-                      rows, columns, scale, offset, quant, steps);
+        return launch(fake_quantize_loose_rows_kernel<T, symmetric>, blocks_for(rows, warps, 0), threads, 0, stream, x,
+                      y, rows, columns, scale, offset, quant, steps);
     }
 
     cudaError_t measure_pieces() const {
-        cudaError_t error = launch(begin_spans_kernel<symmetric>, blocks_for(rows), threads, 0, stream, rows, scale, offset);
+        cudaError_t error =
+            launch(begin_spans_kernel<symmetric>, blocks_for(rows), threads, 0, stream, rows, scale, offset);
         const int64_t each = 132 * 8 / rows + 1, pieces = pieces_per_row();
         const int64_t blocks_per_row = each < pieces ? each : pieces;
         if (error == cudaSuccess)
-            error = launch(join_spans_kernel<T, symmetric>, dim3(static_cast<unsigned>(rows * blocks_per_row)), threads, 0,
-                           stream, x, rows, columns, static_cast<unsigned>(blocks_per_row), scale, offset);
+            error = launch(join_spans_kernel<T, symmetric>, dim3(static_cast<unsigned>(rows * blocks_per_row)), threads,
+                           0, stream, x, rows, columns, static_cast<unsigned>(blocks_per_row), scale, offset);
         if (error == cudaSuccess)
             error = launch(finish_spans_kernel<symmetric>, blocks_for(rows), threads, 0, stream, rows, columns, scale,
                            offset, steps);
@@ -91,8 +94,9 @@ private:
     template <bool measured>
     cudaError_t in_pieces(uint8_t* mask) const {
         if (rows * pieces_per_row() > INT32_MAX) return cudaErrorInvalidValue;
-        return launch(quantize_pieces_kernel<T, symmetric, measured>, dim3(static_cast<unsigned>(rows * pieces_per_row())), threads, 0,
-                      stream, x, y, rows, columns, static_cast<unsigned>(pieces_per_row()), scale, offset, quant, mask);
+        return launch(quantize_pieces_kernel<T, symmetric, measured>,
+                      dim3(static_cast<unsigned>(rows * pieces_per_row())), threads, 0, stream, x, y, rows, columns,
+                      static_cast<unsigned>(pieces_per_row()), scale, offset, quant, mask);
     }
 };
 
@@ -110,8 +114,8 @@ static cudaError_t fake_quantize(const void* x, void* y, int64_t rows, int64_t c
 }  // namespace ds_compress::elementwise
 
 extern "C" cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int64_t rows, int64_t columns, int given,
-                                         int64_t ranges, float* scale, float* offset, int quant_min, int quant_max, int steps,
-                                         uint8_t* mask, cudaStream_t stream) {
+                                         int64_t ranges, float* scale, float* offset, int quant_min, int quant_max,
+                                         int steps, uint8_t* mask, cudaStream_t stream) {
     using namespace ds_compress;
     using namespace ds_compress::elementwise;
     if (rows < 0 || rows > INT32_MAX || columns < 0) return cudaErrorInvalidValue;
@@ -120,5 +124,7 @@ extern "C" cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int6
         rows = 1;
     }
     const QuantRange quant = {static_cast<float>(quant_min), static_cast<float>(quant_max), static_cast<float>(steps)};
-    return with_dtype(dtype, [&](auto t) { return fake_quantize<decltype(t)>(x, y, rows, columns, given != 0, scale, offset, quant, mask, stream); });
+    return with_dtype(dtype, [&](auto t) {
+        return fake_quantize<decltype(t)>(x, y, rows, columns, given != 0, scale, offset, quant, mask, stream);
+    });
 }

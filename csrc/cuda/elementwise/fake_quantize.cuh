@@ -1,6 +1,6 @@
-// Fake quantization of the rows of a matrix. A row that fits into the registers of some lanes, a warp or a block is read
-// once. The pieces of longer rows are measured by many blocks, which meet in the row's scale and offset, and then read
-// again. Rows that do not lie on vectors of 16 bytes go the loose way, element by element.
+// Fake quantization of the rows of a matrix. A row that fits into the registers of some lanes, a warp or a block is
+// read once. The pieces of longer rows are measured by many blocks, which meet in the row's scale and offset, and then
+// read again. Rows that do not lie on vectors of 16 bytes go the loose way, element by element.
 #pragma once
 
 #include "grid.cuh"
@@ -12,7 +12,7 @@ struct QuantRange {
     float steps;
 };
 
-// --- ranges -----------------------------------------------------------------------------------------------------------
+// --- ranges --------------------------------------------------------------------------------------------------------
 
 /// What values span: their largest magnitude, or the least and the greatest. NaN wins.
 template <bool symmetric>
@@ -41,11 +41,13 @@ struct Span<false> {
     DSC_DEVICE math::ScaleAndOffset range(int64_t columns, const math::Divisor& steps) const {
         const float not_a_number = math::float_of(math::kNanBits), smallest = math::float_of(math::kSmallestScaleBits);
         if (columns == 0) return {smallest, 0.0f};
-        if (!(fabsf(lowest) <= math::kLargestFloat && fabsf(highest) <= math::kLargestFloat)) return {not_a_number, not_a_number};
+        if (!(fabsf(lowest) <= math::kLargestFloat && fabsf(highest) <= math::kLargestFloat))
+            return {not_a_number, not_a_number};
         const float low = math::add(lowest, 0.0f);  // of the two zeros, one
         float span = math::subtract(highest, low);
         const bool overflows = span > math::kLargestFloat;
-        if (overflows) span = math::subtract(math::multiply(highest, math::kShrink), math::multiply(low, math::kShrink));
+        if (overflows)
+            span = math::subtract(math::multiply(highest, math::kShrink), math::multiply(low, math::kShrink));
         float width = math::scale_or_zero(span, steps);
         if (width == 0.0f) return {smallest, low};
         if (overflows) width = math::multiply(width, math::kGrow);
@@ -81,7 +83,8 @@ DSC_DEVICE Span<symmetric> join_warp(const Span<symmetric>& span) {
     if constexpr (symmetric) {
         return {math::float_of(largest_key<sharing>(math::bits_of(span.largest)))};
     } else {
-        // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of it.
+        // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of
+        // it.
         constexpr unsigned turn = 0x80000000u, reverse = 0x7fffffffu;
         const unsigned low = largest_key<sharing>(static_cast<unsigned>(ordered(span.lowest)) ^ reverse) ^ reverse;
         const unsigned high = largest_key<sharing>(static_cast<unsigned>(ordered(span.highest)) ^ turn) ^ turn;
@@ -108,7 +111,7 @@ DSC_DEVICE Span<symmetric> join(Span<symmetric> span) {
     return span;
 }
 
-// --- values -----------------------------------------------------------------------------------------------------------
+// --- values --------------------------------------------------------------------------------------------------------
 
 /// The largest finite value of a dtype.
 template <class T>
@@ -175,10 +178,11 @@ DSC_DEVICE unsigned quantize_vector(Vector<T>& vector, const Working& work, cons
     return mask;
 }
 
-/// The same by the measured range of the row: no value is far outside of it, and in a row with a NaN or Inf the scale is
-/// NaN, and so is all that it is multiplied by. What most rows do not need is asked for once a vector.
+/// The same by the measured range of the row: no value is far outside of it, and in a row with a NaN or Inf the scale
+/// is NaN, and so is all that it is multiplied by. What most rows do not need is asked for once a vector.
 template <bool symmetric, class T>
-DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, const QuantRange& quant, bool wants_mask) {
+DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, const QuantRange& quant,
+                                      bool wants_mask) {
     constexpr int width = Vector<T>::count;
     float values[width];
     unpack(vector, values);
@@ -200,7 +204,8 @@ DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, co
     unsigned mask = 0;
 #pragma unroll
     for (int j = 0; j < width; j++) {
-        const float whole = math::subtract(math::add(math::lifted_quotient(lifted[j], work.divisor), math::kRound), math::kRound);
+        const float whole =
+            math::subtract(math::add(math::lifted_quotient(lifted[j], work.divisor), math::kRound), math::kRound);
         // A zero has the sign of what it was.
         const float q = math::float_of(math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits));
         if (wants_mask && is_unclipped(q, quant)) mask |= 1u << j;
@@ -229,18 +234,18 @@ DSC_DEVICE void store_mask(uint8_t* mask, int64_t i, bool exists, unsigned bits)
     if (exists) mask[i] = static_cast<uint8_t>(bits);
 }
 
-// --- rows in registers ------------------------------------------------------------------------------------------------
+// --- rows in registers ---------------------------------------------------------------------------------------------
 
 template <int sharing>
 constexpr int threads_for = sharing > 32 ? sharing : threads;
 
-/// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of a
-/// warp, or a block. kept: null, or for rows of whole bytes of it.
+/// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of
+/// a warp, or a block. kept: null, or for rows of whole bytes of it.
 template <class T, int sharing, int depth, bool symmetric>
 __global__ void __launch_bounds__(threads_for<sharing>, 1)
     fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
-                              float* __restrict__ scale, float* __restrict__ offset, QuantRange quant, math::Divisor steps,
-                              uint8_t* __restrict__ mask) {
+                              float* __restrict__ scale, float* __restrict__ offset, QuantRange quant,
+                              math::Divisor steps, uint8_t* __restrict__ mask) {
     constexpr int width = Vector<T>::count;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (threads_for<sharing> / sharing) + threadIdx.x / sharing;
     const int member = static_cast<int>(threadIdx.x) % sharing;
@@ -278,7 +283,7 @@ __global__ void __launch_bounds__(threads_for<sharing>, 1)
     }
 }
 
-// --- rows that are not whole vectors: a warp each, element by element -----------------------------------------------
+// --- rows that are not whole vectors: a warp each, element by element ----------------------------------------------
 
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads)
@@ -302,7 +307,7 @@ __global__ void __launch_bounds__(threads)
             from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, quant));
 }
 
-// --- long rows: until its range is known, a row's highest or largest lies in its scale, its lowest in its offset -----
+// --- long rows: until its range is known, a row's highest or largest lies in its scale, its lowest in its offset ---
 
 template <bool symmetric>
 __global__ void __launch_bounds__(threads) begin_spans_kernel(int64_t rows, float* scale, float* offset) {
@@ -329,9 +334,8 @@ DSC_DEVICE bool has_whole_vectors(const void* x, const void* y, int64_t rows, in
 
 /// Block b measures pieces b, b + blocks_per_row, ... of its row.
 template <class T, bool symmetric>
-__global__ void __launch_bounds__(threads)
-    join_spans_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, unsigned blocks_per_row, float* scale,
-                      float* offset) {
+__global__ void __launch_bounds__(threads) join_spans_kernel(const T* __restrict__ x, int64_t rows, int64_t columns,
+                                                             unsigned blocks_per_row, float* scale, float* offset) {
     constexpr int width = Vector<T>::count;
     const int64_t row = blockIdx.x / blocks_per_row;
     const T* const from = x + row * columns;
@@ -380,8 +384,8 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-/// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces, which
-/// come first, may still be in the cache.
+/// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces,
+/// which come first, may still be in the cache.
 template <class T, bool symmetric, bool measured>
 __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas chooses it spills
     quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,

@@ -28,8 +28,11 @@ inline Governed governed(void* data, const uint8_t* packed, int64_t bit, int64_t
     constexpr int64_t width = Vector<T>::count;
     const int64_t ahead = static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
     const int64_t head = ahead < count ? ahead : count;
-    return {static_cast<char*>(data) + head * static_cast<int64_t>(sizeof(T)), packed + ((bit + head) >> 3),
-            (count - head) / width, static_cast<uint8_t>((bit + head) & 7), static_cast<uint8_t>(head),
+    return {static_cast<char*>(data) + head * static_cast<int64_t>(sizeof(T)),
+            packed + ((bit + head) >> 3),
+            (count - head) / width,
+            static_cast<uint8_t>((bit + head) & 7),
+            static_cast<uint8_t>(head),
             static_cast<uint8_t>((count - head) % width)};
 }
 

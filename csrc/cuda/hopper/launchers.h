@@ -1,5 +1,5 @@
-// The products of sm_90a, for the bindings; plain C, as ../launchers.h. They are in the library only where it was built with
-// CUTLASS's headers: the symbols are weak, and null without.
+// The products of sm_90a, for the bindings; plain C, as ../launchers.h. They are in the library only where it was built
+// with CUTLASS's headers: the symbols are weak, and null without.
 #pragma once
 
 #include "../launchers.h"

@@ -10,11 +10,13 @@ static cudaError_t int4_gemm(const int8_t* quantized, const void* packed, int64_
                              cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>((e.m + Tile::tile_m - 1) / Tile::tile_m),
                     static_cast<unsigned>((e.n + Tile::tile_n - 1) / Tile::tile_n));
-    return launch(int4_gemm_kernel<Tile>, grid, Tile::threads, Tile::shared_bytes, stream, quantized, packed, k, group, e);
+    return launch(int4_gemm_kernel<Tile>, grid, Tile::threads, Tile::shared_bytes, stream, quantized, packed, k, group,
+                  e);
 }
 
 template <class Tile, class Given>
-static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e,
+                               cudaStream_t stream) {
     const Turns turns = turns_of(e.m, k, Tile::groups);
     const size_t tokens_bytes = Given::shared ? shared_tokens_bytes(e.m, k) : 0;
     return launch(int4_skinny_kernel<Tile, Given>, skinny_grid(e.n, Tile::features, Tile::blocks), skinny_threads,
@@ -23,7 +25,7 @@ static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k
 
 template <class Tile>
 static cudaError_t int4_skinny_of_quantized(const int8_t* quantized, const void* packed, int64_t k, const Epilogue& e,
-                                        cudaStream_t stream) {
+                                            cudaStream_t stream) {
     if constexpr (Tile::token_tiles <= 2) {
         if (are_copied(e.m, k, Tile::ring_bytes + turns_of(e.m, k, Tile::groups).bytes()))
             return int4_skinny<Tile>(CopiedTokens{quantized, e.input_scale}, packed, k, e, stream);
@@ -32,7 +34,8 @@ static cudaError_t int4_skinny_of_quantized(const int8_t* quantized, const void*
 }
 
 template <int words>
-static cudaError_t int4_few(const int8_t* quantized, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int4_few(const int8_t* quantized, const void* packed, int64_t k, const Epilogue& e,
+                            cudaStream_t stream) {
     if (e.m <= 8) return int4_skinny_of_quantized<Int4Skinny<1, words, 5, 3>>(quantized, packed, k, e, stream);
     if (e.m <= 16) return int4_skinny_of_quantized<Int4Skinny<2, words, 4, 2>>(quantized, packed, k, e, stream);
     if constexpr (words >= 2) {
@@ -59,8 +62,8 @@ static cudaError_t int4_row(const RawTokens<T>& raw, const void* packed, int64_t
 }
 
 template <class T>
-static cudaError_t int4_row(const void* x, const float* given_scale, int steps, const void* packed, int64_t k, int group,
-                            const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int4_row(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
+                            int group, const Epilogue& e, cudaStream_t stream) {
     const RawTokens<T> raw{static_cast<const T*>(x), given_scale, steps};
     if (group == 32) return int4_row<1>(raw, packed, k, e, stream);
     if (group == 64) return int4_row<2>(raw, packed, k, e, stream);
@@ -94,5 +97,6 @@ extern "C" cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float*
     using namespace ds_compress::linear;
     const Epilogue e{nullptr, nullptr, bias, out, out_dtype, activation, m, n};
     if (!is_group(group) || !quantizes_itself(m, k) || (steps != 127 && steps != 128)) return cudaErrorInvalidValue;
-    return ds_compress::with_dtype(dtype, [&](auto t) { return int4_row<decltype(t)>(x, given_scale, steps, packed, k, group, e, stream); });
+    return ds_compress::with_dtype(
+        dtype, [&](auto t) { return int4_row<decltype(t)>(x, given_scale, steps, packed, k, group, e, stream); });
 }

@@ -1,5 +1,5 @@
-// int4 linear for a single row of x; see int8_row.cuh. The sums of a feature's groups are scaled and left in shared memory, and
-// after a few features each is added up by a lane, group after group, as the contract orders.
+// int4 linear for a single row of x; see int8_row.cuh. The sums of a feature's groups are scaled and left in shared
+// memory, and after a few features each is added up by a lane, group after group, as the contract orders.
 #pragma once
 
 #include "int4_gemm.cuh"
@@ -28,8 +28,8 @@ DSC_DEVICE int dot_32_times_16(int4 run, int4 first, int4 second) {
 __host__ __device__ constexpr int row_pitch(int groups) { return groups | 1; }
 __host__ __device__ constexpr int row_scratch(int groups) { return (1 + row_features) * row_pitch(groups); }
 
-/// words: lanes that share a group, which has words * 32 columns; at most row_groups groups. Grid as int8_row_kernel. Dynamic
-/// shared memory: the rings, the sums, then the quantized values of x.
+/// words: lanes that share a group, which has words * 32 columns; at most row_groups groups. Grid as int8_row_kernel.
+/// Dynamic shared memory: the rings, the sums, then the quantized values of x.
 template <int words, class Given>
 __global__ void __launch_bounds__(skinny_threads, row_blocks)
     int4_row_kernel(Given given, const void* __restrict__ packed, int64_t k, Epilogue e) {
@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
 #pragma unroll 1
             for (int step = 0; step < stream.steps; step++) {
                 const int4 run = *reinterpret_cast<const int4*>(stream.ring + copies.next(stream) * row_step);
-                const int q = (step * 32 + lane) * 32;  // beyond the end the weights are 0, and the quantized values anything
+                const int q =
+                    (step * 32 + lane) * 32;  // beyond the end the weights are 0, and the quantized values anything
                 const int low = q < x_pitch ? q : 0, high = q + 16 < x_pitch ? q + 16 : 0;
                 int sum = dot_32_times_16(run, *reinterpret_cast<const int4*>(x.quantized + low),
                                           *reinterpret_cast<const int4*>(x.quantized + high));
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
             for (int i = 0; i < 4; i++) {
                 const int its_group = lane + i * 32;
                 if (its_group < groups)
-                    scaled[done * pitch + its_group] = math::multiply(static_cast<float>(sums[its_group] >> 4), scale[i]);
+                    scaled[done * pitch + its_group] =
+                        math::multiply(static_cast<float>(sums[its_group] >> 4), scale[i]);
             }
             __syncwarp();
             feature += stream.stride;

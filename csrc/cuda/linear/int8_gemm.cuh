@@ -25,8 +25,8 @@ struct Int8Tile {
 
 /// Adds one k-step from shared memory to a warp's sums.
 template <class Tile>
-DSC_DEVICE void multiply_step(int (&sums)[Tile::rows][Tile::columns][2][4], const int8_t* inputs,
-                              const int8_t* weights, int warp_m, int warp_n) {
+DSC_DEVICE void multiply_step(int (&sums)[Tile::rows][Tile::columns][2][4], const int8_t* inputs, const int8_t* weights,
+                              int warp_m, int warp_n) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t a[Tile::rows][4], b[Tile::columns][4];

@@ -14,7 +14,8 @@ static cudaError_t int8_gemm(const int8_t* quantized, const void* packed, int64_
 }
 
 template <class Tile, class Given>
-static cudaError_t int8_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int8_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e,
+                               cudaStream_t stream) {
     const size_t tokens_bytes = Given::shared ? shared_tokens_bytes(e.m, k) : 0;
     return launch(int8_skinny_kernel<Tile, Given>, skinny_grid(e.n, Tile::features, Tile::blocks), skinny_threads,
                   Tile::ring_bytes + tokens_bytes, stream, given, packed, k, e);
@@ -22,7 +23,7 @@ static cudaError_t int8_skinny(const Given& given, const void* packed, int64_t k
 
 template <class Tile>
 static cudaError_t int8_skinny_of_quantized(const int8_t* quantized, const void* packed, int64_t k, const Epilogue& e,
-                                        cudaStream_t stream) {
+                                            cudaStream_t stream) {
     if (are_copied(e.m, k, Tile::ring_bytes))
         return int8_skinny<Tile>(CopiedTokens{quantized, e.input_scale}, packed, k, e, stream);
     return int8_skinny<Tile>(GlobalTokens{quantized, e.input_scale}, packed, k, e, stream);
@@ -58,7 +59,8 @@ extern "C" cudaError_t dsc_int8_linear_of(const void* x, int dtype, const float*
     using namespace ds_compress::linear;
     const Epilogue e{nullptr, weight_scale, bias, out, out_dtype, activation, m, n};
     if (!quantizes_itself(m, k) || (steps != 127 && steps != 128)) return cudaErrorInvalidValue;
-    return ds_compress::with_dtype(dtype, [&](auto t) { return int8_row<decltype(t)>(x, given_scale, steps, packed, k, e, stream); });
+    return ds_compress::with_dtype(
+        dtype, [&](auto t) { return int8_row<decltype(t)>(x, given_scale, steps, packed, k, e, stream); });
 }
 
 extern "C" int dsc_quantizes_itself(int64_t m, int64_t k) { return ds_compress::linear::quantizes_itself(m, k); }

@@ -1,8 +1,8 @@
 // int8 linear for up to 32 rows of x (decoding): the weights are read once, at the speed of memory.
 //
-// A block owns 16 features per feature tile, its warps share out k. A lane copies 16 neighbouring values of a row to shared
-// memory and reads those same back as operands of two products: the order of k within a product of integers is free, and the
-// lane with the same place in the other operand took the same columns.
+// A block owns 16 features per feature tile, its warps share out k. A lane copies 16 neighbouring values of a row to
+// shared memory and reads those same back as operands of two products: the order of k within a product of integers is
+// free, and the lane with the same place in the other operand took the same columns.
 #pragma once
 
 #include "epilogue.cuh"

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(pack_threads) int8_pack_kernel(const int8_t* q
     if (byte == 0) write_header(packed, kLayoutCudaInt8, shape);
     if (byte >= shape.n * pitch) return;
     unsigned words[4] = {};
-    for (int i = 0; i < 16; i++) words[i / 4] |= quantized_at(quantized, shape, byte / pitch, byte % pitch + i) << i % 4 * 8;
+    for (int i = 0; i < 16; i++)
+        words[i / 4] |= quantized_at(quantized, shape, byte / pitch, byte % pitch + i) << i % 4 * 8;
     store_16(static_cast<int8_t*>(packed) + header_bytes + byte, words);
 }
 

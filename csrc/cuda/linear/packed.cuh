@@ -24,9 +24,7 @@ __host__ __device__ constexpr int64_t int8_row_bytes(int64_t k) { return rounded
 __host__ __device__ constexpr int64_t int4_row_bytes(int64_t k) { return rounded_up(k, 32) / 2; }
 __host__ __device__ constexpr int64_t int4_scale_stride(int64_t n) { return rounded_up(n, 8); }
 
-DSC_DEVICE const int8_t* packed_body(const void* packed) {
-    return static_cast<const int8_t*>(packed) + header_bytes;
-}
+DSC_DEVICE const int8_t* packed_body(const void* packed) { return static_cast<const int8_t*>(packed) + header_bytes; }
 DSC_DEVICE const float* int4_scales(const void* packed, int64_t n, int64_t k) {
     return reinterpret_cast<const float*>(packed_body(packed) + n * int4_row_bytes(k));
 }

@@ -1,7 +1,7 @@
 // Rows of activations as int8 values with one scale a row; the numerics are those of csrc/README.md.
 //
-// A row's largest magnitude, then its quantized values. Short rows take one warp each where there are many, else rows take a block. A
-// thread handles 16 columns at a time and stores them at once.
+// A row's largest magnitude, then its quantized values. Short rows take one warp each where there are many, else rows
+// take a block. A thread handles 16 columns at a time and stores them at once.
 #pragma once
 
 #include "ds_compress/device.h"
@@ -73,7 +73,8 @@ struct Row {
     bool whole;
     /// A row of a matrix that begins at `matrix`.
     DSC_DEVICE Row(const T* values, const T* matrix, int64_t columns)
-        : values(values), columns(columns),
+        : values(values),
+          columns(columns),
           whole(columns % chunk == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
 };
 
@@ -92,8 +93,8 @@ struct HeldChunks {
     }
 };
 
-/// The quantized values of a row, zeros from its end to `padded`, and its scale, by threads_per_row threads. What a thread's registers
-/// hold of the row is read once; the rest a second time, from L1 or L2.
+/// The quantized values of a row, zeros from its end to `padded`, and its scale, by threads_per_row threads. What a
+/// thread's registers hold of the row is read once; the rest a second time, from L1 or L2.
 template <class T, int threads_per_row, int held>
 DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_row, held>& early,
                              const float* given_scale, int steps, int64_t padded, int8_t* quantized, float* scale_to) {
@@ -115,8 +116,10 @@ DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_
     }
     largest = row_maximum<threads_per_row>(largest);
     float scale;
-    if (given_scale == nullptr) scale = math::row_scale(largest, static_cast<float>(steps));
-    else scale = largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
+    if (given_scale == nullptr)
+        scale = math::row_scale(largest, static_cast<float>(steps));
+    else
+        scale = largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
     if (threadIdx.x % threads_per_row == 0) *scale_to = scale;
 
     const math::Divisor divisor = math::divisor_of(scale);
@@ -138,8 +141,8 @@ DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_
 /// x (rows, columns) -> quantized (rows, padded_columns), scales (rows,).
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(quantize_threads)
-    quantize_rows_kernel(const T* __restrict__ x, const float* __restrict__ given_scale, int64_t rows,
-                         int64_t columns, int64_t padded_columns, int steps, int8_t* __restrict__ quantized,
+    quantize_rows_kernel(const T* __restrict__ x, const float* __restrict__ given_scale, int64_t rows, int64_t columns,
+                         int64_t padded_columns, int steps, int8_t* __restrict__ quantized,
                          float* __restrict__ scales) {
     constexpr int rows_per_block = quantize_threads / threads_per_row;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;

@@ -1,6 +1,6 @@
-// The few rows of x that a skinny product has, as int8 values. They come from an earlier launch, and lie in memory or, where they
-// fit, in the shared memory of every block; or every block quantizes x itself, which saves that launch and is worth it while the
-// rows are short and few.
+// The few rows of x that a skinny product has, as int8 values. They come from an earlier launch, and lie in memory or,
+// where they fit, in the shared memory of every block; or every block quantizes x itself, which saves that launch and
+// is worth it while the rows are short and few.
 #pragma once
 
 #include "ds_compress/device.h"
@@ -21,8 +21,8 @@ struct Tokens {
     }
 };
 
-/// Shared memory of a block for `count` rows of k quantized values: padded, so that the rows that a warp reads together lie in different
-/// banks; then the scales.
+/// Shared memory of a block for `count` rows of k quantized values: padded, so that the rows that a warp reads together
+/// lie in different banks; then the scales.
 __host__ __device__ constexpr int64_t shared_pitch(int64_t k) { return rounded_up(k, 64) + 64; }
 __host__ __device__ constexpr int64_t shared_tokens_bytes(int64_t count, int64_t k) {
     return count * shared_pitch(k) + rounded_up(count * 4, 16);
@@ -32,15 +32,15 @@ __host__ __device__ constexpr int64_t shared_tokens_bytes(int64_t count, int64_t
 __host__ __device__ constexpr bool quantizes_itself(int64_t count, int64_t k) {
     return count == 1 && k > 0 && k <= 16384;
 }
-/// Whether so many quantized values are to be copied to every block that needs `others` bytes besides: where they are few, and all fits
-/// into the 99 KB that a block has on every GPU.
+/// Whether so many quantized values are to be copied to every block that needs `others` bytes besides: where they are
+/// few, and all fits into the 99 KB that a block has on every GPU.
 __host__ __device__ constexpr bool are_copied(int64_t count, int64_t k, int64_t others) {
     const int64_t bytes = shared_tokens_bytes(count, k);
     return bytes <= 32 * 1024 && bytes + others <= 92 * 1024;
 }
 
-// The three ways. `begin` comes before the copies of the weights, behind which its own would queue; `end` has the tokens, after
-// a barrier, from what `begin` gave.
+// The three ways. `begin` comes before the copies of the weights, behind which its own would queue; `end` has the
+// tokens, after a barrier, from what `begin` gave.
 
 struct Nothing {};
 

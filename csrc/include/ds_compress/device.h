@@ -40,12 +40,12 @@
 namespace ds_compress {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
     if (shared_bytes > 16 * 1024) {  // with what a kernel declares itself, more than 48 KB have to be asked for
-        const cudaError_t refused = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        const cudaError_t refused =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
         if (refused != cudaSuccess) return refused;
     }
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
@@ -75,8 +75,7 @@ DSC_DEVICE void mma_s8_16x8x32(int (&sums)[4], const uint32_t (&a)[4], uint32_t 
 DSC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
 
 /// 1 / x within one unit in the last place; 0 where that is subnormal. Only where a bound is promised, not bits.
@@ -175,10 +174,16 @@ DSC_DEVICE float to_float(__half value) { return __half2float(value); }
 template <class T>
 DSC_DEVICE T from_float(float value);
 template <>
-DSC_DEVICE float from_float<float>(float value) { return value; }
+DSC_DEVICE float from_float<float>(float value) {
+    return value;
+}
 template <>
-DSC_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+DSC_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
 template <>
-DSC_DEVICE __half from_float<__half>(float value) { return __float2half_rn(value); }
+DSC_DEVICE __half from_float<__half>(float value) {
+    return __float2half_rn(value);
+}
 
 }  // namespace ds_compress
