@@ -13,11 +13,6 @@ import torch
 from ds_compress.ops import kernels
 
 
-def packed_numel(numel: int) -> int:
-    """Bytes of the mask of `numel` weights."""
-    return -(-numel // 8)
-
-
 def pack(keep: torch.Tensor) -> torch.Tensor:
     """Packs a bool tensor of shape (n,) into uint8 of shape (ceil(n/8),); unused bits are zero."""
     return kernels().mask_pack(keep.contiguous())
