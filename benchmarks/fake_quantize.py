@@ -62,7 +62,7 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
         COPY: Run(lambda: target.copy_(x), moved),
         "clone": Run(lambda: x.clone(), moved),
         ours: Run(lambda: fused(SYMMETRIC, False), moved),
-        f"{ours}, kept bits": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
+        f"{ours}, mask": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
         f"{ours}, asymmetric": Run(lambda: fused(ASYMMETRIC, False), moved),
         f"{ours}, range given": Run(
             lambda: native().fake_quantize(

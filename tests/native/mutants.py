@@ -144,7 +144,8 @@ MUTANTS = [
     Mutant(
         "few rows: parts are overwritten while others still add them", "tsan", "data race", "int4_linear",
         (Edit(HERE + "int4_skinny.cuh",
-              "if (turns.twice)\n                is_second = !is_second;\n            else\n                __syncthreads();", ""),),
+              "if (turns.twice)\n                is_second = !is_second;\n"
+              "            else\n                __syncthreads();", ""),),
         INT4_FEW,
     ),
     Mutant(
