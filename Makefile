@@ -88,6 +88,7 @@ lint: $(LINTERS)
 	$(BIN)/typos
 	$(BIN)/vulture
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/python -m benchmarks.figures --check
 	$(BIN)/mypy
 
 clean:

@@ -29,7 +29,7 @@ from ds_compress.ops.library import native
 
 from . import record
 from .bandwidth import keep_freed_memory
-from .linear_peers import FP32, AbsentError, quantized_of, is_8_bit, peers
+from .linear_peers import FP32, AbsentError, is_8_bit, peers, quantized_of
 from .peaks import Peaks, read_bandwidth
 from .timing import in_turns, seconds
 

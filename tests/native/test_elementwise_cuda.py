@@ -486,8 +486,8 @@ def test_planted_bugs_are_caught() -> None:
 
 @pytest.mark.skipif(not nvcc.available(), reason="nvcc is not installed")
 def test_accesses_of_four_bytes_are_seen() -> None:
-    words = ", ".join(f"load_wide<uint32_t>(keep + 16 * i + {4 * word})" for word in range(4))
-    edit = edit_of("mask", "load_passing<uint4>(keep + 16 * i)", f"make_uint4({words})")
+    words = ", ".join(f"load_wide<uint32_t>(mask + 16 * i + {4 * word})" for word in range(4))
+    edit = edit_of("mask", "load_passing<uint4>(mask + 16 * i)", f"make_uint4({words})")
     kernels = machine_code.inspect(machine_code.cubin(f"{FOLDER}/mask.cu", "90", [edit]))
     found = [each for name, code in kernels.items() for each in violations(name, "90", code)]
     assert found == ["mask_pack_kernel for sm_90: 0 LDG.128, at least 2 are needed"]
