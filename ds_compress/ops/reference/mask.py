@@ -121,27 +121,27 @@ def mask_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     # The padding ranks below -Inf, and behind it.
     keys = torch.nn.functional.pad(keys, (0, runs * m - columns), value=-_LARGEST_KEY - 1)
     groups = keys.view(rows * runs, m)
-    keep = _top_by_pairs(groups, n) if m <= _LARGEST_GROUP_BY_PAIRS else _top_by_sorting(groups, n)
-    return mask_pack(keep.reshape(rows, runs * m)[:, :columns].reshape(-1))
+    mask = _top_by_pairs(groups, n) if m <= _LARGEST_GROUP_BY_PAIRS else _top_by_sorting(groups, n)
+    return mask_pack(mask.reshape(rows, runs * m)[:, :columns].reshape(-1))
 
 
 def _top_by_pairs(groups: torch.Tensor, n: int) -> torch.Tensor:
     """bool like `groups` (runs, m): the n largest keys of each row, ties to the lower index."""
     columns = groups.t().contiguous()
-    keep = torch.empty_like(columns, dtype=torch.bool)
+    mask = torch.empty_like(columns, dtype=torch.bool)
     for j, mine in enumerate(columns):
         rank = torch.zeros_like(mine, dtype=torch.uint8)
         for k, other in enumerate(columns):
             if k != j:
                 rank += (other >= mine) if k < j else (other > mine)
-        keep[j] = rank < n
-    return keep.t()
+        mask[j] = rank < n
+    return mask.t()
 
 
 def _top_by_sorting(groups: torch.Tensor, n: int) -> torch.Tensor:
     order = groups.argsort(dim=1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool)
-    return keep.scatter_(1, order[:, :n], True)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    return mask.scatter_(1, order[:, :n], True)
 
 
 def _octets(packed: torch.Tensor, bit: int, count: int) -> torch.Tensor:
