@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
-from ds_compress.config import forecast
+from ds_compress.config.report import size_estimate
 from ds_compress.examples.cpu import skip_shared_memory_build
 from ds_compress.examples.launch import PROCESSES, environment, free_port
 
@@ -133,8 +133,8 @@ def mask_bytes(engine: Any) -> dict[str, float]:
     plan = engine.compression.plan
     plan.world_size = PROCESSES
     return {
-        "mask bytes": float(engine.compression.stages["sparse_pruning"].mask_bytes()),
-        "mask bytes, predicted": float(forecast.training_state(plan).mask),
+        "mask bytes": float(engine.compression.techniques["sparse_pruning"].mask_bytes()),
+        "mask bytes, predicted": float(size_estimate.training_state(plan).mask),
     }
 
 

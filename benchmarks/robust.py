@@ -218,7 +218,7 @@ def run(
         "compression_training": {"robust_reduction": {"enabled": True, "max_malicious": bad, **SETUPS[rule]}},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    reduction = engine.compression.stages["gradient_reduction"]
+    reduction = engine.compression.techniques["gradient_reduction"]
     generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
     with corrupted(name, bad):
         for _ in range(steps):

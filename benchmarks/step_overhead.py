@@ -86,7 +86,7 @@ class Variant:
         self.thresholds = Clock()
         self.recomputing: list[float] = []
         if block is not None and "sparse_pruning" in block:
-            pruning = self.engine.compression.stages["sparse_pruning"]
+            pruning = self.engine.compression.techniques["sparse_pruning"]
             pruning.update_masks = self.thresholds.wrap(pruning.update_masks)
             # Two steps before the middle of the schedule: methods that score by gradient must have seen one.
             self.engine.compression.load_state_dict({"applied_steps": STRIDE - 2, "stages": {}})

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ds_compress.config.plan import Plan
-from ds_compress.config.resolve import resolve
-from ds_compress.config.schema import CompressionConfig
-from ds_compress.config.source import block_of
-from ds_compress.export import suits
+from ds_compress.config.report.plan import Plan
+from ds_compress.config.resolve.resolver import resolve
+from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.config.schema.source import block_of
+from ds_compress.export import compatibility
 
 
 def plan(
@@ -31,7 +31,9 @@ def plan(
     resolved = resolve(model, config if isinstance(config, CompressionConfig) else block_of(config))
     resolved.world_size = world_size
     # Not for whoever only resolves: models are built for it, without weights.
-    suits.refuse_unfit(resolved, model)
-    resolved.packs = suits.loads_packed(resolved, model)
-    resolved.notes = tuple(suits.notes(resolved, model)) if resolved.techniques or resolved.structures else ()
+    compatibility.refuse_unfit(resolved, model)
+    resolved.packs = compatibility.loads_packed(resolved, model)
+    resolved.notes = (
+        tuple(compatibility.notes(resolved, model)) if resolved.techniques or resolved.structures else ()
+    )
     return resolved

@@ -44,7 +44,7 @@ def print_one_traceback() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        from ds_compress.config.errors import ConfigError
+        from ds_compress.errors import ConfigError
 
         if isinstance(error, ConfigError) and rank() != 0:
             count = len(error.problems)

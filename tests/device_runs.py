@@ -1,4 +1,4 @@
-"""Training on a device that is not the CPU, simulated (see `simulated_device`), for tests/unit/test_cuda_devices.py.
+"""Training on a device that is not the CPU, simulated (see `simulated_device`), for `test_cuda_devices`.
 
     python -m tests.device_runs results.json [check ...]        writes {check: null, or what went wrong}
 
@@ -37,14 +37,14 @@ def batches(steps: int, device: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 def train(block: dict[str, Any] | None, device: Any, steps: int = 9) -> dict[str, Any]:
     """A loop without an engine; what every step waits for, beside the reading of the loss."""
-    from ds_compress.engine.session import Compression
+    from ds_compress.engine.run import CompressionRun
     from tests.multirank.common import tiny_bert
     from tests.simulated_device import waits
 
     model = tiny_bert().to(device).train()
     session = None
     if block is not None:
-        session = Compression.of_model(model, block)
+        session = CompressionRun.of_model(model, block)
         session.attach_to_loop()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     losses, waited = [], []
@@ -162,9 +162,9 @@ def clipping_at_stage_0_waits_once() -> None:
     """The ratio of two norms, of all weights, is one number for the host."""
     from types import SimpleNamespace
 
-    from ds_compress.engine.clipping import AppliedNorm
-    from ds_compress.engine.shards import Shards
-    from ds_compress.select import bitmask
+    from ds_compress.engine.step.clipping import AppliedNorm
+    from ds_compress.engine.zero.shards import Shards
+    from ds_compress.ops import bitmask
     from tests.simulated_device import DEVICE, waits
 
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).to(DEVICE)
@@ -225,8 +225,8 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
     from types import SimpleNamespace
 
     from ds_compress.config import parse_config
-    from ds_compress.engine.parameters import rows_of_all
-    from ds_compress.stages.distillation import Distillation
+    from ds_compress.engine.zero.parameters import all_gather_rows
+    from ds_compress.techniques.distillation import Distillation
     from tests.multirank.distilling import block, llama, teacher_of_more
     from tests.simulated_device import waits
 
@@ -243,7 +243,7 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
     model.config.use_cache = theirs.config.use_cache = False  # its first tensor is made by a call of its own
     torch.manual_seed(7)
     assert config.distillation is not None
-    stage = Distillation(config.distillation, model, teacher, None, rows_of_all)
+    stage = Distillation(config.distillation, model, teacher, None, all_gather_rows)
     stage.prepare(model)
     engine = SimpleNamespace(backward=lambda loss: loss.backward())
     stage.attach_engine(engine)

@@ -11,8 +11,7 @@ import typer
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    from ds_compress.config.errors import ConfigError
-    from ds_compress.export.errors import ExportError
+    from ds_compress.errors import ConfigError, ExportError
 
     try:
         yield

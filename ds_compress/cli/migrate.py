@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from ds_compress.compat.migrate import Note
@@ -27,7 +27,7 @@ def migrate(
 ) -> None:
     """Rewrites a JSON of the removed deepspeed.compression (or MoQ), and explains what changes."""
     from ds_compress.compat.migrate import migrate as run
-    from ds_compress.config.source import read_json
+    from ds_compress.config.schema.source import read_json
 
     try:
         if output is not None and output.exists() and not overwrite:

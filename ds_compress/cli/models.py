@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ds_compress.export.errors import ExportError
+from ds_compress.errors import ExportError
 
 
 def skeleton(folder: Path) -> nn.Module:

@@ -23,19 +23,19 @@ from ds_compress.compat.utils import (
 )
 
 if TYPE_CHECKING:
-    from ds_compress.engine.session import Compression
+    from ds_compress.engine.run import CompressionRun
 
 _MARK = "_ds_compress_prepared"
 
 
-def mark_prepared(session: Compression) -> None:
-    """Marks every module of which a stage of `session` changes a weight, an input, or units."""
-    names = {target.module_name for plan in session.plan.techniques.values() for target in plan.targets}
-    for structures in session.plan.structures.values():
+def mark_prepared(run: CompressionRun) -> None:
+    """Marks every module of which a stage of `run` changes a weight, an input, or units."""
+    names = {target.module_name for plan in run.plan.techniques.values() for target in plan.targets}
+    for structures in run.plan.structures.values():
         for target in structures.targets:
             names |= {member.tensor.rpartition(".")[0] for member in target.structure.members}
     for name in names:
-        session.model.get_submodule(name).__dict__[_MARK] = True
+        run.model.get_submodule(name).__dict__[_MARK] = True
 
 
 def is_prepared(module: nn.Module) -> bool:

@@ -26,14 +26,14 @@ from ds_compress.compat.constants import (
     LAYER_REDUCTION,
     SHARED_PARAMETERS,
 )
-from ds_compress.config.errors import ROOT, ConfigError, Problem, dotted
-from ds_compress.config.fields import EVERY_LAYER
-from ds_compress.config.schema import parse_config
+from ds_compress.config.schema.compression_training import parse_config
 from ds_compress.engine.finalize import finalize
-from ds_compress.engine.parameters import copy_parameters
-from ds_compress.engine.session import Compression
-from ds_compress.engine.sessions import keep, same_block, session_of
-from ds_compress.stages.layer_reduction import reduce_layers
+from ds_compress.engine.registry import keep, run_of, same_block
+from ds_compress.engine.run import CompressionRun
+from ds_compress.engine.zero.parameters import copy_parameters
+from ds_compress.errors import ROOT, ConfigError, Problem, dotted
+from ds_compress.modelinfo.inventory import EVERY_LAYER
+from ds_compress.techniques.layer_reduction import reduce_layers
 
 logger = logging.getLogger("ds_compress")
 
@@ -95,7 +95,7 @@ def redundancy_clean(model: Any, deepspeed_config: Config, mpu: Any = None) -> A
     if hasattr(model, "compression"):
         return finalize(model)
     inner = unwrapped(model)
-    if session_of(inner) is not None:
+    if run_of(inner) is not None:
         return finalize(inner)
     block = block_of_config(deepspeed_config)
     if block is None or not enabled_blocks(block):
@@ -192,16 +192,16 @@ def unwrapped(model: Any) -> nn.Module:
 
 def prepare(model: nn.Module, block: Mapping[str, Any], teacher: nn.Module | None = None) -> None:
     """Puts `model` under a session that waits for an engine or a scheduler; once, however often it is called."""
-    session = session_of(model)
-    if session is not None:
-        if same_block(session.block, block):
+    run = run_of(model)
+    if run is not None:
+        if same_block(run.block, block):
             logger.info("ds_compress: the model is prepared already")
             return
         got = "a model that is under another block already"
         raise ConfigError([Problem(ROOT, got, "one block for one model", "give the same config everywhere")])
-    session = Compression.of_model(model, block, teacher)
-    keep(model, session)
-    basic_layer.mark_prepared(session)
+    run = CompressionRun.of_model(model, block, teacher)
+    keep(model, run)
+    basic_layer.mark_prepared(run)
 
 
 def _refuse_model_parallel(mpu: Any) -> None:

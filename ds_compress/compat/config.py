@@ -28,9 +28,9 @@ from ds_compress.compat.constants import (
     WEIGHT_QUANTIZE_CHANGE_RATIO,
     WEIGHT_QUANTIZE_FP16_MIXED_QUANTIZE,
 )
-from ds_compress.config.errors import ConfigError, Problem, nearest, shown
-from ds_compress.config.schema import CompressionConfig, parse_config, without_auto
-from ds_compress.config.source import read_json
+from ds_compress.config.schema.compression_training import CompressionConfig, parse_config, without_auto
+from ds_compress.config.schema.source import read_json
+from ds_compress.errors import ConfigError, Problem, nearest, shown
 
 SHARED_KEYS: dict[str, tuple[str, ...]] = {
     WEIGHT_QUANTIZATION: (

@@ -28,10 +28,10 @@ from ds_compress.compat.constants import (
     TECHNIQUE_ENABLED,
     WEIGHT_QUANTIZATION,
 )
-from ds_compress.config.errors import ConfigError, Problem, dotted, shown
-from ds_compress.config.inventory import exact_pattern
-from ds_compress.config.modules import ModuleKind, kind_of
-from ds_compress.engine.sessions import session_of
+from ds_compress.engine.registry import run_of
+from ds_compress.errors import ConfigError, Problem, dotted, shown
+from ds_compress.modelinfo.inventory import exact_pattern
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 
 Techniques = Mapping[str, Mapping[str, Any]]
@@ -125,20 +125,20 @@ def compression_preparation(
     Raises:
         ConfigError: settings that do not fit, or the model is in training already.
     """
-    session = session_of(model)
-    if session is not None and session.is_attached:
+    run = run_of(model)
+    if run is not None and run.is_attached:
         raise ConfigError(
             [Problem(dotted(), "a model in training", "one that waits for its engine or scheduler")]
         )
-    block = copy.deepcopy(dict(session.block)) if session is not None else {}
+    block = copy.deepcopy(dict(run.block)) if run is not None else {}
     before = copy.deepcopy(block)
     for names, related, techniques in compression_technique_list:
         for technique, settings in techniques.items():
             if settings.get(TECHNIQUE_ENABLED):
                 _add_group(block, technique, settings, names, related)
     if block != before:
-        if session is not None:
-            session.detach()
+        if run is not None:
+            run.detach()
         prepare(model, block)
     return model
 
@@ -217,13 +217,13 @@ def _fix_quantization(module: nn.Module) -> None:
 
 
 def _units_of(model: nn.Module, technique: str, module_name: str) -> torch.Tensor:
-    session = session_of(model)
-    stage: Any = session.stages.get(technique) if session is not None else None
-    for name, structure in (stage.structures if stage is not None else {}).items():
+    run = run_of(model)
+    pruning: Any = run.techniques.get(technique) if run is not None else None
+    for name, structure in (pruning.structures if pruning is not None else {}).items():
         scored = {member.tensor.rpartition(".")[0] for member in structure.members if member.scored}
-        if module_name in scored and name in stage.kept:
+        if module_name in scored and name in pruning.kept:
             units = torch.zeros(structure.units, dtype=torch.bool)
-            units[stage.kept[name]] = True
+            units[pruning.kept[name]] = True
             return units
     raise ValueError(f"{technique} has no mask of {module_name!r}: train past its schedule_offset first")
 

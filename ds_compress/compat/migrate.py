@@ -18,8 +18,8 @@ from typing import Any
 
 from ds_compress.compat.config import SHARED_KEYS
 from ds_compress.compat.removed import without_removed_keys
-from ds_compress.config.errors import ROOT, ConfigError, Problem, nearest, shown
-from ds_compress.config.schema import CompressionConfig, parse_config
+from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
+from ds_compress.errors import ROOT, ConfigError, Problem, nearest, shown
 
 Json = dict[str, Any]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ds_compress.config.errors import ROOT, ConfigError, Problem, nearest, shown
-from ds_compress.engine.seams import removed_config_keys
+from ds_compress.engine.zero.internals import removed_config_keys
+from ds_compress.errors import ROOT, ConfigError, Problem, nearest, shown
 
 Json = dict[str, Any]
 

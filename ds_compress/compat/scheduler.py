@@ -24,9 +24,9 @@ import torch
 
 from ds_compress.compat.compress import unwrapped
 from ds_compress.compat.config import block_of_config, enabled_blocks
-from ds_compress.config.errors import ROOT, ConfigError, Problem
-from ds_compress.engine.session import Compression
-from ds_compress.engine.sessions import same_block, session_of
+from ds_compress.engine.registry import run_of, same_block
+from ds_compress.engine.run import CompressionRun
+from ds_compress.errors import ROOT, ConfigError, Problem
 
 
 class compression_scheduler:
@@ -47,19 +47,19 @@ class compression_scheduler:
         if self._session is not None and self._session.engine is None:
             self._session.attach_to_loop()
 
-    def _of_model(self) -> Compression | None:
+    def _of_model(self) -> CompressionRun | None:
         block = block_of_config(self.compression_config) or {}
-        session = session_of(self.model)
-        if not enabled_blocks(block) and session is None:
+        run = run_of(self.model)
+        if not enabled_blocks(block) and run is None:
             return None
-        if session is None:
+        if run is None:
             raise ConfigError(
                 [Problem(ROOT, "a model that is not prepared", "one after init_compression(model, config)")]
             )
-        if not same_block(block, session.block):
+        if not same_block(block, run.block):
             got = "another block than init_compression was given"
             raise ConfigError([Problem(ROOT, got, "the same block", "give both the same config")])
-        return session
+        return run
 
     @property
     def training_steps(self) -> int:
@@ -75,11 +75,11 @@ class compression_scheduler:
 
         Empty under an engine, whose checkpoints have it. `torch.load(weights_only=True)` reads it.
         """
-        session = self._session
-        if session is None or session.engine is not None:
+        run = self._session
+        if run is None or run.engine is not None:
             return {}
-        parts = {name: stage.fragment_state() for name, stage in session.stages.items()}
-        return {**session.state_dict(), "fragments": _copied(parts)}
+        parts = {name: technique.fragment_state() for name, technique in run.techniques.items()}
+        return {**run.state_dict(), "fragments": _copied(parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned; load model and optimizer as well, in any order.
@@ -87,24 +87,24 @@ class compression_scheduler:
         Raises:
             ValueError: it is the state of other blocks, or of another model.
         """
-        session = self._session
-        if session is None or session.engine is not None:
+        run = self._session
+        if run is None or run.engine is not None:
             if state:
                 raise ValueError(
                     "this scheduler has no state: the engine's load_checkpoint restores everything"
                 )
             return
-        if set(state["stages"]) != set(session.stages):
+        if set(state["stages"]) != set(run.techniques):
             raise ValueError(
-                f"the state is of {sorted(state['stages'])}, the run has {sorted(session.stages)}"
+                f"the state is of {sorted(state['stages'])}, the run has {sorted(run.techniques)}"
             )
         parts = {
             name: {kind: self._own(f"{name}/{kind}", by_name) for kind, by_name in kinds.items()}
             for name, kinds in state["fragments"].items()
         }
-        session.load_state_dict(state)
-        for name, stage in session.stages.items():
-            stage.load_fragment_state(parts[name])
+        run.load_state_dict(state)
+        for name, technique in run.techniques.items():
+            technique.load_fragment_state(parts[name])
 
     def _own(self, what: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of stored tensors where this model's parameters are."""

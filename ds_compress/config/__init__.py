@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_compress.config.errors import ConfigError, Problem
-from ds_compress.config.schema import CompressionConfig, parse_config
+from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
+from ds_compress.errors import ConfigError, Problem
 
 __all__ = ["CompressionConfig", "ConfigError", "Problem", "parse_config"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind
+from ds_compress.modelinfo.kinds import ModuleKind
 
 
 @dataclass(frozen=True)

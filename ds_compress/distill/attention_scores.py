@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.errors import ConfigError, Problem
 
 _PREFIX = "ds_compress_shows_scores_of_"
 _receivers: weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionScores], None]] = (

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ds_compress.config import distillation as schema
-from ds_compress.config.errors import ConfigError, Problem
-from ds_compress.distill.record import Record
+from ds_compress.config.schema import distillation as schema
+from ds_compress.distill.record import CapturedActivations
+from ds_compress.errors import ConfigError, Problem
 
 _PATH = "compression_training.distillation"
 # Vocabularies are padded to multiples of up to this many rows; a larger difference is another vocabulary.
@@ -75,7 +75,7 @@ def check_pair(config: schema.Distillation, student: nn.Module, teacher: nn.Modu
         raise ConfigError(problems)
 
 
-def check_records(own: Record, theirs: Record) -> None:
+def check_records(own: CapturedActivations, theirs: CapturedActivations) -> None:
     """Raises for records that cannot be compared; only a forward pass shows them."""
     if any(not tensor.requires_grad for tensor in own.tensors()):
         raise RuntimeError(

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ds_compress.config.modules import shape_of
 from ds_compress.distill.lazy_logits import LazyHead
+from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant.grid import TokenGranularity
 from ds_compress.quant.layers import InputQuantizer
 

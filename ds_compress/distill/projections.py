@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ds_compress.config.errors import ConfigError, Problem
+from ds_compress.errors import ConfigError, Problem
 
 # Names of the projections that make queries, keys and values, in the families of transformers.
 _SEPARATE = (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Record:
+class CapturedActivations:
     """One forward pass; lists follow the layer map.
 
     hidden: (batch, tokens, width) after each mapped layer. relations: per mapped layer (q, k, v), each
@@ -44,14 +44,14 @@ class Record:
         return flat + ([] if self.last is None else [self.last])
 
 
-class Recorder:
+class ActivationCapture:
     """Hooks on the layers of a model; records between `start` and `finish` only.
 
     The window matters: activation checkpointing runs the layers once more in backward.
 
     Args:
         layers: the whole stack, first to last. mapped: the indices of those that are compared, in order.
-        wanted: names of the fields of `Record` to fill.
+        wanted: names of the fields of `CapturedActivations` to fill.
     """
 
     def __init__(self, layers: Sequence[nn.Module], mapped: Sequence[int], wanted: Collection[str]) -> None:
@@ -79,10 +79,10 @@ class Recorder:
     def start(self) -> None:
         self._found, self._recording = {}, True
 
-    def finish(self) -> Record:
+    def finish(self) -> CapturedActivations:
         self._recording = False
         found, self._found = self._found, {}
-        record = Record(embedding=found.get(("embedding", 0, 0)), last=found.get(("last", 0, 0)))
+        record = CapturedActivations(embedding=found.get(("embedding", 0, 0)), last=found.get(("last", 0, 0)))
         for index in range(self._mapped):
             if ("hidden", index, 0) in found:
                 record.hidden.append(found["hidden", index, 0])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_compress.config.errors import nearest
+from ds_compress.errors import nearest
 
 
 def read_examples(path: Path, column: str = "text") -> Iterator[str | list[int]]:

@@ -7,32 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from ds_compress.config import words
-from ds_compress.config.coverage import left_out
-from ds_compress.config.inventory import few
+from ds_compress.config.report import words
+from ds_compress.config.report.coverage import left_out
+from ds_compress.modelinfo.inventory import few
 
 if TYPE_CHECKING:
-    from ds_compress.engine.session import Compression
+    from ds_compress.engine.run import CompressionRun
 
 logger = logging.getLogger("ds_compress")
 
 
-def announce_start(session: Compression, engine: Any) -> None:
+def announce_start(run: CompressionRun, engine: Any) -> None:
     """One line for the run, one for each enabled block, one for what a default left out."""
-    plan = session.plan
+    plan = run.plan
     count = sum(weight.numel for weight in plan.weights)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     where = (
         f"ZeRO stage {engine.zero_optimization_stage()}, {processes} process{'es' if processes > 1 else ''}"
     )
-    if not session.stages and not plan.config.layer_reduction:
+    if not run.techniques and not plan.config.layer_reduction:
         return  # the line that nothing is enabled is there already
-    logger.info("%s with %s parameters, %s", type(session.model).__name__, f"{count:,}", where)
+    logger.info("%s with %s parameters, %s", type(run.model).__name__, f"{count:,}", where)
     claimed = {key: len(technique.targets) for key, technique in plan.techniques.items()}
     for key, what in (*words.structure_lines(plan.structures), *words.block_lines(plan.config, claimed)):
         logger.info("%s: %s", key, what)
-    for key, stage in session.stages.items():
-        if whole := stage.untouched():
+    for key, technique in run.techniques.items():
+        if whole := technique.untouched():
             logger.warning(
                 "%s removes nothing from %s: its dense_ratio is rounded up to all of the few units there",
                 key,

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_compress.config.errors import ConfigError, Problem
-from ds_compress.engine import seams
-from ds_compress.engine.gather import whole_modules
-from ds_compress.engine.session import teacher_given
+from ds_compress.engine.run import teacher_given
+from ds_compress.engine.zero import internals
+from ds_compress.engine.zero.gather import full_modules
+from ds_compress.errors import ConfigError, Problem
 from ds_compress.quant import layers
 
 
@@ -47,17 +47,17 @@ def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
     fp32 CPU tensors by name on process 0, an empty dict elsewhere; learned scales are folded into the weights.
     A collective that makes one module whole at a time, so no process but the first ever holds more than
     a layer. A tied weight has the values of the module that quantizes it."""
-    if seams.tensor_parallel_group(engine) is not None:
-        return seams.whole_state_dict(engine)
+    if internals.tensor_parallel_group(engine) is not None:
+        return internals.full_state_dict(engine)
     keep = not dist.is_initialized() or dist.get_rank() == 0
     quantized_by = {
         id(module.weight): module
         for module in engine.module.modules()
-        if layers.weight_recipe(module) is not None
+        if layers.fake_quant_of(module) is not None
     }
     result: dict[str, torch.Tensor] = {}
     values_of: dict[int, torch.Tensor] = {}
-    for module_name, module in whole_modules(engine.module):
+    for module_name, module in full_modules(engine.module):
         if not keep:
             continue
         for name, parameter in module.named_parameters(recurse=False):

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.resolve import resolve
-from ds_compress.config.source import block_of
-from ds_compress.config.structures import StructurePlan, StructureTarget, kept_units
-from ds_compress.engine import origin
-from ds_compress.engine.plain import cut_in_place
-from ds_compress.engine.sessions import session_of
-from ds_compress.engine.shards import Shards
-from ds_compress.engine.tensor_parallel import require_whole_layers
+from ds_compress.config.resolve.resolver import resolve
+from ds_compress.config.resolve.structures import StructurePlan, StructureTarget, kept_units
+from ds_compress.config.schema.source import block_of
+from ds_compress.engine.checkpoint import origin
+from ds_compress.engine.registry import run_of
+from ds_compress.engine.resize.cut import cut_in_place
+from ds_compress.engine.zero.shards import Shards
+from ds_compress.engine.zero.tensor_parallel import require_full_layers
 from ds_compress.select.scores import SCORES
 from ds_compress.select.units import best, unit_sums
-from ds_compress.stages.sparse_pruning import SparsePruning
-from ds_compress.structure.cut import Cuts
+from ds_compress.structure.cut import PruningPlan
+from ds_compress.techniques.sparse_pruning import SparsePruning
 
 if TYPE_CHECKING:
     from ds_compress.config.targets import TechniquePlan
-    from ds_compress.engine.session import Compression
+    from ds_compress.engine.run import CompressionRun
 
 
 logger = logging.getLogger("ds_compress")
@@ -54,9 +54,9 @@ def finalize(
     """
     if hasattr(engine_or_model, "compression"):
         return _finalize_engine(engine_or_model)
-    session = session_of(engine_or_model) if isinstance(engine_or_model, nn.Module) else None
-    if session is not None:
-        return _finalize_engine(session.engine) if session.engine is not None else _finalize_loop(session)
+    run = run_of(engine_or_model) if isinstance(engine_or_model, nn.Module) else None
+    if run is not None:
+        return _finalize_engine(run.engine) if run.engine is not None else _finalize_loop(run)
     if not isinstance(engine_or_model, nn.Module) or hasattr(engine_or_model, "module"):
         raise ValueError("finalize: this engine has no compression_training block: nothing was masked")
     if config is None:
@@ -70,38 +70,38 @@ def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.M
 
 
 def _finalize_engine(engine: Any) -> nn.Module:
-    require_whole_layers(engine, "finalize")
-    session, model = engine.compression, engine.module
-    cuts, untouched = session.cuts(), _is_untouched(session)
-    session.refresh_weights()
-    session.end()
+    require_full_layers(engine, "finalize")
+    run, model = engine.compression, engine.module
+    cuts, untouched = run.cuts(), _is_untouched(run)
+    run.refresh_weights()
+    run.end()
     cut_in_place(engine, cuts)
     if untouched:
-        return _finalize_model(model, _of_weights(session))
-    origin.mark(model, [name for name in session.unfinished if name in origin.QUANTIZERS])
+        return _finalize_model(model, _of_weights(run))
+    origin.mark(model, [name for name in run.unfinished if name in origin.QUANTIZERS])
     return model
 
 
-def _finalize_loop(session: Compression) -> nn.Module:
-    cuts, untouched = session.cuts(), _is_untouched(session)
-    session.end()
+def _finalize_loop(run: CompressionRun) -> nn.Module:
+    cuts, untouched = run.cuts(), _is_untouched(run)
+    run.end()
     if untouched:
-        return _finalize_model(session.model, _of_weights(session))
-    cuts.rewrite(session.model)
-    origin.mark(session.model, [name for name in session.unfinished if name in origin.QUANTIZERS])
-    return session.model
+        return _finalize_model(run.model, _of_weights(run))
+    cuts.rewrite(run.model)
+    origin.mark(run.model, [name for name in run.unfinished if name in origin.QUANTIZERS])
+    return run.model
 
 
-def _is_untouched(session: Compression) -> bool:
+def _is_untouched(run: CompressionRun) -> bool:
     """Whether no step was taken and no mask loaded: nothing of what the block asks for has happened yet."""
-    sparse = session.stages.get(SparsePruning.name)
+    sparse = run.techniques.get(SparsePruning.name)
     masked = isinstance(sparse, SparsePruning) and bool(sparse.masks)
-    return not session.applied_steps and not masked and not any(stage.kept for stage in session.structured)
+    return not run.applied_steps and not masked and not any(technique.kept for technique in run.structured)
 
 
-def _of_weights(session: Compression) -> dict[str, Any]:
+def _of_weights(run: CompressionRun) -> dict[str, Any]:
     """What of the block the weights alone decide; layers of a teacher are in place since the session began."""
-    blocks = {**session.block}
+    blocks = {**run.block}
     logger.info(
         "ds_compress: no step was taken under this block: masks are made now, of the weights as they are"
     )
@@ -120,19 +120,19 @@ def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike
         for target in structures.targets
     }
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
-    Cuts.of(structures, kept).rewrite(model)
+    PruningPlan.of(structures, kept).rewrite(model)
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
 
-def _prune_smallest(model: nn.Module, technique: TechniquePlan) -> None:
+def _prune_smallest(model: nn.Module, plan: TechniquePlan) -> None:
     """The final masks of `sparse_pruning` by magnitude. A model that was masked already has them, as its zeros."""
-    stage = SparsePruning(technique)
-    stage.score = SCORES["l1"]()
+    technique = SparsePruning(plan)
+    technique.score = SCORES["l1"]()
     shards = Shards.of_model(model)
-    stage.attach(shards)
-    stage.update_masks(max(stage.schedule.begin, stage.schedule.end or 0))
-    stage.on_update([shards.fragments[name] for name in stage.masks])
+    technique.attach(shards)
+    technique.update_masks(max(technique.schedule.begin, technique.schedule.end or 0))
+    technique.on_update([shards.fragments[name] for name in technique.masks])
 
 
 def _largest_units(model: nn.Module, structures: StructurePlan, target: StructureTarget) -> torch.Tensor:

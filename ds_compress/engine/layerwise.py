@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ds_compress.config.errors import ConfigError, Problem
-from ds_compress.config.layers import find_layers
-from ds_compress.engine.parameters import full_parameters
-from ds_compress.engine.self_teacher import frozen_copy, quantizers_off
+from ds_compress.engine.teachers.self_teacher import frozen_copy, quantizers_off
+from ds_compress.engine.zero.parameters import full_parameters
+from ds_compress.errors import ConfigError, Problem
+from ds_compress.modelinfo.layers import find_layers
 from ds_compress.quant import layers as quant_layers
 
 logger = logging.getLogger("ds_compress")
@@ -70,8 +70,8 @@ def distill_layers(
     Raises:
         ConfigError: nothing is quantized (now). ValueError: there is no batch.
     """
-    session = getattr(engine, "compression", None)
-    if session is None or not _is_quantized(engine.module):
+    run = getattr(engine, "compression", None)
+    if run is None or not _is_quantized(engine.module):
         path = "compression_training.weight_quantization"
         allowed = (
             'an enabled block that quantizes now ("schedule_offset": 0, start_bits equal to target_bits)'
@@ -81,11 +81,11 @@ def distill_layers(
     given = [dict(batch) for batch in batches]
     if not given:
         raise ValueError("distill_layers: there is no batch to learn from")
-    _calibrate(engine, session, given)
+    _calibrate(engine, run, given)
     inputs = _recorded(engine.module, layers, given)
     results = []
     for index, layer in enumerate(layers):
-        result = _distill_layer(f"{name}.{index}", index, layer, inputs, session, steps, learning_rate)
+        result = _distill_layer(f"{name}.{index}", index, layer, inputs, run, steps, learning_rate)
         results.append(result)
         logger.info("ds_compress: %s: error %.3g -> %.3g", result.name, result.before, result.after)
     return results
@@ -96,7 +96,7 @@ def _distill_layer(
     index: int,
     layer: nn.Module,
     inputs: _Inputs,
-    session: Any,
+    run: Any,
     steps: int,
     learning_rate: float,
 ) -> LayerResult:
@@ -114,7 +114,7 @@ def _distill_layer(
 
     pairs = zip(student.parameters(), layer.parameters(), strict=True)
     trained = [parameter.requires_grad_() for parameter, own in pairs if own.requires_grad]
-    kept = [p.detach() != 0 for p in trained] if any(key in session.stages for key in _PRUNING) else None
+    kept = [p.detach() != 0 for p in trained] if any(key in run.techniques for key in _PRUNING) else None
     before = _mean_error(error, len(targets))
     best, least = [p.detach().clone() for p in trained], before
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
@@ -131,20 +131,20 @@ def _distill_layer(
             if now < least:
                 best, least = [p.detach().clone() for p in trained], now
     own = [p for p in layer.parameters() if p.requires_grad]
-    _write(session, layer, name, dict(zip(map(id, own), best, strict=True)))
+    _write(run, layer, name, dict(zip(map(id, own), best, strict=True)))
     inputs.hidden = targets
     return LayerResult(name, before, least)
 
 
 def _is_quantized(model: nn.Module) -> bool:
-    return any(quant_layers.weight_recipe(module) is not None for module in model.modules())
+    return any(quant_layers.fake_quant_of(module) is not None for module in model.modules())
 
 
 @torch.no_grad()
-def _calibrate(engine: Any, session: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def _calibrate(engine: Any, run: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Static ranges of activations that do not exist yet are observed on the batches."""
-    stage = session.stages.get("activation_quantization")
-    if stage is None or not stage.lacks_ranges:
+    technique = run.techniques.get("activation_quantization")
+    if technique is None or not technique.lacks_ranges:
         return
     quantized = [m for m in engine.module.modules() if isinstance(m, quant_layers.QATModule)]
     with _evaluating(engine.module), quantizers_off(engine.module, ("weight_quantizer",)):
@@ -152,7 +152,7 @@ def _calibrate(engine: Any, session: Any, batches: Sequence[Mapping[str, torch.T
             module.training = True  # it observes then
         for batch in batches:
             engine.module(**_without_labels(engine, batch))
-    stage.before_step(session.applied_steps)
+    technique.before_step(run.applied_steps)
 
 
 @torch.no_grad()
@@ -242,7 +242,7 @@ def _average(tensors: Sequence[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def _write(session: Any, layer: nn.Module, name: str, trained: Mapping[int, torch.Tensor]) -> None:
+def _write(run: Any, layer: nn.Module, name: str, trained: Mapping[int, torch.Tensor]) -> None:
     """The same values everywhere: into the parameters, and into this process' fragments of their masters."""
     for local, parameter in layer.named_parameters():
         if id(parameter) not in trained:
@@ -250,7 +250,7 @@ def _write(session: Any, layer: nn.Module, name: str, trained: Mapping[int, torc
         value = trained[id(parameter)]
         with full_parameters([parameter], write=True):
             parameter.data.copy_(value)
-        fragment = session.shards.fragments.get(f"{name}.{local}")
+        fragment = run.shards.fragments.get(f"{name}.{local}")
         if fragment is not None:
             part = value.flatten()[fragment.start : fragment.start + fragment.numel]
             fragment.values.copy_(part)

@@ -75,7 +75,7 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
         if mapping is not None:
             # Bad input is an error before any model is partitioned or any process group is asked.
             from ds_compress.config import parse_config
-            from ds_compress.config.placement import refuse_misplaced
+            from ds_compress.config.schema.placement import refuse_misplaced
 
             refuse_misplaced(mapping)
             if KEY in mapping:
@@ -105,14 +105,14 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         trains = _trains(call.arguments["optimizer"], config_class)
         if block is not None and trains:
             from ds_compress.engine.announce import announce_start
+            from ds_compress.engine.run import CompressionRun
             from ds_compress.engine.run_end import warn_if_alone
-            from ds_compress.engine.session import Compression
 
             warn_if_alone()
-            session = Compression.prepare(call.arguments, block, type(engine).__name__)
+            run = CompressionRun.prepare(call.arguments, block, type(engine).__name__)
             arguments = {name: value for name, value in call.arguments.items() if name != "self"}
-            session.construct(engine, arguments, original)
-            announce_start(session, engine)
+            run.construct(engine, arguments, original)
+            announce_start(run, engine)
         else:
             original(*args, **kwargs)
             if trains:
@@ -125,10 +125,10 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
 
 def _block_of_prepared(model: Any) -> Mapping[str, Any] | None:
     """Of a model that `compat.init_compression` prepared and whose DeepSpeed JSON came without the block."""
-    from ds_compress.engine.sessions import session_of
+    from ds_compress.engine.registry import run_of
 
-    session = session_of(model)
-    return session.block if session is not None and session.engine is None else None
+    run = run_of(model)
+    return run.block if run is not None and run.engine is None else None
 
 
 def _trains(optimizer: Any, config_class: Any) -> bool:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from ds_compress.config.run_length import refuse_unfinished, unfinished_line
+from ds_compress.config.schema.run_length import refuse_unfinished, unfinished_line
 
 if TYPE_CHECKING:
-    from ds_compress.engine.session import Compression
+    from ds_compress.engine.run import CompressionRun
 
 logger = logging.getLogger("ds_compress")
 
 _LAST_CALLS = ("save_16bit_model", "destroy")
 _LENGTHS = ("total_num_steps", "total_steps")
-_running: weakref.WeakSet[Compression] = weakref.WeakSet()
+_running: weakref.WeakSet[CompressionRun] = weakref.WeakSet()
 
 
-def watch(engine: Any, session: Compression) -> None:
+def watch(engine: Any, run: CompressionRun) -> None:
     """Checks the schedules against the engine's scheduler now, and at each call that may be the run's last.
 
     Raises:
@@ -37,25 +37,25 @@ def watch(engine: Any, session: Compression) -> None:
         steps = getattr(engine.lr_scheduler, name, None)
         if isinstance(steps, int) and steps > 0:
             source = f"{name} of {type(engine.lr_scheduler).__name__}"
-            refuse_unfinished(session.config, steps, source)
+            refuse_unfinished(run.config, steps, source)
     for name in _LAST_CALLS:
-        setattr(engine, name, _saying_first(getattr(engine, name), session))
-    _running.add(session)
+        setattr(engine, name, _saying_first(getattr(engine, name), run))
+    _running.add(run)
 
 
-def unwatch(engine: Any, session: Compression) -> None:
-    """Gives the engine its own methods back; the run of `session` is over, or goes on in another one."""
-    _running.discard(session)
+def unwatch(engine: Any, run: CompressionRun) -> None:
+    """Gives the engine its own methods back; the run of `run` is over, or goes on in another one."""
+    _running.discard(run)
     for name in _LAST_CALLS:
         vars(engine).pop(name, None)
 
 
-def warn_if_unfinished(session: Compression) -> None:
+def warn_if_unfinished(run: CompressionRun) -> None:
     """The line about schedules that have not ended, once for each state of the counters."""
-    steps = session.applied_steps
-    line = unfinished_line(session.config, steps)
-    if line is not None and steps and session.said_unfinished_at != steps:
-        session.said_unfinished_at = steps
+    steps = run.applied_steps
+    line = unfinished_line(run.config, steps)
+    if line is not None and steps and run.said_unfinished_at != steps:
+        run.said_unfinished_at = steps
         logger.warning("%s", line)
 
 
@@ -78,10 +78,10 @@ def warn_if_alone(processes: int | None = None) -> None:
         )
 
 
-def _saying_first(call: Any, session: Compression) -> Any:
+def _saying_first(call: Any, run: CompressionRun) -> Any:
     @functools.wraps(call)
     def saying_first(*args: Any, **kwargs: Any) -> Any:
-        warn_if_unfinished(session)
+        warn_if_unfinished(run)
         return call(*args, **kwargs)
 
     return saying_first
@@ -89,5 +89,5 @@ def _saying_first(call: Any, session: Compression) -> Any:
 
 @atexit.register
 def _at_exit() -> None:
-    for session in list(_running):
-        warn_if_unfinished(session)
+    for run in list(_running):
+        warn_if_unfinished(run)

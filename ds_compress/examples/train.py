@@ -163,7 +163,7 @@ def beside(folder: Path, name: str) -> Path:
 
 def stop_activation_quantization(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Leaves activations as they are from here on, as a stock model will; False if nothing quantized them."""
-    stages = engine.compression.stages if hasattr(engine, "compression") else {}
+    stages = engine.compression.techniques if hasattr(engine, "compression") else {}
     if "activation_quantization" not in stages:
         return False
     stages["activation_quantization"].detach()

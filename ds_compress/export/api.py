@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.adapters import has_adapters
-from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.config.modules import ModuleKind, shape_of
-from ds_compress.engine.open_source import opened
+from ds_compress.engine.export_source import load_source
+from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
 from ds_compress.export.attributes import fresh, unsaid
 from ds_compress.export.compressed_tensors import CompressedTensorsFormat
-from ds_compress.export.errors import ExportError
 from ds_compress.export.exact import in_fp32, is_sharded
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
@@ -31,10 +28,13 @@ from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serving_format import ServingFormat
 from ds_compress.export.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ds_compress.export.source import Trained
+from ds_compress.export.source import ExportSource
 from ds_compress.export.tokenizer import save_tokenizer
 from ds_compress.export.versions import versions
 from ds_compress.export.writing import UnfinishedFolder
+from ds_compress.modelinfo.adapters import has_adapters
+from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.quant import layers
 
 _MANY_ZERO_UNITS = 0.1
@@ -80,7 +80,7 @@ def export(
     Raises:
         ExportError: with a reason that names the module; `out_dir` is then as it was before.
     """
-    trained = opened(source, model)
+    trained = load_source(source, model)
     out = Path(out_dir)
     failure: BaseException | None = None
     unfinished = None
@@ -90,7 +90,7 @@ def export(
     except (OSError, ExportError) as error:
         failure = error
     try:
-        trained.agree(failure)
+        trained.broadcast_error(failure)
         job = _Export(trained, format, Options(dtype, embeddings, scheme), inputs, check)
         job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
         try:
@@ -98,7 +98,7 @@ def export(
                 unfinished.finish()
         except OSError as error:
             failure = error
-        trained.agree(failure)
+        trained.broadcast_error(failure)
         report: ExportReport = trained.share(job.report)
         return report
     finally:
@@ -111,7 +111,7 @@ class _Export:
 
     def __init__(
         self,
-        trained: Trained,
+        trained: ExportSource,
         format: str | None,
         options: Options,
         inputs: Mapping[str, torch.Tensor] | None,
@@ -149,7 +149,7 @@ class _Export:
         except Exception as error:
             failure = error
         failure = failure or self._write_tensors(folder, shard_bytes)
-        trained.agree(failure)
+        trained.broadcast_error(failure)
         # The model runs in every process; only one compares.
         expected = self._expected()
         failure = None
@@ -160,7 +160,7 @@ class _Export:
             failure = (
                 error if isinstance(error, ExportError) else ExportError(f"{type(error).__name__}: {error}")
             )
-        trained.agree(failure)
+        trained.broadcast_error(failure)
 
     def _write_tensors(self, folder: Path, shard_bytes: int) -> BaseException | None:
         failure: BaseException | None = None
@@ -267,7 +267,7 @@ class _Export:
 
     def _quantizes_tables(self) -> bool:
         return any(
-            isinstance(m, nn.Embedding) and layers.weight_recipe(m) for m in self.trained.model.modules()
+            isinstance(m, nn.Embedding) and layers.fake_quant_of(m) for m in self.trained.model.modules()
         )
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
@@ -330,13 +330,13 @@ class _Export:
 def is_quantized(model: nn.Module) -> bool:
     """Whether a weight or an input of the model is quantized now."""
     return any(
-        layers.weight_recipe(module) is not None
+        layers.fake_quant_of(module) is not None
         or getattr(getattr(module, "input_quantizer", None), "enabled", False)
         for module in model.modules()
     )
 
 
-def _after_cuts(trained: Trained) -> nn.Module:
+def _after_cuts(trained: ExportSource) -> nn.Module:
     cuts = trained.cuts
     if cuts is None or not cuts.active():
         return trained.model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.modules import shape_of
+from ds_compress.modelinfo.kinds import shape_of
 
 _NUMBERS = (int, float)
 _RESTORED_WITH_WEIGHTS = ("in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx")

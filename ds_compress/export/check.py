@@ -32,7 +32,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ds_compress.export.errors import ExportError
+from ds_compress.errors import ExportError
 from ds_compress.export.fingerprint import Fingerprint, same
 
 _RELATIVE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}

@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.config.modules import ModuleKind, kind_of
+from ds_compress.errors import ExportError
 from ds_compress.export.encoded import EncodedWeight
-from ds_compress.export.errors import ExportError
 from ds_compress.export.format import OTHER_FORMAT, Format
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.export.rehearsal import loads_packed
-from ds_compress.export.source import Trained
+from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import TokenGranularity, ranges_between
 
@@ -46,7 +46,7 @@ class CompressedTensorsFormat(Format):
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def check_source(self, trained: Trained, final: nn.Module) -> None:
+    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
         super().check_source(trained, final)
         if self.options.scheme not in (None, "fp8"):
             raise ExportError(f'scheme is None or "fp8", got {self.options.scheme!r}')
@@ -200,16 +200,16 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
 
 
-def _loads_packed(trained: Trained, final: nn.Module) -> bool:
+def _loads_packed(trained: ExportSource, final: nn.Module) -> bool:
     """Whether the class gets through its loading without the weights that would be packed."""
-    recipes = {name: layers.weight_recipe(module) for name, module in trained.model.named_modules()}
+    recipes = {name: layers.fake_quant_of(module) for name, module in trained.model.named_modules()}
     renamed = (
         {} if trained.cuts is None else {name: trained.cuts.renamed(f"{name}.weight") for name in recipes}
     )
     targets = [
         str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
-        for name, recipe in recipes.items()
-        if recipe is not None and kind_of(trained.model.get_submodule(name)) is ModuleKind.LINEAR
+        for name, fake_quant in recipes.items()
+        if fake_quant is not None and kind_of(trained.model.get_submodule(name)) is ModuleKind.LINEAR
         if renamed.get(name, "") is not None
     ]
     if not targets:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ds_compress.quant.grid import Granularity, Levels, WeightGrid, quantize, working_dtype
-from ds_compress.quant.operands import WeightRecipe, quantize_weight, rounding_noise
+from ds_compress.quant.operands import FakeQuantConfig, quantize_weight, rounding_noise
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,22 @@ class EncodedWeight:
 
 
 def encode(
-    weight: torch.Tensor, recipe: WeightRecipe, step_size: torch.Tensor | None = None
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None = None
 ) -> EncodedWeight:
     """The integers behind `quant.layers.quantized_weight`, of which they are checked to be.
 
     Raises:
         ValueError: the weight has no integers (still blended, NaN), or its scales do not fit the layout.
     """
-    if recipe.real_share:
+    if fake_quant.blend_ratio:
         raise ValueError(
-            f"it is still a blend of {recipe.real_share:.0%} real weights (fp16_mixed_quantize): train on until 0"
+            f"it is still a blend of {fake_quant.blend_ratio:.0%} real weights (fp16_mixed_quantize): train on until 0"
         )
     if not bool(weight.isfinite().all()):
         raise ValueError("it has NaN or Inf")
-    grid = recipe.grid
-    scale = None if step_size is None else step_size.to(working_dtype(weight)) * recipe.step_ratio
-    quantized = quantize(weight.detach(), grid, rounding_noise(weight, recipe), scale)
+    grid = fake_quant.grid
+    scale = None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
+    quantized = quantize(weight.detach(), grid, rounding_noise(weight, fake_quant), scale)
     transposed = grid.channel_axis == 1
     columns = _columns(tuple(weight.shape), transposed)
     matrix = (quantized.codes.t() if transposed else quantized.codes).reshape(-1, columns)
@@ -116,7 +116,7 @@ def encode(
         shape=tuple(weight.shape),
         transposed=transposed,
     )
-    trained = quantize_weight(weight.detach(), recipe, step_size).values
+    trained = quantize_weight(weight.detach(), fake_quant, step_size).values
     if not torch.equal(encoded.values().to(trained.dtype), trained.cpu()):
         raise ValueError("its codes and scales do not give the weight that training computed with")
     return encoded
@@ -125,7 +125,7 @@ def encode(
 def encode_rows(weight: torch.Tensor) -> EncodedWeight:
     """A weight that was not trained in integers, rounded to int8 with one scale per row: max|row| / 127."""
     grid = WeightGrid(bits=8, narrow_range=True, granularity=Granularity.PER_CHANNEL)
-    return encode(weight.float(), WeightRecipe(grid))
+    return encode(weight.float(), FakeQuantConfig(grid))
 
 
 def _bits(grid: WeightGrid, codes: torch.Tensor) -> int:

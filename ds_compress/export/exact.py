@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.auxiliary import is_auxiliary
+from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.quant import layers
 
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ def in_fp32(model: nn.Module, stored: torch.dtype | None = None) -> Iterator[Non
         with _modules_in_fp32(model, value), _buffers_in_fp32(model):
             yield
         return
-    quantized = {id(module.weight) for module in model.modules() if layers.weight_recipe(module) is not None}
+    quantized = {id(module.weight) for module in model.modules() if layers.fake_quant_of(module) is not None}
     before: list[tuple[nn.Parameter, torch.Tensor]] = []
     for name, parameter in model.named_parameters():
         if not _is_converted(parameter, stored) or is_auxiliary(name):
@@ -127,7 +127,7 @@ def _hooks(
             if parameter.is_floating_point()
         ]
         before.append([(parameter, parameter.data) for _, parameter in own])
-        has_recipe = layers.weight_recipe(module) is not None
+        has_recipe = layers.fake_quant_of(module) is not None
         for name, parameter in own:
             is_quantized = name == layers.STEP_SIZE or (name == "weight" and has_recipe)
             parameter.data = value(parameter.data, is_quantized)

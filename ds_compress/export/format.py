@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ds_compress.config.modules import shape_of
+from ds_compress.errors import ExportError
 from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight
-from ds_compress.export.errors import ExportError
 from ds_compress.export.read import Layer
-from ds_compress.export.source import Trained
+from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
 from ds_compress.structure.stock import other_shapes, stock_obstacles
 
@@ -70,7 +70,7 @@ class Format(ABC):
             ExportError: this format has no words for it; names the module.
         """
 
-    def check_source(self, trained: Trained, final: nn.Module) -> None:
+    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
         """Raises ExportError before anything is read; `final` is the model after its cuts, shapes only."""
         if self.loads_in_stock:
             self.doubts = refuse_unless_stock(trained, final, self.name, self.checked)
@@ -84,7 +84,7 @@ class Format(ABC):
         return {"tie_word_embeddings": False} if self.untied else {}
 
     def finish(  # noqa: B027
-        self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
+        self, folder: Path, trained: ExportSource, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
     ) -> None:
         """After all tensors were written. final: the model after its cuts; inputs: those of the check, if any."""
 
@@ -124,7 +124,7 @@ class Format(ABC):
         return tensor.to(self.options.dtype) if is_float else tensor
 
 
-def refuse_unless_stock(trained: Trained, final: nn.Module, name: str, checked: bool) -> list[str]:
+def refuse_unless_stock(trained: ExportSource, final: nn.Module, name: str, checked: bool) -> list[str]:
     """Where stock transformers would build another model than `final` from its config, and it may not matter.
 
     checked: the exported folder will be loaded, so that the logits decide what is returned here.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.export.errors import ExportError
+from ds_compress.errors import ExportError
 
 _TOKENS, _DECODER_TOKENS, _SENTENCES = 12, 7, 2
 

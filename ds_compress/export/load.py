@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ds_compress.errors import ExportError
 from ds_compress.export.attributes import restore
-from ds_compress.export.errors import ExportError
 from ds_compress.export.fuse import fuse
 from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
@@ -97,8 +97,8 @@ class Stored:
         for file in files:
             if not (folder / file).exists():
                 raise ExportError(f"{folder} lacks {file}: the export is incomplete")
-            with safe_open(folder / file, framework="pt") as opened:
-                self._where |= dict.fromkeys(opened.keys(), folder / file)
+            with safe_open(folder / file, framework="pt") as load_source:
+                self._where |= dict.fromkeys(load_source.keys(), folder / file)
         self._by_module: dict[str, list[str]] = {}
         for name in self._where:
             self._by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -107,8 +107,8 @@ class Stored:
         """By local name."""
         found = {}
         for name in self._by_module.get(self._renamed(module) if self._renamed else module, ()):
-            with safe_open(self._where[name], framework="pt") as opened:
-                found[name.rpartition(".")[2]] = opened.get_tensor(name)
+            with safe_open(self._where[name], framework="pt") as load_source:
+                found[name.rpartition(".")[2]] = load_source.get_tensor(name)
         if any(name in found for name in INSTEAD_OF_WEIGHT):
             found.pop("weight", None)
             if (values := found.pop(PLAIN_VALUES, None)) is not None:

@@ -16,15 +16,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind
+from ds_compress.errors import ExportError
 from ds_compress.export.attributes import restore, unsaid
 from ds_compress.export.encoded import encode_rows
-from ds_compress.export.errors import ExportError
 from ds_compress.export.format import OTHER_FORMAT, Format, emptied, is_of_transformers
 from ds_compress.export.inputs import example_inputs
 from ds_compress.export.load import fill, skeleton
 from ds_compress.export.read import Layer
-from ds_compress.export.source import Trained
+from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.kinds import ModuleKind
 
 FILE_NAME = "model.onnx"
 _PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
@@ -40,7 +40,7 @@ class OnnxFormat(Format):
 
     layers: list[Layer] = field(default_factory=list)
 
-    def check_source(self, trained: Trained, final: nn.Module) -> None:
+    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
         try:
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
@@ -84,7 +84,7 @@ class OnnxFormat(Format):
 
     @torch.no_grad()
     def finish(
-        self, folder: Path, trained: Trained, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
+        self, folder: Path, trained: ExportSource, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
     ) -> None:
         from ds_compress.export.onnx_graph import quantize_graph
 

@@ -11,8 +11,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ds_compress.config.modules import ModuleKind
 from ds_compress.export.read import InputScheme, Layer
+from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.quant.grid import ranges_between
 
 _SCOPES = "pkg.torch.onnx.name_scopes"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind, kind_of
+from ds_compress.errors import ExportError
 from ds_compress.export.encoded import EncodedWeight, encode
-from ds_compress.export.errors import ExportError
-from ds_compress.export.source import Trained
+from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 
@@ -67,7 +67,7 @@ class Layer:
         return f"{self.name}.{name}" if self.name else name
 
 
-def read_layers(trained: Trained) -> Generator[Layer, None, ExportError | None]:
+def read_layers(trained: ExportSource) -> Generator[Layer, None, ExportError | None]:
     """Every module that stores something. A collective where weights are sharded.
 
     In processes that do not write, the layers are empty. Goes through all modules whatever happens, because other
@@ -91,7 +91,7 @@ def read_layers(trained: Trained) -> Generator[Layer, None, ExportError | None]:
 
 
 def _read(
-    trained: Trained,
+    trained: ExportSource,
     name: str,
     module: nn.Module,
     seen: dict[int, tuple[str, tuple[Any, ...]]],
@@ -112,13 +112,13 @@ def _read(
     encoded, split_from = None, ""
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
-    recipe = layers.weight_recipe(module)
+    fake_quant = layers.fake_quant_of(module)
     for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         if local == layers.STEP_SIZE:
             continue
-        is_quantized = local == "weight" and recipe is not None
+        is_quantized = local == "weight" and fake_quant is not None
         step_size = module._parameters.get(layers.STEP_SIZE) if is_quantized else None
-        how = (recipe if is_quantized else None, id(step_size))
+        how = (fake_quant if is_quantized else None, id(step_size))
         if id(parameter) in tied:
             first, how_first = seen.setdefault(id(parameter), (prefix + local, how))
             if first != prefix + local:
@@ -127,10 +127,10 @@ def _read(
                     continue
                 # What goes with it (BERT's decoder and its bias) is untied together.
                 split_from = split_from or first
-        if is_quantized and recipe is not None:
-            used = step_size if recipe.grid.learned else None
+        if is_quantized and fake_quant is not None:
+            used = step_size if fake_quant.grid.learned else None
             try:
-                encoded = encode(parameter.detach(), recipe, used).cut(cut(prefix + local))
+                encoded = encode(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
             except ValueError as error:
                 raise ExportError(f"{name}: {error}") from error
         else:

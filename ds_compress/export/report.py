@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_compress.export.errors import ExportError
+from ds_compress.errors import ExportError
 from ds_compress.export.read import Layer
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind, kind_of
 from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.read import InputScheme
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.ops import kernels
 from ds_compress.quant import layers
 from ds_compress.quant.grid import TokenGranularity, ranges_between

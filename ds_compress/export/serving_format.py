@@ -21,16 +21,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind
+from ds_compress.errors import ExportError
 from ds_compress.export.attributes import reshaped, unsaid
 from ds_compress.export.check import Answer
 from ds_compress.export.encoded import EncodedWeight, encode_rows
-from ds_compress.export.errors import ExportError
 from ds_compress.export.fingerprint import fingerprint
 from ds_compress.export.format import Format, emptied
 from ds_compress.export.inputs import run
 from ds_compress.export.read import Layer
-from ds_compress.export.source import Trained
+from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.kinds import ModuleKind
 
 _BYTE = 8
 QUANT_METHOD = "ds_compress"
@@ -53,7 +53,7 @@ class ServingFormat(Format):
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def check_source(self, trained: Trained, final: nn.Module) -> None:
+    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
         if trained.config is not None:
             self.unsaid, self.reshaped = unsaid(final, final.config), reshaped(final, final.config)
         if self.options.embeddings not in (None, "int8", "float"):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.structure.cut import Cuts
+from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.structure.cut import PruningPlan
 
 Modules = Iterator[tuple[str, nn.Module]]
 
@@ -30,11 +30,11 @@ def _itself(value: Any) -> Any:
 
 
 @dataclass
-class Trained:
+class ExportSource:
     """model: for its modules, quantizers and config; its parameters may be in other places.
 
     modules: (name, module) of every module, whose own parameters are whole until the next one is asked for. A
-    collective where weights are sharded, as are `logits` and `agree`: every process runs through all of it.
+    collective where weights are sharded, as are `logits` and `broadcast_error`: every process runs through all of it.
     writes: whether this process writes; the others only take part. cuts: structures that are masked, and must go.
     agree: raises, in every process, the failure that the writing one had. logits: of the model as it was trained.
     changed: a context in which parameters have other values, by name. steps: applied optimizer steps, if known.
@@ -46,8 +46,8 @@ class Trained:
     model: nn.Module
     modules: Callable[[], Modules]
     writes: bool = True
-    cuts: Cuts | None = None
-    agree: Callable[[BaseException | None], None] = _nothing
+    cuts: PruningPlan | None = None
+    broadcast_error: Callable[[BaseException | None], None] = _nothing
     changed: Callable[[Mapping[str, torch.Tensor]], contextlib.AbstractContextManager[None]] = field(
         default=lambda values: contextlib.nullcontext()
     )
@@ -65,7 +65,7 @@ class Trained:
         return config if hasattr(config, "to_diff_dict") else None
 
 
-def of_module(model: nn.Module) -> Trained:
+def of_module(model: nn.Module) -> ExportSource:
     """A model that is whole in this process."""
 
     @contextlib.contextmanager
@@ -81,4 +81,4 @@ def of_module(model: nn.Module) -> Trained:
                 parameter.data = before[name]
 
     exported = [(name, module) for name, module in model.named_modules() if not is_auxiliary(name)]
-    return Trained(model, modules=lambda: iter(exported), changed=changed)
+    return ExportSource(model, modules=lambda: iter(exported), changed=changed)

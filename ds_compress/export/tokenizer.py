@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ds_compress.export.errors import ExportError
+from ds_compress.errors import ExportError
 
 _FILES = (
     "tokenizer*.json",

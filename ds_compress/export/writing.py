@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from ds_compress.export.errors import ExportError
+from ds_compress.errors import ExportError
 
 
 class UnfinishedFolder:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ds_compress.config.run_length import refuse_unfinished
+from ds_compress.config.schema.run_length import refuse_unfinished
+from ds_compress.engine.registry import run_of
 from ds_compress.engine.run_end import warn_if_alone, warn_if_unfinished
-from ds_compress.engine.sessions import session_of
 
 logger = logging.getLogger("ds_compress")
 
@@ -41,31 +41,31 @@ class CompressionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises ConfigError when a schedule ends after the Trainer's last optimizer step."""
-        session = session_of(kwargs["model"])
-        if session is not None:
+        run = run_of(kwargs["model"])
+        if run is not None:
             warn_if_alone(args.world_size)
-        if session is not None and session.engine is not None and state.max_steps > 0:
-            refuse_unfinished(session.config, state.max_steps, "the Trainer's max_steps")
+        if run is not None and run.engine is not None and state.max_steps > 0:
+            refuse_unfinished(run.config, state.max_steps, "the Trainer's max_steps")
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs, session = kwargs.get("logs"), session_of(kwargs["model"])
-        if not logs or "loss" not in logs or session is None or not state.is_world_process_zero:
+        logs, run = kwargs.get("logs"), run_of(kwargs["model"])
+        if not logs or "loss" not in logs or run is None or not state.is_world_process_zero:
             return
-        numbers = {f"{PREFIX}/{name}": value for name, value in session.metrics().items()}
+        numbers = {f"{PREFIX}/{name}": value for name, value in run.metrics().items()}
         logs.update(numbers)
         # The Trainer has copied the log into its history already.
         state.log_history[-1].update(numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        session = session_of(kwargs["model"])
-        if session is None or session.engine is None:
+        run = run_of(kwargs["model"])
+        if run is None or run.engine is None:
             return
-        warn_if_unfinished(session)
-        if session.said_result_at != session.applied_steps:
-            session.said_result_at = session.applied_steps
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in session.metrics().items())
+        warn_if_unfinished(run)
+        if run.said_result_at != run.applied_steps:
+            run.said_result_at = run.applied_steps
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in run.metrics().items())
             logger.info(
                 "after %s steps: %s. Write the compressed model with ds_compress.export(trainer, folder)",
-                f"{session.applied_steps:,}",
+                f"{run.applied_steps:,}",
                 numbers or "no numbers",
             )

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.adapters import adapted_layers
 from ds_compress.engine.finalize import finalize
-from ds_compress.engine.plain import cut_in_place
-from ds_compress.engine.tensor_parallel import require_whole_layers
-from ds_compress.select import bitmask
-from ds_compress.structure.cut import Cuts
+from ds_compress.engine.resize.cut import cut_in_place
+from ds_compress.engine.zero.tensor_parallel import require_full_layers
+from ds_compress.modelinfo.adapters import adapted_layers
+from ds_compress.ops import bitmask
+from ds_compress.structure.cut import PruningPlan
 
 logger = logging.getLogger("ds_compress")
 
@@ -42,11 +42,11 @@ def merge_and_unload(model_or_engine: Any, **kwargs: Any) -> nn.Module:
     model = model_or_engine
     if isinstance(getattr(model_or_engine, "module", None), nn.Module):
         model = model_or_engine.module
-        require_whole_layers(model_or_engine, "merge_and_unload")
+        require_full_layers(model_or_engine, "merge_and_unload")
         if hasattr(model_or_engine, "compression"):
             finalize(model_or_engine)
         else:
-            cut_in_place(model_or_engine, Cuts.of([], {}))
+            cut_in_place(model_or_engine, PruningPlan.of([], {}))
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers or not hasattr(model, "merge_and_unload"):
         raise ValueError(f"merge_and_unload: this {type(model).__name__} has no adapters of PEFT to merge")

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import Trainer
 
 from ds_compress.config import ConfigError
-from ds_compress.config.errors import Problem, shown
-from ds_compress.config.schema import CompressionConfig, parse_config
-from ds_compress.engine.session import teacher_given
+from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
+from ds_compress.engine.run import teacher_given
+from ds_compress.errors import Problem, shown
 from ds_compress.hf.callback import CompressionCallback
 
 _PATH = "compression_training.distillation"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ds_compress.quant.counter_rng import uniform_at
+from ds_compress.ops.counter_rng import uniform_at
 from ds_compress.quant.gradients import (
     finish_step_gradient,
     mix_gradient,
@@ -33,13 +33,13 @@ from ds_compress.quant.grid import (
     working_dtype,
 )
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
-from ds_compress.quant.operands import WeightRecipe
+from ds_compress.quant.operands import FakeQuantConfig
 
 
 def quantized_embedding(
     indices: torch.Tensor,
     weight: torch.Tensor,
-    recipe: WeightRecipe,
+    fake_quant: FakeQuantConfig,
     step_size: torch.Tensor | None = None,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
@@ -49,10 +49,10 @@ def quantized_embedding(
     The grid is per channel (a scale per row), per column group, or per tensor; `padding_idx` is not negative.
     Raises ValueError for groups of the flattened table, which cut across rows.
     """
-    if recipe.grid.granularity is Granularity.PER_GROUP:
+    if fake_quant.grid.granularity is Granularity.PER_GROUP:
         raise ValueError("an embedding is quantized per_channel (per row), per_column_group or per_tensor")
     padding = -1 if padding_idx is None else padding_idx
-    return _QuantizedEmbedding.apply(indices, weight, step_size, recipe, padding, scale_grad_by_freq)
+    return _QuantizedEmbedding.apply(indices, weight, step_size, fake_quant, padding, scale_grad_by_freq)
 
 
 class _QuantizedEmbedding(Function):
@@ -62,30 +62,30 @@ class _QuantizedEmbedding(Function):
         indices: torch.Tensor,
         weight: torch.Tensor,
         step_size: torch.Tensor | None,
-        recipe: WeightRecipe,
+        fake_quant: FakeQuantConfig,
         padding_idx: int,
         scale_grad_by_freq: bool,
     ) -> torch.Tensor:
-        ctx.recipe, ctx.padding_idx, ctx.scale_grad_by_freq = recipe, padding_idx, scale_grad_by_freq
+        ctx.fake_quant, ctx.padding_idx, ctx.scale_grad_by_freq = fake_quant, padding_idx, scale_grad_by_freq
         ctx.save_for_backward(indices, weight, step_size)
-        rows, ranges, noise = _looked_up(indices, weight, recipe, step_size)
-        blocks = encode_weight(rows, ranges, recipe.grid, noise)
+        rows, ranges, noise = _looked_up(indices, weight, fake_quant, step_size)
+        blocks = encode_weight(rows, ranges, fake_quant.grid, noise)
         decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
-        quantized = within(join_weight(decoded, rows.shape, recipe.grid), weight.dtype)
-        if recipe.real_share:
-            quantized.mul_(1 - recipe.real_share).add_(rows, alpha=recipe.real_share)
+        quantized = within(join_weight(decoded, rows.shape, fake_quant.grid), weight.dtype)
+        if fake_quant.blend_ratio:
+            quantized.mul_(1 - fake_quant.blend_ratio).add_(rows, alpha=fake_quant.blend_ratio)
         return quantized.to(weight.dtype).view(*indices.shape, weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         indices, weight, step_size = ctx.saved_tensors
-        recipe: WeightRecipe = ctx.recipe
+        fake_quant: FakeQuantConfig = ctx.fake_quant
         grad_rows = grad.reshape(-1, weight.shape[1])
         grad_step = None
-        if recipe.changes_gradient:
+        if fake_quant.changes_gradient:
             grad_rows, grad_step = _rows_backward(
-                grad_rows, indices, weight, recipe, step_size, ctx.padding_idx
+                grad_rows, indices, weight, fake_quant, step_size, ctx.padding_idx
             )
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -96,18 +96,18 @@ class _QuantizedEmbedding(Function):
 
 
 def _looked_up(
-    indices: torch.Tensor, weight: torch.Tensor, recipe: WeightRecipe, step_size: torch.Tensor | None
+    indices: torch.Tensor, weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None
 ) -> tuple[torch.Tensor, list[Ranges], torch.Tensor | None]:
     """The rows `[N, dim]` of all indices in the working dtype, their ranges, their rounding noise."""
-    flat, grid = indices.reshape(-1), recipe.grid
+    flat, grid = indices.reshape(-1), fake_quant.grid
     rows = F.embedding(flat, weight).to(working_dtype(weight))
     noise = None
     if grid.stochastic:
         columns = torch.arange(weight.shape[1], device=weight.device)
         elements = flat.to(torch.int64)[:, None] * weight.shape[1] + columns
-        noise = uniform_at(elements, recipe.noise_key).to(rows.dtype)
+        noise = uniform_at(elements, fake_quant.noise_key).to(rows.dtype)
     if step_size is not None:
-        scale = step_size.to(rows.dtype) * recipe.step_ratio
+        scale = step_size.to(rows.dtype) * fake_quant.step_ratio
         own = scale if grid.granularity is Granularity.PER_TENSOR else scale[flat]
         return rows, learned_ranges(own, rows.shape, grid), noise
     if grid.granularity is Granularity.PER_TENSOR:
@@ -119,13 +119,13 @@ def _rows_backward(
     grad_rows: torch.Tensor,
     indices: torch.Tensor,
     weight: torch.Tensor,
-    recipe: WeightRecipe,
+    fake_quant: FakeQuantConfig,
     step_size: torch.Tensor | None,
     padding_idx: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    grid = recipe.grid
-    rows, ranges, noise = _looked_up(indices, weight, recipe, step_size)
-    normalized = normalized_blocks(rows, recipe, ranges, noise)
+    grid = fake_quant.grid
+    rows, ranges, noise = _looked_up(indices, weight, fake_quant, step_size)
+    normalized = normalized_blocks(rows, fake_quant, ranges, noise)
     exact_grad = grad_rows.to(rows.dtype).contiguous()
     grads = split_weight(exact_grad, grid)
     kept = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
@@ -133,8 +133,10 @@ def _rows_backward(
     if step_size is not None:
         flat = indices.reshape(-1)
         trained = exact_grad * (flat != padding_idx)[:, None]  # a padding row trains neither weight nor scale
-        grad_step = _step_gradient(split_weight(trained, grid), normalized, flat, weight, recipe, step_size)
-    mixed = mix_gradient(join_weight(kept, rows.shape, grid), exact_grad, recipe)
+        grad_step = _step_gradient(
+            split_weight(trained, grid), normalized, flat, weight, fake_quant, step_size
+        )
+    mixed = mix_gradient(join_weight(kept, rows.shape, grid), exact_grad, fake_quant)
     return mixed.to(grad_rows.dtype), grad_step
 
 
@@ -143,11 +145,11 @@ def _step_gradient(
     normalized: list[torch.Tensor],
     flat: torch.Tensor,
     weight: torch.Tensor,
-    recipe: WeightRecipe,
+    fake_quant: FakeQuantConfig,
     step_size: torch.Tensor,
 ) -> torch.Tensor:
     """Sums what each looked-up row adds to the scales of the table."""
-    grid = recipe.grid
+    grid = fake_quant.grid
     whole_table = grid.granularity is Granularity.PER_TENSOR
     counts = [weight.numel() if whole_table else block.shape[GROUP_AXIS] for block in grads]
     terms = [step_terms(g, v, grid, n) for g, v, n in zip(grads, normalized, counts, strict=True)]
@@ -155,6 +157,6 @@ def _step_gradient(
         [term.sum(GROUP_AXIS, keepdim=True) for term in terms], (flat.numel(), weight.shape[1]), grid
     )
     if whole_table:
-        return finish_step_gradient(sums, step_size, recipe)
+        return finish_step_gradient(sums, step_size, fake_quant)
     per_scale = torch.zeros(step_size.shape, dtype=sums.dtype, device=sums.device)
-    return finish_step_gradient(per_scale.index_add(0, flat, sums), step_size, recipe)
+    return finish_step_gradient(per_scale.index_add(0, flat, sums), step_size, fake_quant)

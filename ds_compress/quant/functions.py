@@ -21,13 +21,13 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ds_compress.ops import bitmask
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import straight_through, weight_backward
 from ds_compress.quant.grid import ActivationGrid, Ranges, normalize, working_dtype
 from ds_compress.quant.integer_product import integer_product, multiplies_codes
-from ds_compress.quant.operands import WeightRecipe, quantize_input, quantize_weight, recipe_ranges
+from ds_compress.quant.operands import FakeQuantConfig, quantize_input, quantize_weight, recipe_ranges
 from ds_compress.quant.products import Product
-from ds_compress.select import bitmask
 
 WEIGHTS_PER_KEPT_SCALE = 128
 _FIELDS = 3  # of Ranges
@@ -38,7 +38,7 @@ def quantized_product(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     product: Product,
-    weight_recipe: WeightRecipe | None = None,
+    fake_quant_of: FakeQuantConfig | None = None,
     input_grid: ActivationGrid | None = None,
     step_size: torch.Tensor | None = None,
     input_range: torch.Tensor | None = None,
@@ -50,7 +50,7 @@ def quantized_product(
     used as it is.
     """
     return _QuantizedProduct.apply(
-        x, weight, bias, step_size, input_range, product, weight_recipe, input_grid
+        x, weight, bias, step_size, input_range, product, fake_quant_of, input_grid
     )
 
 
@@ -64,15 +64,15 @@ class _QuantizedProduct(Function):
         step_size: torch.Tensor | None,
         input_range: torch.Tensor | None,
         product: Product,
-        recipe: WeightRecipe | None,
+        fake_quant: FakeQuantConfig | None,
         input_grid: ActivationGrid | None,
     ) -> torch.Tensor:
-        ctx.product, ctx.recipe, ctx.input_grid = product, recipe, input_grid
+        ctx.product, ctx.fake_quant, ctx.input_grid = product, fake_quant, input_grid
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         needs_x, needs_weight, _, needs_step = ctx.needs_input_grad[:4]
         input_clips = input_grid is not None and input_grid.may_clip
         y, x_ranges, weight_ranges = _forward(
-            x, weight, bias, step_size, input_range, product, recipe, input_grid
+            x, weight, bias, step_size, input_range, product, fake_quant, input_grid
         )
         ctx.save_for_backward(
             x if needs_weight or needs_step or (needs_x and input_clips) else None,
@@ -87,17 +87,17 @@ class _QuantizedProduct(Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, step_size, *kept = ctx.saved_tensors
-        product, recipe, input_grid = ctx.product, ctx.recipe, ctx.input_grid
+        product, fake_quant, input_grid = ctx.product, ctx.fake_quant, ctx.input_grid
         needs_x, needs_weight, needs_bias, needs_step = ctx.needs_input_grad[:4]
         x_ranges, weight_ranges = kept_ranges(kept[:_FIELDS]), kept_ranges(kept[_FIELDS:])
-        if recipe is not None and weight is not None and not weight_ranges:
-            weight_ranges = recipe_ranges(weight, recipe, step_size)
+        if fake_quant is not None and weight is not None and not weight_ranges:
+            weight_ranges = recipe_ranges(weight, fake_quant, step_size)
         grad_x = grad_weight = grad_step = kept_weights = None
         if needs_x:
             operand = weight
-            if recipe is not None:
-                masks = needs_weight and recipe.changes_gradient and not recipe.grid.learned
-                quantized = quantize_weight(weight, recipe, step_size, weight_ranges, keep=masks)
+            if fake_quant is not None:
+                masks = needs_weight and fake_quant.changes_gradient and not fake_quant.grid.learned
+                quantized = quantize_weight(weight, fake_quant, step_size, weight_ranges, keep=masks)
                 operand, kept_weights = quantized.values, quantized.kept
             grad_x = product.input_gradient(grad, ctx.x_shape, operand.to(grad.dtype)).to(ctx.x_dtype)
             del operand
@@ -108,9 +108,9 @@ class _QuantizedProduct(Function):
             if needs_weight or needs_step:
                 grad_weight = product.weight_gradient(grad, operand.to(grad.dtype), weight).to(weight.dtype)
             del operand
-        if grad_weight is not None and recipe is not None:
+        if grad_weight is not None and fake_quant is not None:
             grad_weight, grad_step = weight_backward(
-                grad_weight, weight, recipe, weight_ranges, step_size, kept_weights
+                grad_weight, weight, fake_quant, weight_ranges, step_size, kept_weights
             )
         return (
             grad_x,
@@ -128,20 +128,22 @@ def _forward(
     step_size: torch.Tensor | None,
     input_range: torch.Tensor | None,
     product: Product,
-    recipe: WeightRecipe | None,
+    fake_quant: FakeQuantConfig | None,
     input_grid: ActivationGrid | None,
 ) -> tuple[torch.Tensor, list[Ranges], list[Ranges]]:
     """The product, the input's ranges (empty where it would be work to know them) and the weight's."""
     dtype = _autocast_dtype(x)
-    if recipe is not None and input_grid is not None and multiplies_codes(recipe, x):
-        return integer_product(x, weight, bias, recipe, input_grid, step_size, input_range, dtype or x.dtype)
+    if fake_quant is not None and input_grid is not None and multiplies_codes(fake_quant, x):
+        return integer_product(
+            x, weight, bias, fake_quant, input_grid, step_size, input_range, dtype or x.dtype
+        )
     x_ranges: list[Ranges] = []
     weight_ranges: list[Ranges] = []
     if input_grid is not None:
         operand = quantize_input(x, input_grid, input_range)
         x, x_ranges = operand.values, operand.ranges
-    if recipe is not None:
-        operand = quantize_weight(weight, recipe, step_size)
+    if fake_quant is not None:
+        operand = quantize_weight(weight, fake_quant, step_size)
         weight, weight_ranges = operand.values, operand.ranges
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)

@@ -6,10 +6,10 @@ import math
 
 import torch
 
+from ds_compress.ops import bitmask
 from ds_compress.quant.grid import Grid, Ranges, WeightGrid, kept_interval, normalize, working_dtype
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
-from ds_compress.quant.operands import WeightRecipe, rounding_noise
-from ds_compress.select import bitmask
+from ds_compress.quant.operands import FakeQuantConfig, rounding_noise
 
 
 def straight_through(
@@ -25,7 +25,7 @@ def straight_through(
 def weight_backward(
     grad: torch.Tensor,
     weight: torch.Tensor,
-    recipe: WeightRecipe,
+    fake_quant: FakeQuantConfig,
     ranges: list[Ranges],
     step_size: torch.Tensor | None = None,
     kept_weights: torch.Tensor | None = None,
@@ -34,16 +34,16 @@ def weight_backward(
 
     `kept_weights`: packed bits of the weights that did not clip, where one pass over them found out already.
     """
-    grid = recipe.grid
-    if not recipe.changes_gradient:
+    grid = fake_quant.grid
+    if not fake_quant.changes_gradient:
         return grad, None
-    if kept_weights is not None and not recipe.real_share:
+    if kept_weights is not None and not fake_quant.blend_ratio:
         grad = grad.contiguous()
         bitmask.apply_(grad.view(-1), kept_weights)
         return grad, None
     exact_grad = grad.to(working_dtype(weight)).contiguous()
     grads = split_weight(exact_grad, grid)
-    normalized = normalized_blocks(weight, recipe, ranges, rounding_noise(weight, recipe))
+    normalized = normalized_blocks(weight, fake_quant, ranges, rounding_noise(weight, fake_quant))
     kept = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
     grad_step = None
     if step_size is not None:
@@ -51,27 +51,29 @@ def weight_backward(
             step_terms(g, v, grid, v.shape[GROUP_AXIS]).sum(GROUP_AXIS, keepdim=True)
             for g, v in zip(grads, normalized, strict=True)
         ]
-        grad_step = finish_step_gradient(join_scale(sums, weight.shape, grid), step_size, recipe)
-    return mix_gradient(join_weight(kept, weight.shape, grid), exact_grad, recipe).to(grad.dtype), grad_step
+        grad_step = finish_step_gradient(join_scale(sums, weight.shape, grid), step_size, fake_quant)
+    return mix_gradient(join_weight(kept, weight.shape, grid), exact_grad, fake_quant).to(
+        grad.dtype
+    ), grad_step
 
 
 def normalized_blocks(
-    weight: torch.Tensor, recipe: WeightRecipe, ranges: list[Ranges], noise: torch.Tensor | None
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, ranges: list[Ranges], noise: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """The codes before rounding (stochastic: before flooring) of each block of `layout.split_weight`."""
-    blocks = split_weight(weight.to(working_dtype(weight)).contiguous(), recipe.grid)
+    blocks = split_weight(weight.to(working_dtype(weight)).contiguous(), fake_quant.grid)
     normalized = [normalize(block, r) for block, r in zip(blocks, ranges, strict=True)]
     if noise is not None:
-        for block, noise_block in zip(normalized, split_weight(noise, recipe.grid), strict=True):
+        for block, noise_block in zip(normalized, split_weight(noise, fake_quant.grid), strict=True):
             block.add_(noise_block)
     return normalized
 
 
-def mix_gradient(kept: torch.Tensor, grad: torch.Tensor, recipe: WeightRecipe) -> torch.Tensor:
+def mix_gradient(kept: torch.Tensor, grad: torch.Tensor, fake_quant: FakeQuantConfig) -> torch.Tensor:
     """The real share of a blended weight passes the whole gradient."""
-    if not recipe.real_share:
+    if not fake_quant.blend_ratio:
         return kept
-    return kept.mul_(1 - recipe.real_share).add_(grad, alpha=recipe.real_share)
+    return kept.mul_(1 - fake_quant.blend_ratio).add_(grad, alpha=fake_quant.blend_ratio)
 
 
 def step_terms(grad: torch.Tensor, normalized: torch.Tensor, grid: WeightGrid, count: int) -> torch.Tensor:
@@ -84,8 +86,8 @@ def step_terms(grad: torch.Tensor, normalized: torch.Tensor, grid: WeightGrid, c
 
 
 def finish_step_gradient(
-    per_scale: torch.Tensor, step_size: torch.Tensor, recipe: WeightRecipe
+    per_scale: torch.Tensor, step_size: torch.Tensor, fake_quant: FakeQuantConfig
 ) -> torch.Tensor:
     """From the gradient of the scale |step_size| * step_ratio to that of the parameter."""
     sign = torch.where(step_size < 0, -1.0, 1.0)
-    return (per_scale * (recipe.step_ratio * (1 - recipe.real_share)) * sign).to(step_size.dtype)
+    return (per_scale * (fake_quant.step_ratio * (1 - fake_quant.blend_ratio)) * sign).to(step_size.dtype)

@@ -12,33 +12,33 @@ import torch
 from ds_compress.ops import kernels
 from ds_compress.quant.grid import ActivationGrid, Levels, Ranges, TokenGranularity, WeightGrid, encode_weight
 from ds_compress.quant.layout import join_scale, join_weight
-from ds_compress.quant.operands import WeightRecipe, input_ranges, recipe_ranges, rounding_noise
+from ds_compress.quant.operands import FakeQuantConfig, input_ranges, recipe_ranges, rounding_noise
 
 
-def multiplies_codes(recipe: WeightRecipe, x: torch.Tensor) -> bool:
+def multiplies_codes(fake_quant: FakeQuantConfig, x: torch.Tensor) -> bool:
     """Whether a forward whose operands are both quantized multiplies their codes: no real weight is blended in."""
-    return recipe.integer and not recipe.real_share and x.dtype is not torch.float64
+    return fake_quant.integer and not fake_quant.blend_ratio and x.dtype is not torch.float64
 
 
 def integer_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    recipe: WeightRecipe,
+    fake_quant: FakeQuantConfig,
     input_grid: ActivationGrid,
     step_size: torch.Tensor | None,
     fixed_range: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, list[Ranges], list[Ranges]]:
     """y `[..., out]` in `out_dtype`, the input's ranges (empty when the kernel measured them), the weight's."""
-    ranges = recipe_ranges(weight, recipe, step_size)
+    ranges = recipe_ranges(weight, fake_quant, step_size)
     x_ranges = []
     if input_grid.static or input_grid.granularity is TokenGranularity.PER_TENSOR:
         x_ranges = [input_ranges(x, input_grid, fixed_range)]
     y = kernels().int8_linear(
         x.contiguous(),
-        _packed(weight, recipe, ranges),
-        _scale_per_output(weight, recipe.grid, ranges),
+        _packed(weight, fake_quant, ranges),
+        _scale_per_output(weight, fake_quant.grid, ranges),
         None if bias is None else bias.float(),
         x_ranges[0].scale.reshape(1) if x_ranges else None,
         steps=input_grid.steps,
@@ -47,8 +47,8 @@ def integer_product(
     return y, x_ranges, ranges
 
 
-def _packed(weight: torch.Tensor, recipe: WeightRecipe, ranges: list[Ranges]) -> torch.Tensor:
-    grid = recipe.grid
+def _packed(weight: torch.Tensor, fake_quant: FakeQuantConfig, ranges: list[Ranges]) -> torch.Tensor:
+    grid = fake_quant.grid
     one_pass = (
         grid.levels is Levels.UNIFORM and grid.bits == 8 and not grid.stochastic and not grid.channel_axis
     )
@@ -56,7 +56,7 @@ def _packed(weight: torch.Tensor, recipe: WeightRecipe, ranges: list[Ranges]) ->
         scale = _scale_per_output(weight, grid, ranges)
         return kernels().int8_linear_quantize_pack(weight.contiguous(), scale, grid.steps)
     codes = join_weight(
-        encode_weight(weight, ranges, grid, rounding_noise(weight, recipe)), weight.shape, grid
+        encode_weight(weight, ranges, grid, rounding_noise(weight, fake_quant)), weight.shape, grid
     )
     codes = codes.nan_to_num_(0.0).to(torch.int8)
     return kernels().int8_linear_pack((codes.t() if grid.channel_axis else codes).contiguous())

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ds_compress.config.linear_activation import LINEAR, builtin_linear
-from ds_compress.config.modules import ModuleKind, kind_of
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
+from ds_compress.modelinfo.linear_activation import LINEAR, builtin_linear
 from ds_compress.quant.embedding import quantized_embedding
 from ds_compress.quant.functions import quantized_product
 from ds_compress.quant.grid import ActivationGrid
-from ds_compress.quant.operands import WeightRecipe, quantize_weight
+from ds_compress.quant.operands import FakeQuantConfig, quantize_weight
 from ds_compress.quant.products import Conv1DProduct, Conv2dProduct, LinearProduct, Product
 
 STEP_SIZE = "weight_step_size"
@@ -29,9 +29,9 @@ STEP_SIZE = "weight_step_size"
 
 @dataclass
 class WeightQuantizer:
-    """`recipe` says how the weight is quantized now; None: not (yet)."""
+    """`fake_quant` says how the weight is quantized now; None: not (yet)."""
 
-    recipe: WeightRecipe | None = None
+    fake_quant: FakeQuantConfig | None = None
 
 
 @dataclass
@@ -89,11 +89,11 @@ class QATModule(nn.Module):
         # Classes derived from a user's subclass are made at run time: pickle the base, not their name.
         return _rebuild, (self._ds_compress_base_class,), self.__dict__
 
-    def _weight_recipe(self) -> WeightRecipe | None:
-        return None if self.weight_quantizer is None else self.weight_quantizer.recipe
+    def _weight_recipe(self) -> FakeQuantConfig | None:
+        return None if self.weight_quantizer is None else self.weight_quantizer.fake_quant
 
-    def _step_size(self, recipe: WeightRecipe | None) -> torch.Tensor | None:
-        return self._parameters[STEP_SIZE] if recipe is not None and recipe.grid.learned else None
+    def _step_size(self, fake_quant: FakeQuantConfig | None) -> torch.Tensor | None:
+        return self._parameters[STEP_SIZE] if fake_quant is not None and fake_quant.grid.learned else None
 
 
 class _QATProduct(QATModule):
@@ -103,15 +103,15 @@ class _QATProduct(QATModule):
     """
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        recipe, grid, fixed_range = self._weight_recipe(), None, None
+        fake_quant, grid, fixed_range = self._weight_recipe(), None, None
         if self.input_quantizer is not None:
             grid, fixed_range = self.input_quantizer.active(x, self.training)
-        if recipe is None and grid is None:
+        if fake_quant is None and grid is None:
             return self._ds_compress_base_class.forward(self, x)
         weight, bias = cast(torch.Tensor, self.weight), cast("torch.Tensor | None", self.bias)
-        step_size = self._step_size(recipe)
+        step_size = self._step_size(fake_quant)
         return quantized_product(
-            self._padded(x), weight, bias, self._product(), recipe, grid, step_size, fixed_range
+            self._padded(x), weight, bias, self._product(), fake_quant, grid, step_size, fixed_range
         )
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class _OwnProduct(TorchFunctionMode):
         if func is not LINEAR or not isinstance(weight, nn.Parameter) or weight is not self._layer.weight:
             return func(*args, **kwargs)
         self.calls += 1
-        layer, recipe = self._layer, self._layer._weight_recipe()
+        layer, fake_quant = self._layer, self._layer._weight_recipe()
         x, bias = (
             kwargs.get("input", args[0] if args else None),
             kwargs.get("bias", args[2] if len(args) > 2 else None),
@@ -170,10 +170,10 @@ class _OwnProduct(TorchFunctionMode):
         grid, fixed_range = None, None
         if layer.input_quantizer is not None:
             grid, fixed_range = layer.input_quantizer.active(x, layer.training)
-        if recipe is None and grid is None:
+        if fake_quant is None and grid is None:
             return func(*args, **kwargs)
-        step_size = layer._step_size(recipe)
-        return quantized_product(x, weight, bias, layer._product(), recipe, grid, step_size, fixed_range)
+        step_size = layer._step_size(fake_quant)
+        return quantized_product(x, weight, bias, layer._product(), fake_quant, grid, step_size, fixed_range)
 
 
 class _QATConv1D(_QATProduct):
@@ -201,14 +201,14 @@ class _QATConv2d(_QATProduct):
 
 class _QATEmbedding(QATModule):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        table, recipe = cast(nn.Embedding, self), self._weight_recipe()
-        if recipe is None:
+        table, fake_quant = cast(nn.Embedding, self), self._weight_recipe()
+        if fake_quant is None:
             return self._ds_compress_base_class.forward(self, input)
         return quantized_embedding(
             input,
             table.weight,
-            recipe,
-            self._step_size(recipe),
+            fake_quant,
+            self._step_size(fake_quant),
             table.padding_idx,
             table.scale_grad_by_freq,
         )
@@ -239,18 +239,18 @@ _classes: dict[type[nn.Module], type[QATModule]] = {
 }
 
 
-def weight_recipe(module: nn.Module) -> WeightRecipe | None:
+def fake_quant_of(module: nn.Module) -> FakeQuantConfig | None:
     """How the weight of `module` is quantized now; None when it is not."""
     return module._weight_recipe() if isinstance(module, QATModule) else None
 
 
 def quantized_weight(module: nn.Module) -> torch.Tensor:
     """The weight that forward computes with, in the dtype and shape of the weight, which must be whole."""
-    recipe, weight = weight_recipe(module), cast(torch.Tensor, module.weight)
-    if recipe is None:
+    fake_quant, weight = fake_quant_of(module), cast(torch.Tensor, module.weight)
+    if fake_quant is None:
         return weight
-    step_size = cast(QATModule, module)._step_size(recipe)
-    return quantize_weight(weight, recipe, step_size).values
+    step_size = cast(QATModule, module)._step_size(fake_quant)
+    return quantize_weight(weight, fake_quant, step_size).values
 
 
 def __getattr__(name: str) -> Any:

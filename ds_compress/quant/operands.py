@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_compress.quant.counter_rng import uniform
+from ds_compress.ops.counter_rng import uniform
 from ds_compress.quant.fused import FakeQuantized, fake_quantize_rows, input_rows, weight_rows
 from ds_compress.quant.grid import (
     ActivationGrid,
@@ -28,40 +28,40 @@ from ds_compress.quant.layout import join_weight, split_weight
 
 
 @dataclass(frozen=True)
-class WeightRecipe:
+class FakeQuantConfig:
     """How a weight is quantized now: y = real_share * w + (1 - real_share) * Q(w).
 
     `noise_key`: the key of `counter_rng.uniform` for stochastic rounding; `step_ratio`: what a learned step
-    size is multiplied by to serve fewer or more codes than it was made for; `masks_clipped`: whether clipped
+    size is multiplied by to serve fewer or more codes than it was made for; `clipped_ste`: whether clipped
     weights get no gradient (learned scales need that) or a plain straight-through one; `integer`: whether a
     layer multiplies the codes themselves (see `integer_product`) once its input has codes too.
     """
 
     grid: WeightGrid
     noise_key: int = 0
-    real_share: float = 0.0
+    blend_ratio: float = 0.0
     step_ratio: float = 1.0
-    masks_clipped: bool = True
+    clipped_ste: bool = True
     integer: bool = False
 
     @property
     def changes_gradient(self) -> bool:
-        return self.masks_clipped and self.grid.may_clip
+        return self.clipped_ste and self.grid.may_clip
 
 
 def recipe_ranges(
-    weight: torch.Tensor, recipe: WeightRecipe, step_size: torch.Tensor | None = None
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None = None
 ) -> list[Ranges]:
     """Measured ranges, or those of learned step sizes, of each block of `layout.split_weight`."""
     if step_size is None:
-        return weight_ranges(weight, recipe.grid)
-    scale = step_size.to(working_dtype(weight)) * recipe.step_ratio
-    return learned_ranges(scale, weight.shape, recipe.grid)
+        return weight_ranges(weight, fake_quant.grid)
+    scale = step_size.to(working_dtype(weight)) * fake_quant.step_ratio
+    return learned_ranges(scale, weight.shape, fake_quant.grid)
 
 
 def quantize_weight(
     weight: torch.Tensor,
-    recipe: WeightRecipe,
+    fake_quant: FakeQuantConfig,
     step_size: torch.Tensor | None = None,
     ranges: list[Ranges] | None = None,
     keep: bool = False,
@@ -71,11 +71,11 @@ def quantize_weight(
     `ranges`: those of an earlier call, else measured, or learned when there is a `step_size`; `keep`: also say
     which weights did not clip, where one pass can (else `kept` is None).
     """
-    grid = recipe.grid
+    grid = fake_quant.grid
     if ranges is None and step_size is not None:
-        ranges = recipe_ranges(weight, recipe, step_size)
+        ranges = recipe_ranges(weight, fake_quant, step_size)
     # A blend is computed in fp32 and cast last, which one pass over a 16-bit weight cannot do.
-    is_blended = bool(recipe.real_share) and weight.dtype is not torch.float32
+    is_blended = bool(fake_quant.blend_ratio) and weight.dtype is not torch.float32
     rows = None if is_blended else weight_rows(weight, grid)
     if rows is not None:
         one_pass = fake_quantize_rows(rows, grid, None if ranges is None else ranges[0], keep)
@@ -85,19 +85,19 @@ def quantize_weight(
         ranges = ranges or shaped
     else:
         ranges = ranges or weight_ranges(weight, grid)
-        blocks = encode_weight(weight, ranges, grid, rounding_noise(weight, recipe))
+        blocks = encode_weight(weight, ranges, grid, rounding_noise(weight, fake_quant))
         decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
         values, kept = within(join_weight(decoded, weight.shape, grid), weight.dtype), None
-    if recipe.real_share:
-        values = values.mul_(1 - recipe.real_share).add_(weight, alpha=recipe.real_share)
+    if fake_quant.blend_ratio:
+        values = values.mul_(1 - fake_quant.blend_ratio).add_(weight, alpha=fake_quant.blend_ratio)
     return FakeQuantized(values.to(weight.dtype), ranges, kept)
 
 
-def rounding_noise(weight: torch.Tensor, recipe: WeightRecipe) -> torch.Tensor | None:
+def rounding_noise(weight: torch.Tensor, fake_quant: FakeQuantConfig) -> torch.Tensor | None:
     """The noise of stochastic rounding for each weight, the same whenever the recipe is."""
-    if not recipe.grid.stochastic:
+    if not fake_quant.grid.stochastic:
         return None
-    return uniform(weight.shape, recipe.noise_key, device=weight.device).to(working_dtype(weight))
+    return uniform(weight.shape, fake_quant.noise_key, device=weight.device).to(working_dtype(weight))
 
 
 def quantize_input(

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
-from ds_compress.reduce.hosts import Hosts
+from ds_compress.reduce.nodes import Nodes
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.slices import Part, Segment, Slices, count, joined, spread
@@ -64,7 +64,7 @@ class QuantizedSum:
     """
 
     def __init__(
-        self, group: Any, codec: BlockCodec, piece_elements: int = 1 << 20, hosts: Hosts | None = None
+        self, group: Any, codec: BlockCodec, piece_elements: int = 1 << 20, hosts: Nodes | None = None
     ) -> None:
         self.group = group
         self.codec = codec

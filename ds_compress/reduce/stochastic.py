@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_compress.quant.counter_rng import stream_key, uniform
+from ds_compress.ops.counter_rng import stream_key, uniform
 from ds_compress.reduce.codec import BlockCodec
 
 _LARGEST_CODE = {8: 127, 4: 7}

@@ -11,7 +11,7 @@ import torch
 MEMORY_STEPS = 20
 
 
-class OutlierAbort(RuntimeError):
+class OutlierAbortError(RuntimeError):
     """A worker's gradient stood out, and `on_outlier` is `abort`."""
 
 

@@ -48,7 +48,7 @@ class BlockGrid:
         return self.block_rows == 1 and self.block_columns == 1
 
     @property
-    def band_numel(self) -> int:
+    def block_row_numel(self) -> int:
         return 1 if self.is_elementwise else self.block_rows * self.columns
 
     @property
@@ -73,13 +73,13 @@ class BlockGrid:
     def _tiled(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """(bands, block_rows, blocks_per_band, block_columns) of whole bands, edges padded with `fill`."""
         rows = values.numel() // self.columns
-        bands = -(-rows // self.block_rows)
+        block_rows = -(-rows // self.block_rows)
         matrix = values.view(rows, self.columns)
-        pad_rows = bands * self.block_rows - rows
+        pad_rows = block_rows * self.block_rows - rows
         pad_columns = self.blocks_per_band * self.block_columns - self.columns
         if pad_rows or pad_columns:
             matrix = torch.nn.functional.pad(matrix, (0, pad_columns, 0, pad_rows), value=fill)
-        return matrix.view(bands, self.block_rows, self.blocks_per_band, self.block_columns)
+        return matrix.view(block_rows, self.block_rows, self.blocks_per_band, self.block_columns)
 
     def block_scores(self, values: torch.Tensor) -> torch.Tensor:
         """Mean score of each block, flat; `values` are the element scores of whole bands.
@@ -106,10 +106,10 @@ class BlockGrid:
         """Element mask, bool (numel,), of the whole bands whose blocks `keep` decides."""
         if self.is_elementwise:
             return keep
-        bands = -(-numel // self.band_numel)
-        tiles = keep.view(bands, 1, self.blocks_per_band, 1)
+        block_rows = -(-numel // self.block_row_numel)
+        tiles = keep.view(block_rows, 1, self.blocks_per_band, 1)
         tiles = tiles.expand(-1, self.block_rows, -1, self.block_columns)
-        matrix = tiles.reshape(bands * self.block_rows, self.blocks_per_band * self.block_columns)
+        matrix = tiles.reshape(block_rows * self.block_rows, self.blocks_per_band * self.block_columns)
         return matrix[: numel // self.columns, : self.columns].reshape(-1)
 
     def keep_top(self, values: torch.Tensor) -> torch.Tensor:

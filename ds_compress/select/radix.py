@@ -26,10 +26,10 @@ class Reductions(Protocol):
     """What selection needs of the outside world; `engine.shards.Shards` implements it."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
-    def counts_before(self, counts: torch.Tensor) -> torch.Tensor: ...
+    def exclusive_prefix_sum(self, counts: torch.Tensor) -> torch.Tensor: ...
 
 
-class NonFiniteScores(ValueError):
+class NonFiniteScoresError(ValueError):
     """A score is NaN or Inf: there is no meaningful order to select by. `pools` lists the pool indices."""
 
     def __init__(self, pools: Sequence[int]) -> None:
@@ -87,7 +87,7 @@ def select(
     totals = reductions.sum(tie_counts)
     quota, boundary = _tie_quotas(pools, totals, ties_to_keep)
     # Only a parameter in which the quota runs out needs to know how many ties lie before this process.
-    before = reductions.counts_before(tie_counts[boundary]) if len(boundary) else tie_counts[:0]
+    before = reductions.exclusive_prefix_sum(tie_counts[boundary]) if len(boundary) else tie_counts[:0]
     before_of = dict(zip(boundary.tolist(), before.tolist(), strict=True))
     threshold_of = {name: int(thresholds[i]) for i, pool in enumerate(pools) for name in pool.members}
     return (
@@ -159,7 +159,7 @@ def _with_prefix(keys: torch.Tensor, prefix: int, shift: int) -> torch.Tensor:
 def _check_finite(histogram: torch.Tensor) -> None:
     bad = torch.stack([histogram[:, bins].sum(1) for bins in _NON_FINITE_BINS]).sum(0)
     if bool((bad > 0).any()):
-        raise NonFiniteScores(bad.nonzero().flatten().tolist())
+        raise NonFiniteScoresError(bad.nonzero().flatten().tolist())
 
 
 def _mask(candidates: Candidates, threshold: int, quota: int, total: int, before: int) -> torch.Tensor:

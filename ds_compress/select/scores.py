@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from ds_compress.quant import counter_rng
+from ds_compress.ops import counter_rng
 from ds_compress.select.score_training import adamw_settings
 
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ds_compress.quant import counter_rng
+from ds_compress.ops import counter_rng
 from ds_compress.select.score_training import adamw_settings
-from ds_compress.structure.structure import Structure
+from ds_compress.structure.structure import PrunableGroup
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,7 +30,7 @@ class UnitScore:
     observes: ClassVar[bool] = False
     """Looks at activations: `see` is called with the input of each structure's `observed` module."""
 
-    def __init__(self, structures: Iterable[Structure], seed: int) -> None:
+    def __init__(self, structures: Iterable[PrunableGroup], seed: int) -> None:
         self.structures = {structure.name: structure for structure in structures}
         self.seed = seed
         self.totals: dict[str, torch.Tensor] = {}
@@ -173,7 +173,7 @@ class LearnedUnits(UnitScore):
 
     may_change = True
 
-    def __init__(self, structures: Iterable[Structure], seed: int) -> None:
+    def __init__(self, structures: Iterable[PrunableGroup], seed: int) -> None:
         super().__init__(structures, seed)
         for name, structure in self.structures.items():
             bound = structure.units**-0.5

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ds_compress.config.modules import shape_of
+from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.head_companions import Unclear, Vector, check_surroundings, companions
 from ds_compress.structure.inventory import Inventory, Projection
-from ds_compress.structure.structure import Refusal
+from ds_compress.structure.structure import Unsupported
 
 _QKV = (
     ("q_proj", "k_proj", "v_proj"),
@@ -107,27 +107,27 @@ class Attention:
 
 def attentions_of(
     inventory: Inventory, num_heads: int | None = None
-) -> tuple[list[Attention], list[Refusal]]:
+) -> tuple[list[Attention], list[Unsupported]]:
     """All attention layers that are understood, and those that are not.
 
     num_heads: of layers that do not say themselves how many heads they have.
     """
     found: list[Attention] = []
-    refusals: list[Refusal] = []
+    unsupported: list[Unsupported] = []
     for name, module in inventory.modules.items():
-        if any(name.startswith(other + ".") for other in (r.module for r in refusals)):
+        if any(name.startswith(other + ".") for other in (r.module for r in unsupported)):
             continue
         try:
             attention = _attention(inventory, name, module, num_heads)
             if attention is not None:
                 check_surroundings(inventory, name, attention.heads)
         except Unclear as why:
-            refusals.append(Refusal(name, str(why)))
+            unsupported.append(Unsupported(name, str(why)))
             continue
         if attention is not None:
             found.append(attention)
-    refusals += _unknown(inventory, found, refusals)
-    return found, refusals
+    unsupported += _unknown(inventory, found, unsupported)
+    return found, unsupported
 
 
 def _attention(inventory: Inventory, name: str, module: nn.Module, num_heads: int | None) -> Attention | None:
@@ -261,10 +261,12 @@ def _is_attention(module: nn.Module) -> bool:
     return has_heads or "attention" in type(module).__name__.lower()
 
 
-def _unknown(inventory: Inventory, found: list[Attention], refusals: list[Refusal]) -> Iterator[Refusal]:
+def _unknown(
+    inventory: Inventory, found: list[Attention], unsupported: list[Unsupported]
+) -> Iterator[Unsupported]:
     """Modules that are called attention, have matrices of their own, and were not understood."""
-    known = [attention.name for attention in found] + [refusal.module for refusal in refusals]
-    holders = {attention.holder for attention in found}
+    known = [attention.name for attention in found] + [refusal.module for refusal in unsupported]
+    shard_group = {attention.holder for attention in found}
     for name, module in inventory.modules.items():
         matrices = any(
             len(shape_of(parameter)) >= 2
@@ -272,8 +274,13 @@ def _unknown(inventory: Inventory, found: list[Attention], refusals: list[Refusa
             for parameter in child.parameters(recurse=False)
         )
         related = any(name == k or name.startswith(k + ".") or k.startswith(name + ".") for k in known)
-        if matrices and "attention" in type(module).__name__.lower() and not related and name not in holders:
-            yield Refusal(
+        if (
+            matrices
+            and "attention" in type(module).__name__.lower()
+            and not related
+            and name not in shard_group
+        ):
+            yield Unsupported(
                 name,
                 f"how a {type(module).__name__} uses its projections is not known; name them with modules (the output "
                 "projection) and related_modules (queries, keys, values)",

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.config.modules import shape_of
-from ds_compress.structure.cut import Cuts
+from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.example_inputs import Inputs, example_inputs_of, tensors_of
 from ds_compress.structure.inventory import Inventory, settled, unique
-from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
+from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _TOLERANCE = 1e-8
@@ -30,7 +30,7 @@ _TOLERANCE = 1e-8
 
 def channel_structures(
     inventory: Inventory, inputs: Mapping[str, Any] | None
-) -> tuple[list[Structure], list[Refusal]]:
+) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """One structure per set of convolutions that share their output channels, in the order of the model.
 
     Raises:
@@ -45,15 +45,15 @@ def channel_structures(
             "its weights are partitioned (zero.Init), so that it cannot be run on an example; say with modules and "
             "related_modules which layers go together, or build it without zero.Init"
         )
-        return [], [Refusal(type(model).__name__, reason)]
+        return [], [Unsupported(type(model).__name__, reason)]
     twin = _random_twin(model)
     try:
         example = example_inputs_of(twin, inputs)
     except ValueError as error:
-        return [], [Refusal(type(model).__name__, str(error))]
-    structures, refusals = _Groups(inventory, twin, example, graphs).read()
+        return [], [Unsupported(type(model).__name__, str(error))]
+    structures, unsupported = _Groups(inventory, twin, example, graphs).read()
     exact, inexact = _tried(twin, example, structures)
-    return settled(inventory, exact, [*refusals, *inexact])
+    return settled(inventory, exact, [*unsupported, *inexact])
 
 
 class _Unclear(Exception):
@@ -99,9 +99,9 @@ class _Groups:
                 verbose=False,
             )
 
-    def read(self) -> tuple[list[Structure], list[Refusal]]:
-        structures: list[Structure] = []
-        refusals: list[Refusal] = []
+    def read(self) -> tuple[list[PrunableGroup], list[Unsupported]]:
+        structures: list[PrunableGroup] = []
+        unsupported: list[Unsupported] = []
         seen: set[str] = set()
         for name, module in self._twin.named_modules():
             if not isinstance(module, nn.Conv2d) or name in seen or module not in self._graph.module2node:
@@ -114,8 +114,8 @@ class _Groups:
             try:
                 structures.append(self._structure(name, group))
             except _Unclear as why:
-                refusals.append(Refusal(name, str(why)))
-        return structures, refusals
+                unsupported.append(Unsupported(name, str(why)))
+        return structures, unsupported
 
     def _group(self, module: nn.Conv2d) -> Any:
         prune = self._graph.get_pruner_of_module(module).prune_out_channels
@@ -126,9 +126,9 @@ class _Groups:
         is_layer = isinstance(dependency.target.module, (nn.Conv2d, nn.Linear))
         return is_layer and bool(self._graph.is_out_channel_pruning_fn(dependency.handler))
 
-    def _structure(self, name: str, group: Any) -> Structure:
+    def _structure(self, name: str, group: Any) -> PrunableGroup:
         units = self._twin.get_submodule(name).get_parameter("weight").shape[0]
-        members: list[Member] = []
+        members: list[CoupledSlice] = []
         names: list[str] = []
         observed: tuple[str, torch.Tensor] | None = None
         for item in group:
@@ -152,9 +152,9 @@ class _Groups:
             reads = isinstance(target.module, (nn.Conv2d, nn.Linear)) and not self._writes(dependency)
             if observed is None and own and reads:
                 observed = (layer, index)
-        return Structure(
+        return PrunableGroup(
             name=name,
-            kind=StructureKind.CHANNEL,
+            kind=GroupKind.CHANNEL,
             modules=unique(names),
             units=units,
             members=tuple(members),
@@ -162,7 +162,9 @@ class _Groups:
             observed_index=observed[1] if observed else None,
         )
 
-    def _members(self, layer: str, module: nn.Module, writes: bool, index: torch.Tensor) -> list[Member]:
+    def _members(
+        self, layer: str, module: nn.Module, writes: bool, index: torch.Tensor
+    ) -> list[CoupledSlice]:
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d, nn.PReLU)):
             return self._vectors(layer, index)
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -185,14 +187,14 @@ class _Groups:
             f"{what} ({type(module).__name__}) mixes channels, or uses them in a way not known here"
         )
 
-    def _vectors(self, layer: str, index: torch.Tensor) -> list[Member]:
+    def _vectors(self, layer: str, index: torch.Tensor) -> list[CoupledSlice]:
         members = []
         for key in _VECTORS:
             tensor = self._inventory.tensor(layer, key)
             module = self._inventory.modules[layer]
             if tensor is not None and getattr(module, key).numel() > 1:
                 # A zero channel must still be zero behind its normalization; the statistics are only cut.
-                members.append(Member(tensor, 0, index, masked=key in ("weight", "bias")))
+                members.append(CoupledSlice(tensor, 0, index, masked=key in ("weight", "bias")))
         return members
 
 
@@ -227,8 +229,8 @@ def _random_twin(model: nn.Module) -> nn.Module:
 
 
 def _tried(
-    twin: nn.Module, example: Inputs, structures: Sequence[Structure]
-) -> tuple[list[Structure], list[Refusal]]:
+    twin: nn.Module, example: Inputs, structures: Sequence[PrunableGroup]
+) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """Structures that can be cut without a change of the output beyond masking: all at once, else one by one."""
     if not structures or _is_exact(twin, example, structures):
         return list(structures), []
@@ -236,11 +238,11 @@ def _tried(
     reason = (
         "cutting channels changes the output beyond masking them: something in the network mixes channels"
     )
-    return exact, [Refusal(structure.name, reason) for structure in structures if structure not in exact]
+    return exact, [Unsupported(structure.name, reason) for structure in structures if structure not in exact]
 
 
 @torch.no_grad()
-def _is_exact(twin: nn.Module, example: Inputs, structures: Sequence[Structure]) -> bool:
+def _is_exact(twin: nn.Module, example: Inputs, structures: Sequence[PrunableGroup]) -> bool:
     # The last units of one, the first of the next: shared dimensions lose entries of both.
     kept = {
         structure.name: torch.arange(structure.units)[(position % 2) :: 2]
@@ -250,7 +252,7 @@ def _is_exact(twin: nn.Module, example: Inputs, structures: Sequence[Structure])
     masked, smaller = copy.deepcopy(twin), copy.deepcopy(twin)
     try:
         _mask(masked, structures, kept)
-        Cuts.of(structures, kept).rewrite(smaller)
+        PruningPlan.of(structures, kept).rewrite(smaller)
         ours, theirs = tensors_of(example.call(smaller)), tensors_of(example.call(masked))
     except (RuntimeError, ValueError, IndexError):
         return False
@@ -260,7 +262,7 @@ def _is_exact(twin: nn.Module, example: Inputs, structures: Sequence[Structure])
     )
 
 
-def _mask(model: nn.Module, structures: Sequence[Structure], kept: Mapping[str, torch.Tensor]) -> None:
+def _mask(model: nn.Module, structures: Sequence[PrunableGroup], kept: Mapping[str, torch.Tensor]) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for structure in structures:
         gone = torch.ones(structure.units, dtype=torch.bool)

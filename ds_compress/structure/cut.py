@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from ds_compress.structure.inventory import second_names
-from ds_compress.structure.structure import Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup
 
 
-class Cuts:
+class PruningPlan:
     """What is left of each structure, and what that means for every tensor, layer and config.
 
     structures: those given; kept: sorted int64 indices of the units that stay, by structure name.
     """
 
     def __init__(
-        self, structures: tuple[Structure, ...], kept: dict[str, torch.Tensor], aliases: Mapping[str, str]
+        self, structures: tuple[PrunableGroup, ...], kept: dict[str, torch.Tensor], aliases: Mapping[str, str]
     ) -> None:
         self.structures = structures
         self.kept = kept
@@ -37,10 +37,10 @@ class Cuts:
     @classmethod
     def of(
         cls,
-        structures: Iterable[Structure],
+        structures: Iterable[PrunableGroup],
         kept: Mapping[str, torch.Tensor],
         model: nn.Module | None = None,
-    ) -> Cuts:
+    ) -> PruningPlan:
         """Cuts `structures` down to the units `kept`, by structure name; one that is not named keeps all.
 
         model: gives the second names of tied tensors, so that `apply` and `shape_of` know them, too.
@@ -61,11 +61,11 @@ class Cuts:
             indices.setdefault(name, torch.arange(structure.units))
         return cls(whole, indices, {} if model is None else second_names(model))
 
-    def active(self) -> tuple[Structure, ...]:
+    def active(self) -> tuple[PrunableGroup, ...]:
         """Structures that lose something: removable, and not all of their units kept."""
         return tuple(s for s in self.structures if s.removable and self.kept[s.name].numel() < s.units)
 
-    def count(self, structure: Structure) -> int:
+    def count(self, structure: PrunableGroup) -> int:
         """How many units it has in the end."""
         return self.kept[structure.name].numel() if structure.removable else structure.units
 
@@ -133,11 +133,11 @@ class Cuts:
 
     # --------------------------------------------------------------------------------------------------
 
-    def _add(self, structure: Structure) -> None:
+    def _add(self, structure: PrunableGroup) -> None:
         kept = self.kept[structure.name]
         goes = torch.ones(structure.units, dtype=torch.bool)
         goes[kept] = False
-        if structure.kind is StructureKind.LAYER:
+        if structure.kind is GroupKind.LAYER:
             self._add_layers(structure, goes)
         for member in structure.members:
             gone = member.index[goes].flatten()
@@ -148,7 +148,7 @@ class Cuts:
                 scale = float(kept.numel() / structure.units) ** member.rescale
                 self._scales[member.tensor] = self._scales.get(member.tensor, 1.0) * scale
 
-    def _add_layers(self, structure: Structure, goes: torch.Tensor) -> None:
+    def _add_layers(self, structure: PrunableGroup, goes: torch.Tensor) -> None:
         gone = sorted(
             int(name.rpartition(".")[2]) for name, out in zip(structure.layers, goes, strict=True) if out
         )
@@ -159,7 +159,7 @@ class Cuts:
             self._layers[f"{stack}.{index}"] = new
 
 
-def _checked(structure: Structure, units: torch.Tensor) -> torch.Tensor:
+def _checked(structure: PrunableGroup, units: torch.Tensor) -> torch.Tensor:
     units = units.to("cpu", torch.int64)
     ordered = units.dim() == 1 and bool((units[1:] > units[:-1]).all())
     if not ordered or not units.numel() or int(units[0]) < 0 or int(units[-1]) >= structure.units:

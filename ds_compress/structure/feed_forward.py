@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind, shape_of
+from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.structure.inventory import Inventory, Projection, rows, settled, unique
-from ds_compress.structure.structure import Refusal, Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
 
 _NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("intermediate.dense",), "output.dense"),
@@ -98,18 +98,20 @@ def _instead(inventory: Inventory, name: str) -> str:
     return "prune its weights with sparse_pruning instead"
 
 
-def row_structures(inventory: Inventory, claimed: frozenset[str]) -> tuple[list[Structure], list[Refusal]]:
+def row_structures(
+    inventory: Inventory, claimed: frozenset[str]
+) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """Structures of all feed-forward blocks, and what looks like one but cannot be pruned."""
     blocks = feed_forwards_of(inventory, claimed)
-    refusals = [
-        Refusal(
+    unsupported = [
+        Unsupported(
             name,
             "a router chooses among its experts, of which each would have to lose as many neurons; "
             + _instead(inventory, name),
         )
         for name in _experts(inventory)
     ]
-    refusals += _wrapped(inventory)
+    unsupported += _wrapped(inventory)
     structures = []
     known = claimed | {p.name for block in blocks for p in (*block.widen, block.narrow)}
     for block in blocks:
@@ -118,8 +120,8 @@ def row_structures(inventory: Inventory, claimed: frozenset[str]) -> tuple[list[
             structures.append(_structure(inventory, block))
         else:
             reason = f"{between} has as many entries as it has neurons, and which is whose is not known"
-            refusals.append(Refusal(block.widen[0].name, reason))
-    return settled(inventory, structures, refusals)
+            unsupported.append(Unsupported(block.widen[0].name, reason))
+    return settled(inventory, structures, unsupported)
 
 
 def _between(inventory: Inventory, block: FeedForward, known: frozenset[str]) -> str | None:
@@ -147,7 +149,7 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
-def _structure(inventory: Inventory, block: FeedForward) -> Structure:
+def _structure(inventory: Inventory, block: FeedForward) -> PrunableGroup:
     units = block.units
     one = rows(units)
     index = torch.cat([one + half * units for half in range(block.halves)], dim=1)
@@ -160,9 +162,9 @@ def _structure(inventory: Inventory, block: FeedForward) -> Structure:
         if name.startswith(block.parent + ".") and module._parameters.get("weight") is not None
     ]
     whole = bool(block.parent) and set(others) <= set(names)
-    return Structure(
+    return PrunableGroup(
         name=block.parent if whole else names[0],
-        kind=StructureKind.ROW,
+        kind=GroupKind.ROW,
         modules=unique([block.parent, *names] if whole else names),
         units=units,
         members=tuple(members),
@@ -234,9 +236,9 @@ def _experts(inventory: Inventory) -> list[str]:
     return found
 
 
-def _wrapped(inventory: Inventory) -> list[Refusal]:
+def _wrapped(inventory: Inventory) -> list[Unsupported]:
     """Blocks with the right names whose projections compute something else (adapters, parametrizations)."""
-    refusals = []
+    unsupported = []
     for parent in inventory.modules:
         for widen, narrow in _NAMED:
             names = [inventory.child(parent, name) for name in (*widen, narrow)]
@@ -247,6 +249,6 @@ def _wrapped(inventory: Inventory) -> list[Refusal]:
             ):
                 cls = type(inventory.modules[strange[0]]).__name__
                 reason = f"{strange[0]} is a {cls}, whose layout is not known here; merge or unwrap it first"
-                refusals.append(Refusal(parent, reason))
+                unsupported.append(Unsupported(parent, reason))
                 break
-    return refusals
+    return unsupported

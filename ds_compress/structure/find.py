@@ -15,20 +15,20 @@ from ds_compress.structure.heads import head_structures
 from ds_compress.structure.hidden import hidden_structures
 from ds_compress.structure.inventory import Inventory
 from ds_compress.structure.layers import layer_structures
-from ds_compress.structure.structure import Refusal, Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
 
 
 @dataclass(frozen=True)
 class Found:
     """Structures of one kind, in the order of the model, and modules that look like some but cannot be pruned."""
 
-    structures: tuple[Structure, ...]
-    refusals: tuple[Refusal, ...]
+    structures: tuple[PrunableGroup, ...]
+    unsupported: tuple[Unsupported, ...]
 
 
 def find_structures(
     model: nn.Module,
-    kind: StructureKind,
+    kind: GroupKind,
     num_heads: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     stack: str | None = None,
@@ -45,17 +45,17 @@ def find_structures(
         ConfigError: there is no ModuleList `stack`.
     """
     inventory = Inventory(model)
-    if kind is StructureKind.ROW:
-        structures, refusals = row_structures(inventory, _attention_projections(inventory))
-    elif kind is StructureKind.HEAD:
-        structures, refusals = head_structures(inventory, num_heads)
-    elif kind is StructureKind.LAYER:
-        structures, refusals = layer_structures(inventory, stack)
-    elif kind is StructureKind.HIDDEN:
-        structures, refusals = hidden_structures(inventory)
+    if kind is GroupKind.ROW:
+        structures, unsupported = row_structures(inventory, _attention_projections(inventory))
+    elif kind is GroupKind.HEAD:
+        structures, unsupported = head_structures(inventory, num_heads)
+    elif kind is GroupKind.LAYER:
+        structures, unsupported = layer_structures(inventory, stack)
+    elif kind is GroupKind.HIDDEN:
+        structures, unsupported = hidden_structures(inventory)
     else:
-        structures, refusals = channel_structures(inventory, example_inputs)
-    return Found(tuple(structures), tuple(refusals))
+        structures, unsupported = channel_structures(inventory, example_inputs)
+    return Found(tuple(structures), tuple(unsupported))
 
 
 def _attention_projections(inventory: Inventory) -> frozenset[str]:

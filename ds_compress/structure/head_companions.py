@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ds_compress.config.modules import shape_of
+from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.inventory import Inventory
 
 OF_ROOT_MEAN_SQUARE = -0.5

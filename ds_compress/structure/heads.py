@@ -9,25 +9,25 @@ from torch import nn
 
 from ds_compress.structure.attention import Attention, attentions_of
 from ds_compress.structure.inventory import Inventory, rows, settled, unique
-from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
+from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 
 def head_structures(
     inventory: Inventory, num_heads: int | None = None
-) -> tuple[list[Structure], list[Refusal]]:
+) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """One structure per attention layer; one for all layers that hand on the same position biases (T5)."""
-    attentions, refusals = attentions_of(inventory, num_heads)
+    attentions, unsupported = attentions_of(inventory, num_heads)
     structures = [_structure(group) for group in _sharing_a_bias(inventory, attentions)]
-    return settled(inventory, structures, refusals)
+    return settled(inventory, structures, unsupported)
 
 
-def _structure(attentions: list[Attention]) -> Structure:
+def _structure(attentions: list[Attention]) -> PrunableGroup:
     first = attentions[0]
     members = [member for attention in attentions for member in _members(attention)]
     alone = len(attentions) == 1
-    return Structure(
+    return PrunableGroup(
         name=first.name,
-        kind=StructureKind.HEAD,
+        kind=GroupKind.HEAD,
         modules=unique([name for attention in attentions for name in _modules(attention)]),
         units=first.units,
         members=tuple(members),
@@ -37,7 +37,7 @@ def _structure(attentions: list[Attention]) -> Structure:
     )
 
 
-def _members(attention: Attention) -> list[Member]:
+def _members(attention: Attention) -> list[CoupledSlice]:
     units = attention.units
     members = [
         member
@@ -46,7 +46,9 @@ def _members(attention: Attention) -> list[Member]:
     ]
     members.append(attention.output.reader(rows(units, attention.width), scored=True))
     members += [
-        Member(vector.tensor, vector.dim, rows(units, vector.width), masked=False, rescale=vector.rescale)
+        CoupledSlice(
+            vector.tensor, vector.dim, rows(units, vector.width), masked=False, rescale=vector.rescale
+        )
         for vector in attention.vectors
     ]
     return members

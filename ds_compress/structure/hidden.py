@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from ds_compress.config.modules import kind_of, shape_of
+from ds_compress.modelinfo.kinds import kind_of, shape_of
 from ds_compress.structure.attention import attentions_of
 from ds_compress.structure.feed_forward import feed_forwards_of
 from ds_compress.structure.head_companions import OF_ROOT_MEAN_SQUARE
 from ds_compress.structure.inventory import Inventory, rows, unique
-from ds_compress.structure.structure import Member, Refusal, Structure, StructureKind
+from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 _EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "glm")
 """Model types whose residual stream meets nothing but matrices, root-mean-square norms and constant factors."""
@@ -28,7 +28,7 @@ _WHY_NOT = {
 }
 
 
-def hidden_structures(inventory: Inventory) -> tuple[list[Structure], list[Refusal]]:
+def hidden_structures(inventory: Inventory) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """The one structure of the residual stream's entries, or why there is none."""
     model = inventory.model
     reason = _obstacle(model)
@@ -37,7 +37,7 @@ def hidden_structures(inventory: Inventory) -> tuple[list[Structure], list[Refus
             return [_structure(inventory)], []
         except _Unclear as why:
             reason = str(why)
-    return [], [Refusal(type(model).__name__, f"its hidden size cannot be cut exactly: {reason}")]
+    return [], [Unsupported(type(model).__name__, f"its hidden size cannot be cut exactly: {reason}")]
 
 
 def scales_epsilon(config: Any) -> bool:
@@ -62,12 +62,12 @@ def _obstacle(model: nn.Module) -> str | None:
     return f"what a {type(model).__name__} does with its hidden states is not known here"
 
 
-def _structure(inventory: Inventory) -> Structure:
+def _structure(inventory: Inventory) -> PrunableGroup:
     embedding, units = _embedding(inventory)
     index = rows(units)
     table = inventory.tensor(embedding, "weight")
     assert table is not None
-    members = [Member(table, 1, index, scored=True)]
+    members = [CoupledSlice(table, 1, index, scored=True)]
     names, inner = [embedding], set()
     attentions, refused = attentions_of(inventory)
     if refused:
@@ -96,13 +96,13 @@ def _structure(inventory: Inventory) -> Structure:
     for head in heads:
         weight = inventory.tensor(head, "weight")
         if weight is not None and weight not in known:
-            members.append(Member(weight, 1, index, scored=True))
+            members.append(CoupledSlice(weight, 1, index, scored=True))
     norms = list(_norms(inventory, units))
-    members += [Member(norm, 0, index, masked=False, rescale=OF_ROOT_MEAN_SQUARE) for norm in norms]
+    members += [CoupledSlice(norm, 0, index, masked=False, rescale=OF_ROOT_MEAN_SQUARE) for norm in norms]
     _check_complete(inventory, members, units)
-    return Structure(
+    return PrunableGroup(
         name=embedding,
-        kind=StructureKind.HIDDEN,
+        kind=GroupKind.HIDDEN,
         modules=unique([*names, *heads, *(inventory.parent(norm) for norm in norms)]),
         units=units,
         members=tuple(members),
@@ -139,7 +139,7 @@ def _norms(inventory: Inventory, units: int) -> Iterator[str]:
             yield tensor
 
 
-def _check_complete(inventory: Inventory, members: list[Member], units: int) -> None:
+def _check_complete(inventory: Inventory, members: list[CoupledSlice], units: int) -> None:
     """Every parameter is a member, or belongs to the inside of a layer."""
     known = {member.tensor for member in members}
     for name, parameter in inventory.model.named_parameters():

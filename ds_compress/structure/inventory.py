@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind, kind_of, shape_of
-from ds_compress.structure.structure import Member, Refusal, Structure
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of, shape_of
+from ds_compress.structure.structure import CoupledSlice, PrunableGroup, Unsupported
 
 
 def rows(units: int, width: int = 1, start: int = 0) -> torch.Tensor:
@@ -29,15 +29,15 @@ class Projection:
     weight: str
     bias: str | None
 
-    def writers(self, index: torch.Tensor, scored: bool = False) -> list[Member]:
+    def writers(self, index: torch.Tensor, scored: bool = False) -> list[CoupledSlice]:
         """Members that write units: their rows of the weight, and their entries of the bias."""
         dim = 1 if self.kind is ModuleKind.CONV1D else 0
-        members = [Member(self.weight, dim, index, scored)]
-        return members + ([Member(self.bias, 0, index)] if self.bias is not None else [])
+        members = [CoupledSlice(self.weight, dim, index, scored)]
+        return members + ([CoupledSlice(self.bias, 0, index)] if self.bias is not None else [])
 
-    def reader(self, index: torch.Tensor, scored: bool = False) -> Member:
+    def reader(self, index: torch.Tensor, scored: bool = False) -> CoupledSlice:
         """The member that reads units: their columns of the weight."""
-        return Member(self.weight, 0 if self.kind is ModuleKind.CONV1D else 1, index, scored)
+        return CoupledSlice(self.weight, 0 if self.kind is ModuleKind.CONV1D else 1, index, scored)
 
 
 class Inventory:
@@ -85,7 +85,7 @@ class Inventory:
         names = (self.child(parent, name) for name, _ in self.modules[parent].named_children())
         return [projection for name in names if (projection := self.projection(name)) is not None]
 
-    def tied_elsewhere(self, structure: Structure) -> Refusal | None:
+    def tied_elsewhere(self, structure: PrunableGroup) -> Unsupported | None:
         """Why the structure cannot be cut, if a module outside it uses one of its tensors, too."""
         inside = set(structure.modules)
         for names in self._names.values():
@@ -93,16 +93,16 @@ class Inventory:
                 outside = [name for name in names if self.parent(name) not in inside]
                 if outside:
                     reason = f"its {names[0]} is tied to {outside[0]}, which would lose the same entries; untie them"
-                    return Refusal(structure.name, reason)
+                    return Unsupported(structure.name, reason)
         return None
 
 
 def settled(
-    inventory: Inventory, structures: Iterable[Structure], refusals: Iterable[Refusal]
-) -> tuple[list[Structure], list[Refusal]]:
+    inventory: Inventory, structures: Iterable[PrunableGroup], unsupported: Iterable[Unsupported]
+) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """Structures that nothing outside them shares a tensor with, and all refusals."""
-    free: list[Structure] = []
-    refused = list(refusals)
+    free: list[PrunableGroup] = []
+    refused = list(unsupported)
     for structure in structures:
         refusal = inventory.tied_elsewhere(structure)
         if refusal is None:

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from ds_compress.config.errors import ConfigError
-from ds_compress.config.layers import find_layers
-from ds_compress.config.modules import shape_of
+from ds_compress.errors import ConfigError
+from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.modelinfo.layers import find_layers
 from ds_compress.structure.inventory import Inventory
-from ds_compress.structure.structure import Refusal, Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
 
 _PATH = "compression_training.depth_pruning.shared_parameters.module_name_prefix"
 _OF_HEADS = ("q_norm", "k_norm")
@@ -27,14 +27,14 @@ _LIST_NAMES = ("layers", "layer", "block", "blocks", "h")
 
 def layer_structures(
     inventory: Inventory, prefix: str | None = None
-) -> tuple[list[Structure], list[Refusal]]:
+) -> tuple[list[PrunableGroup], list[Unsupported]]:
     """One structure per stack: one in most models, two in encoder-decoders; `prefix`: the module of the only one.
 
     Raises:
         ConfigError: `prefix` names no ModuleList.
     """
-    structures: list[Structure] = []
-    refusals: list[Refusal] = []
+    structures: list[PrunableGroup] = []
+    unsupported: list[Unsupported] = []
     try:
         stacks = [find_layers(inventory.model, prefix, _PATH)] if prefix else list(stacks_of(inventory))
     except ConfigError as error:
@@ -43,17 +43,19 @@ def layer_structures(
         why = "; ".join(problem.hint for problem in error.problems)
         key = "say it with shared_parameters.module_name_prefix"
         return [], [
-            Refusal(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}; {key}")
+            Unsupported(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}; {key}")
         ]
     for name, layers in stacks:
         units = _alike(name, layers)
         if not _may_change_depth(inventory.model):
-            refusals.append(Refusal(name, "its config does not allow another number of layers"))
+            unsupported.append(Unsupported(name, "its config does not allow another number of layers"))
         elif len(units) > 1:
-            structures.append(Structure(name, StructureKind.LAYER, (name,), len(units), (), layers=units))
+            structures.append(PrunableGroup(name, GroupKind.LAYER, (name,), len(units), (), layers=units))
         else:
-            refusals.append(Refusal(name, "its layers are all different: none can stand in for another"))
-    return structures, refusals
+            unsupported.append(
+                Unsupported(name, "its layers are all different: none can stand in for another")
+            )
+    return structures, unsupported
 
 
 def stacks_of(inventory: Inventory) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ds_compress.structure.hidden import scales_epsilon
-from ds_compress.structure.structure import Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup
 
-Counted = Sequence[tuple[Structure, int]]
+Counted = Sequence[tuple[PrunableGroup, int]]
 _ROWS = ("intermediate_size", "d_ff", "hidden_dim", "ffn_dim", "ffn_hidden_size", "n_inner")
 _PER_LAYER = ("attention_window",)
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
@@ -71,7 +71,7 @@ def set_depth(config: Any, stack: str, depth: int, kept: Sequence[int]) -> None:
                 break
     for key, value in lists.items():
         setattr(config, key, [value[index] for index in kept])
-    _stages(config)
+    _techniques(config)
 
 
 def rewrite_config(config: Any, counted: Counted) -> None:
@@ -80,14 +80,14 @@ def rewrite_config(config: Any, counted: Counted) -> None:
     counted: (structure, units in the end) of all structures below the modules that hold the config; layers are not
     looked at, see `set_depth`.
     """
-    rows = [(s, n) for s, n in counted if s.kind is StructureKind.ROW]
-    heads = [(s, n) for s, n in counted if s.kind is StructureKind.HEAD]
+    rows = [(s, n) for s, n in counted if s.kind is GroupKind.ROW]
+    heads = [(s, n) for s, n in counted if s.kind is GroupKind.HEAD]
     for stack, own in _by_stack(config, rows, "{}_ffn_dim").items():
         _rows(config, own, stack)
     for stack, own in _by_stack(config, heads, "{}_attention_heads").items():
         _heads(config, own, stack)
     for structure, count in counted:
-        if structure.kind is StructureKind.HIDDEN and count < structure.units:
+        if structure.kind is GroupKind.HIDDEN and count < structure.units:
             _hidden(config, structure.units, count)
 
 
@@ -101,14 +101,14 @@ def private_config(holder: nn.Module, heads: int, key_value_heads: int) -> None:
 
 def _by_stack(config: Any, counted: Counted, key: str) -> dict[str, Counted]:
     """Encoder and decoder apart where the config has a key for each."""
-    stacks: dict[str, list[tuple[Structure, int]]] = {}
+    stacks: dict[str, list[tuple[PrunableGroup, int]]] = {}
     for structure, count in counted:
         stack = _stack(config, structure)
         stacks.setdefault(stack if hasattr(config, key.format(stack)) else "", []).append((structure, count))
     return dict(stacks)
 
 
-def _stack(config: Any, structure: Structure) -> str:
+def _stack(config: Any, structure: PrunableGroup) -> str:
     """Which stack of an encoder-decoder the structure is in; "" in other models."""
     return _side(config, (structure.layers or structure.modules)[0])
 
@@ -190,7 +190,7 @@ def _hidden(config: Any, units: int, kept: int) -> None:
         config.rms_norm_eps *= units / kept
 
 
-def _stages(config: Any) -> None:
+def _techniques(config: Any) -> None:
     """Names that vision backbones give to the outputs of their layers, the last of which is given out."""
     stages, indices = getattr(config, "stage_names", None), getattr(config, "_out_indices", None)
     depth = getattr(config, "num_hidden_layers", None)
@@ -200,7 +200,7 @@ def _stages(config: Any) -> None:
         config.stage_names = stages[: depth + 1]
 
 
-def _agreed(counted: Iterable[tuple[Structure, int]]) -> tuple[int, int] | None:
+def _agreed(counted: Iterable[tuple[PrunableGroup, int]]) -> tuple[int, int] | None:
     """(units before, units after) when that is the same for all and a change."""
     sizes = {(structure.units, count) for structure, count in counted}
     if len(sizes) != 1:

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_compress.config.modules import ModuleKind, shape_of
+from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.structure.inventory import Inventory, Projection, rows, unique
-from ds_compress.structure.structure import Member, Structure, StructureKind
+from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def explicit_structure(
     model: nn.Module,
-    kind: StructureKind,
+    kind: GroupKind,
     module_names: Sequence[str],
     related_names: Sequence[str],
     num_heads: int | None = None,
-) -> Structure:
+) -> PrunableGroup:
     """The structure of the units of `module_names`, which all `related_names` read.
 
     ROW and CHANNEL: units are the outputs of the modules; each related module loses the same inputs (a Linear
@@ -33,13 +33,13 @@ def explicit_structure(
     """
     inventory = Inventory(model)
     writers = [_projection(inventory, name) for name in module_names]
-    if kind is StructureKind.HEAD:
+    if kind is GroupKind.HEAD:
         members, units, observed, index = _heads(inventory, writers, related_names, num_heads)
-    elif kind in (StructureKind.ROW, StructureKind.CHANNEL):
+    elif kind in (GroupKind.ROW, GroupKind.CHANNEL):
         members, units, observed, index = _outputs(inventory, writers, related_names)
     else:
         raise ValueError(f"related_modules have no meaning for {kind.value} pruning")
-    return Structure(
+    return PrunableGroup(
         name=writers[0].name,
         kind=kind,
         modules=unique([*module_names, *related_names]),
@@ -51,8 +51,8 @@ def explicit_structure(
 
 
 def zero_only_structure(
-    model: nn.Module, kind: StructureKind, module_name: str, num_heads: int | None = None
-) -> Structure:
+    model: nn.Module, kind: GroupKind, module_name: str, num_heads: int | None = None
+) -> PrunableGroup:
     """Units of one module that are zeroed and stay where they are, because what reads or feeds them is not known.
 
     Raises:
@@ -61,7 +61,7 @@ def zero_only_structure(
     inventory = Inventory(model)
     projection = _projection(inventory, module_name)
     observed, index = None, None
-    if kind is StructureKind.HEAD:
+    if kind is GroupKind.HEAD:
         units, width = _chunks(projection, num_heads)
         index = rows(units, width)
         members = [projection.reader(index, scored=True)]
@@ -69,7 +69,7 @@ def zero_only_structure(
     else:
         units = projection.outputs
         members = projection.writers(rows(units), scored=True)
-    return Structure(
+    return PrunableGroup(
         name=module_name,
         kind=kind,
         modules=(module_name,),
@@ -81,7 +81,7 @@ def zero_only_structure(
     )
 
 
-_Parts = tuple[list[Member], int, str | None, torch.Tensor | None]
+_Parts = tuple[list[CoupledSlice], int, str | None, torch.Tensor | None]
 
 
 def _outputs(inventory: Inventory, writers: Sequence[Projection], related: Sequence[str]) -> _Parts:
@@ -140,7 +140,7 @@ def _chunks(projection: Projection, num_heads: int | None) -> tuple[int, int]:
     return num_heads, projection.inputs // num_heads
 
 
-def _vectors(inventory: Inventory, name: str, units: int) -> list[Member]:
+def _vectors(inventory: Inventory, name: str, units: int) -> list[CoupledSlice]:
     module = inventory.modules.get(name)
     if module is None:
         raise ValueError(f"there is no module {name}")
@@ -154,7 +154,7 @@ def _vectors(inventory: Inventory, name: str, units: int) -> list[Member]:
         if shape != (units,):
             raise ValueError(f"{name}.{key} has the shape {list(shape)}, not [{units}]")
         # A zero channel must still be zero behind its normalization; the statistics are only cut.
-        members.append(Member(tensor, 0, rows(units), masked=key in ("weight", "bias")))
+        members.append(CoupledSlice(tensor, 0, rows(units), masked=key in ("weight", "bias")))
     if not members:
         raise ValueError(f"{name} is a {type(module).__name__}: it has no inputs that could be cut")
     return members

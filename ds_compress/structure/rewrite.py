@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.modules import shape_of
+from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attentions_of
 from ds_compress.structure.find import find_structures
 from ds_compress.structure.hidden import scales_epsilon
@@ -21,10 +21,10 @@ from ds_compress.structure.model_config import (
     rewrite_config,
     set_depth,
 )
-from ds_compress.structure.structure import Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup
 
 if TYPE_CHECKING:
-    from ds_compress.structure.cut import Cuts
+    from ds_compress.structure.cut import PruningPlan
 
 _KEY_VALUE_HEADS = (
     "num_key_value_heads",
@@ -52,8 +52,8 @@ _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module, cuts: Cuts, skeleton: bool = False) -> None:
-    """See `Cuts.rewrite`."""
+def rewrite(model: nn.Module, cuts: PruningPlan, skeleton: bool = False) -> None:
+    """See `PruningPlan.rewrite`."""
     inventory = Inventory(model)
     cuts.aliases |= second_names(model)
     # What the model looks like is read before anything changes.
@@ -80,11 +80,11 @@ def rewrite(model: nn.Module, cuts: Cuts, skeleton: bool = False) -> None:
     _delete_layers(model, cuts)
 
 
-def _with_uncut(model: nn.Module, cuts: Cuts) -> list[tuple[Structure, int]]:
+def _with_uncut(model: nn.Module, cuts: PruningPlan) -> list[tuple[PrunableGroup, int]]:
     """(structure, units in the end) of the cut ones, and of all others of the kinds that are cut."""
     counted = [(structure, cuts.count(structure)) for structure in cuts.structures]
     named = {member.tensor for structure in cuts.structures for member in structure.members}
-    for kind in (StructureKind.ROW, StructureKind.HEAD):
+    for kind in (GroupKind.ROW, GroupKind.HEAD):
         if any(structure.kind is kind for structure in cuts.active()):
             for other in find_structures(model, kind).structures:
                 if not any(member.tensor in named for member in other.members):
@@ -92,7 +92,7 @@ def _with_uncut(model: nn.Module, cuts: Cuts) -> list[tuple[Structure, int]]:
     return counted
 
 
-def _check(model: nn.Module, cuts: Cuts) -> None:
+def _check(model: nn.Module, cuts: PruningPlan) -> None:
     tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for structure in cuts.active():
         for member in structure.members:
@@ -110,7 +110,7 @@ def _check(model: nn.Module, cuts: Cuts) -> None:
                 )
 
 
-def _replace_tensors(model: nn.Module, cuts: Cuts, skeleton: bool) -> None:
+def _replace_tensors(model: nn.Module, cuts: PruningPlan, skeleton: bool) -> None:
     """Puts one new tensor per old one in every place that used it, so that ties stay ties."""
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     new: dict[int, torch.Tensor] = {}
@@ -126,7 +126,7 @@ def _replace_tensors(model: nn.Module, cuts: Cuts, skeleton: bool) -> None:
                 own[key] = new[id(tensor)]  # type: ignore[assignment]
 
 
-def _smaller(tensor: torch.Tensor, name: str, cuts: Cuts, skeleton: bool) -> torch.Tensor:
+def _smaller(tensor: torch.Tensor, name: str, cuts: PruningPlan, skeleton: bool) -> torch.Tensor:
     whole = tensor.detach()
     if whole.is_meta and not skeleton:
         raise ValueError(
@@ -190,16 +190,16 @@ def _fix_attention(inventory: Inventory, attention: Attention, uniform: bool) ->
         private_config(holder, heads, key_values)
 
 
-def _fix_remarks(model: nn.Module, cuts: Cuts) -> None:
+def _fix_remarks(model: nn.Module, cuts: PruningPlan) -> None:
     """Attributes by which modules remember the sizes that they were built with."""
     for structure in cuts.active():
         attributes: tuple[str, ...]
-        if structure.kind is StructureKind.HIDDEN:
-            holders, attributes = list(model.modules()), _HIDDEN_SIZES
-        elif structure.kind is StructureKind.ROW:
+        if structure.kind is GroupKind.HIDDEN:
+            shard_group, attributes = list(model.modules()), _HIDDEN_SIZES
+        elif structure.kind is GroupKind.ROW:
             parents = {name.rpartition(".")[0] for name in structure.modules}
-            holders, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
-        elif structure.kind is StructureKind.LAYER:
+            shard_group, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
+        elif structure.kind is GroupKind.LAYER:
             stack = structure.layers[0].rpartition(".")[0]
             depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
             left = depth - structure.units + cuts.count(structure)
@@ -207,14 +207,14 @@ def _fix_remarks(model: nn.Module, cuts: Cuts) -> None:
             continue
         else:
             continue
-        for holder in holders:
+        for holder in shard_group:
             _set(holder, attributes, structure.units, cuts.count(structure))
 
 
-def _scale_epsilon(model: nn.Module, cuts: Cuts) -> None:
+def _scale_epsilon(model: nn.Module, cuts: PruningPlan) -> None:
     """Norms over k of n entries: their epsilon weighs as much as before beside a mean that is n / k times as large."""
     for structure in cuts.active():
-        if structure.kind is StructureKind.HIDDEN and scales_epsilon(getattr(model, "config", None)):
+        if structure.kind is GroupKind.HIDDEN and scales_epsilon(getattr(model, "config", None)):
             for member in structure.members:
                 norm = model.get_submodule(member.tensor.rpartition(".")[0])
                 for attribute in ("variance_epsilon", "eps") if member.rescale else ():
@@ -249,16 +249,16 @@ def _is_read(module: nn.Module, attribute: str) -> bool:
     return False
 
 
-def _uniform_heads(counted: list[tuple[Structure, int]]) -> bool:
-    return len({(s.units, n) for s, n in counted if s.kind is StructureKind.HEAD}) <= 1
+def _uniform_heads(counted: list[tuple[PrunableGroup, int]]) -> bool:
+    return len({(s.units, n) for s, n in counted if s.kind is GroupKind.HEAD}) <= 1
 
 
-def _is_below(structure: Structure, prefix: str) -> bool:
+def _is_below(structure: PrunableGroup, prefix: str) -> bool:
     names = structure.layers or structure.modules
     return not prefix or any(name.startswith(prefix + ".") for name in names)
 
 
-def _delete_layers(model: nn.Module, cuts: Cuts) -> None:
+def _delete_layers(model: nn.Module, cuts: PruningPlan) -> None:
     for stack, indices in cuts.deleted_layers().items():
         layers = model.get_submodule(stack)
         assert isinstance(layers, nn.ModuleList)

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ds_compress.config.auxiliary import is_auxiliary
-from ds_compress.config.modules import shape_of
-from ds_compress.structure.cut import Cuts
+from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.structure.cut import PruningPlan
 
 _MOST = 8
 _NUMBERS = (int, float, bool)
 _FOR_TRAINING = ("training", "gradient_checkpointing")
 
 
-def stock_obstacles(model_or_config: Any, cuts: Cuts | None = None) -> list[str]:
+def stock_obstacles(model_or_config: Any, cuts: PruningPlan | None = None) -> list[str]:
     """Why `type(model)(config)` is not the cut model; empty when stock transformers loads it.
 
     Args:

@@ -3,7 +3,7 @@
 An FFN of 1536 neurons is one structure of 1536 units; unit u owns row u of the first matrix, entry u of its bias and
 column u of the second matrix. An attention layer is a structure of heads (under grouped-query attention of key/value
 groups), a model's stack of layers one structure whose units are layers. Nothing here knows a process or an optimizer:
-masks during training, scores and the final cut are all computed from `Member.index`.
+masks during training, scores and the final cut are all computed from `CoupledSlice.index`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 
 
-class StructureKind(StrEnum):
+class GroupKind(StrEnum):
     ROW = "row"
     """Inner neurons of a feed-forward block."""
     HEAD = "head"
@@ -28,7 +28,7 @@ class StructureKind(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class CoupledSlice:
     """The entries of one tensor, along one dimension, that belong to the units of a structure.
 
     tensor: name of a parameter (the first-listed one when tied) or buffer. dim: which dimension of its full shape.
@@ -48,23 +48,24 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Structure:
+class PrunableGroup:
     """Units that are scored, masked and removed as wholes.
 
     name: unique in the model; stable over runs. modules: names of the modules that a regex of the JSON may reach it
     by. units: how many there are. members: everything that goes with them; empty for layers, which are bypassed in
     training and deleted in the end. observed: module whose *input* carries the units (for activation scores), with
-    the positions along its last dimension (dim 1 of a convolution's) as in `Member.index`; None where there is none.
+    the positions along its last dimension (dim 1 of a convolution's) as in `CoupledSlice.index`; None where there is
+    none.
     removable: False when the units can only be zeroed, because what reads them is not known (legacy blocks without
     related_modules). aligned: structures of equal `aligned` text must keep the same units (T5 shares one
     position bias among all layers); "" when it stands alone.
     """
 
     name: str
-    kind: StructureKind
+    kind: GroupKind
     modules: tuple[str, ...]
     units: int
-    members: tuple[Member, ...]
+    members: tuple[CoupledSlice, ...]
     observed: str | None = None
     observed_index: torch.Tensor | None = None
     removable: bool = True
@@ -74,7 +75,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Unsupported:
     """A module that looks as if it had units, and why they cannot be removed; a sentence that says what to do."""
 
     module: str

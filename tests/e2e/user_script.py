@@ -36,7 +36,7 @@ if torch.distributed.get_rank() == 0:
     report = {
         "losses": losses,
         "world_size": torch.distributed.get_world_size(),
-        "stages": sorted(compression.stages) if compression else [],
+        "stages": sorted(compression.techniques) if compression else [],
         "metrics": compression.metrics() if compression else {},
         "layers": model.config.num_hidden_layers,
         "script": __file__,

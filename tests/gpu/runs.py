@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import ds_compress  # noqa: F401  (registers)
-from ds_compress.engine.fragments import check_fragments
-from ds_compress.engine.seams import loss_scale
+from ds_compress.engine.zero.fragments import check_fragments
+from ds_compress.engine.zero.internals import loss_scale
 from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert
 from tests.multirank.training import QUANTIZATIONS, quantization_block
 
@@ -140,7 +140,7 @@ def run(
         if block is not None:
             check_masters(engine)
             session = engine.compression
-            stage = session.stages.get("sparse_pruning")
+            stage = session.techniques.get("sparse_pruning")
             result |= {
                 "applied": session.applied_steps,
                 "metrics": session.metrics(),

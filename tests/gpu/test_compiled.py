@@ -23,7 +23,7 @@ def losses_of(layout: str, block: dict[str, Any] | None, dtype: str, compiles: b
         if compiles:
             engine.compile(backend="inductor")
         losses = train(engine, batches(4))
-        targets = engine.compression.stages["sparse_pruning"].targets if block else {}
+        targets = engine.compression.techniques["sparse_pruning"].targets if block else {}
         weights = {name.replace("_orig_mod.", ""): w for name, w in full_weights(engine.module).items()}
         return {"losses": losses, "weights": weights, "targets": sorted(targets)}
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_compress.reduce import hosts as hosts_module
+from ds_compress.reduce import nodes as hosts_module
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
 from ds_compress.reduce.differences import CopiedWeights
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
-from ds_compress.reduce.hosts import find_hosts
 from ds_compress.reduce.link import compare
+from ds_compress.reduce.nodes import find_nodes
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.rules import COORDINATES
@@ -70,7 +70,7 @@ def all_reduces() -> list[dict[str, Any]]:
     world, rank = dist.get_world_size(), dist.get_rank()
     found = []
     os.environ[hosts_module.HOST_VARIABLE] = f"host{rank % 2}"
-    two_hosts = find_hosts(None)
+    two_hosts = find_nodes(None)
     for bits, block in ((8, 512), (4, 128)):
         for numel in LENGTHS:
             for hosts, piece in ((None, 1 << 20), (None, 4096), (two_hosts, 4096)):
@@ -100,7 +100,7 @@ def scatters() -> list[dict[str, Any]]:
     """Uneven slices in any order, empty ones, more owners than elements: error of what this rank got."""
     world, rank = dist.get_world_size(), dist.get_rank()
     os.environ[hosts_module.HOST_VARIABLE] = f"host{rank % 2}"
-    two_hosts = find_hosts(None)
+    two_hosts = find_nodes(None)
     layouts = {
         "uneven": [(0, 7), (world - 1, 5000), (0, 12295), (1, 1), (0, 3)],
         "one owner": [(world - 1, 9000)],

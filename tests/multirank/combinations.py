@@ -13,7 +13,7 @@ from ds_compress.hf import merge_and_unload
 from tests.multirank.common import VOCAB, batches, ds_config, engine_of, full_weights, tiny_bert, train
 from tests.multirank.training import quantization_block
 
-STAGES = (0, 2, 3)
+TECHNIQUES = (0, 2, 3)
 STEPS = 4
 ENCODER = "encoder.layer"
 
@@ -58,7 +58,7 @@ def text(steps: int, seed: int = 1) -> Iterator[dict[str, torch.Tensor]]:
 
 def observed(engine: Any, losses: list[float]) -> dict[str, Any]:
     weights = full_weights(engine.module)
-    targets = engine.compression.stages["sparse_pruning"].targets
+    targets = engine.compression.techniques["sparse_pruning"].targets
     result = {
         "losses": losses,
         "weights": {name.replace("_orig_mod.", ""): weights[name] for name in targets},
@@ -73,9 +73,9 @@ def observed(engine: Any, losses: list[float]) -> dict[str, Any]:
 def features() -> dict[tuple[str, int], dict[str, Any]]:
     """{(feature, stage): losses, final weights, metrics}, "plain" being the run without any."""
     results: dict[tuple[str, int], dict[str, Any]] = {}
-    for stage in STAGES:
+    for stage in TECHNIQUES:
         for name, run in FEATURES.items():
-            if stage in run.stages:
+            if stage in run.techniques:
                 results[name, stage] = run(stage)
     return results
 
@@ -89,7 +89,7 @@ class Feature:
         change: Callable[[Any], Any] = lambda model: model,
         micro: int = 1,
         compiled: Callable[[Any], Any] = lambda engine: None,
-        stages: tuple[int, ...] = STAGES,
+        stages: tuple[int, ...] = TECHNIQUES,
     ) -> None:
         self.config, self.change, self.micro, self.compiled = config or {}, change, micro, compiled
         self.stages = stages
@@ -143,7 +143,7 @@ FEATURES: dict[str, Feature] = {
 def tied() -> dict[int, dict[str, Any]]:
     """The table that is embedding and head at once is pruned and quantized by its first name."""
     results = {}
-    for stage in STAGES:
+    for stage in TECHNIQUES:
         model = tiny_llama()
         modules = ("embed_tokens", "mlp")
         config = ds_config(stage, block(modules) | {"activation_quantization": {}})
@@ -168,7 +168,7 @@ FROZEN = {
 
 
 def frozen_stages(name: str) -> tuple[int, ...]:
-    return (0, 3) if name == "frozen-persistent" else STAGES
+    return (0, 3) if name == "frozen-persistent" else TECHNIQUES
 
 
 def frozen(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -185,7 +185,7 @@ def frozen(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
             with engine_of(model, config, model_parameters=parameters) as engine:
                 result = observed(engine, train(engine, batches(STEPS)))
                 result["forward"] = engine(**next(batches(1))).loss.item()
-                result["mask_bytes"] = engine.compression.stages["sparse_pruning"].mask_bytes()
+                result["mask_bytes"] = engine.compression.techniques["sparse_pruning"].mask_bytes()
                 engine.save_checkpoint(f"{folder}/{name}-{stage}", exclude_frozen_parameters=True)
             result["before"] = {key: before[key] for key in result["weights"]}
             model = _frozen_bert(name)
@@ -222,7 +222,7 @@ def lora(folder: str) -> dict[int, dict[str, Any]]:
     """Base pruned and in 8 bits, adapters trained in full; then merged."""
     results = {}
     modules = ("q_proj", "k_proj", "down_proj")
-    for stage in STAGES:
+    for stage in TECHNIQUES:
         model = adapted_llama()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -19,7 +19,7 @@ from tests.multirank.common import (
     train,
 )
 
-STAGES = (0, 1, 2, 3)
+TECHNIQUES = (0, 1, 2, 3)
 
 METHODS: dict[str, dict[str, Any]] = {
     "l1": {},
@@ -74,7 +74,7 @@ def masks_of_methods(
             model = tiny_bert()
             with engine_of(model, ds_config(stage, block)) as engine:
                 losses = train(engine, batches(steps))
-                stage_object = engine.compression.stages["sparse_pruning"]
+                stage_object = engine.compression.techniques["sparse_pruning"]
                 results[name, stage] = {
                     "losses": losses,
                     "weights": {k: v for k, v in full_weights(model).items() if k in stage_object.targets},
@@ -88,12 +88,12 @@ def fifty_steps() -> dict[tuple[str, int], dict[str, Any]]:
     """Non-zeros of every weight after 50 steps; each process with data of its own."""
     results = {}
     for method in ("l1", "topk"):
-        for stage in STAGES:
+        for stage in TECHNIQUES:
             model = tiny_bert()
             block = pruning_block(method, schedule_offset_end=40, schedule_offset_stride=5)
             with engine_of(model, ds_config(stage, block)) as engine:
                 train(engine, batches(50, rank=dist.get_rank()))
-                targets = engine.compression.stages["sparse_pruning"].targets
+                targets = engine.compression.techniques["sparse_pruning"].targets
                 weights = {k: v for k, v in full_weights(model).items() if k in targets}
             results[method, stage] = {k: (int(v.count_nonzero()), v.numel()) for k, v in weights.items()}
     return results
@@ -115,7 +115,7 @@ def wrappers(steps: int = 6) -> dict[str, dict[str, Any]]:
         accumulate = config.get("gradient_accumulation_steps", 1)
         with engine_of(model, config, model_parameters=parameters) as engine:
             kept = []
-            targets = engine.compression.stages["sparse_pruning"].targets
+            targets = engine.compression.techniques["sparse_pruning"].targets
             for _ in range(steps):
                 train(engine, batches(accumulate, rank=dist.get_rank()))
                 weights = full_weights(model)
@@ -132,7 +132,7 @@ def wrappers(steps: int = 6) -> dict[str, dict[str, Any]]:
 def faults() -> dict[Any, Any]:
     """NaN gradients are skipped and not counted; NaN weights leave the mask alone."""
     results: dict[Any, Any] = {}
-    for stage, dtype in itertools.product(STAGES, ("fp32", "bf16")):
+    for stage, dtype in itertools.product(TECHNIQUES, ("fp32", "bf16")):
         model = tiny_bert()
         with engine_of(model, ds_config(stage, pruning_block(schedule_offset=3), dtype=dtype)) as engine:
             train(engine, batches(1))
@@ -166,7 +166,7 @@ def resume(folder: str, methods: tuple[str, ...], steps: int = 8) -> dict[tuple[
 def _resume(folder: str, method: str, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
     results = {}
     shared: dict[str, Any] = {"schedule_offset_end": 7, "schedule_offset_stride": 2, "scope": "global"}
-    for stage in STAGES:
+    for stage in TECHNIQUES:
         config = ds_config(stage, pruning_block(method, **shared))
         data = list(batches(steps))
         model = tiny_bert()

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
-from ds_compress.engine import reduction_seams
-from ds_compress.engine.seams import loss_scale
-from ds_compress.engine.shards import Shards
-from ds_compress.reduce.hosts import HOST_VARIABLE
+from ds_compress.engine.comm import reduction_points
+from ds_compress.engine.zero.internals import loss_scale
+from ds_compress.engine.zero.shards import Shards
 from ds_compress.reduce.link import Comparison
-from ds_compress.reduce.workers import OutlierAbort
+from ds_compress.reduce.nodes import HOST_VARIABLE
+from ds_compress.reduce.workers import OutlierAbortError
 from tests.multirank.common import batches, device, ds_config, engine_of, full_weights, pruning_block, train
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -115,9 +115,9 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
     shards = Shards.of_engine(engine).fragments
 
     def look(optimizer: Any, args: Any, kwargs: Any) -> None:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        master = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for fragment in shards.values():
-            if id(fragment.stepped) in stepped and fragment.gradient is not None:
+            if id(fragment.master) in master and fragment.gradient is not None:
                 whole = seen.setdefault(fragment.name, torch.zeros(fragment.shape, device=device()).flatten())
                 whole[fragment.start : fragment.start + fragment.numel] = fragment.gradient.float()
 
@@ -154,7 +154,7 @@ def gradients(names: list[str]) -> dict[str, Any]:
                 metrics = engine.compression.metrics()
                 weights = full_weights(engine.module)
                 residual_bytes = sum(
-                    r.nbytes for r in engine.compression.stages["gradient_reduction"].residuals.values()
+                    r.nbytes for r in engine.compression.techniques["gradient_reduction"].residuals.values()
                 )
             found[name][kind] = {
                 "error": {key: relative(ours[key], stock[key]) for key in stock},
@@ -229,14 +229,14 @@ def special_steps() -> dict[str, Any]:
         ("slow", Comparison(2.0, 1.0, 1)),
         ("fast", Comparison(1.0, 2.0, 1)),
     ):
-        measure = reduction_seams.measure
+        measure = reduction_points.measure
         if comparison is not None:
-            reduction_seams.measure = lambda engine, quantized, found=comparison: found
+            reduction_points.measure = lambda engine, quantized, found=comparison: found
         messages.clear()
         with engine_for({"stage": 2}, wire(measure_link=True, piece_elements=1 << 20)) as engine:
             train(engine, batches(1))
             quantized = engine.compression.metrics()["gradient_reduction/quantized_elements"]
-        reduction_seams.measure = measure
+        reduction_points.measure = measure
         said = [message for message in messages if "gradient_compression is" in message]
         found[kind] = (quantized, "".join(said))
     logging.getLogger("ds_compress").removeHandler(handler)
@@ -255,7 +255,7 @@ def loss_scales() -> dict[str, Any]:
             block = None if kind == "stock" else wire(error_feedback=kind == "feedback")
             with engine_for({"stage": stage}, block, fp16=fp16) as engine:
                 engine.module.half()
-                reduction = engine.compression.stages["gradient_reduction"] if block else None
+                reduction = engine.compression.techniques["gradient_reduction"] if block else None
                 if kind == "nan_to_num":
                     hide_overflow(reduction)
                 scales, kept = [], []
@@ -329,7 +329,7 @@ def checkpoints(folder: str) -> dict[str, Any]:
         for drop in (False, True):
             with engine_for({"stage": stage}, block) as engine:
                 engine.load_checkpoint(f"{folder}/{stage}")
-                reduction = engine.compression.stages["gradient_reduction"]
+                reduction = engine.compression.techniques["gradient_reduction"]
                 if drop:
                     reduction.load_process_state(None)
                 train(engine, batches(2, seed=2, rank=rank))
@@ -353,7 +353,7 @@ def robust_engines(folder: str) -> dict[str, Any]:
                     poison(engine, attack)
                 gradients = final_gradients(engine, steps=2)
                 metrics = engine.compression.metrics()
-                accusations = engine.compression.stages["gradient_reduction"].accusations
+                accusations = engine.compression.techniques["gradient_reduction"].accusations
                 found[f"{stage} {attack}"] = {
                     "norm": float(torch.cat(list(gradients.values())).norm()),
                     "named": dict(accusations.named),
@@ -369,7 +369,7 @@ def robust_engines(folder: str) -> dict[str, Any]:
         try:
             train(engine, batches(1, rank=dist.get_rank()))
             found["abort"] = "went on"
-        except OutlierAbort as error:
+        except OutlierAbortError as error:
             found["abort"] = str(error)
     block = {"robust_reduction": {"enabled": True, "rule": "mean", "on_outlier": "exclude"}}
     norms = {}

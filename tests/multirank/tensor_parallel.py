@@ -61,7 +61,7 @@ def _sharded(method: str, stage: int, where: str) -> dict[str, Any]:
             "whole": ds_compress.export_state_dict(engine),
             "metrics": engine.compression.metrics(),
             "refused": _refusals(engine, where),
-            "mask_bytes": engine.compression.stages["sparse_pruning"].mask_bytes(),
+            "mask_bytes": engine.compression.techniques["sparse_pruning"].mask_bytes(),
         }
     with engine_of(_model(method, seed=9), config) as engine:
         engine.load_checkpoint(where)

@@ -19,7 +19,7 @@ from tests.multirank.common import (
     train,
 )
 
-STAGES = (0, 1, 2, 3)
+TECHNIQUES = (0, 1, 2, 3)
 
 
 def quantization_block(
@@ -58,12 +58,12 @@ def plain_and_quantized(steps: int = 6) -> dict[tuple[str, int], list[float]]:
     """Losses of plain DeepSpeed and of each quantization on each stage; every process has its own data."""
     results = {}
     for name, block in {"plain": None, **QUANTIZATIONS}.items():
-        for stage in STAGES:
+        for stage in TECHNIQUES:
             model = tiny_bert()
             with engine_of(model, ds_config(stage, block)) as engine:
                 results[name, stage] = train(engine, batches(steps, rank=dist.get_rank()))
                 if name == "static":
-                    ranges = engine.compression.stages["activation_quantization"].state_dict()["ranges"]
+                    ranges = engine.compression.techniques["activation_quantization"].state_dict()["ranges"]
                     results["ranges", stage] = {k: v.tolist() for k, v in ranges.items()}
     return results
 
@@ -121,7 +121,7 @@ def everything(folder: str, steps: int = 5) -> dict[Any, Any]:
         tiny_bert(seed=3, layers=4).save_pretrained(f"{folder}/teacher")
     dist.barrier()
     results: dict[Any, Any] = {}
-    for stage in STAGES:
+    for stage in TECHNIQUES:
         config = ds_config(stage, everything_block(f"{folder}/teacher"))
         data = list(batches(steps))
         model = _student(folder, stage)

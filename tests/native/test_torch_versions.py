@@ -32,8 +32,8 @@ def torch_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Torch]:
     found = {}
     for version, archive in ARCHIVES.items():
         folder = tmp_path_factory.mktemp(f"torch-{version}")
-        with tarfile.open(archive) as opened:
-            opened.extractall(folder, filter="data")
+        with tarfile.open(archive) as load_source:
+            load_source.extractall(folder, filter="data")
         found[version] = Torch(folder / "torch", version)
     return found
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_compress.config import CompressionConfig, ConfigError, parse_config
-from ds_compress.config.inventory import nearest_names
-from ds_compress.config.report import Treatment, collapse
+from ds_compress.config.report.table import LineItem, collapse
+from ds_compress.modelinfo.inventory import nearest_names
 
 GROUP = {"modules": ["attention"], "related_modules": None}
 COMPLETE: dict[str, Any] = {
@@ -246,7 +246,7 @@ def test_nearest_names_never_fail(pattern: str, names: list[str]) -> None:
 
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_collapsed_lines_lose_no_module(places: set[tuple[int, int]]) -> None:
-    same = Treatment((1,), "", "", "", "")
+    same = LineItem((1,), "", "", "", "")
     names = [f"a.{first}.b.{second}.c" for first, second in sorted(places)]
     lines = collapse(dict.fromkeys(names, same))
     assert sorted(name for _, members in lines for name in members) == sorted(names)

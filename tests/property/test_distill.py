@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_compress.config.distillation import LogitsLoss
+from ds_compress.config.schema.distillation import LogitsLoss
 from ds_compress.distill.divergence import divergence_of, log_probabilities, with_tail
 from ds_compress.distill.losses.logits import LogitsDistillation
-from ds_compress.distill.record import Record
+from ds_compress.distill.record import CapturedActivations
 from ds_compress.distill.sparse_logits import SparseLogits
 
 # Models forbid a token by the most negative number there is, or something near it.
@@ -114,7 +114,11 @@ def test_jensen_shannon_at_its_ends_is_a_kl(both: tuple[torch.Tensor, torch.Tens
 
 
 def loss(settings: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor) -> float:
-    return float(LogitsDistillation(LogitsLoss(**settings))(Record(logits=student), Record(logits=teacher)))
+    return float(
+        LogitsDistillation(LogitsLoss(**settings))(
+            CapturedActivations(logits=student), CapturedActivations(logits=teacher)
+        )
+    )
 
 
 @given(both=pairs(), kind=st.sampled_from(KINDS), k=st.integers(1, 12))

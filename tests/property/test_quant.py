@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_compress.ops.counter_rng import uniform
 from ds_compress.quant import grid as grids
-from ds_compress.quant.counter_rng import uniform
 from ds_compress.quant.grid import Granularity, WeightGrid
 from ds_compress.quant.layout import join_weight, scale_shape, split_weight, weights_per_scale
 

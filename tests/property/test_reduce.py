@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
-from ds_compress.reduce.hosts import Layout, UnevenHosts
+from ds_compress.reduce.nodes import Layout, UnevenNodesError
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS
@@ -149,7 +149,7 @@ def test_every_process_has_one_place_on_one_host(names: list[int]) -> None:
     if len(counts) > 1:
         try:
             Layout.of([str(name) for name in names])
-        except UnevenHosts as error:
+        except UnevenNodesError as error:
             assert "as many processes" in str(error)
         else:
             raise AssertionError("uneven hosts were taken")

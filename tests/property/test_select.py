@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_compress.select import bitmask, radix
+from ds_compress.ops import bitmask
+from ds_compress.select import radix
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.schedules import DensitySchedule
-from ds_compress.stages.sparse_pruning import exact_ceil
-from tests.holders import HolderShards, joined, run_holders
+from ds_compress.techniques.sparse_pruning import exact_ceil
+from tests.shard_group import RankShards, joined, run_ranks_of_shards
 from tests.unit.test_radix import by_stable_sort, select
 
 scores = st.lists(
@@ -51,24 +52,24 @@ def test_block_masks_do_not_depend_on_the_layout(
     keep = data.draw(st.integers(0, grid.units))
     cuts = data.draw(st.lists(st.integers(0, rows * columns), max_size=4))
 
-    def work(shards: HolderShards) -> dict[str, torch.Tensor]:
+    def work(shards: RankShards) -> dict[str, torch.Tensor]:
         values = {n: f.values for n, f in shards.fragments.items()}
-        bands, numels = {"w": grid.band_numel}, {"w": rows * columns}
-        whole = values if grid.is_elementwise else shards.complete_bands(values, bands, numels)
+        block_rows, numels = {"w": grid.block_row_numel}, {"w": rows * columns}
+        whole = values if grid.is_elementwise else shards.exchange_halos(values, block_rows, numels)
         candidates = {}
         for name, fragment in shards.fragments.items():
-            borrowed = 0 if fragment.start % grid.band_numel == 0 else grid.blocks_per_band
+            borrowed = 0 if fragment.start % grid.block_row_numel == 0 else grid.blocks_per_band
             keys = radix.sort_keys_(grid.block_scores(whole[name]).clone())
             candidates[name] = radix.Candidates(partial(torch.clone, keys), borrowed)
         kept = dict(radix.select(candidates, [radix.Pool(("w",), keep)], shards))
-        begins = {n: f.start % grid.band_numel for n, f in shards.fragments.items()}
+        begins = {n: f.start % grid.block_row_numel for n, f in shards.fragments.items()}
         return {
             n: grid.expand(m, whole[n].numel())[begins[n] : begins[n] + shards.fragments[n].numel]
             for n, m in kept.items()
         }
 
-    spread = joined(full, run_holders(full, cuts, work))["w"]
-    alone = joined(full, run_holders(full, [], work))["w"]
+    spread = joined(full, run_ranks_of_shards(full, cuts, work))["w"]
+    alone = joined(full, run_ranks_of_shards(full, [], work))["w"]
     assert torch.equal(spread, alone)
     # The plain definition, in float64.
     b0, b1 = block

@@ -76,7 +76,7 @@ def test_the_package_sets_it_up() -> None:
 
 
 FAILS = (
-    "import ds_compress; from ds_compress.config.errors import ConfigError, Problem; "
+    "import ds_compress; from ds_compress.errors import ConfigError, Problem; "
     "raise ConfigError([Problem('a.b', 'said', 'c')])"
 )
 

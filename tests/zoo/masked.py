@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.structure.structure import Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup
 
 
 def kept_units(
-    structures: Iterable[Structure], fraction: float = 0.5, seed: int = 0
+    structures: Iterable[PrunableGroup], fraction: float = 0.5, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """For each structure random units, the same number in structures of equal size."""
     generator = torch.Generator().manual_seed(seed)
@@ -26,7 +26,7 @@ def kept_units(
 
 @torch.no_grad()
 def masked_copy(
-    model: nn.Module, structures: Iterable[Structure], kept: Mapping[str, torch.Tensor]
+    model: nn.Module, structures: Iterable[PrunableGroup], kept: Mapping[str, torch.Tensor]
 ) -> nn.Module:
     """A copy in which the entries of all other units are zero, and all other layers hand their input on."""
     masked = copy.deepcopy(model)
@@ -34,7 +34,7 @@ def masked_copy(
     for structure in structures:
         gone = torch.ones(structure.units, dtype=torch.bool)
         gone[kept[structure.name]] = False
-        if structure.kind is StructureKind.LAYER:
+        if structure.kind is GroupKind.LAYER:
             for name, is_gone in zip(structure.layers, gone, strict=True):
                 if is_gone:
                     masked.get_submodule(name).register_forward_hook(_hand_on, with_kwargs=True)

@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from ds_compress.structure.cut import Cuts
+from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
-from ds_compress.structure.structure import StructureKind
+from ds_compress.structure.structure import GroupKind
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import VOCABULARY, logits_of
 
@@ -120,10 +120,10 @@ _STRANGERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }  # fmt: skip
 """Model class, config class, its arguments, and which kinds (r, h, l, c) of structures are found, not refused."""
 _LETTERS = {
-    "r": StructureKind.ROW,
-    "h": StructureKind.HEAD,
-    "l": StructureKind.LAYER,
-    "c": StructureKind.CHANNEL,
+    "r": GroupKind.ROW,
+    "h": GroupKind.HEAD,
+    "l": GroupKind.LAYER,
+    "c": GroupKind.CHANNEL,
 }
 _NEVER_THERE = {"mamba": "rh", "mobilenet_v2": "rhl"}
 """Kinds of which the architecture has none that could be refused."""
@@ -137,11 +137,11 @@ def test_exact_or_refused(name: str) -> None:
         found = find_structures(model, _LETTERS[letter])
         assert bool(found.structures) == (letter in expected_kinds)
         if not found.structures:
-            assert found.refusals or letter in _NEVER_THERE[name]
+            assert found.unsupported or letter in _NEVER_THERE[name]
             continue
         kept = kept_units(found.structures)
         masked, cut = masked_copy(model, found.structures, kept), copy.deepcopy(model)
-        Cuts.of(found.structures, kept).rewrite(cut)
+        PruningPlan.of(found.structures, kept).rewrite(cut)
         expected = logits_of(masked)
         assert (expected - before).abs().max() > 1e-3
         torch.testing.assert_close(logits_of(cut), expected, rtol=1e-5, atol=2e-5)

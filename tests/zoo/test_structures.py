@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from ds_compress.structure.cut import Cuts
+from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
 from ds_compress.structure.stock import stock_obstacles
-from ds_compress.structure.structure import Structure, StructureKind
+from ds_compress.structure.structure import GroupKind, PrunableGroup
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, inputs_of, logits_of
 
 _ROW, _HEAD, _LAYER, _HIDDEN, _CHANNEL = (
-    StructureKind.ROW,
-    StructureKind.HEAD,
-    StructureKind.LAYER,
-    StructureKind.HIDDEN,
-    StructureKind.CHANNEL,
+    GroupKind.ROW,
+    GroupKind.HEAD,
+    GroupKind.LAYER,
+    GroupKind.HIDDEN,
+    GroupKind.CHANNEL,
 )
 _TOLERANCE = (
     3e-5  # fp32 logits of a few units; smaller products are summed in another order, which depends on the CPU
@@ -45,7 +45,7 @@ _EXACT_HIDDEN = {
 }
 _HEADS_IN_CONFIG = {"t5", "t5_gated", "vit", "gemma2", "gemma3", "phi"} | _EXACT_HIDDEN
 """Where stock transformers says the size of a head apart from their number."""
-_CASES = [(name, (kind,)) for name in ZOO for kind in StructureKind] + [
+_CASES = [(name, (kind,)) for name in ZOO for kind in GroupKind] + [
     (name, (_ROW, _HEAD, _LAYER, _HIDDEN)) for name in _TRANSFORMERS
 ]
 
@@ -72,7 +72,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "kinds"), _CASES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
 )
-def test_cut_equals_masked_and_reloads(name: str, kinds: Sequence[StructureKind], folders: Path) -> None:
+def test_cut_equals_masked_and_reloads(name: str, kinds: Sequence[GroupKind], folders: Path) -> None:
     model = ZOO[name]()
     for position, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(position % 3 != 0)
@@ -80,7 +80,7 @@ def test_cut_equals_masked_and_reloads(name: str, kinds: Sequence[StructureKind]
     if not structures:
         return
     kept = kept_units(structures)
-    cuts = Cuts.of(structures, kept)
+    cuts = PruningPlan.of(structures, kept)
     masked, original = masked_copy(model, structures, kept), copy.deepcopy(model)
     obstacles = stock_obstacles(model, cuts)
     ties, flags = _ties(model), {n: p.requires_grad for n, p in model.named_parameters()}
@@ -116,9 +116,9 @@ def test_a_fresh_process_loads_them_all(folders: Path) -> None:
     assert done.stdout.strip() == f"{len(saved)} loaded"
 
 
-def _found(model: nn.Module, name: str, kinds: Sequence[StructureKind]) -> list[Structure]:
+def _found(model: nn.Module, name: str, kinds: Sequence[GroupKind]) -> list[PrunableGroup]:
     """Structures of all `kinds`; checks that each kind is there, or refused by name where it should be."""
-    structures: list[Structure] = []
+    structures: list[PrunableGroup] = []
     for kind in kinds:
         found = find_structures(model, kind)
         if kind is _CHANNEL:
@@ -126,19 +126,19 @@ def _found(model: nn.Module, name: str, kinds: Sequence[StructureKind]) -> list[
             assert expected or not found.structures
         elif kind is _HIDDEN:
             expected = name in _EXACT_HIDDEN
-            assert expected or "hidden size cannot be cut exactly" in found.refusals[0].reason
+            assert expected or "hidden size cannot be cut exactly" in found.unsupported[0].reason
         else:
             expected = name in _TRANSFORMERS
         assert bool(found.structures) == expected
-        assert not (expected and found.refusals), found.refusals
+        assert not (expected and found.unsupported), found.unsupported
         structures += found.structures
     assert len({structure.name for structure in structures}) == len(structures)
     return structures
 
 
-def _check_streaming(original: nn.Module, model: nn.Module, cuts: Cuts) -> None:
+def _check_streaming(original: nn.Module, model: nn.Module, cuts: PruningPlan) -> None:
     """Tensor by tensor by name is the same as the whole model at once."""
-    streamed = Cuts.of(cuts.structures, cuts.kept, original)
+    streamed = PruningPlan.of(cuts.structures, cuts.kept, original)
     result = model.state_dict()
     seen = set()
     for name, tensor in original.state_dict().items():
@@ -150,7 +150,7 @@ def _check_streaming(original: nn.Module, model: nn.Module, cuts: Cuts) -> None:
     assert seen == set(result)
 
 
-def _check_rebuilding(original: nn.Module, model: nn.Module, cuts: Cuts) -> None:
+def _check_rebuilding(original: nn.Module, model: nn.Module, cuts: PruningPlan) -> None:
     """A skeleton of the model before the cut, cut alike, is the cut model without its weights."""
     if hasattr(original, "config"):
         with torch.device("meta"):

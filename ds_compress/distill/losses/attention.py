@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ds_compress.config.distillation import AttentionLoss
+from ds_compress.config.schema.distillation import AttentionLoss
 from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair, mean_over_tokens
-from ds_compress.distill.record import AttentionScores, Record
+from ds_compress.distill.record import AttentionScores, CapturedActivations
 
 
 class RelationDistillation(DistillationLoss):
@@ -26,7 +26,7 @@ class RelationDistillation(DistillationLoss):
         super().__init__(config, pair)
         self.heads = config.relation_heads or pair.heads
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         divergences = []
         for own, theirs in zip(student.relations, teacher.relations, strict=True):
             for a, b in zip(own, theirs, strict=True):
@@ -56,7 +56,7 @@ class MapDistillation(DistillationLoss):
     name: ClassVar[str] = "attention"
     records: ClassVar[frozenset[str]] = frozenset({"maps"})
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         errors = [
             self._error(own, theirs, student.token_mask)
             for own, theirs in zip(student.maps, teacher.maps, strict=True)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ds_compress.config.distillation import EmbeddingLoss, HiddenLoss, Loss
-from ds_compress.config.errors import ConfigError, Problem
-from ds_compress.distill.record import Record
+from ds_compress.config.schema.distillation import EmbeddingLoss, HiddenLoss, Loss
+from ds_compress.distill.record import CapturedActivations
+from ds_compress.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ UNKNOWN = Pair()
 class DistillationLoss:
     """A scalar for a pair of records: how far the student is from the teacher.
 
-    name: its key in the JSON. records: what it needs of a forward pass, see `Recorder`. module: what it learns beside
-    the student, or None; made in the constructor, trained with the student, left out of what is exported.
+    name: its key in the JSON. records: what it needs of a forward pass, see `ActivationCapture`. module: what it
+    learns beside the student, or None; made in the constructor, trained with the student, left out of what is exported.
     """
 
     name: ClassVar[str]
@@ -50,7 +50,7 @@ class DistillationLoss:
         """The factor at `step` applied steps."""
         return self._schedule.weight_at(step)
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

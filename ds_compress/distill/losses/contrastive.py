@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.config.distillation import ContrastiveLoss
+from ds_compress.config.schema.distillation import ContrastiveLoss
 from ds_compress.distill.losses.base import DistillationLoss, Pair
-from ds_compress.distill.record import Record
+from ds_compress.distill.record import CapturedActivations
 
 
 class ContrastiveDistillation(DistillationLoss):
@@ -43,7 +43,7 @@ class ContrastiveDistillation(DistillationLoss):
             }
         )
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         own = self._pooled(student.last, student.token_mask)
         theirs = self._pooled(teacher.last, student.token_mask).detach()
         everyone, first = self._gather(theirs)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ds_compress.distill.losses.base import StateDistillation
-from ds_compress.distill.record import Record
+from ds_compress.distill.record import CapturedActivations
 
 
 class EmbeddingDistillation(StateDistillation):
@@ -16,6 +16,6 @@ class EmbeddingDistillation(StateDistillation):
     name: ClassVar[str] = "embedding"
     records: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         assert student.embedding is not None and teacher.embedding is not None
         return self.distance(student.embedding, teacher.embedding, student.token_mask)

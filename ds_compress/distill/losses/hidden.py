@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ds_compress.distill.losses.base import StateDistillation
-from ds_compress.distill.record import Record
+from ds_compress.distill.record import CapturedActivations
 
 
 class HiddenDistillation(StateDistillation):
@@ -20,7 +20,7 @@ class HiddenDistillation(StateDistillation):
     name: ClassVar[str] = "hidden"
     records: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         pairs = zip(student.hidden, teacher.hidden, strict=True)
         distances = [self.distance(own, theirs, student.token_mask) for own, theirs in pairs]
         return torch.stack(distances).mean()

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from ds_compress.config.distillation import LogitsLoss
+from ds_compress.config.schema.distillation import LogitsLoss
 from ds_compress.distill.chunked_head import RowLosses
 from ds_compress.distill.divergence import divergence_of, log_probabilities, with_tail
 from ds_compress.distill.lazy_logits import Imitation, LazyLogits
 from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair
-from ds_compress.distill.record import Record
+from ds_compress.distill.record import CapturedActivations
 from ds_compress.distill.sparse_logits import SparseLogits
 
 
@@ -31,7 +31,7 @@ class LogitsDistillation(DistillationLoss):
         self.top_k = config.top_k
         self._divergence = divergence_of(config.kind, config.beta)
 
-    def __call__(self, student: Record, teacher: Record) -> torch.Tensor:
+    def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         logits = student.logits
         assert logits is not None and not isinstance(logits, SparseLogits)
         imitation = student.imitation or self.imitation_of(teacher, student.token_mask, logits.shape)
@@ -41,7 +41,7 @@ class LogitsDistillation(DistillationLoss):
         return imitation.losses.of_rows(rows, slice(0, rows.shape[0]))
 
     def imitation_of(
-        self, teacher: Record, token_mask: torch.Tensor | None, shape: torch.Size | None = None
+        self, teacher: CapturedActivations, token_mask: torch.Tensor | None, shape: torch.Size | None = None
     ) -> Imitation:
         """The loss of a student whose logits are still to come, [batch, (tokens,) categories].
 

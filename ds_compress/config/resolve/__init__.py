@@ -1,0 +1,1 @@
+"""From the JSON block and a model to a plan: which block claims which weight."""

@@ -1,0 +1,283 @@
+"""`sparse_pruning`: which single weights become zero, by which score, when, and in which pattern."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from ds_compress.config.schema.fields import (
+    Conflict,
+    Description,
+    ExcludedModules,
+    Group,
+    Groups,
+    Ratio,
+    Seed,
+    Step,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictModel,
+    without_effect,
+)
+from ds_compress.errors import listed
+
+UNSTRUCTURED = "unstructured"
+_LEGACY_SNIP_PATTERN = "4x1"
+_LEGACY_SNIP_DENSE_RATIO = 0.1
+METHODS_WITHOUT_TRAINING = ("l1", "random")
+_FREE_TO_REGROW = ("topk", "movement")
+_METHODS_WITH_SEED = ("topk", "random")
+_PATTERN = re.compile(r"(?:([1-9][0-9]{0,3})(x|:)([1-9][0-9]{0,3}))")
+
+Method = Literal["l1", "topk", "taylor", "movement", "snip_momentum", "random"]
+Scope = Literal["layer", "group", "global"]
+Schedule = Literal["constant", "linear", "cubic"]
+
+
+class Pattern(NamedTuple):
+    """A parsed pattern: blocks of `rows` x `columns` that live or die whole, or `rows` kept of `columns`."""
+
+    kind: Literal["unstructured", "blocks", "n_of_m"]
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def density(self) -> float | None:
+        """The share of weights that an N:M pattern keeps; None when the pattern leaves it open."""
+        return self.rows / self.columns if self.kind == "n_of_m" else None
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Reads "unstructured", "NxM" or "N:M" (N <= M); raises ValueError otherwise."""
+    if text == UNSTRUCTURED:
+        return Pattern("unstructured")
+    found = _PATTERN.fullmatch(text)
+    if found is None:
+        raise ValueError(f"not a pattern: {text!r}")
+    rows, columns = int(found[1]), int(found[3])
+    if found[2] == "x":
+        return Pattern("blocks", rows, columns)
+    if rows > columns:
+        raise ValueError(f"{text!r} keeps more weights than there are")
+    return Pattern("n_of_m", rows, columns)
+
+
+def _pattern(text: str) -> str:
+    try:
+        parse_pattern(text)
+    except ValueError:
+        raise PydanticCustomError("pattern", "a pattern") from None
+    return text
+
+
+PatternText = Annotated[
+    str,
+    AfterValidator(_pattern),
+    Description(
+        '"unstructured", blocks "NxM" such as "4x1", or "N:M" such as "2:4" (N kept of each M, N <= M)'
+    ),
+]
+
+
+class SparsePruningParams(StrictModel):
+    """`params` of one group."""
+
+    dense_ratio: Ratio | None = Field(
+        default=None, description="Fraction of the weights that is kept, 0 < r <= 1."
+    )
+
+
+class CompleteSparsePruningParams(SparsePruningParams):
+    """`params` of one group with the value that holds, whoever gave it."""
+
+    dense_ratio: Ratio
+
+
+class SparsePruningGroup(Group):
+    """Weights that are pruned to the same density."""
+
+    params: SparsePruningParams = Field(
+        default_factory=SparsePruningParams, description="What differs between groups."
+    )
+
+
+class SparsePruningShared(StrictModel):
+    """What holds for all groups of `sparse_pruning`."""
+
+    enabled: StrictBool = Field(default=False, description="Whether this block does anything.")
+    method: Method = Field(
+        default="l1",
+        description=(
+            "Score of a weight: l1 |w|; topk learned scores; taylor accumulated |w*g|; movement accumulated "
+            "-w*g; snip_momentum |w| and a running |w*g|; random (seeded)."
+        ),
+    )
+    scope: Scope = Field(
+        default="layer",
+        description="Where the ratio holds: in every weight, over a group, or over all groups together.",
+    )
+    pattern: PatternText | None = Field(
+        default=None,
+        description='"unstructured", "NxM" blocks or "N:M"; absent: "4x1" for snip_momentum, else the first.',
+    )
+    block_pattern: PatternText | None = Field(default=None, description="Legacy name of `pattern`.")
+    dense_ratio: Ratio | None = Field(
+        default=None,
+        description="Fraction kept by groups that do not say; absent: N/M for N:M, 0.1 for snip_momentum.",
+    )
+    schedule: Schedule | None = Field(
+        default=None,
+        description="How the density falls; absent: cubic when schedule_offset_end is given, else constant.",
+    )
+    schedule_offset: Step = Field(default=0, description="Applied optimizer steps before the first mask.")
+    schedule_offset_end: Step | None = Field(
+        default=None, description="Applied optimizer step at which the final density is reached."
+    )
+    schedule_offset_stride: Annotated[StrictInt, Field(ge=1)] = Field(
+        default=1, description="Applied optimizer steps between two new masks."
+    )
+    regrowth: StrictBool | None = Field(
+        default=None,
+        description="Whether a masked weight may come back; absent: true for topk and movement, else false.",
+    )
+    momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Share of the old score that snip_momentum keeps at each step."
+    )
+    excluded_modules: ExcludedModules = ()
+    seed: Seed | None = Field(
+        default=None, description="Seed of methods topk and random; absent: the seed of the whole block."
+    )
+
+    @property
+    def effective_pattern(self) -> str:
+        """`pattern`, its legacy name, or the default of the method."""
+        default = _LEGACY_SNIP_PATTERN if self.method == "snip_momentum" else UNSTRUCTURED
+        return self.pattern or self.block_pattern or default
+
+    @property
+    def effective_schedule(self) -> Schedule:
+        """`schedule`, or what the presence of `schedule_offset_end` implies."""
+        return self.schedule or ("constant" if self.schedule_offset_end is None else "cubic")
+
+    @property
+    def effective_regrowth(self) -> bool:
+        """`regrowth`, or what the method implies."""
+        return self.method in _FREE_TO_REGROW if self.regrowth is None else self.regrowth
+
+    @property
+    def effective_dense_ratio(self) -> float | None:
+        """The ratio of a group that gives none; None when every group has to give one."""
+        by_pattern = parse_pattern(self.effective_pattern).density
+        if by_pattern is not None:
+            return by_pattern
+        if self.dense_ratio is None and self.method == "snip_momentum":
+            return _LEGACY_SNIP_DENSE_RATIO
+        return self.dense_ratio
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.pattern and self.block_pattern and self.pattern != self.block_pattern:
+            yield Conflict(
+                ("block_pattern",),
+                self.block_pattern,
+                f'the same as pattern, "{self.pattern}"',
+                'block_pattern is the legacy name of "pattern": remove it',
+            )
+        if self.schedule in ("linear", "cubic") and self.schedule_offset_end is None:
+            yield Conflict(
+                ("schedule_offset_end",),
+                None,
+                f"a whole number, because schedule is {self.schedule}",
+                'say when the final density is reached, or set schedule to "constant"',
+            )
+        if self.schedule_offset_end is not None and self.schedule_offset_end < self.schedule_offset:
+            yield Conflict(
+                ("schedule_offset_end",),
+                self.schedule_offset_end,
+                f"at least schedule_offset ({self.schedule_offset})",
+            )
+        if self.regrowth is False and self.method in _FREE_TO_REGROW:
+            yield Conflict(
+                ("regrowth",),
+                False,
+                f"true, because {self.method} changes its mind about masked weights",
+                'remove "regrowth", or choose another method',
+            )
+        yield from without_effect(
+            self, "momentum", self.method != "snip_momentum", 'method is "snip_momentum"'
+        )
+        yield from without_effect(
+            self, "seed", self.method not in _METHODS_WITH_SEED, f"method is {listed(_METHODS_WITH_SEED)}"
+        )
+        # Configs that spell out every default of the removed library say 1.
+        once = (
+            self.schedule_offset_end is None
+            and not self.effective_regrowth
+            and self.schedule_offset_stride > 1
+        )
+        yield from without_effect(
+            self, "schedule_offset_stride", once, "schedule_offset_end is given: one mask is made, and stays"
+        )
+        yield from self._n_of_m_conflicts()
+
+    def _n_of_m_conflicts(self) -> Iterator[Conflict]:
+        pattern = self.effective_pattern
+        if parse_pattern(pattern).kind != "n_of_m":
+            return
+        if self.scope != "layer":
+            yield Conflict(
+                ("scope",), self.scope, f'"layer", because pattern {pattern} fixes the density everywhere'
+            )
+        yield from density_conflict(("dense_ratio",), self.dense_ratio, pattern)
+
+
+def density_conflict(where: tuple[str, ...], ratio: float | None, pattern: str) -> Iterator[Conflict]:
+    """An N:M pattern leaves no choice of density: any ratio but N/M is a conflict."""
+    density = parse_pattern(pattern).density
+    if density is not None and ratio is not None and not math.isclose(ratio, density, rel_tol=1e-6):
+        yield Conflict(
+            where, ratio, f"{density:g}, which is what pattern {pattern} keeps", 'remove "dense_ratio"'
+        )
+
+
+class SparsePruning(StrictModel):
+    """Sets single weights to zero while training; the mask is applied to the fp32 weights after each step."""
+
+    shared_parameters: SparsePruningShared = Field(
+        default_factory=SparsePruningShared, description="What holds for all groups."
+    )
+    different_groups: Groups[SparsePruningGroup] = Field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, SparsePruningGroup]:
+        """The groups with their density filled in; without any, one called "all" over every layer."""
+        groups = dict(self.different_groups) or {"all": SparsePruningGroup()}
+        return {
+            name: group.model_copy(update={"params": self._complete(group)}) for name, group in groups.items()
+        }
+
+    def _complete(self, group: SparsePruningGroup) -> CompleteSparsePruningParams:
+        ratio = group.params.dense_ratio or self.shared_parameters.effective_dense_ratio
+        return CompleteSparsePruningParams.model_validate({"dense_ratio": ratio})
+
+    def conflicts(self) -> Iterator[Conflict]:
+        shared = self.shared_parameters
+        for name, group in self.different_groups.items():
+            where = ("different_groups", name, "params", "dense_ratio")
+            yield from density_conflict(where, group.params.dense_ratio, shared.effective_pattern)
+            if shared.enabled and group.params.dense_ratio is None and shared.effective_dense_ratio is None:
+                yield Conflict(
+                    where, None, "a number > 0 and <= 1", "give it here or in shared_parameters.dense_ratio"
+                )
+        if shared.enabled and not self.different_groups and shared.effective_dense_ratio is None:
+            yield Conflict(
+                ("shared_parameters", "dense_ratio"),
+                None,
+                "a number > 0 and <= 1",
+                "without different_groups all layers are pruned: say to which density",
+            )

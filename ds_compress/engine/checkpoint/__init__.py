@@ -1,0 +1,1 @@
+"""Compression state beside a DeepSpeed checkpoint, and models read back from it."""

@@ -1,0 +1,66 @@
+"""What a compressed training has to say to whoever gets the model later: written into its config, `ds_compress`.
+
+    {"parameters": how many the model had before any cut, "unfinished": blocks whose result plain weights do not hold}
+
+`save_pretrained` and `Trainer.save_model` write plain weights: of a model with quantizers they are not what training
+computed with, and of one with masked structures all units are still there. An export of such a folder is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.quant import layers
+
+KEY = "ds_compress"
+QUANTIZERS = ("weight_quantization", "activation_quantization")
+_PARAMETERS = "_ds_compress_parameters"
+
+
+def parameters_of(model: nn.Module) -> int:
+    """How many the model has now; nothing that compression has added."""
+    own = (
+        (n, p)
+        for n, p in model.named_parameters()
+        if not n.endswith(layers.STEP_SIZE) and not is_auxiliary(n)
+    )
+    return sum(math.prod(shape_of(parameter)) for _, parameter in own)
+
+
+def began_with(model: nn.Module) -> int | None:
+    """How many it had when a compressed training began, None: there was none, or it removed nothing."""
+    kept = vars(model).get(_PARAMETERS)
+    return kept if kept is not None else _mark(model).get("parameters")
+
+
+def unfinished(model: nn.Module) -> Sequence[str]:
+    """Blocks that were in force when the model was saved, or are now."""
+    return tuple(_mark(model).get("unfinished", ()))
+
+
+def remember(model: nn.Module) -> None:
+    """Before the first cut."""
+    model.__dict__[_PARAMETERS] = began_with(model) or parameters_of(model)
+
+
+def mark(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Says in the config, if there is one, which `blocks` a plain copy of the weights would lack."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return
+    count = began_with(model)
+    if blocks or (count is not None and count != parameters_of(model)):
+        setattr(config, KEY, {"parameters": count, "unfinished": list(blocks)})
+    else:
+        vars(config).pop(KEY, None)
+
+
+def _mark(model: nn.Module) -> Mapping[str, Any]:
+    found = getattr(getattr(model, "config", None), KEY, None)
+    return found if isinstance(found, Mapping) else {}

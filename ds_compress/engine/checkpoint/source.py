@@ -1,0 +1,220 @@
+"""A checkpoint's folder as a model to export: on one machine, without DeepSpeed's engine or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.config import parse_config
+from ds_compress.config.resolve.resolver import resolve
+from ds_compress.config.resolve.structures import KIND_OF_BLOCK
+from ds_compress.engine.checkpoint import model_file, origin
+from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
+from ds_compress.errors import ExportError
+from ds_compress.export.source import ExportSource, of_module
+from ds_compress.quant import layers
+from ds_compress.structure.cut import PruningPlan
+from ds_compress.techniques import TECHNIQUES
+
+_QUANTIZERS = ("weight_quantization", "activation_quantization")
+_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
+
+
+def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -> ExportSource:
+    """The trained model: masked structures are cut, and its quantizers attached as they were when it was saved.
+
+    path: what `engine.save_checkpoint` was given, or one tag's folder in it; or a folder of transformers' own.
+    model: an instance of the trained class, before compression, for models that transformers does not know.
+
+    Raises:
+        ExportError: a file is missing or damaged, or there is no way to know the model's class.
+    """
+    root = Path(path)
+    if (root / "config.json").exists() and not (root / "latest").exists():
+        return _of_transformers(root)
+    folder = _tag_folder(root)
+    if any(folder.glob("*mp_rank_01_model_states.pt")):
+        raise ExportError(
+            f"{folder} has layers sharded by tensor parallelism: load it into an engine, and export what a model with "
+            "the weights of ds_compress.export_state_dict(engine) is"
+        )
+    try:
+        saved = model_file.read(folder / FOLDER)
+        state = _state(folder)
+    except (ValueError, CheckpointError) as error:
+        raise ExportError(str(error)) from error
+    if saved is None and model is None:
+        raise ExportError(
+            f"{folder} has no ds_compress/{model_file.FILE_NAME} that says which model this is: pass model="
+        )
+    built = model if model is not None else _skeleton(saved or {})
+    weights = _weights(folder)
+    _load(built, weights, getattr(torch, saved["dtype"]) if saved else torch.float32)
+    if saved is not None and state is not None:
+        _compress(built, saved["compression_training"], state, weights)
+    source = of_module(built.eval())
+    source.parameters = origin.began_with(built)
+    source.steps = None if state is None else state["applied_steps"]
+    source.export_to = None if saved is None else saved["compression_training"].get("export_to")
+    source.description = f"checkpoint {folder.name}"
+    return source
+
+
+def _of_transformers(folder: Path) -> ExportSource:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None:
+        raise ExportError(f"{folder}/config.json names no class of transformers: {config.architectures}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ExportError(f"{folder} is quantized already")
+    if blocks := (getattr(config, origin.KEY, None) or {}).get("unfinished"):
+        from ds_compress.engine.export_source import without
+
+        raise ExportError(f"{folder}: {without(blocks)}")
+    source = of_module(cls.from_pretrained(folder).eval())
+    source.parameters = origin.began_with(source.model)
+    source.description = f"folder {folder.name}"
+    return source
+
+
+def _tag_folder(root: Path) -> Path:
+    if (root / "latest").exists():
+        return root / (root / "latest").read_text().strip()
+    if not any(root.glob("*model_states.pt")):
+        raise ExportError(f"{root} is no checkpoint: it has neither a file `latest` nor model states")
+    return root
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    path = folder / FOLDER / STATE
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler finds
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    missing = [name for name in state["files"] if not (path.parent / name).exists()]
+    if missing:
+        raise CheckpointError(f"{path.parent} lacks {', '.join(missing)}: the checkpoint is incomplete")
+    return state
+
+
+def _skeleton(saved: Mapping[str, Any]) -> nn.Module:
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    cls = getattr(transformers, saved["class"], None)
+    if cls is None or saved["config"] is None:
+        raise ExportError(f"transformers cannot build a {saved['class']}: pass model=, an instance of it")
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        built: nn.Module = cls(cls.config_class.from_dict(saved["config"]))
+    return built
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """fp32 by name: tensors, or DeepSpeed's lazy ones, which `contiguous()` makes."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if any(folder.glob("*zero*optim_states.pt")):
+        try:
+            lazy = get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), tag=folder.name, lazy_mode=True
+            )
+        except Exception as error:  # a file that is missing shows in many ways
+            raise ExportError(f"{folder} is incomplete or damaged: {error}") from error
+        return dict(lazy)
+    files = sorted(folder.glob("mp_rank_00_model_states.pt"))
+    if not files:
+        raise ExportError(f"{folder} has no model states")
+    # DeepSpeed's own file: it holds Python objects beside tensors.
+    weights: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=False)["module"]
+    return weights
+
+
+@torch.no_grad()
+def _load(model: nn.Module, weights: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Replaces the parameters, ties kept, one lazy tensor at a time."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            raise ExportError(f"the checkpoint has no {name}: it is of another model")
+        value = weights[name].contiguous().to("cpu", dtype if parameter.is_floating_point() else None)
+        if value.shape != parameter.shape:
+            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
+            raise ExportError(f"{name} is {shapes}")
+        made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    for prefix, module in model.named_modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                module._parameters[name] = made[id(old)]
+        for name, buffer in module.named_buffers(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if full in weights:
+                module._buffers[name] = weights[full].contiguous().to("cpu", buffer.dtype)
+
+
+@torch.no_grad()
+def _compress(
+    model: nn.Module, block: Mapping[str, Any], state: Mapping[str, Any], weights: Mapping[str, Any]
+) -> None:
+    """Cuts what is masked, and attaches the quantizers in the state that they were saved in."""
+    done = ("distillation", "layer_reduction", *(KIND_OF_BLOCK if state["shrunk_units"] else ()))
+    config = parse_config({key: value for key, value in block.items() if key not in done})
+    plan = resolve(model, config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    structures = [
+        target.structure for structured in plan.structures.values() for target in structured.targets
+    ]
+    kept = {
+        name: units
+        for key in plan.structures
+        for name, units in state["stages"].get(key, {}).get("kept", {}).items()
+    }
+    cuts = PruningPlan.of(structures, kept, model)
+    if cuts.active():
+        cuts.rewrite(model)
+        plan = resolve(
+            model, parse_config({k: v for k, v in block.items() if k not in (*done, *KIND_OF_BLOCK)})
+        )
+    for key in _QUANTIZERS:
+        if key in plan.techniques:
+            technique = TECHNIQUES[key](plan.techniques[key], config.seed)
+            technique.prepare(model)
+            technique.load_state_dict(_renamed(state["stages"][key], cuts))
+    old_names = {renamed: name for name in shapes if (renamed := cuts.renamed(name)) is not None}
+    for name, parameter in model.named_parameters():
+        if name.endswith(_STEP_SIZE_SUFFIX):
+            weight = old_names[name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"]
+            saved = weights[weight.removesuffix(".weight") + _STEP_SIZE_SUFFIX].contiguous()
+            module = model.get_submodule(name.removesuffix(_STEP_SIZE_SUFFIX))
+            axis = 1 if "Conv1D" in type(module).__name__ else 0
+            parameter.data.copy_(_left(saved, weight, shapes[weight], axis, cuts))
+
+
+def _renamed(state: Mapping[str, Any], cuts: PruningPlan) -> dict[str, Any]:
+    """Ranges by the names that modules have after the cut."""
+    if "ranges" not in state:
+        return dict(state)
+    renamed = {cuts.renamed(f"{name}.weight"): values for name, values in state["ranges"].items()}
+    return {**state, "ranges": {n.removesuffix(".weight"): v for n, v in renamed.items() if n is not None}}
+
+
+def _left(
+    scale: torch.Tensor, weight: str, shape: tuple[int, ...], axis: int, cuts: PruningPlan
+) -> torch.Tensor:
+    """The scales of the outputs that stay."""
+    if scale.dim() == 0 or scale.shape[0] != shape[axis] or not cuts.touches(weight):
+        return scale
+    view = [1] * len(shape)
+    view[axis] = shape[axis]
+    outputs = torch.arange(shape[axis]).view(view).expand(shape)
+    left = cuts.apply(weight, outputs, is_weight=False).movedim(axis, 0).flatten(1)[:, 0]
+    return scale[left]

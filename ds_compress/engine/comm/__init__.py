@@ -1,0 +1,1 @@
+"""Gradients and weights on their way between processes."""

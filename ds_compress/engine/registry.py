@@ -1,0 +1,100 @@
+"""Which compression a model is under, from the moment that `compat.init_compression` or an engine prepared it.
+
+The session is kept on the model itself, so that both go together; a copy of the model (deepcopy, pickle) has its
+masked weights and its quantizers, but is not in training and has no session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ds_compress.config import parse_config
+from ds_compress.errors import ROOT, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from ds_compress.engine.run import CompressionRun
+
+_KEY = "_ds_compress_session"
+
+
+class _Kept:
+    """A session on its model; copies of the model get an empty one."""
+
+    def __init__(self, run: CompressionRun | None = None) -> None:
+        self.run = run
+
+    def __deepcopy__(self, memo: Any) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def run_of(model: nn.Module) -> CompressionRun | None:
+    """The session that `model`, or what `torch.compile` made of it, is under; None: it is not compressed."""
+    kept = vars(getattr(model, "_orig_mod", model)).get(_KEY)
+    return None if kept is None else kept.run
+
+
+def keep(model: nn.Module, run: CompressionRun) -> None:
+    """`model` is under `run` from now on."""
+    model.__dict__[_KEY] = _Kept(run)
+
+
+def forget(model: nn.Module) -> None:
+    """The session of `model` is over."""
+    model.__dict__.pop(_KEY, None)
+
+
+def prepared_run(model: nn.Module, block: Mapping[str, Any]) -> CompressionRun | None:
+    """The session that waits on `model` for the engine that is being constructed; None when none does.
+
+    Raises:
+        ConfigError: it was prepared with another block, as a part of this model, or has been trained already.
+    """
+    run = run_of(model)
+    if run is None:
+        inner = next((name for name, module in model.named_modules() if run_of(module)), None)
+        if inner is not None:
+            allowed = "the very model that init_compression was given"
+            raise ConfigError([Problem(ROOT, f"a model around it, which has it as {inner!r}", allowed)])
+        return None
+    if run.engine is not None:
+        # A second engine around the same model, such as one after `engine.destroy()`.
+        return None
+    if not same_block(run.block, block):
+        hint = "give both the same JSON"
+        raise ConfigError(
+            [Problem(ROOT, "another block than init_compression was given", "the same block", hint)]
+        )
+    if run.applied_steps:
+        hint = "make the engine before the first step, or do without compression_scheduler"
+        got = f"a model that was trained for {run.applied_steps} steps without an engine"
+        raise ConfigError([Problem(ROOT, got, "an untrained one", hint)])
+    return run
+
+
+def same_block(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two blocks mean the same: defaults may be written or not, disabled blocks be there or not."""
+    return _meaning(one) == _meaning(other)
+
+
+def _meaning(block: Mapping[str, Any]) -> dict[str, Any]:
+    config = parse_config(block)
+    whole = config.model_dump()
+    if config.sparse_pruning is not None:
+        shared = config.sparse_pruning.shared_parameters
+        effective = {"pattern": shared.effective_pattern, "dense_ratio": shared.effective_dense_ratio}
+        whole["sparse_pruning"]["shared_parameters"] |= {**effective, "block_pattern": None}
+    return {
+        key: value if not isinstance(value, dict) or _is_enabled(value) else None
+        for key, value in whole.items()
+    }
+
+
+def _is_enabled(block: Mapping[str, Any]) -> bool:
+    settings = block.get("shared_parameters", block)
+    return bool(settings["enabled"]) or block.get("dense_ratio") is not None

@@ -1,0 +1,161 @@
+"""`shrink_at_end_of_schedule`: the masked structures leave model and optimizer while training goes on.
+
+DeepSpeed cannot resize a parameter, so the engine is built anew around the smaller model, with the arguments that it
+was first built with, and everything that training has written is carried over: fp32 masters and optimizer moments
+(sliced like the weights), hyperparameters, schedules, loss scale, counters, and the state of the other stages. The
+old engine, optimizer and scheduler objects then share the state of the new ones, so that whoever holds them, a
+training script or a Trainer, goes on without knowing. The next loss is that of the masked model.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_compress.engine.resize.carried import Carried
+from ds_compress.engine.resize.cut import cut_in_place
+from ds_compress.engine.resize.grow import Uncut
+from ds_compress.engine.resize.snapshot import MASTER, Snapshot, optimizer_state, write_state
+from ds_compress.engine.zero import copies
+from ds_compress.engine.zero.shards import Shards
+from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.quant import layers
+from ds_compress.structure.cut import PruningPlan
+
+if TYPE_CHECKING:
+    from ds_compress.engine.run import CompressionRun
+
+logger = logging.getLogger("ds_compress")
+
+_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
+
+
+def shrink(engine: Any) -> None:
+    """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
+    run: CompressionRun = engine.compression
+    cuts = run.cuts()
+    before = _total(engine.module)
+    old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
+    axes = _output_axes(engine.module)
+    snapshot = Snapshot(engine, run.shards, run.techniques.values())
+    carried = Carried(engine)
+    uncut = Uncut(engine, cuts)
+    run.make_way()
+    made = cut_in_place(engine, cuts, before_cut=uncut.take)
+    fresh = object.__new__(type(engine))
+    successor = run.rebuild(fresh, made, cuts)
+    successor.uncut = uncut
+    restored = _Restored(old, cuts, snapshot, axes)
+    restored.optimizer(fresh, successor.shards)
+    copies.refresh(fresh)
+    restored.techniques(successor)
+    carried.into(fresh, restored.origin)
+    after = _total(engine.module)
+    logger.info(
+        "ds_compress: shrunk from %s to %s parameters at step %d", before, after, successor.applied_steps
+    )
+
+
+def at_end_of_schedule(engine: Any, run: CompressionRun) -> None:
+    """`engine.step` shrinks as soon as no mask will change any more."""
+    step = engine.step
+
+    @functools.wraps(step)
+    def step_and_shrink(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if run.structures_are_final:
+            shrink(engine)
+            gc.collect()  # the old engine refers to itself: its weights and moments would stay for a while
+        return result
+
+    engine.step = step_and_shrink
+
+
+def _total(model: nn.Module) -> str:
+    return f"{sum(torch.Size(shape_of(p)).numel() for p in model.parameters()):,}"
+
+
+def _output_axes(model: nn.Module) -> dict[str, int]:
+    """{name of a learned step size: the dimension of its weight that has one output per entry}."""
+    return {
+        f"{name}{_STEP_SIZE_SUFFIX}": 1 if "Conv1D" in type(module).__name__ else 0
+        for name, module in model.named_modules()
+        if layers.STEP_SIZE in module._parameters
+    }
+
+
+class _Restored:
+    """The state of each weight, cut, in the places that the new engine has for it."""
+
+    def __init__(
+        self,
+        old: Mapping[str, tuple[int, ...]],
+        cuts: PruningPlan,
+        snapshot: Snapshot,
+        axes: Mapping[str, int],
+    ) -> None:
+        self._old, self._cuts, self._snapshot, self._axes = old, cuts, snapshot, axes
+        renamed = {name: cuts.renamed(name) for name in old}
+        self.origin = {new: name for name, new in renamed.items() if new is not None}
+        """{name of a parameter now: before}."""
+
+    def optimizer(self, engine: Any, shards: Shards) -> None:
+        kinds = sorted(kind for owner, kind in self._snapshot.names if owner == "optimizer")
+        for new, _ in engine.module.named_parameters():
+            fragment = shards.fragments.get(new)
+            for kind in kinds:
+                values = self._part("optimizer", kind, new, fragment)
+                if values is None or fragment is None:
+                    continue
+                if kind == MASTER:
+                    fragment.values.copy_(values)
+                else:
+                    write_state(engine, fragment, kind, values)
+            if fragment is not None and fragment.has_optimizer:
+                scalars = self._snapshot.scalars.get(self.origin[new], {})
+                made = {key: scalar.beside(fragment.master) for key, scalar in scalars.items()}
+                optimizer_state(engine, fragment).update(made)
+
+    def techniques(self, run: CompressionRun) -> None:
+        for name, technique in run.techniques.items():
+            kinds = sorted(kind for owner, kind in self._snapshot.names if owner == name)
+            state: dict[str, dict[str, torch.Tensor]] = {}
+            for kind in kinds:
+                for new in sorted(self.origin):
+                    fragment = run.shards.fragments.get(new)
+                    values = self._part(name, kind, new, fragment)
+                    if values is not None and fragment is not None:
+                        made = values > 0.5 if kind == "mask" else values
+                        state.setdefault(kind, {})[new] = made.to(fragment.values.device)
+            technique.load_fragment_state(state)
+            technique.after_shrink()
+
+    def _part(self, owner: str, kind: str, new: str, fragment: Any) -> torch.Tensor | None:
+        """The values of this process' fragment; None where there is no such state. A collective all the same."""
+        name = self.origin.get(new)
+        if name is None or name not in self._snapshot.names.get((owner, kind), ()):
+            return None
+        whole = self._snapshot.whole(owner, kind, name, self._old[name])
+        if fragment is None:
+            return None
+        cut = self._cut(name, whole, is_weight=kind in (MASTER, "hidden"))
+        return cut.flatten()[fragment.start : fragment.start + fragment.numel]
+
+    def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
+        if not name.endswith(_STEP_SIZE_SUFFIX):
+            return self._cuts.apply(name, whole, is_weight)
+        weight = name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"
+        shape, axis = self._old[weight], self._axes[name]
+        if whole.dim() == 0 or whole.shape[0] != shape[axis]:
+            return whole  # one scale for all outputs
+        # Which outputs are left shows in what the cut makes of their numbers.
+        numbers = torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - 1))
+        numbers = numbers.movedim(0, axis) if axis else numbers
+        left = self._cuts.apply(weight, numbers.expand(shape), False).movedim(axis, 0).flatten(1)[:, 0].long()
+        return whole[left]

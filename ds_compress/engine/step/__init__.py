@@ -1,0 +1,1 @@
+"""Around one step: hooks of the optimizer, clipping, what forwards may not do."""

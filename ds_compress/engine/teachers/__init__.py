@@ -1,0 +1,1 @@
+"""Who a student learns from, and where their weights are."""

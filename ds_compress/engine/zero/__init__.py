@@ -1,0 +1,1 @@
+"""What is known of ZeRO: DeepSpeed internals, fragments of masters, whole parameters."""

@@ -1,0 +1,379 @@
+"""What `row_pruning`, `head_pruning`, `channel_pruning`, `depth_pruning` and `hidden_pruning` share.
+
+    "row_pruning": {"dense_ratio": 0.5}                                       the short form, or
+    "row_pruning": {
+      "shared_parameters": {"enabled": true, "method": "taylor", "schedule_offset": 50, "schedule_offset_end": 250,
+                            "schedule_offset_stride": 20, "shrink_at_end_of_schedule": true},
+      "different_groups": {"ffn": {"params": {"dense_ratio": 0.5}, "modules": ["encoder"]}}}
+
+| key | values |
+|---|---|
+| `method` | `l1`, `l2`, `topk`, `taylor`, `activation`, `random` (see `select.unit_scores`) |
+| `scope` | `uniform`: each structure keeps the same number; `global`: the units of all structures compete |
+| `round_to` | kept counts are multiples of it |
+| `schedule` | `constant`, `linear`, `cubic` density from `schedule_offset` to `schedule_offset_end` |
+| `shrink_at_end_of_schedule` | cut model and optimizer as soon as the masks are final |
+
+What belongs to a unit is found from the model (`structure.find`) or stated by `related_modules`. While the schedule
+runs, units are masked: their weights are zero in the fp32 masters right after each optimizer step, one bit per weight
+on the owner's fragment. `topk` may change its mind: it masks only the weights that it scores, as the removed library
+did, and keeps their hidden values, until the schedule has ended. Units are removed by `ds_compress.finalize`, by an
+export, or by `shrink_at_end_of_schedule`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ds_compress.config.resolve.structures import kept_units
+from ds_compress.ops import bitmask
+from ds_compress.select.schedules import DensitySchedule
+from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
+from ds_compress.select.units import best, on_device, shares, unit_mask, unit_sums
+from ds_compress.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from ds_compress.config.resolve.structures import StructurePlan
+    from ds_compress.engine.zero.shards import Fragment, Shards
+    from ds_compress.structure.structure import CoupledSlice, PrunableGroup
+
+logger = logging.getLogger("ds_compress")
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a layer was called with first, by position or by name: its input, its hidden states."""
+    found: torch.Tensor = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+    return found
+
+
+Place = tuple["PrunableGroup", "CoupledSlice"]
+NEVER = torch.finfo(torch.float32).min
+"""The score of a unit that is gone and may not return, or of nothing else."""
+
+
+class StructuredPruning(Technique):
+    """Attributes: `kept`, sorted int64 indices of the units that are in force, by structure name; empty at first."""
+
+    def __init__(self, plan: StructurePlan, seed: int = 0) -> None:
+        shared = plan.shared
+        self.shrinks = shared.shrink_at_end_of_schedule
+        self.targets = {target.structure.name: target for target in plan.targets}
+        self.structures = {name: target.structure for name, target in self.targets.items()}
+        self.score: UnitScore = UNIT_SCORES[shared.method](
+            self.structures.values(), seed if shared.seed is None else shared.seed
+        )
+        self._scope, self._round_to = shared.scope, shared.round_to
+        self._rounds_up = shared.rounds_up
+        first, end = (
+            max(shared.schedule_offset, 2 if self.score.needs_gradient else 1),
+            shared.schedule_offset_end,
+        )
+        self.schedule = DensitySchedule(
+            shared.effective_schedule,
+            first,
+            None if end is None else max(end, first),
+            shared.schedule_offset_stride,
+        )
+        self.kept: dict[str, torch.Tensor] = {}
+        self.hidden: dict[str, torch.Tensor] = {}
+        self._masks: dict[str, torch.Tensor] = {}
+        self._places: dict[str, list[Place]] = {}
+        for structure in self.structures.values():
+            for member in structure.members:
+                self._places.setdefault(member.tensor, []).append((structure, member))
+        self._step = 0
+        self._applied, self._done = True, False
+        self._fragments: dict[str, Fragment] = {}
+        self._handles: list[Any] = []
+
+    def prepare(
+        self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
+    ) -> Mapping[str, nn.Parameter]:
+        self._model = model
+        if self.score.observes:
+            self._handles += [handle for s in self.structures.values() for handle in self._observe(model, s)]
+        return {}
+
+    def attach(self, shards: Shards) -> None:
+        self._shards = shards
+        self._fragments = shards.select(list(self._places))
+        self._make_masks()
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # -- at each optimizer step ------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
+        self._step = step
+        self._undo = self.kept, self._applied, dict(self.score.totals)
+        if self.score.observes and not self._done:
+            self._fold()  # the forwards of this step are all done
+        if self.schedule.is_due(step + 1, self.score.may_change):
+            self.select_units(step + 1)
+
+    def on_skipped_step(self) -> None:
+        kept, self._applied, self.score.totals = self._undo
+        if kept is not self.kept:
+            self.kept = kept
+            self._make_masks()
+            self._units_changed()
+
+    def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
+        for fragment in self._mine(fragments):
+            if fragment.name in self.hidden:
+                fragment.values.copy_(self.hidden[fragment.name])
+            gradient = fragment.gradient
+            if gradient is None:
+                continue
+            if not self.is_over:
+                self._gather(fragment, gradient, settings)
+            if fragment.name in self._masks:
+                fragment.mask_gradient(self._masks[fragment.name])
+
+    def _gather(self, fragment: Fragment, gradient: torch.Tensor, settings: Mapping[str, Any]) -> None:
+        values = self.score.of_gradient(fragment.values, gradient)
+        if values is None:
+            return
+        for structure, member in self._places[fragment.name]:
+            if member.scored:
+                self.score.gather(
+                    structure.name, self._unit_sums(structure, member, fragment, values), settings
+                )
+
+    @property
+    def clears_gradients(self) -> bool:
+        return bool(self.kept)
+
+    def gradient_mask(self, name: str) -> torch.Tensor | None:
+        return self._masks.get(name)
+
+    def on_update(self, fragments: Iterable[Fragment]) -> None:
+        masked = []
+        for fragment in self._mine(fragments):
+            mask = self._masks.get(fragment.name)
+            if mask is None:
+                continue
+            if self.score.may_change and not self.is_over:
+                self._hide(fragment)
+            masked.append((fragment.values, mask))
+        bitmask.apply_many_(masked)
+
+    def after_step(self, step: int) -> None:
+        self._applied, self._done = True, self.is_over
+        if not self.is_over:
+            if not self.score.observes:
+                self._fold()
+        elif self.hidden or self.score.totals:
+            self.hidden.clear()
+            self.score.totals = {}
+
+    @property
+    def is_over(self) -> bool:
+        """No mask will be made after the one that the step now running applies."""
+        return self.schedule.is_over(self._step + 1, self.score.may_change)
+
+    def _fold(self) -> None:
+        self.score.fold(self._shards.sum, self._shards.sum_over_data)
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the masks that were made last are in the weights."""
+        return len(self.kept) == len(self.structures) and self._applied
+
+    def masked_weights(self) -> Collection[str]:
+        return self._places
+
+    def learning_weights(self) -> Collection[str]:
+        if self.score.may_change:
+            return self._places
+        if not self.score.needs_gradient:
+            return ()
+        return [name for name, places in self._places.items() if any(member.scored for _, member in places)]
+
+    @property
+    def has_new_masks(self) -> bool:
+        return not self._applied
+
+    def _mine(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
+        return (fragment for fragment in fragments if fragment.name in self._fragments)
+
+    def _hide(self, fragment: Fragment) -> None:
+        """Keeps the values that the mask is about to clear."""
+        if fragment.name in self.hidden:
+            self.hidden[fragment.name].copy_(fragment.values)
+        else:
+            self.hidden[fragment.name] = fragment.values.clone()
+
+    # -- choosing units --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def select_units(self, step: int) -> None:
+        """Chooses the units in force from `step` on; the same call, with the same result, in every process.
+
+        Where scores are NaN or Inf everything stays as it is, and the log names the structure.
+        """
+        scores = self._scores()
+        for name, values in scores.items():
+            if not bool(torch.isfinite(values).all()):
+                logger.warning(
+                    "%s: scores of %s are NaN or Inf at step %d; no new mask", self.name, name, step
+                )
+                return
+        pools = self._pools(scores)
+        counts = self._counts(pools, step)
+        self.kept = {
+            name: best(values, count)
+            for (names, values), count in zip(pools, counts, strict=True)
+            for name in names
+        }
+        self.score.after_selection()
+        self._applied = False
+        self._make_masks()
+        self._units_changed()
+
+    def _scores(self) -> dict[str, torch.Tensor]:
+        """fp32-rounded scores: the last digits of their sums depend on how weights are spread."""
+        sums = self._weight_sums()
+        scores = {name: self.score.of(name, sums[name]).float() for name in self.structures}
+        if not self.score.may_change:
+            for name, kept in self.kept.items():
+                gone = torch.ones_like(scores[name], dtype=torch.bool)
+                gone[kept] = False
+                scores[name] = scores[name].masked_fill(gone, NEVER)
+        return scores
+
+    def _weight_sums(self) -> dict[str, torch.Tensor]:
+        """fp64 (units,) sums of the scored weights of each structure, over all processes."""
+        units = [structure.units for structure in self.structures.values()]
+        flat = torch.zeros(sum(units), dtype=torch.float64)
+        sums = dict(zip(self.structures, flat.split(units), strict=True))
+        if not self.score.sums_weights:
+            return sums
+        for name, fragment in self._fragments.items():
+            weights = self.score.of_weights(self.hidden.get(name, fragment.values))
+            for structure, member in self._places[name]:
+                if member.scored:
+                    sums[structure.name] += self._unit_sums(structure, member, fragment, weights).cpu()
+        return dict(zip(self.structures, self._shards.sum(flat).split(units), strict=True))
+
+    def _unit_sums(
+        self, structure: PrunableGroup, member: CoupledSlice, fragment: Fragment, values: torch.Tensor
+    ) -> torch.Tensor:
+        return unit_sums(values, fragment.start, fragment.shape, member.dim, member.index)
+
+    def _pools(self, scores: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
+        """Structures that must keep the same units, with the sum of their scores."""
+        together: dict[str, list[str]] = {}
+        for name, structure in self.structures.items():
+            together.setdefault(structure.aligned or name, []).append(name)
+        return [(names, torch.stack([scores[n] for n in names]).sum(0)) for names in together.values()]
+
+    def _counts(self, pools: list[tuple[list[str], torch.Tensor]], step: int) -> list[int]:
+        own = [self.units_kept(names[0], step) for names, _ in pools]
+        if self._scope == "uniform" or len(pools) < 2:
+            return own
+        return shares([values for _, values in pools], sum(own), self._round_to)
+
+    def units_kept(self, name: str, step: int) -> int:
+        """How many units the structure keeps at `step`, when each keeps its own share."""
+        density = self.schedule.density(step, self.targets[name].dense_ratio)
+        return kept_units(density, self.structures[name].units, self._round_to, self._rounds_up)
+
+    def untouched(self) -> list[str]:
+        if self._scope != "uniform":
+            return []
+        return [
+            name
+            for name, target in self.targets.items()
+            if target.dense_ratio < 1
+            and kept_units(target.dense_ratio, target.structure.units, self._round_to, self._rounds_up)
+            == target.structure.units
+        ]
+
+    # -- masks -----------------------------------------------------------------------------------------
+
+    def _make_masks(self) -> None:
+        self._masks = {}
+        for name, fragment in self._fragments.items():
+            keep: torch.Tensor | None = None
+            for structure, member in self._places[name]:
+                if structure.name in self.kept and self._is_masked(structure, member):
+                    units = torch.zeros(structure.units, dtype=torch.bool)
+                    units[self.kept[structure.name]] = True
+                    own = unit_mask(
+                        units, fragment.start, fragment.numel, fragment.shape, member.dim, member.index
+                    )
+                    keep = own if keep is None else keep & own
+            if keep is not None:
+                self._masks[name] = bitmask.pack(keep.to(fragment.values.device))
+
+    def _is_masked(self, structure: PrunableGroup, member: CoupledSlice) -> bool:
+        if not member.masked:
+            return False
+        if not self.score.may_change or self.is_over:
+            return True
+        scored = {m.tensor.rpartition(".")[0] for m in structure.members if m.scored and m.dim == member.dim}
+        return member.scored or member.tensor.rpartition(".")[0] in scored
+
+    def _units_changed(self) -> None:
+        """For blocks that do more than mask weights."""
+
+    # -- activations -----------------------------------------------------------------------------------
+
+    def _observe(self, model: nn.Module, structure: PrunableGroup) -> Iterator[Any]:
+        assert isinstance(self.score, MeanActivation)
+        score = self.score
+        if structure.observed is None or structure.observed_index is None:
+            raise ValueError(
+                f"method activation: what {structure.name} computes is not one tensor; choose l1"
+            )
+        index, module = structure.observed_index, model.get_submodule(structure.observed)
+        axis = 1 if isinstance(module, nn.Conv2d) else -1
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if module.training and not self._done:
+                x = first_argument(args, kwargs).detach().abs().movedim(axis, -1).flatten(0, -2)
+                by_entry = x.sum(0, dtype=torch.float32)
+                score.see(structure.name, by_entry[on_device(index, x.device)].sum(1), x.shape[0])
+
+        yield module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {name: units.clone() for name, units in self.kept.items()}
+        return {"step": self._step, "done": self._done, "kept": kept, "score": self.score.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step, self._done = int(state["step"]), bool(state["done"])
+        self.kept = {name: units.clone() for name, units in state["kept"].items()}
+        self.score.load_state_dict(state["score"])
+        self._make_masks()
+        self._units_changed()
+
+    def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"hidden": self.hidden} if self.hidden else {}
+
+    def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self.hidden = dict(state.get("hidden", {}))
+
+    def metrics(self) -> dict[str, float]:
+        """`density`: fraction of the units that is in force, of all structures together."""
+        units = sum(structure.units for structure in self.structures.values())
+        kept = sum(
+            self.kept[name].numel() if name in self.kept else s.units for name, s in self.structures.items()
+        )
+        return {"density": kept / units if units else 1.0}
+
+    def mask_bytes(self) -> int:
+        """Bytes of masks that this process holds."""
+        return sum(mask.numel() for mask in self._masks.values())

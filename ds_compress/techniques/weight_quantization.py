@@ -1,0 +1,196 @@
+"""`weight_quantization`: weights are trained as what they will be once they are stored in few bits.
+
+From `schedule_offset` on, forward and backward use the fake-quantized weight (see `quant.grid` for the
+formulas) while the optimizer moves the full-precision master.
+
+- **Bits** fall by one after `quantization_period` applied steps, and the period then doubles: with a period
+  P they drop P, 2P, 4P, ... steps after the offset, as in the removed library (which compared the doubled
+  period with all steps so far). While they are above 8 the weight is not quantized. A period of 0 means
+  `target_bits` at once.
+- `fp16_mixed_quantize` blends: y = r w + (1 - r) Q(w); r starts at 1 at the offset, loses
+  `quantize_change_ratio` per applied step and, as in the removed library, starts again at each drop of bits.
+- `quantize_weight_in_forward: false` was "MoQ": the 16-bit copy of the weight was rounded after the optimizer
+  step while the master stayed exact. The model then computes with Q(master), and its gradient goes to the
+  master as it is: that is fake quantization in forward with a plain straight-through gradient, so this is
+  what happens here, on every ZeRO stage and also in fp32. With `true` the gradient is zero where a value
+  clips.
+- `rounding: stochastic` draws its noise by counter from (seed, parameter name, applied step, element), so
+  that every process, and backward again, rounds alike. It never touches torch's generators.
+- `learned_scale`: LSQ (Esser et al. 2020): one trainable step size per scale, `weight_step_size` beside the
+  weight, made for `target_bits`; with more bits it is multiplied by high(target_bits) / high(bits).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.ops.counter_rng import stream_key
+from ds_compress.quant import fast_paths, layers
+from ds_compress.quant.grid import Granularity, WeightGrid, initial_scale
+from ds_compress.quant.layout import check_shape
+from ds_compress.quant.operands import FakeQuantConfig
+from ds_compress.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from ds_compress.config.targets import Target, TechniquePlan
+
+logger = logging.getLogger("ds_compress")
+
+WIDEST_GRID = 8
+
+
+@dataclass(frozen=True)
+class BitWidth:
+    """A stretch of the ladder from start_bits down to target_bits, and the step at which it began."""
+
+    bits: int
+    since: int
+
+
+def bit_width_at(elapsed: int, start_bits: int, target_bits: int, period: int) -> BitWidth:
+    """The rung `elapsed` applied steps after the schedule offset (0 or more)."""
+    if period == 0:
+        return BitWidth(target_bits, 0)
+    bits, since, due = start_bits, 0, period
+    while bits > target_bits and elapsed >= due:
+        bits, since, due = bits - 1, due, due * 2
+    return BitWidth(bits, since)
+
+
+class WeightQuantization(Technique):
+    """Raises ValueError at construction for a weight that its grid cannot cut or round as configured."""
+
+    name: ClassVar[str] = "weight_quantization"
+
+    def __init__(self, technique: TechniquePlan, seed: int) -> None:
+        self._shared = technique.shared
+        self._targets = technique.targets
+        self._seed = seed if self._shared.seed is None else self._shared.seed
+        self._step = 0
+        self._quantizers: dict[str, layers.WeightQuantizer] = {}
+        self._grids = {target.module_name: self._target_grid(target) for target in self._targets}
+
+    def prepare(
+        self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
+    ) -> Mapping[str, nn.Parameter]:
+        step_sizes: dict[tuple[int, WeightGrid], nn.Parameter] = {}
+        added = {}
+        for target in self._targets:
+            self._quantizers[target.module_name] = layers.WeightQuantizer()
+            layers.attach(target.module).weight_quantizer = self._quantizers[target.module_name]
+            if self._shared.learned_scale:
+                shared_by_ties = (id(target.param), self._grids[target.module_name])
+                if shared_by_ties not in step_sizes:
+                    step_size = self._initial_step_size(target, full_parameters)
+                    step_sizes[shared_by_ties] = step_size
+                    if step_size.requires_grad:
+                        added[f"{target.module_name}.{layers.STEP_SIZE}".lstrip(".")] = step_size
+                target.module.register_parameter(layers.STEP_SIZE, step_sizes[shared_by_ties])
+        fast_paths.close(model)
+        self._model = model
+        self._use_schedule_at(0)
+        return added
+
+    def after_step(self, step: int) -> None:
+        self._use_schedule_at(step)
+
+    def detach(self) -> None:
+        for target in self._targets:
+            layers.attach(target.module).weight_quantizer = None
+            target.module._parameters.pop(layers.STEP_SIZE, None)
+            layers.detach(target.module)
+        if self._targets:
+            fast_paths.reopen(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        # Bits, blend and noise are functions of the step; learned step sizes are the model's parameters.
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._use_schedule_at(int(state["step"]))
+
+    def metrics(self) -> dict[str, float]:
+        """`mean_bits`: per weight, those of the parameter's dtype while it is not quantized."""
+        sizes = {target.module_name: math.prod(target.shape) for target in self._targets}
+        bits = sum(self._bits(target) * sizes[target.module_name] for target in self._targets)
+        return {"mean_bits": bits / max(1, sum(sizes.values()))}
+
+    def _bits(self, target: Target) -> int:
+        fake_quant = self._quantizers[target.module_name].fake_quant
+        return 8 * target.param.element_size() if fake_quant is None else fake_quant.grid.bits
+
+    def _rounds_stochastically(self, bits: int) -> bool:
+        # Ternary and binary codes come from a threshold and a sign: there is nothing to round.
+        return self._shared.rounding == "stochastic" and bits > 2
+
+    def _target_grid(self, target: Target) -> WeightGrid:
+        shared = self._shared
+        granularity = Granularity(shared.granularity or "per_group")
+        if target.kind == ModuleKind.EMBEDDING and granularity is Granularity.PER_GROUP:
+            granularity = Granularity.PER_CHANNEL  # the legacy rule: a row of an embedding has its own scale
+        symmetric = shared.quantization_type == "symmetric"
+        try:
+            grid = WeightGrid(
+                bits=target.params.target_bits,
+                symmetric=symmetric,
+                narrow_range=shared.effective_narrow_range or (target.pruned and not symmetric),
+                granularity=granularity,
+                groups=shared.quantize_groups if granularity is Granularity.PER_GROUP else 1,
+                group_size=shared.group_size or WeightGrid.group_size,
+                channel_axis=1 if target.kind == ModuleKind.CONV1D else 0,
+                stochastic=self._rounds_stochastically(target.params.target_bits),
+                learned=shared.learned_scale,
+            )
+            check_shape(target.shape, grid)
+            layers.check(target.module, learned=shared.learned_scale)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"weight_quantization of {target.module_name!r}: {error}") from error
+        return grid
+
+    def _initial_step_size(self, target: Target, full_parameters: Callable[..., Any]) -> nn.Parameter:
+        with full_parameters([target.param]):
+            values = initial_scale(target.param, self._grids[target.module_name])
+            values = values.to(device=target.param.device, dtype=target.param.dtype)
+        return nn.Parameter(values, requires_grad=target.param.requires_grad)
+
+    def _use_schedule_at(self, step: int) -> None:
+        self._step = step
+        for target in self._targets:
+            quantizer = self._quantizers[target.module_name]
+            before = self._bits(target)
+            quantizer.fake_quant = self._recipe(target, step)
+            if self._shared.quantize_verbose and self._bits(target) != before:
+                logger.info("step %d: %s has %d bits", step, target.param_name, self._bits(target))
+
+    def _recipe(self, target: Target, step: int) -> FakeQuantConfig | None:
+        shared, params = self._shared, target.params
+        elapsed = step - shared.schedule_offset
+        if elapsed < 0:
+            return None
+        bit_width = bit_width_at(elapsed, params.start_bits, params.target_bits, params.quantization_period)
+        if bit_width.bits > WIDEST_GRID:
+            return None
+        final = self._grids[target.module_name]
+        grid = final
+        if bit_width.bits != final.bits:
+            grid = replace(final, bits=bit_width.bits, stochastic=self._rounds_stochastically(bit_width.bits))
+        blend_ratio = 0.0
+        if shared.fp16_mixed_quantize.enabled:
+            lost = shared.fp16_mixed_quantize.quantize_change_ratio * (elapsed - bit_width.since)
+            blend_ratio = max(0.0, 1 - lost)
+        return FakeQuantConfig(
+            grid=grid,
+            noise_key=stream_key(self._seed, target.param_name, step) if grid.stochastic else 0,
+            blend_ratio=blend_ratio,
+            step_ratio=final.high / grid.high if grid.learned else 1.0,
+            clipped_ste=shared.quantize_weight_in_forward or shared.learned_scale,
+            integer=shared.kernel == "int8" and target.kind is not ModuleKind.EMBEDDING,
+        )

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ds_compress.engine.zero import internals
+
+
+def test_the_installed_deepspeed_has_every_seam() -> None:
+    assert internals.missing_internals() == []
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        internals.Internal("deepspeed.runtime.engine:DeepSpeedEngine._no_such_method"),
+        internals.Internal("deepspeed.runtime.no_such_module:anything"),
+        internals.Internal("deepspeed.runtime.engine:DeepSpeedEngine.backward", ("self", "no_such_argument")),
+        internals.Internal(
+            "deepspeed.runtime.engine:DeepSpeedEngine.step", source_mentions=("no such line",)
+        ),
+    ],
+)
+def test_a_changed_seam_is_named(monkeypatch: pytest.MonkeyPatch, broken: internals.Internal) -> None:
+    monkeypatch.setattr(internals, "SEAMS", (*internals.INTERNALS, broken))
+    (problem,) = internals.missing_internals()
+    assert problem.startswith(broken.path)
+
+
+def test_only_the_engine_package_imports_deepspeed_internals() -> None:
+    from pathlib import Path
+
+    package = Path(internals.__file__).parents[1]
+    offenders = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if "deepspeed.runtime" in path.read_text() and path.parent.name != "engine"
+    ]
+    assert offenders == []
+    assert dataclasses.is_dataclass(internals.Internal)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from ds_compress.select import radix
+from tests.shard_group import RankShards, joined, run_ranks_of_shards
+
+
+def keys_of(scores: torch.Tensor) -> torch.Tensor:
+    return radix.sort_keys_(scores.clone())
+
+
+def candidates_of(shards: RankShards) -> dict[str, radix.Candidates]:
+    return {
+        name: radix.Candidates(partial(keys_of, fragment.values))
+        for name, fragment in shards.fragments.items()
+    }
+
+
+def select(
+    full: dict[str, torch.Tensor], cuts: list[int], pools: list[radix.Pool]
+) -> dict[str, torch.Tensor]:
+    def work(shards: RankShards) -> dict[str, torch.Tensor]:
+        return dict(radix.select(candidates_of(shards), pools, shards))
+
+    return joined(full, run_ranks_of_shards(full, cuts, work))
+
+
+def by_stable_sort(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    order = (scores.flatten().double() + 0.0).argsort(descending=True, stable=True)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[order[:keep]] = True
+    return mask.view(scores.shape)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 500, 999, 1000])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.randn(1000, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(1000),
+        torch.randint(-2, 3, (1000,), generator=torch.Generator().manual_seed(1)).float(),
+        torch.linspace(-1e-42, 1e-42, 1000),
+        torch.tensor([0.0, -0.0] * 500),
+        torch.tensor([3e38, -3e38, 1e-38, -1e-38] * 250),
+    ],
+    ids=["normal", "zeros", "ties", "denormals", "signed zeros", "extremes"],
+)
+def test_equals_a_stable_sort(scores: torch.Tensor, keep: int) -> None:
+    full = {"w": scores}
+    mask = select(full, [300, 301, 777], [radix.Pool(("w",), keep)])["w"]
+    assert torch.equal(mask, by_stable_sort(scores, keep))
+
+
+def test_a_pool_spans_parameters_and_ties_go_to_the_first() -> None:
+    full = {"a": torch.tensor([1.0, 2.0, 1.0]), "b": torch.tensor([1.0, 3.0])}
+    masks = select(full, [2, 4], [radix.Pool(("a", "b"), 3)])
+    assert masks["a"].tolist() == [True, True, False]
+    assert masks["b"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -float("nan")])
+def test_scores_that_are_not_finite_are_an_error_everywhere(bad: float) -> None:
+    full = {"a": torch.ones(10), "b": torch.ones(10)}
+    full["b"][9] = bad
+    pools = [radix.Pool(("a",), 5), radix.Pool(("b",), 5)]
+    with pytest.raises(radix.NonFiniteScoresError) as error:
+        select(full, [10], pools)
+    assert error.value.pools == (1,)
+
+
+def test_the_largest_finite_score_is_not_taken_for_infinite() -> None:
+    largest = torch.finfo(torch.float32).max
+    full = {"w": torch.tensor([largest, -largest, 0.0])}
+    assert select(full, [1], [radix.Pool(("w",), 1)])["w"].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("numel", [1000, 1_000_000])
+def test_traffic_is_five_small_reductions_whatever_the_size(numel: int) -> None:
+    def work(shards: RankShards) -> tuple[int, int]:
+        radix.select(candidates_of(shards), [radix.Pool(("w",), numel // 3)], shards)
+        return shards.sums, shards.bytes
+
+    for sums, total in run_ranks_of_shards({"w": torch.randint(0, 9, (numel,)).float()}, [numel // 2], work):
+        assert sums <= 6
+        assert total < 64 * 1024
+
+
+def test_sort_keys_order_like_floats() -> None:
+    values = torch.tensor([-float("inf"), -2.0, -1e-45, 0.0, 1e-45, 1.0, float("inf")])
+    keys = keys_of(values)
+    assert (keys[1:] > keys[:-1]).all()
+    assert torch.equal(radix.sort_keys_(values.abs(), non_negative=True), keys_of(values.abs()))
