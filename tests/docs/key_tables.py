@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import ds_compress
-from ds_compress.config.translate import in_words, slot_at
+from ds_compress.config.schema.translate import in_words, slot_at
 from tests.docs.pages import DOCS
 
 CONFIG = type(ds_compress.parse_config({}))

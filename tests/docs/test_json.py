@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import ds_compress
-from ds_compress.config.source import block_of
+from ds_compress.config.schema.source import block_of
 from tests.docs.pages import ROOT, Block, all_blocks
 
 BLOCKS = type(ds_compress.parse_config({})).model_fields
