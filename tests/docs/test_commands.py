@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from ds_compress.cli import app
-from tests.docs.pages import ROOT, Block, all_blocks
+from tests.docs.pages import ROOT, Block, all_blocks, pages, without_blocks
 
 BASH = all_blocks("bash")
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -51,7 +51,7 @@ def commands(text: str) -> list[list[str]]:
     joined = text.replace("\\\n", " ")
     found: list[list[str]] = []
     for line in joined.splitlines():
-        if line.startswith("#SBATCH"):
+        if line.startswith(("#SBATCH", "export ")):
             continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
         lexer.whitespace_split = True
@@ -75,6 +75,22 @@ def test_commands_exist(block: Block) -> None:
     for words in commands(block.text):
         problem = problem_of(words)
         assert not problem, f"{block.place}: {' '.join(words)}: {problem}"
+
+
+INLINE = [
+    (str(page.relative_to(ROOT)), found)
+    for page in pages()
+    for found in re.findall(
+        r"`((?:make|deepspeed|ds_compress|torchrun|python3? -m) [^`]+)`", without_blocks(page)
+    )
+]
+"""Commands in the running text and in tables."""
+
+
+@pytest.mark.parametrize(("page", "text"), INLINE)
+def test_commands_in_the_text_exist(page: str, text: str) -> None:
+    for words in commands(text.replace("...", "")):
+        assert not problem_of(words), f"{page}: {text}: {problem_of(words)}"
 
 
 def test_wrong_commands_are_found() -> None:

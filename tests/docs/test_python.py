@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_teacher(folder / "path" / "to" / "teacher")
     tiny_bert(layers=6).save_pretrained(folder / "path" / "to" / "model")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_by_hugging_face() -> Iterator[None]:
+    yield
+    execution.forget_hugging_face()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
