@@ -59,15 +59,19 @@ class Picture:
 def floors() -> None:
     """An import goes down only."""
     picture = Picture(760, 560, "The floors of the package: an import goes down only")
+    functions = [("sharding/", "fragments"), ("select/", "masks"), ("quant/", "grids")]
+    functions += [("structure/", "units"), ("distill/", "losses"), ("reduce/", "payloads")]
+    base = [("modelinfo/", "layer kinds, inventory"), ("ops/", "kernels and their twins; csrc/")]
+    outside = "folders that other programs load"
     rows = [
         (BLUE, [("cli  hf  compat  examples  run.py", "what a person or another library calls")]),
         (BLUE, [("ds_compress, api.py", "the public names: plan, initialize, export, finalize")]),
-        (RED, [("engine/", "the only package that knows DeepSpeed"), ("export/", "folders that other programs load")]),
+        (RED, [("engine/", "the only package that knows DeepSpeed"), ("export/", outside)]),
         (GREEN, [("techniques/", "one file for each JSON block")]),
         (YELLOW, [("config/", "schema, resolve, report: from JSON to a plan")]),
-        (GREEN, [("sharding/", "fragments"), ("select/", "masks"), ("quant/", "grids"), ("structure/", "units"), ("distill/", "losses"), ("reduce/", "payloads")]),
-        (GREY, [("modelinfo/", "layer kinds, inventory"), ("ops/", "kernels and their twins; csrc/"), ("errors.py", "one ConfigError for all problems")]),
-    ]  # fmt: skip
+        (GREEN, functions),
+        (GREY, [*base, ("errors.py", "one ConfigError for all problems")]),
+    ]
     for number, (fill, boxes) in enumerate(rows):
         y, gap = 14 + 78 * number, 10
         width = (700 - gap * (len(boxes) - 1)) // len(boxes)
@@ -105,16 +109,9 @@ def step() -> None:
         if number + 1 < len(theirs):
             picture.arrow((left + 160, y + 46), (left + 160, y + 59))
         if number in ours:
-            row = 2 if number == 0 else number
-            picture.box(
-                right,
-                40 + 60 * row + (14 if number == 0 else 0) - (14 if number == 0 else 0),
-                330,
-                46,
-                *ours[number],
-                fill=GREEN,
-            )
-            picture.arrow((left + 320, 40 + 60 * row + 23), (right - 2, 40 + 60 * row + 23))
+            y = 40 + 60 * (2 if number == 0 else number)  # new masks are made when the gradients are there
+            picture.box(right, y, 330, 46, *ours[number], fill=GREEN)
+            picture.arrow((left + 320, y + 23), (right - 2, y + 23))
     picture.save("step.svg")
 
 

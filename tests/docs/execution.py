@@ -69,10 +69,8 @@ def run_page(page: Path) -> list[tuple[Block, str]]:
     namespace |= {name: GIVEN[name]() for name in given(page)}
     printed = []
     for block, output in python_and_output(page):
-        if (
-            _ANOTHER_SCRIPT
-            in "\n".join(page.read_text(encoding="utf-8").splitlines()[: block.line - 1]).split("```")[-1]
-        ):
+        before = "\n".join(page.read_text(encoding="utf-8").splitlines()[: block.line - 1])
+        if _ANOTHER_SCRIPT in before.split("```")[-1]:
             forget_hugging_face()
         paper = io.StringIO()
         code = compile("\n" * block.line + block.text, str(page), "exec")

@@ -192,17 +192,14 @@ def _of_module(name: str, arguments: list[str]) -> str:
         return ""
     if name == "ds_compress.run":
         return ""
-    source = _sources(Path(spec.origin))
-    unknown = [word.split("=")[0] for word in arguments if re.match(r"--?\w", word)]
-    wrong = [word for word in unknown if f'"{word}"' not in source]
+    known = _options_named_in(Path(spec.origin))
+    wrong = [word for word in arguments if re.match(r"--?[a-z]", word) and word.split("=")[0] not in known]
     return f"{name} does not know {wrong}" if wrong else ""
 
 
-def _sources(path: Path) -> str:
-    """A module, its `__main__`, and what benchmarks share: where their options are named."""
-    shared = [
-        ROOT / "benchmarks" / "record.py",
-        ROOT / "benchmarks" / "timing.py",
-        path.with_name("__main__.py"),
-    ]
-    return "".join(file.read_text() for file in [path, *shared] if file.is_file())
+def _options_named_in(path: Path) -> set[str]:
+    """Options in a module, its `__main__`, and the benchmarks' modules that it imports."""
+    imported = re.findall(r"^from (?:benchmarks)?(?:\.(\w*))? import (.*)$", path.read_text(), re.MULTILINE)
+    names = {name for module, things in imported for name in (module, *re.findall(r"\w+", things)) if name}
+    files = [path, path.with_name("__main__.py"), *(ROOT / "benchmarks" / f"{name}.py" for name in names)]
+    return {o for file in files if file.is_file() for o in re.findall(r'"(--?[\w-]+)"', file.read_text())}
