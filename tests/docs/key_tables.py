@@ -50,12 +50,12 @@ def table(block: str) -> str:
         fields = {
             name: field for name, field in CONFIG.model_fields.items() if not _models_in(field.annotation)
         }
-        return "\n".join(_lines((), fields)) + "\n"
+        return _keys((), fields)
     model = slot_at(CONFIG, (block,)).annotation
     parts = [f"{model.__doc__.strip().splitlines()[0]}\n"]
     for place, fields in _objects(model, (block,)):
         heading = f"`{'.'.join(place)}`"
-        parts.append(f"**{heading}**\n\n" + "\n".join(_lines(place, fields)) + "\n")
+        parts.append(f"**{heading}**\n\n{_keys(place, fields)}")
     return "\n".join(parts)
 
 
@@ -70,6 +70,11 @@ def _objects(
         for inner in _models_in(field.annotation):
             is_dict = "dict" in str(field.annotation)
             yield from _objects(inner, (*place, name, _NAME) if is_dict else (*place, name))
+
+
+def _keys(place: tuple[str, ...], fields: dict[str, FieldInfo]) -> str:
+    """The table in a `div`, which a style sheet shows row below row on a phone."""
+    return '<div class="keys" markdown>\n\n' + "\n".join(_lines(place, fields)) + "\n\n</div>\n"
 
 
 def _lines(place: tuple[str, ...], fields: dict[str, FieldInfo]) -> Iterator[str]:
