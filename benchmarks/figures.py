@@ -19,6 +19,7 @@ import argparse
 import difflib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -70,7 +71,9 @@ class Results:
         return [f"{title}{', '.join(commands)}; {'; '.join(where)}" for where, commands in by_machine.items()]
 
     def _how(self, row: record.Row) -> tuple[str, ...]:
-        command = f"python -m benchmarks.{self.benchmark} {record.setting_of(row['arguments'])}".strip()
+        options = re.split(r" (?=--)", record.setting_of(row["arguments"]))
+        pairs = [part for option in options for part in option.split(" ", 1) if part]
+        command = f"python -m benchmarks.{self.benchmark} {shlex.join(pairs)}".strip()
         versions = ", ".join(v for v in row["versions"].split(", ") if not v.startswith("python"))
         day = row["time"].partition("T")[0]
         return command, f"{row['cpu']}, {row['cores']} cores", versions, f"commit {row['commit']}, {day}"
@@ -210,14 +213,43 @@ def distillation_quality() -> Lines:
 def reduction_steps() -> Lines:
     r = Results("reduction")
     rates = {"1gbit": "1 Gbit/s", "200mbit": "200 Mbit/s", "none": "no limit"}
-    steps = [v for v in r.variants() if v.startswith("step ") and "stock" not in v]
+    models = {"minilm": "23 M parameters", "bert-base": "110 M parameters"}
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for step in steps:
-        where, variant = step.split(": ", 1)
-        job, rate = where.rsplit(", ", 1)
-        cells.setdefault((job, variant), {})[rate] = f"{r.value(step, 'faster_x'):.2f}"
+    for variant in r.variants():
+        found = re.fullmatch(r"step of (\S+), stage 2, (\d nodes), (\w+): (.*)", variant)
+        if found and "stock" not in found[4]:
+            sent = found[4].replace("auto", "default")
+            job = cells.setdefault((f"{models[found[1]]}, {found[2]}", sent), {})
+            job[found[3]] = f"{r.value(variant, 'faster_x'):.2f}"
     rows = [[*key, *(by_rate.get(rate, "") for rate in rates)] for key, by_rate in cells.items()]
-    return markdown(["", "sent as", *rates.values()], rows, r.sources)
+    return markdown(["times as fast as stock bf16", "sent as", *rates.values()], rows, r.sources)
+
+
+def reduction_convergence() -> Lines:
+    def row(stage: int, steps: int) -> list[str]:
+        r = results[f"--stages {stage} --steps {steps}"]
+        cells = [
+            f"ZeRO-{stage}, {steps} steps",
+            f"{100 * r.value(f'stage {stage}, stock bf16', 'mean accuracy'):.2f} %",
+        ]
+        for sent in ("int8", "int4"):
+            mean, spread = (
+                r.value(f"stage {stage}, {sent}", f"{what}, points")
+                for what in ("mean difference", "spread of differences")
+            )
+            cells.append(f"{mean:+.2f} ± {spread:.2f}")
+        return cells
+
+    jobs = [(2, 500), (3, 200), (2, 120), (3, 120)]
+    settings = [f"--stages {stage} --steps {steps}" for stage, steps in jobs]
+    results = {setting: Results("reduction_convergence", setting=setting) for setting in settings}
+    head = ["", "stock bf16", "int8, points to stock", "int4, points to stock"]
+    rows = [row(*job) for job in jobs]
+    return markdown(head, rows, lambda: chain(*(r.sources() for r in results.values())))
+
+
+ATTACKS = {"sign flip": "sign flipped", "sign flip x10": "sign flipped, x 10", "scale x100": "x 100"}
+ATTACKS |= {"stale": "gradients of 20 steps ago"}
 
 
 def robust() -> Lines:
@@ -230,7 +262,8 @@ def robust() -> Lines:
         return f"{mean:.1f} -> {rule:.1f}"
 
     names = [re.fullmatch(r"digits, n 5, f 1, stage 2, iid, (.*), mean", v) for v in r.variants()]
-    rows = [[found[1], *(cell(*job, found[1]) for job in jobs)] for found in names if found]
+    attacks = [found[1] for found in names if found]
+    rows = [[ATTACKS.get(name, name), *(cell(*job, name) for job in jobs)] for name in attacks]
     head = ["attack", *(f"{n} workers, {f} bad{', skewed shards' * (s == 'skewed')}" for n, f, s in jobs)]
     return markdown(head, rows, r.sources)
 
@@ -266,6 +299,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
         shrink,
         distillation_quality,
         reduction_steps,
+        reduction_convergence,
         robust,
         gpu_check,
     )
