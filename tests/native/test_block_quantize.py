@@ -16,6 +16,7 @@ from ds_compress.ops.sizes import payload_bytes
 from tests.native.elementwise import (
     FLOATS,
     LENGTHS,
+    Fakes,
     native_ops,
     random_bytes,
     random_values,
@@ -323,6 +324,6 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_wrong_arguments_are_refused_alike(message: str) -> None:
-    for ops in (native_ops(), reference):
+    for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops)

@@ -16,6 +16,7 @@ from ds_compress.quant import grid as grids
 from ds_compress.quant.grid import ActivationGrid, Grid, Ranges
 from tests.native.elementwise import (
     FLOATS,
+    Fakes,
     native_ops,
     random_values,
     same,
@@ -211,6 +212,6 @@ def test_wrong_arguments_are_refused_alike(message: str) -> None:
         "symmetric": True,
         "with_mask": False,
     } | changed
-    for ops in (native_ops(), reference):
+    for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             ops.fake_quantize(x, *ranges, **arguments)

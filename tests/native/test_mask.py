@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ds_compress.ops.reference import mask as reference
 from tests.native.elementwise import (
     LENGTHS,
+    Fakes,
     native_ops,
     random_bytes,
     random_values,
@@ -197,6 +198,6 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_wrong_arguments_are_refused_alike(message: str) -> None:
-    for ops in (native_ops(), reference):
+    for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops, torch.ones(16), torch.zeros(2, dtype=torch.uint8))
