@@ -14,9 +14,13 @@ JOBS   ?= 2
 WHEELS  ?= gpu-wheels
 MINUTES ?= 8
 
+# What clang-format looks at.
+CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
 BIN       := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-test
 LINTERS   := $(VENV)/.installed-dev
+DOCTOOLS  := $(VENV)/.installed-docs
 
 export PATH := $(BIN):$(PATH)
 # The launcher gives each process one core; more threads than that only fight each other.
@@ -26,7 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 # A build of a DeepSpeed op that was killed leaves a lock on which every later launch waits silently and for ever.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup test demo lint benchmark gpu-wheels gpu-check clean
+.PHONY: help setup test demo lint docs benchmark gpu-wheels gpu-check clean
 
 help:
 	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest; JOBS=1)"
@@ -34,7 +38,8 @@ help:
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy, clang-format, typos, vulture, and whether tables and workflows are in order"
+	@echo "make docs       build the documentation into site/, warnings are errors"
 	@echo "make clean      remove $(VENV) and .venv-gpu"
 
 setup: $(INSTALLED)
@@ -55,7 +60,7 @@ $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@touch $@
 
 $(LINTERS): $(INSTALLED)
-	@echo "==> installing ruff and mypy"
+	@echo "==> installing the linters"
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch $@
 
@@ -81,7 +86,20 @@ gpu-check:
 lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/typos
+	$(BIN)/vulture
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/python -m benchmarks.figures --check
 	$(BIN)/mypy
 
+$(DOCTOOLS): $(INSTALLED)
+	@echo "==> installing mkdocs"
+	$(BIN)/python -m pip install -e '.[docs]'
+	@touch $@
+
+docs: $(DOCTOOLS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .venv-gpu
+	rm -rf $(VENV) .venv-gpu site

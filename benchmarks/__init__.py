@@ -1,1 +1,1 @@
-"""Measurements of this library beside plain DeepSpeed; see the README for the commands."""
+"""Measurements of this library beside plain DeepSpeed; see docs/performance.md for the commands."""

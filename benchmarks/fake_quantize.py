@@ -42,7 +42,12 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
 
     def fused(grid: Grid, keep: bool) -> object:
         return native().fake_quantize(
-            x, low=grid.low, high=grid.high, steps=grid.steps, symmetric=grid.symmetric, keep=keep
+            x,
+            quant_min=grid.low,
+            quant_max=grid.high,
+            steps=grid.steps,
+            symmetric=grid.symmetric,
+            with_mask=keep,
         )
 
     def eager(grid: Grid) -> torch.Tensor:
@@ -57,11 +62,11 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
         COPY: Run(lambda: target.copy_(x), moved),
         "clone": Run(lambda: x.clone(), moved),
         ours: Run(lambda: fused(SYMMETRIC, False), moved),
-        f"{ours}, kept bits": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
+        f"{ours}, mask": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
         f"{ours}, asymmetric": Run(lambda: fused(ASYMMETRIC, False), moved),
         f"{ours}, range given": Run(
             lambda: native().fake_quantize(
-                x, measured, low=-127, high=127, steps=127, symmetric=True, keep=False
+                x, measured, quant_min=-127, quant_max=127, steps=127, symmetric=True, with_mask=False
             ),
             moved,
         ),
@@ -69,7 +74,7 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
         "quant.grid, eager, asymmetric": Run(lambda: eager(ASYMMETRIC), moved, peer_of=f"{ours}, asymmetric"),
         "the reference in torch": Run(
             lambda: reference.fake_quantize.fake_quantize(
-                x, low=-127, high=127, steps=127, symmetric=True, keep=False
+                x, quant_min=-127, quant_max=127, steps=127, symmetric=True, with_mask=False
             ),
             moved,
             peer_of=ours,

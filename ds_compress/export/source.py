@@ -16,10 +16,6 @@ from ds_compress.structure.cut import PruningPlan
 Modules = Iterator[tuple[str, nn.Module]]
 
 
-def _no_modules() -> Modules:
-    return iter(())
-
-
 def _nothing(failure: BaseException | None) -> None:
     if failure is not None:
         raise failure

@@ -61,10 +61,10 @@ def fake_quantize_rows(rows: torch.Tensor, grid: Grid, ranges: Ranges | None, ke
         rows.contiguous(),
         scale,
         offset,
-        low=grid.low,
-        high=grid.high,
+        quant_min=grid.low,
+        quant_max=grid.high,
         steps=grid.steps,
         symmetric=grid.symmetric,
-        keep=keep,
+        with_mask=keep,
     )
     return FakeQuantized(values, [Ranges(scale, None if grid.symmetric else offset)], kept if keep else None)

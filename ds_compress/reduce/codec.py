@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from ds_compress.ops import kernels
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 
 
 class Codec(Protocol):
@@ -42,7 +42,7 @@ class BlockCodec:
         self._ops = kernels()
 
     def message_bytes(self, numel: int) -> int:
-        return message_bytes(numel, self.bits, self.block)
+        return payload_bytes(numel, self.bits, self.block)
 
     def encode(self, x: torch.Tensor, message: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         self._ops.block_quantize(x, message.view(1, -1), residual, x.numel(), self.bits, self.block)

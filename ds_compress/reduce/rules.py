@@ -31,7 +31,6 @@ import torch
 from ds_compress.reduce.sorting import sort_rows_
 
 CLIP_ITERATIONS = 3
-PER_COORDINATE = ("trimmed_mean", "median")
 
 
 def trimmed_mean(rows: torch.Tensor, f: int) -> torch.Tensor:

@@ -66,10 +66,6 @@ class UnitScore:
         self.totals = {name: total.clone() for name, total in state["totals"].items()}
         self._parts = {}
 
-    def keep_units(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """The structures were cut to these units."""
-        self.totals = {n: t[kept[n]] if n in kept else t for n, t in self.totals.items()}
-
     def _add(self, structure: str, part: torch.Tensor) -> None:
         if structure in self._parts:  # of a partly offloaded optimizer, parts are in different places
             part = self._parts[structure] + part.to(self._parts[structure].device)

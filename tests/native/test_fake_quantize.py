@@ -16,6 +16,7 @@ from ds_compress.quant import grid as grids
 from ds_compress.quant.grid import ActivationGrid, Grid, Ranges
 from tests.native.elementwise import (
     FLOATS,
+    Fakes,
     native_ops,
     random_values,
     same,
@@ -31,7 +32,7 @@ seeds = st.integers(0, 2**31)
 
 
 def arguments_of(grid: Grid) -> dict[str, Any]:
-    return {"low": grid.low, "high": grid.high, "steps": grid.steps, "symmetric": grid.symmetric}
+    return {"quant_min": grid.low, "quant_max": grid.high, "steps": grid.steps, "symmetric": grid.symmetric}
 
 
 def hard_rows(rows: int, columns: int, dtype: torch.dtype, seed: int, specials: float = 0.05) -> torch.Tensor:
@@ -84,7 +85,7 @@ def test_measured_ranges_give_what_the_grid_gives(grid: Grid, dtype: torch.dtype
         x = hard_rows(rows, columns, dtype, seed)
         y, ranges, kept = by_the_grid(x, grid)
         for ops in (native_ops(), reference):
-            mine, scale, offset, bits = ops.fake_quantize(x, **arguments_of(grid), keep=True)
+            mine, scale, offset, bits = ops.fake_quantize(x, **arguments_of(grid), with_mask=True)
             assert same(mine, y)
             # Where the grid's own scale is Inf, everything is NaN; ours says so already in the scale.
             finite = ranges.scale.isfinite().view(-1)
@@ -109,7 +110,7 @@ def test_measured_ranges(
     shape: tuple[int, int], seed: int, grid: Grid, dtype: torch.dtype, keep: bool
 ) -> None:
     x = hard_rows(*shape, dtype, seed)
-    assert equal_results(native_ops(), x, **arguments_of(grid), keep=keep)
+    assert equal_results(native_ops(), x, **arguments_of(grid), with_mask=keep)
 
 
 @pytest.mark.parametrize("symmetric", (True, False))
@@ -124,7 +125,7 @@ def test_long_rows_are_cut_into_pieces(columns: int, symmetric: bool) -> None:
                 x[0, columns - 1] = 7.0
                 if rows > 1:
                     x[1, columns - 2] = math.nan
-                assert equal_results(native_ops(), x, **arguments_of(grid), keep=True)
+                assert equal_results(native_ops(), x, **arguments_of(grid), with_mask=True)
         finally:
             torch.set_num_threads(1)
 
@@ -134,7 +135,7 @@ def test_a_bad_value_spoils_its_row_and_no_other() -> None:
         for grid in (Grid(8, True, True), Grid(8, False)):
             x = random_values(3 * 40, torch.float32, 1).view(3, 40)
             x[1, 7] = bad
-            y, scale, _, bits = native_ops().fake_quantize(x, **arguments_of(grid), keep=True)
+            y, scale, _, bits = native_ops().fake_quantize(x, **arguments_of(grid), with_mask=True)
             assert y[1].isnan().all() and scale[1].isnan()
             assert y[[0, 2]].isfinite().all() and scale[[0, 2]].isfinite().all()
             assert not np.unpackbits(bits.numpy(), bitorder="little")[40:80].any()
@@ -142,7 +143,9 @@ def test_a_bad_value_spoils_its_row_and_no_other() -> None:
 
 def test_the_formula_written_again_in_numpy() -> None:
     x = hard_rows(30, 37, torch.float32, 11, specials=0.0)
-    y, scale, _, _ = native_ops().fake_quantize(x, low=-7, high=7, steps=7, symmetric=True, keep=False)
+    y, scale, _, _ = native_ops().fake_quantize(
+        x, quant_min=-7, quant_max=7, steps=7, symmetric=True, with_mask=False
+    )
     for row, mine, step in zip(x.numpy(), y.numpy(), scale.numpy(), strict=True):
         wanted = np.maximum(np.abs(row).max() / np.float32(7), np.float32(2.0**-126))
         assert wanted == step
@@ -162,7 +165,7 @@ def test_given_ranges(
     count = 1 if shared else shape[0]
     scale = random_values(count, torch.float32, seed + 1).abs() * 0.01 + 1e-4
     offset = None if grid.symmetric else random_values(count, torch.float32, seed + 2)
-    assert equal_results(native_ops(), x, scale, offset, **arguments_of(grid), keep=True)
+    assert equal_results(native_ops(), x, scale, offset, **arguments_of(grid), with_mask=True)
 
 
 @pytest.mark.parametrize("grid", [ActivationGrid(8, static=True), ActivationGrid(8, False, static=True)])
@@ -172,7 +175,7 @@ def test_a_static_grid_saturates_and_a_nan_stays_alone(grid: ActivationGrid) -> 
     y, _, kept = by_the_grid(x, grid, ranges)
     scale = ranges.scale.view(1)
     offset = None if ranges.offset is None else ranges.offset.view(1)
-    mine, used, _, bits = native_ops().fake_quantize(x, scale, offset, **arguments_of(grid), keep=True)
+    mine, used, _, bits = native_ops().fake_quantize(x, scale, offset, **arguments_of(grid), with_mask=True)
     assert same(mine, y) and same(used, scale)
     assert torch.equal(mine.isnan(), x.isnan())
     unpacked = np.unpackbits(bits.numpy(), bitorder="little")[: x.numel()].astype(bool)
@@ -180,7 +183,7 @@ def test_a_static_grid_saturates_and_a_nan_stays_alone(grid: ActivationGrid) -> 
     for row_scale in (scale, scale.expand(33).contiguous()):
         long = random_values(33 * 40000, torch.float32, 4).view(33, 40000)
         row_offset = None if offset is None else offset.expand(row_scale.shape).contiguous()
-        assert equal_results(native_ops(), long, row_scale, row_offset, **arguments_of(grid), keep=False)
+        assert equal_results(native_ops(), long, row_scale, row_offset, **arguments_of(grid), with_mask=False)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ ONE = torch.ones(1)
 BAD_CALLS: dict[str, tuple[torch.Tensor, list[torch.Tensor | None], dict[str, Any]]] = {
     "x is float32": (torch.ones(2, 3, dtype=torch.float64), [], {}),
     "contiguous matrix": (torch.ones(3, 2).t(), [], {}),
-    "got -129": (torch.ones(2, 3), [], {"low": -129}),
+    "got -129": (torch.ones(2, 3), [], {"quant_min": -129}),
     "steps >= 1": (torch.ones(2, 3), [], {"steps": 0}),
     r"scale is \(2,\) or \(1,\)": (torch.ones(2, 3), [torch.ones(3)], {}),
     "scale is contiguous float32": (torch.ones(2, 3), [ONE.double()], {}),
@@ -202,7 +205,13 @@ BAD_CALLS: dict[str, tuple[torch.Tensor, list[torch.Tensor | None], dict[str, An
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_wrong_arguments_are_refused_alike(message: str) -> None:
     x, ranges, changed = BAD_CALLS[message]
-    arguments = {"low": -127, "high": 127, "steps": 127, "symmetric": True, "keep": False} | changed
-    for ops in (native_ops(), reference):
+    arguments = {
+        "quant_min": -127,
+        "quant_max": 127,
+        "steps": 127,
+        "symmetric": True,
+        "with_mask": False,
+    } | changed
+    for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             ops.fake_quantize(x, *ranges, **arguments)

@@ -106,13 +106,13 @@ def test_native_and_reference_agree_to_the_bit() -> None:
             x = rows(dtype, share)
             for grid in (g for g in WEIGHT_GRIDS if g.bits > 2 and not g.stochastic):
                 arguments = {
-                    "low": grid.low,
-                    "high": grid.high,
+                    "quant_min": grid.low,
+                    "quant_max": grid.high,
                     "steps": grid.steps,
                     "symmetric": grid.symmetric,
                 }
-                mine = native().fake_quantize(x, **arguments, keep=True)
-                theirs = ops_reference.IMPLEMENTATIONS["fake_quantize"](x, **arguments, keep=True)
+                mine = native().fake_quantize(x, **arguments, with_mask=True)
+                theirs = ops_reference.IMPLEMENTATIONS["fake_quantize"](x, **arguments, with_mask=True)
                 for a, b in zip(mine, theirs, strict=True):
                     assert torch.equal(a, b), (dtype, share, grid)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 from ds_compress.reduce.codec import BlockCodec
 from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.slices import Segment, Slices, count, joined, spread
@@ -53,8 +53,8 @@ def test_the_bytes_of_a_step_hardly_change(model: str, bits: int, block: int, ow
                 2 * 2 * numel
             )  # an all-reduce of 16-bit numbers sends nearly twice what a reduce-scatter does
         else:
-            found += owners * message_bytes(-(-numel // owners), bits, block)
-    assert found < 1.015 * message_bytes(elements, bits, block)
+            found += owners * payload_bytes(-(-numel // owners), bits, block)
+    assert found < 1.015 * payload_bytes(elements, bits, block)
 
 
 @pytest.mark.parametrize(

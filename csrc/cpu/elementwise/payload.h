@@ -1,4 +1,4 @@
-// Whole codes between floats and the bytes of a message, a strip of 32 at a time.
+// Whole quantized values between floats and the bytes of a payload, a strip of 32 at a time.
 // To be included in a .cpp of one instruction set.
 #pragma once
 
@@ -10,39 +10,39 @@ namespace {
 using Bytes16 = uint8_t __attribute__((vector_size(16)));
 
 // 32 whole numbers within int8 to 32 bytes.
-DSC_INLINE void floats_to_bytes(const Floats (&codes)[kPerStrip], int8_t* to) {
+DSC_INLINE void floats_to_bytes(const Floats (&quantized)[kPerStrip], int8_t* to) {
 #if defined(DSC_AVX512)
-    store(to, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(codes[0])));
-    store(to + 16, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(codes[1])));
+    store(to, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(quantized[0])));
+    store(to + 16, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(quantized[1])));
 #elif defined(DSC_AVX2)
-    const __m256i low = _mm256_packs_epi32(_mm256_cvttps_epi32(codes[0]), _mm256_cvttps_epi32(codes[1]));
-    const __m256i high = _mm256_packs_epi32(_mm256_cvttps_epi32(codes[2]), _mm256_cvttps_epi32(codes[3]));
-    // Packing works on halves of 16 bytes; this puts the eight runs of four codes in order.
+    const __m256i low = _mm256_packs_epi32(_mm256_cvttps_epi32(quantized[0]), _mm256_cvttps_epi32(quantized[1]));
+    const __m256i high = _mm256_packs_epi32(_mm256_cvttps_epi32(quantized[2]), _mm256_cvttps_epi32(quantized[3]));
+    // Packing works on halves of 16 bytes; this puts the eight runs of four quantized values in order.
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     store(to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 #elif defined(DSC_SSE2)
     for (int half = 0; half < 2; half++) {
-        const Floats* part = codes + 4 * half;
+        const Floats* part = quantized + 4 * half;
         const __m128i low = _mm_packs_epi32(_mm_cvttps_epi32(part[0]), _mm_cvttps_epi32(part[1]));
         const __m128i high = _mm_packs_epi32(_mm_cvttps_epi32(part[2]), _mm_cvttps_epi32(part[3]));
         store(to + 16 * half, _mm_packs_epi16(low, high));
     }
 #else
-    for (int i = 0; i < kStrip; i++) to[i] = static_cast<int8_t>(codes[i / kLanes][i % kLanes]);
+    for (int i = 0; i < kStrip; i++) to[i] = static_cast<int8_t>(quantized[i / kLanes][i % kLanes]);
 #endif
 }
 
-DSC_INLINE void bytes_to_floats(const int8_t* from, Floats (&codes)[kPerStrip]) {
+DSC_INLINE void bytes_to_floats(const int8_t* from, Floats (&quantized)[kPerStrip]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kPerStrip; i++) {
 #if defined(DSC_AVX512)
-        codes[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + 16 * i)));
+        quantized[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + 16 * i)));
 #elif defined(DSC_AVX2)
-        codes[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<long long>(from + 8 * i))));
+        quantized[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<long long>(from + 8 * i))));
 #else
         Ints wide;
         for (int j = 0; j < kLanes; j++) wide[j] = from[kLanes * i + j];
-        codes[i] = __builtin_convertvector(wide, Floats);
+        quantized[i] = __builtin_convertvector(wide, Floats);
 #endif
     }
 }
@@ -62,26 +62,26 @@ DSC_INLINE void nibbles_to_bytes(const uint8_t* from, int8_t* to) {
     store(to + 16, __builtin_shuffle(even, odd, Bytes16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}));
 }
 
-// Strips of a message, codes of kBits bits.
+// Strips of a payload, quantized values of kBits bits.
 template <int kBits>
-DSC_INLINE void write_strip(const Floats (&codes)[kPerStrip], uint8_t* to) {
+DSC_INLINE void write_strip(const Floats (&quantized)[kPerStrip], uint8_t* to) {
     if constexpr (kBits == 8) {
-        floats_to_bytes(codes, reinterpret_cast<int8_t*>(to));
+        floats_to_bytes(quantized, reinterpret_cast<int8_t*>(to));
     } else {
         int8_t bytes[kStrip];
-        floats_to_bytes(codes, bytes);
+        floats_to_bytes(quantized, bytes);
         bytes_to_nibbles(bytes, to);
     }
 }
 
 template <int kBits>
-DSC_INLINE void read_strip(const uint8_t* from, Floats (&codes)[kPerStrip]) {
+DSC_INLINE void read_strip(const uint8_t* from, Floats (&quantized)[kPerStrip]) {
     if constexpr (kBits == 8) {
-        bytes_to_floats(reinterpret_cast<const int8_t*>(from), codes);
+        bytes_to_floats(reinterpret_cast<const int8_t*>(from), quantized);
     } else {
         int8_t bytes[kStrip];
         nibbles_to_bytes(from, bytes);
-        bytes_to_floats(bytes, codes);
+        bytes_to_floats(bytes, quantized);
     }
 }
 
