@@ -20,7 +20,7 @@ from ds_compress.engine.zero.shards import Shards
 from ds_compress.engine.zero.tensor_parallel import require_full_layers
 from ds_compress.select.scores import SCORES
 from ds_compress.select.units import best, unit_sums
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
 if TYPE_CHECKING:

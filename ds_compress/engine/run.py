@@ -35,7 +35,7 @@ from ds_compress.engine.zero.shards import Shards
 from ds_compress.errors import ROOT, ConfigError, Problem
 from ds_compress.export import compatibility
 from ds_compress.ops import KernelsUnavailable, Preference, prefer
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import Technique
 from ds_compress.techniques.distillation import Distillation

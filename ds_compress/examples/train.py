@@ -33,7 +33,7 @@ import ds_compress
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
 from ds_compress.run import leave_process_group
-from ds_compress.structure.stock import stock_obstacles
+from ds_compress.structure.vanilla_hf import stock_obstacles
 
 EVALUATION_BATCH = 64
 

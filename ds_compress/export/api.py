@@ -20,9 +20,9 @@ from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.exact import in_fp32, is_sharded
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
-from ds_compress.export.held import input_scale
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import checked_inputs, exact_activations, example_inputs, run, unknown_inputs
+from ds_compress.export.loaded_tensors import input_scale
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
@@ -188,7 +188,7 @@ class _Export:
         return failure
 
     def _note_zero_units(self, layer: Layer) -> None:
-        weight = layer.tensors.get("weight") if layer.encoded is None else layer.encoded.values()
+        weight = layer.tensors.get("weight") if layer.quantized is None else layer.quantized.dequantize()
         if (
             layer.kind in (None, ModuleKind.EMBEDDING)
             or weight is None

@@ -15,12 +15,12 @@ from torch import nn
 from ds_compress.config.report.stored_bytes import format_of
 from ds_compress.config.resolve.structures import StructurePlan, kept_units, shape_after
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
-from ds_compress.export import rehearsal
+from ds_compress.export import trial_load
 from ds_compress.export.format import is_of_transformers
 from ds_compress.export.onnx import generates
 from ds_compress.modelinfo.kinds import ModuleKind
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.stock import stock_obstacles
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.vanilla_hf import stock_obstacles
 
 if TYPE_CHECKING:
     from ds_compress.config.report.plan import Plan
@@ -65,7 +65,7 @@ def loads_packed(plan: Plan, model: nn.Module) -> bool:
         return True
     claimed = {target.param_name for target in targets}
     untied = any(len(weight.users) > 1 and weight.name in claimed for weight in plan.weights)
-    return rehearsal.loads_packed(model, [target.module_name for target in targets], untied)
+    return trial_load.loads_packed(model, [target.module_name for target in targets], untied)
 
 
 def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:

@@ -14,12 +14,12 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export.check import Answer
-from ds_compress.export.encoded import EncodedWeight
+from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
-from ds_compress.structure.stock import other_shapes, stock_obstacles
+from ds_compress.structure.vanilla_hf import other_shapes, stock_obstacles
 
 OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can store it'
 
@@ -49,7 +49,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     loads_in_stock: ClassVar[bool] = True
-    loader: ClassVar[str] = "stock"
+    loader: ClassVar[str] = "vanilla_hf"
     has_shards: ClassVar[bool] = True
 
     options: Options
@@ -111,13 +111,13 @@ class Format(ABC):
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What a loader must hold of a layer, by full name, once it was written."""
         values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
-        if layer.encoded is not None:
-            values[layer.full("weight")] = self.decoded(layer, layer.encoded)
+        if layer.quantized is not None:
+            values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
 
-    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+    def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         """A quantized weight as a loader must hold it."""
-        return encoded.values()
+        return quantized.dequantize()
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None

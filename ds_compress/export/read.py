@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.encoded import EncodedWeight, encode
+from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_matrix
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
@@ -57,7 +57,7 @@ class Layer:
 
     name: str
     kind: ModuleKind | None
-    encoded: EncodedWeight | None = None
+    quantized: QuantizedMatrix | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     input: InputScheme | None = None
     ties: dict[str, str] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def _read(
         if renamed is None:
             return None
         new_name = renamed.rpartition(".")[0]
-    encoded, split_from = None, ""
+    quantized, split_from = None, ""
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
     fake_quant = layers.fake_quant_of(module)
@@ -130,7 +130,7 @@ def _read(
         if is_quantized and fake_quant is not None:
             used = step_size if fake_quant.grid.learned else None
             try:
-                encoded = encode(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
+                quantized = quantize_matrix(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
             except ValueError as error:
                 raise ExportError(f"{name}: {error}") from error
         else:
@@ -142,9 +142,9 @@ def _read(
             left = buffer if cuts is None else cuts.apply(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
     scheme = _input_scheme(module)
-    if encoded is None and not tensors and not ties:
+    if quantized is None and not tensors and not ties:
         return None
-    return Layer(new_name, kind_of(module), encoded, tensors, scheme, ties, split_from)
+    return Layer(new_name, kind_of(module), quantized, tensors, scheme, ties, split_from)
 
 
 def _input_scheme(module: nn.Module) -> InputScheme | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.auxiliary import is_auxiliary
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 Modules = Iterator[tuple[str, nn.Module]]
 

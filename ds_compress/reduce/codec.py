@@ -47,7 +47,7 @@ class BlockCodec:
     def encode(self, x: torch.Tensor, message: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         self._ops.block_quantize(x, message.view(1, -1), residual, x.numel(), self.bits, self.block)
 
-    def encode_rows(
+    def quantize_rows(
         self, x: torch.Tensor, messages: torch.Tensor, residual: torch.Tensor | None, chunk: int
     ) -> None:
         """Elements w * chunk to (w + 1) * chunk become row w; elements beyond x are 0."""
@@ -57,7 +57,7 @@ class BlockCodec:
         self._ops.block_dequantize(message.view(1, -1), out, out.numel(), self.bits, self.block)
 
     def decode_rows(self, messages: torch.Tensor, out: torch.Tensor, chunk: int) -> None:
-        """The inverse of `encode_rows`."""
+        """The inverse of `quantize_rows`."""
         self._ops.block_dequantize(messages, out, chunk, self.bits, self.block)
 
     def sum(self, messages: torch.Tensor, out: torch.Tensor, multiplier: float) -> None:

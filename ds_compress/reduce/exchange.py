@@ -234,7 +234,7 @@ class QuantizedSum:
         residual = None if feedback is None else _load(feedback.sent, parts, values, feedback.unit)
         size = self.codec.message_bytes(chunk)
         sent = torch.empty((self._peers, size), dtype=torch.uint8, device=values.device)
-        self.codec.encode_rows(values, sent, residual, chunk)
+        self.codec.quantize_rows(values, sent, residual, chunk)
         if feedback is not None and residual is not None:
             _store(feedback.sent, parts, residual, feedback.unit)
         received = torch.empty_like(sent)

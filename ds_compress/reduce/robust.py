@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.reduce.codec import Codec, PlainCodec
+from ds_compress.reduce.outliers import Report, report
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS, mixing
 from ds_compress.reduce.slices import Part, Segment, Slices, count, joined, spread
-from ds_compress.reduce.workers import Report, report
 
 # Elements of all workers that are decoded at a time.
 _AT_A_TIME = 1 << 18

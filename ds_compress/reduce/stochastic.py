@@ -56,10 +56,10 @@ class StochasticBlockCodec(BlockCodec):
     def encode(self, x: torch.Tensor, message: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         super().encode(self._moved(x, residual), message)
 
-    def encode_rows(
+    def quantize_rows(
         self, x: torch.Tensor, messages: torch.Tensor, residual: torch.Tensor | None, chunk: int
     ) -> None:
-        super().encode_rows(self._moved(x, residual), messages, None, chunk)
+        super().quantize_rows(self._moved(x, residual), messages, None, chunk)
 
     def sum_and_encode(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from ds_compress.ops import counter_rng
 from ds_compress.select.score_training import adamw_settings
-from ds_compress.structure.structure import PrunableGroup
+from ds_compress.structure.prunable_group import PrunableGroup
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 

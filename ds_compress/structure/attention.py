@@ -10,7 +10,7 @@ from torch import nn
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.head_companions import Unclear, Vector, check_surroundings, companions
 from ds_compress.structure.inventory import Inventory, Projection
-from ds_compress.structure.structure import Unsupported
+from ds_compress.structure.prunable_group import Unsupported
 
 _QKV = (
     ("q_proj", "k_proj", "v_proj"),

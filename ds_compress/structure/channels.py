@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.example_inputs import Inputs, example_inputs_of, tensors_of
 from ds_compress.structure.inventory import Inventory, settled, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.pruning_plan import PruningPlan
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _TOLERANCE = 1e-8

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.structure.inventory import Inventory, Projection, rows, settled, unique
-from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 
 _NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("intermediate.dense",), "output.dense"),

@@ -15,7 +15,7 @@ from ds_compress.structure.heads import head_structures
 from ds_compress.structure.hidden import hidden_structures
 from ds_compress.structure.inventory import Inventory
 from ds_compress.structure.layers import layer_structures
-from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 
 
 @dataclass(frozen=True)

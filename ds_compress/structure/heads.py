@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_compress.structure.attention import Attention, attentions_of
 from ds_compress.structure.inventory import Inventory, rows, settled, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 
 def head_structures(

@@ -17,7 +17,7 @@ from ds_compress.structure.attention import attentions_of
 from ds_compress.structure.feed_forward import feed_forwards_of
 from ds_compress.structure.head_companions import OF_ROOT_MEAN_SQUARE
 from ds_compress.structure.inventory import Inventory, rows, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 _EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "glm")
 """Model types whose residual stream meets nothing but matrices, root-mean-square norms and constant factors."""

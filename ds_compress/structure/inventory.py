@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of, shape_of
-from ds_compress.structure.structure import CoupledSlice, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup, Unsupported
 
 
 def rows(units: int, width: int = 1, start: int = 0) -> torch.Tensor:

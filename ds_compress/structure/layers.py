@@ -18,7 +18,7 @@ from ds_compress.errors import ConfigError
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.modelinfo.layers import find_layers
 from ds_compress.structure.inventory import Inventory
-from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 
 _PATH = "compression_training.depth_pruning.shared_parameters.module_name_prefix"
 _OF_HEADS = ("q_norm", "k_norm")

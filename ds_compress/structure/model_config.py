@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ds_compress.structure.hidden import scales_epsilon
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 Counted = Sequence[tuple[PrunableGroup, int]]
 _ROWS = ("intermediate_size", "d_ff", "hidden_dim", "ffn_dim", "ffn_hidden_size", "n_inner")

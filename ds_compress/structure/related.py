@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.structure.inventory import Inventory, Projection, rows, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 

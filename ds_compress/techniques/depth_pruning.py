@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ds_compress.select.unit_scores import MeanActivation
-from ds_compress.structure.structure import CoupledSlice, PrunableGroup
+from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup
 from ds_compress.techniques.structured_pruning import StructuredPruning, first_argument
 
 if TYPE_CHECKING:

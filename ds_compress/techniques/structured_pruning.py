@@ -41,7 +41,7 @@ from ds_compress.techniques.base import Technique
 if TYPE_CHECKING:
     from ds_compress.config.resolve.structures import StructurePlan
     from ds_compress.engine.zero.shards import Fragment, Shards
-    from ds_compress.structure.structure import CoupledSlice, PrunableGroup
+    from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup
 
 logger = logging.getLogger("ds_compress")
 

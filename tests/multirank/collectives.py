@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.reduce import nodes as hosts_module
+from ds_compress.reduce.bandwidth import compare
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
-from ds_compress.reduce.differences import CopiedWeights
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
-from ds_compress.reduce.link import compare
 from ds_compress.reduce.nodes import find_nodes
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.rules import COORDINATES
 from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.weight_deltas import CopiedWeights
 from tests.multirank.common import device
 
 LENGTHS = (0, 1, 5, 512, 1000, 12295, 100001)

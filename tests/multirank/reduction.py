@@ -17,9 +17,9 @@ import ds_compress
 from ds_compress.engine.comm import reduction_points
 from ds_compress.engine.zero.internals import loss_scale
 from ds_compress.engine.zero.shards import Shards
-from ds_compress.reduce.link import Comparison
+from ds_compress.reduce.bandwidth import Comparison
 from ds_compress.reduce.nodes import HOST_VARIABLE
-from ds_compress.reduce.workers import OutlierAbortError
+from ds_compress.reduce.outliers import OutlierAbortError
 from tests.multirank.common import batches, device, ds_config, engine_of, full_weights, pruning_block, train
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 
 def kept_units(

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
-from ds_compress.structure.stock import stock_obstacles
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.vanilla_hf import stock_obstacles
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, inputs_of, logits_of
 

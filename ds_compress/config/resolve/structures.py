@@ -23,8 +23,8 @@ from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import EVERY_LAYER, Entry, exact_pattern, few, nearest_names
 from ds_compress.modelinfo.kinds import is_layer
 from ds_compress.structure.find import Found, find_structures
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from ds_compress.structure.related import explicit_structure, zero_only_structure
-from ds_compress.structure.structure import GroupKind, PrunableGroup
 
 logger = logging.getLogger("ds_compress")
 

@@ -18,7 +18,7 @@ from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques import TECHNIQUES
 
 _QUANTIZERS = ("weight_quantization", "activation_quantization")

@@ -30,15 +30,15 @@ from ds_compress.engine.comm import reduction_points
 from ds_compress.engine.zero import internals
 from ds_compress.errors import ConfigError, Problem
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
-from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.momentum import WorkerMomentum
 from ds_compress.reduce.nodes import Nodes, UnevenNodesError, find_nodes
+from ds_compress.reduce.outliers import Accusations, OutlierAbortError, Report, Watch, report
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum, accusation
 from ds_compress.reduce.slices import Part, Segment
 from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
-from ds_compress.reduce.workers import Accusations, OutlierAbortError, Report, Watch, report
+from ds_compress.reduce.uncompressed import travels_exactly
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")

@@ -1,7 +1,7 @@
 """`parameter_compression` at work: the weights that processes send each other, as int8 or int4 codes.
 
 **Stages 1 and 2** (BF16_Optimizer too): after a step every process holds new fp32 weights of its own slice, and the
-16-bit copies of all slices. What travels is the difference (see `reduce.differences`). Copies are equal in all
+16-bit copies of all slices. What travels is the difference (see `reduce.weight_deltas`). Copies are equal in all
 processes at any time, and exactly the rounded fp32 weights after a refresh: every `refresh_interval` steps, whenever a
 weight has become zero (a new mask), and before a checkpoint, an export or the end of the compression. Between
 refreshes they are within a code's half step of them, and the fp32 weights, which the optimizer moves, are exact always.
@@ -9,7 +9,7 @@ refreshes they are within a code's half step of them, and the fp32 weights, whic
 **Stage 3**: nobody keeps a copy, and a layer fetches its weights before its forward and its backward. While the
 model trains they travel as codes of the weights themselves (ZeRO++'s qwZ, Wang et al. 2023, on any device): forward
 and backward see weights rounded to 127 steps per block, zeros exactly. Small and one-dimensional parameters (see
-`reduce.exactness`), those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel as
+`reduce.uncompressed`), those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel as
 they are, in the same message. In eval mode, and for whoever reads
 weights otherwise, they are exact.
 """
@@ -30,10 +30,10 @@ from ds_compress.engine.comm.gradient_reduction import ALONE
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.shards import Shards
-from ds_compress.reduce import link
+from ds_compress.reduce import bandwidth
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
-from ds_compress.reduce.differences import CopiedWeights
-from ds_compress.reduce.exactness import travels_exactly
+from ds_compress.reduce.uncompressed import travels_exactly
+from ds_compress.reduce.weight_deltas import CopiedWeights
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")
@@ -257,14 +257,14 @@ class _Fetch:
         self._done = True
 
 
-def _measure(engine: Any, group: Any, codec: BlockCodec) -> link.Comparison:
+def _measure(engine: Any, group: Any, codec: BlockCodec) -> bandwidth.Comparison:
     """Times an all-gather of 16-bit (or fp32) weights, plain and quantized."""
     device, size = torch.device(engine.device), dist.get_world_size(group)
     dtype = next(p.dtype for p in engine.module.parameters() if p.requires_grad)
-    shard = torch.randn(link.PROBE_ELEMENTS // size, device=device).to(dtype)
+    shard = torch.randn(bandwidth.PROBE_ELEMENTS // size, device=device).to(dtype)
     whole = torch.empty(shard.numel() * size, dtype=dtype, device=device)
     copies = CopiedWeights(torch.zeros_like(whole), group, codec)
-    return link.compare(
+    return bandwidth.compare(
         lambda: dist.all_gather_into_tensor(whole, shard, group=group),
         lambda: copies.update(shard.float()),
         group,

@@ -27,10 +27,10 @@ import torch.distributed as dist
 
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.zero import internals
-from ds_compress.reduce import link
-from ds_compress.reduce.exactness import travels_exactly
+from ds_compress.reduce import bandwidth
 from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.uncompressed import travels_exactly
 
 if TYPE_CHECKING:
     from ds_compress.engine.comm.gradient_reduction import GradientReduction
@@ -46,11 +46,11 @@ def connect(engine: Any, reduction: GradientReduction) -> Callable[[], None]:
     return _Whole(engine, reduction).undo
 
 
-def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
+def measure(engine: Any, quantized: QuantizedSum) -> bandwidth.Comparison:
     """Times one reduction of the engine's kind, plain and quantized."""
     wrapper, group, device = engine.optimizer, quantized.group, torch.device(engine.device)
     dtype = engine.communication_data_type
-    flat = torch.randn(link.PROBE_ELEMENTS, device=device).to(dtype)
+    flat = torch.randn(bandwidth.PROBE_ELEMENTS, device=device).to(dtype)
     size = dist.get_world_size(group)
     scatters = internals.is_zero3(wrapper) or (internals.is_zero12(wrapper) and wrapper.reduce_scatter)
 
@@ -69,7 +69,7 @@ def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
             quantized.all_reduce([Segment(flat, 0)], 1 / size)
 
     sent = 2 * (size - 1) * flat.nbytes // size
-    return link.compare(plain, ours, group, device, sent)
+    return bandwidth.compare(plain, ours, group, device, sent)
 
 
 @dataclass(frozen=True)

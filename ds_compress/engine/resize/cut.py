@@ -11,7 +11,7 @@ from torch import nn
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import nn
 
 from ds_compress.engine.resize.carried import Carried
 from ds_compress.engine.zero import internals
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 if TYPE_CHECKING:
     from ds_compress.engine.run import CompressionRun

@@ -26,7 +26,7 @@ from ds_compress.engine.zero import copies
 from ds_compress.engine.zero.shards import Shards
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 if TYPE_CHECKING:
     from ds_compress.engine.run import CompressionRun

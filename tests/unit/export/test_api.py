@@ -235,9 +235,9 @@ class TestCheck:
         assert all(m.input_quantizer.enabled for m in model.modules() if getattr(m, "input_quantizer", None))
 
     def test_cut_heads_are_for_our_loader_only(self, tmp_path: Path) -> None:
-        from ds_compress.structure.cut import PruningPlan
         from ds_compress.structure.find import find_structures
-        from ds_compress.structure.structure import GroupKind
+        from ds_compress.structure.prunable_group import GroupKind
+        from ds_compress.structure.pruning_plan import PruningPlan
 
         model = bert()
         structures = find_structures(model, GroupKind.HEAD).structures

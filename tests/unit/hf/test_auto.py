@@ -16,9 +16,9 @@ from torch import nn
 import ds_compress
 from ds_compress.export.api import export
 from ds_compress.export.inputs import run
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
 from tests.quantized import quantized
 from tests.zoo.models import ZOO, inputs_of
 

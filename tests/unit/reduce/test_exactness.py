@@ -7,8 +7,8 @@ import torch
 
 from ds_compress.ops.schemas import message_bytes
 from ds_compress.reduce.codec import BlockCodec
-from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.slices import Segment, Slices, count, joined, spread
+from ds_compress.reduce.uncompressed import travels_exactly
 
 MODELS = ("minilm", "bert", "llama")
 

@@ -11,9 +11,9 @@ import statistics
 import pytest
 import torch
 
+from ds_compress.reduce.outliers import MEMORY_STEPS, Report, Watch
 from ds_compress.reduce.robust import Policy, judge
 from ds_compress.reduce.rules import centered_clip_weights, median, mixing, norm_clip_weights, trimmed_mean
-from ds_compress.reduce.workers import MEMORY_STEPS, Report, Watch
 
 Rows = list[list[float]]
 CASES = [

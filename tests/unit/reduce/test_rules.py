@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ds_compress.reduce.momentum import WorkerMomentum
+from ds_compress.reduce.outliers import Report, Watch, report
 from ds_compress.reduce.robust import Policy, accusation, judge
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS, centered_clip_weights, distances_to, mixing
 from ds_compress.reduce.slices import Segment
-from ds_compress.reduce.workers import Report, Watch, report
 
 
 def workers(n: int = 5, m: int = 300, seed: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from ds_compress.select import unit_scores
 from ds_compress.select.unit_scores import L2Norm, LearnedUnits, MeanActivation, TaylorUnits, UnitScore
 from ds_compress.select.units import shares
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from ds_compress.techniques.depth_pruning import _HandOn
 
 STRUCTURE = PrunableGroup("s", GroupKind.ROW, ("s",), 4, ())

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.structure.related import explicit_structure
-from ds_compress.structure.structure import GroupKind
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, ResidualCNN, logits_of
 

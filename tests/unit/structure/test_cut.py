@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.structure.pruning_plan import PruningPlan
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, logits_of
 

@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import Found, find_structures
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.structure.pruning_plan import PruningPlan
 from tests.zoo.models import ZOO
 
 _LLAMA: dict[str, Any] = {

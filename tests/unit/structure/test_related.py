@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.structure.related import explicit_structure, zero_only_structure
-from ds_compress.structure.structure import GroupKind
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, logits_of
 

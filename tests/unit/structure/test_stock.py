@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers as hf
 
-from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures
-from ds_compress.structure.stock import stock_obstacles
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.vanilla_hf import stock_obstacles
 from tests.zoo.masked import kept_units
 from tests.zoo.models import ZOO
 

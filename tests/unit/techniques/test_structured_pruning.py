@@ -11,7 +11,7 @@ from torch import nn
 import ds_compress
 from ds_compress.engine.run import teacher_given
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
 from tests.multirank.structured import logits_of
 from tests.single import init_single_process

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 _MOST = 8
 _NUMBERS = (int, float, bool)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_compress.structure.inventory import second_names
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 
 class PruningPlan:
@@ -127,7 +127,7 @@ class PruningPlan:
         Raises:
             ValueError: a tensor of the cut is missing, or is not whole in this process.
         """
-        from ds_compress.structure.rewrite import rewrite
+        from ds_compress.structure.apply_pruning import rewrite
 
         rewrite(model, self, skeleton)
 

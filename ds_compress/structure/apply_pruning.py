@@ -21,10 +21,10 @@ from ds_compress.structure.model_config import (
     rewrite_config,
     set_depth,
 )
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 if TYPE_CHECKING:
-    from ds_compress.structure.cut import PruningPlan
+    from ds_compress.structure.pruning_plan import PruningPlan
 
 _KEY_VALUE_HEADS = (
     "num_key_value_heads",
