@@ -19,7 +19,7 @@ from ds_compress.engine.resize.cut import cut_in_place
 from ds_compress.engine.zero.shards import Shards
 from ds_compress.engine.zero.tensor_parallel import require_full_layers
 from ds_compress.select.scores import SCORES
-from ds_compress.select.units import best, unit_sums
+from ds_compress.select.units import top_indices, unit_sums
 from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
@@ -147,4 +147,6 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     shared = structures.shared
-    return best(total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up))
+    return top_indices(
+        total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up)
+    )

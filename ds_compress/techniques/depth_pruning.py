@@ -81,7 +81,7 @@ class DepthPruning(StructuredPruning):
                 )
                 influence = torch.zeros(structure.units, dtype=torch.float64, device=after.device)
                 influence[unit] = (1 - cosine).double().mean()
-                score.see(structure.name, influence, 1)
+                score.observe(structure.name, influence, 1)
 
             yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 

@@ -166,7 +166,7 @@ def test_nan_weights_keep_the_mask_and_are_named(caplog: pytest.LogCaptureFixtur
     before = {name: mask.clone() for name, mask in stage.masks.items()}
     broken = model.bert.encoder.layer[0].attention.self.key.weight
     broken.data.view(-1)[
-        stage.score.of(
+        stage.score.scores_of(
             stage._fragments["bert.encoder.layer.0.attention.self.key.weight"], broken.data.view(-1)
         ).argmax()
     ] = float("nan")
