@@ -228,9 +228,9 @@ def run(
     engine.eval()
     with torch.no_grad():
         correct = accuracy(engine)
-    accusations, world = reduction.accusations, dist.get_world_size()
+    flag_counts, world = reduction.flag_counts, dist.get_world_size()
     first_bad = world - bad if name != "none" else world
-    share = [accusations.named.get(worker, 0) / max(1, accusations.steps) for worker in range(world)]
+    share = [flag_counts.counts.get(worker, 0) / max(1, flag_counts.steps) for worker in range(world)]
     engine.destroy()
     return {
         "accuracy": correct,
@@ -304,7 +304,7 @@ def main() -> None:
     for key, values in figures.items():
         print(
             f"{key:64s} {100 * values['accuracy']:6.1f} %  named {100 * values['named']:5.1f} %  "
-            f"honest accused {100 * values['accused honest']:4.1f} %"
+            f"honest accused {100 * values['flagged honest']:4.1f} %"
         )
     record.report("robust", figures, arguments)
 

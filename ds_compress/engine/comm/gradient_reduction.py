@@ -33,17 +33,17 @@ from ds_compress.reduce.codec import BlockCodec, PlainCodec
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.momentum import WorkerMomentum
 from ds_compress.reduce.nodes import Nodes, UnevenNodesError, find_nodes
-from ds_compress.reduce.outliers import Accusations, OutlierAbortError, Report, Watch, report
+from ds_compress.reduce.outliers import FlagCounts, OutlierAbortError, OutlierDetector, Report, report
 from ds_compress.reduce.residuals import Residuals
-from ds_compress.reduce.robust import Policy, RobustSum, accusation
+from ds_compress.reduce.robust import Policy, RobustSum, describe_flagged
 from ds_compress.reduce.slices import Part, Segment
 from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
-from ds_compress.reduce.uncompressed import travels_exactly
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")
 
-Take = Callable[[Part, torch.Tensor], None]
+Deliver = Callable[[Part, torch.Tensor], None]
 
 _KINDS = ("sent", "summed")
 _TWO_MOMENTA = (
@@ -77,10 +77,10 @@ class GradientReduction(Technique):
         self.momentum = WorkerMomentum(beta) if beta else None
         if self.momentum is not None:
             self.residuals["momentum"] = self.momentum.kept
-        self.accusations = Accusations()
-        self._watch = Watch(self.robust.outlier_ratio) if self.robust else None
+        self.flag_counts = FlagCounts()
+        self._detector = OutlierDetector(self.robust.outlier_ratio) if self.robust else None
         self.last_report: Report | None = None
-        self._hosts: Nodes | None = None
+        self._nodes: Nodes | None = None
         self._link_is_slow = True
         self._awaits_outcome = False
         self._sums: dict[Any, QuantizedSum] = {}
@@ -109,7 +109,7 @@ class GradientReduction(Technique):
         if self.momentum is not None and internals.has_momentum(engine):
             _say(self.group, _TWO_MOMENTA, logging.WARNING)
         if self.wire is not None and self.wire.hierarchical:
-            self._find_hosts()
+            self._find_nodes()
         if self.wire is not None and self.wire.rounding == "stochastic":
             self._dither = Dither(dist.get_rank(self.group) / dist.get_world_size(self.group))
         if self.wire is not None:
@@ -136,13 +136,13 @@ class GradientReduction(Technique):
             ]
         )
 
-    def _find_hosts(self) -> None:
+    def _find_nodes(self) -> None:
         try:
-            self._hosts = find_nodes(self.group)
+            self._nodes = find_nodes(self.group)
         except UnevenNodesError as error:
             path = "compression_training.gradient_compression.hierarchical"
             raise ConfigError([Problem(path, "true", str(error), "set it to false")]) from error
-        if self._hosts is not None and self._hosts.layout.hosts == 1:
+        if self._nodes is not None and self._nodes.layout.num_nodes == 1:
             self._link_is_slow = False
             _say(self.group, "gradient_compression is off: hierarchical, and all processes are on one host")
 
@@ -152,7 +152,7 @@ class GradientReduction(Technique):
         for parameter in self.engine.module.parameters():
             if parameter.requires_grad:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
-                sizes[travels_exactly(shape)] += shape.numel()
+                sizes[is_sent_uncompressed(shape)] += shape.numel()
         share = sizes[True] / max(1, sum(sizes))
         text = f"gradient_compression: {100 * share:.2g} % of all gradients travel as DeepSpeed sends them"
         few = share < _MUCH
@@ -166,8 +166,8 @@ class GradientReduction(Technique):
         if dist.get_world_size(self.group) == 1:
             return
         found = reduction_points.measure(self.engine, self._sum_over(self.group))
-        self._link_is_slow = found.quantizing_pays
-        state = "on" if found.quantizing_pays else "off on this link; measure_link: false insists"
+        self._link_is_slow = found.is_worthwhile
+        state = "on" if found.is_worthwhile else "off on this link; measure_link: false insists"
         _say(self.group, f"gradient_compression is {state}: {found}")
 
     # -- for the seams ---------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class GradientReduction(Technique):
         """Whether segments have to end where their parameter does, and to say which it is."""
         return self.wire is not None or bool(self.residuals)
 
-    def takes(self, numel: int, dtype: torch.dtype) -> bool:
+    def handles(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether a bucket of `numel` elements in all is ours; the same in every process."""
         if dtype not in _FLOATS:
             return False
@@ -191,20 +191,22 @@ class GradientReduction(Technique):
             and self.engine.compression.applied_steps >= self.wire.warmup_steps
         )
 
-    def reduce_scatter(self, group: Any, segments: Sequence[Segment], take: Take, multiplier: float) -> None:
+    def reduce_scatter(
+        self, group: Any, segments: Sequence[Segment], deliver: Deliver, multiplier: float
+    ) -> None:
         """Gives each owner `multiplier` times the sum of its segments: see `reduce.exchange`."""
         numel, dtype = self._begin(segments)
         if self.robust is not None:
-            self._robust_sum(group, segments, numel, dtype).reduce_scatter(segments, take, multiplier)
+            self._robust_sum(group, segments, numel, dtype).reduce_scatter(segments, deliver, multiplier)
             return
         self._count(segments)
         if is_lopsided(segments, dist.get_world_size(group)):
             self._sum_over(group).all_reduce(segments, multiplier, self._feedback())
             for segment in segments:
                 if segment.owner == dist.get_rank(group):
-                    take(Part(segment, 0, segment.numel), segment.values.float())
+                    deliver(Part(segment, 0, segment.numel), segment.values.float())
         else:
-            self._sum_over(group).reduce_scatter(segments, take, multiplier, self._feedback())
+            self._sum_over(group).reduce_scatter(segments, deliver, multiplier, self._feedback())
 
     def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:
         """Replaces all segments by `multiplier` times their sum, with the same bits everywhere."""
@@ -235,7 +237,7 @@ class GradientReduction(Technique):
     def _sum_over(self, group: Any) -> QuantizedSum:
         if group not in self._sums:
             assert self.wire is not None
-            hosts = self._hosts if group is self.group else None
+            hosts = self._nodes if group is self.group else None
             self._sums[group] = QuantizedSum(group, self._codec(), self.wire.piece_elements, hosts)
         return self._sums[group]
 
@@ -272,7 +274,7 @@ class GradientReduction(Technique):
                 policy,
                 pieces,
                 self._add_report,
-                lambda: self._watch.suspects if self._watch else (),
+                lambda: self._detector.flagged if self._detector else (),
             )
         return self._robust_sums[key]
 
@@ -314,16 +316,18 @@ class GradientReduction(Technique):
         Raises:
             OutlierAbort: a worker stands out and `on_outlier` is abort; in all processes alike.
         """
-        assert self.robust is not None and self._watch is not None and self._gram is not None
-        found = self._watch.judge(report(self._gram, sorted(self._non_finite), self.robust.outlier_ratio))
+        assert self.robust is not None and self._detector is not None and self._gram is not None
+        found = self._detector.update(report(self._gram, sorted(self._non_finite), self.robust.outlier_ratio))
         self._gram, self._non_finite = None, set()
         overflow = len(found.non_finite) > self.robust.max_malicious
-        if self.robust.on_outlier == "abort" and found.accused and not overflow:
-            raise OutlierAbortError(f"step {step}: {accusation(found)}; robust_reduction.on_outlier is abort")
-        if found.accused and (self.last_report is None or found.accused != self.last_report.accused):
-            _say(self.group, f"step {step}: {accusation(found)}", logging.WARNING)
+        if self.robust.on_outlier == "abort" and found.flagged and not overflow:
+            raise OutlierAbortError(
+                f"step {step}: {describe_flagged(found)}; robust_reduction.on_outlier is abort"
+            )
+        if found.flagged and (self.last_report is None or found.flagged != self.last_report.flagged):
+            _say(self.group, f"step {step}: {describe_flagged(found)}", logging.WARNING)
         self.last_report = found
-        self.accusations.add(found.accused)
+        self.flag_counts.add(found.flagged)
         monitor = getattr(self.engine, "monitor", None)
         if monitor is not None and monitor.enabled:
             samples = self.engine.global_samples
@@ -351,7 +355,7 @@ class GradientReduction(Technique):
         ):
             result[f"worker_{worker}_norm"] = norm
             result[f"worker_{worker}_cosine"] = cosine
-            result[f"worker_{worker}_accused"] = float(worker in self.last_report.accused)
+            result[f"worker_{worker}_accused"] = float(worker in self.last_report.flagged)
         return result
 
     # -- checkpoints -----------------------------------------------------------------------------------
@@ -364,7 +368,7 @@ class GradientReduction(Technique):
         }
         if self._dither is not None:
             kept["buckets"] = self._dither.buckets
-        return kept if self._watch is None else {**kept, "watch": self._watch.state()}
+        return kept if self._detector is None else {**kept, "watch": self._detector.state()}
 
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         for kind, residuals in self.residuals.items():
@@ -373,8 +377,8 @@ class GradientReduction(Technique):
                 residuals.restore(item["run"], item["stored"].to(self.engine.device))
         if self._dither is not None:
             self._dither.buckets = (state or {}).get("buckets", 0)
-        if self._watch is not None:
-            self._watch.restore((state or {}).get("watch", {}))
+        if self._detector is not None:
+            self._detector.restore((state or {}).get("watch", {}))
         self._awaits_outcome = False
 
 

@@ -9,8 +9,8 @@ refreshes they are within a code's half step of them, and the fp32 weights, whic
 **Stage 3**: nobody keeps a copy, and a layer fetches its weights before its forward and its backward. While the
 model trains they travel as codes of the weights themselves (ZeRO++'s qwZ, Wang et al. 2023, on any device): forward
 and backward see weights rounded to 127 steps per block, zeros exactly. Small and one-dimensional parameters (see
-`reduce.uncompressed`), those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel as
-they are, in the same message. In eval mode, and for whoever reads
+`reduce.uncompressed`), those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel
+as they are, in the same message. In eval mode, and for whoever reads
 weights otherwise, they are exact.
 """
 
@@ -32,8 +32,8 @@ from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.shards import Shards
 from ds_compress.reduce import bandwidth
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
-from ds_compress.reduce.uncompressed import travels_exactly
-from ds_compress.reduce.weight_deltas import CopiedWeights
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
+from ds_compress.reduce.weight_deltas import ReplicatedWeights
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")
@@ -54,7 +54,7 @@ class ParameterTraffic(Technique):
 
     def __init__(self, block: ParameterCompression) -> None:
         self.block = block
-        self._pays = True
+        self._is_worthwhile = True
         self._way: _Copies | _Fetches | None = None
 
     def attach_engine(self, engine: Any) -> None:
@@ -66,11 +66,11 @@ class ParameterTraffic(Technique):
         codec = BlockCodec(self.block.bits, self.block.effective_block_size)
         if self.block.measure_link:
             found = _measure(engine, group, codec)
-            self._pays = found.quantizing_pays
+            self._is_worthwhile = found.is_worthwhile
             if dist.get_rank(group) == 0:
-                state = "on" if self._pays else "off on this link; measure_link: false insists"
+                state = "on" if self._is_worthwhile else "off on this link; measure_link: false insists"
                 logger.info("ds_compress: parameter_compression is %s: %s", state, found)
-        if not self._pays:
+        if not self._is_worthwhile:
             return
         way = _Fetches if internals.is_zero3(engine.optimizer) else _Copies
         self._way = way(engine, self.block, codec)
@@ -116,7 +116,7 @@ class _Copies:
         flats = internals.flat_16bit_groups(self._wrapper) or []
         groups = self._wrapper.real_dp_process_group
         self._weights = [
-            CopiedWeights(flat, group, self._codec, self._block.piece_elements)
+            ReplicatedWeights(flat, group, self._codec, self._block.piece_elements)
             if flat.numel() >= self._block.min_elements and flat.dtype in _FLOATS
             else None
             for flat, group in zip(flats, groups, strict=True)
@@ -157,7 +157,7 @@ class _Copies:
                 weights.refresh(masters[index])
             else:
                 weights.update(masters[index])
-                self.counts["quantized_elements"] += weights.copies.numel()
+                self.counts["quantized_elements"] += weights.replicas.numel()
         self.counts["refreshes"] += exact
 
     def _is_refresh(self, masters: Sequence[torch.Tensor]) -> bool:
@@ -208,7 +208,7 @@ class _Fetches:
         )
 
     def _codec_of(self, parameter: Any) -> Codec:
-        small = parameter.ds_tensor.ds_numel < self._codec.block or travels_exactly(parameter.ds_shape)
+        small = parameter.ds_tensor.ds_numel < self._codec.block or is_sent_uncompressed(parameter.ds_shape)
         return PlainCodec(parameter.ds_tensor.dtype) if small or parameter.ds_persist else self._codec
 
 
@@ -224,7 +224,7 @@ class _Fetch:
         for parameter in params:
             internals.mark_in_flight(parameter)
         device = torch.device(internals.current_device())
-        self._sizes = [codec_of(p).message_bytes(p.ds_tensor.ds_numel) for p in params]
+        self._sizes = [codec_of(p).payload_bytes(p.ds_tensor.ds_numel) for p in params]
         self._sent = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
         for parameter, message in zip(params, self._sent.split(self._sizes), strict=True):
             # What lies behind the end of the parameter is not part of it, and may be anything.
@@ -263,7 +263,7 @@ def _measure(engine: Any, group: Any, codec: BlockCodec) -> bandwidth.Comparison
     dtype = next(p.dtype for p in engine.module.parameters() if p.requires_grad)
     shard = torch.randn(bandwidth.PROBE_ELEMENTS // size, device=device).to(dtype)
     whole = torch.empty(shard.numel() * size, dtype=dtype, device=device)
-    copies = CopiedWeights(torch.zeros_like(whole), group, codec)
+    copies = ReplicatedWeights(torch.zeros_like(whole), group, codec)
     return bandwidth.compare(
         lambda: dist.all_gather_into_tensor(whole, shard, group=group),
         lambda: copies.update(shard.float()),

@@ -77,7 +77,7 @@ def test_a_shrunk_engine_goes_on_reducing(stage: int) -> None:
     train(engine, batches(4))
     assert engine.module.bert.encoder.layer[0].intermediate.dense.out_features == before // 2
     reduction = engine.compression.techniques["gradient_reduction"]
-    assert reduction.accusations.steps > 0, "the new engine's steps"
+    assert reduction.flag_counts.steps > 0, "the new engine's steps"
     engine.destroy()
 
 
