@@ -20,6 +20,7 @@ from ds_compress.engine.zero.shards import Shards
 from ds_compress.engine.zero.tensor_parallel import require_full_layers
 from ds_compress.select.scores import SCORES
 from ds_compress.select.units import top_indices, unit_sums
+from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
@@ -72,10 +73,10 @@ def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.M
 def _finalize_engine(engine: Any) -> nn.Module:
     require_full_layers(engine, "finalize")
     run, model = engine.compression, engine.module
-    cuts, untouched = run.cuts(), _is_untouched(run)
+    pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     run.refresh_weights()
     run.end()
-    cut_in_place(engine, cuts)
+    cut_in_place(engine, pruning_plan)
     if untouched:
         return _finalize_model(model, _of_weights(run))
     origin.mark(model, [name for name in run.unfinished if name in origin.QUANTIZERS])
@@ -83,11 +84,11 @@ def _finalize_engine(engine: Any) -> nn.Module:
 
 
 def _finalize_loop(run: CompressionRun) -> nn.Module:
-    cuts, untouched = run.cuts(), _is_untouched(run)
+    pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     run.end()
     if untouched:
         return _finalize_model(run.model, _of_weights(run))
-    cuts.rewrite(run.model)
+    apply_pruning(run.model, pruning_plan)
     origin.mark(run.model, [name for name in run.unfinished if name in origin.QUANTIZERS])
     return run.model
 
@@ -120,7 +121,7 @@ def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike
         for target in structures.targets
     }
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
-    PruningPlan.of(structures, kept).rewrite(model)
+    apply_pruning(model, PruningPlan.of(structures, kept))
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
@@ -139,7 +140,7 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     structure = target.structure
     parameters = dict(model.named_parameters())
     total = torch.zeros(structure.units, dtype=torch.float64)
-    for member in structure.members:
+    for member in structure.slices:
         if member.scored:
             weight = parameters[member.tensor]
             magnitudes = weight.detach().float().abs().flatten()

@@ -283,7 +283,7 @@ class CompressionRun:
         """No mask of a structure will be made any more, and the last ones are in force."""
         return all(technique.is_over and technique.is_applied for technique in self.structured)
 
-    def cuts(self) -> PruningPlan:
+    def pruning_plan(self) -> PruningPlan:
         """What the masks that are in force now will remove from the model."""
         structures = [
             structure for technique in self.structured for structure in technique.structures.values()
@@ -366,9 +366,9 @@ class CompressionRun:
             distillation.forget()
 
     def rebuild(
-        self, engine: Any, made: Mapping[int, nn.Parameter | None], cuts: PruningPlan
+        self, engine: Any, made: Mapping[int, nn.Parameter | None], pruning_plan: PruningPlan
     ) -> CompressionRun:
-        """The session of the model after `cuts`, attached to `engine`, which is constructed here.
+        """The session of the model after `pruning_plan`, attached to `engine`, which is constructed here.
 
         `made`: the new parameter for the id of each old one. Structured blocks and layer reduction are done; the
         other stages start with the replicated state that they have here.
@@ -394,7 +394,7 @@ class CompressionRun:
         successor.construct(engine, arguments, self.construction["constructor"])
         successor._start_at(self.applied_steps)
         for name, technique in successor.techniques.items():
-            technique.load_state_dict(self.techniques[name].renamed_state(_renamed_modules(cuts)))
+            technique.load_state_dict(self.techniques[name].renamed_state(_renamed_modules(pruning_plan)))
         return successor
 
     def rebuild_whole(self, engine: Any, uncut: grow.Uncut) -> CompressionRun:
@@ -451,9 +451,9 @@ class CompressionRun:
                 technique.load_state_dict(state["stages"][name])
 
 
-def _renamed_modules(cuts: PruningPlan) -> Callable[[str], str | None]:
+def _renamed_modules(pruning_plan: PruningPlan) -> Callable[[str], str | None]:
     def renamed(module: str) -> str | None:
-        parameter = cuts.renamed(f"{module}.weight")
+        parameter = pruning_plan.renamed(f"{module}.weight")
         return None if parameter is None else parameter.removesuffix(".weight")
 
     return renamed

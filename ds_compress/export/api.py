@@ -36,6 +36,7 @@ from ds_compress.modelinfo.adapters import has_adapters
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.quant import layers
+from ds_compress.structure.apply_pruning import apply_pruning
 
 _MANY_ZERO_UNITS = 0.1
 
@@ -301,7 +302,7 @@ class _Export:
         """What the export did that not every model class takes."""
         if self.format.doubts:
             return f"{another_model(self.format.name, self.format.doubts)}. {OTHER_FORMAT} ("
-        if not self.format.untied or not self.format.loads_in_stock:
+        if not self.format.untied or not self.format.loads_in_vanilla_hf:
             return ""
         return (
             f"{self.format.untied[0]}: the weight is tied, only one of them quantizes it, and this model is not the "
@@ -337,16 +338,16 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _after_cuts(trained: ExportSource) -> nn.Module:
-    cuts = trained.cuts
-    if cuts is None or not cuts.active():
+    pruning_plan = trained.pruning_plan
+    if pruning_plan is None or not pruning_plan.active():
         return trained.model
     if trained.config is None:
         raise ExportError(
             "structures are masked and the model has no config: export what ds_compress.finalize returns"
         )
-    skeleton = fresh(type(trained.model), trained.config)
-    cuts.rewrite(skeleton, skeleton=True)
-    return skeleton
+    meta_model = fresh(type(trained.model), trained.config)
+    apply_pruning(meta_model, pruning_plan, meta=True)
+    return meta_model
 
 
 def _sizes(model: nn.Module) -> Iterator[int]:

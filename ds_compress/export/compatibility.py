@@ -20,14 +20,14 @@ from ds_compress.export.format import is_of_transformers
 from ds_compress.export.onnx import generates
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.structure.pruning_plan import PruningPlan
-from ds_compress.structure.vanilla_hf import stock_obstacles
+from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 
 if TYPE_CHECKING:
     from ds_compress.config.report.plan import Plan
     from ds_compress.config.targets import Target
 
 FORMATS = ("hf", "compressed-tensors", "torch", "onnx")
-_STOCK = ("hf", "compressed-tensors")
+_VANILLA_HF = ("hf", "compressed-tensors")
 
 
 def refuse_unfit(plan: Plan, model: nn.Module) -> None:
@@ -79,7 +79,7 @@ def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
 
 
 def _of_model(model: nn.Module, format: str) -> Iterator[str]:
-    if format in _STOCK and not is_of_transformers(model):
+    if format in _VANILLA_HF and not is_of_transformers(model):
         yield f"a {type(model).__name__} is no model of transformers"
     if format == "onnx" and generates(model):
         yield f"a {type(model).__name__} generates, with a cache, and the format is for encoders"
@@ -150,17 +150,17 @@ def _matrix(target: Target, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _of_cuts(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
-    if format not in _STOCK or not plan.structures or not is_of_transformers(model):
+    if format not in _VANILLA_HF or not plan.structures or not is_of_transformers(model):
         return
     structures = [target.structure for block in plan.structures.values() for target in block.targets]
     kept = {name: units for block in plan.structures.values() for name, units in _kept(block)}
     try:
-        cuts = PruningPlan.of(structures, kept)
+        pruning_plan = PruningPlan.of(structures, kept)
     except ValueError:
         return  # two blocks that the plan has refused already
     yield from (
         f"stock transformers would load another model: {obstacle}"
-        for obstacle in stock_obstacles(model, cuts)
+        for obstacle in vanilla_hf_obstacles(model, pruning_plan)
     )
 
 

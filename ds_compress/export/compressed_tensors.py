@@ -205,7 +205,9 @@ def _loads_packed(trained: ExportSource, final: nn.Module) -> bool:
     """Whether the class gets through its loading without the weights that would be packed."""
     fake_quants = {name: layers.fake_quant_of(module) for name, module in trained.model.named_modules()}
     renamed = (
-        {} if trained.cuts is None else {name: trained.cuts.renamed(f"{name}.weight") for name in fake_quants}
+        {}
+        if trained.pruning_plan is None
+        else {name: trained.pruning_plan.renamed(f"{name}.weight") for name in fake_quants}
     )
     targets = [
         str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")

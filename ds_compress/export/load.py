@@ -48,7 +48,7 @@ def from_pretrained(
             f'{path} is of format "{report.format}": load it with transformers, {report.model_class}.from_pretrained'
         )
     if model is None:
-        model = skeleton(path, report.model_class)
+        model = meta_model(path, report.model_class)
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
     if not activations:
@@ -116,7 +116,7 @@ class Stored:
         return found
 
 
-def skeleton(folder: Path, model_class: str) -> nn.Module:
+def meta_model(folder: Path, model_class: str) -> nn.Module:
     """The stock class without weights; buffers are computed, as they are not all stored."""
     import transformers
     from accelerate import init_empty_weights

@@ -20,7 +20,7 @@ from ds_compress.errors import ExportError
 from ds_compress.export.attributes import restore, unsaid
 from ds_compress.export.format import OTHER_FORMAT, Format, emptied, is_of_transformers
 from ds_compress.export.inputs import example_inputs
-from ds_compress.export.load import fill, skeleton
+from ds_compress.export.load import fill, meta_model
 from ds_compress.export.quantized_matrix import quantize_rows
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
@@ -102,7 +102,7 @@ class OnnxFormat(Format):
 
     def _float_model(self, folder: Path, final: nn.Module) -> nn.Module:
         if is_of_transformers(final):
-            model = skeleton(folder, type(final).__name__)
+            model = meta_model(folder, type(final).__name__)
             restore(model, unsaid(final, json_config(folder, final)))
         else:
             model = emptied(final)

@@ -97,15 +97,19 @@ def _read(
     seen: dict[int, tuple[str, tuple[Any, ...]]],
     tied: set[int],
 ) -> Layer | None:
-    cuts = trained.cuts
+    pruning_plan = trained.pruning_plan
 
     def cut(full: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        return (lambda t: t) if cuts is None else (lambda t: cuts.apply(full, t, is_weight=False))
+        return (
+            (lambda t: t)
+            if pruning_plan is None
+            else (lambda t: pruning_plan.prune_tensor(full, t, is_weight=False))
+        )
 
     prefix = f"{name}." if name else ""
     new_name = name
-    if cuts is not None:
-        renamed = cuts.renamed(f"{prefix}x")
+    if pruning_plan is not None:
+        renamed = pruning_plan.renamed(f"{prefix}x")
         if renamed is None:
             return None
         new_name = renamed.rpartition(".")[0]
@@ -123,7 +127,7 @@ def _read(
             first, how_first = seen.setdefault(id(parameter), (prefix + local, how))
             if first != prefix + local:
                 if how == how_first and not split_from:
-                    ties[local] = first if cuts is None else str(cuts.renamed(first))
+                    ties[local] = first if pruning_plan is None else str(pruning_plan.renamed(first))
                     continue
                 # What goes with it (BERT's decoder and its bias) is untied together.
                 split_from = split_from or first
@@ -135,11 +139,11 @@ def _read(
                 raise ExportError(f"{name}: {error}") from error
         else:
             whole = parameter.detach()
-            left = whole if cuts is None else cuts.apply(prefix + local, whole)
+            left = whole if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, whole)
             tensors[local] = left.to("cpu", copy=True).contiguous()
     for local, buffer in module.named_buffers(recurse=False):
         if local not in module._non_persistent_buffers_set:
-            left = buffer if cuts is None else cuts.apply(prefix + local, buffer)
+            left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
     scheme = _input_scheme(module)
     if quantized is None and not tensors and not ties:

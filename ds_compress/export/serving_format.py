@@ -44,7 +44,7 @@ class ServingFormat(Format):
     """The only format for Conv1D, Conv2d, asymmetric grids, and cuts that stock configs cannot express."""
 
     name: ClassVar[str] = "torch"
-    loads_in_stock: ClassVar[bool] = False
+    loads_in_vanilla_hf: ClassVar[bool] = False
     loader: ClassVar[str] = "ours"
 
     unsaid: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class ExportSource:
     model: nn.Module
     modules: Callable[[], Modules]
     writes: bool = True
-    cuts: PruningPlan | None = None
+    pruning_plan: PruningPlan | None = None
     broadcast_error: Callable[[BaseException | None], None] = _nothing
     changed: Callable[[Mapping[str, torch.Tensor]], contextlib.AbstractContextManager[None]] = field(
         default=lambda values: contextlib.nullcontext()

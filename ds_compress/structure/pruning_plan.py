@@ -1,7 +1,7 @@
-"""Cuts: which entries of which tensors go when only some units of each structure are kept.
+"""Which entries of which tensors are removed when only some units of each prunable group are kept.
 
-Everything works tensor by tensor and by name, so that a model can be cut whole (`rewrite`), while it streams from a
-sharded engine to disk, or together with the moments of its optimizer.
+Everything works tensor by tensor and by name, so that a model can be pruned at once (`apply_pruning`), while it streams
+from a sharded engine to disk, or together with the moments of its optimizer.
 """
 
 from __future__ import annotations
@@ -16,58 +16,58 @@ from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 
 class PruningPlan:
-    """What is left of each structure, and what that means for every tensor, layer and config.
+    """The units that are kept of each group, and what follows for every tensor and layer.
 
-    structures: those given; kept: sorted int64 indices of the units that stay, by structure name.
+    groups: those given. kept: sorted int64 indices of the kept units, by name of the group.
     """
 
     def __init__(
-        self, structures: tuple[PrunableGroup, ...], kept: dict[str, torch.Tensor], aliases: Mapping[str, str]
+        self, groups: tuple[PrunableGroup, ...], kept: dict[str, torch.Tensor], aliases: Mapping[str, str]
     ) -> None:
-        self.structures = structures
+        self.groups = groups
         self.kept = kept
         self.aliases = dict(aliases)
         """Second name -> first-listed name of tied tensors, as far as known."""
         self._removed: dict[str, dict[int, torch.Tensor]] = {}
         self._scales: dict[str, float] = {}
         self._layers: dict[str, int | None] = {}
-        for structure in self.active():
-            self._add(structure)
+        for group in self.active():
+            self._add(group)
 
     @classmethod
     def of(
         cls,
-        structures: Iterable[PrunableGroup],
+        groups: Iterable[PrunableGroup],
         kept: Mapping[str, torch.Tensor],
         model: nn.Module | None = None,
     ) -> PruningPlan:
-        """Cuts `structures` down to the units `kept`, by structure name; one that is not named keeps all.
+        """Keeps the units `kept`, by name of the group; a group that is not named keeps all.
 
-        model: gives the second names of tied tensors, so that `apply` and `shape_of` know them, too.
+        model: gives the second names of tied tensors, so that `prune_tensor` and `shape_of` know them, too.
 
         Raises:
-            ValueError: `kept` names no structure, or keeps none, unknown or unsorted units.
+            ValueError: `kept` names a group that is not there, or its units are none, unknown or unsorted.
         """
-        whole = tuple(structures)
-        known = {structure.name: structure for structure in whole}
+        whole = tuple(groups)
+        known = {group.name: group for group in whole}
         if len(known) != len(whole):
-            raise ValueError("two structures have the same name")
+            raise ValueError("two prunable groups have the same name")
         indices: dict[str, torch.Tensor] = {}
         for name, units in kept.items():
             if name not in known:
-                raise ValueError(f"there is no structure {name!r}")
+                raise ValueError(f"there is no prunable group {name!r}")
             indices[name] = _checked(known[name], units)
-        for name, structure in known.items():
-            indices.setdefault(name, torch.arange(structure.units))
+        for name, group in known.items():
+            indices.setdefault(name, torch.arange(group.units))
         return cls(whole, indices, {} if model is None else second_names(model))
 
     def active(self) -> tuple[PrunableGroup, ...]:
-        """Structures that lose something: removable, and not all of their units kept."""
-        return tuple(s for s in self.structures if s.removable and self.kept[s.name].numel() < s.units)
+        """Groups that lose units: removable, and not all of their units kept."""
+        return tuple(s for s in self.groups if s.removable and self.kept[s.name].numel() < s.units)
 
-    def count(self, structure: PrunableGroup) -> int:
+    def count(self, group: PrunableGroup) -> int:
         """How many units it has in the end."""
-        return self.kept[structure.name].numel() if structure.removable else structure.units
+        return self.kept[group.name].numel() if group.removable else group.units
 
     # -- tensors ---------------------------------------------------------------------------------------
 
@@ -77,16 +77,16 @@ class PruningPlan:
         return name in self._removed or name in self._scales
 
     def shape_of(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the tensor `name` after the cut, `shape` before it."""
+        """Shape of the tensor `name` after pruning, `shape` before it."""
         removed = self._removed.get(self.aliases.get(name, name), {})
         return tuple(
             size - removed[dim].numel() if dim in removed else size for dim, size in enumerate(shape)
         )
 
-    def apply(self, name: str, tensor: torch.Tensor, is_weight: bool = True) -> torch.Tensor:
-        """The part of the full tensor `name` (its name before the cut) that stays; itself when untouched.
+    def prune_tensor(self, name: str, tensor: torch.Tensor, is_weight: bool = True) -> torch.Tensor:
+        """The kept part of the full tensor `name` (its name before pruning); the tensor itself when it loses nothing.
 
-        is_weight: False for what belongs to the parameter entry by entry but is no weight (optimizer moments).
+        is_weight: False for optimizer moments, which have the entries of a parameter but are not rescaled.
         """
         name = self.aliases.get(name, name)
         if tensor.is_meta:
@@ -102,7 +102,7 @@ class PruningPlan:
     # -- layers ----------------------------------------------------------------------------------------
 
     def renamed(self, name: str) -> str | None:
-        """The name after deleted layers shift the numbers of those behind; None when its layer is deleted."""
+        """The name once layers are deleted and those behind are renumbered; None when its layer is deleted."""
         for prefix, index in self._layers.items():
             if name == prefix or name.startswith(prefix + "."):
                 return None if index is None else f"{prefix.rpartition('.')[0]}.{index}{name[len(prefix) :]}"
@@ -117,53 +117,39 @@ class PruningPlan:
                 deleted.setdefault(stack, []).append(int(number))
         return {stack: tuple(sorted(numbers)) for stack, numbers in deleted.items()}
 
-    # -- models ----------------------------------------------------------------------------------------
-
-    def rewrite(self, model: nn.Module, skeleton: bool = False) -> None:
-        """Cuts `model` in place: tensors, layers, the attributes that say how wide it is, and its configs.
-
-        skeleton: tensors of `model` may be on the meta device: they get shapes, and no values.
-
-        Raises:
-            ValueError: a tensor of the cut is missing, or is not whole in this process.
-        """
-        from ds_compress.structure.apply_pruning import rewrite
-
-        rewrite(model, self, skeleton)
-
     # --------------------------------------------------------------------------------------------------
 
-    def _add(self, structure: PrunableGroup) -> None:
-        kept = self.kept[structure.name]
-        goes = torch.ones(structure.units, dtype=torch.bool)
+    def _add(self, group: PrunableGroup) -> None:
+        kept = self.kept[group.name]
+        goes = torch.ones(group.units, dtype=torch.bool)
         goes[kept] = False
-        if structure.kind is GroupKind.LAYER:
-            self._add_layers(structure, goes)
-        for member in structure.members:
-            gone = member.index[goes].flatten()
-            by_dim = self._removed.setdefault(member.tensor, {})
-            before = by_dim.get(member.dim, gone.new_empty(0))
-            by_dim[member.dim] = torch.cat([before, gone]).unique()
-            if member.rescale:
-                scale = float(kept.numel() / structure.units) ** member.rescale
-                self._scales[member.tensor] = self._scales.get(member.tensor, 1.0) * scale
+        if group.kind is GroupKind.LAYER:
+            self._add_layers(group, goes)
+        for coupled in group.slices:
+            gone = coupled.index[goes].flatten()
+            by_dim = self._removed.setdefault(coupled.tensor, {})
+            before = by_dim.get(coupled.dim, gone.new_empty(0))
+            by_dim[coupled.dim] = torch.cat([before, gone]).unique()
+            if coupled.rescale:
+                scale = float(kept.numel() / group.units) ** coupled.rescale
+                self._scales[coupled.tensor] = self._scales.get(coupled.tensor, 1.0) * scale
 
-    def _add_layers(self, structure: PrunableGroup, goes: torch.Tensor) -> None:
+    def _add_layers(self, group: PrunableGroup, goes: torch.Tensor) -> None:
         gone = sorted(
-            int(name.rpartition(".")[2]) for name, out in zip(structure.layers, goes, strict=True) if out
+            int(name.rpartition(".")[2]) for name, out in zip(group.layers, goes, strict=True) if out
         )
-        stack = structure.layers[0].rpartition(".")[0]
-        last = max(int(name.rpartition(".")[2]) for name in structure.layers)
+        stack = group.layers[0].rpartition(".")[0]
+        last = max(int(name.rpartition(".")[2]) for name in group.layers)
         for index in range(last + 1):
             new = None if index in gone else index - sum(other < index for other in gone)
             self._layers[f"{stack}.{index}"] = new
 
 
-def _checked(structure: PrunableGroup, units: torch.Tensor) -> torch.Tensor:
+def _checked(group: PrunableGroup, units: torch.Tensor) -> torch.Tensor:
     units = units.to("cpu", torch.int64)
     ordered = units.dim() == 1 and bool((units[1:] > units[:-1]).all())
-    if not ordered or not units.numel() or int(units[0]) < 0 or int(units[-1]) >= structure.units:
+    if not ordered or not units.numel() or int(units[0]) < 0 or int(units[-1]) >= group.units:
         raise ValueError(
-            f"{structure.name}: the kept units must be increasing numbers from 0 to {structure.units - 1}, at least one"
+            f"{group.name}: the kept units must be increasing numbers from 0 to {group.units - 1}, at least one"
         )
     return units

@@ -85,7 +85,7 @@ class StructuredPruning(Technique):
         self._masks: dict[str, torch.Tensor] = {}
         self._places: dict[str, list[Place]] = {}
         for structure in self.structures.values():
-            for member in structure.members:
+            for member in structure.slices:
                 self._places.setdefault(member.tensor, []).append((structure, member))
         self._step = 0
         self._applied, self._done = True, False
@@ -321,7 +321,7 @@ class StructuredPruning(Technique):
             return False
         if not self.score.may_change or self.is_over:
             return True
-        scored = {m.tensor.rpartition(".")[0] for m in structure.members if m.scored and m.dim == member.dim}
+        scored = {m.tensor.rpartition(".")[0] for m in structure.slices if m.scored and m.dim == member.dim}
         return member.scored or member.tensor.rpartition(".")[0] in scored
 
     def _units_changed(self) -> None:

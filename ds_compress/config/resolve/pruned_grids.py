@@ -28,7 +28,7 @@ def with_pruned_marked(
         pruned = {target.param_name for target in sparse.targets} if sparse is not None else set()
         for structure_plan in structures.values():
             for structure in structure_plan.targets:
-                pruned |= {member.tensor for member in structure.structure.members}
+                pruned |= {member.tensor for member in structure.structure.slices}
         block = marked[_BLOCK]
         targets = tuple(replace(t, pruned=t.param_name in pruned) for t in block.targets)
         marked[_BLOCK] = replace(block, targets=targets)
