@@ -19,8 +19,9 @@ import torch
 
 from ds_compress.ops import reference
 from ds_compress.ops.library import native
-from ds_compress.quant import grid as grids
+from ds_compress.quant.arithmetic import dequantize_, quantize_block
 from ds_compress.quant.grid import Grid
+from ds_compress.quant.qparams import choose_qparams
 
 from .bandwidth import COPY, Run, run_benchmark
 
@@ -43,17 +44,17 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
     def fused(grid: Grid, keep: bool) -> object:
         return native().fake_quantize(
             x,
-            quant_min=grid.low,
-            quant_max=grid.high,
-            steps=grid.steps,
+            quant_min=grid.quant_min,
+            quant_max=grid.quant_max,
+            steps=grid.scale_divisor,
             symmetric=grid.symmetric,
             with_mask=keep,
         )
 
     def eager(grid: Grid) -> torch.Tensor:
         exact = x.float()
-        ranges = grids.measure(exact, (1,), grid)
-        return grids.decode_(grids.encode(exact, ranges, grid), ranges).to(dtype)
+        qparams = choose_qparams(exact, (1,), grid)
+        return dequantize_(quantize_block(exact, qparams, grid), qparams).to(dtype)
 
     def per_channel(scale: torch.Tensor) -> torch.Tensor:
         return torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -127, 127)

@@ -228,9 +228,9 @@ def run(
     engine.eval()
     with torch.no_grad():
         correct = accuracy(engine)
-    accusations, world = reduction.accusations, dist.get_world_size()
+    flag_counts, world = reduction.flag_counts, dist.get_world_size()
     first_bad = world - bad if name != "none" else world
-    share = [accusations.named.get(worker, 0) / max(1, accusations.steps) for worker in range(world)]
+    share = [flag_counts.counts.get(worker, 0) / max(1, flag_counts.steps) for worker in range(world)]
     engine.destroy()
     return {
         "accuracy": correct,

@@ -339,7 +339,8 @@ def robust_rules() -> None:
 def scales_are_those_of_the_cpu() -> None:
     """A scale is a true quotient: no reciprocal, whatever torch makes of `values / 127` on a device."""
     from ds_compress.ops.reference import IMPLEMENTATIONS
-    from ds_compress.quant.grid import Granularity, WeightGrid, fake_quantize
+    from ds_compress.quant.grid import Granularity, WeightGrid
+    from ds_compress.quant.weights import fake_quantize
     from tests.simulated_device import DEVICE
 
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
@@ -349,7 +350,13 @@ def scales_are_those_of_the_cpu() -> None:
     for symmetric in (True, False):
         grid = WeightGrid(8, symmetric, narrow_range=True, granularity=Granularity.PER_CHANNEL)
         assert torch.equal(fake_quantize(x.to(DEVICE), grid).cpu(), fake_quantize(x, grid))
-        how = {"low": grid.low, "high": grid.high, "steps": grid.steps, "symmetric": symmetric, "keep": True}
+        how = {
+            "low": grid.quant_min,
+            "high": grid.quant_max,
+            "steps": grid.scale_divisor,
+            "symmetric": symmetric,
+            "keep": True,
+        }
         results = (IMPLEMENTATIONS["fake_quantize"](values, **how) for values in (x.to(DEVICE), x))
         assert all(torch.equal(a.cpu(), b) for a, b in zip(*results, strict=True))
 

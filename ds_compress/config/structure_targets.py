@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ds_compress.config.targets import exact_ceil
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int,
     for plan in plans.values():
         for target in plan.targets:
             lost = target.structure.units - _kept_in_the_end(plan, target)
-            for member in target.structure.members:
+            for member in target.structure.slices:
                 if member.tensor == name and target.structure.removable:
                     left[member.dim] -= lost * member.index.shape[1]
     return tuple(left)

@@ -57,8 +57,8 @@ def _of_model(model: nn.Module) -> ExportSource:
     trained = of_module(model)
     trained.parameters = origin.began_with(model)
     if run is not None and run.prunable_groups:
-        cuts = run.pruning_plan()
-        trained.cuts = cuts if cuts.active() else None
+        pruning_plan = run.pruning_plan()
+        trained.pruning_plan = pruning_plan if pruning_plan.active() else None
         return trained
     has_quantizers = any(
         layers.fake_quant_of(m) or getattr(m, "input_quantizer", None) for m in model.modules()
@@ -77,13 +77,13 @@ def _of_engine(engine: Any) -> ExportSource:
     run = getattr(engine, "compression", None)
     if run is not None:
         warn_if_unfinished(run)
-    cuts = run.pruning_plan() if run is not None and run.prunable_groups else None
+    pruning_plan = run.pruning_plan() if run is not None and run.prunable_groups else None
     alone = not dist.is_initialized()
     return ExportSource(
         engine.module,
         modules=lambda: full_modules(engine.module),
         writes=alone or dist.get_rank() == 0,
-        cuts=cuts if cuts is not None and cuts.active() else None,
+        pruning_plan=pruning_plan if pruning_plan is not None and pruning_plan.active() else None,
         broadcast_error=_agree,
         changed=lambda values: _changed(engine.module, values),
         steps=None if run is None else run.applied_steps,

@@ -20,9 +20,10 @@ from ds_compress.engine.registry import run_of
 from ds_compress.engine.resize.cut import cut_in_place
 from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.select.scores import SCORES
-from ds_compress.select.units import best, unit_sums
+from ds_compress.select.units import top_indices, unit_sums
 from ds_compress.sharding.shards import Shards
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.M
 def _finalize_engine(engine: Any) -> nn.Module:
     require_full_layers(engine, "finalize")
     run, model = engine.compression, engine.module
-    cuts, untouched = run.pruning_plan(), _is_untouched(run)
+    pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     run.refresh_weights()
     warn_if_unfinished(run)
     run.end()
-    cut_in_place(engine, cuts)
+    cut_in_place(engine, pruning_plan)
     if untouched:
         return _finalize_model(model, _of_weights(run))
     origin.mark(model, [name for name in run.unfinished if name in origin.QUANTIZERS])
@@ -86,12 +87,12 @@ def _finalize_engine(engine: Any) -> nn.Module:
 
 
 def _finalize_loop(run: CompressionRun) -> nn.Module:
-    cuts, untouched = run.pruning_plan(), _is_untouched(run)
+    pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     warn_if_unfinished(run)
     run.end()
     if untouched:
         return _finalize_model(run.model, _of_weights(run))
-    cuts.rewrite(run.model)
+    apply_pruning(run.model, pruning_plan)
     origin.mark(run.model, [name for name in run.unfinished if name in origin.QUANTIZERS])
     return run.model
 
@@ -121,7 +122,7 @@ def _finalize_model(model: nn.Module, config: CompressionConfig) -> nn.Module:
         for target in structures.targets
     }
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
-    PruningPlan.of(structures, kept).rewrite(model)
+    apply_pruning(model, PruningPlan.of(structures, kept))
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
@@ -140,7 +141,7 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     structure = target.structure
     parameters = dict(model.named_parameters())
     total = torch.zeros(structure.units, dtype=torch.float64)
-    for member in structure.members:
+    for member in structure.slices:
         if member.scored:
             weight = parameters[member.tensor]
             magnitudes = weight.detach().float().abs().flatten()
@@ -148,4 +149,6 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     shared = structures.shared
-    return best(total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up))
+    return top_indices(
+        total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up)
+    )

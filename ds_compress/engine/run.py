@@ -20,8 +20,8 @@ from ds_compress.engine.step.hooks import StepHooks
 from ds_compress.engine.step.loop import LoopHooks
 from ds_compress.engine.zero import copies
 from ds_compress.sharding.shards import Shards
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.structure import PrunableGroup
+from ds_compress.structure.prunable_group import PrunableGroup
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.base import Technique
 
 

@@ -13,9 +13,9 @@ from ds_compress.engine.comm import reduction_points, weight_transport
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.zero import internals
 from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.reduce.bandwidth import Comparison
 from ds_compress.reduce.codec import BlockCodec
 from ds_compress.reduce.exchange import QuantizedSum
-from ds_compress.reduce.link import Comparison
 from ds_compress.techniques.training_engine import GradientReducer, WeightTransport
 
 

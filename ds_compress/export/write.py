@@ -19,9 +19,9 @@ from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.exact import in_fp32, is_sharded
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
-from ds_compress.export.held import input_scale
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import checked_inputs, exact_activations, example_inputs, run, unknown_inputs
+from ds_compress.export.loaded_tensors import input_scale
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
@@ -35,6 +35,7 @@ from ds_compress.modelinfo.adapters import has_adapters
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.quant import layers
+from ds_compress.structure.apply_pruning import apply_pruning
 
 _MANY_ZERO_UNITS = 0.1
 
@@ -164,7 +165,7 @@ class _Export:
         return failure
 
     def _note_zero_units(self, layer: Layer) -> None:
-        weight = layer.tensors.get("weight") if layer.encoded is None else layer.encoded.values()
+        weight = layer.tensors.get("weight") if layer.quantized is None else layer.quantized.dequantize()
         if (
             layer.kind in (None, ModuleKind.EMBEDDING)
             or weight is None
@@ -279,7 +280,7 @@ class _Export:
         """What the export did that not every model class takes."""
         if self.format.doubts:
             return f"{another_model(self.format.name, self.format.doubts)}. {OTHER_FORMAT} ("
-        if not self.format.untied or not self.format.loads_in_stock:
+        if not self.format.untied or not self.format.loads_in_vanilla_hf:
             return ""
         return (
             f"{self.format.untied[0]}: the weight is tied, only one of them quantizes it, and this model is not the "
@@ -315,16 +316,16 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _after_cuts(trained: ExportSource) -> nn.Module:
-    cuts = trained.cuts
-    if cuts is None or not cuts.active():
+    pruning_plan = trained.pruning_plan
+    if pruning_plan is None or not pruning_plan.active():
         return trained.model
     if trained.config is None:
         raise ExportError(
             "structures are masked and the model has no config: export what ds_compress.finalize returns"
         )
-    skeleton = fresh(type(trained.model), trained.config)
-    cuts.rewrite(skeleton, skeleton=True)
-    return skeleton
+    meta_model = fresh(type(trained.model), trained.config)
+    apply_pruning(meta_model, pruning_plan, meta=True)
+    return meta_model
 
 
 def _sizes(model: nn.Module) -> Iterator[int]:

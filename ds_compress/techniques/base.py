@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ds_compress.distill.teacher import Teacher
     from ds_compress.sharding.fragment import Fragment
     from ds_compress.sharding.shards import Shards
-    from ds_compress.structure.structure import PrunableGroup
+    from ds_compress.structure.prunable_group import PrunableGroup
     from ds_compress.techniques.training_engine import TrainingEngine
 
 

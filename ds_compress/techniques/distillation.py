@@ -31,13 +31,13 @@ from torch import nn
 
 from ds_compress.config.schema import distillation as schema
 from ds_compress.config.schema.layer_reduction import LayerReductionConfig
+from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
 from ds_compress.distill.attention_scores import hide_scores, show_scores
-from ds_compress.distill.fit import check_pair, check_records, common_heads, hidden_widths
+from ds_compress.distill.compatibility import check_pair, check_records, common_heads, hidden_widths
 from ds_compress.distill.lazy_logits import LazyHead
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.distill.losses import LOSSES, DistillationLoss, Pair
 from ds_compress.distill.losses.logits import LogitsDistillation
-from ds_compress.distill.record import ActivationCapture, CapturedActivations
 from ds_compress.errors import ConfigError, Problem, shown
 from ds_compress.modelinfo.auxiliary import AUXILIARY
 from ds_compress.modelinfo.layers import find_layers

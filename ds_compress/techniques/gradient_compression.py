@@ -7,7 +7,7 @@ sends less than any compression of stage 2 does.
 
 A bucket stays DeepSpeed's own while `warmup_steps` last, when it is smaller than `min_elements`, and always when the
 link was measured and sending more bytes is faster. Gradients of small and one-dimensional parameters are not
-quantized (see `reduce.exactness`).
+quantized (see `reduce.uncompressed`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch.distributed as dist
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.errors import ConfigError, Problem
 from ds_compress.reduce.codec import BlockCodec
-from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.nodes import Nodes, UnevenNodesError, find_nodes
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.slices import Part, Segment
 from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
-from ds_compress.techniques.training_engine import Take, TrainingEngine
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
+from ds_compress.techniques.training_engine import Deliver, TrainingEngine
 
 logger = logging.getLogger("ds_compress")
 
@@ -70,7 +70,7 @@ class GradientCompression:
         except UnevenNodesError as error:
             path = "compression_training.gradient_compression.hierarchical"
             raise ConfigError([Problem(path, "true", str(error), "set it to false")]) from error
-        if self._nodes is not None and self._nodes.layout.hosts == 1:
+        if self._nodes is not None and self._nodes.layout.num_nodes == 1:
             self._is_worthwhile = False
             log_once(
                 self.group, "gradient_compression is off: hierarchical, and all processes are on one host"
@@ -80,7 +80,7 @@ class GradientCompression:
         """Small and one-dimensional parameters are not quantized, which should be next to nothing."""
         sizes = [0, 0]
         for shape in self.engine.parameter_shapes():
-            sizes[travels_exactly(shape)] += shape.numel()
+            sizes[is_sent_uncompressed(shape)] += shape.numel()
         share = sizes[True] / max(1, sum(sizes))
         text = f"gradient_compression: {100 * share:.2g} % of all gradients travel as DeepSpeed sends them"
         level = logging.INFO if share < _MUCH else logging.WARNING
@@ -90,8 +90,8 @@ class GradientCompression:
         if dist.get_world_size(self.group) == 1:
             return
         found = self.engine.compare_reductions(self.sum_over(self.group))
-        self._is_worthwhile = found.quantizing_pays
-        state = "on" if found.quantizing_pays else "off on this link; measure_link: false insists"
+        self._is_worthwhile = found.is_worthwhile
+        state = "on" if found.is_worthwhile else "off on this link; measure_link: false insists"
         log_once(self.group, f"gradient_compression is {state}: {found}")
 
     # -- buckets ---------------------------------------------------------------------------------------
@@ -116,15 +116,17 @@ class GradientCompression:
             else:
                 self._quantized += segment.numel
 
-    def reduce_scatter(self, group: Any, segments: Sequence[Segment], take: Take, multiplier: float) -> None:
+    def reduce_scatter(
+        self, group: Any, segments: Sequence[Segment], deliver: Deliver, multiplier: float
+    ) -> None:
         self.count(segments)
         if not is_lopsided(segments, dist.get_world_size(group)):
-            self.sum_over(group).reduce_scatter(segments, take, multiplier, self._feedback())
+            self.sum_over(group).reduce_scatter(segments, deliver, multiplier, self._feedback())
             return
         self.sum_over(group).all_reduce(segments, multiplier, self._feedback())
         for segment in segments:
             if segment.owner == dist.get_rank(group):
-                take(Part(segment, 0, segment.numel), segment.values.float())
+                deliver(Part(segment, 0, segment.numel), segment.values.float())
 
     def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:
         self.count(segments)

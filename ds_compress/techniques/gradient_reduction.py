@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.errors import Problem
+from ds_compress.reduce.outliers import FlagCounts, Report
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import RobustSum
 from ds_compress.reduce.slices import Segment
-from ds_compress.reduce.workers import Accusations, Report
 from ds_compress.techniques.base import Technique, TechniqueContext, engine_only
 from ds_compress.techniques.gradient_compression import GradientCompression, log_once
 from ds_compress.techniques.robust_reduction import RobustReduction
-from ds_compress.techniques.training_engine import Take, TrainingEngine
+from ds_compress.techniques.training_engine import Deliver, TrainingEngine
 
 ALONE = "there is one data-parallel process, which sends nothing and has no other to compare with; this does nothing"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,9 +59,9 @@ class GradientReduction(Technique):
         return [name for name, half in named.items() if half is not None]
 
     @property
-    def accusations(self) -> Accusations:
+    def flag_counts(self) -> FlagCounts:
         assert self.robust is not None
-        return self.robust.accusations
+        return self.robust.flag_counts
 
     @property
     def last_report(self) -> Report | None:
@@ -100,7 +100,7 @@ class GradientReduction(Technique):
     def needs_keys(self) -> bool:
         return self.compression is not None or bool(self.residuals)
 
-    def takes(self, numel: int, dtype: torch.dtype) -> bool:
+    def handles(self, numel: int, dtype: torch.dtype) -> bool:
         if dtype not in _FLOATS:
             return False
         return self.robust is not None or self._quantizes(numel)
@@ -108,12 +108,14 @@ class GradientReduction(Technique):
     def _quantizes(self, numel: int) -> bool:
         return self.compression is not None and self.compression.quantizes(numel)
 
-    def reduce_scatter(self, group: Any, segments: Sequence[Segment], take: Take, multiplier: float) -> None:
+    def reduce_scatter(
+        self, group: Any, segments: Sequence[Segment], deliver: Deliver, multiplier: float
+    ) -> None:
         self._begin(segments)
         if self.robust is not None:
-            self._robust_sum(group, segments).reduce_scatter(segments, take, multiplier)
+            self._robust_sum(group, segments).reduce_scatter(segments, deliver, multiplier)
         elif self.compression is not None:
-            self.compression.reduce_scatter(group, segments, take, multiplier)
+            self.compression.reduce_scatter(group, segments, deliver, multiplier)
 
     def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:
         self._begin(segments)

@@ -3,7 +3,7 @@
     "parameter_compression": {"enabled": true, "bits": 8, "refresh_interval": 100}
 
 **Stages 1 and 2** (BF16_Optimizer too): after a step every process holds new fp32 weights of its own slice, and the
-16-bit copies of all slices. What travels is the difference (see `reduce.differences`). Copies are equal in all
+16-bit copies of all slices. What travels is the difference (see `reduce.weight_deltas`). Copies are equal in all
 processes at any time, and exactly the rounded fp32 weights after a refresh: every `refresh_interval` steps, whenever a
 weight has become zero (a new mask), and before a checkpoint, an export or the end of the compression. Between
 refreshes they are within half a quantization step of them, and the fp32 weights, which the optimizer moves, are exact
@@ -11,7 +11,7 @@ always.
 
 **Stage 3**: nobody keeps a copy, and a layer fetches its weights before its forward and its backward. While the
 model trains they travel quantized themselves (ZeRO++'s qwZ, Wang et al. 2023, on any device): forward and backward see
-weights rounded to 127 steps per block, zeros exactly. Small and one-dimensional parameters (see `reduce.exactness`),
+weights rounded to 127 steps per block, zeros exactly. Small and one-dimensional parameters (see `reduce.uncompressed`),
 those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel as they are, in the same
 payload. In eval mode, and for whoever reads weights otherwise, they are exact.
 """
@@ -54,9 +54,9 @@ class ParameterCompression(Technique):
         codec = BlockCodec(self.block.bits, self.block.effective_block_size)
         if self.block.measure_link:
             found = engine.compare_all_gathers(codec)
-            state = "on" if found.quantizing_pays else "off on this link; measure_link: false insists"
+            state = "on" if found.is_worthwhile else "off on this link; measure_link: false insists"
             log_once(group, f"parameter_compression is {state}: {found}")
-            if not found.quantizing_pays:
+            if not found.is_worthwhile:
                 return
         self._transport = engine.quantize_weight_transport(self.block, codec)
 

@@ -19,10 +19,10 @@ from ds_compress.config.schema.robust_reduction import RobustReductionConfig
 from ds_compress.errors import ConfigError, Problem
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
 from ds_compress.reduce.momentum import WorkerMomentum
+from ds_compress.reduce.outliers import FlagCounts, OutlierAbortError, OutlierDetector, Report, report
 from ds_compress.reduce.residuals import Residuals
-from ds_compress.reduce.robust import Policy, RobustSum, accusation
+from ds_compress.reduce.robust import Policy, RobustSum, describe_flagged
 from ds_compress.reduce.slices import Segment
-from ds_compress.reduce.workers import Accusations, OutlierAbortError, Report, Watch, report
 from ds_compress.techniques.gradient_compression import log_once
 from ds_compress.techniques.training_engine import TrainingEngine
 
@@ -41,9 +41,9 @@ class RobustReduction:
         self.residuals: dict[str, Residuals] = (
             {} if self.momentum is None else {"momentum": self.momentum.kept}
         )
-        self.accusations = Accusations()
+        self.flag_counts = FlagCounts()
         self.last_report: Report | None = None
-        self._watch = Watch(block.outlier_ratio)
+        self._detector = OutlierDetector(block.outlier_ratio)
         self._sums: dict[Any, RobustSum] = {}
         self._gram: torch.Tensor | None = None
         self._non_finite: set[int] = set()
@@ -95,7 +95,7 @@ class RobustReduction:
                 ),
                 chunk_elements,
                 self._add_report,
-                lambda: self._watch.suspects,
+                lambda: self._detector.flagged,
             )
         return self._sums[key]
 
@@ -115,15 +115,17 @@ class RobustReduction:
         """
         if self._gram is None:
             return
-        found = self._watch.judge(report(self._gram, sorted(self._non_finite), self.block.outlier_ratio))
+        found = self._detector.update(report(self._gram, sorted(self._non_finite), self.block.outlier_ratio))
         self._gram, self._non_finite = None, set()
         overflow = len(found.non_finite) > self.block.max_malicious
-        if self.block.on_outlier == "abort" and found.accused and not overflow:
-            raise OutlierAbortError(f"step {step}: {accusation(found)}; robust_reduction.on_outlier is abort")
-        if found.accused and (self.last_report is None or found.accused != self.last_report.accused):
-            log_once(self.group, f"step {step}: {accusation(found)}", logging.WARNING)
+        if self.block.on_outlier == "abort" and found.flagged and not overflow:
+            raise OutlierAbortError(
+                f"step {step}: {describe_flagged(found)}; robust_reduction.on_outlier is abort"
+            )
+        if found.flagged and (self.last_report is None or found.flagged != self.last_report.flagged):
+            log_once(self.group, f"step {step}: {describe_flagged(found)}", logging.WARNING)
         self.last_report = found
-        self.accusations.add(found.accused)
+        self.flag_counts.add(found.flagged)
         self.engine.log_events(
             {f"Train/robust_reduction/{key}": value for key, value in self.metrics().items()}
         )
@@ -137,11 +139,11 @@ class RobustReduction:
         for worker, (norm, cosine) in enumerate(numbers):
             result[f"worker_{worker}_norm"] = norm
             result[f"worker_{worker}_cosine"] = cosine
-            result[f"worker_{worker}_accused"] = float(worker in self.last_report.accused)
+            result[f"worker_{worker}_accused"] = float(worker in self.last_report.flagged)
         return result
 
     def process_state(self) -> dict[str, Any]:
-        return {"watch": self._watch.state()}
+        return {"watch": self._detector.state()}
 
     def load_process_state(self, state: Mapping[str, Any]) -> None:
-        self._watch.restore(state.get("watch", {}))
+        self._detector.restore(state.get("watch", {}))

@@ -153,7 +153,9 @@ class SparsePruning(MaskedTechnique):
             }
         except radix.NonFiniteScoresError as error:
             self.kept, self.total = before
-            broken = sorted(name for index in error.pools for name in self._pools(step)[index].members)
+            broken = sorted(
+                name for index in error.groups for name in self._selection_groups(step)[index].members
+            )
             logger.warning(
                 "sparse_pruning: weights or gradients of %s are NaN or Inf at step %d; the mask stays as it was",
                 ", ".join(broken[:3]) + (" and others" if len(broken) > 3 else ""),
@@ -172,33 +174,33 @@ class SparsePruning(MaskedTechnique):
         numels = {name: math.prod(target.shape) for name, target in self.targets.items()}
         own = {name: self._element_scores(fragment) for name, fragment in self._fragments.items()}
         scores = self._shards.exchange_halos(own, block_rows, numels)
-        if any(grid.top is not None for grid in self.grids.values()):
+        if any(grid.kept_per_group is not None for grid in self.grids.values()):
             self.kept, self.total = (
-                sum(grid.kept_by_top for grid in self.grids.values()),
+                sum(grid.num_kept for grid in self.grids.values()),
                 sum(numels.values()),
             )
-            yield from ((name, self.grids[name].keep_top(values)) for name, values in scores.items())
+            yield from ((name, self.grids[name].n_of_m_mask(values)) for name, values in scores.items())
             return
         blocks = {
             name: radix.sort_keys_(self.grids[name].block_scores(values)) for name, values in scores.items()
         }
         keys = {name: partial(_given, values) for name, values in blocks.items()}
         for name, keep in self._by_threshold(keys, step):
-            yield name, self.grids[name].expand(keep, scores[name].numel())
+            yield name, self.grids[name].expand_block_mask(keep, scores[name].numel())
 
     def _by_threshold(
         self, keys: Mapping[str, Callable[[], torch.Tensor]], step: int
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        candidates = {}
+        scores_of = {}
         for name, make_keys in keys.items():
             grid, start = self.grids[name], self._fragments[name].start
             # A band that began on an earlier fragment is that fragment's to count.
-            borrowed = 0 if start % grid.block_row_numel == 0 else grid.blocks_per_band
-            candidates[name] = radix.Candidates(make_keys, borrowed)
-        pools = self._pools(step)
-        masks = radix.select(candidates, pools, self._shards)
+            num_halo = 0 if start % grid.block_row_numel == 0 else grid.blocks_per_row
+            scores_of[name] = radix.ParameterScores(make_keys, num_halo)
+        groups = self._selection_groups(step)
+        masks = radix.select(scores_of, groups, self._shards)
         self.kept, self.total = (
-            sum(pool.keep for pool in pools),
+            sum(group.num_kept for group in groups),
             sum(grid.units for grid in self.grids.values()),
         )
         return masks
@@ -209,24 +211,26 @@ class SparsePruning(MaskedTechnique):
 
     def _element_scores(self, fragment: Fragment) -> torch.Tensor:
         weights = self.latent.get(fragment.name)
-        scores = self.score.of(fragment, fragment.values if weights is None else weights)
+        scores = self.score.scores_of(fragment, fragment.values if weights is None else weights)
         if not self.regrowth and fragment.name in self.masks:
             # Every score without regrowth is >= 0, so a pruned weight ranks below all others and stays pruned.
             bitmask.apply_(scores, self.masks[fragment.name], fill=-1.0)
         return scores
 
-    def _pools(self, step: int) -> list[radix.Pool]:
+    def _selection_groups(self, step: int) -> list[radix.SelectionGroup]:
         """Who competes with whom: one pool per weight, per JSON group, or one in all."""
 
         def keep(name: str) -> int:
             return self.kept_of(name, step)
 
         if self.scope == "layer":
-            return [radix.Pool((name,), keep(name)) for name in self.targets]
+            return [radix.SelectionGroup((name,), keep(name)) for name in self.targets]
         groups: dict[str, list[str]] = {}
         for name, target in self.targets.items():
             groups.setdefault(target.group if self.scope == "group" else "", []).append(name)
-        return [radix.Pool(tuple(names), self._kept_together(names, step)) for names in groups.values()]
+        return [
+            radix.SelectionGroup(tuple(names), self._kept_together(names, step)) for names in groups.values()
+        ]
 
     def kept_of(self, name: str, step: int) -> int:
         """Units (weights or blocks) that the weight `name` would keep by itself at `step`: ceil(density * n)."""
@@ -300,7 +304,9 @@ class SparsePruning(MaskedTechnique):
         return [
             name
             for name, grid in self.grids.items()
-            if ratios[name] < 1 and grid.top is None and exact_ceil(ratios[name], grid.units) == grid.units
+            if ratios[name] < 1
+            and grid.kept_per_group is None
+            and exact_ceil(ratios[name], grid.units) == grid.units
         ]
 
 

@@ -35,7 +35,7 @@ from ds_compress.config.structure_targets import kept_units
 from ds_compress.errors import Problem
 from ds_compress.ops import bitmask
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
-from ds_compress.select.units import best, on_device, shares, unit_mask, unit_sums
+from ds_compress.select.units import global_counts, on_device, top_indices, unit_mask, unit_sums
 from ds_compress.techniques.base import engine_only
 from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ds_compress.config.structure_targets import StructurePlan
     from ds_compress.sharding.fragment import Fragment
     from ds_compress.sharding.shards import Shards
-    from ds_compress.structure.structure import CoupledSlice, PrunableGroup
+    from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup
 
 logger = logging.getLogger("ds_compress")
 
@@ -76,7 +76,7 @@ class StructuredPruning(MaskedTechnique):
         self.kept: dict[str, torch.Tensor] = {}
         self._places: dict[str, list[Place]] = {}
         for structure in self.structures.values():
-            for member in structure.members:
+            for member in structure.slices:
                 self._places.setdefault(member.tensor, []).append((structure, member))
         super().__init__(self._places)
         self._applied, self._done = True, False
@@ -128,12 +128,12 @@ class StructuredPruning(MaskedTechnique):
                 fragment.mask_gradient(self.masks[fragment.name])
 
     def _gather(self, fragment: Fragment, gradient: torch.Tensor, settings: Mapping[str, Any]) -> None:
-        values = self.score.of_gradient(fragment.values, gradient)
+        values = self.score.gradient_terms(fragment.values, gradient)
         if values is None:
             return
         for structure, member in self._places[fragment.name]:
             if member.scored:
-                self.score.gather(
+                self.score.accumulate(
                     structure.name, self._unit_sums(structure, member, fragment, values), settings
                 )
 
@@ -154,7 +154,7 @@ class StructuredPruning(MaskedTechnique):
             self.score.totals = {}
 
     def _fold(self) -> None:
-        self.score.fold(self._shards.sum, self._shards.sum_over_data)
+        self.score.reduce(self._shards.sum, self._shards.sum_over_data)
 
     @property
     def masks_may_change(self) -> bool:
@@ -215,7 +215,7 @@ class StructuredPruning(MaskedTechnique):
         pools = self._pools(scores)
         counts = self._counts(pools, step)
         self.kept = {
-            name: best(values, count)
+            name: top_indices(values, count)
             for (names, values), count in zip(pools, counts, strict=True)
             for name in names
         }
@@ -227,7 +227,7 @@ class StructuredPruning(MaskedTechnique):
     def _scores(self) -> dict[str, torch.Tensor]:
         """fp32-rounded scores: the last digits of their sums depend on how weights are spread."""
         sums = self._weight_sums()
-        scores = {name: self.score.of(name, sums[name]).float() for name in self.structures}
+        scores = {name: self.score.scores_of(name, sums[name]).float() for name in self.structures}
         if not self.score.may_change:
             for name, kept in self.kept.items():
                 gone = torch.ones_like(scores[name], dtype=torch.bool)
@@ -243,7 +243,7 @@ class StructuredPruning(MaskedTechnique):
         if not self.score.sums_weights:
             return sums
         for name, fragment in self._fragments.items():
-            weights = self.score.of_weights(self.latent.get(name, fragment.values))
+            weights = self.score.weight_terms(self.latent.get(name, fragment.values))
             for structure, member in self._places[name]:
                 if member.scored:
                     sums[structure.name] += self._unit_sums(structure, member, fragment, weights).cpu()
@@ -265,7 +265,7 @@ class StructuredPruning(MaskedTechnique):
         own = [self.units_kept(names[0], step) for names, _ in pools]
         if self._scope == "uniform" or len(pools) < 2:
             return own
-        return shares([values for _, values in pools], sum(own), self._round_to)
+        return global_counts([values for _, values in pools], sum(own), self._round_to)
 
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
@@ -305,7 +305,7 @@ class StructuredPruning(MaskedTechnique):
             return False
         if not self.score.may_change or self.is_over:
             return True
-        scored = {m.tensor.rpartition(".")[0] for m in structure.members if m.scored and m.dim == member.dim}
+        scored = {m.tensor.rpartition(".")[0] for m in structure.slices if m.scored and m.dim == member.dim}
         return member.scored or member.tensor.rpartition(".")[0] in scored
 
     def _units_changed(self) -> None:
@@ -327,7 +327,7 @@ class StructuredPruning(MaskedTechnique):
             if module.training and not self._done:
                 x = first_argument(args, kwargs).detach().abs().movedim(axis, -1).flatten(0, -2)
                 by_entry = x.sum(0, dtype=torch.float32)
-                score.see(structure.name, by_entry[on_device(index, x.device)].sum(1), x.shape[0])
+                score.observe(structure.name, by_entry[on_device(index, x.device)].sum(1), x.shape[0])
 
         yield module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -10,12 +10,12 @@ from torch import nn
 
 if TYPE_CHECKING:
     from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
+    from ds_compress.reduce.bandwidth import Comparison
     from ds_compress.reduce.codec import BlockCodec
     from ds_compress.reduce.exchange import QuantizedSum
-    from ds_compress.reduce.link import Comparison
     from ds_compress.reduce.slices import Part, Segment
 
-Take = Callable[["Part", torch.Tensor], None]
+Deliver = Callable[["Part", torch.Tensor], None]
 """Gets a part of a segment that this process owns, and its reduced fp32 values, (end - begin,)."""
 
 
@@ -26,10 +26,12 @@ class GradientReducer(Protocol):
     def needs_keys(self) -> bool:
         """Whether segments have to end where their parameter does, and to say which it is."""
 
-    def takes(self, numel: int, dtype: torch.dtype) -> bool:
+    def handles(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether a bucket of `numel` elements in all is reduced here; the same in every process."""
 
-    def reduce_scatter(self, group: Any, segments: Sequence[Segment], take: Take, multiplier: float) -> None:
+    def reduce_scatter(
+        self, group: Any, segments: Sequence[Segment], deliver: Deliver, multiplier: float
+    ) -> None:
         """Gives each owner `multiplier` times the sum of its segments: see `reduce.exchange`."""
 
     def all_reduce(self, group: Any, segments: Sequence[Segment], multiplier: float) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import ds_compress
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
 
-TECHNIQUES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 
 def shared(**keys: Any) -> dict[str, Any]:
@@ -58,9 +58,7 @@ def logits_of(anything: Any) -> torch.Tensor:
     return output.logits.float().clone()
 
 
-def masked_and_final(
-    names: tuple[str, ...], stages: tuple[int, ...] = TECHNIQUES
-) -> dict[tuple[str, int], Any]:
+def masked_and_final(names: tuple[str, ...], stages: tuple[int, ...] = STAGES) -> dict[tuple[str, int], Any]:
     """{(block, stage): kept units, losses, logits while masked and after finalize, sizes}."""
     results = {}
     for name in names:

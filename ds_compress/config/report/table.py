@@ -207,7 +207,7 @@ def _totals(plan: Plan) -> Iterator[str]:
     everything = size_estimate.total(stored.values())
     claimed = {target.param_name for technique in plan.techniques.values() for target in technique.targets}
     structures = [target.structure for blocks in plan.structures.values() for target in blocks.targets]
-    claimed |= {member.tensor for structure in structures for member in structure.members}
+    claimed |= {member.tensor for structure in structures for member in structure.slices}
     layers = tuple(f"{layer}." for structure in structures for layer in structure.layers)
     claimed |= {weight.name for weight in plan.weights if weight.name.startswith(layers)}
     numel = sum(weight.numel for weight in plan.weights)

@@ -18,7 +18,7 @@ def with_pruned_marked(
     pruned = {target.param_name for key in removing for target in techniques[key].targets}
     for plan in structures.values():
         for target in plan.targets:
-            pruned |= {member.tensor for member in target.structure.members}
+            pruned |= {member.tensor for member in target.structure.slices}
     return {
         key: technique
         if key in removing

@@ -28,7 +28,7 @@ from ds_compress.config.schema.fields import (
 from ds_compress.config.schema.sparse_pruning import Schedule
 from ds_compress.config.structure_targets import StructurePlan, StructureTarget, kept_units
 from ds_compress.errors import listed
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.prunable_group import GroupKind
 
 Rounding = Annotated[StrictInt, Field(ge=1)]
 

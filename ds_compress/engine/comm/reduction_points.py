@@ -26,10 +26,10 @@ import torch.distributed as dist
 
 from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
-from ds_compress.reduce import link
-from ds_compress.reduce.exactness import travels_exactly
+from ds_compress.reduce import bandwidth
 from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
 from ds_compress.techniques.training_engine import GradientReducer
 
 
@@ -43,11 +43,11 @@ def connect(engine: Any, reduction: GradientReducer) -> Callable[[], None]:
     return _Whole(engine, reduction).undo
 
 
-def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
+def measure(engine: Any, quantized: QuantizedSum) -> bandwidth.Comparison:
     """Times one reduction of the engine's kind, plain and quantized."""
     wrapper, group, device = engine.optimizer, quantized.group, torch.device(engine.device)
     dtype = engine.communication_data_type
-    flat = torch.randn(link.PROBE_ELEMENTS, device=device).to(dtype)
+    flat = torch.randn(bandwidth.PROBE_ELEMENTS, device=device).to(dtype)
     size = dist.get_world_size(group)
     scatters = internals.is_zero3(wrapper) or (internals.is_zero12(wrapper) and wrapper.reduce_scatter)
 
@@ -66,7 +66,7 @@ def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
             quantized.all_reduce([Segment(flat, 0)], 1 / size)
 
     sent = 2 * (size - 1) * flat.nbytes // size
-    return link.compare(plain, ours, group, device, sent)
+    return bandwidth.compare(plain, ours, group, device, sent)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Known:
 def _known(module: torch.nn.Module) -> Mapping[int, _Known]:
     """By the id of the parameter."""
     return {
-        id(p): _Known(name, travels_exactly(getattr(p, "ds_shape", p.shape)))
+        id(p): _Known(name, is_sent_uncompressed(getattr(p, "ds_shape", p.shape)))
         for name, p in module.named_parameters()
     }
 
@@ -113,7 +113,7 @@ class _Whole:
         self, bucket: list[torch.Tensor], dp_group: Any, dp_world_size: Any = None
     ) -> torch.Tensor:
         numel = sum(tensor.numel() for tensor in bucket)
-        if not self._reduction.takes(numel, bucket[0].dtype):
+        if not self._reduction.handles(numel, bucket[0].dtype):
             return self._original(bucket, dp_group, dp_world_size)
         size = dist.get_world_size(dp_group) if dp_world_size is None else dp_world_size
         flat: torch.Tensor = self._engine.flatten(bucket)
@@ -190,7 +190,7 @@ class _Partitioned:
         group = self._wrapper.dp_process_group if process_group is None else process_group
         owners = [_only_owner(ranks) for ranks in bucket_ranks]
         numel = sum(tensor.numel() for tensor in small_bucket)
-        if None in owners or not self._reduction.takes(numel, small_bucket[0].dtype):
+        if None in owners or not self._reduction.handles(numel, small_bucket[0].dtype):
             self._scatter(
                 small_bucket,
                 communication_data_type,
@@ -210,7 +210,7 @@ class _Partitioned:
                 place[segment] = (offset, output)
                 offset += segment.numel
 
-        def take(part: Part, values: torch.Tensor) -> None:
+        def deliver(part: Part, values: torch.Tensor) -> None:
             offset, output = place[part.segment]
             part.values.copy_(values)
             if output is not None:
@@ -218,11 +218,13 @@ class _Partitioned:
                     output.view(-1)[offset + part.begin : offset + part.end], values
                 )
 
-        self._reduction.reduce_scatter(group, list(place), take, self._multiplier(group) if divide else 1.0)
+        self._reduction.reduce_scatter(
+            group, list(place), deliver, self._multiplier(group) if divide else 1.0
+        )
 
     @torch.no_grad()
     def _reduce_whole(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
-        if not tensor.numel() or not self._reduction.takes(tensor.numel(), tensor.dtype):
+        if not tensor.numel() or not self._reduction.handles(tensor.numel(), tensor.dtype):
             reduced: torch.Tensor = self._predivide(tensor, communication_data_type)
             return reduced
         group = self._wrapper.dp_process_group
@@ -240,7 +242,7 @@ class _Partitioned:
         process_group: Any = None,
     ) -> torch.Tensor:
         numel = sum(tensor.numel() for tensor in bucket)
-        if rank is not None or not self._reduction.takes(numel, bucket[0].dtype):
+        if rank is not None or not self._reduction.handles(numel, bucket[0].dtype):
             return self._allreduce(
                 bucket,
                 communication_data_type,
@@ -335,7 +337,7 @@ class _Sharded:
         self, tensors: list[torch.Tensor], group: Any, original: Callable[..., list[torch.Tensor]]
     ) -> list[torch.Tensor]:
         """In place of `reduce_scatter_coalesced`: fp32 slices of the mean."""
-        if not self._reduction.takes(sum(tensor.numel() for tensor in tensors), tensors[0].dtype):
+        if not self._reduction.handles(sum(tensor.numel() for tensor in tensors), tensors[0].dtype):
             return original(tensors, group)
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         results: list[torch.Tensor] = []
@@ -352,10 +354,10 @@ class _Sharded:
                 else:
                     place[segment] = _NOT_OURS
 
-        def take(part: Part, values: torch.Tensor) -> None:
+        def deliver(part: Part, values: torch.Tensor) -> None:
             place[part.segment][part.begin : part.end] = values
 
-        self._reduction.reduce_scatter(group, list(place), take, 1 / size)
+        self._reduction.reduce_scatter(group, list(place), deliver, 1 / size)
         return results
 
 

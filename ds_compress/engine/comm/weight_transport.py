@@ -17,10 +17,10 @@ import torch.distributed as dist
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
 from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
-from ds_compress.reduce import link
+from ds_compress.reduce import bandwidth
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
-from ds_compress.reduce.differences import CopiedWeights
-from ds_compress.reduce.exactness import travels_exactly
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
+from ds_compress.reduce.weight_deltas import ReplicatedWeights
 from ds_compress.techniques.training_engine import WeightTransport
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ class _Copies:
         flats = internals.flat_16bit_groups(self._wrapper) or []
         groups = self._wrapper.real_dp_process_group
         self._weights = [
-            CopiedWeights(flat, group, self._codec, self._block.piece_elements)
+            ReplicatedWeights(flat, group, self._codec, self._block.piece_elements)
             if flat.numel() >= self._block.min_elements and flat.dtype in _FLOATS
             else None
             for flat, group in zip(flats, groups, strict=True)
@@ -96,7 +96,7 @@ class _Copies:
                 weights.refresh(masters[index])
             else:
                 weights.update(masters[index])
-                self.counts["quantized_elements"] += weights.copies.numel()
+                self.counts["quantized_elements"] += weights.replicas.numel()
         self.counts["refreshes"] += exact
 
     def _is_refresh(self, masters: Sequence[torch.Tensor]) -> bool:
@@ -153,7 +153,7 @@ class _Fetches:
         )
 
     def _codec_of(self, parameter: Any) -> Codec:
-        small = parameter.ds_tensor.ds_numel < self._codec.block or travels_exactly(parameter.ds_shape)
+        small = parameter.ds_tensor.ds_numel < self._codec.block or is_sent_uncompressed(parameter.ds_shape)
         return PlainCodec(parameter.ds_tensor.dtype) if small or parameter.ds_persist else self._codec
 
 
@@ -169,7 +169,7 @@ class _Fetch:
         for parameter in params:
             internals.mark_in_flight(parameter)
         device = torch.device(internals.current_device())
-        self._sizes = [codec_of(p).message_bytes(p.ds_tensor.ds_numel) for p in params]
+        self._sizes = [codec_of(p).payload_bytes(p.ds_tensor.ds_numel) for p in params]
         self._sent = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
         for parameter, message in zip(params, self._sent.split(self._sizes), strict=True):
             # What lies behind the end of the parameter is not part of it, and may be anything.
@@ -202,15 +202,15 @@ class _Fetch:
         self._done = True
 
 
-def measure(engine: Any, codec: BlockCodec) -> link.Comparison:
+def measure(engine: Any, codec: BlockCodec) -> bandwidth.Comparison:
     """Times an all-gather of 16-bit (or fp32) weights, plain and quantized."""
     group = internals.data_parallel_group(engine)
     device, size = torch.device(engine.device), dist.get_world_size(group)
     dtype = next(p.dtype for p in engine.module.parameters() if p.requires_grad)
-    shard = torch.randn(link.PROBE_ELEMENTS // size, device=device).to(dtype)
+    shard = torch.randn(bandwidth.PROBE_ELEMENTS // size, device=device).to(dtype)
     whole = torch.empty(shard.numel() * size, dtype=dtype, device=device)
-    copies = CopiedWeights(torch.zeros_like(whole), group, codec)
-    return link.compare(
+    copies = ReplicatedWeights(torch.zeros_like(whole), group, codec)
+    return bandwidth.compare(
         lambda: dist.all_gather_into_tensor(whole, shard, group=group),
         lambda: copies.update(shard.float()),
         group,

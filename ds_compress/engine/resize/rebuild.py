@@ -12,13 +12,13 @@ from ds_compress.engine.construction import adopt, construct
 from ds_compress.engine.resize.uncut import Uncut
 from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.zero import parameters
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 
 def rebuild_smaller(
-    run: CompressionRun, engine: Any, made: Mapping[int, nn.Parameter | None], cuts: PruningPlan
+    run: CompressionRun, engine: Any, made: Mapping[int, nn.Parameter | None], pruning_plan: PruningPlan
 ) -> CompressionRun:
-    """The run of the model after `cuts`, attached to `engine`, which is constructed here.
+    """The run of the model after `pruning_plan`, attached to `engine`, which is constructed here.
 
     made: the new parameter for the id of each old one. What removes units or layers is done; other techniques start
     with the replicated state that they have in `run`.
@@ -37,7 +37,7 @@ def rebuild_smaller(
     successor.ended_metrics = run.metrics()
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     successor.start_at(run.applied_steps)
-    renamed = _renamed_modules(cuts)
+    renamed = _renamed_modules(pruning_plan)
     for name, technique in successor.techniques.items():
         technique.load_state_dict(run.techniques[name].renamed_state(renamed))
     return successor
@@ -64,9 +64,9 @@ def _removed_layers(run: CompressionRun) -> set[str]:
     return removed
 
 
-def _renamed_modules(cuts: PruningPlan) -> Callable[[str], str | None]:
+def _renamed_modules(pruning_plan: PruningPlan) -> Callable[[str], str | None]:
     def renamed(module: str) -> str | None:
-        parameter = cuts.renamed(f"{module}.weight")
+        parameter = pruning_plan.renamed(f"{module}.weight")
         return None if parameter is None else parameter.removesuffix(".weight")
 
     return renamed

@@ -27,7 +27,7 @@ from ds_compress.engine.zero import copies
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
 from ds_compress.sharding.shards import Shards
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 logger = logging.getLogger("ds_compress")
 
@@ -37,19 +37,19 @@ _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 def shrink(engine: Any) -> None:
     """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
     run: CompressionRun = engine.compression
-    cuts = run.pruning_plan()
+    pruning_plan = run.pruning_plan()
     before = _total(engine.module)
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
     axes = _output_axes(engine.module)
     snapshot = Snapshot(engine, run.shards, run.techniques.values())
     carried = Carried(engine)
-    uncut = Uncut(engine, cuts)
+    uncut = Uncut(engine, pruning_plan)
     run.make_way()
-    made = cut_in_place(engine, cuts, before_cut=uncut.take)
+    made = cut_in_place(engine, pruning_plan, before_cut=uncut.take)
     fresh = object.__new__(type(engine))
-    successor = rebuild_smaller(run, fresh, made, cuts)
+    successor = rebuild_smaller(run, fresh, made, pruning_plan)
     successor.uncut = uncut
-    restored = _Restored(old, cuts, snapshot, axes)
+    restored = _Restored(old, pruning_plan, snapshot, axes)
     restored.optimizer(fresh, successor.shards)
     copies.refresh(fresh)
     restored.techniques(successor)
@@ -102,12 +102,12 @@ class _Restored:
     def __init__(
         self,
         old: Mapping[str, tuple[int, ...]],
-        cuts: PruningPlan,
+        pruning_plan: PruningPlan,
         snapshot: Snapshot,
         axes: Mapping[str, int],
     ) -> None:
-        self._old, self._cuts, self._snapshot, self._axes = old, cuts, snapshot, axes
-        renamed = {name: cuts.renamed(name) for name in old}
+        self._old, self._pruning_plan, self._snapshot, self._axes = old, pruning_plan, snapshot, axes
+        renamed = {name: pruning_plan.renamed(name) for name in old}
         self.origin = {new: name for name, new in renamed.items() if new is not None}
         """{name of a parameter now: before}."""
 
@@ -155,7 +155,7 @@ class _Restored:
 
     def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
         if not name.endswith(_STEP_SIZE_SUFFIX):
-            return self._cuts.apply(name, whole, is_weight)
+            return self._pruning_plan.prune_tensor(name, whole, is_weight)
         weight = name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"
         shape, axis = self._old[weight], self._axes[name]
         if whole.dim() == 0 or whole.shape[0] != shape[axis]:
@@ -163,5 +163,10 @@ class _Restored:
         # Which outputs are left shows in what the cut makes of their numbers.
         numbers = torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - 1))
         numbers = numbers.movedim(0, axis) if axis else numbers
-        left = self._cuts.apply(weight, numbers.expand(shape), False).movedim(axis, 0).flatten(1)[:, 0].long()
+        left = (
+            self._pruning_plan.prune_tensor(weight, numbers.expand(shape), False)
+            .movedim(axis, 0)
+            .flatten(1)[:, 0]
+            .long()
+        )
         return whole[left]

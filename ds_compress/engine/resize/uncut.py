@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from ds_compress.engine.run import CompressionRun
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 
 class Uncut:
     """A model before its cut: structure and names, no weights."""
 
-    def __init__(self, engine: Any, cuts: PruningPlan) -> None:
+    def __init__(self, engine: Any, pruning_plan: PruningPlan) -> None:
         run: CompressionRun = engine.compression
-        self.cuts = cuts
+        self.pruning_plan = pruning_plan
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         self._added = {id(p) for p in run.added}
         listed = run.construction.arguments["model_parameters"]
@@ -78,4 +78,4 @@ class Uncut:
     def origin(self, model: nn.Module) -> dict[str, str]:
         """{name of a parameter of the whole model: its name after the cut}, of those that the cut left."""
         names = [name for name, _ in model.named_parameters()]
-        return {name: left for name in names if (left := self.cuts.renamed(name)) is not None}
+        return {name: left for name in names if (left := self.pruning_plan.renamed(name)) is not None}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import ds_compress
-from ds_compress.techniques.gradient_compression import is_lopsided
 from ds_compress.reduce.slices import Segment
+from ds_compress.techniques.gradient_compression import is_lopsided
 from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert, train
 from tests.single import init_single_process
 
@@ -77,7 +77,7 @@ def test_a_shrunk_engine_goes_on_reducing(stage: int) -> None:
     train(engine, batches(4))
     assert engine.module.bert.encoder.layer[0].intermediate.dense.out_features == before // 2
     reduction = engine.compression.techniques["gradient_reduction"]
-    assert reduction.accusations.steps > 0, "the new engine's steps"
+    assert reduction.flag_counts.steps > 0, "the new engine's steps"
     engine.destroy()
 
 

@@ -1,9 +1,9 @@
-"""Whether stock transformers would rebuild a cut model from its config, found out by building it.
+"""Whether vanilla HF (transformers without ds_compress) rebuilds a pruned model from its config: tried by building it.
 
 Several architectures deduce the size of a head from hidden size and number of heads, so that a config with fewer
 heads silently means wider ones; others have one config key for what differs from layer to layer. Neither is listed
-here: the model class builds itself on the meta device from the rewritten config, and every shape and every number
-that its modules keep is compared.
+here: the model class is built on the meta device from the updated config, and every shape and every number attribute
+of its modules is compared.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.pruning_plan import PruningPlan
 
 _MOST = 8
 _NUMBERS = (int, float, bool)
 _FOR_TRAINING = ("training", "gradient_checkpointing")
 
 
-def stock_obstacles(model_or_config: Any, cuts: PruningPlan | None = None) -> list[str]:
-    """Why `type(model)(config)` is not the cut model; empty when stock transformers loads it.
+def vanilla_hf_obstacles(model_or_config: Any, pruning_plan: PruningPlan | None = None) -> list[str]:
+    """Why `type(model)(config)` is not the pruned model; empty when vanilla HF loads it.
 
     Args:
-        model_or_config: the model before the cut, in any state of its weights (only its class, config and shapes
-            are used), or its config with `architectures`. Without `cuts`: a model that was cut, as it is.
-        cuts: what it will lose.
+        model_or_config: the model before pruning, in any state of its weights (only its class, config and shapes
+            are used), or its config with `architectures`. Without `pruning_plan`: a model that was pruned.
+        pruning_plan: what it will lose.
 
     Returns:
         Sentences that name the module; at most eight, then how many more.
@@ -40,16 +41,16 @@ def stock_obstacles(model_or_config: Any, cuts: PruningPlan | None = None) -> li
         cls, config = _class_and_config(model_or_config)
     except ValueError as error:
         return [str(error)]
-    if cuts is None:
+    if pruning_plan is None:
         expected, rewritten = model_or_config, config
     else:
-        if not cuts.active():
+        if not pruning_plan.active():
             return []
         expected = _built(cls, copy.deepcopy(config))
         if isinstance(model_or_config, nn.Module) and (already := _shapes(model_or_config, expected, cls)):
-            # An earlier cut has left a model that its config does not describe.
+            # After an earlier pruning its config does not describe the model.
             return _first(already)
-        cuts.rewrite(expected, skeleton=True)
+        apply_pruning(expected, pruning_plan, meta=True)
         rewritten = expected.config
     try:
         rebuilt = _built(cls, _as_loaded(rewritten))
@@ -58,10 +59,10 @@ def stock_obstacles(model_or_config: Any, cuts: PruningPlan | None = None) -> li
     return _first([*_shapes(expected, rebuilt, cls), *_numbers(expected, rebuilt, cls)])
 
 
-def other_shapes(model: nn.Module) -> list[str]:
-    """The obstacles that no logits need to decide: tensors that a model built from the config lacks or has otherwise.
+def differing_shapes(model: nn.Module) -> list[str]:
+    """The obstacles that need no logits: tensors that a model built from the config lacks, or has in another shape.
 
-    What else `stock_obstacles` finds, numbers and classes of modules, may be of no matter to what the model computes.
+    The others that `vanilla_hf_obstacles` finds, numbers and classes of modules, may not affect the logits.
     """
     try:
         cls, config = _class_and_config(model)
@@ -128,8 +129,8 @@ def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if is_auxiliary(prefix):
             continue
-        if type(module) is not _stock_class(module) and not is_parametrized(module):
-            # What a quantizer has added is not for stock classes.
+        if type(module) is not _vanilla_class(module) and not is_parametrized(module):
+            # Vanilla classes have nothing that a quantizer has added.
             names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
         else:
             names = [name for name, p in module._parameters.items() if p is not None]
@@ -148,14 +149,14 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
         other = theirs.get(name)
         if other is None or _is_dropout(module, other):
             continue
-        if _stock_class(other) is not _stock_class(module):
+        if _vanilla_class(other) is not _vanilla_class(module):
             found.append(
-                f"{name} is a {type(module).__name__}, and a {type(other).__name__} in the stock model"
+                f"{name} is a {type(module).__name__}, and a {type(other).__name__} in the vanilla HF model"
             )
             continue
         for key, value in vars(module).items():
             theirs_value = getattr(other, key, value)
-            # What is for training only is of no matter to a trained model.
+            # What is used in training only does not affect a trained model.
             if key[0] == "_" or "drop" in key or key in _FOR_TRAINING or not isinstance(value, _NUMBERS):
                 continue
             if theirs_value != value:
@@ -166,12 +167,12 @@ def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> l
 
 
 def _is_dropout(module: nn.Module, other: nn.Module) -> bool:
-    """Both let pass what they get in a trained model: also where somebody has put an Identity for a Dropout."""
+    """Both are the identity in a trained model, also where a Dropout was replaced by an Identity."""
     return all(isinstance(m, nn.Identity) or "drop" in type(m).__name__.lower() for m in (module, other))
 
 
-def _stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before this package, or a parametrization, swapped it."""
+def _vanilla_class(module: nn.Module) -> type[nn.Module]:
+    """The class of the module before this package, or a parametrization, swapped it."""
     if is_parametrized(module):  # each instance has a class of its own
         return type(module).__bases__[0]
     cls: type[nn.Module] = getattr(type(module), "_ds_compress_base_class", type(module))

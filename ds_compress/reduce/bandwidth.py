@@ -1,4 +1,4 @@
-"""Which of two collectives is faster here, measured; because on a fast link quantizing costs more than it saves."""
+"""Which of two collectives is faster here, measured: at high bandwidth quantizing costs more time than it saves."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Median seconds of the slowest process: as DeepSpeed sends, and as we would."""
+    """Median seconds of the slowest process: DeepSpeed's collective, and the quantized one."""
 
     plain: float
     quantized: float
     plain_bytes: int
 
     @property
-    def quantizing_pays(self) -> bool:
+    def is_worthwhile(self) -> bool:
         return self.quantized < self.plain
 
     @property
     def megabits(self) -> float:
-        """What the plain way got through the link, Mbit/s per process."""
+        """The bandwidth that the plain collective reached, Mbit/s per process."""
         return self.plain_bytes * 8e-6 / self.plain
 
     def __str__(self) -> str:
@@ -47,9 +47,9 @@ def compare(
     plain_bytes: int,
     rounds: int = ROUNDS,
 ) -> Comparison:
-    """Times both in turns, after one round that does not count; the same result in every process.
+    """Times both in turns, after one warm-up round; the same result in every process.
 
-    plain_bytes: what the plain way sends from each process.
+    plain_bytes: what the plain collective sends from each process.
     """
     times: dict[Callable[[], object], list[float]] = {plain: [], quantized: []}
     for round_number in range(-1, rounds):

@@ -1,6 +1,6 @@
 """A quantized weight as the integers and scales that training computed with, in one layout for all formats.
 
-value[o, i] = codes[o, i] * scale[o, i // group_size] (+ offset[o, i // group_size])
+weight[o, i] = values[o, i] * scale[o, i // group_size] (+ offset[o, i // group_size])
 
 whatever granularity the grid had: a scale that several rows share is repeated.
 """
@@ -12,20 +12,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ds_compress.quant.grid import Granularity, Levels, WeightGrid, quantize, working_dtype
-from ds_compress.quant.operands import FakeQuantConfig, quantize_weight, rounding_noise
+from ds_compress.quant.arithmetic import working_dtype
+from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight, rounding_noise
+from ds_compress.quant.grid import Granularity, Levels, WeightGrid
+from ds_compress.quant.weights import quantize
 
 
 @dataclass(frozen=True)
-class EncodedWeight:
-    """codes: int8 `[out, in]`, uint8 where there is an offset; scale, offset: fp32 `[out, groups]`.
+class QuantizedMatrix:
+    """values: int8 `[out, in]`, uint8 where there is an offset. scale, offset: fp32 `[out, groups]`.
 
     group_size: columns that share a scale; `in` when a row has one. shape: that of the weight itself, of which
-    `[out, in]` is a view; transposed: it is stored `[in, out]` (Conv1D). bits: that hold every code. One bit
-    holds the codes -1 and 1 of a binary weight of which none is zero.
+    `[out, in]` is a view. transposed: it is stored `[in, out]` (Conv1D). bits: enough for every value; one bit
+    holds -1 and 1, the values of a binary weight without zeros.
     """
 
-    codes: torch.Tensor
+    values: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor | None
     bits: int
@@ -37,34 +39,35 @@ class EncodedWeight:
     def groups(self) -> int:
         return self.scale.shape[1]
 
-    def matrix(self) -> torch.Tensor:
-        """fp32 `[out, in]`: the values, in the arithmetic of `quant.grid`."""
-        rows, columns = self.codes.shape
-        blocks = self.codes.float().view(rows, self.groups, columns // self.groups)
+    def dequantize_matrix(self) -> torch.Tensor:
+        """fp32 `[out, in]`, in the arithmetic of `quant.grid`."""
+        rows, columns = self.values.shape
+        blocks = self.values.float().view(rows, self.groups, columns // self.groups)
         values = blocks * self.scale.unsqueeze(2)
         if self.offset is not None:
             values = values + self.offset.unsqueeze(2)
         return values.view(rows, columns)
 
-    def values(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The same in the shape of the weight."""
-        return (self.matrix().t() if self.transposed else self.matrix()).reshape(self.shape).contiguous()
+        matrix = self.dequantize_matrix()
+        return (matrix.t() if self.transposed else matrix).reshape(self.shape).contiguous()
 
-    def cut(self, apply: Callable[[torch.Tensor], torch.Tensor]) -> EncodedWeight:
-        """What is left of it after `apply`, which drops entries of tensors in the weight's shape.
+    def cut(self, apply: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedMatrix:
+        """What is left of it after `apply`, which removes entries of tensors in the weight's shape.
 
         Raises:
-            ValueError: columns go, but not by whole groups.
+            ValueError: columns are removed, but not by whole groups.
         """
-        rows, columns = self.codes.shape
-        codes = apply(self._outer(self.codes))
-        shape = tuple(codes.shape)
+        rows, columns = self.values.shape
+        values = apply(self._outer(self.values))
+        shape = tuple(values.shape)
         if shape == self.shape:
             return self
-        inner = (codes.t() if self.transposed else codes).reshape(-1, _columns(shape, self.transposed))
-        # What stays shows in the places of the entries that stay.
-        place = torch.arange(rows * columns, dtype=torch.int64).view(rows, columns)
-        left = apply(self._outer(place))
+        inner = (values.t() if self.transposed else values).reshape(-1, _columns(shape, self.transposed))
+        # Which rows and columns stay shows in the positions of the entries that stay.
+        position = torch.arange(rows * columns, dtype=torch.int64).view(rows, columns)
+        left = apply(self._outer(position))
         left = (left.t() if self.transposed else left).reshape(inner.shape)
         kept_rows, kept_columns = left[:, 0] // columns, left[0] % columns
         groups = kept_columns // self.group_size
@@ -74,7 +77,7 @@ class EncodedWeight:
         part = (kept_rows[:, None], kept_groups[None, :])
         return replace(
             self,
-            codes=inner.contiguous(),
+            values=inner.contiguous(),
             scale=self.scale[part],
             offset=None if self.offset is None else self.offset[part],
             group_size=self.group_size if self.groups > 1 else inner.shape[1],
@@ -85,10 +88,10 @@ class EncodedWeight:
         return (matrix.t() if self.transposed else matrix).reshape(self.shape)
 
 
-def encode(
+def quantize_matrix(
     weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None = None
-) -> EncodedWeight:
-    """The integers behind `quant.layers.quantized_weight`, of which they are checked to be.
+) -> QuantizedMatrix:
+    """The integers behind `quant.layers.quantized_weight`; checked to give the same weight when dequantized.
 
     Raises:
         ValueError: the weight has no integers (still blended, NaN), or its scales do not fit the layout.
@@ -101,37 +104,37 @@ def encode(
         raise ValueError("it has NaN or Inf")
     grid = fake_quant.grid
     scale = None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
-    quantized = quantize(weight.detach(), grid, rounding_noise(weight, fake_quant), scale)
+    stored = quantize(weight.detach(), grid, rounding_noise(weight, fake_quant), scale)
     transposed = grid.channel_axis == 1
     columns = _columns(tuple(weight.shape), transposed)
-    matrix = (quantized.codes.t() if transposed else quantized.codes).reshape(-1, columns)
+    matrix = (stored.values.t() if transposed else stored.values).reshape(-1, columns)
     rows = matrix.shape[0]
-    scales = _by_row(quantized.scale, grid, rows, columns)
-    encoded = EncodedWeight(
-        codes=matrix.contiguous().cpu(),
+    scales = _by_row(stored.scale, grid, rows, columns)
+    quantized = QuantizedMatrix(
+        values=matrix.contiguous().cpu(),
         scale=scales,
-        offset=None if quantized.offset is None else _by_row(quantized.offset, grid, rows, columns),
+        offset=None if stored.offset is None else _by_row(stored.offset, grid, rows, columns),
         bits=_bits(grid, matrix),
         group_size=columns // scales.shape[1],
         shape=tuple(weight.shape),
         transposed=transposed,
     )
-    trained = quantize_weight(weight.detach(), fake_quant, step_size).values
-    if not torch.equal(encoded.values().to(trained.dtype), trained.cpu()):
-        raise ValueError("its codes and scales do not give the weight that training computed with")
-    return encoded
+    trained = fake_quantize_weight(weight.detach(), fake_quant, step_size).values
+    if not torch.equal(quantized.dequantize().to(trained.dtype), trained.cpu()):
+        raise ValueError("its integers and scales do not give the weight that training computed with")
+    return quantized
 
 
-def encode_rows(weight: torch.Tensor) -> EncodedWeight:
+def quantize_rows(weight: torch.Tensor) -> QuantizedMatrix:
     """A weight that was not trained in integers, rounded to int8 with one scale per row: max|row| / 127."""
     grid = WeightGrid(bits=8, narrow_range=True, granularity=Granularity.PER_CHANNEL)
-    return encode(weight.float(), FakeQuantConfig(grid))
+    return quantize_matrix(weight.float(), FakeQuantConfig(grid))
 
 
-def _bits(grid: WeightGrid, codes: torch.Tensor) -> int:
+def _bits(grid: WeightGrid, values: torch.Tensor) -> int:
     if grid.levels is Levels.UNIFORM:
         return grid.bits
-    return 1 if grid.levels is Levels.BINARY and bool((codes != 0).all()) else 2
+    return 1 if grid.levels is Levels.BINARY and bool((values != 0).all()) else 2
 
 
 def _columns(shape: tuple[int, ...], transposed: bool) -> int:

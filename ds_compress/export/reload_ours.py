@@ -1,6 +1,6 @@
 """`reload_stock`, for folders of the `torch` format: `ds_compress.from_pretrained` loads them.
 
-python -m ds_compress.export.reload_own REQUESTS.json
+python -m ds_compress.export.reload_ours REQUESTS.json
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ds_compress.export.fingerprint import fingerprint
-from ds_compress.export.held import fingerprints_of, input_scales
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
+from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
 
 
 def main() -> None:

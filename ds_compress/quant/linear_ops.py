@@ -1,6 +1,6 @@
-"""The bilinear products inside the layers that can be quantized, with their gradients written out.
+"""The linear ops inside the layers that can be quantized, with their gradients written out.
 
-Written out because the quantized operands of forward are not kept: backward makes them again, one at a time.
+Written out because forward does not save the quantized input and weight: backward makes them again, one at a time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 
-class Product(Protocol):
-    """`forward(x, weight, bias)` and the gradients of its operands, all tensors in one dtype.
+class LinearOp(Protocol):
+    """`forward(x, weight, bias)` and its gradients, all tensors in one dtype.
 
-    `input_gradient` gets the shape of x, `weight_gradient` a weight of which it reads the shape.
+    `input_gradient` gets the shape of x; of its weight, `weight_gradient` reads the shape only.
     """
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
@@ -28,7 +28,7 @@ class Product(Protocol):
 
 
 @dataclass(frozen=True)
-class LinearProduct:
+class DenseOp:
     """x `[..., in]`, weight `[out, in]`."""
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -45,7 +45,7 @@ class LinearProduct:
 
 
 @dataclass(frozen=True)
-class Conv1DProduct:
+class Conv1dOp:
     """x `[..., in]`, weight `[in, out]`: the Conv1D of GPT-2."""
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Conv1DProduct:
 
 
 @dataclass(frozen=True)
-class Conv2dProduct:
+class Conv2dOp:
     """x `[N, in, H, W]` or `[in, H, W]`, weight `[out, in / groups, kh, kw]`.
 
     `extra_padding`: zeros (left, right, top, bottom) beyond the symmetric `padding`, for padding="same".

@@ -8,7 +8,7 @@ from torch import nn
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.read import InputScheme
 from ds_compress.export.serve import Int8Embedding, Int8Linear
-from ds_compress.quant.grid import ranges_between
+from ds_compress.quant.qparams import qparams_from_range
 
 
 def fingerprints_of(model: nn.Module) -> dict[str, Fingerprint]:
@@ -40,4 +40,4 @@ def input_scale(used: InputScheme) -> torch.Tensor | None:
     """fp32 (1,) of a static range."""
     if used.input_range is None:
         return None
-    return ranges_between(used.input_range[0], used.input_range[1], used.grid).scale.reshape(1)
+    return qparams_from_range(used.input_range[0], used.input_range[1], used.grid).scale.reshape(1)

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from ds_compress.ops.counter_rng import uniform
-from ds_compress.quant import grid as grids
-from ds_compress.quant.embedding import quantized_embedding
-from ds_compress.quant.functions import WEIGHTS_PER_KEPT_SCALE, quantized_product
+from ds_compress.quant.embedding import fake_quantized_embedding
+from ds_compress.quant.fake_quant import FakeQuantConfig
+from ds_compress.quant.fake_quantized_linear import WEIGHTS_PER_SAVED_SCALE, fake_quantized_linear
 from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
 from ds_compress.quant.layout import scale_shape
-from ds_compress.quant.operands import FakeQuantConfig
-from ds_compress.quant.products import Conv1DProduct, Conv2dProduct, LinearProduct
+from ds_compress.quant.linear_ops import Conv1dOp, Conv2dOp, DenseOp
+from ds_compress.quant.weights import fake_quantize, initial_scale
 
 PER_CHANNEL = WeightGrid(8, narrow_range=True, granularity=Granularity.PER_CHANNEL)
 LEGACY = WeightGrid(4, groups=2)
-RECIPES = [
+FAKE_QUANTS = [
     FakeQuantConfig(PER_CHANNEL),
     FakeQuantConfig(LEGACY),
     FakeQuantConfig(LEGACY, clipped_ste=False),
@@ -49,19 +49,21 @@ def naive_weight(weight: torch.Tensor, fake_quant: FakeQuantConfig | None) -> to
     if fake_quant is None:
         return weight
     noise = uniform(weight.shape, fake_quant.noise_key) if fake_quant.grid.stochastic else None
-    quantized = grids.fake_quantize(weight.detach(), fake_quant.grid, noise)
+    quantized = fake_quantize(weight.detach(), fake_quant.grid, noise)
     kept = torch.ones_like(weight)
     if fake_quant.changes_gradient:
         for index in index_groups(weight, fake_quant.grid):
             flat = weight.detach().flatten()[index]
-            steps = fake_quant.grid.steps
+            steps = fake_quant.grid.scale_divisor
             if fake_quant.grid.symmetric:
                 normalized = flat / (flat.abs().max() / steps)
             else:
                 scale = (flat.max() - flat.min()) / steps
                 normalized = (flat - torch.round(flat.min() / scale) * scale) / scale
             codes = normalized.round() if noise is None else (normalized + noise.flatten()[index]).floor()
-            kept.view(-1)[index] = ((codes >= fake_quant.grid.low) & (codes <= fake_quant.grid.high)).float()
+            kept.view(-1)[index] = (
+                (codes >= fake_quant.grid.quant_min) & (codes <= fake_quant.grid.quant_max)
+            ).float()
     through = weight * kept
     mixed = through + (quantized - through).detach()
     return fake_quant.blend_ratio * weight + (1 - fake_quant.blend_ratio) * mixed
@@ -89,20 +91,20 @@ def naive_input(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
         dims = (-1,) if grid.granularity is TokenGranularity.PER_TOKEN else tuple(range(1, x.dim()))
         low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
     if grid.symmetric:
-        scale, offset = torch.maximum(high, -low) / grid.steps, torch.zeros(())
+        scale, offset = torch.maximum(high, -low) / grid.scale_divisor, torch.zeros(())
     else:
-        scale = (high - low) / grid.steps
+        scale = (high - low) / grid.scale_divisor
         offset = torch.round(low / scale) * scale
     codes = ((values - offset) / scale).round()
-    kept = ((codes >= grid.low) & (codes <= grid.high)).float()
+    kept = ((codes >= grid.quant_min) & (codes <= grid.quant_max)).float()
     through = x * kept
-    return through + (codes.clamp(grid.low, grid.high) * scale + offset - through).detach()
+    return through + (codes.clamp(grid.quant_min, grid.quant_max) * scale + offset - through).detach()
 
 
 def compare(product, x, weight, bias, fake_quant, input_grid):
     operands = [t for t in (x, weight, bias) if t is not None]
     fixed = RANGE if input_grid is not None and input_grid.static else None
-    y = quantized_product(x, weight, bias, product, fake_quant, input_grid, input_range=fixed)
+    y = fake_quantized_linear(x, weight, bias, product, fake_quant, input_grid, input_range=fixed)
     expected = product.forward(naive_input(x, input_grid), naive_weight(weight, fake_quant), bias)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(y)
@@ -112,34 +114,34 @@ def compare(product, x, weight, bias, fake_quant, input_grid):
 
 
 @pytest.mark.parametrize("input_grid", INPUTS, ids=str)
-@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", FAKE_QUANTS, ids=str)
 def test_linear_equals_naive_composition(fake_quant, input_grid):
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 9, requires_grad=True), torch.randn(6, requires_grad=True)
     for shape in [(2, 5, 9), (4, 9), (9,)]:
-        compare(LinearProduct(), torch.randn(shape, requires_grad=True), weight, bias, fake_quant, input_grid)
-    compare(LinearProduct(), torch.randn(3, 9, requires_grad=True), weight, None, fake_quant, input_grid)
+        compare(DenseOp(), torch.randn(shape, requires_grad=True), weight, bias, fake_quant, input_grid)
+    compare(DenseOp(), torch.randn(3, 9, requires_grad=True), weight, None, fake_quant, input_grid)
 
 
 @pytest.mark.parametrize("input_grid", INPUTS[:3], ids=str)
-@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", FAKE_QUANTS, ids=str)
 def test_conv1d_equals_naive_composition(fake_quant, input_grid):
     torch.manual_seed(0)
     if fake_quant is not None:
         fake_quant = replace(fake_quant, grid=replace(fake_quant.grid, channel_axis=1))
     weight, bias = torch.randn(9, 6, requires_grad=True), torch.randn(6, requires_grad=True)
     x = torch.randn(2, 5, 9, requires_grad=True)
-    compare(Conv1DProduct(), x, weight, bias, fake_quant, input_grid)
+    compare(Conv1dOp(), x, weight, bias, fake_quant, input_grid)
 
 
 @pytest.mark.parametrize("input_grid", INPUTS[3:], ids=str)
-@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", FAKE_QUANTS, ids=str)
 @pytest.mark.parametrize(
     "product",
     [
-        Conv2dProduct((1, 1), (1, 0), (1, 1), 1),
-        Conv2dProduct((2, 1), (0, 2), (1, 2), 2),
-        Conv2dProduct((1, 1), (0, 0), (1, 1), 1, extra_padding=(0, 1, 1, 0)),
+        Conv2dOp((1, 1), (1, 0), (1, 1), 1),
+        Conv2dOp((2, 1), (0, 2), (1, 2), 2),
+        Conv2dOp((1, 1), (0, 0), (1, 1), 1, extra_padding=(0, 1, 1, 0)),
     ],
     ids=str,
 )
@@ -153,7 +155,7 @@ def test_conv2d_equals_naive_composition(product, fake_quant, input_grid):
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("scale_grad_by_freq", [False, True])
-@pytest.mark.parametrize("fake_quant", RECIPES[:-1], ids=str)
+@pytest.mark.parametrize("fake_quant", FAKE_QUANTS[:-1], ids=str)
 def test_embedding_equals_naive_composition(fake_quant, padding_idx, scale_grad_by_freq):
     torch.manual_seed(0)
     if fake_quant.grid.granularity is Granularity.PER_GROUP:
@@ -167,7 +169,7 @@ def test_embedding_equals_naive_composition(fake_quant, padding_idx, scale_grad_
 def check_embedding(fake_quant, padding_idx, scale_grad_by_freq):
     table = torch.randn(11, 9, requires_grad=True)
     indices = torch.tensor([[3, 0, 3], [10, 3, 7]])
-    y = quantized_embedding(indices, table, fake_quant, None, padding_idx, scale_grad_by_freq)
+    y = fake_quantized_embedding(indices, table, fake_quant, None, padding_idx, scale_grad_by_freq)
     expected = F.embedding(
         indices, naive_weight(table, fake_quant), padding_idx, scale_grad_by_freq=scale_grad_by_freq
     )
@@ -180,12 +182,12 @@ def check_embedding(fake_quant, padding_idx, scale_grad_by_freq):
 
 def test_embedding_refuses_groups_across_rows():
     with pytest.raises(ValueError, match="per row"):
-        quantized_embedding(torch.tensor([0]), torch.randn(4, 4), FakeQuantConfig(LEGACY))
+        fake_quantized_embedding(torch.tensor([0]), torch.randn(4, 4), FakeQuantConfig(LEGACY))
 
 
 def lsq_value(weight: torch.Tensor, scale: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
     """Esser et al. 2020, equations 1 to 3, with autograd: round passes its gradient on."""
-    normalized = (weight / scale).clamp(grid.low, grid.high)
+    normalized = (weight / scale).clamp(grid.quant_min, grid.quant_max)
     return (normalized + (normalized.round() - normalized).detach()) * scale
 
 
@@ -196,24 +198,24 @@ def test_learned_step_size_gradient_is_the_papers(bits, narrow, ratio):
     torch.manual_seed(0)
     grid = WeightGrid(bits, narrow_range=narrow, granularity=Granularity.PER_CHANNEL, learned=True)
     weight = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-    step = (torch.rand(5, dtype=torch.float64) / grid.high + 0.02).requires_grad_()
+    step = (torch.rand(5, dtype=torch.float64) / grid.quant_max + 0.02).requires_grad_()
     step.data[1] *= -1
     x = torch.randn(3, 8, dtype=torch.float64)
     fake_quant = FakeQuantConfig(grid, step_ratio=ratio)
-    y = quantized_product(x, weight, None, LinearProduct(), fake_quant, None, step)
+    y = fake_quantized_linear(x, weight, None, DenseOp(), fake_quant, None, step)
     expected = F.linear(x, lsq_value(weight, step.abs()[:, None] * ratio, grid))
     torch.testing.assert_close(y, expected)
     upstream = torch.randn_like(y)
     got = torch.autograd.grad(y, [weight, step], upstream)
     wanted_weight, wanted_step = torch.autograd.grad(expected, [weight, step], upstream)
     codes = (weight / (step.abs()[:, None] * ratio)).round()
-    on_grid = (codes >= grid.low) & (codes <= grid.high)
-    near_end = on_grid & ((weight / (step.abs()[:, None] * ratio)).abs() > grid.high)
+    on_grid = (codes >= grid.quant_min) & (codes <= grid.quant_max)
+    near_end = on_grid & ((weight / (step.abs()[:, None] * ratio)).abs() > grid.quant_max)
     torch.testing.assert_close(got[0][~near_end], wanted_weight[~near_end])
     # The paper masks by the value, torch (and we) by the code: rows with a value between differ.
     rows = ~near_end.any(1)
     assert rows.any()
-    torch.testing.assert_close(got[1][rows], wanted_step[rows] / math.sqrt(8 * grid.high))
+    torch.testing.assert_close(got[1][rows], wanted_step[rows] / math.sqrt(8 * grid.quant_max))
 
 
 def test_learned_step_size_gradient_is_the_derivative_where_codes_clip():
@@ -224,13 +226,13 @@ def test_learned_step_size_gradient_is_the_derivative_where_codes_clip():
 
     def loss(step: torch.Tensor) -> torch.Tensor:
         return (
-            quantized_product(x, weight, None, LinearProduct(), FakeQuantConfig(grid), None, step)
+            fake_quantized_linear(x, weight, None, DenseOp(), FakeQuantConfig(grid), None, step)
             .square()
             .sum()
         )
 
     step = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
-    analytic = torch.autograd.grad(loss(step), step)[0] * math.sqrt(4 * grid.high)
+    analytic = torch.autograd.grad(loss(step), step)[0] * math.sqrt(4 * grid.quant_max)
     with torch.no_grad():
         numeric = (loss(step + 1e-6) - loss(step - 1e-6)) / 2e-6
     torch.testing.assert_close(analytic.squeeze(), numeric, rtol=1e-6, atol=1e-6)
@@ -242,17 +244,19 @@ def test_learned_step_size_of_an_embedding_equals_that_of_its_rows(granularity, 
     torch.manual_seed(0)
     grid = WeightGrid(4, narrow_range=True, granularity=Granularity(granularity), group_size=4, learned=True)
     table = torch.randn(6, 10, requires_grad=True)
-    step = torch.nn.Parameter(grids.initial_scale(table, grid))
+    step = torch.nn.Parameter(initial_scale(table, grid))
     indices = torch.tensor([0, 2, 2, 5])
     upstream = torch.randn(4, 10)
     got = torch.autograd.grad(
-        quantized_embedding(indices, table, FakeQuantConfig(grid), step, padding_idx), [table, step], upstream
+        fake_quantized_embedding(indices, table, FakeQuantConfig(grid), step, padding_idx),
+        [table, step],
+        upstream,
     )
     # The same through the linear layer: rows picked by a one-hot product.
     picks = F.one_hot(indices, 6).float()
     if padding_idx is not None:
         picks = picks * (indices != padding_idx)[:, None]
-    whole = quantized_product(torch.eye(10), table, None, LinearProduct(), FakeQuantConfig(grid), None, step)
+    whole = fake_quantized_linear(torch.eye(10), table, None, DenseOp(), FakeQuantConfig(grid), None, step)
     wanted = torch.autograd.grad(picks @ whole.t(), [table, step], upstream)
     torch.testing.assert_close(got, wanted)
     assert got[1].shape == scale_shape(table.shape, grid)
@@ -266,23 +270,23 @@ def saved_by(build) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("input_grid", INPUTS, ids=str)
-@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", FAKE_QUANTS, ids=str)
 def test_no_quantized_copy_is_kept(fake_quant, input_grid):
     weight, bias = torch.randn(64, 512, requires_grad=True), torch.zeros(64, requires_grad=True)
     x = torch.randn(32, 512, requires_grad=True)
     fixed = RANGE if input_grid is not None and input_grid.static else None
     saved = saved_by(
-        lambda: quantized_product(x, weight, bias, LinearProduct(), fake_quant, input_grid, input_range=fixed)
+        lambda: fake_quantized_linear(x, weight, bias, DenseOp(), fake_quant, input_grid, input_range=fixed)
     )
     known = {t.untyped_storage().data_ptr() for t in (x, weight)}
     extra = [t for t in saved if t.untyped_storage().data_ptr() not in known]
     assert len(saved) > len(extra) >= 0
-    assert sum(t.numel() for t in extra) <= 2 * (x.numel() + weight.numel()) / WEIGHTS_PER_KEPT_SCALE
+    assert sum(t.numel() for t in extra) <= 2 * (x.numel() + weight.numel()) / WEIGHTS_PER_SAVED_SCALE
 
 
 def test_no_quantized_rows_are_kept_by_an_embedding():
     table, indices = torch.randn(50, 64, requires_grad=True), torch.arange(40)
-    saved = saved_by(lambda: quantized_embedding(indices, table, FakeQuantConfig(PER_CHANNEL)))
+    saved = saved_by(lambda: fake_quantized_embedding(indices, table, FakeQuantConfig(PER_CHANNEL)))
     known = {t.untyped_storage().data_ptr() for t in (table, indices)}
     assert {t.untyped_storage().data_ptr() for t in saved} == known
 
@@ -293,17 +297,17 @@ def test_frozen_operands_are_neither_kept_nor_given_gradients():
 
     def pointers(**operands):
         x, weight = operands["x"], operands["weight"]
-        saved = saved_by(lambda: quantized_product(x, weight, None, LinearProduct(), fake_quant, narrow))
+        saved = saved_by(lambda: fake_quantized_linear(x, weight, None, DenseOp(), fake_quant, narrow))
         found = {t.untyped_storage().data_ptr() for t in saved}
         return x.untyped_storage().data_ptr() in found, weight.untyped_storage().data_ptr() in found
 
     assert pointers(x=x, weight=weight) == (False, True)
     assert pointers(x=x, weight=weight.clone().requires_grad_()) == (True, True)
-    y = quantized_product(x, weight, None, LinearProduct(), fake_quant, narrow)
+    y = fake_quantized_linear(x, weight, None, DenseOp(), fake_quant, narrow)
     (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(grad, grids.fake_quantize(weight, PER_CHANNEL).sum(0).expand(4, 16))
+    torch.testing.assert_close(grad, fake_quantize(weight, PER_CHANNEL).sum(0).expand(4, 16))
     trained = weight.clone().requires_grad_()
-    y = quantized_product(x.detach(), trained, None, LinearProduct(), fake_quant, narrow)
+    y = fake_quantized_linear(x.detach(), trained, None, DenseOp(), fake_quant, narrow)
     y.sum().backward()
     torch.testing.assert_close(trained.grad, naive_input(x.detach(), narrow).sum(0).expand(8, 16))
 
@@ -314,22 +318,22 @@ def test_weight_may_be_released_between_forward_and_backward():
     x = torch.randn(4, 16, requires_grad=True)
     fake_quant = FakeQuantConfig(LEGACY)
     expected = torch.autograd.grad(
-        quantized_product(x, weight, None, LinearProduct(), fake_quant).square().sum(), [x, weight]
+        fake_quantized_linear(x, weight, None, DenseOp(), fake_quant).square().sum(), [x, weight]
     )
-    loss = quantized_product(x, weight, None, LinearProduct(), fake_quant).square().sum()
+    loss = fake_quantized_linear(x, weight, None, DenseOp(), fake_quant).square().sum()
     whole, weight.data = weight.data, torch.empty(0)
     weight.data = whole
     assert all(map(torch.equal, torch.autograd.grad(loss, [x, weight]), expected))
 
 
-@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", FAKE_QUANTS, ids=str)
 def test_bf16_autocast_computes_scales_in_fp32_and_products_in_bf16(fake_quant):
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 9, requires_grad=True), torch.randn(6, requires_grad=True)
     x = torch.randn(5, 9, requires_grad=True)
     input_grid = ActivationGrid(8, narrow_range=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = quantized_product(x, weight, bias, LinearProduct(), fake_quant, input_grid)
+        y = fake_quantized_linear(x, weight, bias, DenseOp(), fake_quant, input_grid)
         expected = F.linear(naive_input(x, input_grid), naive_weight(weight, fake_quant), bias)
     assert y.dtype is expected.dtype is torch.bfloat16
     assert torch.equal(y, expected)
@@ -343,8 +347,8 @@ def test_bf16_autocast_computes_scales_in_fp32_and_products_in_bf16(fake_quant):
 def test_bf16_weights_are_quantized_in_fp32():
     weight = torch.randn(6, 9).bfloat16().requires_grad_()
     x = torch.eye(9).bfloat16()
-    y = quantized_product(x, weight, None, LinearProduct(), FakeQuantConfig(PER_CHANNEL))
-    expected = grids.fake_quantize(weight.detach().float(), PER_CHANNEL).bfloat16()
+    y = fake_quantized_linear(x, weight, None, DenseOp(), FakeQuantConfig(PER_CHANNEL))
+    expected = fake_quantize(weight.detach().float(), PER_CHANNEL).bfloat16()
     assert torch.equal(y, expected.t())
     y.sum().backward()
     assert weight.grad is not None and weight.grad.dtype is torch.bfloat16
@@ -355,7 +359,7 @@ def test_stochastic_rounding_repeats_with_its_key_only():
     weight, x = torch.randn(6, 9), torch.eye(9)
 
     def draw(key):
-        return quantized_product(x, weight, None, LinearProduct(), FakeQuantConfig(grid, noise_key=key))
+        return fake_quantized_linear(x, weight, None, DenseOp(), FakeQuantConfig(grid, noise_key=key))
 
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -367,13 +371,13 @@ def test_stochastic_rounding_repeats_with_its_key_only():
 def test_embedding_draws_the_same_noise_as_the_whole_table():
     grid = WeightGrid(4, granularity=Granularity.PER_CHANNEL, stochastic=True)
     table, fake_quant = torch.randn(6, 9), FakeQuantConfig(grid, noise_key=3)
-    whole = quantized_product(torch.eye(9), table, None, LinearProduct(), fake_quant).t()
-    assert torch.equal(quantized_embedding(torch.tensor([4, 0, 4]), table, fake_quant), whole[[4, 0, 4]])
+    whole = fake_quantized_linear(torch.eye(9), table, None, DenseOp(), fake_quant).t()
+    assert torch.equal(fake_quantized_embedding(torch.tensor([4, 0, 4]), table, fake_quant), whole[[4, 0, 4]])
 
 
 def test_second_derivatives_are_refused():
     weight = torch.randn(3, 4, requires_grad=True)
-    y = quantized_product(torch.randn(2, 4), weight, None, LinearProduct(), FakeQuantConfig(PER_CHANNEL))
+    y = fake_quantized_linear(torch.randn(2, 4), weight, None, DenseOp(), FakeQuantConfig(PER_CHANNEL))
     (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

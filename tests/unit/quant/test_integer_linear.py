@@ -12,9 +12,9 @@ from torch import nn
 
 from ds_compress import ConfigError, plan
 from ds_compress.quant import layers
-from ds_compress.quant.grid import ActivationGrid, TokenGranularity, WeightGrid, initial_scale, quantize
-from ds_compress.quant.layout import Granularity
-from ds_compress.quant.operands import FakeQuantConfig, quantize_input
+from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_input
+from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
+from ds_compress.quant.weights import initial_scale, quantize
 
 CHANNEL = {"granularity": Granularity.PER_CHANNEL, "narrow_range": True}
 GRIDS = {
@@ -80,9 +80,9 @@ def test_it_is_the_exact_sum_over_the_codes() -> None:
     module = twins(GRIDS["narrow, per channel"], NARROW, layer())[1]
     x = torch.randn(6, 37)
     codes = quantize(module.weight.detach(), GRIDS["narrow, per channel"])
-    scale = quantize_input(x, NARROW).ranges[0].scale
+    scale = fake_quantize_input(x, NARROW).qparams[0].scale
     x_codes = torch.round(x / scale).double()
-    total = (x_codes @ codes.codes.double().t()).float()
+    total = (x_codes @ codes.values.double().t()).float()
     expected = total * (scale * codes.scale) + module.bias
     assert torch.equal(module(x), expected)
 

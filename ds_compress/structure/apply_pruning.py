@@ -1,30 +1,29 @@
-"""Rewriting a model: smaller tensors, fewer layers, and every attribute and config that says how many there are."""
+"""Removing units from a model: smaller tensors, fewer layers, and the attributes and configs that give their sizes."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.attention import HEADS, Attention, attentions_of
-from ds_compress.structure.find import find_structures
+from ds_compress.structure.attention import HEADS, Attention, attention_projections, attentions_of
+from ds_compress.structure.feed_forward import row_groups
+from ds_compress.structure.heads import head_groups
 from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.inventory import Inventory, second_names
 from ds_compress.structure.model_config import (
     configs_of,
     configs_of_stack,
     private_config,
-    rewrite_config,
     set_depth,
+    update_config,
 )
-from ds_compress.structure.structure import GroupKind, PrunableGroup
-
-if TYPE_CHECKING:
-    from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+from ds_compress.structure.pruning_plan import PruningPlan
 
 _KEY_VALUE_HEADS = (
     "num_key_value_heads",
@@ -52,87 +51,90 @@ _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module, cuts: PruningPlan, skeleton: bool = False) -> None:
-    """See `PruningPlan.rewrite`."""
+def apply_pruning(model: nn.Module, pruning_plan: PruningPlan, meta: bool = False) -> None:
+    """See `PruningPlan.apply_pruning`."""
     inventory = Inventory(model)
-    cuts.aliases |= second_names(model)
-    # What the model looks like is read before anything changes.
+    pruning_plan.aliases |= second_names(model)
+    # Everything is looked up before anything changes.
     attentions, _ = attentions_of(inventory)
-    counted = _with_uncut(model, cuts)
+    counted = _with_unpruned(inventory, pruning_plan)
     configs = configs_of(model)
-    _check(model, cuts)
-    _replace_tensors(model, cuts, skeleton)
+    _check(model, pruning_plan)
+    _replace_tensors(model, pruning_plan, meta)
     for module in model.modules():
         _fix_sizes(module)
     uniform = _uniform_heads(counted)
     for attention in attentions:
         _fix_attention(inventory, attention, uniform)
-    _fix_remarks(model, cuts)
-    _scale_epsilon(model, cuts)
+    _fix_remarks(model, pruning_plan)
+    _scale_epsilon(model, pruning_plan)
     for config, prefixes in configs:
         below = [(s, n) for s, n in counted if any(_is_below(s, prefix) for prefix in prefixes)]
-        rewrite_config(config, below)
-    for stack, deleted in cuts.deleted_layers().items():
+        update_config(config, below)
+    for stack, deleted in pruning_plan.deleted_layers().items():
         depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
         kept = [index for index in range(depth) if index not in deleted]
         for config in configs_of_stack(model, stack, depth):
             set_depth(config, stack, depth, kept)
-    _delete_layers(model, cuts)
+    _delete_layers(model, pruning_plan)
 
 
-def _with_uncut(model: nn.Module, cuts: PruningPlan) -> list[tuple[PrunableGroup, int]]:
-    """(structure, units in the end) of the cut ones, and of all others of the kinds that are cut."""
-    counted = [(structure, cuts.count(structure)) for structure in cuts.structures]
-    named = {member.tensor for structure in cuts.structures for member in structure.members}
+def _with_unpruned(inventory: Inventory, pruning_plan: PruningPlan) -> list[tuple[PrunableGroup, int]]:
+    """(group, units in the end) of the groups of the plan, and of all others of the kinds that it prunes."""
+    counted = [(group, pruning_plan.count(group)) for group in pruning_plan.groups]
+    named = {coupled.tensor for group in pruning_plan.groups for coupled in group.slices}
     for kind in (GroupKind.ROW, GroupKind.HEAD):
-        if any(structure.kind is kind for structure in cuts.active()):
-            for other in find_structures(model, kind).structures:
-                if not any(member.tensor in named for member in other.members):
+        if any(group.kind is kind for group in pruning_plan.active()):
+            others, _ = (
+                row_groups(inventory, attention_projections(inventory))
+                if kind is GroupKind.ROW
+                else head_groups(inventory)
+            )
+            for other in others:
+                if not any(coupled.tensor in named for coupled in other.slices):
                     counted.append((other, other.units))
     return counted
 
 
-def _check(model: nn.Module, cuts: PruningPlan) -> None:
+def _check(model: nn.Module, pruning_plan: PruningPlan) -> None:
     tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for structure in cuts.active():
-        for member in structure.members:
-            tensor = tensors.get(member.tensor)
+    for group in pruning_plan.active():
+        for coupled in group.slices:
+            tensor = tensors.get(coupled.tensor)
             if tensor is None:
-                raise ValueError(f"{structure.name}: this model has no tensor {member.tensor}")
+                raise ValueError(f"{group.name}: this model has no tensor {coupled.tensor}")
             shape = shape_of(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
             if shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"{member.tensor} is not whole in this process: gather it, or stream it by `apply`"
+                    f"{coupled.tensor} is sharded: gather it, or stream it by `PruningPlan.prune_tensor`"
                 )
-            if member.index.numel() and int(member.index.max()) >= shape[member.dim]:
+            if coupled.index.numel() and int(coupled.index.max()) >= shape[coupled.dim]:
                 raise ValueError(
-                    f"{member.tensor} has the shape {list(shape)}: it was cut before, or is another model's"
+                    f"{coupled.tensor} has the shape {list(shape)}: it was pruned before, or belongs to another model"
                 )
 
 
-def _replace_tensors(model: nn.Module, cuts: PruningPlan, skeleton: bool) -> None:
-    """Puts one new tensor per old one in every place that used it, so that ties stay ties."""
+def _replace_tensors(model: nn.Module, pruning_plan: PruningPlan, meta: bool) -> None:
+    """Replaces each old tensor by one new one wherever it is used, so that ties stay ties."""
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     new: dict[int, torch.Tensor] = {}
     old: list[torch.Tensor] = []  # kept until all is done, so that no new tensor has the id of an old one
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             for key, tensor in own.items():
-                if tensor is None or not cuts.touches(names.get(id(tensor), "")):
+                if tensor is None or not pruning_plan.touches(names.get(id(tensor), "")):
                     continue
                 if id(tensor) not in new:
                     old.append(tensor)
-                    new[id(tensor)] = _smaller(tensor, names[id(tensor)], cuts, skeleton)
+                    new[id(tensor)] = _smaller(tensor, names[id(tensor)], pruning_plan, meta)
                 own[key] = new[id(tensor)]  # type: ignore[assignment]
 
 
-def _smaller(tensor: torch.Tensor, name: str, cuts: PruningPlan, skeleton: bool) -> torch.Tensor:
-    whole = tensor.detach()
-    if whole.is_meta and not skeleton:
-        raise ValueError(
-            f"{name} is on the meta device: say skeleton=True if its shape is all that is wanted"
-        )
-    values = cuts.apply(name, whole).contiguous()
+def _smaller(tensor: torch.Tensor, name: str, pruning_plan: PruningPlan, meta: bool) -> torch.Tensor:
+    full = tensor.detach()
+    if full.is_meta and not meta:
+        raise ValueError(f"{name} is on the meta device: pass meta=True where only shapes are wanted")
+    values = pruning_plan.prune_tensor(name, full).contiguous()
     if not isinstance(tensor, nn.Parameter):
         return values
     return nn.Parameter(values, requires_grad=tensor.requires_grad)
@@ -190,39 +192,39 @@ def _fix_attention(inventory: Inventory, attention: Attention, uniform: bool) ->
         private_config(holder, heads, key_values)
 
 
-def _fix_remarks(model: nn.Module, cuts: PruningPlan) -> None:
+def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
     """Attributes by which modules remember the sizes that they were built with."""
-    for structure in cuts.active():
+    for group in pruning_plan.active():
         attributes: tuple[str, ...]
-        if structure.kind is GroupKind.HIDDEN:
-            shard_group, attributes = list(model.modules()), _HIDDEN_SIZES
-        elif structure.kind is GroupKind.ROW:
-            parents = {name.rpartition(".")[0] for name in structure.modules}
-            shard_group, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
-        elif structure.kind is GroupKind.LAYER:
-            stack = structure.layers[0].rpartition(".")[0]
+        if group.kind is GroupKind.HIDDEN:
+            holders, attributes = list(model.modules()), _HIDDEN_SIZES
+        elif group.kind is GroupKind.ROW:
+            parents = {name.rpartition(".")[0] for name in group.modules}
+            holders, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
+        elif group.kind is GroupKind.LAYER:
+            stack = group.layers[0].rpartition(".")[0]
             depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
-            left = depth - structure.units + cuts.count(structure)
+            left = depth - group.units + pruning_plan.count(group)
             _set(model.get_submodule(stack.rpartition(".")[0]), _DEPTHS, depth, left)
             continue
         else:
             continue
-        for holder in shard_group:
-            _set(holder, attributes, structure.units, cuts.count(structure))
+        for holder in holders:
+            _set(holder, attributes, group.units, pruning_plan.count(group))
 
 
-def _scale_epsilon(model: nn.Module, cuts: PruningPlan) -> None:
+def _scale_epsilon(model: nn.Module, pruning_plan: PruningPlan) -> None:
     """Norms over k of n entries: their epsilon weighs as much as before beside a mean that is n / k times as large."""
-    for structure in cuts.active():
-        if structure.kind is GroupKind.HIDDEN and scales_epsilon(getattr(model, "config", None)):
-            for member in structure.members:
-                norm = model.get_submodule(member.tensor.rpartition(".")[0])
-                for attribute in ("variance_epsilon", "eps") if member.rescale else ():
+    for group in pruning_plan.active():
+        if group.kind is GroupKind.HIDDEN and scales_epsilon(getattr(model, "config", None)):
+            for coupled in group.slices:
+                norm = model.get_submodule(coupled.tensor.rpartition(".")[0])
+                for attribute in ("variance_epsilon", "eps") if coupled.rescale else ():
                     if isinstance(getattr(norm, attribute, None), float):
                         setattr(
                             norm,
                             attribute,
-                            getattr(norm, attribute) * (structure.units / cuts.count(structure)),
+                            getattr(norm, attribute) * (group.units / pruning_plan.count(group)),
                         )
 
 
@@ -253,13 +255,13 @@ def _uniform_heads(counted: list[tuple[PrunableGroup, int]]) -> bool:
     return len({(s.units, n) for s, n in counted if s.kind is GroupKind.HEAD}) <= 1
 
 
-def _is_below(structure: PrunableGroup, prefix: str) -> bool:
-    names = structure.layers or structure.modules
+def _is_below(group: PrunableGroup, prefix: str) -> bool:
+    names = group.layers or group.modules
     return not prefix or any(name.startswith(prefix + ".") for name in names)
 
 
-def _delete_layers(model: nn.Module, cuts: PruningPlan) -> None:
-    for stack, indices in cuts.deleted_layers().items():
+def _delete_layers(model: nn.Module, pruning_plan: PruningPlan) -> None:
+    for stack, indices in pruning_plan.deleted_layers().items():
         layers = model.get_submodule(stack)
         assert isinstance(layers, nn.ModuleList)
         for index in reversed(indices):

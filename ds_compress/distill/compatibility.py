@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ds_compress.config.schema import distillation as schema
-from ds_compress.distill.record import CapturedActivations
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.errors import ConfigError, Problem
 
 _PATH = "compression_training.distillation"

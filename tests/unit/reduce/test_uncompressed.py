@@ -1,4 +1,4 @@
-"""What travels exactly beside quantized gradients, and what that and the ends of blocks cost in bytes."""
+"""What is sent uncompressed beside quantized gradients, and what that and the ends of blocks cost in bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from ds_compress.ops.sizes import payload_bytes
 from ds_compress.reduce.codec import BlockCodec
-from ds_compress.reduce.exactness import travels_exactly
-from ds_compress.reduce.slices import Segment, Slices, count, joined, spread
+from ds_compress.reduce.slices import Segment, Slices, packed, packed_numel, unpack
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
 
 MODELS = ("minilm", "bert", "llama")
 
@@ -43,12 +43,12 @@ def shapes(model: str) -> list[torch.Size]:
 @pytest.mark.parametrize(("bits", "block"), [(8, 512), (4, 128)])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_bytes_of_a_step_hardly_change(model: str, bits: int, block: int, owners: int) -> None:
-    """Against one message of everything; each parameter in equal slices for the owners, as at stage 3."""
+    """Against one payload of everything; each parameter in equal slices for the owners, as at stage 3."""
     found, elements = 0.0, 0
     for shape in shapes(model):
         numel = shape.numel()
         elements += numel
-        if travels_exactly(shape):
+        if is_sent_uncompressed(shape):
             found += (
                 2 * 2 * numel
             )  # an all-reduce of 16-bit numbers sends nearly twice what a reduce-scatter does
@@ -72,7 +72,7 @@ def test_the_bytes_of_a_step_hardly_change(model: str, bits: int, block: int, ow
     ],
 )
 def test_small_and_one_dimensional_parameters_travel_exactly(shape: tuple[int, ...], exactly: bool) -> None:
-    assert travels_exactly(shape) is exactly
+    assert is_sent_uncompressed(shape) is exactly
 
 
 def test_no_parameter_is_rounded_in_the_steps_of_another() -> None:
@@ -83,13 +83,13 @@ def test_no_parameter_is_rounded_in_the_steps_of_another() -> None:
         codec = BlockCodec(bits, block)
         slices = Slices([Segment(t, 0) for t in tensors], 1, 8 * block, block)
         arrived: dict[int, list[torch.Tensor]] = {}
-        for piece in range(slices.pieces):
-            parts = slices.parts(0, piece)
-            message = torch.empty(codec.message_bytes(count(parts)), dtype=torch.uint8)
-            codec.encode(joined(parts), message)
-            read = torch.empty(count(parts))
-            codec.decode(message, read)
-            for part, values in zip(parts, spread(read, parts), strict=True):
+        for chunk in range(slices.chunks):
+            parts = slices.parts(0, chunk)
+            payload = torch.empty(codec.payload_bytes(packed_numel(parts)), dtype=torch.uint8)
+            codec.encode(packed(parts), payload)
+            read = torch.empty(packed_numel(parts))
+            codec.decode(payload, read)
+            for part, values in zip(parts, unpack(read, parts), strict=True):
                 arrived.setdefault(id(part.segment.values), []).append(values.clone())
         for tensor in tensors:
             read = torch.cat(arrived[id(tensor)])

@@ -1,4 +1,4 @@
-"""What the inner products of the workers' gradients say about each worker."""
+"""Which workers are outliers, from the inner products of their gradients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MEMORY_STEPS = 20
 
 
 class OutlierAbortError(RuntimeError):
-    """A worker's gradient stood out, and `on_outlier` is `abort`."""
+    """A worker's gradient was flagged, and `on_outlier` is `abort`."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """About one reduction, or about all of a step; the same in every process.
+    """Statistics of one reduction, or of all reductions of a step; the same in every process.
 
-    norms, cosines: fp64 (n,); length of each worker's gradient, and its cosine to the mean of all finite ones.
+    norms, cosines: fp64 (n,); norm of each worker's gradient, and its cosine to the mean of all finite ones.
     non_finite: workers whose gradient held NaN or Inf. outliers: workers with a norm far above the median.
     """
 
@@ -29,12 +29,12 @@ class Report:
     outliers: tuple[int, ...] = ()
 
     @property
-    def accused(self) -> tuple[int, ...]:
+    def flagged(self) -> tuple[int, ...]:
         return tuple(sorted({*self.non_finite, *self.outliers}))
 
 
 def report(gram: torch.Tensor, non_finite: Sequence[int], ratio: float) -> Report:
-    """From the inner products (n, n) fp64, in which the rows of non-finite workers do not count."""
+    """From the inner products (n, n) fp64, of which the rows of non-finite workers are ignored."""
     n = len(gram)
     finite = [i for i in range(n) if i not in set(non_finite)]
     norms = torch.full((n,), torch.nan, dtype=torch.float64)
@@ -53,12 +53,12 @@ def report(gram: torch.Tensor, non_finite: Sequence[int], ratio: float) -> Repor
     return Report(norms, cosines, tuple(non_finite), outliers)
 
 
-class Watch:
-    """Tells a worker that keeps standing out from an honest one with a rare batch.
+class OutlierDetector:
+    """Distinguishes a worker that is an outlier step after step from an honest one with a rare batch.
 
-    Norms of honest gradients have heavy tails: in a model that has learned its task, one small batch in forty is five
-    times as long as the median. So a worker is an outlier when the geometric mean of its norm over the median norm,
-    over about the last `MEMORY_STEPS` steps, is above `ratio`; or at once when this step's alone is above its square.
+    Norms of honest gradients have heavy tails: in a model that has learned its task, one small batch in forty has five
+    times the median norm. So a worker is an outlier when the geometric mean of its norm over the median norm, over
+    about the last `MEMORY_STEPS` steps, is above `ratio`; or at once when that of this step alone is above its square.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -67,17 +67,17 @@ class Watch:
         self._counts: torch.Tensor | None = None
 
     @property
-    def suspects(self) -> tuple[int, ...]:
-        """The workers who kept standing out up to the last step, the same in every process."""
-        return _indices(self._stands_out())
+    def flagged(self) -> tuple[int, ...]:
+        """The outliers up to the last step, the same in every process."""
+        return _indices(self._is_outlier())
 
-    def judge(self, found: Report) -> Report:
-        """The report of a step with the outliers among all steps, not of this one; called once per step."""
+    def update(self, found: Report) -> Report:
+        """The report of a step with the outliers over the steps so far, not of this one; called once per step."""
         finite = torch.isfinite(found.norms)
         middle = found.norms[finite].quantile(0.5) if finite.any() else torch.tensor(0.0)
         if not middle > 0:
             return found
-        # Bounded, so that no single step is remembered for longer than it is worth.
+        # Bounded, so that no single step dominates the mean.
         logs = (found.norms / middle).log().clamp(-3 * self._limit, 3 * self._limit)
         if self._logs is None or self._counts is None:
             self._logs, self._counts = torch.zeros_like(logs), torch.zeros_like(logs)
@@ -85,9 +85,9 @@ class Watch:
         self._logs = torch.where(finite, self._logs * kept + logs, self._logs)
         self._counts = torch.where(finite, self._counts * kept + 1, self._counts)
         at_once = logs >= 2 * self._limit
-        return replace(found, outliers=_indices((self._stands_out() | at_once) & finite))
+        return replace(found, outliers=_indices((self._is_outlier() | at_once) & finite))
 
-    def _stands_out(self) -> torch.Tensor:
+    def _is_outlier(self) -> torch.Tensor:
         if self._logs is None or self._counts is None:
             return torch.zeros(0, dtype=torch.bool)
         return self._logs > self._limit * self._counts
@@ -99,7 +99,7 @@ class Watch:
         return {"logs": self._logs, "counts": self._counts}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from a `state`; from an empty one, begins anew."""
+        """Continues from a `state`; starts anew from an empty one."""
         self._logs, self._counts = state.get("logs"), state.get("counts")
 
 
@@ -108,13 +108,13 @@ def _indices(flags: torch.Tensor) -> tuple[int, ...]:
 
 
 @dataclass
-class Accusations:
-    """Counts over a run: how often each worker was named, and in how many steps."""
+class FlagCounts:
+    """Counts over a run: in how many steps each worker was flagged, and of how many steps."""
 
     steps: int = 0
-    named: dict[int, int] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
 
-    def add(self, accused: Sequence[int]) -> None:
+    def add(self, flagged: Sequence[int]) -> None:
         self.steps += 1
-        for worker in accused:
-            self.named[worker] = self.named.get(worker, 0) + 1
+        for worker in flagged:
+            self.counts[worker] = self.counts.get(worker, 0) + 1

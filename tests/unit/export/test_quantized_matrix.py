@@ -10,10 +10,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_compress.export.encoded import encode, encode_rows
+from ds_compress.export.quantized_matrix import quantize_matrix, quantize_rows
 from ds_compress.export.serving_format import loaded_weight, stored_weight
-from ds_compress.quant.grid import Granularity, WeightGrid, initial_scale
-from ds_compress.quant.operands import FakeQuantConfig, quantize_weight
+from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
+from ds_compress.quant.grid import Granularity, WeightGrid
+from ds_compress.quant.weights import initial_scale
 
 GRANULARITIES: list[dict[str, Any]] = [
     {"granularity": Granularity.PER_TENSOR},
@@ -47,23 +48,25 @@ class TestEveryGrid:
             WeightGrid(bits=bits, symmetric=symmetric, channel_axis=channel_axis, **how)
         )
         x = weight()
-        encoded = encode(x, fake_quant)
-        trained = quantize_weight(x, fake_quant).values
-        assert torch.equal(encoded.values(), trained)
+        quantized = quantize_matrix(x, fake_quant)
+        trained = fake_quantize_weight(x, fake_quant).values
+        assert torch.equal(quantized.dequantize(), trained)
         scheme = {
-            "bits": encoded.bits,
-            "group_size": encoded.group_size,
-            "shape": list(encoded.shape),
-            "transposed": encoded.transposed,
+            "bits": quantized.bits,
+            "group_size": quantized.group_size,
+            "shape": list(quantized.shape),
+            "transposed": quantized.transposed,
         }
-        assert torch.equal(loaded_weight(stored_weight(encoded), scheme).values(), trained)
+        assert torch.equal(loaded_weight(stored_weight(quantized), scheme).dequantize(), trained)
         if symmetric:
-            if encoded.bits == 1:
-                assert set(encoded.codes.unique().tolist()) == {-1, 1}
+            if quantized.bits == 1:
+                assert set(quantized.values.unique().tolist()) == {-1, 1}
                 return
-            assert int(encoded.codes.min()) >= -(2 ** (encoded.bits - 1))
-            packed = pack_to_int32(encoded.codes, encoded.bits)
-            assert torch.equal(unpack_from_int32(packed, encoded.bits, encoded.codes.shape), encoded.codes)
+            assert int(quantized.values.min()) >= -(2 ** (quantized.bits - 1))
+            packed = pack_to_int32(quantized.values, quantized.bits)
+            assert torch.equal(
+                unpack_from_int32(packed, quantized.bits, quantized.values.shape), quantized.values
+            )
 
 
 @given(
@@ -80,37 +83,39 @@ def test_learned_scales_go_in_as_they_are(
     grid = WeightGrid(bits=bits, granularity=Granularity.PER_CHANNEL, learned=True, narrow_range=narrow)
     x = weight(rows, columns, seed, dtype)
     scale = initial_scale(x, grid) * 1.37
-    encoded = encode(x, FakeQuantConfig(grid), scale)
-    assert torch.equal(encoded.scale[:, 0], scale.abs().clamp_min(2.0**-126))
-    assert torch.equal(encoded.values().to(dtype), quantize_weight(x, FakeQuantConfig(grid), scale).values)
+    quantized = quantize_matrix(x, FakeQuantConfig(grid), scale)
+    assert torch.equal(quantized.scale[:, 0], scale.abs().clamp_min(2.0**-126))
+    assert torch.equal(
+        quantized.dequantize().to(dtype), fake_quantize_weight(x, FakeQuantConfig(grid), scale).values
+    )
 
 
 def test_legacy_grid_uses_the_lowest_code() -> None:
     grid = WeightGrid(bits=8, granularity=Granularity.PER_CHANNEL)
     x = weight()
     x[0, 0] = -x[0].abs().max() - 1
-    encoded = encode(x, FakeQuantConfig(grid))
-    assert int(encoded.codes[0, 0]) == -128
-    assert float(encoded.scale[0, 0]) == pytest.approx(2 * float(x[0].abs().max()) / 256)
+    quantized = quantize_matrix(x, FakeQuantConfig(grid))
+    assert int(quantized.values[0, 0]) == -128
+    assert float(quantized.scale[0, 0]) == pytest.approx(2 * float(x[0].abs().max()) / 256)
 
 
 @pytest.mark.parametrize("channel_axis", [0, 1])
 def test_cut_keeps_values(channel_axis: int) -> None:
     grid = WeightGrid(bits=4, granularity=Granularity.PER_CHANNEL, channel_axis=channel_axis)
     x = weight()
-    whole = encode(x, FakeQuantConfig(grid))
+    whole = quantize_matrix(x, FakeQuantConfig(grid))
     rows, columns = torch.tensor([0, 3, 4, 15]), torch.tensor([1, 2, 20])
 
     def apply(t: torch.Tensor) -> torch.Tensor:
         return t.index_select(0, rows).index_select(1, columns)
 
-    assert torch.equal(whole.cut(apply).values(), apply(whole.values()))
+    assert torch.equal(whole.cut(apply).dequantize(), apply(whole.dequantize()))
 
 
 def test_cut_by_whole_groups_only() -> None:
     grid = WeightGrid(bits=4, granularity=Granularity.PER_COLUMN_GROUP, group_size=8)
-    whole = encode(weight(), FakeQuantConfig(grid))
-    assert torch.equal(whole.cut(lambda t: t[:, 8:]).values(), whole.values()[:, 8:])
+    whole = quantize_matrix(weight(), FakeQuantConfig(grid))
+    assert torch.equal(whole.cut(lambda t: t[:, 8:]).dequantize(), whole.dequantize()[:, 8:])
     with pytest.raises(ValueError, match="across groups of 8"):
         whole.cut(lambda t: t[:, 4:])
 
@@ -130,10 +135,10 @@ def test_cut_by_whole_groups_only() -> None:
 )
 def test_refusals(fake_quant: FakeQuantConfig, x: torch.Tensor, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        encode(x, fake_quant)
+        quantize_matrix(x, fake_quant)
 
 
 def test_rows_of_an_embedding() -> None:
     x = weight()
-    encoded = encode_rows(x)
-    assert float((encoded.values() - x).abs().max()) <= float(encoded.scale.max()) / 2 + 1e-7
+    quantized = quantize_rows(x)
+    assert float((quantized.dequantize() - x).abs().max()) <= float(quantized.scale.max()) / 2 + 1e-7
