@@ -85,6 +85,12 @@ def prefer(preference: Preference) -> Any:
     return _default
 
 
+def prefer_unless_chosen(preference: Preference) -> None:
+    """As `prefer`, where this process has no default yet."""
+    if _default is None:
+        prefer(preference)
+
+
 class kernel_preference:
     """`with kernel_preference(Preference.NATIVE): ...` holds for the ops called in the block, not for the process.
 
