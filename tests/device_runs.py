@@ -37,15 +37,17 @@ def batches(steps: int, device: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 def train(block: dict[str, Any] | None, device: Any, steps: int = 9) -> dict[str, Any]:
     """A loop without an engine; what every step waits for, beside the reading of the loss."""
-    from ds_compress.engine.run import CompressionRun
+    from ds_compress.config import parse_config
+    from ds_compress.engine.attach import attach_to_loop
+    from ds_compress.engine.build import prepare_model
     from tests.multirank.common import tiny_bert
     from tests.simulated_device import waits
 
     model = tiny_bert().to(device).train()
     session = None
     if block is not None:
-        session = CompressionRun.of_model(model, block)
-        session.attach_to_loop()
+        session = prepare_model(model, parse_config(block))
+        attach_to_loop(session)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     losses, waited = [], []
     for batch in batches(steps, device):
@@ -163,8 +165,8 @@ def clipping_at_stage_0_waits_once() -> None:
     from types import SimpleNamespace
 
     from ds_compress.engine.step.clipping import AppliedNorm
-    from ds_compress.engine.zero.shards import Shards
     from ds_compress.ops import bitmask
+    from ds_compress.sharding.shards import Shards
     from tests.simulated_device import DEVICE, waits
 
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).to(DEVICE)
@@ -245,7 +247,13 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
     assert config.distillation is not None
     stage = Distillation(config.distillation, model, teacher, None, all_gather_rows)
     stage.prepare(model)
-    engine = SimpleNamespace(backward=lambda loss: loss.backward())
+    transforms: list[Any] = []
+
+    def transform_loss(transform: Any) -> Any:
+        transforms.append(transform)
+        return lambda: None
+
+    engine: Any = SimpleNamespace(transform_loss=transform_loss)
     stage.attach_engine(engine)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     found = []
@@ -254,7 +262,7 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
         waits.clear()
         optimizer.zero_grad()
         loss = model(**given).loss
-        engine.backward(loss)
+        transforms[0](loss).backward()
         stage.before_step(0)
         optimizer.step()
         stage.after_step(1)

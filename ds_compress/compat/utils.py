@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
+from ds_compress.config.targets import exact_ceil
 from ds_compress.quant.grid import Grid, WeightGrid, decode_, encode, measure, ranges_between, working_dtype
-from ds_compress.techniques.sparse_pruning import exact_ceil
 
 
 class TopKBinarizer(Function):

@@ -16,7 +16,7 @@ _PATH = "compression_training.distillation"
 _LARGEST_PADDING = 512
 
 
-def check_pair(config: schema.Distillation, student: nn.Module, teacher: nn.Module | None) -> None:
+def check_pair(config: schema.DistillationConfig, student: nn.Module, teacher: nn.Module | None) -> None:
     """Raises ConfigError for a teacher that this student cannot imitate, as far as their configs tell."""
     if teacher is student and config.self_teacher is None:
         raise ConfigError(

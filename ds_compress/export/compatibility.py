@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.report.stored_bytes import format_of
-from ds_compress.config.resolve.structures import StructurePlan, kept_units, shape_after
+from ds_compress.config.report.size_estimate import format_of
+from ds_compress.config.structure_targets import StructurePlan, kept_units, shape_after
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.export import rehearsal
 from ds_compress.export.format import is_of_transformers

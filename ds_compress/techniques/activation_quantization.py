@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ds_compress.config.targets import Target, TechniquePlan
-    from ds_compress.engine.zero.shards import Shards
+    from ds_compress.sharding.shards import Shards
 
 
 class ActivationQuantization(Technique):
     """Raises ValueError at construction for a layer whose input cannot be quantized."""
 
     name: ClassVar[str] = "activation_quantization"
+    is_in_forward = True
 
     def __init__(self, technique: TechniquePlan, seed: int) -> None:
         """`seed` is not used: ranges have no randomness."""

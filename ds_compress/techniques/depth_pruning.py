@@ -25,7 +25,7 @@ from ds_compress.techniques.structured_pruning import StructuredPruning, first_a
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ds_compress.engine.zero.shards import Fragment
+    from ds_compress.sharding.fragment import Fragment
 
 
 class DepthPruning(StructuredPruning):

@@ -69,6 +69,7 @@ class WeightQuantization(Technique):
     """Raises ValueError at construction for a weight that its grid cannot cut or round as configured."""
 
     name: ClassVar[str] = "weight_quantization"
+    is_in_forward = True
 
     def __init__(self, technique: TechniquePlan, seed: int) -> None:
         self._shared = technique.shared

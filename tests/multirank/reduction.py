@@ -16,7 +16,7 @@ import torch.distributed as dist
 import ds_compress
 from ds_compress.engine.comm import reduction_points
 from ds_compress.engine.zero.internals import loss_scale
-from ds_compress.engine.zero.shards import Shards
+from ds_compress.engine.zero.shards import shards_of
 from ds_compress.reduce.link import Comparison
 from ds_compress.reduce.nodes import HOST_VARIABLE
 from ds_compress.reduce.workers import OutlierAbortError
@@ -112,7 +112,7 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
     accumulation = engine.gradient_accumulation_steps()
 
-    shards = Shards.of_engine(engine).fragments
+    shards = shards_of(engine).fragments
 
     def look(optimizer: Any, args: Any, kwargs: Any) -> None:
         master = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -524,7 +524,7 @@ def weights_on_the_wire(folder: str) -> dict[str, Any]:
 def master_weights(engine: Any) -> dict[str, torch.Tensor]:
     """The fp32 masters, whole, in every process."""
     result = {}
-    fragments = Shards.of_engine(engine).fragments
+    fragments = shards_of(engine).fragments
     for name, parameter in engine.module.named_parameters():
         whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=device())
         if name in fragments:

@@ -67,11 +67,7 @@ def masked_and_final(
         for stage in stages:
             with engine_of(model(), ds_config(stage, BLOCKS[name])) as engine:
                 losses = train(engine, batches(8))
-                kept = {
-                    structure: units.tolist()
-                    for block in engine.compression.structured
-                    for structure, units in block.kept.items()
-                }
+                kept = {name: units.tolist() for name, units in engine.compression.kept_units.items()}
                 engine.eval()
                 masked = logits_of(engine)
                 final = ds_compress.finalize(engine)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_compress.config.targets import exact_ceil
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.schedules import DensitySchedule
-from ds_compress.techniques.sparse_pruning import exact_ceil
-from tests.shard_group import RankShards, joined, run_ranks_of_shards
-from tests.unit.test_radix import by_stable_sort, select
+from tests.shard_ranks import RankShards, joined, run_ranks_of_shards
+from tests.unit.select.test_radix import by_stable_sort, select
 
 scores = st.lists(
     st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 1.0]),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -16,9 +13,9 @@ from ds_compress.config.schema.fields import Group
 from ds_compress.config.schema.structured_pruning import (
     DepthPruningShared,
     HeadPruningShared,
-    StructuredPruning,
-    StructuredShared,
+    StructuredPruningConfig,
 )
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import EVERY_LAYER, Entry, exact_pattern, few, nearest_names
 from ds_compress.modelinfo.kinds import is_layer
@@ -28,13 +25,6 @@ from ds_compress.structure.structure import GroupKind, PrunableGroup
 
 logger = logging.getLogger("ds_compress")
 
-KIND_OF_BLOCK = {
-    "row_pruning": GroupKind.ROW,
-    "head_pruning": GroupKind.HEAD,
-    "channel_pruning": GroupKind.CHANNEL,
-    "depth_pruning": GroupKind.LAYER,
-    "hidden_pruning": GroupKind.HIDDEN,
-}
 _OF_KIND = {
     GroupKind.ROW: "feed-forward block",
     GroupKind.HEAD: "attention layer",
@@ -46,38 +36,6 @@ _LOOSE = (GroupKind.ROW, GroupKind.CHANNEL)
 """Kinds whose legacy blocks may zero the outputs of any layer, whoever reads them."""
 
 
-@dataclass(frozen=True)
-class StructureTarget:
-    """One structure that one group claims, and the fraction of its units that is kept."""
-
-    structure: PrunableGroup
-    group: str
-    dense_ratio: float
-
-
-@dataclass(frozen=True)
-class StructurePlan:
-    """One enabled structured-pruning block: its key, what holds for all its groups, and its structures."""
-
-    block: str
-    kind: GroupKind
-    shared: StructuredShared
-    targets: tuple[StructureTarget, ...]
-
-
-def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = False) -> int:
-    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one; `units` for a ratio of 1.
-
-    `rounds_up`: ceil(dense_ratio * units) instead, as single weights are counted and as the removed library did.
-    """
-    if dense_ratio == 1:
-        return units
-    multiples = Fraction(repr(dense_ratio)) * units / round_to
-    if rounds_up:
-        return math.ceil(Fraction(repr(dense_ratio)) * units)
-    return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
-
-
 def resolve_structures(
     model: nn.Module, config: CompressionConfig, entries: tuple[Entry, ...], removed: tuple[str, ...]
 ) -> tuple[dict[str, StructurePlan], list[Problem]]:
@@ -87,10 +45,10 @@ def resolve_structures(
     """
     plans: dict[str, StructurePlan] = {}
     problems: list[Problem] = []
-    for key, kind in KIND_OF_BLOCK.items():
-        block: StructuredPruning | None = getattr(config, key)
-        if block is None or not block.shared.enabled:
+    for key, block in config.enabled_blocks().items():
+        if not isinstance(block, StructuredPruningConfig):
             continue
+        kind = block.kind
         claims = GroupSelection(key, kind, block, model, entries, removed)
         claims.make()
         problems += claims.problems
@@ -105,7 +63,7 @@ class GroupSelection:
         self,
         key: str,
         kind: GroupKind,
-        block: StructuredPruning,
+        block: StructuredPruningConfig,
         model: nn.Module,
         entries: tuple[Entry, ...],
         removed: tuple[str, ...],
@@ -373,28 +331,3 @@ def _reaches(pattern: str, names: Sequence[str]) -> bool:
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and not parameter.requires_grad
-
-
-def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the parameter `name` once the units that its structures lose are removed."""
-    left = list(shape)
-    for plan in plans.values():
-        for target in plan.targets:
-            lost = target.structure.units - _kept_in_the_end(plan, target)
-            for member in target.structure.members:
-                if member.tensor == name and target.structure.removable:
-                    left[member.dim] -= lost * member.index.shape[1]
-    return tuple(left)
-
-
-def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
-    """The share of the layers that stay, for a parameter of a layer that may go; 1 for all others."""
-    for plan in plans.values():
-        for target in plan.targets:
-            if any(name.startswith(f"{layer}.") for layer in target.structure.layers):
-                return Fraction(_kept_in_the_end(plan, target), target.structure.units)
-    return Fraction(1)
-
-
-def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up)

@@ -12,7 +12,6 @@ from torch import nn
 
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
-from ds_compress.config.resolve.structures import KIND_OF_BLOCK
 from ds_compress.engine.checkpoint import model_file, origin
 from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
 from ds_compress.errors import ExportError
@@ -20,8 +19,8 @@ from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
 from ds_compress.structure.cut import PruningPlan
 from ds_compress.techniques import TECHNIQUES
+from ds_compress.techniques.base import TechniqueContext
 
-_QUANTIZERS = ("weight_quantization", "activation_quantization")
 _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
@@ -75,9 +74,7 @@ def _of_transformers(folder: Path) -> ExportSource:
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"{folder} is quantized already")
     if blocks := (getattr(config, origin.KEY, None) or {}).get("unfinished"):
-        from ds_compress.engine.export_source import without
-
-        raise ExportError(f"{folder}: {without(blocks)}")
+        raise ExportError(f"{folder}: {origin.without(blocks)}")
     source = of_module(cls.from_pretrained(folder).eval())
     source.parameters = origin.began_with(source.model)
     source.description = f"folder {folder.name}"
@@ -166,8 +163,8 @@ def _compress(
     model: nn.Module, block: Mapping[str, Any], state: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> None:
     """Cuts what is masked, and attaches the quantizers in the state that they were saved in."""
-    done = ("distillation", "layer_reduction", *(KIND_OF_BLOCK if state["shrunk_units"] else ()))
-    config = parse_config({key: value for key, value in block.items() if key not in done})
+    given = parse_config(block).without("distillation", "layer_reduction")
+    config = given.after_shrink() if state["shrunk_units"] else given
     plan = resolve(model, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     structures = [
@@ -181,14 +178,13 @@ def _compress(
     cuts = PruningPlan.of(structures, kept, model)
     if cuts.active():
         cuts.rewrite(model)
-        plan = resolve(
-            model, parse_config({k: v for k, v in block.items() if k not in (*done, *KIND_OF_BLOCK)})
-        )
-    for key in _QUANTIZERS:
-        if key in plan.techniques:
-            technique = TECHNIQUES[key](plan.techniques[key], config.seed)
+        plan = resolve(model, given.after_shrink())
+    context = TechniqueContext(plan.config, plan, model)
+    for cls in TECHNIQUES.values():
+        technique = cls.of(context) if cls.is_in_forward else None
+        if technique is not None:
             technique.prepare(model)
-            technique.load_state_dict(_renamed(state["stages"][key], cuts))
+            technique.load_state_dict(_renamed(state["stages"][technique.name], cuts))
     old_names = {renamed: name for name in shapes if (renamed := cuts.renamed(name)) is not None}
     for name, parameter in model.named_parameters():
         if name.endswith(_STEP_SIZE_SUFFIX):

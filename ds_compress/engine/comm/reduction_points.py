@@ -1,4 +1,4 @@
-"""Where DeepSpeed reduces gradients, and how `GradientReduction` gets there.
+"""Where DeepSpeed reduces gradients, and how a `GradientReducer` of ours gets there.
 
 | ZeRO | place | form |
 |---|---|---|
@@ -17,26 +17,23 @@ global of its module, so there a switch is put in that is on only while our opti
 from __future__ import annotations
 
 import bisect
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_compress.engine.patches import Patches
+from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
 from ds_compress.reduce import link
 from ds_compress.reduce.exactness import travels_exactly
 from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
-
-if TYPE_CHECKING:
-    from ds_compress.engine.comm.gradient_reduction import GradientReduction
+from ds_compress.techniques.training_engine import GradientReducer
 
 
-def connect(engine: Any, reduction: GradientReduction) -> Callable[[], None]:
+def connect(engine: Any, reduction: GradientReducer) -> Callable[[], None]:
     """Replaces the reductions of `engine`; returns what gives them back."""
     wrapper = engine.optimizer
     if internals.is_zero12(wrapper):
@@ -104,12 +101,12 @@ def _known(module: torch.nn.Module) -> Mapping[int, _Known]:
 class _Whole:
     """Stage 0 and BF16_Optimizer: every process needs every gradient."""
 
-    def __init__(self, engine: Any, reduction: GradientReduction) -> None:
+    def __init__(self, engine: Any, reduction: GradientReducer) -> None:
         self._engine, self._reduction = engine, reduction
         self._known = _known(engine.module)
-        replaced = Patches(engine)
-        self._original = replaced.put("allreduce_bucket", self._allreduce_bucket)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._original = self._patches.install(engine, "allreduce_bucket", self._allreduce_bucket)
+        self.undo = self._patches.close
 
     @torch.no_grad()
     def _allreduce_bucket(
@@ -159,16 +156,18 @@ class _Whole:
 class _Partitioned:
     """Stages 1 and 2: of each bucket a process needs the slices of its own partition."""
 
-    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReduction) -> None:
+    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReducer) -> None:
         self._wrapper, self._reduction = wrapper, reduction
         self._known = _known(engine.module)
         self._bucket: tuple[torch.Tensor, torch.dtype] | None = None
-        replaced = Patches(wrapper)
-        self._average = replaced.put("average_tensor", self._average_tensor)
-        self._scatter = replaced.put("allreduce_and_copy_with_multiple_ranks", self._reduce_slices)
-        self._predivide = replaced.put("gradient_reduction_w_predivide", self._reduce_whole)
-        self._allreduce = replaced.put("allreduce_bucket", self._allreduce_bucket)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._average = self._patches.install(wrapper, "average_tensor", self._average_tensor)
+        self._scatter = self._patches.install(
+            wrapper, "allreduce_and_copy_with_multiple_ranks", self._reduce_slices
+        )
+        self._predivide = self._patches.install(wrapper, "gradient_reduction_w_predivide", self._reduce_whole)
+        self._allreduce = self._patches.install(wrapper, "allreduce_bucket", self._allreduce_bucket)
+        self.undo = self._patches.close
 
     def _average_tensor(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
         self._bucket = (tensor, communication_data_type)
@@ -314,14 +313,14 @@ class _Sharded:
     _current: _Sharded | None = None
     """The optimizer that is averaging now; the switch of `reduce_scatter_coalesced`."""
 
-    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReduction) -> None:
+    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReducer) -> None:
         self._reduction = reduction
         self._known = _known(engine.module)
         self._parameters: list[Any] = []
         _switch_reduce_scatter_coalesced()
-        replaced = Patches(wrapper)
-        self._average = replaced.put(internals.AVERAGE_OF_STAGE_3, self._avg_scatter_grads)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._average = self._patches.install(wrapper, internals.AVERAGE_OF_STAGE_3, self._avg_scatter_grads)
+        self.undo = self._patches.close
 
     def _avg_scatter_grads(self, params_to_reduce: list[Any], communication_data_type: torch.dtype) -> Any:
         previous, _Sharded._current = _Sharded._current, self
@@ -368,8 +367,7 @@ def _switch_reduce_scatter_coalesced() -> None:
     """Once: the global of stage3.py asks whose turn it is, and is DeepSpeed's own when it is nobody's."""
     from deepspeed.runtime.zero import stage3
 
-    original = stage3.reduce_scatter_coalesced
-    if hasattr(original, "_switch_of_ds_compress"):
+    if GLOBALS.has(stage3, "reduce_scatter_coalesced"):
         return
 
     def reduce_scatter_coalesced(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
@@ -379,9 +377,7 @@ def _switch_reduce_scatter_coalesced() -> None:
             return scattered
         return current.reduce(tensors, group, original)
 
-    switch: Any = functools.wraps(original)(reduce_scatter_coalesced)
-    switch._switch_of_ds_compress = True
-    stage3.reduce_scatter_coalesced = switch
+    original = GLOBALS.install(stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced)
 
 
 def _only_owner(ranks: Any) -> int | None:

@@ -9,27 +9,25 @@ training script or a Trainer, goes on without knowing. The next loss is that of 
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ds_compress.engine.resize.carried import Carried
 from ds_compress.engine.resize.cut import cut_in_place
-from ds_compress.engine.resize.grow import Uncut
+from ds_compress.engine.resize.rebuild import rebuild_smaller
 from ds_compress.engine.resize.snapshot import MASTER, Snapshot, optimizer_state, write_state
+from ds_compress.engine.resize.uncut import Uncut
+from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.zero import copies
-from ds_compress.engine.zero.shards import Shards
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
+from ds_compress.sharding.shards import Shards
 from ds_compress.structure.cut import PruningPlan
-
-if TYPE_CHECKING:
-    from ds_compress.engine.run import CompressionRun
 
 logger = logging.getLogger("ds_compress")
 
@@ -39,7 +37,7 @@ _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 def shrink(engine: Any) -> None:
     """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
     run: CompressionRun = engine.compression
-    cuts = run.cuts()
+    cuts = run.pruning_plan()
     before = _total(engine.module)
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
     axes = _output_axes(engine.module)
@@ -49,7 +47,7 @@ def shrink(engine: Any) -> None:
     run.make_way()
     made = cut_in_place(engine, cuts, before_cut=uncut.take)
     fresh = object.__new__(type(engine))
-    successor = run.rebuild(fresh, made, cuts)
+    successor = rebuild_smaller(run, fresh, made, cuts)
     successor.uncut = uncut
     restored = _Restored(old, cuts, snapshot, axes)
     restored.optimizer(fresh, successor.shards)
@@ -64,17 +62,25 @@ def shrink(engine: Any) -> None:
 
 def at_end_of_schedule(engine: Any, run: CompressionRun) -> None:
     """`engine.step` shrinks as soon as no mask will change any more."""
-    step = engine.step
 
-    @functools.wraps(step)
     def step_and_shrink(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        if run.structures_are_final:
+        if run.masks_are_final:
             shrink(engine)
             gc.collect()  # the old engine refers to itself: its weights and moments would stay for a while
         return result
 
-    engine.step = step_and_shrink
+    step = run.patches.install(engine, "step", step_and_shrink)
+
+
+def shrink_to(run: CompressionRun, units: Mapping[str, torch.Tensor]) -> None:
+    """Shrinks now, to these units, whatever the schedules say; for a checkpoint of a run that had shrunk.
+
+    Raises:
+        ValueError: the units are of other prunable groups than those of the JSON.
+    """
+    run.keep_units(units)
+    shrink(run.engine)
 
 
 def _total(model: nn.Module) -> str:

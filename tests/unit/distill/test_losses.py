@@ -22,7 +22,7 @@ from ds_compress.distill.losses.contrastive import ContrastiveDistillation
 from ds_compress.distill.record import ActivationCapture, CapturedActivations
 from tests.multirank.common import ds_config
 from tests.single import init_single_process
-from tests.unit.test_config_schema import only_problem_of
+from tests.unit.config.schema.test_compression_training import only_problem_of
 
 WIDTHS = (6, 10)
 SMALL = {"vocab_size": 61, "max_position_embeddings": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

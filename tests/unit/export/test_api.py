@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export import check
-from ds_compress.export.api import export
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.report import ExportReport

@@ -116,7 +116,7 @@ def test_cut_by_whole_groups_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "x", "reason"),
+    ("fake_quant", "x", "reason"),
     [
         (FakeQuantConfig(WeightGrid(bits=8), blend_ratio=0.5), weight(), "blend of 50%"),
         (FakeQuantConfig(WeightGrid(bits=8)), weight().fill_(torch.nan), "NaN"),

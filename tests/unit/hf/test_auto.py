@@ -14,7 +14,7 @@ import transformers as hf
 from torch import nn
 
 import ds_compress
-from ds_compress.export.api import export
+from ds_compress.api import export
 from ds_compress.export.inputs import run
 from ds_compress.structure.cut import PruningPlan
 from ds_compress.structure.find import find_structures

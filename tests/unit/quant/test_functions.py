@@ -112,7 +112,7 @@ def compare(product, x, weight, bias, fake_quant, input_grid):
 
 
 @pytest.mark.parametrize("input_grid", INPUTS, ids=str)
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
 def test_linear_equals_naive_composition(fake_quant, input_grid):
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 9, requires_grad=True), torch.randn(6, requires_grad=True)
@@ -122,7 +122,7 @@ def test_linear_equals_naive_composition(fake_quant, input_grid):
 
 
 @pytest.mark.parametrize("input_grid", INPUTS[:3], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
 def test_conv1d_equals_naive_composition(fake_quant, input_grid):
     torch.manual_seed(0)
     if fake_quant is not None:
@@ -133,7 +133,7 @@ def test_conv1d_equals_naive_composition(fake_quant, input_grid):
 
 
 @pytest.mark.parametrize("input_grid", INPUTS[3:], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
 @pytest.mark.parametrize(
     "product",
     [
@@ -153,7 +153,7 @@ def test_conv2d_equals_naive_composition(product, fake_quant, input_grid):
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("scale_grad_by_freq", [False, True])
-@pytest.mark.parametrize("recipe", RECIPES[:-1], ids=str)
+@pytest.mark.parametrize("fake_quant", RECIPES[:-1], ids=str)
 def test_embedding_equals_naive_composition(fake_quant, padding_idx, scale_grad_by_freq):
     torch.manual_seed(0)
     if fake_quant.grid.granularity is Granularity.PER_GROUP:
@@ -266,7 +266,7 @@ def saved_by(build) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("input_grid", INPUTS, ids=str)
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
 def test_no_quantized_copy_is_kept(fake_quant, input_grid):
     weight, bias = torch.randn(64, 512, requires_grad=True), torch.zeros(64, requires_grad=True)
     x = torch.randn(32, 512, requires_grad=True)
@@ -322,7 +322,7 @@ def test_weight_may_be_released_between_forward_and_backward():
     assert all(map(torch.equal, torch.autograd.grad(loss, [x, weight]), expected))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("fake_quant", RECIPES, ids=str)
 def test_bf16_autocast_computes_scales_in_fp32_and_products_in_bf16(fake_quant):
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 9, requires_grad=True), torch.randn(6, requires_grad=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ds_compress.config import ConfigError, parse_config
-from ds_compress.config.report.words import block_lines
 from ds_compress.reduce.codec import BlockCodec
 from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
 
@@ -115,7 +114,7 @@ def test_error_feedback_has_nothing_to_keep() -> None:
 def test_it_is_not_combined_with_error_feedback_and_the_plan_says_it() -> None:
     block = {"enabled": True, "rounding": "stochastic"}
     config = parse_config({"gradient_compression": block})
-    assert "stochastic rounding" in dict(block_lines(config, {}))["gradient_compression"]
+    assert "stochastic rounding" in config.enabled_blocks()["gradient_compression"].describe()
     with pytest.raises(ConfigError) as error:
         parse_config({"gradient_compression": {**block, "error_feedback": True}})
     (problem,) = error.value.problems

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_compress.select import radix
-from tests.shard_group import RankShards, joined, run_ranks_of_shards
+from tests.shard_ranks import RankShards, joined, run_ranks_of_shards
 
 
 def keys_of(scores: torch.Tensor) -> torch.Tensor:

@@ -151,7 +151,7 @@ def test_after_the_last_mask_nothing_but_the_mask_is_kept(method: str) -> None:
     assert stage.score.tensors
     got, stage = run(method, 8, schedule_offset=2, schedule_offset_end=4)
     assert not stage.score.tensors
-    assert not stage.hidden
+    assert not stage.latent
     assert int(got.count_nonzero()) == 24
 
 

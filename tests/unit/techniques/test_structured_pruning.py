@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ds_compress
-from ds_compress.engine.run import teacher_given
+from ds_compress.engine.build import teacher_given
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation
 from ds_compress.structure.structure import GroupKind, PrunableGroup
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train

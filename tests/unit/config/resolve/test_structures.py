@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from ds_compress import ConfigError, plan
-from ds_compress.config.resolve.structures import kept_units
+from ds_compress.config.structure_targets import kept_units
 
 
 @pytest.fixture

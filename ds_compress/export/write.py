@@ -1,4 +1,4 @@
-"""`export`: a trained model as a folder that other programs load, checked by loading it."""
+"""Writing an export: a trained model as a folder that other programs load, checked by loading it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.engine.export_source import load_source
 from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
 from ds_compress.export.attributes import fresh, unsaid
@@ -27,7 +26,7 @@ from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serving_format import ServingFormat
-from ds_compress.export.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from ds_compress.export.shards import ShardWriter
 from ds_compress.export.source import ExportSource
 from ds_compress.export.tokenizer import save_tokenizer
 from ds_compress.export.versions import versions
@@ -45,42 +44,19 @@ FORMATS: dict[str, type[Format]] = {
 
 
 @torch.no_grad()
-def export(
-    source: Any,
+def write_export(
+    trained: ExportSource,
     out_dir: str | PathLike[str],
-    format: str | None = None,
+    format: str | None,
+    options: Options,
     *,
-    tokenizer: Any = None,
-    model: nn.Module | None = None,
-    inputs: Mapping[str, torch.Tensor] | None = None,
-    check: bool = True,
-    overwrite: bool = False,
-    dtype: torch.dtype | None = None,
-    embeddings: str | None = None,
-    scheme: str | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tokenizer: Any,
+    inputs: Mapping[str, torch.Tensor] | None,
+    check: bool,
+    overwrite: bool,
+    shard_bytes: int,
 ) -> ExportReport:
-    """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
-
-    Args:
-        source: a DeepSpeed engine or Hugging Face's Trainer (a collective: every process calls it, one writes), an
-            `nn.Module` with or without quantizers, or the path of a DeepSpeed checkpoint.
-        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: the
-            block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where something is.
-        tokenizer: an object with `save_pretrained`, or a folder to copy one from; None: a Trainer's own, if any.
-        model: with a checkpoint, an instance of the trained class when that is none of transformers.
-        inputs: what to check with, by argument name; None: made up from the config.
-        check: False writes without loading.
-        overwrite: replace `out_dir` if it exists.
-        dtype: in which tensors that are not quantized are stored; None: as they are.
-        embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
-        scheme: "fp8" with "compressed-tensors" rounds a model that was not trained in integers.
-        shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
-
-    Raises:
-        ExportError: with a reason that names the module; `out_dir` is then as it was before.
-    """
-    trained = load_source(source, model)
+    """`ds_compress.export` of what was loaded from its source; the arguments are those of that function."""
     out = Path(out_dir)
     failure: BaseException | None = None
     unfinished = None
@@ -91,7 +67,7 @@ def export(
         failure = error
     try:
         trained.broadcast_error(failure)
-        job = _Export(trained, format, Options(dtype, embeddings, scheme), inputs, check)
+        job = _Export(trained, format, options, inputs, check)
         job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
         try:
             if unfinished is not None:
@@ -211,7 +187,9 @@ class _Export:
         if config is None:
             return
         written: Any = copy.deepcopy(self.final.config)
-        vars(written).pop("ds_compress", None)  # for folders that are not exported: see engine.origin
+        vars(written).pop(
+            "ds_compress", None
+        )  # for folders that are not exported: see engine.checkpoint.origin
         written.architectures = [self.report.model_class]
         written.dtype = self.format.loaded_dtype(_dtype(self.trained.model))
         written.save_pretrained(folder)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ds_compress.config.resolve.limits import inputs_of
-from ds_compress.config.targets import Target, TechniquePlan
+from ds_compress.config.targets import Target, TechniquePlan, inputs_of
 from ds_compress.errors import Problem, dotted, shown
 from ds_compress.modelinfo.inventory import exact_pattern, few
 from ds_compress.modelinfo.kinds import ModuleKind
@@ -16,7 +15,7 @@ _PATH = dotted(_WEIGHTS, "shared_parameters", "kernel")
 _BITS_OF_CODES = 8
 
 
-def integer_product_problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
+def problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
     """Everything that keeps layers from multiplying codes although the config wants it."""
     weights, inputs = techniques.get(_WEIGHTS), techniques.get(_INPUTS)
     if weights is None or weights.shared.kernel != "int8":

@@ -1,98 +1,35 @@
-"""`parameter_compression` at work: the weights that processes send each other, as int8 or int4 codes.
+"""Where DeepSpeed sends weights, and how quantized ones go instead: see `techniques.parameter_compression`.
 
-**Stages 1 and 2** (BF16_Optimizer too): after a step every process holds new fp32 weights of its own slice, and the
-16-bit copies of all slices. What travels is the difference (see `reduce.differences`). Copies are equal in all
-processes at any time, and exactly the rounded fp32 weights after a refresh: every `refresh_interval` steps, whenever a
-weight has become zero (a new mask), and before a checkpoint, an export or the end of the compression. Between
-refreshes they are within a code's half step of them, and the fp32 weights, which the optimizer moves, are exact always.
-
-**Stage 3**: nobody keeps a copy, and a layer fetches its weights before its forward and its backward. While the
-model trains they travel as codes of the weights themselves (ZeRO++'s qwZ, Wang et al. 2023, on any device): forward
-and backward see weights rounded to 127 steps per block, zeros exactly. Small and one-dimensional parameters (see
-`reduce.exactness`), those whose slice is shorter than a block, and those that DeepSpeed keeps between steps travel as
-they are, in the same message. In eval mode, and for whoever reads
-weights otherwise, they are exact.
+| ZeRO | place |
+|---|---|
+| 1, 2, BF16_Optimizer | `all_gather_dp_groups`, a global of two modules, while our optimizer is in its `step` |
+| 3 | `all_gather_coalesced` of each parameter |
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_compress.config.schema.compression_training import CompressionConfig
-from ds_compress.config.schema.parameter_compression import ParameterCompression
-from ds_compress.engine.comm.gradient_reduction import ALONE
-from ds_compress.engine.patches import Patches
+from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
+from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.shards import Shards
 from ds_compress.reduce import link
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
 from ds_compress.reduce.differences import CopiedWeights
 from ds_compress.reduce.exactness import travels_exactly
-from ds_compress.techniques.base import Technique
-
-logger = logging.getLogger("ds_compress")
+from ds_compress.techniques.training_engine import WeightTransport
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class ParameterTraffic(Technique):
-    """See the module."""
-
-    name = "parameter_compression"
-
-    @classmethod
-    def of(cls, config: CompressionConfig) -> ParameterTraffic | None:
-        """None when the block is not enabled."""
-        block = config.parameter_compression
-        return cls(block) if block is not None and block.enabled else None
-
-    def __init__(self, block: ParameterCompression) -> None:
-        self.block = block
-        self._pays = True
-        self._way: _Copies | _Fetches | None = None
-
-    def attach_engine(self, engine: Any) -> None:
-        """Takes over the all-gathers of `engine`; a collective."""
-        group = internals.data_parallel_group(engine)
-        if dist.get_world_size(group) == 1:
-            logger.warning("ds_compress: parameter_compression: %s", ALONE)
-            return
-        codec = BlockCodec(self.block.bits, self.block.effective_block_size)
-        if self.block.measure_link:
-            found = _measure(engine, group, codec)
-            self._pays = found.quantizing_pays
-            if dist.get_rank(group) == 0:
-                state = "on" if self._pays else "off on this link; measure_link: false insists"
-                logger.info("ds_compress: parameter_compression is %s: %s", state, found)
-        if not self._pays:
-            return
-        way = _Fetches if internals.is_zero3(engine.optimizer) else _Copies
-        self._way = way(engine, self.block, codec)
-
-    def attach(self, shards: Shards) -> None:
-        # Called again when weights were loaded: what the other processes have is what is there now.
-        if isinstance(self._way, _Copies):
-            self._way.start()
-
-    def refresh(self) -> None:
-        """All copies become exact; a collective."""
-        if isinstance(self._way, _Copies):
-            self._way.refresh()
-
-    def detach(self) -> None:
-        if self._way is not None:
-            self.refresh()
-            self._way.undo()
-            self._way = None
-
-    def metrics(self) -> dict[str, float]:
-        return {} if self._way is None else dict(self._way.counts)
+def connect(engine: Any, block: ParameterCompressionConfig, codec: BlockCodec) -> WeightTransport:
+    """Replaces the all-gathers of weights of `engine`."""
+    way = _Fetches if internals.is_zero3(engine.optimizer) else _Copies
+    return way(engine, block, codec)
 
 
 class _Copies:
@@ -101,15 +38,17 @@ class _Copies:
     _current: _Copies | None = None
     """The optimizer that is in its step now; the switch of `all_gather_dp_groups`."""
 
-    def __init__(self, engine: Any, block: ParameterCompression, codec: BlockCodec) -> None:
+    def __init__(self, engine: Any, block: ParameterCompressionConfig, codec: BlockCodec) -> None:
         self._engine, self._wrapper, self._block, self._codec = engine, engine.optimizer, block, codec
         self.counts = {"quantized_elements": 0.0, "refreshes": 0.0}
         for module in internals.modules_with_all_gather():
             _switch_all_gather(module)
-        replaced = Patches(self._wrapper)
-        self._step = replaced.put("step", self._step_and_gather)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._step = self._patches.install(self._wrapper, "step", self._step_and_gather)
         self.start()
+
+    def close(self) -> None:
+        self._patches.close()
 
     def start(self) -> None:
         """Begins with the copies as they are now, which have to be equal in all processes."""
@@ -178,7 +117,7 @@ class _Copies:
 class _Fetches:
     """Stage 3."""
 
-    def __init__(self, engine: Any, block: ParameterCompression, codec: BlockCodec) -> None:
+    def __init__(self, engine: Any, block: ParameterCompressionConfig, codec: BlockCodec) -> None:
         self._engine, self._block, self._codec = engine, block, codec
         self.counts = {"quantized_elements": 0.0}
         self._originals: dict[Any, Callable[..., Any]] = {}
@@ -187,7 +126,13 @@ class _Fetches:
                 self._originals[parameter] = parameter.all_gather_coalesced
                 parameter.all_gather_coalesced = self._gather
 
-    def undo(self) -> None:
+    def start(self) -> None:
+        """Nobody keeps a copy."""
+
+    def refresh(self) -> None:
+        """Nobody keeps a copy."""
+
+    def close(self) -> None:
         for parameter, original in self._originals.items():
             parameter.all_gather_coalesced = original
 
@@ -257,8 +202,9 @@ class _Fetch:
         self._done = True
 
 
-def _measure(engine: Any, group: Any, codec: BlockCodec) -> link.Comparison:
+def measure(engine: Any, codec: BlockCodec) -> link.Comparison:
     """Times an all-gather of 16-bit (or fp32) weights, plain and quantized."""
+    group = internals.data_parallel_group(engine)
     device, size = torch.device(engine.device), dist.get_world_size(group)
     dtype = next(p.dtype for p in engine.module.parameters() if p.requires_grad)
     shard = torch.randn(link.PROBE_ELEMENTS // size, device=device).to(dtype)
@@ -275,11 +221,9 @@ def _measure(engine: Any, group: Any, codec: BlockCodec) -> link.Comparison:
 
 def _switch_all_gather(module: Any) -> None:
     """Once: the global asks whose step it is, and is DeepSpeed's own when it is nobody's of ours."""
-    original = module.all_gather_dp_groups
-    if hasattr(original, "_switch_of_ds_compress"):
+    if GLOBALS.has(module, "all_gather_dp_groups"):
         return
 
-    @functools.wraps(original)
     def all_gather_dp_groups(
         groups_flat: Any, partitioned_param_groups: Any, dp_process_group: Any, **settings: Any
     ) -> None:
@@ -289,6 +233,4 @@ def _switch_all_gather(module: Any) -> None:
         else:
             current.gather(partitioned_param_groups, dp_process_group, original, **settings)
 
-    switch: Any = all_gather_dp_groups
-    switch._switch_of_ds_compress = True
-    module.all_gather_dp_groups = switch
+    original = GLOBALS.install(module, "all_gather_dp_groups", all_gather_dp_groups)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ds_compress
-from ds_compress.engine.comm.gradient_reduction import is_lopsided
+from ds_compress.techniques.gradient_compression import is_lopsided
 from ds_compress.reduce.slices import Segment
 from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert, train
 from tests.single import init_single_process
