@@ -201,11 +201,3 @@ def test_wrong_arguments_are_refused_alike(message: str) -> None:
     for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops, torch.ones(16), torch.zeros(2, dtype=torch.uint8))
-
-
-def test_the_reference_is_traced_without_a_graph_break() -> None:
-    """Where a run prefers plain torch, its compiled layers hold the reference itself and not an op."""
-    torch._dynamo.reset()
-    packed = random_bytes(9, 1)
-    compiled = torch.compile(lambda p: reference.mask_unpack(p, 65, 3), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(packed), reference.mask_unpack(packed, 65, 3))
