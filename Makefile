@@ -14,6 +14,9 @@ JOBS   ?= 2
 WHEELS  ?= gpu-wheels
 MINUTES ?= 8
 
+# What clang-format looks at.
+CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
 BIN       := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-test
 LINTERS   := $(VENV)/.installed-dev
@@ -35,7 +38,7 @@ help:
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy, clang-format, typos, vulture, and whether tables and workflows are in order"
 	@echo "make docs       build the documentation into site/, warnings are errors"
 	@echo "make clean      remove $(VENV) and .venv-gpu"
 
@@ -57,7 +60,7 @@ $(INSTALLED): pyproject.toml setup.py | $(BIN)/python
 	@touch $@
 
 $(LINTERS): $(INSTALLED)
-	@echo "==> installing ruff and mypy"
+	@echo "==> installing the linters"
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch $@
 
@@ -83,6 +86,11 @@ gpu-check:
 lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/typos
+	$(BIN)/vulture
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/python -m benchmarks.figures --check
 	$(BIN)/mypy
 
 $(DOCTOOLS): $(INSTALLED)

@@ -1,11 +1,9 @@
 """Comparing operations that are bound by memory: time, bytes per second, and what a plain copy would make of them.
 
-Every round runs everything once, beginning elsewhere than the round before; what a run needs to be fresh (`prepare`)
-is not timed. A run's *bytes* are those that the operation itself has to read and write, each once. The roofline
-predicts that they pass at the bandwidth of `tensor.copy_` on the same elements, which is measured in the same rounds.
-On one thread the CPU time of the process is taken, which sees little of what else the machine does; on more, and on
-CUDA (between two events), time that passes. Freed memory stays with the process (`keep_freed_memory`), so that results
-which are allocated in every call, ours and those of the peers, cost no page faults.
+Runs take turns (`timing.in_turns`); what a run needs to be fresh (`prepare`) is not timed. A run's *bytes* are those
+that the operation itself has to read and write, each once. The roofline predicts that they pass at the bandwidth of
+`tensor.copy_` on the same elements, which is measured in the same rounds. Freed memory stays with the process
+(`keep_freed_memory`): results are allocated in every call, ours and those of the peers, and cost no page faults.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import record
-from .timing import ratio
+from .timing import in_turns, ratio, seconds
 
 COPY = "copy_"
 
@@ -35,24 +32,6 @@ class Run:
     bytes: int
     prepare: Callable[[], object] | None = None
     peer_of: str | None = None
-
-
-def seconds(run: Run, device: torch.device, threads: int) -> float:
-    """What one call takes; see the module."""
-    if run.prepare is not None:
-        run.prepare()
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        run.call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    clock = time.process_time if threads == 1 else time.perf_counter
-    begin = clock()
-    run.call()
-    return clock() - begin
 
 
 def keep_freed_memory() -> None:
@@ -73,14 +52,14 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """{run: {figure: value}}. One of the runs is `COPY`."""
     torch.set_num_threads(threads)
-    names = list(runs)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(-1, rounds):
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
-            spent = seconds(runs[name], device, threads)
-            if round_number >= 0:
-                taken[name].append(spent)
+
+    def spent(name: str) -> float:
+        run = runs[name]
+        if run.prepare is not None:
+            run.prepare()
+        return seconds(run.call, device, threads)
+
+    taken = in_turns(runs, spent, rounds)
     torch.set_num_threads(1)
     copy_rate = runs[COPY].bytes / statistics.median(taken[COPY])
     result: dict[str, dict[str, float]] = {}
@@ -145,4 +124,13 @@ def run_benchmark(
             result = measure(runs, quick_rounds if args.quick else args.rounds, device, threads)
             Console(width=120).print(table(result, where))
             everything |= {f"{where}: {run}": figures for run, figures in result.items()}
-    record.report(name, everything, args)
+    record.report(name, everything, args, essentials(everything))
+
+
+def essentials(everything: record.Figures) -> record.Figures:
+    """For the committed file: without what follows from a run's time and that of the copy beside it."""
+    derived = ("GB/s", "roofline ms")
+    return {
+        variant: {figure: value for figure, value in figures.items() if figure not in derived}
+        for variant, figures in everything.items()
+    }

@@ -59,8 +59,8 @@ def rotated(name: str, bytes_: float, make: Callable[[int], Callable[[], object]
     return Run(name, bytes_, [make(i) for i in range(max(2, int(4 * CACHE_BYTES / bytes_) + 1))])
 
 
-SYMMETRIC = {"low": -127, "high": 127, "steps": 127, "symmetric": True}
-ASYMMETRIC = {"low": 0, "high": 255, "steps": 256, "symmetric": False}
+SYMMETRIC = {"quant_min": -127, "quant_max": 127, "steps": 127, "symmetric": True}
+ASYMMETRIC = {"quant_min": 0, "quant_max": 255, "steps": 256, "symmetric": False}
 BLOCK, RANKS = {8: 512, 4: 128}, 2  # the blocks that a run has by default
 
 
@@ -107,24 +107,12 @@ def mask_runs(ops: Any, numel: int, device: torch.device) -> Iterator[Run]:
         yield rotated(f"mask_apply_ {name}, a new mask", moved, new)
         yield rotated(f"mask_apply_ {name}, applied before", size * numel + numel / 8, again)
 
-    def count(i: int) -> Callable[[], object]:
-        weights = torch.randn(numel, device=device)
-        packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
-        return lambda: ops.mask_apply_count_(weights, packed)
-
     def shifted(i: int) -> Callable[[], object]:
         weights = torch.randn(numel + 8, device=device)
         packed = torch.randint(0, 256, (numel // 8 + 2,), dtype=torch.uint8, device=device)
         return lambda: ops.mask_apply_(weights[3 : 3 + numel], packed, 3, 0.0)
 
-    def adam(i: int) -> Callable[[], object]:
-        state = [torch.randn(numel, device=device) for _ in range(3)]
-        packed = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, device=device)
-        return lambda: ops.mask_apply_adam_(*state, packed)
-
-    yield rotated("mask_apply_count_, applied before", 4 * numel + numel / 8, count)
     yield rotated("mask_apply_, 3 elements and bits off, before", 4 * numel + numel / 8, shifted)
-    yield rotated("mask_apply_adam_, applied before", 12 * numel + numel / 8, adam)
 
     def pack(i: int) -> Callable[[], object]:
         keep = torch.rand(numel, device=device) < 0.5
@@ -138,14 +126,9 @@ def mask_runs(ops: Any, numel: int, device: torch.device) -> Iterator[Run]:
         scores = torch.randn(numel // 4096, 4096, device=device).abs_()
         return lambda: ops.mask_n_of_m(scores, 2, 4)
 
-    def histogram(i: int) -> Callable[[], object]:
-        values = torch.randn(numel, device=device)
-        return lambda: ops.magnitude_histogram(values, 20, 2048, 31, 0)
-
     yield rotated("mask_pack", numel * 9 / 8, pack)
     yield rotated("mask_unpack", numel * 9 / 8, unpack)
     yield rotated("mask_n_of_m 2:4", 4 * numel + numel / 8, choose)
-    yield rotated("magnitude_histogram, 2048 bins", 4 * numel, histogram)
 
 
 def fake_quantize_runs(ops: Any, numel: int, device: torch.device) -> Iterator[Run]:
@@ -154,12 +137,12 @@ def fake_quantize_runs(ops: Any, numel: int, device: torch.device) -> Iterator[R
         ("rows of 768", torch.float32, 768, SYMMETRIC, False, False),
         ("rows of 4096", torch.float32, 4096, SYMMETRIC, False, False),
         ("rows of 4096, asymmetric", torch.float32, 4096, ASYMMETRIC, False, False),
-        ("rows of 4096, kept bits", torch.float32, 4096, SYMMETRIC, True, False),
+        ("rows of 4096, mask", torch.float32, 4096, SYMMETRIC, True, False),
         ("rows of 4096", torch.bfloat16, 4096, SYMMETRIC, False, False),
         ("rows of 16384", torch.bfloat16, 16384, SYMMETRIC, False, False),
         ("rows of 4096, ranges given", torch.float32, 4096, SYMMETRIC, False, True),
         ("one row", torch.float32, numel, SYMMETRIC, False, False),
-        ("one row, range given, kept bits", torch.float32, numel, SYMMETRIC, True, True),
+        ("one row, range given, mask", torch.float32, numel, SYMMETRIC, True, True),
     ]
     for title, dtype, columns, grid, keep, given in cases:
         columns = min(columns, numel)
@@ -178,36 +161,36 @@ def fake_quantize_runs(ops: Any, numel: int, device: torch.device) -> Iterator[R
         ) -> Callable[[], object]:
             x = torch.randn(rows, columns, device=device).to(dtype)
             scale = torch.full((rows,), 0.03, device=device) if given else None
-            return lambda: ops.fake_quantize(x, scale, **grid, keep=keep)
+            return lambda: ops.fake_quantize(x, scale, **grid, with_mask=keep)
 
         yield rotated(f"fake_quantize {str(dtype)[6:]}, {title}", moved, make)
 
 
-def block_runs(ops: Any, message_bytes: Any, numel: int, device: torch.device) -> Iterator[Run]:
+def block_runs(ops: Any, payload_bytes: Any, numel: int, device: torch.device) -> Iterator[Run]:
     for bits, dtype in ((8, torch.float32), (4, torch.float32), (8, torch.bfloat16), (4, torch.bfloat16)):
         size, name = torch.empty(0, dtype=dtype).element_size(), f"int{bits} of {str(dtype)[6:]}"
-        bytes_ = message_bytes(numel, bits, BLOCK[bits])
+        bytes_ = payload_bytes(numel, bits, BLOCK[bits])
 
         def tensors(
             bits: int = bits, dtype: torch.dtype = dtype, bytes_: int = bytes_
         ) -> tuple[torch.Tensor, torch.Tensor]:
             x = torch.randn(numel, device=device).to(dtype)
-            message = torch.zeros(1, bytes_, dtype=torch.uint8, device=device)
-            ops.block_quantize(x, message, None, numel, bits, BLOCK[bits])
-            return x, message
+            payload = torch.zeros(1, bytes_, dtype=torch.uint8, device=device)
+            ops.block_quantize(x, payload, None, numel, bits, BLOCK[bits])
+            return x, payload
 
         def quantize(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
-            x, message = tensors()
-            return lambda: ops.block_quantize(x, message, None, numel, bits, BLOCK[bits])
+            x, payload = tensors()
+            return lambda: ops.block_quantize(x, payload, None, numel, bits, BLOCK[bits])
 
         def feedback(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
-            x, message = tensors()
+            x, payload = tensors()
             residual = torch.zeros(numel, device=device)
-            return lambda: ops.block_quantize(x, message, residual, numel, bits, BLOCK[bits])
+            return lambda: ops.block_quantize(x, payload, residual, numel, bits, BLOCK[bits])
 
         def dequantize(i: int, bits: int = bits, tensors: Any = tensors) -> Callable[[], object]:
-            out, message = tensors()
-            return lambda: ops.block_dequantize(message, out, numel, bits, BLOCK[bits])
+            out, payload = tensors()
+            return lambda: ops.block_dequantize(payload, out, numel, bits, BLOCK[bits])
 
         yield rotated(f"block_quantize {name}", size * numel + bytes_, quantize)
         yield rotated(f"block_quantize {name}, feedback", (8 + size) * numel + bytes_, feedback)
@@ -216,23 +199,23 @@ def block_runs(ops: Any, message_bytes: Any, numel: int, device: torch.device) -
             continue
 
         def parts(bits: int = bits, bytes_: int = bytes_) -> torch.Tensor:
-            messages = torch.zeros(RANKS, bytes_, dtype=torch.uint8, device=device)
+            payloads = torch.zeros(RANKS, bytes_, dtype=torch.uint8, device=device)
             ops.block_quantize(
-                torch.randn(RANKS * numel, device=device), messages, None, numel, bits, BLOCK[bits]
+                torch.randn(RANKS * numel, device=device), payloads, None, numel, bits, BLOCK[bits]
             )
-            return messages
+            return payloads
 
         def reduce(i: int, bits: int = bits, parts: Any = parts) -> Callable[[], object]:
-            messages, out = parts(), torch.empty(numel, device=device)
-            return lambda: ops.block_reduce(messages, out, bits, BLOCK[bits], 0.5)
+            payloads, out = parts(), torch.empty(numel, device=device)
+            return lambda: ops.block_reduce(payloads, out, bits, BLOCK[bits], 0.5)
 
         def requantize(i: int, bits: int = bits, parts: Any = parts) -> Callable[[], object]:
-            messages = parts()
-            message = torch.empty_like(messages[0])
-            return lambda: ops.block_reduce_quantize(messages, message, None, numel, bits, BLOCK[bits], 0.5)
+            payloads = parts()
+            payload = torch.empty_like(payloads[0])
+            return lambda: ops.block_reduce_quantize(payloads, payload, None, numel, bits, BLOCK[bits], 0.5)
 
-        yield rotated(f"block_reduce int{bits}, {RANKS} messages", RANKS * bytes_ + 4 * numel, reduce)
-        yield rotated(f"block_reduce_quantize int{bits}, {RANKS} messages", (RANKS + 1) * bytes_, requantize)
+        yield rotated(f"block_reduce int{bits}, {RANKS} payloads", RANKS * bytes_ + 4 * numel, reduce)
+        yield rotated(f"block_reduce_quantize int{bits}, {RANKS} payloads", (RANKS + 1) * bytes_, requantize)
 
 
 def many_runs(ops: Any, device: torch.device) -> Iterator[Run]:
@@ -333,19 +316,19 @@ def report(runs: list[Run], taken: list[list[float]]) -> dict[str, dict[str, flo
     return result
 
 
-def groups(ops: Any, message_bytes: Any, numel: int, device: torch.device) -> Iterator[Iterator[Run]]:
+def groups(ops: Any, payload_bytes: Any, numel: int, device: torch.device) -> Iterator[Iterator[Run]]:
     """Groups of runs whose memory is taken at a time."""
     yield mask_runs(ops, numel, device)
     yield fake_quantize_runs(ops, numel, device)
-    yield block_runs(ops, message_bytes, numel, device)
+    yield block_runs(ops, payload_bytes, numel, device)
     yield many_runs(ops, device)
 
 
 def run_all(
-    ops: Any, message_bytes: Any, numel: int, rounds: int, device: torch.device
+    ops: Any, payload_bytes: Any, numel: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
     everything: dict[str, dict[str, float]] = {}
-    for group in groups(ops, message_bytes, numel, device):
+    for group in groups(ops, payload_bytes, numel, device):
         runs = [*peers(numel, device), *group]
         everything |= {
             name: row
@@ -367,7 +350,7 @@ def print_table(result: dict[str, dict[str, float]]) -> None:
 # --- a quick look whether they are right --------------------------------------------------------
 
 
-def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) -> list[str]:
+def wrong(ops: Any, reference: Any, payload_bytes: Any, device: torch.device) -> list[str]:
     """What differs from the reference in plain torch, on a few sizes; long checks are those of `pytest -m gpu`."""
     found = []
     implementations = reference.IMPLEMENTATIONS
@@ -386,7 +369,7 @@ def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) ->
             implementations["mask_apply_"](theirs, packed, off, 0.0)
             same(f"mask_apply_ {numel} {dtype}", mine, theirs)
             for bits in (8, 4):
-                size = message_bytes(numel, bits, BLOCK[bits])
+                size = payload_bytes(numel, bits, BLOCK[bits])
                 a, b = (torch.zeros(1, size, dtype=torch.uint8, device=device) for _ in range(2))
                 x = data.to(dtype)[off:]
                 rest_a, rest_b = (torch.full((numel,), 0.01, device=device) for _ in range(2))
@@ -410,11 +393,6 @@ def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) ->
             ops.mask_unpack(packed, numel, off),
             implementations["mask_unpack"](packed, numel, off),
         )
-        histograms = [
-            f(data, 20, 2048, 31, 0)
-            for f in (ops.magnitude_histogram, implementations["magnitude_histogram"])
-        ]
-        same(f"magnitude_histogram {numel}", *histograms)
     for rows, columns in (
         (1000, 128),
         (999, 768),
@@ -428,10 +406,10 @@ def wrong(ops: Any, reference: Any, message_bytes: Any, device: torch.device) ->
             x = torch.randn(rows, columns, device=device).to(dtype)
             for grid in (SYMMETRIC, ASYMMETRIC):
                 got, expected = (
-                    [t for t in f(x, **grid, keep=True) if t.numel()]
+                    [t for t in f(x, **grid, with_mask=True) if t.numel()]
                     for f in (ops.fake_quantize, implementations["fake_quantize"])
                 )
-                for part, a, b in zip(("y", "scale", "offset or kept", "kept"), got, expected, strict=False):
+                for part, a, b in zip(("y", "scale", "offset or mask", "mask"), got, expected, strict=False):
                     same(f"fake_quantize {rows}x{columns} {dtype} {grid['symmetric']}: {part}", a, b)
     scores = torch.randn(64, 4096, device=device)
     same("mask_n_of_m", ops.mask_n_of_m(scores, 2, 4), implementations["mask_n_of_m"](scores, 2, 4))
@@ -447,7 +425,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     library, reference = import_ops()
-    from ds_compress.ops.schemas import message_bytes
+    from ds_compress.ops.sizes import payload_bytes
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ops = library.native()
@@ -457,8 +435,8 @@ def main() -> None:
         "numel": args.numel,
         "rounds": args.rounds,
     }
-    record["wrong"] = wrong(ops, reference, message_bytes, device)
-    record["figures"] = run_all(ops, message_bytes, args.numel, args.rounds, device)
+    record["wrong"] = wrong(ops, reference, payload_bytes, device)
+    record["figures"] = run_all(ops, payload_bytes, args.numel, args.rounds, device)
     print(f"{name}; wrong: {record['wrong'] or 'nothing'}")
     print_table(record["figures"])
     if args.out is not None:

@@ -19,8 +19,9 @@ import torch
 
 from ds_compress.ops import reference
 from ds_compress.ops.library import native
-from ds_compress.quant import grid as grids
+from ds_compress.quant.arithmetic import dequantize_, quantize_block
 from ds_compress.quant.grid import Grid
+from ds_compress.quant.qparams import choose_qparams
 
 from .bandwidth import COPY, Run, run_benchmark
 
@@ -42,13 +43,18 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
 
     def fused(grid: Grid, keep: bool) -> object:
         return native().fake_quantize(
-            x, low=grid.low, high=grid.high, steps=grid.steps, symmetric=grid.symmetric, keep=keep
+            x,
+            quant_min=grid.quant_min,
+            quant_max=grid.quant_max,
+            steps=grid.scale_divisor,
+            symmetric=grid.symmetric,
+            with_mask=keep,
         )
 
     def eager(grid: Grid) -> torch.Tensor:
         exact = x.float()
-        ranges = grids.measure(exact, (1,), grid)
-        return grids.decode_(grids.encode(exact, ranges, grid), ranges).to(dtype)
+        qparams = choose_qparams(exact, (1,), grid)
+        return dequantize_(quantize_block(exact, qparams, grid), qparams).to(dtype)
 
     def per_channel(scale: torch.Tensor) -> torch.Tensor:
         return torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -127, 127)
@@ -57,11 +63,11 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
         COPY: Run(lambda: target.copy_(x), moved),
         "clone": Run(lambda: x.clone(), moved),
         ours: Run(lambda: fused(SYMMETRIC, False), moved),
-        f"{ours}, kept bits": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
+        f"{ours}, mask": Run(lambda: fused(SYMMETRIC, True), moved + x.numel() // 8),
         f"{ours}, asymmetric": Run(lambda: fused(ASYMMETRIC, False), moved),
         f"{ours}, range given": Run(
             lambda: native().fake_quantize(
-                x, measured, low=-127, high=127, steps=127, symmetric=True, keep=False
+                x, measured, quant_min=-127, quant_max=127, steps=127, symmetric=True, with_mask=False
             ),
             moved,
         ),
@@ -69,7 +75,7 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
         "quant.grid, eager, asymmetric": Run(lambda: eager(ASYMMETRIC), moved, peer_of=f"{ours}, asymmetric"),
         "the reference in torch": Run(
             lambda: reference.fake_quantize.fake_quantize(
-                x, low=-127, high=127, steps=127, symmetric=True, keep=False
+                x, quant_min=-127, quant_max=127, steps=127, symmetric=True, with_mask=False
             ),
             moved,
             peer_of=ours,

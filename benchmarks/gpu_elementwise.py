@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ds_compress.ops import library, reference
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 
 from . import elementwise_cuda
 from .gpu_parts import Report
@@ -23,11 +23,11 @@ def measure(device: torch.device, quick: bool, report: Report) -> Figures:
     numel, rounds = (1 << 16, 1) if quick else (NUMEL, 15)
     if quick:
         elementwise_cuda.CACHE_BYTES = 0  # no rotation through hundreds of megabytes
-    wrong = [] if quick else elementwise_cuda.wrong(ops, reference, message_bytes, device)
+    wrong = [] if quick else elementwise_cuda.wrong(ops, reference, payload_bytes, device)
     for name in wrong:
         print(f"differs from the reference: {name}")
     found: dict[str, dict[str, float]] = {"against the reference": {"wrong": len(wrong)}}
-    for group in elementwise_cuda.groups(ops, message_bytes, numel, device):
+    for group in elementwise_cuda.groups(ops, payload_bytes, numel, device):
         runs = [*elementwise_cuda.peers(numel, device), *group]
         figures = elementwise_cuda.report(runs, elementwise_cuda.measure(runs, rounds, device))
         found |= {name: row for name, row in figures.items() if name not in found}

@@ -41,7 +41,7 @@ PARTS = (
         "ceilings", "benchmarks.gpu_ceilings", 15, "bandwidth of a copy; rates of bf16, int8 and fp8 products"
     ),
     Part("products", "benchmarks.products_cuda", 75, "integer and fp8 linear layers beside cuBLASLt"),
-    Part("elementwise", "benchmarks.gpu_elementwise", 50, "masks, quantization, messages beside a copy"),
+    Part("elementwise", "benchmarks.gpu_elementwise", 50, "masks, quantization, payloads beside a copy"),
     Part("tests", "benchmarks.gpu_tests", 150, "pytest -m gpu"),
     Part("steps", "benchmarks.gpu_steps", 85, "whole steps of a BERT-base and a 1B Llama, ZeRO 0 to 3"),
     Part(

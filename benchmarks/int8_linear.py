@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,8 +29,9 @@ from ds_compress.ops.library import native
 
 from . import record
 from .bandwidth import keep_freed_memory
-from .linear_peers import FP32, Absent, codes_of, is_8_bit, peers
+from .linear_peers import FP32, AbsentError, is_8_bit, peers, quantized_of
 from .peaks import Peaks, read_bandwidth
+from .timing import in_turns, seconds
 
 LAYERS = {
     "BERT base": [(768, 768), (3072, 768), (768, 3072)],
@@ -45,7 +45,6 @@ GROUP = 64
 OURS, OURS_GELU, OURS_INT4 = "int8_linear", "int8_linear, GELU", f"int4_linear, groups of {GROUP}"
 SMALL, LARGE = 5e7, 5e8  # operations of a call
 HOPELESS = 10.0
-FAR = 1.5
 
 Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
@@ -77,8 +76,8 @@ class Bench:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     ) -> tuple[Calls, dict[str, float]]:
         ops, (n, k) = native(), weight.shape
-        codes, scale = codes_of(weight)
-        packed = ops.int8_linear_pack(codes)
+        quantized, scale = quantized_of(weight)
+        packed = ops.int8_linear_pack(quantized)
         groups = weight.view(n, k // GROUP, GROUP)
         scale4 = groups.abs().amax(2) / 7
         packed4 = ops.int4_linear_pack(
@@ -108,7 +107,7 @@ class Bench:
             try:
                 call = make(weight, bias, x.shape[0])
                 errors[name] = _error(call(x), exact)
-            except Absent as absent:
+            except AbsentError as absent:
                 self.reasons[name] = str(absent)
                 continue
             except Exception as error:  # whatever a peer fails with is a result
@@ -158,35 +157,14 @@ class Bench:
 
 
 def measure(calls: Calls, rounds: int, device: torch.device, threads: int) -> Times:
-    """Seconds per call. Each round runs everything for about 2 ms, beginning elsewhere than the round before."""
+    """Seconds per call. Each run of a round lasts about 2 ms."""
     repeats = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, min(200, int(2e-3 / max(seconds(call, 1, device, threads), 1e-6))))
-    names = list(calls)
-    times: Times = {name: [] for name in names}
-    for round_number in range(rounds):
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(seconds(calls[name], repeats[name], device, threads))
-    return times
-
-
-def seconds(call: Callable[[], object], repeat: int, device: torch.device, threads: int) -> float:
-    """Of one call. On one thread the CPU time of the process, which sees little of what else the machine does."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeat):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeat
-    clock = time.process_time if threads == 1 else time.perf_counter
-    begin = clock()
-    for _ in range(repeat):
-        call()
-    return (clock() - begin) / repeat
+        repeats[name] = max(1, min(200, int(2e-3 / max(seconds(call, device, threads), 1e-6))))
+    return in_turns(
+        calls, lambda name: seconds(calls[name], device, threads, repeats[name]), rounds, warm_up=0
+    )
 
 
 def _median_ratio(values: list[float], base: list[float]) -> float:
@@ -228,16 +206,23 @@ def summary(bench: Bench) -> dict[str, dict[str, float]]:
 
 
 def essentials(everything: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """For the committed file, which would grow by megabytes a run: of a peer only how many times slower it is than
-    ours, and of an 8-bit one nothing where that is more than `FAR` times."""
-    kept: dict[str, dict[str, float]] = {}
+    """For the committed file: of ours without what follows from the rest, and of the peers of a shape how many times
+    slower than ours the fastest 8-bit one is, without and with GELU, and oneDNN's fp32."""
+    recorded: dict[str, dict[str, float]] = {}
+    fastest: dict[tuple[str, str], tuple[float, str]] = {}
     for variant, figures in everything.items():
+        title, _, name = variant.rpartition(": ")
         slower = {figure: value for figure, value in figures.items() if figure.startswith("times slower")}
-        if not slower or variant.endswith(OURS_INT4):
-            kept[variant] = dict(figures)
-        elif variant.endswith(FP32) or max(slower.values()) <= FAR:
-            kept[variant] = slower
-    return kept
+        if name == OURS_INT4 or not slower:
+            recorded[variant] = {f: v for f, v in figures.items() if f not in ("us", "roofline GOPS")}
+        elif name == FP32:
+            recorded[variant] = slower
+        elif is_8_bit(name.removesuffix(", GELU")):
+            key, value = (title, next(iter(slower))), next(iter(slower.values()))
+            fastest[key] = min(fastest.get(key, (math.inf, "")), (value, variant))
+    for (_, figure), (value, variant) in fastest.items():
+        recorded.setdefault(variant, {})[figure] = value
+    return recorded
 
 
 def _listed(figures: Mapping[str, float]) -> str:

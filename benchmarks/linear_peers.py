@@ -19,12 +19,12 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 Maker = Callable[[torch.Tensor, torch.Tensor, int], Call]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """The package is not installed."""
 
 
-def codes_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 codes (N, K), fp32 scales (N,)) of a symmetric grid per row."""
+def quantized_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 values (N, K), fp32 scales (N,)) of a symmetric grid per row."""
     scale = weight.abs().amax(1) / 127
     return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
 
@@ -44,14 +44,14 @@ def onednn_packed_fp32(weight: torch.Tensor, bias: torch.Tensor, rows: int) -> C
 
 
 def int_mm_product_only(weight: torch.Tensor, bias: torch.Tensor, rows: int) -> Call:
-    codes = codes_of(weight)[0].t()
+    quantized = quantized_of(weight)[0].t()
     left = torch.randint(-127, 128, (rows, weight.shape[1]), dtype=torch.int8, device=weight.device)
-    return lambda x: torch._int_mm(left, codes)
+    return lambda x: torch._int_mm(left, quantized)
 
 
 def int_mm(weight: torch.Tensor, bias: torch.Tensor, rows: int) -> Call:
-    codes, weight_scale = codes_of(weight)
-    transposed = codes.t()
+    quantized, weight_scale = quantized_of(weight)
+    transposed = quantized.t()
 
     def call(x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(1, keepdim=True) / 127
@@ -62,8 +62,8 @@ def int_mm(weight: torch.Tensor, bias: torch.Tensor, rows: int) -> Call:
 
 
 def onednn_qlinear(weight: torch.Tensor, bias: torch.Tensor, rows: int) -> Call:
-    codes, weight_scale = codes_of(weight)
-    packed = torch.ops.onednn.qlinear_prepack(codes, [rows, weight.shape[1]])
+    quantized, weight_scale = quantized_of(weight)
+    packed = torch.ops.onednn.qlinear_prepack(quantized, [rows, weight.shape[1]])
     zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def linear_dynamic(engine: str) -> Maker:
                 quantized = torch.quantize_per_tensor(weight, weight.abs().max().item() / 127, 0, torch.qint8)
             else:
                 zeros = torch.zeros(weight.shape[0], dtype=torch.long)
-                quantized = torch.quantize_per_channel(weight, codes_of(weight)[1], zeros, 0, torch.qint8)
+                quantized = torch.quantize_per_channel(weight, quantized_of(weight)[1], zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantized, bias)
         # As torch.ao's modules call it: fbgemm and x86 take one bit less, for their 16-bit sums saturate.
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
@@ -118,7 +118,7 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Absent(f"{name.partition('.')[0]} is not installed") from error
+        raise AbsentError(f"{name.partition('.')[0]} is not installed") from error
 
 
 def _module(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:

@@ -4,9 +4,7 @@
 
 - `mask_apply_` on weights that the mask changes, and on weights that it was applied to before (lines in which nothing
   changes are read, not written): the first is a step in which the mask is new, the second every step under that mask.
-- `mask_apply_adam_` masks a weight and both Adam moments. Beside torch's fused AdamW step: alone, the step with the
-  masks after it, and the step cut into pieces that are masked while they are in cache.
-- N:M selection, packing and the histogram of magnitudes, beside the references in plain torch.
+- N:M selection and packing, beside the references in plain torch.
 
 On CUDA the same runs are timed between events.
 """
@@ -25,7 +23,6 @@ from ds_compress.ops.library import native
 from .bandwidth import COPY, Run, run_benchmark
 
 NUMEL = 25_165_824
-PIECE = 1 << 18
 DENSITY = 0.5
 
 
@@ -52,7 +49,6 @@ def apply_runs(device: torch.device, dtype: torch.dtype, alternatives: bool) -> 
         f"{ours}, 3 bits and elements off": Run(
             lambda: ops.mask_apply_(weights[3:-5], packed, 3), in_place, restore
         ),
-        "mask_apply_count_": Run(lambda: ops.mask_apply_count_(weights, packed), in_place, restore),
         "mul_ by a float mask": Run(lambda: weights.mul_(factors), 3 * size * NUMEL, restore, peer_of=ours),
     }
     if alternatives:
@@ -73,47 +69,6 @@ def apply_runs(device: torch.device, dtype: torch.dtype, alternatives: bool) -> 
     return runs
 
 
-def adam_runs(device: torch.device) -> dict[str, Run]:
-    ops = native()
-    gradient, target = torch.randn(NUMEL, device=device) * 1e-3, torch.empty(NUMEL, device=device)
-    state = [torch.randn(NUMEL, device=device) for _ in range(3)]
-    packed = ops.mask_pack(torch.rand(NUMEL, device=device) < DENSITY)
-    state[2].abs_()
-    ops.mask_apply_(gradient, packed)  # as pruning does before the step
-    step_number = torch.tensor(1.0, device=device)
-    settings: dict[str, Any] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.01, "eps": 1e-8}
-    settings |= {"amsgrad": False, "maximize": False, "grad_scale": None, "found_inf": None}
-
-    def step(begin: int, end: int) -> None:
-        weight, first, second = (part[begin:end] for part in state)
-        torch._fused_adamw_([weight], [gradient[begin:end]], [first], [second], [], [step_number], **settings)
-
-    def mask(begin: int, end: int) -> None:
-        ops.mask_apply_adam_(*(part[begin:end] for part in state), packed, begin)
-
-    def pieces(*actions: Callable[[int, int], None]) -> None:
-        for begin in range(0, NUMEL, PIECE):
-            for action in actions:
-                action(begin, begin + PIECE)
-
-    def both() -> None:
-        step(0, NUMEL)
-        mask(0, NUMEL)
-
-    step_bytes, mask_bytes = 7 * 4 * NUMEL, 6 * 4 * NUMEL + NUMEL // 8
-    alone = "AdamW, fused"
-    return {
-        COPY: Run(lambda: target.copy_(gradient), 8 * NUMEL),
-        alone: Run(lambda: step(0, NUMEL), step_bytes),
-        "mask_apply_adam_": Run(lambda: mask(0, NUMEL), mask_bytes),
-        "AdamW, then mask_apply_adam_": Run(both, step_bytes + mask_bytes, peer_of=alone),
-        f"AdamW in pieces of {PIECE}": Run(lambda: pieces(step), step_bytes, peer_of=alone),
-        f"AdamW and masks in pieces of {PIECE}": Run(
-            lambda: pieces(step, mask), step_bytes + NUMEL // 8, peer_of=alone
-        ),
-    }
-
-
 def selection_runs(device: torch.device) -> dict[str, Run]:
     ops, plain = native(), reference.mask
     numel = 1 << 22
@@ -121,11 +76,9 @@ def selection_runs(device: torch.device) -> dict[str, Run]:
     flat, target = scores.view(-1), torch.empty(numel, device=device)
     keep = flat > 0.67
     packed = ops.mask_pack(keep)
-    digits = (21, 2048, 31, 0)
     runs = {COPY: Run(lambda: target.copy_(flat), 8 * numel)}
     pairs: dict[str, tuple[Callable[[Any], object], int]] = {
         "mask_n_of_m 2:4": (lambda ops: ops.mask_n_of_m(scores, 2, 4), 4 * numel + numel // 8),
-        "magnitude_histogram": (lambda ops: ops.magnitude_histogram(flat, *digits), 4 * numel),
         "mask_pack": (lambda ops: ops.mask_pack(keep), numel + numel // 8),
         "mask_unpack": (lambda ops: ops.mask_unpack(packed, numel), numel + numel // 8),
     }
@@ -138,7 +91,6 @@ def selection_runs(device: torch.device) -> dict[str, Run]:
 def cases(device: torch.device, quick: bool) -> Mapping[str, Callable[[], Mapping[str, Run]]]:
     made: dict[str, Callable[[], Mapping[str, Run]]] = {
         f"{NUMEL} fp32": lambda: apply_runs(device, torch.float32, alternatives=True),
-        f"Adam, {NUMEL} fp32": lambda: adam_runs(device),
         "selection, 4194304 fp32": lambda: selection_runs(device),
     }
     if not quick:

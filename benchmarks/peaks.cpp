@@ -6,6 +6,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// clang-format off
 #if defined(__AVX512F__)
 #define REGISTER "zmm"
 constexpr double kBytes = 64;
@@ -24,6 +25,7 @@ constexpr double kBytes = 32;
     ONE(name, 6) ONE(name, 7) ONE(name, 8) ONE(name, 9) ONE(name, 10) ONE(name, 11)
 #define REPEAT(name)                                                                                                 \
     for (int64_t i = 0; i < times; i++) asm volatile(TWELVE(name)::: CLOBBERED)
+// clang-format on
 
 // Each returns the operations done, a product and its addition counting as two.
 EXPORT double dsc_peak_fp32(int64_t times) {

@@ -1,4 +1,4 @@
-"""Linear layers on int8 and int4 codes on a GPU, beside what torch has: bf16, `torch._int_mm` and eager quantization.
+"""Linear layers of int8 and int4 values on a GPU, beside what torch has: bf16, `torch._int_mm` and eager quantization.
 
     python -m benchmarks.products_cuda [--quick] [--json] [--record [FOLDER]] [--device cpu]
 
@@ -51,7 +51,7 @@ class Layer:
     """One layer's weights in every form, `copies` of them."""
 
     int8: list[torch.Tensor]
-    codes: list[torch.Tensor]
+    quantized: list[torch.Tensor]
     int4: list[torch.Tensor]
     full: list[torch.Tensor]
     scale: torch.Tensor
@@ -62,27 +62,27 @@ def make_layer(outputs: int, inputs: int, device: torch.device, dtype: torch.dty
     ops = native()
     size = outputs * inputs
     copies = max(2, min(24, CACHE_BYTES // size + 1)) if device.type == "cuda" else 2
-    codes = [_codes(outputs, inputs, 127, device) for _ in range(copies)]
+    quantized = [_quantized(outputs, inputs, 127, device) for _ in range(copies)]
     group_scale = torch.rand(outputs, -(-inputs // GROUP), device=device) * 0.02
     return Layer(
-        [ops.int8_linear_pack(c) for c in codes],
-        codes,
-        [ops.int4_linear_pack(_codes(outputs, inputs, 7, device), group_scale) for _ in range(copies)],
+        [ops.int8_linear_pack(c) for c in quantized],
+        quantized,
+        [ops.int4_linear_pack(_quantized(outputs, inputs, 7, device), group_scale) for _ in range(copies)],
         [torch.randn(outputs, inputs, device=device, dtype=dtype) for _ in range(copies)],
         torch.rand(outputs, device=device) * 0.01,
         torch.randn(outputs, device=device),
     )
 
 
-def _codes(outputs: int, inputs: int, largest: int, device: torch.device) -> torch.Tensor:
+def _quantized(outputs: int, inputs: int, largest: int, device: torch.device) -> torch.Tensor:
     return torch.randint(-largest, largest + 1, (outputs, inputs), device=device, dtype=torch.int8)
 
 
-def separate(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def separate(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The layer with GELU from torch's own parts: quantize, `_int_mm`, dequantize, bias, activation."""
     row_scale = x.abs().amax(1, keepdim=True).float().div_(127).clamp_min_(2.0**-126)
     quantized = x.div(row_scale).round_().clamp_(-127, 127).to(torch.int8)
-    y = torch._int_mm(quantized, codes.t()).float().mul_(row_scale * scale).add_(bias)
+    y = torch._int_mm(quantized, weight.t()).float().mul_(row_scale * scale).add_(bias)
     return functional.gelu(y.to(x.dtype))
 
 
@@ -107,9 +107,9 @@ def calls_of(
     if rows > 32:
         calls["quantization"] = [partial(ops.int8_linear, x, nothing, none)] * 2
     if device.type == "cuda" and rows > 16:
-        quantized = _codes(rows, inputs, 127, device)
-        calls["_int_mm"] = [partial(torch._int_mm, quantized, w.t()) for w in layer.codes]
-        calls["separate"] = [partial(separate, x, w, layer.scale, layer.bias) for w in layer.codes]
+        quantized = _quantized(rows, inputs, 127, device)
+        calls["_int_mm"] = [partial(torch._int_mm, quantized, w.t()) for w in layer.quantized]
+        calls["separate"] = [partial(separate, x, w, layer.scale, layer.bias) for w in layer.quantized]
     return calls
 
 

@@ -1,8 +1,17 @@
 """Every figure that a benchmark measured, with what it was measured on.
 
-With `--record` they are appended to a CSV of the benchmark's own: one line is one figure: when, which commit, which CPU
-and versions, how it was called, then variant, figure and value. The files in `benchmarks/results` are committed, bad
-figures included. Without it a benchmark writes no file.
+With `--record` a run writes its figures to a CSV of the benchmark's own: one line is one figure: when, which commit,
+which CPU and versions, how it was called, then variant, figure and value. The files in `benchmarks/results` are
+committed, bad figures included. Without it a benchmark writes no file.
+
+A line is known by its machine (CPU and cores), setting, variant and figure, and a new one takes the place of the line
+that it repeats: so a file holds the newest figure of each machine, with its commit, and a run that is done again after
+a change shows as a diff of values. The setting is the arguments without those that say only where files lie, how often
+something is measured or on how many threads (which is part of the variant). `git log -p` has what was there before.
+
+    python -m benchmarks.record        thins every file of benchmarks/results in this sense, after a merge for example
+
+`benchmarks.figures` writes the tables of the docs from these files.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,9 +31,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("time", "commit", "cpu", "cores", "versions", "arguments", "variant", "figure", "value")
 
+Row = Mapping[str, str]
+
 Figures = Mapping[str, Mapping[str, float]]
 """{variant: {figure: value}}; a figure's name ends in its unit where it has one."""
 
+_FLAGS_OF_NO_SETTING = ("--json", "--measure-only")
+_OPTIONS_OF_NO_SETTING = ("--output", "--record", "--rounds", "--teacher", "--threads")
 
 RESULTS = HERE / "results"
 
@@ -38,7 +51,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         const=RESULTS,
         metavar="FOLDER",
-        help=f"append the figures to a CSV in FOLDER (without one: {RESULTS.parent.name}/{RESULTS.name})",
+        help=f"write the figures to a CSV in FOLDER (without one: {RESULTS.parent.name}/{RESULTS.name})",
     )
 
 
@@ -48,26 +61,65 @@ def report(
     """Prints and records as the arguments ask for; `recorded`: what is recorded, where that is less than everything."""
     if args.record is not None:
         arguments = " ".join(a for a in sys.argv[1:] if a not in ("--record", str(args.record)))
-        path = append(benchmark, arguments, figures if recorded is None else recorded, args.record)
-        print(f"appended to {path}")
+        path = write(benchmark, arguments, figures if recorded is None else recorded, args.record)
+        print(f"written to {path}")
     if args.json:
         print(json_line(benchmark, figures))
 
 
-def append(benchmark: str, arguments: str, figures: Figures, folder: Path = RESULTS) -> Path:
-    """Appends all figures of one run to `<folder>/<benchmark>.csv` and returns its path."""
+def write(benchmark: str, arguments: str, figures: Figures, folder: Path = RESULTS) -> Path:
+    """Writes all figures of one run to `<folder>/<benchmark>.csv`, in place of those that they repeat; its path."""
+    path, where = folder / f"{benchmark}.csv", conditions()
+    rows = [
+        {**where, "arguments": arguments, "variant": variant, "figure": figure, "value": f"{value:.6g}"}
+        for variant, values in figures.items()
+        for figure, value in values.items()
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}.csv"
-    where = conditions()
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        for variant, values in figures.items():
-            for figure, value in values.items():
-                writer.writerow([*where.values(), arguments, variant, figure, f"{value:.6g}"])
+    _store(path, thinned([*(read(path) if path.exists() else ()), *rows]))
     return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of one file, by `COLUMNS`."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def thinned(rows: Iterable[Row]) -> list[Row]:
+    """The newest of the rows that repeat each other, each in the place of the first."""
+    newest: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        other = newest.get(key_of(row))
+        if other is None or row["time"] >= other["time"]:
+            newest[key_of(row)] = row
+    return list(newest.values())
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """What makes a row a repetition of another; see the module."""
+    return row["cpu"], row["cores"], setting_of(row["arguments"]), row["variant"], row["figure"]
+
+
+def setting_of(arguments: str) -> str:
+    """The arguments that change what a figure means."""
+    words, kept = iter(arguments.split()), []
+    for word in words:
+        if word in _OPTIONS_OF_NO_SETTING:
+            next(words, None)
+        elif word not in _FLAGS_OF_NO_SETTING:
+            kept.append(word)
+    return " ".join(kept)
+
+
+def _store(path: Path, rows: Iterable[Row]) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
 
 
 def conditions() -> dict[str, str]:
@@ -107,7 +159,7 @@ def _commit() -> str:
     if named := os.environ.get("BENCHMARK_COMMIT"):
         return named
     try:
-        # Results are appended while a benchmark runs; they do not change what was measured.
+        # Results are written while a benchmark runs; they do not change what was measured.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -116,9 +168,9 @@ def _commit() -> str:
 
 def instruction_set() -> str:
     """What the CPU kernels run on, as csrc/cpu/isa.cpp chooses: `DS_COMPRESS_CPU_ISA`, else the best there is."""
-    wish = os.environ.get("DS_COMPRESS_CPU_ISA")
+    named = os.environ.get("DS_COMPRESS_CPU_ISA")
     flags = _cpu_flags()
-    return wish or ("avx512" if "avx512_vnni" in flags else "avx2" if "avx2" in flags else "scalar")
+    return named or ("avx512" if "avx512_vnni" in flags else "avx2" if "avx2" in flags else "scalar")
 
 
 def _cpu_model() -> str:
@@ -137,3 +189,14 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("*.csv")):
+        rows = read(path)
+        _store(path, thinned(rows))
+        print(f"{path.name}: {len(rows)} -> {len(thinned(rows))} figures")
+
+
+if __name__ == "__main__":
+    main()

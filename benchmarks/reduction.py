@@ -2,9 +2,9 @@
 
     python -m benchmarks.reduction [--quick] [--json] [--rates 1gbit,200mbit,none] [--worlds 2,4] [--picture]
 
-Each host is a network namespace of its own (`benchmarks.netlab`: needs root) with a full-duplex link of the given
-rate; "none" is as fast as this machine copies. Collectives are of 25.2 million elements, in one process per host.
-Steps run through the real `deepspeed` launcher, one per host, on encoders of 23 and 110 million parameters. All
+Each node is a network namespace of its own (`benchmarks.netlab`: needs root) with a full-duplex link of the given
+rate; "none" is as fast as this machine copies. Collectives are of 25.2 million elements, in one process per node.
+Steps run through the real `deepspeed` launcher, one per node, on encoders of 23 and 110 million parameters. All
 variants take turns in one job; a figure is the median over rounds of the slowest process, a ratio the median of ratios.
 
 With --picture: step time against link speed, measured points and the line of the model
@@ -37,7 +37,7 @@ RATES = {"1gbit": 1e9, "500mbit": 5e8, "200mbit": 2e8, "100mbit": 1e8}
 Times = Mapping[str, list[float]]
 
 
-def measured(hosts: int, rate: str, kind: str, arguments: list[str], timeout_s: float) -> Times:
+def measured(nodes: int, rate: str, kind: str, arguments: list[str], timeout_s: float) -> Times:
     """{variant: seconds per round} of one job in a lab of its own."""
     environment = {
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -45,7 +45,7 @@ def measured(hosts: int, rate: str, kind: str, arguments: list[str], timeout_s: 
         "DS_ACCELERATOR": "cpu",
     }
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with Lab(hosts) as lab:
+    with Lab(nodes) as lab:
         lab.limit(None if rate == "none" else rate)
         module = f"{__package__}.reduction_worker"
         if kind == "step":
@@ -98,7 +98,7 @@ def draw(
             label=name,
         )
     axes.set(xscale="log", yscale="log", xlabel="link, Mbit/s", ylabel="seconds per step")
-    axes.set_title(f"ZeRO-2, {model}, 2 hosts: measured, and compute + bytes / speed", fontsize=10)
+    axes.set_title(f"ZeRO-2, {model}, 2 nodes: measured, and compute + bytes / speed", fontsize=10)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,14 +137,14 @@ def main() -> None:
         picture(arguments)
         return
     figures: dict[str, dict[str, float]] = {}
-    for hosts in map(int, arguments.worlds.split(",")):
+    for nodes in map(int, arguments.worlds.split(",")):
         for rate in arguments.rates.split(","):
             for kind, name, options in jobs(arguments):
                 job = [*options, "--rounds", str(arguments.rounds)]
-                found = figures_of(measured(hosts, rate, kind, job, timeout_s=3000))
-                figures |= {f"{name}, {hosts} hosts, {rate}: {variant}": v for variant, v in found.items()}
+                found = figures_of(measured(nodes, rate, kind, job, timeout_s=3000))
+                figures |= {f"{name}, {nodes} nodes, {rate}: {variant}": v for variant, v in found.items()}
                 if not arguments.json:
-                    print(f"{name}, {hosts} hosts, {rate}")
+                    print(f"{name}, {nodes} nodes, {rate}")
                     for variant, v in found.items():
                         print(
                             f"  {variant:32s} {v['median_ms']:10.1f} ms  {v['faster_x']:5.2f}x "

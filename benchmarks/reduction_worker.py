@@ -30,12 +30,12 @@ ROWS, TOKENS = 4, 40
 
 def traffic(gradients: int | None = None, weights: int | None = None) -> dict[str, Any] | None:
     """A `compression_training` block; None is stock DeepSpeed."""
-    wish = {"enabled": True, "measure_link": False, "min_elements": 0}
+    always = {"enabled": True, "measure_link": False, "min_elements": 0}
     block: dict[str, Any] = {}
     if gradients:
-        block["gradient_compression"] = {**wish, "bits": gradients}
+        block["gradient_compression"] = {**always, "bits": gradients}
     if weights:
-        block["parameter_compression"] = {**wish, "bits": weights}
+        block["parameter_compression"] = {**always, "bits": weights}
     return block or None
 
 

@@ -1,4 +1,4 @@
-"""Bad workers against robust rules: final accuracy on digits, who was named, and who was accused wrongly.
+"""Bad workers against robust rules: final accuracy on digits, who was flagged, and who was flagged wrongly.
 
     python -m benchmarks.robust [--quick] [--json] [--task digits|encoder] [--workers "5,1;8,2"] [--stages 0,2]
                                 [--seeds 2] [--steps 200]
@@ -15,8 +15,8 @@ gradients of twenty steps ago. ALIE and IPM see all honest gradients.
 With --task encoder: MiniLM on the movie sentences with AdamW, which takes far longer: choose few
 cases.
 
-Every line: mean accuracy on what was held out; the share of steps in which a bad worker was named, and the share of
-honest workers' steps in which one was accused.
+Every line: mean accuracy on what was held out; the share of steps in which a bad worker was flagged, and the share of
+honest workers' steps in which one was flagged.
 """
 
 from __future__ import annotations
@@ -228,14 +228,14 @@ def run(
     engine.eval()
     with torch.no_grad():
         correct = accuracy(engine)
-    accusations, world = reduction.accusations, dist.get_world_size()
+    flag_counts, world = reduction.flag_counts, dist.get_world_size()
     first_bad = world - bad if name != "none" else world
-    share = [accusations.named.get(worker, 0) / max(1, accusations.steps) for worker in range(world)]
+    share = [flag_counts.counts.get(worker, 0) / max(1, flag_counts.steps) for worker in range(world)]
     engine.destroy()
     return {
         "accuracy": correct,
-        "named": statistics.mean(share[first_bad:]) if first_bad < world else 0.0,
-        "accused honest": statistics.mean(share[:first_bad]),
+        "flagged": statistics.mean(share[first_bad:]) if first_bad < world else 0.0,
+        "flagged honest": statistics.mean(share[:first_bad]),
     }
 
 
@@ -303,8 +303,8 @@ def main() -> None:
         }
     for key, values in figures.items():
         print(
-            f"{key:64s} {100 * values['accuracy']:6.1f} %  named {100 * values['named']:5.1f} %  "
-            f"honest accused {100 * values['accused honest']:4.1f} %"
+            f"{key:64s} {100 * values['accuracy']:6.1f} %  flagged {100 * values['flagged']:5.1f} %  "
+            f"honest flagged {100 * values['flagged honest']:4.1f} %"
         )
     record.report("robust", figures, arguments)
 

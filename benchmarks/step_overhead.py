@@ -102,18 +102,18 @@ class Variant:
 @contextmanager
 def time_in_backward() -> Iterator[Clock]:
     """A clock on fake quantization, running for as long as the block does."""
-    from ds_compress.quant import functions
+    from ds_compress.quant import fake_quantized_linear as patched
 
     clock = Clock()
-    names = ("quantize_weight", "_input_backward")
-    originals = {name: getattr(functions, name) for name in names}
+    names = ("fake_quantize_weight", "_input_backward")
+    originals = {name: getattr(patched, name) for name in names}
     for name, original in originals.items():
-        setattr(functions, name, clock.wrap(original))
+        setattr(patched, name, clock.wrap(original))
     try:
         yield clock
     finally:
         for name, original in originals.items():
-            setattr(functions, name, original)
+            setattr(patched, name, original)
 
 
 def blocks() -> dict[str, dict[str, Any] | None]:

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,23 +52,55 @@ def interleave(
     warm_up: int = 1,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Timing]:
-    """Times every run once per round, after `warm_up` rounds that are not counted.
+    """Times every run once per round, after `warm_up` rounds that are not counted; see `in_turns`."""
+    taken = in_turns(runs, lambda name: measured(runs[name]), rounds, warm_up, progress)
+    return {
+        name: Timing([cpu for cpu, _ in times], [wall for _, wall in times]) for name, times in taken.items()
+    }
 
-    Each round starts at another run, so none always follows the same neighbour's cache misses. `progress` is
-    told the name of each run before it starts.
+
+def in_turns(
+    names: Iterable[str],
+    measure: Callable[[str], T],
+    rounds: int,
+    warm_up: int = 1,
+    progress: Callable[[str], object] | None = None,
+) -> dict[str, list[T]]:
+    """measure(name) of every name once per round, {name: one result a round}, after `warm_up` rounds.
+
+    Each round starts at another name, so none always follows the same neighbour's cache misses. `progress` is
+    told each name before its turn.
     """
-    timings = {name: Timing() for name in runs}
-    names = list(runs)
+    names = list(names)
+    results: dict[str, list[T]] = {name: [] for name in names}
     for round_number in range(-warm_up, rounds):
         shift = round_number % len(names)
         for name in names[shift:] + names[:shift]:
             if progress is not None:
                 progress(name)
-            cpu, wall = measured(runs[name])
+            result = measure(name)
             if round_number >= 0:
-                timings[name].cpu.append(cpu)
-                timings[name].wall.append(wall)
-    return timings
+                results[name].append(result)
+    return results
+
+
+def seconds(call: Callable[[], object], device: torch.device, threads: int, repeat: int = 1) -> float:
+    """Of one call, the mean of `repeat`: on one thread the CPU time of the process, which sees little of what else the
+    machine does; on more, time that passes; on CUDA, time between two events."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeat
+    clock = time.process_time if threads == 1 else time.perf_counter
+    begin = clock()
+    for _ in range(repeat):
+        call()
+    return (clock() - begin) / repeat
 
 
 def measured(run: Callable[[], object]) -> tuple[float, float]:

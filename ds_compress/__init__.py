@@ -21,7 +21,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ds_compress import log
-from ds_compress.api import plan
+from ds_compress.api import export, plan
 from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.report.plan import Plan
 from ds_compress.distill.cache_write import cache_teacher
@@ -30,7 +30,6 @@ from ds_compress.engine.finalize import finalize, redundancy_clean
 from ds_compress.engine.layerwise import distill_layers
 from ds_compress.engine.registration import register, unregister
 from ds_compress.errors import ExportError
-from ds_compress.export.api import export
 from ds_compress.export.load import from_pretrained
 from ds_compress.hf.auto import join_transformers as _join_transformers
 from ds_compress.version import __version__

@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
 from ds_compress.config.report.plan import Plan
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.config.schema.source import block_of
+from ds_compress.engine.export_source import load_source
 from ds_compress.export import compatibility
+from ds_compress.export.format import Options
+from ds_compress.export.report import ExportReport
+from ds_compress.export.shards import DEFAULT_SHARD_BYTES
+from ds_compress.export.write import write_export
 
 
 def plan(
@@ -37,3 +43,51 @@ def plan(
         tuple(compatibility.notes(resolved, model)) if resolved.techniques or resolved.structures else ()
     )
     return resolved
+
+
+def export(
+    source: Any,
+    out_dir: str | PathLike[str],
+    format: str | None = None,
+    *,
+    tokenizer: Any = None,
+    model: nn.Module | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    embeddings: str | None = None,
+    scheme: str | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> ExportReport:
+    """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
+
+    Args:
+        source: a DeepSpeed engine or Hugging Face's Trainer (a collective: every process calls it, one writes), an
+            `nn.Module` with or without quantizers, or the path of a DeepSpeed checkpoint.
+        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: the
+            block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where something is.
+        tokenizer: an object with `save_pretrained`, or a folder to copy one from; None: a Trainer's own, if any.
+        model: with a checkpoint, an instance of the trained class when that is none of transformers.
+        inputs: what to check with, by argument name; None: made up from the config.
+        check: False writes without loading.
+        overwrite: replace `out_dir` if it exists.
+        dtype: in which tensors that are not quantized are stored; None: as they are.
+        embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
+        scheme: "fp8" with "compressed-tensors" rounds a model that was not trained in integers.
+        shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
+
+    Raises:
+        ExportError: with a reason that names the module; `out_dir` is then as it was before.
+    """
+    return write_export(
+        load_source(source, model),
+        out_dir,
+        format,
+        Options(dtype, embeddings, scheme),
+        tokenizer=tokenizer,
+        inputs=inputs,
+        check=check,
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+    )

@@ -37,15 +37,17 @@ def batches(steps: int, device: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 def train(block: dict[str, Any] | None, device: Any, steps: int = 9) -> dict[str, Any]:
     """A loop without an engine; what every step waits for, beside the reading of the loss."""
-    from ds_compress.engine.run import CompressionRun
+    from ds_compress.config import parse_config
+    from ds_compress.engine.attach import attach_to_loop
+    from ds_compress.engine.build import prepare_model
     from tests.multirank.common import tiny_bert
     from tests.simulated_device import waits
 
     model = tiny_bert().to(device).train()
     session = None
     if block is not None:
-        session = CompressionRun.of_model(model, block)
-        session.attach_to_loop()
+        session = prepare_model(model, parse_config(block))
+        attach_to_loop(session)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     losses, waited = [], []
     for batch in batches(steps, device):
@@ -163,8 +165,8 @@ def clipping_at_stage_0_waits_once() -> None:
     from types import SimpleNamespace
 
     from ds_compress.engine.step.clipping import AppliedNorm
-    from ds_compress.engine.zero.shards import Shards
     from ds_compress.ops import bitmask
+    from ds_compress.sharding.shards import Shards
     from tests.simulated_device import DEVICE, waits
 
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).to(DEVICE)
@@ -245,7 +247,13 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
     assert config.distillation is not None
     stage = Distillation(config.distillation, model, teacher, None, all_gather_rows)
     stage.prepare(model)
-    engine = SimpleNamespace(backward=lambda loss: loss.backward())
+    transforms: list[Any] = []
+
+    def transform_loss(transform: Any) -> Any:
+        transforms.append(transform)
+        return lambda: None
+
+    engine: Any = SimpleNamespace(transform_loss=transform_loss)
     stage.attach_engine(engine)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     found = []
@@ -254,7 +262,7 @@ def _distilled(losses: dict[str, Any], device: Any) -> tuple[list[float], int]:
         waits.clear()
         optimizer.zero_grad()
         loss = model(**given).loss
-        engine.backward(loss)
+        transforms[0](loss).backward()
         stage.before_step(0)
         optimizer.step()
         stage.after_step(1)
@@ -331,7 +339,8 @@ def robust_rules() -> None:
 def scales_are_those_of_the_cpu() -> None:
     """A scale is a true quotient: no reciprocal, whatever torch makes of `values / 127` on a device."""
     from ds_compress.ops.reference import IMPLEMENTATIONS
-    from ds_compress.quant.grid import Granularity, WeightGrid, fake_quantize
+    from ds_compress.quant.grid import Granularity, WeightGrid
+    from ds_compress.quant.weights import fake_quantize
     from tests.simulated_device import DEVICE
 
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
@@ -341,7 +350,13 @@ def scales_are_those_of_the_cpu() -> None:
     for symmetric in (True, False):
         grid = WeightGrid(8, symmetric, narrow_range=True, granularity=Granularity.PER_CHANNEL)
         assert torch.equal(fake_quantize(x.to(DEVICE), grid).cpu(), fake_quantize(x, grid))
-        how = {"low": grid.low, "high": grid.high, "steps": grid.steps, "symmetric": symmetric, "keep": True}
+        how = {
+            "low": grid.quant_min,
+            "high": grid.quant_max,
+            "steps": grid.scale_divisor,
+            "symmetric": symmetric,
+            "keep": True,
+        }
         results = (IMPLEMENTATIONS["fake_quantize"](values, **how) for values in (x.to(DEVICE), x))
         assert all(torch.equal(a.cpu(), b) for a, b in zip(*results, strict=True))
 

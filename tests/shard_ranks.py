@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ds_compress.engine.zero.shards import Shards
+from ds_compress.sharding.shards import Shards
 
 
 class PlainFragment:

@@ -1,8 +1,8 @@
 // Whether a way of multiplying gives the right sums on this device, found out at its first use there.
 //
-// Kernels that were never run on a kind of GPU (by us, or made of PTX by a later driver) are not trusted blindly: one small
-// product of integers, in which any mistake shows, is compared with the same sums from the CPU. A way that fails is said once,
-// on stderr, and not taken again.
+// Kernels that were never run on a kind of GPU (by us, or made of PTX by a later driver) are not trusted blindly: one
+// small product of integers, in which any mistake shows, is compared with the same sums from the CPU. A way that fails
+// is said once, on stderr, and not taken again.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 
 #include "../cuda/hopper/launchers.h"
 
-namespace ds_compress {
+namespace ds_compress::bindings {
 
 struct Way {
     int tile;  // one of dsc_hopper_tiles, or one of those below
@@ -28,8 +28,8 @@ struct Way {
 
 enum class Verdict : int { unknown = 0, right, wrong };
 
-/// Of `way` on the device of `like`, which is the current one. Unknown only while `stream` is being captured and the way was not
-/// tried before: trying waits for the device.
+/// Of `way` on the device of `like`, which is the current one. Unknown only while `stream` is being captured and the
+/// way was not tried before: trying waits for the device.
 Verdict verify(const Way& way, const torch::stable::Tensor& like, cudaStream_t stream);
 
-}  // namespace ds_compress
+}  // namespace ds_compress::bindings

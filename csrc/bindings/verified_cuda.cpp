@@ -6,15 +6,11 @@
 #include <vector>
 
 #include "cuda.h"
+#include "ds_compress/cuda_device.h"
 #include "ds_compress/packed.h"
 
-namespace ds_compress {
+namespace ds_compress::bindings {
 namespace {
-
-using bindings::check_launch;
-using bindings::new_tensor;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int most_devices = 64, most_ways = 16;
 std::atomic<Verdict> verdicts[most_devices][most_ways];
@@ -22,21 +18,27 @@ std::atomic<Verdict> verdicts[most_devices][most_ways];
 // One product whose every output is a float that integers decide: no rounding hides a misplaced operand.
 struct Trial {
     int64_t m, n = 152, k = 208, pitch = 208;
-    std::vector<uint8_t> codes, weight;  // int8
+    std::vector<uint8_t> quantized, weight;  // int8
     std::vector<float> input_scale, weight_scale, bias, expected;
 
-    explicit Trial(int64_t rows) : m(rows), codes(rows * pitch), weight(n * pitch), input_scale(rows), weight_scale(n), bias(n),
-                                    expected(rows * n) {
+    explicit Trial(int64_t rows)
+        : m(rows),
+          quantized(rows * pitch),
+          weight(n * pitch),
+          input_scale(rows),
+          weight_scale(n),
+          bias(n),
+          expected(rows * n) {
         uint32_t state = 12345;
         const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
-        std::vector<int> a(codes.size()), b(weight.size());
+        std::vector<int> a(quantized.size()), b(weight.size());
         const auto draw = [&](std::vector<int>& values, std::vector<uint8_t>& bytes) {
             for (size_t i = 0; i < values.size(); i++) {
                 values[i] = static_cast<int>(next() % 255) - 127;
                 bytes[i] = static_cast<uint8_t>(values[i]);
             }
         };
-        draw(a, codes);
+        draw(a, quantized);
         draw(b, weight);
         for (auto* part : {&input_scale, &weight_scale})
             for (float& value : *part) value = static_cast<float>(next() % 1000 + 1) / 4096.0f;
@@ -60,7 +62,7 @@ uint16_t to_bfloat16(float value) {
 template <class T>
 Tensor on_device(const Tensor& like, const std::vector<T>& values, int64_t ahead, cudaStream_t stream) {
     const int64_t bytes = static_cast<int64_t>(values.size() * sizeof(T));
-    Tensor made = new_tensor(like, {ahead + bytes}, ScalarType::Byte);
+    Tensor made = new_tensor(like, {ahead + bytes}, kByte);
     check_launch(cudaMemcpyAsync(static_cast<uint8_t*>(made.mutable_data_ptr()) + ahead, values.data(), bytes,
                                  cudaMemcpyHostToDevice, stream),
                  "verification");
@@ -70,24 +72,34 @@ Tensor on_device(const Tensor& like, const std::vector<T>& values, int64_t ahead
 bool try_out(const Way& way, int64_t rows, int dtype, const Tensor& like, cudaStream_t stream) {
     const Trial trial(rows);
     constexpr int64_t head = sizeof(PackedHeader);
-    const Tensor codes = on_device(like, trial.codes, 0, stream), packed = on_device(like, trial.weight, head, stream);
+    const Tensor quantized = on_device(like, trial.quantized, 0, stream),
+                 packed = on_device(like, trial.weight, head, stream);
     const Tensor input_scale = on_device(like, trial.input_scale, 0, stream);
     const Tensor weight_scale = on_device(like, trial.weight_scale, 0, stream);
     const Tensor bias = on_device(like, trial.bias, 0, stream);
     const int64_t count = trial.m * trial.n;
-    Tensor out = new_tensor(like, {count * 4}, ScalarType::Byte);
+    Tensor out = new_tensor(like, {count * 4}, kByte);
     const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
     cudaError_t error;
     if (way.is_hopper()) {
-        const DscProduct product{codes.const_data_ptr(), static_cast<const uint8_t*>(packed.const_data_ptr()) + head,
-                                 floats(input_scale), floats(weight_scale), floats(bias), out.mutable_data_ptr(), dtype,
-                                 dsc_none, trial.m, trial.n, trial.pitch, like.get_device_index(),
-                                 bindings::multiprocessors(like.get_device_index())};
+        const DscProduct product{quantized.const_data_ptr(),
+                                 static_cast<const uint8_t*>(packed.const_data_ptr()) + head,
+                                 floats(input_scale),
+                                 floats(weight_scale),
+                                 floats(bias),
+                                 out.mutable_data_ptr(),
+                                 dtype,
+                                 dsc_none,
+                                 trial.m,
+                                 trial.n,
+                                 trial.pitch,
+                                 like.get_device_index(),
+                                 multiprocessors(like.get_device_index())};
         error = dsc_hopper_product(&product, way.tile, stream);
     } else {
-        error = dsc_int8_linear(static_cast<const int8_t*>(codes.const_data_ptr()), floats(input_scale),
-                                packed.const_data_ptr(), floats(weight_scale), floats(bias), out.mutable_data_ptr(), dtype,
-                                dsc_none, trial.m, trial.n, trial.k, stream);
+        error = dsc_int8_linear(static_cast<const int8_t*>(quantized.const_data_ptr()), floats(input_scale),
+                                packed.const_data_ptr(), floats(weight_scale), floats(bias), out.mutable_data_ptr(),
+                                dtype, dsc_none, trial.m, trial.n, trial.k, stream);
     }
     if (error != cudaSuccess) {
         cudaGetLastError();  // so that the next launch does not find it
@@ -128,13 +140,14 @@ Verdict verify(const Way& way, const Tensor& like, cudaStream_t stream) {
         // Threads that meet here try it out twice and come to the same answer.
         const bool is_right = try_out(way, like, stream);
         if (!is_right)
-            std::fprintf(stderr,
-                         "ds_compress: %s give wrong sums on CUDA device %d and are not used there. Please report this GPU and "
-                         "driver.\n",
-                         way.name(), device);
+            std::fprintf(
+                stderr,
+                "ds_compress: %s give wrong sums on CUDA device %d and are not used there. Please report this GPU and "
+                "driver.\n",
+                way.name(), device);
         verdict.store(is_right ? Verdict::right : Verdict::wrong, std::memory_order_release);
     }
     return verdict.load(std::memory_order_acquire);
 }
 
-}  // namespace ds_compress
+}  // namespace ds_compress::bindings

@@ -31,19 +31,19 @@ bool is_supported(Isa isa) {
 }
 
 Isa choose() {
-    const char* wish = std::getenv("DS_COMPRESS_CPU_ISA");
-    if (wish == nullptr || *wish == '\0') {
+    const char* requested = std::getenv("DS_COMPRESS_CPU_ISA");
+    if (requested == nullptr || *requested == '\0') {
         Isa best = Isa::scalar;
         for (Isa candidate : kAll)
             if (is_supported(candidate)) best = candidate;
         return best;
     }
     for (Isa candidate : kAll) {
-        if (std::strcmp(wish, name_of(candidate)) != 0) continue;
+        if (std::strcmp(requested, name_of(candidate)) != 0) continue;
         if (is_supported(candidate)) return candidate;
-        throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(wish) + ": this CPU does not have it");
+        throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(requested) + ": this CPU does not have it");
     }
-    throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(wish) + ": allowed are scalar, avx2 and avx512");
+    throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(requested) + ": allowed are scalar, avx2 and avx512");
 }
 
 }  // namespace

@@ -4,43 +4,39 @@
 
 #include <stdint.h>
 
-#if !defined(__CUDA_RUNTIME_API_H__) && !defined(DSC_EMULATOR)
-typedef struct CUstream_st* cudaStream_t;
-typedef int cudaError_t;  // the enumeration of cuda_runtime_api.h, where that is not included
+#if !defined(DSC_EMULATOR)
+#include <cuda_runtime_api.h>
 #endif
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-// --- linear --------------------------------------------------------------------------------------------------
+// --- linear --------------------------------------------------------------------------------------------------------
 
 enum DscDtype { dsc_float32 = 0, dsc_bfloat16 = 1, dsc_float16 = 2 };
 enum DscActivation { dsc_none = 0, dsc_relu = 1, dsc_gelu_erf = 2, dsc_gelu_tanh = 3, dsc_silu = 4 };
 
-// Rows of activations as int8: x (rows, columns) -> codes (rows, columns rounded up to 16, zeros beyond) and the
+// Rows of activations as int8: x (rows, columns) -> quantized (rows, columns rounded up to 16, zeros beyond) and the
 // fp32 scale of every row. `given_scale`: one fp32 value for all rows, or null: measured row by row. steps: 127
-// (codes +-127) or 128 (codes -128 .. 127). A row with a NaN (measured: or Inf) has scale NaN and codes 0.
+// (values +-127) or 128 (values -128 .. 127). A row with a NaN (measured: or Inf) has scale NaN and quantized values 0.
 cudaError_t dsc_quantize_rows(const void* x, int dtype, const float* given_scale, int64_t rows, int64_t columns,
-                              int steps, int8_t* codes, float* scales, cudaStream_t stream);
+                              int steps, int8_t* quantized, float* scales, cudaStream_t stream);
 
-// Packed weights: the header of ds_compress/packed.h, then one of the layouts of csrc/cuda/linear/packed.cuh (ids 16,
-// 17, 18), which fit into `packed_bytes`.
-cudaError_t dsc_int8_pack(const int8_t* codes, int64_t n, int64_t k, void* packed, cudaStream_t stream);
+// Packed weights: the header of ds_compress/packed.h, then one of the layouts of csrc/cuda/linear/packed.cuh (ids 16
+// and 17), which fit into `packed_bytes`.
+cudaError_t dsc_int8_pack(const int8_t* quantized, int64_t n, int64_t k, void* packed, cudaStream_t stream);
 cudaError_t dsc_int8_quantize_pack(const void* weight, int dtype, const float* scale, int one_scale, int64_t n,
                                    int64_t k, int steps, void* packed, cudaStream_t stream);
-cudaError_t dsc_int4_pack(const int8_t* codes, const float* scale, int64_t n, int64_t k, int group, void* packed,
+cudaError_t dsc_int4_pack(const int8_t* quantized, const float* scale, int64_t n, int64_t k, int group, void* packed,
                           cudaStream_t stream);
-// `invalid`: an int32 that receives the number of fours with more than two non-zeros.
-cudaError_t dsc_sparse24_pack(const int8_t* codes, int64_t n, int64_t k, void* packed, int* invalid,
-                              cudaStream_t stream);
 
-// out (m, n) = activation(dequantized product + bias); codes and input_scale from dsc_quantize_rows, bias fp32
-// (n,) or null. Any m, n, k; sparse24: k a multiple of 4; group: 32, 64 or 128.
-cudaError_t dsc_int8_linear(const int8_t* codes, const float* input_scale, const void* packed,
+// out (m, n) = activation(dequantized product + bias); quantized values and input_scale from dsc_quantize_rows, bias
+// fp32 (n,) or null. Any m, n, k; group: 32, 64 or 128.
+cudaError_t dsc_int8_linear(const int8_t* quantized, const float* input_scale, const void* packed,
                             const float* weight_scale, const float* bias, void* out, int out_dtype, int activation,
                             int64_t m, int64_t n, int64_t k, cudaStream_t stream);
-cudaError_t dsc_int4_linear(const int8_t* codes, const float* input_scale, const void* packed, const float* bias,
+cudaError_t dsc_int4_linear(const int8_t* quantized, const float* input_scale, const void* packed, const float* bias,
                             void* out, int out_dtype, int activation, int64_t m, int64_t n, int64_t k, int group,
                             cudaStream_t stream);
 // The same of x itself, (m, k) of `dtype`, in one launch, where dsc_quantizes_itself(m, k); given_scale, steps: as
@@ -52,9 +48,6 @@ cudaError_t dsc_int8_linear_of(const void* x, int dtype, const float* given_scal
 cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float* given_scale, int steps, const void* packed,
                                const float* bias, void* out, int out_dtype, int activation, int64_t m, int64_t n,
                                int64_t k, int group, cudaStream_t stream);
-cudaError_t dsc_sparse24_linear(const int8_t* codes, const float* input_scale, const void* packed,
-                                const float* weight_scale, const float* bias, void* out, int out_dtype,
-                                int activation, int64_t m, int64_t n, int64_t k, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

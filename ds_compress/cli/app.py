@@ -79,7 +79,7 @@ def export(
     with one_line_errors():
         import torch
 
-        from ds_compress.export.api import export as run
+        from ds_compress.api import export as run
 
         report = run(
             source,

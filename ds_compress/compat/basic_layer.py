@@ -33,7 +33,7 @@ def mark_prepared(run: CompressionRun) -> None:
     names = {target.module_name for plan in run.plan.techniques.values() for target in plan.targets}
     for structures in run.plan.structures.values():
         for target in structures.targets:
-            names |= {member.tensor.rpartition(".")[0] for member in target.structure.members}
+            names |= {member.tensor.rpartition(".")[0] for member in target.structure.slices}
     for name in names:
         run.model.get_submodule(name).__dict__[_MARK] = True
 

@@ -27,9 +27,9 @@ from ds_compress.compat.constants import (
     SHARED_PARAMETERS,
 )
 from ds_compress.config.schema.compression_training import parse_config
+from ds_compress.engine.build import prepare_model
 from ds_compress.engine.finalize import finalize
-from ds_compress.engine.registry import keep, run_of, same_block
-from ds_compress.engine.run import CompressionRun
+from ds_compress.engine.registry import keep, means_the_same, run_of
 from ds_compress.engine.zero.parameters import copy_parameters
 from ds_compress.errors import ROOT, ConfigError, Problem, dotted
 from ds_compress.modelinfo.inventory import EVERY_LAYER
@@ -191,15 +191,15 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def prepare(model: nn.Module, block: Mapping[str, Any], teacher: nn.Module | None = None) -> None:
-    """Puts `model` under a session that waits for an engine or a scheduler; once, however often it is called."""
+    """Puts `model` under a run that waits for an engine or a scheduler; once, however often it is called."""
     run = run_of(model)
     if run is not None:
-        if same_block(run.block, block):
+        if means_the_same(run.given, parse_config(block)):
             logger.info("ds_compress: the model is prepared already")
             return
         got = "a model that is under another block already"
         raise ConfigError([Problem(ROOT, got, "one block for one model", "give the same config everywhere")])
-    run = CompressionRun.of_model(model, block, teacher)
+    run = prepare_model(model, parse_config(block), teacher)
     keep(model, run)
     basic_layer.mark_prepared(run)
 

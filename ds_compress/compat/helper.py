@@ -220,7 +220,7 @@ def _units_of(model: nn.Module, technique: str, module_name: str) -> torch.Tenso
     run = run_of(model)
     pruning: Any = run.techniques.get(technique) if run is not None else None
     for name, structure in (pruning.structures if pruning is not None else {}).items():
-        scored = {member.tensor.rpartition(".")[0] for member in structure.members if member.scored}
+        scored = {member.tensor.rpartition(".")[0] for member in structure.slices if member.scored}
         if module_name in scored and name in pruning.kept:
             units = torch.zeros(structure.units, dtype=torch.bool)
             units[pruning.kept[name]] = True

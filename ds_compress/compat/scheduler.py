@@ -24,7 +24,9 @@ import torch
 
 from ds_compress.compat.compress import unwrapped
 from ds_compress.compat.config import block_of_config, enabled_blocks
-from ds_compress.engine.registry import run_of, same_block
+from ds_compress.config.schema.compression_training import parse_config
+from ds_compress.engine.attach import attach_to_loop
+from ds_compress.engine.registry import means_the_same, run_of
 from ds_compress.engine.run import CompressionRun
 from ds_compress.errors import ROOT, ConfigError, Problem
 
@@ -43,9 +45,9 @@ class compression_scheduler:
     def __init__(self, model: Any, compression_config: Mapping[str, Any] | str | PathLike[str]) -> None:
         self.model = unwrapped(model)
         self.compression_config = compression_config
-        self._session = self._of_model()
-        if self._session is not None and self._session.engine is None:
-            self._session.attach_to_loop()
+        self._run = self._of_model()
+        if self._run is not None and self._run.engine is None:
+            attach_to_loop(self._run)
 
     def _of_model(self) -> CompressionRun | None:
         block = block_of_config(self.compression_config) or {}
@@ -56,26 +58,26 @@ class compression_scheduler:
             raise ConfigError(
                 [Problem(ROOT, "a model that is not prepared", "one after init_compression(model, config)")]
             )
-        if not same_block(block, run.block):
+        if not means_the_same(parse_config(block), run.given):
             got = "another block than init_compression was given"
             raise ConfigError([Problem(ROOT, got, "the same block", "give both the same config")])
         return run
 
     @property
     def training_steps(self) -> int:
-        return 0 if self._session is None else self._session.applied_steps
+        return 0 if self._run is None else self._run.applied_steps
 
     def step(self, step_zero_check: bool = False) -> None:
         """The optimizer has stepped. `step_zero_check`: it has not; what starts at step 0 is on already."""
-        if self._session is not None and not step_zero_check:
-            self._session.end_step()
+        if self._run is not None and not step_zero_check:
+            self._run.end_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs beside model and optimizer: counters, ranges, masks, hidden values.
+        """Everything that a resumed run needs beside model and optimizer: counters, ranges, masks, latent weights.
 
         Empty under an engine, whose checkpoints have it. `torch.load(weights_only=True)` reads it.
         """
-        run = self._session
+        run = self._run
         if run is None or run.engine is not None:
             return {}
         parts = {name: technique.fragment_state() for name, technique in run.techniques.items()}
@@ -87,7 +89,7 @@ class compression_scheduler:
         Raises:
             ValueError: it is the state of other blocks, or of another model.
         """
-        run = self._session
+        run = self._run
         if run is None or run.engine is not None:
             if state:
                 raise ValueError(
@@ -108,8 +110,8 @@ class compression_scheduler:
 
     def _own(self, what: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of stored tensors where this model's parameters are."""
-        assert self._session is not None
-        fragments = self._session.shards.fragments
+        assert self._run is not None
+        fragments = self._run.shards.fragments
         for name, values in stored.items():
             if name not in fragments or fragments[name].numel != values.numel():
                 raise ValueError(f"{what}: {values.numel()} values of {name!r}, which this model has not")

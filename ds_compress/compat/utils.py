@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from ds_compress.quant.grid import Grid, WeightGrid, decode_, encode, measure, ranges_between, working_dtype
-from ds_compress.techniques.sparse_pruning import exact_ceil
+from ds_compress.config.targets import exact_ceil
+from ds_compress.quant.arithmetic import dequantize_, quantize_block, working_dtype
+from ds_compress.quant.grid import Grid, WeightGrid
+from ds_compress.quant.qparams import choose_qparams, qparams_from_range
 
 
 class TopKBinarizer(Function):
@@ -123,8 +125,8 @@ def _uniform(
         return _in_groups(x, grid, groups)
     exact = working_dtype(x)
     lowest, highest = (value.detach().to(exact).reshape(()) for value in (low, high))
-    ranges = ranges_between(lowest, highest, grid)
-    return decode_(encode(x.detach().to(exact), ranges, grid), ranges).to(x.dtype)
+    qparams = qparams_from_range(lowest, highest, grid)
+    return dequantize_(quantize_block(x.detach().to(exact), qparams, grid), qparams).to(x.dtype)
 
 
 def _signs(
@@ -139,5 +141,5 @@ def _in_groups(x: torch.Tensor, grid: Grid, groups: int) -> torch.Tensor:
     if x.numel() % groups:
         raise ValueError(f"{groups} groups do not divide {x.numel()} values")
     values = x.detach().to(working_dtype(x)).reshape(groups, -1)
-    ranges = measure(values, (1,), grid)
-    return decode_(encode(values, ranges, grid), ranges).reshape(x.shape).to(x.dtype)
+    qparams = choose_qparams(values, (1,), grid)
+    return dequantize_(quantize_block(values, qparams, grid), qparams).reshape(x.shape).to(x.dtype)

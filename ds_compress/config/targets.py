@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -57,3 +58,13 @@ class Weight:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+def inputs_of(target: Target) -> int:
+    """Weights that one output sums over."""
+    return target.shape[0] if target.kind is ModuleKind.CONV1D else math.prod(target.shape[1:])
+
+
+def exact_ceil(density: float, units: int) -> int:
+    """ceil(density * units) for the decimal that the JSON shows: 0.07 of 100 is 7, not 8."""
+    return math.ceil(Fraction(repr(density)) * units)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from ds_compress.config.report import words
 from ds_compress.config.report.coverage import left_out
+from ds_compress.config.report.table import describe
 from ds_compress.modelinfo.inventory import few
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def announce_start(run: CompressionRun, engine: Any) -> None:
     if not run.techniques and not plan.config.layer_reduction:
         return  # the line that nothing is enabled is there already
     logger.info("%s with %s parameters, %s", type(run.model).__name__, f"{count:,}", where)
-    claimed = {key: len(technique.targets) for key, technique in plan.techniques.items()}
-    for key, what in (*words.structure_lines(plan.structures), *words.block_lines(plan.config, claimed)):
+    for key, what in describe(plan):
         logger.info("%s: %s", key, what)
     for key, technique in run.techniques.items():
         if whole := technique.untouched():

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_compress.engine.run import teacher_given
+from ds_compress.engine.build import teacher_given
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.gather import full_modules
 from ds_compress.errors import ConfigError, Problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
+from ds_compress.engine.checkpoint.source import from_checkpoint
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.engine.zero.gather import full_modules
 from ds_compress.engine.zero.parameters import full_parameters
-from ds_compress.engine.zero.tensor_parallel import require_full_layers
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
@@ -29,8 +30,6 @@ def load_source(source: Any, model: nn.Module | None = None) -> ExportSource:
         ExportError: it is none of these, or an incomplete checkpoint.
     """
     if isinstance(source, str | PathLike):
-        from ds_compress.engine.checkpoint.source import from_checkpoint
-
         return from_checkpoint(source, model)
     if hasattr(source, "model_wrapped") and hasattr(source, "accelerator"):
         return _of_trainer(source)
@@ -57,27 +56,17 @@ def _of_model(model: nn.Module) -> ExportSource:
         return _of_engine(run.engine)
     trained = of_module(model)
     trained.parameters = origin.began_with(model)
-    if run is not None and run.structured:
-        cuts = run.cuts()
-        trained.cuts = cuts if cuts.active() else None
+    if run is not None and run.prunable_groups:
+        pruning_plan = run.pruning_plan()
+        trained.pruning_plan = pruning_plan if pruning_plan.active() else None
         return trained
     has_quantizers = any(
         layers.fake_quant_of(m) or getattr(m, "input_quantizer", None) for m in model.modules()
     )
     lost = [name for name in origin.unfinished(model) if not (name in origin.QUANTIZERS and has_quantizers)]
     if run is None and lost:
-        raise ExportError(without(lost))
+        raise ExportError(origin.without(lost))
     return trained
-
-
-def without(blocks: Sequence[str]) -> str:
-    """Why plain weights that were saved while these blocks were in force are not exported."""
-    return (
-        f"these are plain weights of a model that trained under {' and '.join(blocks)}, whose quantizers or masks they "
-        "do not have: export the engine, the Trainer or a checkpoint of the engine (ds_compress export CHECKPOINT "
-        "FOLDER), or call ds_compress.finalize(model, config) for masked structures; if you want them as they are, "
-        "delete ds_compress from the config"
-    )
 
 
 def _of_engine(engine: Any) -> ExportSource:
@@ -88,13 +77,13 @@ def _of_engine(engine: Any) -> ExportSource:
     run = getattr(engine, "compression", None)
     if run is not None:
         warn_if_unfinished(run)
-    cuts = run.cuts() if run is not None and run.structured else None
+    pruning_plan = run.pruning_plan() if run is not None and run.prunable_groups else None
     alone = not dist.is_initialized()
     return ExportSource(
         engine.module,
         modules=lambda: full_modules(engine.module),
         writes=alone or dist.get_rank() == 0,
-        cuts=cuts if cuts is not None and cuts.active() else None,
+        pruning_plan=pruning_plan if pruning_plan is not None and pruning_plan.active() else None,
         broadcast_error=_agree,
         changed=lambda values: _changed(engine.module, values),
         steps=None if run is None else run.applied_steps,

@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 from ds_compress.config.resolve.resolver import resolve
-from ds_compress.config.resolve.structures import StructurePlan, StructureTarget, kept_units
+from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
 from ds_compress.config.schema.source import block_of
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, kept_units
+from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.resize.cut import cut_in_place
-from ds_compress.engine.zero.shards import Shards
-from ds_compress.engine.zero.tensor_parallel import require_full_layers
+from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.select.scores import SCORES
-from ds_compress.select.units import best, unit_sums
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.select.units import top_indices, unit_sums
+from ds_compress.sharding.shards import Shards
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ def finalize(
             collective). Or the model of such an engine, or of a training loop with a `compression_scheduler`: the
             masks in force decide likewise. Or a model that was trained elsewhere (a checkpoint of a masked model), or
             not at all: where no step was taken under the block, masks are made now, of the weights as they are.
-        config: with a model without a session, the block (or the DeepSpeed config) that it was trained with: it says
+        config: with a model without a run, the block (or the DeepSpeed config) that it was trained with: it says
             which structures and weights there are, and how many of each are kept; those with the largest weights are.
 
     Returns:
@@ -61,21 +64,22 @@ def finalize(
         raise ValueError("finalize: this engine has no compression_training block: nothing was masked")
     if config is None:
         raise ValueError("finalize(model, config): say with which compression_training block it was trained")
-    return _finalize_model(engine_or_model, config)
+    return _finalize_model(engine_or_model, parse_config(block_of(config)))
 
 
 def redundancy_clean(model: Any, deepspeed_config: Any, mpu: Any = None) -> nn.Module:
-    """The legacy name of `finalize`. `mpu` is accepted and not used: there is no tensor parallelism here."""
+    """The legacy name of `finalize`. `mpu` is accepted and not used: `finalize` refuses sharded layers itself."""
     return finalize(model, None if hasattr(model, "compression") else deepspeed_config)
 
 
 def _finalize_engine(engine: Any) -> nn.Module:
     require_full_layers(engine, "finalize")
     run, model = engine.compression, engine.module
-    cuts, untouched = run.cuts(), _is_untouched(run)
+    pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     run.refresh_weights()
+    warn_if_unfinished(run)
     run.end()
-    cut_in_place(engine, cuts)
+    cut_in_place(engine, pruning_plan)
     if untouched:
         return _finalize_model(model, _of_weights(run))
     origin.mark(model, [name for name in run.unfinished if name in origin.QUANTIZERS])
@@ -83,34 +87,32 @@ def _finalize_engine(engine: Any) -> nn.Module:
 
 
 def _finalize_loop(run: CompressionRun) -> nn.Module:
-    cuts, untouched = run.cuts(), _is_untouched(run)
+    pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
+    warn_if_unfinished(run)
     run.end()
     if untouched:
         return _finalize_model(run.model, _of_weights(run))
-    cuts.rewrite(run.model)
+    apply_pruning(run.model, pruning_plan)
     origin.mark(run.model, [name for name in run.unfinished if name in origin.QUANTIZERS])
     return run.model
 
 
 def _is_untouched(run: CompressionRun) -> bool:
     """Whether no step was taken and no mask loaded: nothing of what the block asks for has happened yet."""
-    sparse = run.techniques.get(SparsePruning.name)
-    masked = isinstance(sparse, SparsePruning) and bool(sparse.masks)
-    return not run.applied_steps and not masked and not any(technique.kept for technique in run.structured)
+    return not run.applied_steps and not any(t.has_results for t in run.techniques.values())
 
 
-def _of_weights(run: CompressionRun) -> dict[str, Any]:
-    """What of the block the weights alone decide; layers of a teacher are in place since the session began."""
-    blocks = {**run.block}
+def _of_weights(run: CompressionRun) -> CompressionConfig:
+    """What of the config the weights alone decide; layers of a teacher are in place since the run began."""
     logger.info(
         "ds_compress: no step was taken under this block: masks are made now, of the weights as they are"
     )
-    return {key: value for key, value in blocks.items() if key not in ("layer_reduction", "distillation")}
+    return run.given.without("layer_reduction", "distillation")
 
 
 @torch.no_grad()
-def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike[str]) -> nn.Module:
-    resolved = resolve(model, block_of(config))
+def _finalize_model(model: nn.Module, config: CompressionConfig) -> nn.Module:
+    resolved = resolve(model, config)
     origin.remember(model)
     if SparsePruning.name in resolved.techniques:
         _prune_smallest(model, resolved.techniques[SparsePruning.name])
@@ -120,7 +122,7 @@ def _finalize_model(model: nn.Module, config: Mapping[str, Any] | str | PathLike
         for target in structures.targets
     }
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
-    PruningPlan.of(structures, kept).rewrite(model)
+    apply_pruning(model, PruningPlan.of(structures, kept))
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
@@ -139,7 +141,7 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     structure = target.structure
     parameters = dict(model.named_parameters())
     total = torch.zeros(structure.units, dtype=torch.float64)
-    for member in structure.members:
+    for member in structure.slices:
         if member.scored:
             weight = parameters[member.tensor]
             magnitudes = weight.detach().float().abs().flatten()
@@ -147,4 +149,6 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     shared = structures.shared
-    return best(total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up))
+    return top_indices(
+        total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up)
+    )

@@ -9,46 +9,45 @@ DeepSpeed and accelerate edit it in place.
 from __future__ import annotations
 
 import base64
-import copy
 import functools
 import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_compress.engine.op_builder import register_builder
+from ds_compress.engine.patches import GLOBALS
+
+if TYPE_CHECKING:
+    from ds_compress.config.schema.compression_training import CompressionConfig
 
 logger = logging.getLogger("ds_compress")
 
 KEY = "compression_training"
-_BLOCK = "_ds_compress_block"
-_originals: dict[str, Callable[..., None]] = {}
+_CONFIG = "_ds_compress_config"
 
 
 def register() -> None:
     """Teaches DeepSpeed the key; idempotent."""
-    if _originals:
-        return
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    _originals["config"] = DeepSpeedConfig.__init__
-    _originals["engine"] = DeepSpeedEngine.__init__
-    DeepSpeedConfig.__init__ = _wrap_config(DeepSpeedConfig.__init__)
-    DeepSpeedEngine.__init__ = _wrap_engine(DeepSpeedEngine.__init__)
+    if GLOBALS.has(DeepSpeedConfig, "__init__"):
+        return
+    _replace(DeepSpeedConfig, _wrap_config)
+    _replace(DeepSpeedEngine, _wrap_engine)
     register_builder()
 
 
 def unregister() -> None:
-    """Gives DeepSpeed its own constructors back (for tests)."""
-    if not _originals:
-        return
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    """Gives DeepSpeed back all that was replaced: its constructors, and globals of its modules (for tests)."""
+    GLOBALS.close()
 
-    DeepSpeedConfig.__init__ = _originals.pop("config")
-    DeepSpeedEngine.__init__ = _originals.pop("engine")
+
+def _replace(cls: type, wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    original: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    GLOBALS.install(cls, "__init__", wrap(original))
 
 
 def read_config(config: str | Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -71,10 +70,10 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def config_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         mapping = read_config(config)
-        block = None
+        parsed = None
         if mapping is not None:
             # Bad input is an error before any model is partitioned or any process group is asked.
-            from ds_compress.config import parse_config
+            from ds_compress.config.schema.compression_training import parse_config
             from ds_compress.config.schema.placement import refuse_misplaced
 
             refuse_misplaced(mapping)
@@ -83,10 +82,10 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
                 if block is None:
                     logger.warning("%s is null: nothing is enabled, and the model trains uncompressed", KEY)
                 else:
-                    parse_config(block)
+                    parsed = parse_config(block)
                 config = {key: value for key, value in mapping.items() if key != KEY}
         original(self, config, *args, **kwargs)
-        setattr(self, _BLOCK, copy.deepcopy(block))
+        setattr(self, _CONFIG, parsed)
 
     return config_init
 
@@ -99,36 +98,36 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         engine, config_class = call.arguments["self"], call.arguments["config_class"]
-        block = getattr(config_class, _BLOCK, None)
-        if block is None:
-            block = _block_of_prepared(call.arguments["model"])
+        config = getattr(config_class, _CONFIG, None) or _config_of_prepared(call.arguments["model"])
         trains = _trains(call.arguments["optimizer"], config_class)
-        if block is not None and trains:
+        if config is not None and trains:
+            from ds_compress.engine import attach, internals_check
             from ds_compress.engine.announce import announce_start
-            from ds_compress.engine.run import CompressionRun
+            from ds_compress.engine.construction import construct
             from ds_compress.engine.run_end import warn_if_alone
 
+            internals_check.require_known_internals()
             warn_if_alone()
-            run = CompressionRun.prepare(call.arguments, block, type(engine).__name__)
+            run = attach.prepare(call.arguments, config, type(engine).__name__)
             arguments = {name: value for name, value in call.arguments.items() if name != "self"}
-            run.construct(engine, arguments, original)
+            construct(run, engine, arguments, original, attach.attach)
             announce_start(run, engine)
         else:
             original(*args, **kwargs)
             if trains:
                 logger.info("no %s block in this DeepSpeed config: the model trains uncompressed", KEY)
-            elif block is not None:
+            elif config is not None:
                 logger.info("this engine has no optimizer; %s does nothing in it", KEY)
 
     return engine_init
 
 
-def _block_of_prepared(model: Any) -> Mapping[str, Any] | None:
+def _config_of_prepared(model: Any) -> CompressionConfig | None:
     """Of a model that `compat.init_compression` prepared and whose DeepSpeed JSON came without the block."""
     from ds_compress.engine.registry import run_of
 
     run = run_of(model)
-    return run.block if run is not None and run.engine is None else None
+    return run.given if run is not None and run.engine is None else None
 
 
 def _trains(optimizer: Any, config_class: Any) -> bool:

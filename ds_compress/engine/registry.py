@@ -1,27 +1,26 @@
 """Which compression a model is under, from the moment that `compat.init_compression` or an engine prepared it.
 
-The session is kept on the model itself, so that both go together; a copy of the model (deepcopy, pickle) has its
-masked weights and its quantizers, but is not in training and has no session.
+The run is kept on the model itself, so that both go together; a copy of the model (deepcopy, pickle) has its masked
+weights and its quantizers, but is not in training and has no run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ds_compress.config import parse_config
+from ds_compress.config.schema.compression_training import CompressionConfig, block_classes
 from ds_compress.errors import ROOT, ConfigError, Problem
 
 if TYPE_CHECKING:
     from ds_compress.engine.run import CompressionRun
 
-_KEY = "_ds_compress_session"
+_KEY = "_ds_compress_run"
 
 
 class _Kept:
-    """A session on its model; copies of the model get an empty one."""
+    """A run on its model; copies of the model get an empty one."""
 
     def __init__(self, run: CompressionRun | None = None) -> None:
         self.run = run
@@ -49,8 +48,8 @@ def forget(model: nn.Module) -> None:
     model.__dict__.pop(_KEY, None)
 
 
-def prepared_run(model: nn.Module, block: Mapping[str, Any]) -> CompressionRun | None:
-    """The session that waits on `model` for the engine that is being constructed; None when none does.
+def prepared_run(model: nn.Module, config: CompressionConfig) -> CompressionRun | None:
+    """The run that waits on `model` for the engine that is being constructed; None when none does.
 
     Raises:
         ConfigError: it was prepared with another block, as a part of this model, or has been trained already.
@@ -65,7 +64,7 @@ def prepared_run(model: nn.Module, block: Mapping[str, Any]) -> CompressionRun |
     if run.engine is not None:
         # A second engine around the same model, such as one after `engine.destroy()`.
         return None
-    if not same_block(run.block, block):
+    if not means_the_same(run.given, config):
         hint = "give both the same JSON"
         raise ConfigError(
             [Problem(ROOT, "another block than init_compression was given", "the same block", hint)]
@@ -77,24 +76,12 @@ def prepared_run(model: nn.Module, block: Mapping[str, Any]) -> CompressionRun |
     return run
 
 
-def same_block(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two blocks mean the same: defaults may be written or not, disabled blocks be there or not."""
+def means_the_same(one: CompressionConfig, other: CompressionConfig) -> bool:
+    """Whether two configs mean the same: defaults may be written or not, disabled blocks be there or not."""
     return _meaning(one) == _meaning(other)
 
 
-def _meaning(block: Mapping[str, Any]) -> dict[str, Any]:
-    config = parse_config(block)
-    whole = config.model_dump()
-    if config.sparse_pruning is not None:
-        shared = config.sparse_pruning.shared_parameters
-        effective = {"pattern": shared.effective_pattern, "dense_ratio": shared.effective_dense_ratio}
-        whole["sparse_pruning"]["shared_parameters"] |= {**effective, "block_pattern": None}
-    return {
-        key: value if not isinstance(value, dict) or _is_enabled(value) else None
-        for key, value in whole.items()
-    }
-
-
-def _is_enabled(block: Mapping[str, Any]) -> bool:
-    settings = block.get("shared_parameters", block)
-    return bool(settings["enabled"]) or block.get("dense_ratio") is not None
+def _meaning(config: CompressionConfig) -> dict[str, Any]:
+    enabled = config.enabled_blocks()
+    settings = {key: value for key, value in config.model_dump().items() if key not in block_classes()}
+    return {**settings, **{name: block.meaning() for name, block in enabled.items()}}

@@ -7,7 +7,6 @@ Known lengths: `total_num_steps` of DeepSpeed's schedulers, `total_steps` of tor
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import os
 import weakref
@@ -39,23 +38,16 @@ def watch(engine: Any, run: CompressionRun) -> None:
             source = f"{name} of {type(engine.lr_scheduler).__name__}"
             refuse_unfinished(run.config, steps, source)
     for name in _LAST_CALLS:
-        setattr(engine, name, _saying_first(getattr(engine, name), run))
+        _warn_first(engine, name, run)
     _running.add(run)
-
-
-def unwatch(engine: Any, run: CompressionRun) -> None:
-    """Gives the engine its own methods back; the run of `run` is over, or goes on in another one."""
-    _running.discard(run)
-    for name in _LAST_CALLS:
-        vars(engine).pop(name, None)
 
 
 def warn_if_unfinished(run: CompressionRun) -> None:
     """The line about schedules that have not ended, once for each state of the counters."""
     steps = run.applied_steps
     line = unfinished_line(run.config, steps)
-    if line is not None and steps and run.said_unfinished_at != steps:
-        run.said_unfinished_at = steps
+    if line is not None and steps and run.warned_unfinished_at != steps:
+        run.warned_unfinished_at = steps
         logger.warning("%s", line)
 
 
@@ -78,16 +70,16 @@ def warn_if_alone(processes: int | None = None) -> None:
         )
 
 
-def _saying_first(call: Any, run: CompressionRun) -> Any:
-    @functools.wraps(call)
-    def saying_first(*args: Any, **kwargs: Any) -> Any:
+def _warn_first(engine: Any, name: str, run: CompressionRun) -> None:
+    def warn_first(*args: Any, **kwargs: Any) -> Any:
         warn_if_unfinished(run)
         return call(*args, **kwargs)
 
-    return saying_first
+    call = run.patches.install(engine, name, warn_first)
 
 
 @atexit.register
 def _at_exit() -> None:
     for run in list(_running):
-        warn_if_unfinished(run)
+        if run.is_running:
+            warn_if_unfinished(run)

@@ -54,9 +54,9 @@ def in_floats(model: nn.Module) -> nn.Module:
     """The same layers with weights read back to fp32 and inputs as they are."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Int8Linear):
-            rows, columns = module.codes.shape
+            rows, columns = module.int_weight.shape
             scale = module.scale.view(rows, -1)
-            weight = module.codes.float() * scale.repeat_interleave(columns // scale.shape[1], 1)
+            weight = module.int_weight.float() * scale.repeat_interleave(columns // scale.shape[1], 1)
             bias = {} if module.bias is None else {"bias": module.bias}
             layer: nn.Module = nn.Linear(columns, rows, bias=bool(bias))
             layer.load_state_dict({"weight": weight, **bias})

@@ -33,7 +33,7 @@ import ds_compress
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
 from ds_compress.run import leave_process_group
-from ds_compress.structure.stock import stock_obstacles
+from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 
 EVALUATION_BATCH = 64
 
@@ -183,7 +183,7 @@ def save(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     for name in figures["exported"]:
         beside(folder, name).rename(unfinished / name)
-    if not stock_obstacles(model):
+    if not vanilla_hf_obstacles(model):
         model.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
     save_file(logits, unfinished / "logits.safetensors")

@@ -66,12 +66,12 @@ class Expected:
 
 @dataclass(frozen=True)
 class Request:
-    """A folder to load in a fresh process. loader: "stock" (transformers), "own" (`from_pretrained`), "onnx"."""
+    """A folder to load in a fresh process. loader: "vanilla_hf" (transformers), "ours" (`from_pretrained`), "onnx"."""
 
     folder: Path
     model_class: str
     inputs: Mapping[str, torch.Tensor]
-    loader: str = "stock"
+    loader: str = "vanilla_hf"
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
         (folder / "requests.json").write_text(json.dumps(listed))
         # -P: beside the script lie files that are named like the libraries that it imports.
         program = ["-P", str(Path(__file__).with_name(f"reload_{loader}.py"))]
-        if loader == "own":
-            program = ["-m", "ds_compress.export.reload_own"]
+        if loader == "ours":
+            program = ["-m", "ds_compress.export.reload_ours"]
         command = [sys.executable, *program, str(folder / "requests.json")]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.report.stored_bytes import format_of
-from ds_compress.config.resolve.structures import StructurePlan, kept_units, shape_after
+from ds_compress.config.report.size_estimate import format_of
+from ds_compress.config.structure_targets import StructurePlan, kept_units, shape_after
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
-from ds_compress.export import rehearsal
+from ds_compress.export import trial_load
 from ds_compress.export.format import is_of_transformers
 from ds_compress.export.onnx import generates
 from ds_compress.modelinfo.kinds import ModuleKind
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.stock import stock_obstacles
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 
 if TYPE_CHECKING:
     from ds_compress.config.report.plan import Plan
     from ds_compress.config.targets import Target
 
 FORMATS = ("hf", "compressed-tensors", "torch", "onnx")
-_STOCK = ("hf", "compressed-tensors")
+_VANILLA_HF = ("hf", "compressed-tensors")
 
 
 def refuse_unfit(plan: Plan, model: nn.Module) -> None:
@@ -65,7 +65,7 @@ def loads_packed(plan: Plan, model: nn.Module) -> bool:
         return True
     claimed = {target.param_name for target in targets}
     untied = any(len(weight.users) > 1 and weight.name in claimed for weight in plan.weights)
-    return rehearsal.loads_packed(model, [target.module_name for target in targets], untied)
+    return trial_load.loads_packed(model, [target.module_name for target in targets], untied)
 
 
 def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
@@ -79,7 +79,7 @@ def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
 
 
 def _of_model(model: nn.Module, format: str) -> Iterator[str]:
-    if format in _STOCK and not is_of_transformers(model):
+    if format in _VANILLA_HF and not is_of_transformers(model):
         yield f"a {type(model).__name__} is no model of transformers"
     if format == "onnx" and generates(model):
         yield f"a {type(model).__name__} generates, with a cache, and the format is for encoders"
@@ -150,17 +150,17 @@ def _matrix(target: Target, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _of_cuts(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
-    if format not in _STOCK or not plan.structures or not is_of_transformers(model):
+    if format not in _VANILLA_HF or not plan.structures or not is_of_transformers(model):
         return
     structures = [target.structure for block in plan.structures.values() for target in block.targets]
     kept = {name: units for block in plan.structures.values() for name, units in _kept(block)}
     try:
-        cuts = PruningPlan.of(structures, kept)
+        pruning_plan = PruningPlan.of(structures, kept)
     except ValueError:
         return  # two blocks that the plan has refused already
     yield from (
         f"stock transformers would load another model: {obstacle}"
-        for obstacle in stock_obstacles(model, cuts)
+        for obstacle in vanilla_hf_obstacles(model, pruning_plan)
     )
 
 

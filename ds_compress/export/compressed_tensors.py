@@ -1,7 +1,7 @@
 """`compressed-tensors`: integers that stock transformers and vLLM load.
 
     8-bit weights with 8-bit inputs     int-quantized   codes int8; all weights of T5 and other classes that do not
-                                                        load packed ones, see `rehearsal`
+                                                        load packed ones, see `trial_load`
     other weights of 2 to 8 bits        pack-quantized  codes packed into int32
     scheme="fp8"                        float-quantized codes float8_e4m3fn; weights are rounded here, per channel
 
@@ -21,15 +21,16 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.format import OTHER_FORMAT, Format
+from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme, Layer
-from ds_compress.export.rehearsal import loads_packed
 from ds_compress.export.source import ExportSource
+from ds_compress.export.trial_load import loads_packed
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
-from ds_compress.quant.grid import TokenGranularity, ranges_between
+from ds_compress.quant.grid import TokenGranularity
+from ds_compress.quant.qparams import qparams_from_range
 
 _LARGEST_FP8 = 448.0
 _INT8 = 8
@@ -60,10 +61,10 @@ class CompressedTensorsFormat(Format):
         stored = self.plain(layer)
         if self.options.scheme == "fp8":
             return self._fp8(layer, stored)
-        if layer.encoded is None and layer.input is None:
+        if layer.quantized is None and layer.input is None:
             return stored
-        if layer.kind is ModuleKind.EMBEDDING and layer.encoded is not None:
-            stored[layer.full("weight")] = self.decoded(layer, layer.encoded)
+        if layer.kind is ModuleKind.EMBEDDING and layer.quantized is not None:
+            stored[layer.full("weight")] = self.dequantized(layer, layer.quantized)
             self.note(
                 f"{layer.name}: a quantized embedding does not load back, so its rounded values are floats"
             )
@@ -73,15 +74,15 @@ class CompressedTensorsFormat(Format):
                 f"{layer.name} is a {layer.kind}, and compressed-tensors quantizes nn.Linear only; {OTHER_FORMAT}"
             )
         scheme: dict[str, Any] = {"weights": None, "input_activations": None, "format": "dense"}
-        if layer.encoded is not None:
-            stored |= self._integers(layer, layer.encoded, scheme)
+        if layer.quantized is not None:
+            stored |= self._integers(layer, layer.quantized, scheme)
         if layer.input is not None:
             stored |= self._input(layer, layer.input, scheme)
         self._use(layer.name, scheme)
         return stored
 
-    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
-        values = encoded.values()
+    def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
+        values = quantized.dequantize()
         return self.cast(values) if layer.kind is ModuleKind.EMBEDDING else values
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
@@ -115,34 +116,34 @@ class CompressedTensorsFormat(Format):
         self.schemes[module] = {key: value for key, value in scheme.items() if value is not None}
 
     def _integers(
-        self, layer: Layer, encoded: EncodedWeight, scheme: dict[str, Any]
+        self, layer: Layer, quantized: QuantizedMatrix, scheme: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        if encoded.offset is not None:
+        if quantized.offset is not None:
             raise ExportError(
                 f"{layer.name}: its weight is asymmetric (code * scale + offset), which compressed-tensors 0.20 does "
                 f"not load back; train with quantization_type symmetric, or {OTHER_FORMAT}"
             )
-        grouped = encoded.groups > 1
-        bits = max(2, encoded.bits)  # in one bit its codes are -1 and 0
+        grouped = quantized.groups > 1
+        bits = max(2, quantized.bits)  # in one bit its codes are -1 and 0
         scheme["weights"] = _arguments(bits, "group" if grouped else "channel", False)
         if grouped:
-            scheme["weights"]["group_size"] = encoded.group_size
-        stored = {layer.full("weight_scale"): encoded.scale}
-        in_bytes = (encoded.bits == _INT8 and layer.input is not None) or not self.packs
+            scheme["weights"]["group_size"] = quantized.group_size
+        stored = {layer.full("weight_scale"): quantized.scale}
+        in_bytes = (quantized.bits == _INT8 and layer.input is not None) or not self.packs
         if in_bytes:
-            if encoded.bits < _INT8:
+            if quantized.bits < _INT8:
                 self.note(
                     "codes take a byte each: the initialisation of this model class reads the weights that packing "
                     f"would replace; {OTHER_FORMAT} in fewer bits"
                 )
             scheme["format"] = "int-quantized"
-            stored[layer.full("weight")] = encoded.codes
+            stored[layer.full("weight")] = quantized.values
         else:
             scheme["format"] = "pack-quantized"
-            stored[layer.full("weight_packed")] = pack_to_int32(encoded.codes, bits)
-            stored[layer.full("weight_shape")] = torch.tensor(encoded.codes.shape)
+            stored[layer.full("weight_packed")] = pack_to_int32(quantized.values, bits)
+            stored[layer.full("weight_shape")] = torch.tensor(quantized.values.shape)
         return stored
 
     def _input(self, layer: Layer, used: InputScheme, scheme: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -158,11 +159,11 @@ class CompressedTensorsFormat(Format):
                 "max / 127 or 128 in training"
             )
             return {}
-        ranges = ranges_between(used.input_range[0], used.input_range[1], grid)
-        stored = {layer.full("input_scale"): ranges.scale.reshape(1)}
-        if ranges.offset is not None:
+        qparams = qparams_from_range(used.input_range[0], used.input_range[1], grid)
+        stored = {layer.full("input_scale"): qparams.scale.reshape(1)}
+        if qparams.offset is not None:
             half = 2 ** (grid.bits - 1)
-            zero = -torch.round(ranges.offset / ranges.scale) - half
+            zero = -torch.round(qparams.offset / qparams.scale) - half
             if not -half <= float(zero) < half:
                 raise ExportError(
                     f"{layer.name}: the range of its input, {used.input_range.tolist()}, does not contain 0, which an "
@@ -172,7 +173,7 @@ class CompressedTensorsFormat(Format):
         return stored
 
     def _fp8(self, layer: Layer, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if layer.encoded is not None or layer.input is not None:
+        if layer.quantized is not None or layer.input is not None:
             raise ExportError(
                 f'{layer.name} was trained in integers: scheme="fp8" is for models that were not'
             )
@@ -202,13 +203,15 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
 
 def _loads_packed(trained: ExportSource, final: nn.Module) -> bool:
     """Whether the class gets through its loading without the weights that would be packed."""
-    recipes = {name: layers.fake_quant_of(module) for name, module in trained.model.named_modules()}
+    fake_quants = {name: layers.fake_quant_of(module) for name, module in trained.model.named_modules()}
     renamed = (
-        {} if trained.cuts is None else {name: trained.cuts.renamed(f"{name}.weight") for name in recipes}
+        {}
+        if trained.pruning_plan is None
+        else {name: trained.pruning_plan.renamed(f"{name}.weight") for name in fake_quants}
     )
     targets = [
         str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
-        for name, fake_quant in recipes.items()
+        for name, fake_quant in fake_quants.items()
         if fake_quant is not None and kind_of(trained.model.get_submodule(name)) is ModuleKind.LINEAR
         if renamed.get(name, "") is not None
     ]
@@ -217,5 +220,5 @@ def _loads_packed(trained: ExportSource, final: nn.Module) -> bool:
     users: dict[int, list[bool]] = {}
     for name, module in trained.model.named_modules():
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
-            users.setdefault(id(weight), []).append(recipes[name] is not None)
+            users.setdefault(id(weight), []).append(fake_quants[name] is not None)
     return loads_packed(final, targets, any(len(set(quantize)) > 1 for quantize in users.values()))

@@ -127,9 +127,9 @@ def _hooks(
             if parameter.is_floating_point()
         ]
         before.append([(parameter, parameter.data) for _, parameter in own])
-        has_recipe = layers.fake_quant_of(module) is not None
+        is_fake_quantized = layers.fake_quant_of(module) is not None
         for name, parameter in own:
-            is_quantized = name == layers.STEP_SIZE or (name == "weight" and has_recipe)
+            is_quantized = name == layers.STEP_SIZE or (name == "weight" and is_fake_quantized)
             parameter.data = value(parameter.data, is_quantized)
         return _in_fp32(args), _in_fp32(kwargs)
 

@@ -14,12 +14,12 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export.check import Answer
-from ds_compress.export.encoded import EncodedWeight
+from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
-from ds_compress.structure.stock import other_shapes, stock_obstacles
+from ds_compress.structure.vanilla_hf import differing_shapes, vanilla_hf_obstacles
 
 OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can store it'
 
@@ -48,8 +48,8 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    loads_in_stock: ClassVar[bool] = True
-    loader: ClassVar[str] = "stock"
+    loads_in_vanilla_hf: ClassVar[bool] = True
+    loader: ClassVar[str] = "vanilla_hf"
     has_shards: ClassVar[bool] = True
 
     options: Options
@@ -72,8 +72,8 @@ class Format(ABC):
 
     def check_source(self, trained: ExportSource, final: nn.Module) -> None:
         """Raises ExportError before anything is read; `final` is the model after its cuts, shapes only."""
-        if self.loads_in_stock:
-            self.doubts = refuse_unless_stock(trained, final, self.name, self.checked)
+        if self.loads_in_vanilla_hf:
+            self.doubts = refuse_unless_vanilla_hf(trained, final, self.name, self.checked)
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         """In which a loader should hold the model: `dtype` of `config.json`."""
@@ -111,20 +111,20 @@ class Format(ABC):
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What a loader must hold of a layer, by full name, once it was written."""
         values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
-        if layer.encoded is not None:
-            values[layer.full("weight")] = self.decoded(layer, layer.encoded)
+        if layer.quantized is not None:
+            values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
 
-    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+    def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         """A quantized weight as a loader must hold it."""
-        return encoded.values()
+        return quantized.dequantize()
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None
         return tensor.to(self.options.dtype) if is_float else tensor
 
 
-def refuse_unless_stock(trained: ExportSource, final: nn.Module, name: str, checked: bool) -> list[str]:
+def refuse_unless_vanilla_hf(trained: ExportSource, final: nn.Module, name: str, checked: bool) -> list[str]:
     """Where stock transformers would build another model than `final` from its config, and it may not matter.
 
     checked: the exported folder will be loaded, so that the logits decide what is returned here.
@@ -137,9 +137,9 @@ def refuse_unless_stock(trained: ExportSource, final: nn.Module, name: str, chec
             f'format "{name}" is for models of transformers, and a {type(trained.model).__name__} has no config; '
             + OTHER_FORMAT
         )
-    obstacles = stock_obstacles(final)
-    is_open = checked and (trained.cuts is None or not trained.cuts.active())
-    if obstacles and (not is_open or other_shapes(final)):
+    obstacles = vanilla_hf_obstacles(final)
+    is_open = checked and (trained.pruning_plan is None or not trained.pruning_plan.active())
+    if obstacles and (not is_open or differing_shapes(final)):
         raise ExportError(f"{another_model(name, obstacles)}. {OTHER_FORMAT}")
     return obstacles
 

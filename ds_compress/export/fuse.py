@@ -80,15 +80,15 @@ class _Together:
         biases = [torch.zeros(m.out_features) if m.bias is None else m.bias for m in members]
         self.bias = None if all(m.bias is None for m in members) else torch.cat(biases)
         self.scale = torch.cat([member.scale for member in members])
-        self.input_scale, self.steps = first.input_scale, first.steps
-        self.packed = kernels().int8_linear_pack(torch.cat([member.codes for member in members]))
+        self.input_scale, self.scale_divisor = first.input_scale, first.scale_divisor
+        self.packed = kernels().int8_linear_pack(torch.cat([member.int_weight for member in members]))
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...], list[bool]] | None = None
 
     def part(self, x: torch.Tensor, number: int) -> torch.Tensor:
         last = self._last
         if last is None or last[0] is not x or last[2][number]:
             y = kernels().int8_linear(
-                x.contiguous(), self.packed, self.scale, self.bias, self.input_scale, steps=self.steps
+                x.contiguous(), self.packed, self.scale, self.bias, self.input_scale, steps=self.scale_divisor
             )
             self._last = last = (x, y.split(self.parts, dim=-1), [False] * len(self.parts))
         last[2][number] = True
@@ -134,7 +134,7 @@ def _alike(layers: list[Int8Linear]) -> bool:
 
     return all(
         layer.in_features == first.in_features
-        and layer.steps == first.steps
+        and layer.scale_divisor == first.scale_divisor
         and layer.activation == "none"
         and same_scale(layer)
         for layer in layers

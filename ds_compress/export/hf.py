@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from ds_compress.export.encoded import EncodedWeight
 from ds_compress.export.format import Format
+from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 
 
@@ -19,14 +19,14 @@ class HfFormat(Format):
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         self.untie(layer)
         stored = self.plain(layer)
-        if layer.encoded is not None:
-            stored[layer.full("weight")] = self.decoded(layer, layer.encoded)
+        if layer.quantized is not None:
+            stored[layer.full("weight")] = self.dequantized(layer, layer.quantized)
             self.note("quantized weights are written as floats on their grid: this format stores no integers")
         if layer.input is not None:
             self.ignores_inputs = True
             self.note("activations are not quantized when this folder is loaded: the format cannot say so")
         return stored
 
-    def decoded(self, layer: Layer, encoded: EncodedWeight) -> torch.Tensor:
+    def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         # In the dtype that a loader is told to use, or it would round them itself.
-        return encoded.values().to(self.loaded_dtype(self.trained_dtype))
+        return quantized.dequantize().to(self.loaded_dtype(self.trained_dtype))

@@ -48,7 +48,7 @@ def from_pretrained(
             f'{path} is of format "{report.format}": load it with transformers, {report.model_class}.from_pretrained'
         )
     if model is None:
-        model = skeleton(path, report.model_class)
+        model = meta_model(path, report.model_class)
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
     if not activations:
@@ -116,7 +116,7 @@ class Stored:
         return found
 
 
-def skeleton(folder: Path, model_class: str) -> nn.Module:
+def meta_model(folder: Path, model_class: str) -> nn.Module:
     """The stock class without weights; buffers are computed, as they are not all stored."""
     import transformers
     from accelerate import init_empty_weights
@@ -157,9 +157,9 @@ def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Store
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
-    encoded = loaded_weight(tensors, scheme["weight"]) if "weight" in scheme else None
+    quantized = loaded_weight(tensors, scheme["weight"]) if "weight" in scheme else None
     used = InputScheme.from_json(scheme["input"]) if "input" in scheme else None
-    served = serving_module(model.get_submodule(name), encoded, used)
+    served = serving_module(model.get_submodule(name), quantized, used)
     if name:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, served)
@@ -172,11 +172,11 @@ def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Sto
             module = model.get_submodule(name)
             if "weight" in schemes.get(owner, {}) and first_local == "weight":
                 tensors = stored.of_module(owner)
-                encoded = loaded_weight(tensors, schemes[owner]["weight"])
+                quantized = loaded_weight(tensors, schemes[owner]["weight"])
                 if isinstance(module, nn.Embedding):
-                    _replace(model, name, serving_module(module, encoded, None))
+                    _replace(model, name, serving_module(module, quantized, None))
                     continue
-                value = nn.Parameter(encoded.values(), requires_grad=False)
+                value = nn.Parameter(quantized.dequantize(), requires_grad=False)
             else:
                 value = model.get_parameter(first)
             module._parameters[local] = value

@@ -18,10 +18,10 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export.attributes import restore, unsaid
-from ds_compress.export.encoded import encode_rows
 from ds_compress.export.format import OTHER_FORMAT, Format, emptied, is_of_transformers
 from ds_compress.export.inputs import example_inputs
-from ds_compress.export.load import fill, skeleton
+from ds_compress.export.load import fill, meta_model
+from ds_compress.export.quantized_matrix import quantize_rows
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind
@@ -54,23 +54,23 @@ class OnnxFormat(Format):
             )
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
-        encoded = layer.encoded
+        quantized = layer.quantized
         is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
-        if encoded is None and is_table and self.options.embeddings == "int8":
-            encoded = encode_rows(layer.tensors["weight"])
-            self.rounded[layer.full("weight")] = encoded.values()
-            layer = Layer(layer.name, layer.kind, encoded, {}, layer.input, layer.ties)
+        if quantized is None and is_table and self.options.embeddings == "int8":
+            quantized = quantize_rows(layer.tensors["weight"])
+            self.rounded[layer.full("weight")] = quantized.dequantize()
+            layer = Layer(layer.name, layer.kind, quantized, {}, layer.input, layer.ties)
         if layer.input is not None and layer.input.input_range is None:
             self.ignores_inputs = True
             self.note(
                 "inputs with a range per token stay floats: no operator of ONNX rounds them as training did"
             )
         self.layers.append(layer)
-        if encoded is not None:
-            weight = {"type": "int", "bits": encoded.bits, "group_size": encoded.group_size}
+        if quantized is not None:
+            weight = {"type": "int", "bits": quantized.bits, "group_size": quantized.group_size}
             self.schemes[layer.name] = {"weight": weight}
         if (
-            encoded is not None
+            quantized is not None
             and layer.kind in _PRODUCTS
             and (layer.input is None or layer.input.input_range is None)
         ):
@@ -90,7 +90,7 @@ class OnnxFormat(Format):
 
         model = self._float_model(folder, final)
         graph = exported(model, dict(inputs or example_inputs(model)))
-        unquantized = quantize_graph(graph, [layer for layer in self.layers if layer.encoded is not None])
+        unquantized = quantize_graph(graph, [layer for layer in self.layers if layer.quantized is not None])
         if unquantized:
             raise ExportError(
                 f"{unquantized[0]}: its product was not found in the exported graph; {OTHER_FORMAT}"
@@ -102,19 +102,19 @@ class OnnxFormat(Format):
 
     def _float_model(self, folder: Path, final: nn.Module) -> nn.Module:
         if is_of_transformers(final):
-            model = skeleton(folder, type(final).__name__)
+            model = meta_model(folder, type(final).__name__)
             restore(model, unsaid(final, json_config(folder, final)))
         else:
             model = emptied(final)
         for layer in self.layers:
             values = dict(layer.tensors)
-            if layer.encoded is not None:
-                values["weight"] = layer.encoded.values()
+            if layer.quantized is not None:
+                values["weight"] = layer.quantized.dequantize()
             fill(model.get_submodule(layer.name), values)
         for layer in self.layers:
             for local, first in layer.ties.items():
                 model.get_submodule(layer.name)._parameters[local] = model.get_parameter(first)
-        if any(layer.encoded is not None and layer.kind is ModuleKind.CONV2D for layer in self.layers):
+        if any(layer.quantized is not None and layer.kind is ModuleKind.CONV2D for layer in self.layers):
             _keep_normalizations(model)
         return model.requires_grad_(False).eval()
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.modelinfo.kinds import ModuleKind
-from ds_compress.quant.grid import ranges_between
+from ds_compress.quant.qparams import qparams_from_range
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PREFIX = "model."
@@ -53,32 +53,32 @@ def _module_of(node: Any) -> str:
 
 
 def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
-    assert layer.encoded is not None
-    encoded, name = layer.encoded, layer.full("weight")
+    assert layer.quantized is not None
+    quantized, name = layer.quantized, layer.full("weight")
     outputs_first = any(
         a.name == "transB" and a.i for a in node.attribute
     )  # [out, in]; a MatMul's is [in, out]
-    codes, scale, offset = encoded.codes, encoded.scale, encoded.offset
+    codes, scale, offset = quantized.values, quantized.scale, quantized.offset
     zero = None
     if offset is not None:
         zero = -torch.round(offset / scale)
     is_convolution = node.op_type == "Conv"
-    if is_convolution and encoded.groups > 1:
+    if is_convolution and quantized.groups > 1:
         return  # the float values are on the grid
     if is_convolution:
-        codes = codes.reshape(encoded.shape)
+        codes = codes.reshape(quantized.shape)
     elif not outputs_first:
         codes, scale = codes.t(), scale.t()
         zero = None if zero is None else zero.t()
     axis = 0 if outputs_first or is_convolution else 1
     attributes: dict[str, Any] = {"axis": axis}
-    if encoded.groups > 1:
-        attributes = {"axis": 1 - axis, "block_size": encoded.group_size}
+    if quantized.groups > 1:
+        attributes = {"axis": 1 - axis, "block_size": quantized.group_size}
     else:
         scale = scale.flatten()
         zero = None if zero is None else zero.flatten()
     signed = zero is None
-    packs = encoded.bits <= _INT4_BITS
+    packs = quantized.bits <= _INT4_BITS
     kind = {
         (True, True): TensorProto.INT4,
         (True, False): TensorProto.INT8,
@@ -97,12 +97,12 @@ def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
 
 def _replace_table(graph: Any, node: Any, layer: Layer) -> None:
     """Codes and scales of the rows that are looked up, and no others, are read."""
-    assert layer.encoded is not None
-    encoded, name = layer.encoded, layer.full("weight")
-    if encoded.groups > 1 or encoded.offset is not None:
+    assert layer.quantized is not None
+    quantized, name = layer.quantized, layer.full("weight")
+    if quantized.groups > 1 or quantized.offset is not None:
         return  # the float values are on the grid
-    graph.initializer.append(_integers(f"{name}_codes", encoded.codes, TensorProto.INT8))
-    graph.initializer.append(_floats(f"{name}_scale", encoded.scale))
+    graph.initializer.append(_integers(f"{name}_codes", quantized.values, TensorProto.INT8))
+    graph.initializer.append(_floats(f"{name}_scale", quantized.scale))
     indices, output = node.input[1], node.output[0]
     graph.node.extend(
         [
@@ -118,12 +118,12 @@ def _replace_table(graph: Any, node: Any, layer: Layer) -> None:
 def _round_input(graph: Any, node: Any, layer: Layer, used: InputScheme) -> None:
     assert used.input_range is not None
     name, grid = layer.full("input"), used.grid
-    ranges = ranges_between(used.input_range[0], used.input_range[1], grid)
-    graph.initializer.append(_floats(f"{name}_scale", ranges.scale.reshape(())))
-    if ranges.offset is None:
+    qparams = qparams_from_range(used.input_range[0], used.input_range[1], grid)
+    graph.initializer.append(_floats(f"{name}_scale", qparams.scale.reshape(())))
+    if qparams.offset is None:
         zero = numpy_helper.from_array(np.array(0, np.int8), f"{name}_zero_point")
     else:
-        point = float((-torch.round(ranges.offset / ranges.scale)).clamp(0, 255))
+        point = float((-torch.round(qparams.offset / qparams.scale)).clamp(0, 255))
         zero = numpy_helper.from_array(np.array(point, np.uint8), f"{name}_zero_point")
     graph.initializer.append(zero)
     scale_and_zero = [f"{name}_scale", f"{name}_zero_point"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.encoded import EncodedWeight, encode
+from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_matrix
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
@@ -57,7 +57,7 @@ class Layer:
 
     name: str
     kind: ModuleKind | None
-    encoded: EncodedWeight | None = None
+    quantized: QuantizedMatrix | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     input: InputScheme | None = None
     ties: dict[str, str] = field(default_factory=dict)
@@ -97,19 +97,23 @@ def _read(
     seen: dict[int, tuple[str, tuple[Any, ...]]],
     tied: set[int],
 ) -> Layer | None:
-    cuts = trained.cuts
+    pruning_plan = trained.pruning_plan
 
     def cut(full: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        return (lambda t: t) if cuts is None else (lambda t: cuts.apply(full, t, is_weight=False))
+        return (
+            (lambda t: t)
+            if pruning_plan is None
+            else (lambda t: pruning_plan.prune_tensor(full, t, is_weight=False))
+        )
 
     prefix = f"{name}." if name else ""
     new_name = name
-    if cuts is not None:
-        renamed = cuts.renamed(f"{prefix}x")
+    if pruning_plan is not None:
+        renamed = pruning_plan.renamed(f"{prefix}x")
         if renamed is None:
             return None
         new_name = renamed.rpartition(".")[0]
-    encoded, split_from = None, ""
+    quantized, split_from = None, ""
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
     fake_quant = layers.fake_quant_of(module)
@@ -123,28 +127,28 @@ def _read(
             first, how_first = seen.setdefault(id(parameter), (prefix + local, how))
             if first != prefix + local:
                 if how == how_first and not split_from:
-                    ties[local] = first if cuts is None else str(cuts.renamed(first))
+                    ties[local] = first if pruning_plan is None else str(pruning_plan.renamed(first))
                     continue
                 # What goes with it (BERT's decoder and its bias) is untied together.
                 split_from = split_from or first
         if is_quantized and fake_quant is not None:
             used = step_size if fake_quant.grid.learned else None
             try:
-                encoded = encode(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
+                quantized = quantize_matrix(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
             except ValueError as error:
                 raise ExportError(f"{name}: {error}") from error
         else:
             whole = parameter.detach()
-            left = whole if cuts is None else cuts.apply(prefix + local, whole)
+            left = whole if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, whole)
             tensors[local] = left.to("cpu", copy=True).contiguous()
     for local, buffer in module.named_buffers(recurse=False):
         if local not in module._non_persistent_buffers_set:
-            left = buffer if cuts is None else cuts.apply(prefix + local, buffer)
+            left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
     scheme = _input_scheme(module)
-    if encoded is None and not tensors and not ties:
+    if quantized is None and not tensors and not ties:
         return None
-    return Layer(new_name, kind_of(module), encoded, tensors, scheme, ties, split_from)
+    return Layer(new_name, kind_of(module), quantized, tensors, scheme, ties, split_from)
 
 
 def _input_scheme(module: nn.Module) -> InputScheme | None:

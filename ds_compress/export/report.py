@@ -57,9 +57,13 @@ class ExportReport:
         weights = {n: t for n, t in layer.tensors.items() if t.is_floating_point()}
         numbers = sum(t.numel() for t in weights.values())
         nonzeros = sum(int(t.count_nonzero()) for t in weights.values())
-        if layer.encoded is not None:
-            numbers += layer.encoded.codes.numel()
-            found = layer.encoded.codes if layer.encoded.offset is None else layer.encoded.matrix()
+        if layer.quantized is not None:
+            numbers += layer.quantized.values.numel()
+            found = (
+                layer.quantized.values
+                if layer.quantized.offset is None
+                else layer.quantized.dequantize_matrix()
+            )
             nonzeros += int(found.count_nonzero())
         self.parameters += numbers
         self.nonzeros += nonzeros

@@ -1,14 +1,14 @@
-"""`torch`: codes and scales for `ds_compress.from_pretrained`, whatever grid they are on.
+"""`torch`: integers and scales for `ds_compress.from_pretrained`, whatever grid they are on.
 
     weight_codes    int8 or uint8 `[out, in]`; weight_packed: int32, the same in fewer bits
     weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights
-    weight          empty: its shape fits no model, so that transformers without us refuses the folder instead of
-                    filling the places of what it does not find with random numbers
+    weight          empty: its shape fits no model, so that transformers without ds_compress refuses the folder
+                    instead of initializing what it does not find at random
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
 
-Stock `AutoModel...from_pretrained` loads the folder where ds_compress is imported (see `ds_compress.hf.quantizer`):
-`quantization_config` in `config.json` says all that it has to know.
+The `AutoModel...from_pretrained` of transformers loads the folder where ds_compress is imported (see
+`ds_compress.hf.quantizer`): `quantization_config` in `config.json` describes it completely.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import nn
 from ds_compress.errors import ExportError
 from ds_compress.export.attributes import reshaped, unsaid
 from ds_compress.export.check import Answer
-from ds_compress.export.encoded import EncodedWeight, encode_rows
 from ds_compress.export.fingerprint import fingerprint
 from ds_compress.export.format import Format, emptied
 from ds_compress.export.inputs import run
+from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind
@@ -44,8 +44,8 @@ class ServingFormat(Format):
     """The only format for Conv1D, Conv2d, asymmetric grids, and cuts that stock configs cannot express."""
 
     name: ClassVar[str] = "torch"
-    loads_in_stock: ClassVar[bool] = False
-    loader: ClassVar[str] = "own"
+    loads_in_vanilla_hf: ClassVar[bool] = False
+    loader: ClassVar[str] = "ours"
 
     unsaid: dict[str, dict[str, float]] = field(default_factory=dict)
     reshaped: dict[str, list[int]] = field(default_factory=dict)
@@ -67,8 +67,8 @@ class ServingFormat(Format):
         """Of a model that only its own code can build, a copy of it is filled in this very process."""
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
-        from ds_compress.export.held import fingerprints_of, input_scales
         from ds_compress.export.load import from_pretrained
+        from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
 
         exact = from_pretrained(folder, emptied(final), fused=False, activations=False)
         fingerprints = fingerprints_of(exact)
@@ -83,28 +83,28 @@ class ServingFormat(Format):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = self.plain(layer)
-        encoded = layer.encoded
+        quantized = layer.quantized
         is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
-        if encoded is None and is_table and self.options.embeddings != "float":
-            encoded = encode_rows(layer.tensors["weight"])
+        if quantized is None and is_table and self.options.embeddings != "float":
+            quantized = quantize_rows(layer.tensors["weight"])
             del stored[layer.full("weight")]
-            self.rounded[layer.full("weight")] = encoded.values()
+            self.rounded[layer.full("weight")] = quantized.dequantize()
             self.note("embeddings that were not trained in integers are rounded to int8, one scale per row")
         scheme: dict[str, Any] = {}
-        if self.unsaid and encoded is None and "weight" in layer.tensors and not self.schemes:
+        if self.unsaid and quantized is None and "weight" in layer.tensors and not self.schemes:
             # Nothing else would keep transformers from loading a model without these numbers.
             stored[layer.full(PLAIN_VALUES)] = stored.pop(layer.full("weight"))
             scheme["plain"] = True
-        if encoded is not None or "plain" in scheme:
-            shape = layer.tensors["weight"].shape if encoded is None else encoded.shape
+        if quantized is not None or "plain" in scheme:
+            shape = layer.tensors["weight"].shape if quantized is None else quantized.shape
             stored[layer.full("weight")] = torch.empty(0, *shape[1:])
-        if encoded is not None:
-            stored |= {layer.full(name): tensor for name, tensor in stored_weight(encoded).items()}
+        if quantized is not None:
+            stored |= {layer.full(name): tensor for name, tensor in stored_weight(quantized).items()}
             scheme["weight"] = {
-                "bits": encoded.bits,
-                "group_size": encoded.group_size,
-                "shape": list(encoded.shape),
-                "transposed": encoded.transposed,
+                "bits": quantized.bits,
+                "group_size": quantized.group_size,
+                "shape": list(quantized.shape),
+                "transposed": quantized.transposed,
             }
         if layer.input is not None:
             scheme["input"] = layer.input.as_json()
@@ -127,38 +127,38 @@ class ServingFormat(Format):
         }
 
 
-def stored_weight(encoded: EncodedWeight) -> dict[str, torch.Tensor]:
+def stored_weight(quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
     """`loaded_weight` reads it back."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    stored = {"weight_scale": encoded.scale}
-    if encoded.offset is not None:
-        stored["weight_offset"] = encoded.offset
-    if encoded.bits == _BYTE:
-        return {**stored, "weight_codes": encoded.codes}
-    codes, bits = encoded.codes, encoded.bits
+    stored = {"weight_scale": quantized.scale}
+    if quantized.offset is not None:
+        stored["weight_offset"] = quantized.offset
+    if quantized.bits == _BYTE:
+        return {**stored, "weight_codes": quantized.values}
+    values, bits = quantized.values, quantized.bits
     if bits == 1:  # -1 and 1 as -1 and 0, which one bit holds
-        codes = codes.clamp_max(0)
-    if encoded.offset is not None:  # packing is for signed codes
-        codes = (codes.to(torch.int16) - 2 ** (encoded.bits - 1)).to(torch.int8)
-    return {**stored, "weight_packed": pack_to_int32(codes, bits)}
+        values = values.clamp_max(0)
+    if quantized.offset is not None:  # packing is for signed integers
+        values = (values.to(torch.int16) - 2 ** (quantized.bits - 1)).to(torch.int8)
+    return {**stored, "weight_packed": pack_to_int32(values, bits)}
 
 
-def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> EncodedWeight:
+def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> QuantizedMatrix:
     """The weight from its tensors by local name, and the "weight" entry of its scheme."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     shape, transposed, scale = tuple(scheme["shape"]), scheme["transposed"], stored["weight_scale"]
     offset = stored.get("weight_offset")
     if "weight_codes" in stored:
-        codes = stored["weight_codes"]
+        values = stored["weight_codes"]
     else:
         columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
-        codes = unpack_from_int32(
+        values = unpack_from_int32(
             stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns))
         )
         if scheme["bits"] == 1:
-            codes = 2 * codes + 1
+            values = 2 * values + 1
         if offset is not None:
-            codes = (codes.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
-    return EncodedWeight(codes, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)
+            values = (values.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
+    return QuantizedMatrix(values, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)

@@ -11,13 +11,9 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.auxiliary import is_auxiliary
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 Modules = Iterator[tuple[str, nn.Module]]
-
-
-def _no_modules() -> Modules:
-    return iter(())
 
 
 def _nothing(failure: BaseException | None) -> None:
@@ -46,7 +42,7 @@ class ExportSource:
     model: nn.Module
     modules: Callable[[], Modules]
     writes: bool = True
-    cuts: PruningPlan | None = None
+    pruning_plan: PruningPlan | None = None
     broadcast_error: Callable[[BaseException | None], None] = _nothing
     changed: Callable[[Mapping[str, torch.Tensor]], contextlib.AbstractContextManager[None]] = field(
         default=lambda values: contextlib.nullcontext()

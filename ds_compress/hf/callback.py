@@ -61,8 +61,8 @@ class CompressionCallback(TrainerCallback):
         if run is None or run.engine is None:
             return
         warn_if_unfinished(run)
-        if run.said_result_at != run.applied_steps:
-            run.said_result_at = run.applied_steps
+        if run.logged_result_at != run.applied_steps:
+            run.logged_result_at = run.applied_steps
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in run.metrics().items())
             logger.info(
                 "after %s steps: %s. Write the compressed model with ds_compress.export(trainer, folder)",

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.finalize import finalize
 from ds_compress.engine.resize.cut import cut_in_place
-from ds_compress.engine.zero.tensor_parallel import require_full_layers
 from ds_compress.modelinfo.adapters import adapted_layers
 from ds_compress.ops import bitmask
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.pruning_plan import PruningPlan
 
 logger = logging.getLogger("ds_compress")
 

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from ds_compress.config import ConfigError
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
-from ds_compress.engine.run import teacher_given
+from ds_compress.engine.build import teacher_given
 from ds_compress.errors import Problem, shown
 from ds_compress.hf.callback import CompressionCallback
 

@@ -1,4 +1,4 @@
-"""A keep-mask of one bit per weight, applied in place at the speed of memory.
+"""A mask of one bit per weight, applied in place at the speed of memory.
 
 Bit i of byte j belongs to element 8*j + i. A cleared bit turns its weight into +0.0 whatever it was, NaN and
 Inf included: the weight's bit pattern is ANDed with zeros, which multiplication by zero would not do.
@@ -13,14 +13,9 @@ import torch
 from ds_compress.ops import kernels
 
 
-def packed_numel(numel: int) -> int:
-    """Bytes of the mask of `numel` weights."""
-    return -(-numel // 8)
-
-
-def pack(keep: torch.Tensor) -> torch.Tensor:
+def pack(mask: torch.Tensor) -> torch.Tensor:
     """Packs a bool tensor of shape (n,) into uint8 of shape (ceil(n/8),); unused bits are zero."""
-    return kernels().mask_pack(keep.contiguous())
+    return kernels().mask_pack(mask.contiguous())
 
 
 def unpack(packed: torch.Tensor, numel: int) -> torch.Tensor:

@@ -152,7 +152,7 @@ class Build:
                 flags += isa_flags
         if source.parent.name == "bindings":
             flags += _STABLE_ABI if self.cuda else _STABLE_ABI[:1]
-            # Their warnings are not ours to mend.
+            # Their warnings are not ours to fix.
             include += [part for folder in self.torch.include for part in ("-isystem", str(folder))]
             if self.cuda:
                 include += ["-isystem", str(self.cuda.include)]

@@ -5,14 +5,13 @@
     >>> F.mask_unpack(F.mask_pack(torch.tensor([True, False, True])), 3)
     tensor([ True, False,  True])
 
-Integer linear layers    int8_linear, int4_linear, sparse24_linear, and a `_pack` for the weight of each: layouts differ
-                         between CPUs, so pack where you multiply, and store codes
+Integer linear layers    int8_linear, int4_linear, and a `_pack` for the weight of each: layouts differ between CPUs, so
+                         pack where you multiply, and store the quantized values
 Fake quantization        fake_quantize
-Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_apply_, mask_apply_many_, mask_apply_count_,
-                         mask_apply_adam_: bit i of byte j is element 8 j + i; a trailing underscore writes in place
-Selection                magnitude_histogram
-Quantized messages       block_quantize, block_dequantize, block_reduce, block_reduce_quantize: a message is one fp32
-                         scale per block, then whole blocks of codes; `message_bytes` gives its size
+Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_apply_, mask_apply_many_: bit i of byte j is element
+                         8 j + i; a trailing underscore writes in place
+Quantized payloads       block_quantize, block_dequantize, block_reduce, block_reduce_quantize: a payload is one fp32
+                         scale per block, then whole blocks of quantized values; `payload_bytes` gives its size
 
 Signatures and docstrings are those of the reference in plain torch (`ds_compress.ops.reference`), whose bits the
 kernels reproduce. All functions take CPU and CUDA tensors, and none records gradients.
@@ -26,7 +25,7 @@ from typing import Any, TypeVar, cast
 
 from ds_compress.ops import reference
 from ds_compress.ops.library import kernels
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,46 +45,19 @@ int8_linear_quantize_pack = _preferred(reference.linear.int8_linear_quantize_pac
 int8_linear = _preferred(reference.linear.int8_linear)
 int4_linear_pack = _preferred(reference.linear.int4_linear_pack)
 int4_linear = _preferred(reference.linear.int4_linear)
-sparse24_linear_pack = _preferred(reference.linear.sparse24_linear_pack)
-sparse24_linear = _preferred(reference.linear.sparse24_linear)
 fake_quantize = _preferred(reference.fake_quantize.fake_quantize)
 mask_apply_ = _preferred(reference.mask.mask_apply_)
-mask_apply_count_ = _preferred(reference.mask.mask_apply_count_)
-mask_apply_adam_ = _preferred(reference.mask.mask_apply_adam_)
 mask_apply_many_ = _preferred(reference.mask.mask_apply_many_)
 mask_pack = _preferred(reference.mask.mask_pack)
 mask_unpack = _preferred(reference.mask.mask_unpack)
 mask_n_of_m = _preferred(reference.mask.mask_n_of_m)
-magnitude_histogram = _preferred(reference.mask.magnitude_histogram)
 block_quantize = _preferred(reference.block_quantize.block_quantize)
 block_dequantize = _preferred(reference.block_quantize.block_dequantize)
 block_reduce = _preferred(reference.block_quantize.block_reduce)
 block_reduce_quantize = _preferred(reference.block_quantize.block_reduce_quantize)
 
-__all__ = [
-    "block_dequantize",
-    "block_quantize",
-    "block_reduce",
-    "block_reduce_quantize",
-    "fake_quantize",
-    "int4_linear",
-    "int4_linear_pack",
-    "int8_linear",
-    "int8_linear_pack",
-    "int8_linear_quantize_pack",
-    "magnitude_histogram",
-    "mask_apply_",
-    "mask_apply_adam_",
-    "mask_apply_count_",
-    "mask_apply_many_",
-    "mask_n_of_m",
-    "mask_pack",
-    "mask_unpack",
-    "message_bytes",
-    "sparse24_linear",
-    "sparse24_linear_pack",
-]
+__all__ = ["payload_bytes", *reference.IMPLEMENTATIONS]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

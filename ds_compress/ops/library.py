@@ -1,18 +1,21 @@
 """Which implementation the ops run on: the compiled library, or plain torch.
 
-`DS_COMPRESS_KERNELS` (in the environment) and `compression_training.kernels` (in the JSON) say what is wished:
+A preference is one of
 
     auto        native where it can be built and loaded, else reference with one log line that says why
     native      native, or an error
     reference   plain torch, nothing is compiled
 
-The environment wins over the JSON: it is how an operator compares the two without editing a run's config.
+and comes from the first of: `DS_COMPRESS_KERNELS` in the environment, which is how an operator compares the two without
+editing a run's config; the innermost `kernel_preference` block that the call is made in; the default of the process,
+set by `prefer`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from contextvars import ContextVar, Token
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,8 +40,12 @@ class Preference(StrEnum):
     REFERENCE = "reference"
 
 
-class KernelsUnavailable(RuntimeError):
+class KernelsUnavailableError(RuntimeError):
     """Native kernels were asked for and cannot be had."""
+
+
+KernelsUnavailable = KernelsUnavailableError
+"""The name that it had first."""
 
 
 _registrations = torch.library.Library(schemas.NAMESPACE, "IMPL")
@@ -49,46 +56,79 @@ _reference = SimpleNamespace(**IMPLEMENTATIONS)
 _native = getattr(torch.ops, schemas.NAMESPACE)
 _loaded: Path | None = None
 _reason: str | None = None
-_chosen: Any = None
+_default: Any = None
+_in_this_context: ContextVar[Any] = ContextVar("ds_compress_kernels", default=None)
 
 
 def kernels() -> Any:
-    """The namespace whose functions are the ops of `schemas`, on the implementation that is preferred now.
+    """The namespace whose functions are the ops of `schemas`, on the implementation that is preferred here and now.
 
-    The first call builds or loads the library (see `build`); later ones cost nothing.
+    The first call may build or load the library (see `build`); later ones cost some 50 ns.
 
     Raises:
-        KernelsUnavailable: native was asked for and cannot be had.
+        KernelsUnavailableError: native was asked for and cannot be had.
         ValueError: the environment names no preference.
     """
-    return _chosen if _chosen is not None else prefer(Preference.AUTO)
+    chosen = _in_this_context.get()
+    if chosen is not None:
+        return chosen
+    return _default if _default is not None else prefer(Preference.AUTO)
 
 
-def prefer(wish: Preference) -> Any:
-    """Makes `wish` hold in this process from now on, unless the environment says otherwise; returns `kernels()`."""
-    global _chosen
-    in_force = from_environment() or wish
-    if in_force is not wish and wish is not Preference.AUTO:
-        logger.info("ds_compress: %s=%s overrides kernels: %s of the JSON", VARIABLE, in_force, wish)
-    if in_force is Preference.REFERENCE:
-        _chosen = _reference
-    elif in_force is Preference.NATIVE or load():
-        _chosen = native()
-    else:
-        _chosen = _reference
-    return _chosen
+def prefer(preference: Preference) -> Any:
+    """Makes `preference` the default of this process, unless the environment says otherwise; returns its ops.
+
+    Raises: as `kernels`.
+    """
+    global _default
+    _default = _ops_of(preference)
+    return _default
+
+
+class kernel_preference:
+    """`with kernel_preference(Preference.NATIVE): ...` holds for the ops called in the block, not for the process.
+
+    The library is found or built when the object is made, not at the first op; the object may then be entered any
+    number of times, within itself too, at well under a microsecond. So two engines of one process can each have theirs.
+
+    Context-local, as `decimal.localcontext`: other threads do not see it. The threads on which torch runs the backward
+    of CUDA tensors are such: what is computed there uses the default, unless a hook enters the block there. Both
+    implementations give the same bits.
+
+    Raises: as `kernels`, when it is made.
+    """
+
+    def __init__(self, preference: Preference) -> None:
+        self._ops = _ops_of(preference)
+        self._entered: list[Token[Any]] = []
+
+    def __enter__(self) -> Any:
+        self._entered.append(_in_this_context.set(self._ops))
+        return self._ops
+
+    def __exit__(self, *error: object) -> None:
+        _in_this_context.reset(self._entered.pop())
+
+
+def _ops_of(preference: Preference) -> Any:
+    chosen = from_environment() or preference
+    if chosen is not preference and preference is not Preference.AUTO:
+        logger.info("ds_compress: %s=%s overrides kernels: %s of the JSON", VARIABLE, chosen, preference)
+    if chosen is Preference.NATIVE:
+        return native()
+    return _native if chosen is Preference.AUTO and load() else _reference
 
 
 def native() -> Any:
     """The ops with native kernels behind them.
 
     Raises:
-        KernelsUnavailable: the library can be neither found nor built.
+        KernelsUnavailableError: the library can be neither found nor built.
     """
     if not load():
-        raise KernelsUnavailable(
+        raise KernelsUnavailableError(
             f"native kernels were asked for and cannot be had: {_reason}. "
-            'Mend that, or set DS_COMPRESS_KERNELS or "kernels" to "auto" to run on plain torch.'
+            'Fix that, or set DS_COMPRESS_KERNELS or "kernels" to "auto" to run on plain torch.'
         )
     return _native
 

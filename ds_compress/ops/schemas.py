@@ -1,244 +1,168 @@
 """The contract of every op: its schema, and the shape and dtype of its results. No arithmetic lives here.
 
 `torch.ops.ds_compress.<name>` exists as soon as this module is imported, and runs everywhere: `reference` gives each
-op an implementation in plain torch, the compiled library (see `library`) a faster one for CPU and CUDA. The numerics
-that all of them share, bit for bit, are stated in `csrc/README.md`.
+op its signature and an implementation in plain torch, the compiled library (see `library`) a faster one for CPU and
+CUDA. The numerics that all of them share, bit for bit, are stated in `csrc/README.md`.
 
-linear        int8_linear and its relatives: quantize the rows of x, multiply integers, dequantize, add, activate
-fake_quantize quantize and read back in one pass, with the bits of what was not clipped
-mask          bit-packed keep-masks on flat fragments of any float dtype, in place
-block         the parts of a quantized reduction: messages of scales and int8 or int4 codes
+linear        int8_linear and int4_linear: quantize the rows of x, multiply integers, dequantize, add, activate
+fake_quantize quantize and read back in one pass, with the mask of what was not clipped
+mask          bit-packed masks on flat tensors of any float dtype, in place
+block         the parts of a quantized reduction: payloads of scales and int8 or int4 values
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from ds_compress.ops import checks
+from ds_compress.ops.reference import IMPLEMENTATIONS, MUTATED
+from ds_compress.ops.sizes import packed_bytes
 
 NAMESPACE = "ds_compress"
-HEADER_BYTES = 64
-"""Packed weights begin with eight int64: magic, layout, rows N, columns K, group size, three spare."""
 
-_LINEAR = (
-    "Tensor? bias=None, Tensor? input_scale=None, *, int steps=127, str activation='none', "
-    "ScalarType? out_dtype=None) -> Tensor"
-)
-SCHEMAS = {
-    "int8_linear_pack": "(Tensor codes) -> Tensor",
-    "int8_linear_quantize_pack": "(Tensor weight, Tensor scale, int steps) -> Tensor",
-    "int8_linear": f"(Tensor x, Tensor packed, Tensor weight_scale, {_LINEAR}",
-    "int4_linear_pack": "(Tensor codes, Tensor scale) -> Tensor",
-    "int4_linear": f"(Tensor x, Tensor packed, int out_features, int group_size, {_LINEAR}",
-    "sparse24_linear_pack": "(Tensor codes) -> Tensor",
-    "sparse24_linear": f"(Tensor x, Tensor packed, Tensor weight_scale, {_LINEAR}",
-    "fake_quantize": (
-        "(Tensor x, Tensor? scale=None, Tensor? offset=None, *, int low, int high, int steps, bool symmetric, "
-        "bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "mask_apply_": "(Tensor(a!) weights, Tensor packed, int bit_offset=0, float fill=0.0) -> ()",
-    "mask_apply_count_": "(Tensor(a!) weights, Tensor packed, int bit_offset=0) -> Tensor",
-    "mask_apply_adam_": (
-        "(Tensor(a!) weights, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor packed, int bit_offset=0) -> ()"
-    ),
-    "mask_apply_many_": "(Tensor(a!)[] weights, Tensor[] packed, int[] bit_offsets, float fill=0.0) -> ()",
-    "mask_pack": "(Tensor keep) -> Tensor",
-    "mask_unpack": "(Tensor packed, int numel, int bit_offset=0) -> Tensor",
-    "mask_n_of_m": "(Tensor scores, int n, int m) -> Tensor",
-    "magnitude_histogram": "(Tensor values, int shift, int bins, int prefix_shift, int prefix) -> Tensor",
-    "block_quantize": (
-        "(Tensor x, Tensor(a!) messages, Tensor(b!)? residual, int chunk, int bits, int block) -> ()"
-    ),
-    "block_dequantize": "(Tensor messages, Tensor(a!) out, int chunk, int bits, int block) -> ()",
-    "block_reduce": "(Tensor messages, Tensor(a!) out, int bits, int block, float multiplier) -> ()",
-    "block_reduce_quantize": (
-        "(Tensor messages, Tensor(a!) message, Tensor(b!)? residual, int numel, int bits, int block, "
-        "float multiplier) -> ()"
-    ),
-}
+
+def _schema_of(name: str, implementation: Callable[..., Any]) -> str:
+    schema = torch.library.infer_schema(inspect.unwrap(implementation), mutates_args=MUTATED.get(name, ()))
+    return schema.replace("SymInt", "int")  # the kernels' stable ABI knows plain integers only
+
+
+SCHEMAS = {name: _schema_of(name, implementation) for name, implementation in IMPLEMENTATIONS.items()}
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _definitions.define(_name + _schema)
 
 
-def message_bytes(numel: int, bits: int, block: int) -> int:
-    """Bytes of the message of `numel` elements: one fp32 scale a block, then whole blocks of codes."""
-    blocks = -(-numel // block)
-    return blocks * 4 + blocks * block * bits // 8
+# --- fake implementations: the checks of the kernels, then shapes and dtypes -----------------------------------------
 
 
-def packed_bytes(rows: int, columns: int, bits: int = 8, groups: int = 0) -> int:
-    """Bytes of a packed weight: enough for the layout of any instruction set, so that a trace knows the size.
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as the fake of the op `name`; it is called with every argument by its name."""
+    signature = inspect.signature(IMPLEMENTATIONS[name])
 
-    Rows are padded to 48 and columns to 64; each row has 8 bytes to spare, and 8 more per group of int4 weights.
-    """
-    padded_rows = -(-rows // 48) * 48
-    return HEADER_BYTES + padded_rows * (-(-columns // 64) * 64 * bits // 8 + 8 + 8 * groups)
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(**bound.arguments)
 
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+        return function
 
-# --- fake implementations: shapes and dtypes only ------------------------------------------------------------------
-
-
-def _flat_bytes(like: torch.Tensor, numel: int) -> torch.Tensor:
-    return like.new_empty((numel,), dtype=torch.uint8)
-
-
-def _linear_result(x: torch.Tensor, out_features: int, out_dtype: torch.dtype | None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
+    return register
 
 
-@torch.library.register_fake(f"{NAMESPACE}::int8_linear_pack")
-def _(codes: torch.Tensor) -> torch.Tensor:
-    torch._check(codes.dim() == 2, lambda: "codes are (out_features, in_features)")
-    return _flat_bytes(codes, packed_bytes(codes.shape[0], codes.shape[1]))
+def _bytes(like: Tensor, count: int) -> Tensor:
+    return like.new_empty((count,), dtype=torch.uint8)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::int8_linear_quantize_pack")
-def _(weight: torch.Tensor, scale: torch.Tensor, steps: int) -> torch.Tensor:
-    torch._check(weight.dim() == 2, lambda: "weight is (out_features, in_features)")
-    return _flat_bytes(weight, packed_bytes(weight.shape[0], weight.shape[1]))
+@_fake("int8_linear_pack")
+def _(quantized: Tensor) -> Tensor:
+    checks.check_quantized(quantized)
+    return _bytes(quantized, packed_bytes(*quantized.shape))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::int4_linear_pack")
-def _(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    torch._check(codes.dim() == 2, lambda: "codes are (out_features, in_features)")
-    return _flat_bytes(codes, packed_bytes(codes.shape[0], codes.shape[1], bits=4, groups=scale.shape[1]))
+@_fake("int8_linear_quantize_pack")
+def _(weight: Tensor, scale: Tensor, steps: int) -> Tensor:
+    checks.check_quantize_pack(weight, scale, steps)
+    return _bytes(weight, packed_bytes(*weight.shape))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::sparse24_linear_pack")
-def _(codes: torch.Tensor) -> torch.Tensor:
-    torch._check(codes.dim() == 2, lambda: "codes are (out_features, in_features)")
-    return _flat_bytes(codes, packed_bytes(codes.shape[0], codes.shape[1]))
+@_fake("int4_linear_pack")
+def _(quantized: Tensor, scale: Tensor) -> Tensor:
+    checks.check_quantized(quantized)
+    checks.check_int4_scale(scale, quantized.shape[0])
+    rows, columns = quantized.shape
+    return _bytes(quantized, packed_bytes(rows, columns, bits=4, groups=scale.shape[1]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::int8_linear")
-@torch.library.register_fake(f"{NAMESPACE}::sparse24_linear")
+@_fake("int8_linear")
+def _(x: Tensor, packed: Tensor, weight_scale: Tensor, **rest: Any) -> Tensor:
+    checks.check_weight_scale(weight_scale, weight_scale.numel())
+    return _linear(x, packed, weight_scale.shape[0], 0, **rest)
+
+
+@_fake("int4_linear")
+def _(x: Tensor, packed: Tensor, out_features: int, group_size: int, **rest: Any) -> Tensor:
+    groups = -(-x.shape[-1] // max(1, group_size))
+    checks.check_groups(group_size, x.shape[-1], groups)
+    return _linear(x, packed, out_features, groups, **rest)
+
+
+def _linear(
+    x: Tensor, packed: Tensor, rows: int, groups: int, *, out_dtype: torch.dtype | None, **rest: Any
+) -> Tensor:
+    checks.check_linear(x, rows, x.shape[-1], out_dtype=out_dtype, **rest)
+    checks.check_packed(packed, rows, x.shape[-1], groups)
+    return x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype)
+
+
+@_fake("fake_quantize")
 def _(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    input_scale: torch.Tensor | None = None,
-    *,
-    steps: int = 127,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    return _linear_result(x, weight_scale.shape[0], out_dtype)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::int4_linear")
-def _(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    out_features: int,
-    group_size: int,
-    bias: torch.Tensor | None = None,
-    input_scale: torch.Tensor | None = None,
-    *,
-    steps: int = 127,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    return _linear_result(x, out_features, out_dtype)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::fake_quantize")
-def _(
-    x: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    offset: torch.Tensor | None = None,
-    *,
-    low: int,
-    high: int,
-    steps: int,
-    symmetric: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch._check(x.dim() == 2, lambda: "x is (rows, columns)")
+    x: Tensor, scale: Tensor | None, offset: Tensor | None, *, symmetric: bool, with_mask: bool, **rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_fake_quantize(x, scale, offset, symmetric=symmetric, **rest)
     ranges = x.new_empty((x.shape[0],) if scale is None else scale.shape, dtype=torch.float32)
     offsets = x.new_empty((0,) if symmetric else ranges.shape, dtype=torch.float32)
-    kept = _flat_bytes(x, -(-x.numel() // 8) if keep else 0)
-    return torch.empty_like(x), ranges, offsets, kept
+    return torch.empty_like(x), ranges, offsets, _bytes(x, -(-x.numel() // 8) if with_mask else 0)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mask_apply_")
-def _(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0, fill: float = 0.0) -> None:
-    return None
+@_fake("mask_apply_")
+def _(weights: Tensor, packed: Tensor, bit_offset: int, fill: float) -> None:
+    checks.check_masked("mask_apply_", weights, packed, bit_offset)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mask_apply_count_")
-def _(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0) -> torch.Tensor:
-    return weights.new_empty((), dtype=torch.int64)
+@_fake("mask_apply_many_")
+def _(weights: list[Tensor], packed: list[Tensor], bit_offsets: list[int], fill: float) -> None:
+    checks.check_all_masked("mask_apply_many_", weights, packed, bit_offsets)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mask_apply_adam_")
-def _(
-    weights: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    packed: torch.Tensor,
-    bit_offset: int = 0,
-) -> None:
-    return None
+@_fake("mask_pack")
+def _(mask: Tensor) -> Tensor:
+    checks.check_tensor("mask_pack", "mask", mask, 1, (torch.bool,))
+    return _bytes(mask, -(-mask.numel() // 8))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mask_apply_many_")
-def _(
-    weights: list[torch.Tensor], packed: list[torch.Tensor], bit_offsets: list[int], fill: float = 0.0
-) -> None:
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::mask_pack")
-def _(keep: torch.Tensor) -> torch.Tensor:
-    return _flat_bytes(keep, -(-keep.numel() // 8))
-
-
-@torch.library.register_fake(f"{NAMESPACE}::mask_unpack")
-def _(packed: torch.Tensor, numel: int, bit_offset: int = 0) -> torch.Tensor:
+@_fake("mask_unpack")
+def _(packed: Tensor, numel: int, bit_offset: int) -> Tensor:
+    checks.check_bits("mask_unpack", packed, numel, bit_offset)
     return packed.new_empty((numel,), dtype=torch.bool)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::mask_n_of_m")
-def _(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    return _flat_bytes(scores, -(-scores.numel() // 8))
+@_fake("mask_n_of_m")
+def _(scores: Tensor, n: int, m: int) -> Tensor:
+    checks.check_n_of_m("mask_n_of_m", scores, n, m)
+    return _bytes(scores, -(-scores.numel() // 8))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::magnitude_histogram")
-def _(values: torch.Tensor, shift: int, bins: int, prefix_shift: int, prefix: int) -> torch.Tensor:
-    return values.new_empty((bins,), dtype=torch.int64)
+@_fake("block_quantize")
+def _(x: Tensor, payloads: Tensor, residual: Tensor | None, chunk: int, bits: int, block: int) -> None:
+    checks.check_block_quantize(x, payloads, residual, chunk, bits, block)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::block_quantize")
+@_fake("block_dequantize")
+def _(payloads: Tensor, out: Tensor, chunk: int, bits: int, block: int) -> None:
+    checks.check_block_dequantize(payloads, out, chunk, bits, block)
+
+
+@_fake("block_reduce")
+def _(payloads: Tensor, out: Tensor, bits: int, block: int, multiplier: float) -> None:
+    checks.check_block_reduce(payloads, out, bits, block)
+
+
+@_fake("block_reduce_quantize")
 def _(
-    x: torch.Tensor,
-    messages: torch.Tensor,
-    residual: torch.Tensor | None,
-    chunk: int,
-    bits: int,
-    block: int,
-) -> None:
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::block_dequantize")
-def _(messages: torch.Tensor, out: torch.Tensor, chunk: int, bits: int, block: int) -> None:
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::block_reduce")
-def _(messages: torch.Tensor, out: torch.Tensor, bits: int, block: int, multiplier: float) -> None:
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::block_reduce_quantize")
-def _(
-    messages: torch.Tensor,
-    message: torch.Tensor,
-    residual: torch.Tensor | None,
+    payloads: Tensor,
+    payload: Tensor,
+    residual: Tensor | None,
     numel: int,
     bits: int,
     block: int,
     multiplier: float,
 ) -> None:
-    return None
+    checks.check_block_reduce_quantize(payloads, payload, residual, numel, bits, block)

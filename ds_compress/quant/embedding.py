@@ -1,8 +1,8 @@
 """Embedding lookup with a fake-quantized table, of which only the rows that were looked up are quantized.
 
-Rows that have their own scales need no other row; with one scale for the table its range is measured, and
-still only the looked-up rows become codes. Backward repeats that for the gradient's mask; saved are the
-indices and the `Parameter` itself. See `functions` for the gradient rule.
+Rows that have their own scales need no other row. With one scale for the table, the scale is chosen from the whole
+table, and still only the looked-up rows are quantized. Backward repeats that for the gradient's mask; saved are the
+indices and the `Parameter` itself. See `fake_quantized_linear` for the gradient rule.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ds_compress.ops.counter_rng import uniform_at
+from ds_compress.quant.arithmetic import clamp_to_dtype, dequantize_, working_dtype
+from ds_compress.quant.fake_quant import FakeQuantConfig
 from ds_compress.quant.gradients import (
     finish_step_gradient,
     mix_gradient,
@@ -22,21 +24,13 @@ from ds_compress.quant.gradients import (
     step_terms,
     straight_through,
 )
-from ds_compress.quant.grid import (
-    Granularity,
-    Ranges,
-    decode_,
-    encode_weight,
-    learned_ranges,
-    weight_ranges,
-    within,
-    working_dtype,
-)
+from ds_compress.quant.grid import Granularity
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
-from ds_compress.quant.operands import FakeQuantConfig
+from ds_compress.quant.qparams import QParams
+from ds_compress.quant.weights import choose_weight_qparams, learned_qparams, quantize_blocks
 
 
-def quantized_embedding(
+def fake_quantized_embedding(
     indices: torch.Tensor,
     weight: torch.Tensor,
     fake_quant: FakeQuantConfig,
@@ -52,10 +46,10 @@ def quantized_embedding(
     if fake_quant.grid.granularity is Granularity.PER_GROUP:
         raise ValueError("an embedding is quantized per_channel (per row), per_column_group or per_tensor")
     padding = -1 if padding_idx is None else padding_idx
-    return _QuantizedEmbedding.apply(indices, weight, step_size, fake_quant, padding, scale_grad_by_freq)
+    return _FakeQuantizedEmbedding.apply(indices, weight, step_size, fake_quant, padding, scale_grad_by_freq)
 
 
-class _QuantizedEmbedding(Function):
+class _FakeQuantizedEmbedding(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -68,10 +62,10 @@ class _QuantizedEmbedding(Function):
     ) -> torch.Tensor:
         ctx.fake_quant, ctx.padding_idx, ctx.scale_grad_by_freq = fake_quant, padding_idx, scale_grad_by_freq
         ctx.save_for_backward(indices, weight, step_size)
-        rows, ranges, noise = _looked_up(indices, weight, fake_quant, step_size)
-        blocks = encode_weight(rows, ranges, fake_quant.grid, noise)
-        decoded = [decode_(block, r) for block, r in zip(blocks, ranges, strict=True)]
-        quantized = within(join_weight(decoded, rows.shape, fake_quant.grid), weight.dtype)
+        rows, qparams, noise = _looked_up(indices, weight, fake_quant, step_size)
+        blocks = quantize_blocks(rows, qparams, fake_quant.grid, noise)
+        dequantized = [dequantize_(block, r) for block, r in zip(blocks, qparams, strict=True)]
+        quantized = clamp_to_dtype(join_weight(dequantized, rows.shape, fake_quant.grid), weight.dtype)
         if fake_quant.blend_ratio:
             quantized.mul_(1 - fake_quant.blend_ratio).add_(rows, alpha=fake_quant.blend_ratio)
         return quantized.to(weight.dtype).view(*indices.shape, weight.shape[1])
@@ -97,8 +91,8 @@ class _QuantizedEmbedding(Function):
 
 def _looked_up(
     indices: torch.Tensor, weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None
-) -> tuple[torch.Tensor, list[Ranges], torch.Tensor | None]:
-    """The rows `[N, dim]` of all indices in the working dtype, their ranges, their rounding noise."""
+) -> tuple[torch.Tensor, list[QParams], torch.Tensor | None]:
+    """The rows `[N, dim]` of all indices in the working dtype, their QParams, their rounding noise."""
     flat, grid = indices.reshape(-1), fake_quant.grid
     rows = F.embedding(flat, weight).to(working_dtype(weight))
     noise = None
@@ -108,11 +102,11 @@ def _looked_up(
         noise = uniform_at(elements, fake_quant.noise_key).to(rows.dtype)
     if step_size is not None:
         scale = step_size.to(rows.dtype) * fake_quant.step_ratio
-        own = scale if grid.granularity is Granularity.PER_TENSOR else scale[flat]
-        return rows, learned_ranges(own, rows.shape, grid), noise
+        of_rows = scale if grid.granularity is Granularity.PER_TENSOR else scale[flat]
+        return rows, learned_qparams(of_rows, rows.shape, grid), noise
     if grid.granularity is Granularity.PER_TENSOR:
-        return rows, weight_ranges(weight, grid), noise
-    return rows, weight_ranges(rows, grid), noise
+        return rows, choose_weight_qparams(weight, grid), noise
+    return rows, choose_weight_qparams(rows, grid), noise
 
 
 def _rows_backward(
@@ -124,11 +118,11 @@ def _rows_backward(
     padding_idx: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     grid = fake_quant.grid
-    rows, ranges, noise = _looked_up(indices, weight, fake_quant, step_size)
-    normalized = normalized_blocks(rows, fake_quant, ranges, noise)
+    rows, qparams, noise = _looked_up(indices, weight, fake_quant, step_size)
+    normalized = normalized_blocks(rows, fake_quant, qparams, noise)
     exact_grad = grad_rows.to(rows.dtype).contiguous()
     grads = split_weight(exact_grad, grid)
-    kept = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
+    masked = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
     grad_step = None
     if step_size is not None:
         flat = indices.reshape(-1)
@@ -136,7 +130,7 @@ def _rows_backward(
         grad_step = _step_gradient(
             split_weight(trained, grid), normalized, flat, weight, fake_quant, step_size
         )
-    mixed = mix_gradient(join_weight(kept, rows.shape, grid), exact_grad, fake_quant)
+    mixed = mix_gradient(join_weight(masked, rows.shape, grid), exact_grad, fake_quant)
     return mixed.to(grad_rows.dtype), grad_step
 
 
@@ -148,15 +142,15 @@ def _step_gradient(
     fake_quant: FakeQuantConfig,
     step_size: torch.Tensor,
 ) -> torch.Tensor:
-    """Sums what each looked-up row adds to the scales of the table."""
+    """The sum of what each looked-up row adds to the gradient of the table's scales."""
     grid = fake_quant.grid
-    whole_table = grid.granularity is Granularity.PER_TENSOR
-    counts = [weight.numel() if whole_table else block.shape[GROUP_AXIS] for block in grads]
+    one_scale = grid.granularity is Granularity.PER_TENSOR
+    counts = [weight.numel() if one_scale else block.shape[GROUP_AXIS] for block in grads]
     terms = [step_terms(g, v, grid, n) for g, v, n in zip(grads, normalized, counts, strict=True)]
     sums = join_scale(
         [term.sum(GROUP_AXIS, keepdim=True) for term in terms], (flat.numel(), weight.shape[1]), grid
     )
-    if whole_table:
+    if one_scale:
         return finish_step_gradient(sums, step_size, fake_quant)
     per_scale = torch.zeros(step_size.shape, dtype=sums.dtype, device=sums.device)
     return finish_step_gradient(per_scale.index_add(0, flat, sums), step_size, fake_quant)

@@ -1,6 +1,6 @@
-"""torch's fused kernels of nn.TransformerEncoder(Layer), closed where a layer inside is quantized.
+"""torch's fused kernels of nn.TransformerEncoder(Layer), switched off where a layer inside is quantized.
 
-In eval mode without gradients both hand the weights of their children to one kernel and never call the children. The
+In eval mode without gradients both pass the weights of their children to one kernel and never call the children. The
 slow path computes the same, through our layers.
 """
 
@@ -17,25 +17,25 @@ _FLAGS: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoder, "use_nested_tensor", False),
 )
 """The activation for the kernel (0: it has none for this layer), and whether padding goes as nested tensors."""
-_KEPT = "_ds_compress_fast_path"
+_SAVED = "_ds_compress_fast_path"
 
 
-def close(model: nn.Module) -> None:
-    """Of every encoder or encoder layer with a quantizing layer inside."""
+def disable(model: nn.Module) -> None:
+    """Switches off the kernel of every encoder or encoder layer with a quantized layer inside."""
     for module in model.modules():
-        for kind, flag, closed in _FLAGS:
-            # What has a forward of its own does what it does; see `engine.raw_reads`.
-            if isinstance(module, kind) and _quantizes(module) and _KEPT not in vars(module):
-                vars(module)[_KEPT] = getattr(module, flag, None)
-                setattr(module, flag, closed)
+        for kind, flag, off in _FLAGS:
+            # A subclass with a forward of its own may do anything; see `engine.step.raw_reads`.
+            if isinstance(module, kind) and _quantizes(module) and _SAVED not in vars(module):
+                vars(module)[_SAVED] = getattr(module, flag, None)
+                setattr(module, flag, off)
 
 
-def reopen(model: nn.Module) -> None:
-    """Where no quantizing layer is left inside."""
+def restore(model: nn.Module) -> None:
+    """Switches the kernel on again where no quantized layer is left inside."""
     for module in model.modules():
         for kind, flag, _ in _FLAGS:
-            if isinstance(module, kind) and not _quantizes(module) and _KEPT in vars(module):
-                setattr(module, flag, vars(module).pop(_KEPT))
+            if isinstance(module, kind) and not _quantizes(module) and _SAVED in vars(module):
+                setattr(module, flag, vars(module).pop(_SAVED))
 
 
 def _quantizes(module: nn.Module) -> bool:

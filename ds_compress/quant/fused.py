@@ -1,7 +1,7 @@
 """Fake quantization in one pass over memory: the rows of a matrix through the fused kernel.
 
-What the kernel cannot do (ternary and binary codes, stochastic rounding, fp64, groups that are not runs of
-memory) takes the several passes of `grid`; the numbers are the same, to the last bit.
+What the kernel cannot do (ternary and binary grids, stochastic rounding, fp64, groups that are not contiguous in
+memory) takes the several passes of `arithmetic`; the numbers are the same, to the last bit.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from dataclasses import dataclass
 import torch
 
 from ds_compress.ops import kernels
-from ds_compress.quant.grid import ActivationGrid, Grid, Levels, Ranges, TokenGranularity, WeightGrid
+from ds_compress.quant.grid import ActivationGrid, Grid, Levels, TokenGranularity, WeightGrid
 from ds_compress.quant.layout import GROUP_AXIS, split_weight
+from ds_compress.quant.qparams import QParams
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class FakeQuantized:
-    """`values`: Q(x) in the dtype and shape of x; `ranges`: what its codes mean, a block each;
-    `kept`: packed bits (see `select.bitmask`) of the elements that did not clip, None when not asked for."""
+    """`values`: Q(x) in the dtype and shape of x; `qparams`: those of each block; `unclipped`: packed bits (see
+    `ops.bitmask`) of the elements that did not clip, None when not asked for."""
 
     values: torch.Tensor
-    ranges: list[Ranges]
-    kept: torch.Tensor | None = None
+    qparams: list[QParams]
+    unclipped: torch.Tensor | None = None
 
 
 def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor | None:
-    """The weight as `[groups, group]`, a scale each; None where the kernel does not serve."""
+    """The weight as `[groups, group]`, one scale each; None where the kernel does not apply."""
     if (
         weight.dtype not in _DTYPES
         or grid.levels is not Levels.UNIFORM
@@ -43,7 +44,7 @@ def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor | None:
 
 
 def input_rows(x: torch.Tensor, grid: ActivationGrid) -> torch.Tensor | None:
-    """x as rows that share one range; None where the kernel does not serve."""
+    """x as rows that share one scale; None where the kernel does not apply."""
     if x.dtype not in _DTYPES or not x.numel():
         return None
     if grid.granularity is TokenGranularity.PER_SAMPLE:
@@ -51,20 +52,23 @@ def input_rows(x: torch.Tensor, grid: ActivationGrid) -> torch.Tensor | None:
     return x.reshape(-1, x.shape[-1])
 
 
-def fake_quantize_rows(rows: torch.Tensor, grid: Grid, ranges: Ranges | None, keep: bool) -> FakeQuantized:
-    """Q of a contiguous `[R, C]`, with measured ranges (fp32 `[R]`) when none are given."""
+def fake_quantize_rows(
+    rows: torch.Tensor, grid: Grid, qparams: QParams | None, with_unclipped: bool
+) -> FakeQuantized:
+    """Q of a contiguous `[R, C]`, with qparams (fp32 `[R]`) chosen from each row when none are given."""
     scale = offset = None
-    if ranges is not None:
-        scale = ranges.scale.reshape(-1)
-        offset = None if ranges.offset is None else ranges.offset.reshape(-1)
-    values, scale, offset, kept = kernels().fake_quantize(
+    if qparams is not None:
+        scale = qparams.scale.reshape(-1)
+        offset = None if qparams.offset is None else qparams.offset.reshape(-1)
+    values, scale, offset, unclipped = kernels().fake_quantize(
         rows.contiguous(),
         scale,
         offset,
-        low=grid.low,
-        high=grid.high,
-        steps=grid.steps,
+        quant_min=grid.quant_min,
+        quant_max=grid.quant_max,
+        steps=grid.scale_divisor,
         symmetric=grid.symmetric,
-        keep=keep,
+        with_mask=with_unclipped,
     )
-    return FakeQuantized(values, [Ranges(scale, None if grid.symmetric else offset)], kept if keep else None)
+    used = QParams(scale, None if grid.symmetric else offset)
+    return FakeQuantized(values, [used], unclipped if with_unclipped else None)

@@ -7,44 +7,46 @@ import math
 import torch
 
 from ds_compress.ops import bitmask
-from ds_compress.quant.grid import Grid, Ranges, WeightGrid, kept_interval, normalize, working_dtype
+from ds_compress.quant.arithmetic import normalize, unclipped_interval, working_dtype
+from ds_compress.quant.fake_quant import FakeQuantConfig, rounding_noise
+from ds_compress.quant.grid import Grid, WeightGrid
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
-from ds_compress.quant.operands import FakeQuantConfig, rounding_noise
+from ds_compress.quant.qparams import QParams
 
 
 def straight_through(
     grad: torch.Tensor, normalized: torch.Tensor, grid: Grid, stochastic: bool = False
 ) -> torch.Tensor:
-    """`grad` where the code of `normalized` lies on the grid, else 0; in grad's dtype."""
-    low, high = kept_interval(grid, normalized.dtype, stochastic)
+    """`grad` where `normalized` is rounded to the grid without clipping, else 0; in grad's dtype."""
+    low, high = unclipped_interval(grid, normalized.dtype, stochastic)
     # hardtanh's derivative is this mask in one vectorised pass; masked_fill costs twenty times as much.
-    kept = torch.ops.aten.hardtanh_backward(grad.to(normalized.dtype), normalized, low, high)
-    return kept.to(grad.dtype)
+    masked = torch.ops.aten.hardtanh_backward(grad.to(normalized.dtype), normalized, low, high)
+    return masked.to(grad.dtype)
 
 
 def weight_backward(
     grad: torch.Tensor,
     weight: torch.Tensor,
     fake_quant: FakeQuantConfig,
-    ranges: list[Ranges],
+    qparams: list[QParams],
     step_size: torch.Tensor | None = None,
-    kept_weights: torch.Tensor | None = None,
+    unclipped: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of the weight and of its learned step size from the quantized weight's gradient.
 
-    `kept_weights`: packed bits of the weights that did not clip, where one pass over them found out already.
+    unclipped: packed bits of the weights that did not clip, where an earlier pass has computed them.
     """
     grid = fake_quant.grid
     if not fake_quant.changes_gradient:
         return grad, None
-    if kept_weights is not None and not fake_quant.blend_ratio:
+    if unclipped is not None and not fake_quant.blend_ratio:
         grad = grad.contiguous()
-        bitmask.apply_(grad.view(-1), kept_weights)
+        bitmask.apply_(grad.view(-1), unclipped)
         return grad, None
     exact_grad = grad.to(working_dtype(weight)).contiguous()
     grads = split_weight(exact_grad, grid)
-    normalized = normalized_blocks(weight, fake_quant, ranges, rounding_noise(weight, fake_quant))
-    kept = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
+    normalized = normalized_blocks(weight, fake_quant, qparams, rounding_noise(weight, fake_quant))
+    masked = [straight_through(g, v, grid, grid.stochastic) for g, v in zip(grads, normalized, strict=True)]
     grad_step = None
     if step_size is not None:
         sums = [
@@ -52,37 +54,36 @@ def weight_backward(
             for g, v in zip(grads, normalized, strict=True)
         ]
         grad_step = finish_step_gradient(join_scale(sums, weight.shape, grid), step_size, fake_quant)
-    return mix_gradient(join_weight(kept, weight.shape, grid), exact_grad, fake_quant).to(
-        grad.dtype
-    ), grad_step
+    mixed = mix_gradient(join_weight(masked, weight.shape, grid), exact_grad, fake_quant)
+    return mixed.to(grad.dtype), grad_step
 
 
 def normalized_blocks(
-    weight: torch.Tensor, fake_quant: FakeQuantConfig, ranges: list[Ranges], noise: torch.Tensor | None
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, qparams: list[QParams], noise: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """The codes before rounding (stochastic: before flooring) of each block of `layout.split_weight`."""
+    """The quantized values before rounding (stochastic: before flooring) of each block of `layout.split_weight`."""
     blocks = split_weight(weight.to(working_dtype(weight)).contiguous(), fake_quant.grid)
-    normalized = [normalize(block, r) for block, r in zip(blocks, ranges, strict=True)]
+    normalized = [normalize(block, q) for block, q in zip(blocks, qparams, strict=True)]
     if noise is not None:
         for block, noise_block in zip(normalized, split_weight(noise, fake_quant.grid), strict=True):
             block.add_(noise_block)
     return normalized
 
 
-def mix_gradient(kept: torch.Tensor, grad: torch.Tensor, fake_quant: FakeQuantConfig) -> torch.Tensor:
-    """The real share of a blended weight passes the whole gradient."""
+def mix_gradient(masked: torch.Tensor, grad: torch.Tensor, fake_quant: FakeQuantConfig) -> torch.Tensor:
+    """The unquantized part of a blended weight passes the full gradient; overwrites `masked`."""
     if not fake_quant.blend_ratio:
-        return kept
-    return kept.mul_(1 - fake_quant.blend_ratio).add_(grad, alpha=fake_quant.blend_ratio)
+        return masked
+    return masked.mul_(1 - fake_quant.blend_ratio).add_(grad, alpha=fake_quant.blend_ratio)
 
 
 def step_terms(grad: torch.Tensor, normalized: torch.Tensor, grid: WeightGrid, count: int) -> torch.Tensor:
     """What each weight adds to its scale's gradient (Esser et al. 2020, "Learned step size quantization",
-    eq. 3), with its gradient scale 1 / sqrt(count * high), `count` the weights that one scale serves."""
-    codes = normalized.round().clamp_(grid.low, grid.high)
-    low, high = kept_interval(grid, normalized.dtype)
+    eq. 3), with its gradient scale 1 / sqrt(count * quant_max), `count` the weights that share one scale."""
+    quantized = normalized.round().clamp_(grid.quant_min, grid.quant_max)
+    low, high = unclipped_interval(grid, normalized.dtype)
     inside = torch.ops.aten.hardtanh_backward(normalized, normalized, low, high)
-    return codes.sub_(inside).mul_(grad).mul_(1 / math.sqrt(count * grid.high))
+    return quantized.sub_(inside).mul_(grad).mul_(1 / math.sqrt(count * grid.quant_max))
 
 
 def finish_step_gradient(

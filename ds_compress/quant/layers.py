@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.modelinfo.linear_activation import LINEAR, builtin_linear
-from ds_compress.quant.embedding import quantized_embedding
-from ds_compress.quant.functions import quantized_product
+from ds_compress.quant.embedding import fake_quantized_embedding
+from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
+from ds_compress.quant.fake_quantized_linear import fake_quantized_linear
 from ds_compress.quant.grid import ActivationGrid
-from ds_compress.quant.operands import FakeQuantConfig, quantize_weight
-from ds_compress.quant.products import Conv1DProduct, Conv2dProduct, LinearProduct, Product
+from ds_compress.quant.linear_ops import Conv1dOp, Conv2dOp, DenseOp, LinearOp
 
 STEP_SIZE = "weight_step_size"
 
@@ -49,7 +49,7 @@ class InputQuantizer:
     observed: torch.Tensor | None = field(default=None, repr=False)
 
     @property
-    def in_force(self) -> bool:
+    def is_active(self) -> bool:
         """Whether inputs are quantized now: past the offset, and with a range where the grid needs one."""
         return self.enabled and (not self.grid.static or self.input_range is not None)
 
@@ -89,67 +89,67 @@ class QATModule(nn.Module):
         # Classes derived from a user's subclass are made at run time: pickle the base, not their name.
         return _rebuild, (self._ds_compress_base_class,), self.__dict__
 
-    def _weight_recipe(self) -> FakeQuantConfig | None:
+    def _fake_quant(self) -> FakeQuantConfig | None:
         return None if self.weight_quantizer is None else self.weight_quantizer.fake_quant
 
     def _step_size(self, fake_quant: FakeQuantConfig | None) -> torch.Tensor | None:
         return self._parameters[STEP_SIZE] if fake_quant is not None and fake_quant.grid.learned else None
 
 
-class _QATProduct(QATModule):
+class _QATMatmul(QATModule):
     """A layer that multiplies its input by its weight.
 
     `forward` of each has the argument names of the class that it stands for: who calls by keyword goes on.
     """
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        fake_quant, grid, fixed_range = self._weight_recipe(), None, None
+        fake_quant, grid, fixed_range = self._fake_quant(), None, None
         if self.input_quantizer is not None:
             grid, fixed_range = self.input_quantizer.active(x, self.training)
         if fake_quant is None and grid is None:
             return self._ds_compress_base_class.forward(self, x)
         weight, bias = cast(torch.Tensor, self.weight), cast("torch.Tensor | None", self.bias)
         step_size = self._step_size(fake_quant)
-        return quantized_product(
-            self._padded(x), weight, bias, self._product(), fake_quant, grid, step_size, fixed_range
+        return fake_quantized_linear(
+            self._padded(x), weight, bias, self._linear_op(), fake_quant, grid, step_size, fixed_range
         )
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def _product(self) -> Product:
+    def _linear_op(self) -> LinearOp:
         raise NotImplementedError
 
 
-class _QATLinear(_QATProduct):
+class _QATLinear(_QATMatmul):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input)
 
-    def _product(self) -> Product:
-        return LinearProduct()
+    def _linear_op(self) -> LinearOp:
+        return DenseOp()
 
 
-class _QATLinearActivation(_QATProduct):
+class _QATLinearActivation(_QATMatmul):
     """A module whose forward goes on after its product: the product alone is another one."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._weight_recipe() is None and self.input_quantizer is None:
+        if self._fake_quant() is None and self.input_quantizer is None:
             result: torch.Tensor = self._ds_compress_base_class.forward(self, *args, **kwargs)
             return result
-        with builtin_linear(), _OwnProduct(self) as product:
+        with builtin_linear(), _FakeQuantizedMatmul(self) as linear_op:
             result = self._ds_compress_base_class.forward(self, *args, **kwargs)
-        if product.calls != 1:
+        if linear_op.calls != 1:
             raise RuntimeError(
-                f"{self._ds_compress_base_class.__name__} multiplied {product.calls} times by its weight where it was "
-                "seen to do so once: its quantizers were not in force; exclude the module"
+                f"{self._ds_compress_base_class.__name__} multiplied {linear_op.calls} times by its weight where it "
+                "was seen to do so once: its quantizers were not active; exclude the module"
             )
         return result
 
-    def _product(self) -> Product:
-        return LinearProduct()
+    def _linear_op(self) -> LinearOp:
+        return DenseOp()
 
 
-class _OwnProduct(TorchFunctionMode):
+class _FakeQuantizedMatmul(TorchFunctionMode):
     """F.linear by the weight of one module becomes the product with its quantized operands."""
 
     def __init__(self, layer: _QATLinearActivation) -> None:
@@ -162,7 +162,7 @@ class _OwnProduct(TorchFunctionMode):
         if func is not LINEAR or not isinstance(weight, nn.Parameter) or weight is not self._layer.weight:
             return func(*args, **kwargs)
         self.calls += 1
-        layer, fake_quant = self._layer, self._layer._weight_recipe()
+        layer, fake_quant = self._layer, self._layer._fake_quant()
         x, bias = (
             kwargs.get("input", args[0] if args else None),
             kwargs.get("bias", args[2] if len(args) > 2 else None),
@@ -173,18 +173,20 @@ class _OwnProduct(TorchFunctionMode):
         if fake_quant is None and grid is None:
             return func(*args, **kwargs)
         step_size = layer._step_size(fake_quant)
-        return quantized_product(x, weight, bias, layer._product(), fake_quant, grid, step_size, fixed_range)
+        return fake_quantized_linear(
+            x, weight, bias, layer._linear_op(), fake_quant, grid, step_size, fixed_range
+        )
 
 
-class _QATConv1D(_QATProduct):
+class _QATConv1D(_QATMatmul):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._compute(x)
 
-    def _product(self) -> Product:
-        return Conv1DProduct()
+    def _linear_op(self) -> LinearOp:
+        return Conv1dOp()
 
 
-class _QATConv2d(_QATProduct):
+class _QATConv2d(_QATMatmul):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input)
 
@@ -195,16 +197,16 @@ class _QATConv2d(_QATProduct):
         # These modes repeat values of the image, so that padding before quantizing changes no range.
         return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
 
-    def _product(self) -> Product:
-        return _conv2d_product(cast(nn.Conv2d, self))
+    def _linear_op(self) -> LinearOp:
+        return _conv2d_op(cast(nn.Conv2d, self))
 
 
 class _QATEmbedding(QATModule):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        table, fake_quant = cast(nn.Embedding, self), self._weight_recipe()
+        table, fake_quant = cast(nn.Embedding, self), self._fake_quant()
         if fake_quant is None:
             return self._ds_compress_base_class.forward(self, input)
-        return quantized_embedding(
+        return fake_quantized_embedding(
             input,
             table.weight,
             fake_quant,
@@ -241,7 +243,7 @@ _classes: dict[type[nn.Module], type[QATModule]] = {
 
 def fake_quant_of(module: nn.Module) -> FakeQuantConfig | None:
     """How the weight of `module` is quantized now; None when it is not."""
-    return module._weight_recipe() if isinstance(module, QATModule) else None
+    return module._fake_quant() if isinstance(module, QATModule) else None
 
 
 def quantized_weight(module: nn.Module) -> torch.Tensor:
@@ -250,7 +252,7 @@ def quantized_weight(module: nn.Module) -> torch.Tensor:
     if fake_quant is None:
         return weight
     step_size = cast(QATModule, module)._step_size(fake_quant)
-    return quantize_weight(weight, fake_quant, step_size).values
+    return fake_quantize_weight(weight, fake_quant, step_size).values
 
 
 def __getattr__(name: str) -> Any:
@@ -350,7 +352,7 @@ def _mixin_for(base: type[nn.Module]) -> type[QATModule]:
     )
 
 
-def _conv2d_product(conv: nn.Conv2d) -> Conv2dProduct:
+def _conv2d_op(conv: nn.Conv2d) -> Conv2dOp:
     def pair(value: tuple[int, ...]) -> tuple[int, int]:
         return value[0], value[1]
 
@@ -361,4 +363,4 @@ def _conv2d_product(conv: nn.Conv2d) -> Conv2dProduct:
         extra = (left - padding[1], right - padding[1], top - padding[0], bottom - padding[0])
     elif conv.padding_mode == "zeros":
         padding = pair(cast("tuple[int, ...]", conv.padding))
-    return Conv2dProduct(pair(conv.stride), padding, pair(conv.dilation), conv.groups, extra)
+    return Conv2dOp(pair(conv.stride), padding, pair(conv.dilation), conv.groups, extra)

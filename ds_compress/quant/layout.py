@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from ds_compress.quant.grid import WeightGrid
-
-
-class Granularity(StrEnum):
-    """How many weights share one scale."""
-
-    PER_TENSOR = "per_tensor"
-    PER_GROUP = "per_group"  # equal runs of the flattened weight, the legacy `quantize_groups`
-    PER_CHANNEL = "per_channel"  # an output channel; a row of an embedding
-    PER_COLUMN_GROUP = "per_column_group"  # `group_size` inputs of one output channel
-
+from ds_compress.quant.grid import Granularity, WeightGrid
 
 GROUP_AXIS = -2
 
 
 def check_shape(shape: Sequence[int], grid: WeightGrid) -> None:
-    """Raises ValueError where the weight cannot be cut as the grid says."""
+    """Raises ValueError where the weight cannot be divided as the grid says."""
     if grid.granularity is Granularity.PER_GROUP and math.prod(shape) % grid.groups:
         raise ValueError(
             f"quantize_groups {grid.groups} does not divide the {math.prod(shape)} weights of shape "
@@ -41,7 +28,7 @@ def check_shape(shape: Sequence[int], grid: WeightGrid) -> None:
 
 
 def scale_shape(shape: Sequence[int], grid: WeightGrid) -> tuple[int, ...]:
-    """The shape of a weight's scales, as `Quantized.scale` and a learned scale have it."""
+    """The shape of a weight's scales, as `QuantizedWeight.scale` and a learned scale have it."""
     channels = shape[grid.channel_axis] if len(shape) > 1 else 1
     match grid.granularity:
         case Granularity.PER_TENSOR:

@@ -1,15 +1,17 @@
-"""Collectives over gradients and weights that send few bits, or withstand bad senders.
+"""Communication compression and robust reduction: collectives that send few bits, or tolerate bad workers.
 
-    codec        how elements become bytes: int8 and int4 blocks, or the elements themselves
-    slices       which elements of a bucket each owner is to get, cut into pieces
-    hosts        which processes share a machine
-    pipeline     several pieces under way at a time
-    exchange     reduce-scatter and all-reduce of messages
-    residuals    what messages lost, kept in few bits: error feedback
-    rules        sums that a few bad workers cannot move far
-    robust       the exchange under such a rule, and who stood out
-    differences  the exchange of updated weights
-    link         which of two ways is faster here
+    codec, stochastic   how elements become a payload: int8 and int4 blocks, or the elements themselves
+    uncompressed        which parameters are sent as they are
+    slices              which elements of a bucket each owner gets, in chunks
+    nodes               which processes share a node
+    pipeline            several chunks in flight at a time
+    exchange            reduce-scatter and all-reduce of payloads
+    residuals           error feedback
+    momentum            worker momentum
+    rules, sorting      means that a few bad workers cannot move far
+    robust, outliers    the exchange under such a rule, and which workers are flagged
+    weight_deltas       the exchange of updated weights
+    bandwidth           which of two collectives is faster here
 
 Nothing here knows DeepSpeed. Every function is a collective unless it says otherwise: all processes of the group call
 it with tensors of equal sizes, in the same order.

@@ -1,4 +1,4 @@
-"""Several pieces of one collective under way at a time."""
+"""Several chunks of one collective in flight at a time."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 IN_FLIGHT = 3
-"""Pieces that may be on the wire at once: enough to keep a link busy, few enough that buffers stay small."""
+"""Chunks that are in flight at once: enough to use the bandwidth, few enough that buffers stay small."""
 
 StartedT = TypeVar("StartedT")
 
 
 def pipelined(
-    pieces: Iterable[int],
+    chunks: Iterable[int],
     start: Callable[[int], StartedT],
     finish: Callable[[int, StartedT], Any],
     in_flight: int = IN_FLIGHT,
 ) -> None:
-    """Calls `start(i)` and later `finish(i, what start returned)` for each piece, at most `in_flight` apart.
+    """Calls `start(i)` and later `finish(i, what start returned)` for each chunk, at most `in_flight` apart.
 
-    `start` prepares a piece and puts it on the wire without waiting; `finish` waits for it and works on it, while the
-    pieces started after it travel. Every process makes the same calls in the same order.
+    `start` prepares a chunk and sends it without waiting; `finish` waits for it and processes it, while the chunks
+    started after it are in flight. Every process makes the same calls in the same order.
     """
-    under_way: deque[tuple[int, StartedT]] = deque()
-    for piece in pieces:
-        under_way.append((piece, start(piece)))
-        if len(under_way) >= in_flight:
-            finish(*under_way.popleft())
-    while under_way:
-        finish(*under_way.popleft())
+    started: deque[tuple[int, StartedT]] = deque()
+    for chunk in chunks:
+        started.append((chunk, start(chunk)))
+        if len(started) >= in_flight:
+            finish(*started.popleft())
+    while started:
+        finish(*started.popleft())

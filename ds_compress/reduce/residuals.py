@@ -1,10 +1,10 @@
-"""Error feedback: what the last message of each gradient element lost, added to its next gradient.
+"""Error feedback: the quantization error of each gradient element in the last payload, added to its next gradient.
 
 Seide et al. 2014 (1-bit SGD), Karimireddy et al. 2019 (EF-SGD). A sender's residuals are as large as its gradients; in
-fp32 they would undo what ZeRO saves, so they are kept in 8 bits (blocks of 512 with a scale) or in bfloat16.
+fp32 they would undo what ZeRO saves, so they are stored in 8 bits (blocks of 512 with a scale) or in bfloat16.
 
-They belong to elements of a parameter, [start, start + n), whatever bucket these travelled in: when buckets change,
-stored runs are cut and joined. Nothing here is a collective.
+They belong to elements of a parameter, [start, start + n), whatever bucket these were sent in: when buckets change,
+stored runs are split and joined. Nothing here is a collective.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _LARGEST_BLOCK, _SMALLEST_BLOCK = 512, 32
 
 @dataclass(frozen=True)
 class _Run:
-    """Residuals of `numel` elements, stored; `unit` is the loss scale that they are multiplied by."""
+    """Stored residuals of `numel` elements; they are multiplied by `loss_scale`."""
 
     numel: int
     stored: torch.Tensor
-    unit: float
+    loss_scale: float
 
 
 class Residuals:
     """Residuals by parameter and element.
 
-    Between `begin` and `commit` every change can be undone by `rollback`: what a skipped step sent never reached the
-    weights, so neither may what it lost be forgotten.
+    Every change since the last `commit` can be undone by `rollback`: what a skipped step sent never reached the
+    weights, so its residuals must not replace those of the step before.
     """
 
     def __init__(self, bits: int) -> None:
@@ -41,17 +41,19 @@ class Residuals:
         self._runs: dict[str, dict[int, _Run]] = {}
         self._before: dict[str, dict[int, _Run]] = {}
 
-    def load(self, key: str, start: int, numel: int, device: torch.device, unit: float = 1.0) -> torch.Tensor:
-        """fp32 (numel,) on `device`; zero where nothing was lost yet. `unit`: the loss scale of now."""
+    def load(
+        self, key: str, start: int, numel: int, device: torch.device, loss_scale: float = 1.0
+    ) -> torch.Tensor:
+        """fp32 (numel,) on `device`, zero where nothing is stored, multiplied by the `loss_scale` of now."""
         runs = self._runs.get(key, {})
         exact = runs.get(start)
         if exact is not None and exact.numel == numel:
-            return self._decoded(exact, unit)
+            return self._decoded(exact, loss_scale)
         found = torch.zeros(numel, device=device)
         for first, run in runs.items():
             low, high = max(start, first), min(start + numel, first + run.numel)
             if low < high:
-                found[low - start : high - start] = self._decoded(run, unit)[low - first : high - first]
+                found[low - start : high - start] = self._decoded(run, loss_scale)[low - first : high - first]
         return found
 
     def covers(self, key: str, start: int, numel: int) -> bool:
@@ -62,25 +64,25 @@ class Residuals:
                 at = first + run.numel
         return at >= start + numel
 
-    def store(self, key: str, start: int, values: torch.Tensor, unit: float = 1.0) -> None:
+    def store(self, key: str, start: int, values: torch.Tensor, loss_scale: float = 1.0) -> None:
         """Replaces the residuals of elements [start, start + n) of `key` by `values` fp32 (n,)."""
         runs = self._runs.setdefault(key, {})
-        # Runs are immutable: a shallow copy is all that an undo needs.
+        # Runs are immutable, so a shallow copy is enough for a rollback.
         self._before.setdefault(key, dict(runs))
         end = start + values.numel()
         for first, run in list(runs.items()):
             last = first + run.numel
             if first < end and start < last and (first, last) != (start, end):
                 del runs[first]
-                rest = self._decoded(run, run.unit)
+                rest = self._decoded(run, run.loss_scale)
                 if first < start:
-                    runs[first] = self._encoded(rest[: start - first], run.unit)
+                    runs[first] = self._encoded(rest[: start - first], run.loss_scale)
                 if end < last:
-                    runs[end] = self._encoded(rest[end - first :], run.unit)
-        runs[start] = self._encoded(values, unit)
+                    runs[end] = self._encoded(rest[end - first :], run.loss_scale)
+        runs[start] = self._encoded(values, loss_scale)
 
     def commit(self) -> None:
-        """The step that these residuals belong to was applied."""
+        """The step of these residuals was applied."""
         self._before.clear()
 
     def rollback(self) -> None:
@@ -94,36 +96,36 @@ class Residuals:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept between steps."""
+        """Bytes stored between steps."""
         return sum(run.stored.nbytes for runs in self._runs.values() for run in runs.values())
 
     def state(self) -> Iterator[tuple[Mapping[str, Any], torch.Tensor]]:
-        """(what it is, the stored tensor) of every run, for a checkpoint."""
+        """(description, stored tensor) of every run, for a checkpoint."""
         for key, runs in self._runs.items():
             for start, run in runs.items():
-                yield {"key": key, "start": start, "numel": run.numel, "unit": run.unit}, run.stored
+                yield {"key": key, "start": start, "numel": run.numel, "unit": run.loss_scale}, run.stored
 
     def restore(self, run: Mapping[str, Any], stored: torch.Tensor) -> None:
         """Puts back one run of `state`, which must have been stored in as many bits."""
         self._runs.setdefault(run["key"], {})[run["start"]] = _Run(run["numel"], stored, run["unit"])
 
-    def _encoded(self, values: torch.Tensor, unit: float) -> _Run:
+    def _encoded(self, values: torch.Tensor, loss_scale: float) -> _Run:
         if self.bits == 16:
-            return _Run(values.numel(), values.to(torch.bfloat16, copy=True), unit)
+            return _Run(values.numel(), values.to(torch.bfloat16, copy=True), loss_scale)
         codec = _codec(values.numel())
-        stored = torch.empty(codec.message_bytes(values.numel()), dtype=torch.uint8, device=values.device)
+        stored = torch.empty(codec.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
         codec.encode(values.contiguous(), stored)
-        return _Run(values.numel(), stored, unit)
+        return _Run(values.numel(), stored, loss_scale)
 
-    def _decoded(self, run: _Run, unit: float) -> torch.Tensor:
+    def _decoded(self, run: _Run, loss_scale: float) -> torch.Tensor:
         if self.bits == 16:
             values = run.stored.float()
         else:
             values = torch.empty(run.numel, device=run.stored.device)
             _codec(run.numel).decode(run.stored, values)
-        return values if unit == run.unit else values.mul_(unit / run.unit)
+        return values if loss_scale == run.loss_scale else values.mul_(loss_scale / run.loss_scale)
 
 
 def _codec(numel: int) -> BlockCodec:
-    """Blocks that are not much longer than what is in them: most parameters are biases and norms."""
+    """Blocks that are not much longer than their content: most parameters are biases and norms."""
     return BlockCodec(8, min(_LARGEST_BLOCK, -(-numel // _SMALLEST_BLOCK) * _SMALLEST_BLOCK))

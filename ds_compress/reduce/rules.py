@@ -1,6 +1,6 @@
-"""Robust rules: one vector from those of n workers, of which up to f may be anything.
+"""Robust aggregation rules: one vector from those of n workers, up to f of which may be arbitrary.
 
-| rule | source | what it takes |
+| rule | source | result |
 |---|---|---|
 | `mean` | | one bad worker moves it anywhere |
 | `trimmed_mean` | Yin et al. 2018 | per coordinate, the mean without the f largest and f smallest |
@@ -9,17 +9,17 @@
 | `norm_clip` | Sun et al. 2019 | the mean of vectors clipped to the median norm |
 
 The radius of `centered_clip` is the median of the distances to v, anew in each iteration: a fixed one is too large for
-some gradients and too small for others. Both clip rules stay in the span of the workers' vectors, so they are
-*weights* of the workers, and these follow from the inner products <x_i, x_j> alone: whoever holds only a part of each
-vector needs one small sum over the holders and no second look at distances.
+some gradients and too small for others. The results of both clip rules are in the span of the workers' vectors, so they
+are *weights* of the workers, which follow from the inner products <x_i, x_j> alone: where each rank holds a part of
+each vector, one small sum over the ranks is enough, and distances need no second pass.
 
 Before any of them but the mean, `mixing` may replace each vector by the mean of the n - f vectors nearest to it
-(nearest-neighbor mixing, Allouah et al. 2023): what only some honest workers see is then in most of the mixed vectors,
-so that rules do not drop it. This too is a matter of weights.
+(nearest-neighbor mixing, Allouah et al. 2023): what only some honest workers have in their data is then in most of the
+mixed vectors, so that rules do not remove it. Mixing is a matter of weights, too.
 
-Threat model: up to f workers *contribute* anything (a broken device, a bad shard, a poisoned or spoofed gradient).
-A process that runs code of its own owns a slice of the result and can write there what it likes: nothing here
-helps against that.
+Threat model: up to f workers *contribute* arbitrary vectors (a broken device, a bad shard, a poisoned or spoofed
+gradient). A process that runs its own code owns a slice of the result and can write there what it likes: nothing here
+protects against that.
 """
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ import torch
 from ds_compress.reduce.sorting import sort_rows_
 
 CLIP_ITERATIONS = 3
-PER_COORDINATE = ("trimmed_mean", "median")
 
 
 def trimmed_mean(rows: torch.Tensor, f: int) -> torch.Tensor:
     """(m,) from `rows` (n, m), which is sorted in place; n > 2 f."""
-    kept = sort_rows_(rows)[f : len(rows) - f]
-    return kept.mean(0)
+    return sort_rows_(rows)[f : len(rows) - f].mean(0)
 
 
 def median(rows: torch.Tensor, f: int = 0) -> torch.Tensor:
-    """(m,) from `rows` (n, m), which is sorted in place; `f` does not matter."""
+    """(m,) from `rows` (n, m), which is sorted in place; `f` is not used."""
     middle, odd = divmod(len(rows), 2)
     ordered = sort_rows_(rows)
     return ordered[middle].clone() if odd else (ordered[middle - 1] + ordered[middle]).mul_(0.5)
@@ -57,7 +55,7 @@ def mixing(gram: torch.Tensor, f: int) -> torch.Tensor:
 
 
 def mean_weights(gram: torch.Tensor) -> torch.Tensor:
-    """(n,): all alike."""
+    """(n,): all equal."""
     return torch.full_like(gram[0], 1 / len(gram))
 
 

@@ -1,11 +1,11 @@
-"""Which elements of a bucket of gradients each owner is to get, and how they are cut into pieces.
+"""Which elements of a bucket of gradients each owner gets, and how they are divided into chunks.
 
-A bucket is a list of flat segments in any order and of any sizes, each with one owner. What belongs to an owner, in
-the order of the list, is its slice; slices may be empty and of very different lengths.
+A bucket is a list of flat segments in any order and of any sizes, each with one owner. The segments of an owner, in
+the order of the list, are its slice; slices may be empty and of very different lengths.
 
-A slice is laid out in places: every segment begins at a multiple of `granule`, the places after its end are empty and
-read as 0. So no block of a quantizer has elements of two parameters, and none is rounded in steps that another's
-gradients made too coarse for it. Piece p of a slice is its places [p * quantum, (p + 1) * quantum).
+A slice is padded: every segment begins at a multiple of `alignment`, and the positions after its end read as 0. So no
+block of a quantizer has elements of two parameters, and small gradients are not rounded with the scale of another
+parameter's large ones. Chunk c of a slice is its positions [c * chunk_numel, (c + 1) * chunk_numel).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 class Segment:
     """A run of gradient elements with one owner.
 
-    values: flat and contiguous, any float dtype. key, start: the parameter it belongs to, and its first element
-    there; error feedback keeps what was lost under them. exact: never quantized, see `exactness`. The same for every
-    process, except for `values`.
+    values: flat and contiguous, any float dtype. key, start: the parameter that it belongs to, and its first element
+    there; error feedback stores residuals under them. exact: never quantized, see `uncompressed`. All but `values` are
+    the same in every process.
     """
 
     values: torch.Tensor
@@ -40,21 +40,21 @@ class Segment:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements of one segment: [begin, end) of `segment.values`; `granule` as in the slice it is from."""
+    """Elements of one segment: [begin, end) of `segment.values`; `alignment` as in its slice."""
 
     segment: Segment
     begin: int
     end: int
-    granule: int = 1
+    alignment: int = 1
 
     @property
     def numel(self) -> int:
         return self.end - self.begin
 
     @property
-    def places(self) -> int:
-        """Elements, and the empty places after them."""
-        return -(-self.numel // self.granule) * self.granule
+    def padded_numel(self) -> int:
+        """Elements, and the padding after them."""
+        return -(-self.numel // self.alignment) * self.alignment
 
     @property
     def values(self) -> torch.Tensor:
@@ -67,77 +67,79 @@ class Part:
 
 
 class Slice:
-    """Everything of one owner, addressed as if it were one tensor; `numel` counts places."""
+    """All segments of one owner, addressed as one padded tensor of `numel` positions."""
 
-    def __init__(self, segments: Sequence[Segment], granule: int = 1) -> None:
+    def __init__(self, segments: Sequence[Segment], alignment: int = 1) -> None:
         self._segments = [segment for segment in segments if segment.numel]
-        self._granule = granule
+        self._alignment = alignment
         self._ends = list(
-            itertools.accumulate(-(-segment.numel // granule) * granule for segment in self._segments)
+            itertools.accumulate(-(-segment.numel // alignment) * alignment for segment in self._segments)
         )
         self.numel = self._ends[-1] if self._ends else 0
 
     def parts(self, begin: int, end: int) -> Iterator[Part]:
-        """The parts of segments at places [begin, end), `end` cut at its length; both multiples of the granule."""
+        """The parts of segments at positions [begin, end), up to its length; both multiples of the alignment."""
         end = min(end, self.numel)
         index = bisect.bisect_right(self._ends, begin)
         while begin < end:
             segment = self._segments[index]
             offset = self._ends[index - 1] if index else 0
             last = min(min(end, self._ends[index]) - offset, segment.numel)
-            part = Part(segment, begin - offset, last, self._granule)
+            part = Part(segment, begin - offset, last, self._alignment)
             yield part
-            begin += part.places
+            begin += part.padded_numel
             index += 1
 
 
-def joined(parts: Sequence[Part]) -> torch.Tensor:
-    """(count(parts),): the elements in their places: a view when there is one part, else a copy."""
+def packed(parts: Sequence[Part]) -> torch.Tensor:
+    """(packed_numel(parts),): the elements with the padding between them; a view of a single part, else a copy."""
     if len(parts) == 1:
         return parts[0].values
-    return laid_out([part.values for part in parts], parts)
+    return pack([part.values for part in parts], parts)
 
 
-def laid_out(values: Sequence[torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
-    """`values`, one tensor for each part, with zeros in the empty places between them."""
-    pieces: list[torch.Tensor] = []
-    zeros = values[0].new_zeros(max(part.granule for part in parts))
+def pack(values: Sequence[torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
+    """`values`, one tensor for each part, with zeros as padding between them."""
+    chunks: list[torch.Tensor] = []
+    zeros = values[0].new_zeros(max(part.alignment for part in parts))
     for value, part in zip(values, parts, strict=True):
-        pieces += [value, zeros[: part.places - part.numel]]
-    return torch.cat(pieces[:-1])
+        chunks += [value, zeros[: part.padded_numel - part.numel]]
+    return torch.cat(chunks[:-1])
 
 
-def spread(flat: torch.Tensor, parts: Sequence[Part]) -> Iterator[torch.Tensor]:
-    """The elements of each part: the inverse of `laid_out`."""
+def unpack(flat: torch.Tensor, parts: Sequence[Part]) -> Iterator[torch.Tensor]:
+    """The elements of each part: the inverse of `pack`."""
     begin = 0
     for part in parts:
         yield flat[begin : begin + part.numel]
-        begin += part.places
+        begin += part.padded_numel
 
 
-def count(parts: Sequence[Part]) -> int:
-    """Places in all parts, without the empty ones at the end."""
-    return sum(part.places for part in parts[:-1]) + parts[-1].numel if parts else 0
+def packed_numel(parts: Sequence[Part]) -> int:
+    """Positions of all parts, without the padding at the end."""
+    return sum(part.padded_numel for part in parts[:-1]) + parts[-1].numel if parts else 0
 
 
 class Slices:
     """The slices of all owners of one bucket.
 
-    quantum: places of a slice that travel in one piece, a multiple of `granule`.
+    chunk_numel: positions of a slice that are sent in one chunk, a multiple of `alignment`.
     """
 
-    def __init__(self, segments: Sequence[Segment], owners: int, quantum: int, granule: int = 1) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], owners: int, chunk_numel: int, alignment: int = 1
+    ) -> None:
         by_owner: list[list[Segment]] = [[] for _ in range(owners)]
         for segment in segments:
             by_owner[segment.owner].append(segment)
-        self.of = [Slice(segments, granule) for segments in by_owner]
-        self.quantum = quantum
+        self.of = [Slice(segments, alignment) for segments in by_owner]
+        self.chunk_numel = chunk_numel
 
     @property
-    def pieces(self) -> int:
-        """Pieces of the longest slice."""
-        return max(-(-piece.numel // self.quantum) for piece in self.of)
+    def chunks(self) -> int:
+        """Chunks of the longest slice."""
+        return max(-(-chunk.numel // self.chunk_numel) for chunk in self.of)
 
-    def parts(self, owner: int, piece: int) -> list[Part]:
-        """What `owner` gets in `piece`; empty when its slice is over."""
-        return list(self.of[owner].parts(piece * self.quantum, (piece + 1) * self.quantum))
+    def parts(self, owner: int, chunk: int) -> list[Part]:
+        """What `owner` gets in `chunk`; empty after the end of its slice."""
+        return list(self.of[owner].parts(chunk * self.chunk_numel, (chunk + 1) * self.chunk_numel))

@@ -1,8 +1,8 @@
 """Order statistics per coordinate over a few workers, by a network of minima and maxima.
 
-`torch.sort` over the short axis of an (n, m) tensor spends most of its time on bookkeeping; a sorting network does the
-same with elementwise minima and maxima of whole rows. Batcher's odd-even merge sort, for any n; on more rows
-than `LARGEST` torch's own sort is used.
+`torch.sort` over the short axis of an (n, m) tensor spends most of its time on overhead; a sorting network does the
+same with elementwise minima and maxima of rows. Batcher's odd-even merge sort, for any n; for more rows than `LARGEST`
+torch's own sort is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import torch
 
 LARGEST = 8
-# Elements of all rows that are worked on at a time: small enough to stay in cache.
+# Elements of all rows that are processed at a time: few enough to stay in cache.
 _IN_CACHE = 1 << 17
 
 

@@ -1,1 +1,9 @@
-"""Which weights stay: scores, patterns, schedules, exact selection and 1-bit masks. Pure functions on fragments."""
+"""Which weights are kept: scores, patterns, schedules and exact selection. Pure functions on fragments.
+
+scores, unit_scores   one class per method, for single weights and for units of prunable groups
+score_training        the optimizer settings of learned scores
+patterns              unstructured, NxM blocks, N:M groups
+schedules             when a mask is computed, and how dense it is then
+radix                 exact distributed top-k over selection groups
+units                 sums over units, and element masks from masks of units
+"""

@@ -1,8 +1,8 @@
-"""Sparsity patterns on a fragment: single weights, NxM blocks that live or die whole, and N:M groups.
+"""Sparsity patterns on a fragment: single weights, NxM blocks that are kept or pruned whole, and N:M groups.
 
-A weight is seen as a matrix (d0, d1) in storage order, d1 = numel / d0. A *band* is the run of b0 rows that
-one row of blocks covers; a fragment is completed to whole bands before its blocks are scored, so
-every process that touches a block computes the same score, to the last bit.
+A weight is seen as a matrix (d0, d1) in storage order, d1 = numel / d0. A *block row* is the b0 matrix rows that one
+row of blocks covers. A fragment is completed to full block rows (a halo exchange) before its blocks are scored, so
+every process that holds a part of a block computes the same score, to the last bit.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ds_compress.ops import kernels
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The blocks of one weight. `top` is None for all-or-nothing blocks, N for N:M groups."""
+    """The blocks of one weight. `kept_per_group` is None for blocks that are kept or pruned whole, N for N:M groups."""
 
     rows: int
     columns: int
     block_rows: int = 1
     block_columns: int = 1
-    top: int | None = None
+    kept_per_group: int | None = None
 
     @classmethod
     def of(cls, pattern: str, shape: tuple[int, ...], transposed: bool) -> BlockGrid:
         """`pattern` is "unstructured", "NxM" (N outputs x M inputs) or "N:M" (N of M inputs kept).
 
-        `transposed` says that the weight is stored as (inputs, outputs), as GPT-2's Conv1D does.
+        transposed: the weight is stored as (inputs, outputs), as in GPT-2's Conv1D.
         """
         rows = shape[0]
         columns = math.prod(shape[1:])
@@ -38,7 +38,7 @@ class BlockGrid:
         if ":" in pattern:
             kept, group = (int(part) for part in pattern.split(":"))
             block = (group, 1) if transposed else (1, group)
-            return cls(rows, columns, *block, top=kept)
+            return cls(rows, columns, *block, kept_per_group=kept)
         outputs, inputs = (int(part) for part in pattern.lower().split("x"))
         block = (inputs, outputs) if transposed else (outputs, inputs)
         return cls(rows, columns, *block)
@@ -49,43 +49,44 @@ class BlockGrid:
 
     @property
     def block_row_numel(self) -> int:
+        """Weights of a block row; 1 where every weight is scored for itself."""
         return 1 if self.is_elementwise else self.block_rows * self.columns
 
     @property
-    def blocks_per_band(self) -> int:
+    def blocks_per_row(self) -> int:
         return -(-self.columns // self.block_columns)
 
     @property
     def units(self) -> int:
-        """Things that a threshold chooses among: weights, or blocks (a partial block at the edge counts as one)."""
+        """How many units a threshold selects from: weights, or blocks (a partial block at the edge counts as one)."""
         if self.is_elementwise:
             return self.rows * self.columns
-        return -(-self.rows // self.block_rows) * self.blocks_per_band
+        return -(-self.rows // self.block_rows) * self.blocks_per_row
 
     @property
-    def kept_by_top(self) -> int:
+    def num_kept(self) -> int:
         """Weights that an N:M pattern keeps (the last group of a row may be short)."""
-        assert self.top is not None
+        assert self.kept_per_group is not None
         size = self.block_rows * self.block_columns
         lines, length = (self.columns, self.rows) if self.block_rows > 1 else (self.rows, self.columns)
-        return lines * (length // size * self.top + min(self.top, length % size))
+        return lines * (length // size * self.kept_per_group + min(self.kept_per_group, length % size))
 
     def _tiled(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-        """(bands, block_rows, blocks_per_band, block_columns) of whole bands, edges padded with `fill`."""
+        """(block rows, rows, blocks, columns) of full block rows, padded with `fill` at the edges."""
         rows = values.numel() // self.columns
         block_rows = -(-rows // self.block_rows)
         matrix = values.view(rows, self.columns)
         pad_rows = block_rows * self.block_rows - rows
-        pad_columns = self.blocks_per_band * self.block_columns - self.columns
+        pad_columns = self.blocks_per_row * self.block_columns - self.columns
         if pad_rows or pad_columns:
             matrix = torch.nn.functional.pad(matrix, (0, pad_columns, 0, pad_rows), value=fill)
-        return matrix.view(block_rows, self.block_rows, self.blocks_per_band, self.block_columns)
+        return matrix.view(block_rows, self.block_rows, self.blocks_per_row, self.block_columns)
 
     def block_scores(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean score of each block, flat; `values` are the element scores of whole bands.
+        """Mean score of each block, flat; `values` are the element scores of full block rows.
 
-        Added up in a fixed order, one element of the block after another: the result does not depend on
-        how many bands a process happens to hold.
+        Summed in a fixed order, one element of the block after another: the result does not depend on
+        how many block rows a process happens to hold.
         """
         if self.is_elementwise:
             return values
@@ -102,22 +103,22 @@ class BlockGrid:
             total += by_column[..., column]
         return total
 
-    def expand(self, keep: torch.Tensor, numel: int) -> torch.Tensor:
-        """Element mask, bool (numel,), of the whole bands whose blocks `keep` decides."""
+    def expand_block_mask(self, block_mask: torch.Tensor, numel: int) -> torch.Tensor:
+        """Element mask, bool (numel,), of full block rows, from the mask of their blocks."""
         if self.is_elementwise:
-            return keep
+            return block_mask
         block_rows = -(-numel // self.block_row_numel)
-        tiles = keep.view(block_rows, 1, self.blocks_per_band, 1)
+        tiles = block_mask.view(block_rows, 1, self.blocks_per_row, 1)
         tiles = tiles.expand(-1, self.block_rows, -1, self.block_columns)
-        matrix = tiles.reshape(block_rows * self.block_rows, self.blocks_per_band * self.block_columns)
+        matrix = tiles.reshape(block_rows * self.block_rows, self.blocks_per_row * self.block_columns)
         return matrix[: numel // self.columns, : self.columns].reshape(-1)
 
-    def keep_top(self, values: torch.Tensor) -> torch.Tensor:
-        """N:M: the element mask that keeps the `top` largest of each group; ties go to the lower index."""
-        assert self.top is not None
+    def n_of_m_mask(self, values: torch.Tensor) -> torch.Tensor:
+        """N:M: the element mask that keeps the N largest of each group; of equal ones that with the lower index."""
+        assert self.kept_per_group is not None
         along_columns = self.block_rows == 1
         matrix = values.view(-1, self.columns)
         lines = (matrix if along_columns else matrix.t()).contiguous()
-        packed = kernels().mask_n_of_m(lines, self.top, self.block_rows * self.block_columns)
-        keep = kernels().mask_unpack(packed, values.numel()).view(lines.shape)
-        return (keep if along_columns else keep.t()).reshape(-1)
+        packed = kernels().mask_n_of_m(lines, self.kept_per_group, self.block_rows * self.block_columns)
+        mask = kernels().mask_unpack(packed, values.numel()).view(lines.shape)
+        return (mask if along_columns else mask.t()).reshape(-1)

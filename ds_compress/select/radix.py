@@ -1,9 +1,9 @@
-"""Exact distributed top-k by radix selection: how many survive is exact, and nothing is ever gathered.
+"""Exact distributed top-k by radix selection: the number of kept units is exact, and no score is ever gathered.
 
-The k-th largest score is found from three histograms of its bit pattern (11, 11 and 10 bits), so the traffic
-does not depend on the size of the model: for one pool of scores, three sums of 2048, 2048 and 1024 counts and two small
-ones that break ties, 41 KB in all. Ties are broken by global index (parameter order, then element order), so
-every layout of the same scores over processes gives the same mask.
+The k-th largest score is found from three histograms of its bit pattern (11, 11 and 10 bits), so the amount of
+communication does not depend on the size of the model: for one selection group, three sums of 2048, 2048 and 1024
+counts and two small ones that break ties, 41 KB in all. Ties are broken by global index (parameter order, then
+element order), so every layout of the same scores over processes gives the same mask.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ import torch
 _DIGITS = ((21, 2048), (10, 2048), (0, 1024))
 _CHUNK = 1 << 18
 _CHUNK_OF_A_DEVICE = 1 << 24
-"""There every chunk is a wait for the device, because how many keys are left decides what comes next."""
+"""On a device every chunk costs a synchronization, because the number of keys that are left decides what comes next."""
 # Scores whose exponent bits are all ones (Inf, NaN) fill the outermost four bins of the first digit.
 _NON_FINITE_BINS = (slice(0, 4), slice(2044, 2048))
 
 
 class Reductions(Protocol):
-    """What selection needs of the outside world; `engine.shards.Shards` implements it."""
+    """The collectives that selection needs; `Shards` implements them."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
     def exclusive_prefix_sum(self, counts: torch.Tensor) -> torch.Tensor: ...
 
 
 class NonFiniteScoresError(ValueError):
-    """A score is NaN or Inf: there is no meaningful order to select by. `pools` lists the pool indices."""
+    """A score is NaN or Inf: there is no meaningful order to select by. `groups`: indices of the selection groups."""
 
-    def __init__(self, pools: Sequence[int]) -> None:
-        super().__init__(f"scores of pools {list(pools)} contain NaN or Inf")
-        self.pools = tuple(pools)
+    def __init__(self, groups: Sequence[int]) -> None:
+        super().__init__(f"scores of the selection groups {list(groups)} contain NaN or Inf")
+        self.groups = tuple(groups)
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The scored units of one parameter that this process sees.
+class ParameterScores:
+    """The scores of the units of one parameter of which this process holds a part.
 
-    `keys()`: int32 (units,), order-preserving (see `sort_keys_`); asked for three times and not kept, so that
-    selection never holds the scores of more than one parameter. The first `borrowed` units belong to the
-    holder of earlier elements, who counts them; this process only needs their verdict.
+    keys: returns int32 (units,) in the order of the scores (see `sort_keys_`); called three times and not stored, so
+    that selection never holds the scores of more than one parameter. num_halo: the first units, which the rank of
+    the elements before counts; this process needs only their mask.
     """
 
     keys: Callable[[], torch.Tensor]
-    borrowed: int = 0
+    num_halo: int = 0
 
 
 @dataclass(frozen=True)
-class Pool:
-    """`keep` units survive among all units of the parameters `members`."""
+class SelectionGroup:
+    """Parameters whose units compete for `num_kept` places."""
 
     members: tuple[str, ...]
-    keep: int
+    num_kept: int
 
 
 def sort_keys_(scores: torch.Tensor, non_negative: bool = False) -> torch.Tensor:
@@ -72,48 +72,48 @@ def sort_keys_(scores: torch.Tensor, non_negative: bool = False) -> torch.Tensor
 
 
 def select(
-    candidates: Mapping[str, Candidates], pools: Sequence[Pool], reductions: Reductions
+    scores: Mapping[str, ParameterScores], groups: Sequence[SelectionGroup], reductions: Reductions
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, keep-mask bool (units,)) for every entry of `candidates`; exactly `keep` units survive per pool.
+    """(name, mask bool (units,)) for every entry of `scores`; exactly `num_kept` units of each group are kept.
 
-    Every process calls this with the same pools; `candidates` holds what the process sees of them and may
-    lack a parameter. A parameter is in one pool. All reductions are done before the first mask is yielded.
+    Every process calls this with the same groups; `scores` holds its part of them and may lack a parameter. A
+    parameter is in one group. All reductions are done before the first mask is yielded.
 
     Raises:
-        NonFiniteScores: in every process alike, before any mask is made.
+        NonFiniteScoresError: in every process alike, before any mask is made.
     """
-    names = [name for pool in pools for name in pool.members]
-    thresholds, ties_to_keep, tie_counts = _thresholds(candidates, pools, reductions)
+    names = [name for group in groups for name in group.members]
+    thresholds, kept_ties, tie_counts = _thresholds(scores, groups, reductions)
     totals = reductions.sum(tie_counts)
-    quota, boundary = _tie_quotas(pools, totals, ties_to_keep)
+    quota, boundary = _tie_quotas(groups, totals, kept_ties)
     # Only a parameter in which the quota runs out needs to know how many ties lie before this process.
     before = reductions.exclusive_prefix_sum(tie_counts[boundary]) if len(boundary) else tie_counts[:0]
     before_of = dict(zip(boundary.tolist(), before.tolist(), strict=True))
-    threshold_of = {name: int(thresholds[i]) for i, pool in enumerate(pools) for name in pool.members}
+    threshold_of = {name: int(thresholds[i]) for i, group in enumerate(groups) for name in group.members}
     return (
         (
             name,
-            _mask(candidates[name], threshold_of[name], int(quota[i]), int(totals[i]), before_of.get(i, 0)),
+            _mask(scores[name], threshold_of[name], int(quota[i]), int(totals[i]), before_of.get(i, 0)),
         )
         for i, name in enumerate(names)
-        if name in candidates
+        if name in scores
     )
 
 
 def _thresholds(
-    candidates: Mapping[str, Candidates], pools: Sequence[Pool], reductions: Reductions
+    scores: Mapping[str, ParameterScores], groups: Sequence[SelectionGroup], reductions: Reductions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per pool the key of its `keep`-th largest unit and how many units equal to it survive; per parameter how
-    many units of this process are equal to it. All int64."""
-    remaining = torch.tensor([pool.keep for pool in pools], dtype=torch.int64)
-    prefix = torch.zeros(len(pools), dtype=torch.int64)
+    """Per group the key of its `num_kept`-th largest unit and how many units equal to it are kept; per parameter
+    how many units of this process are equal to it. All int64."""
+    remaining = torch.tensor([group.num_kept for group in groups], dtype=torch.int64)
+    prefix = torch.zeros(len(groups), dtype=torch.int64)
     survivors: dict[str, torch.Tensor] = {}
     for digit, (shift, bins) in enumerate(_DIGITS):
-        histogram = torch.zeros((len(pools), bins), dtype=torch.int64)
-        for index, pool in enumerate(pools):
-            for name in pool.members:
-                if name in candidates:
-                    keys = _owned(candidates[name]) if digit == 0 else survivors[name]
+        histogram = torch.zeros((len(groups), bins), dtype=torch.int64)
+        for index, group in enumerate(groups):
+            for name in group.members:
+                if name in scores:
+                    keys = _owned(scores[name]) if digit == 0 else survivors[name]
                     histogram[index] += _digit_histogram(keys, shift, bins, first=digit == 0)
         histogram = reductions.sum(histogram)
         if digit == 0:
@@ -123,17 +123,17 @@ def _thresholds(
         remaining -= (from_top - histogram.flip(1)).gather(1, bin_from_top[:, None]).squeeze(1)
         value = bins - 1 - bin_from_top
         prefix = value - 1024 if digit == 0 else prefix * bins + value
-        for index, pool in enumerate(pools):
-            for name in pool.members:
-                if name in candidates:
-                    keys = _owned(candidates[name]) if digit == 0 else survivors[name]
+        for index, group in enumerate(groups):
+            for name in group.members:
+                if name in scores:
+                    keys = _owned(scores[name]) if digit == 0 else survivors[name]
                     survivors[name] = _with_prefix(keys, int(prefix[index]), shift)
-    ties = [survivors[n].numel() if n in survivors else 0 for pool in pools for n in pool.members]
+    ties = [survivors[n].numel() if n in survivors else 0 for group in groups for n in group.members]
     return prefix, remaining, torch.tensor(ties, dtype=torch.int64)
 
 
-def _owned(candidates: Candidates) -> torch.Tensor:
-    return candidates.keys()[candidates.borrowed :]
+def _owned(scores: ParameterScores) -> torch.Tensor:
+    return scores.keys()[scores.num_halo :]
 
 
 def _digit_histogram(keys: torch.Tensor, shift: int, bins: int, first: bool) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _digit_histogram(keys: torch.Tensor, shift: int, bins: int, first: bool) -> 
 
 
 def _chunk(keys: torch.Tensor) -> int:
-    """Elements at a time: what stays in a CPU's cache."""
+    """Elements at a time; on a CPU, as many as stay in its cache."""
     return _CHUNK if keys.device.type == "cpu" else _CHUNK_OF_A_DEVICE
 
 
@@ -162,27 +162,27 @@ def _check_finite(histogram: torch.Tensor) -> None:
         raise NonFiniteScoresError(bad.nonzero().flatten().tolist())
 
 
-def _mask(candidates: Candidates, threshold: int, quota: int, total: int, before: int) -> torch.Tensor:
-    """Keeps what is above the threshold and the first `quota` of the `total` ties; `before` lie earlier."""
-    keys = candidates.keys()
+def _mask(scores: ParameterScores, threshold: int, quota: int, total: int, before: int) -> torch.Tensor:
+    """Keeps what is above the threshold and the first `quota` of the `total` ties, `before` of which lie earlier."""
+    keys = scores.keys()
     if quota >= total:
         return keys >= threshold
     if quota == 0:
         return keys > threshold
     equal = keys == threshold
-    # The borrowed units are the last ones of earlier holders, so their ties end at `before`.
-    first = before - int(equal[: candidates.borrowed].count_nonzero())
+    # The halo is the last units of earlier ranks, so its ties end at `before`.
+    first = before - int(equal[: scores.num_halo].count_nonzero())
     return (keys > threshold) | (equal & (equal.cumsum(0) <= quota - first))
 
 
 def _tie_quotas(
-    pools: Sequence[Pool], totals: torch.Tensor, ties_to_keep: torch.Tensor
+    groups: Sequence[SelectionGroup], totals: torch.Tensor, kept_ties: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many ties of each parameter survive, and the indices of those where some do and some do not."""
+    """How many ties of each parameter are kept, and the indices of the parameters where some are and some are not."""
     quota, position = torch.zeros_like(totals), 0
-    for index, pool in enumerate(pools):
-        left = int(ties_to_keep[index])
-        for _ in pool.members:
+    for index, group in enumerate(groups):
+        left = int(kept_ties[index])
+        for _ in group.members:
             quota[position] = min(left, int(totals[position]))
             left -= int(quota[position])
             position += 1

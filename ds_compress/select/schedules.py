@@ -30,10 +30,10 @@ class DensitySchedule:
         return target + (1.0 - target) * remaining**exponent
 
     def is_due(self, step: int, mask_may_change: bool) -> bool:
-        """Whether the mask that will be in force at `step` has to be computed.
+        """Whether the mask that will be active at `step` has to be computed.
 
-        `mask_may_change` is True for methods whose mask differs even at a constant density (learned or
-        moving scores, regrowth).
+        mask_may_change: True for methods whose mask changes even at a constant density (learned or movement scores,
+        regrowth).
         """
         if step < self.begin or (self.end is not None and step > self.end):
             return False

@@ -1,4 +1,4 @@
-"""How learned scores are trained: by AdamW, with those settings of the weights' parameter group that mean it."""
+"""How learned scores are trained: by AdamW, with the settings of the weights' parameter group that are AdamW's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What makes a weight worth keeping: one class per pruning method, each a few lines of its paper.
+"""Scores of single weights: one class per pruning method, each a few lines of its paper.
 
-A score lives on the fragment: fp32, one number per weight that this process owns, computed from the weight w
-and its gradient g at the optimizer step. None of them adds a parameter to the model or work to the forward.
+Scores are fp32, one number per weight of the fragment that this process owns, computed from the weight w and its
+gradient g at the optimizer step. None of them adds a parameter to the model or work to the forward.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class ScoredFragment(Protocol):
 
 
 class Score:
-    """Base: `observe` sees each step's weights and gradients, `of` ranks the weights of a fragment."""
+    """Base: `observe` gets the weights and gradients of each step, `scores_of` scores the weights of a fragment."""
 
     needs_gradient: ClassVar[bool] = False
     """The first mask waits for a gradient."""
     mask_may_change: ClassVar[bool] = False
-    """The order of the weights moves by itself, so a masked weight may return."""
+    """The order of the weights changes by itself, so a masked weight may be unmasked again."""
     masks_gradient: ClassVar[bool] = False
     """Masked weights get no gradient (their scores do)."""
     is_signed: ClassVar[bool] = False
@@ -56,8 +56,8 @@ class Score:
     def learn(self, settings: Mapping[str, Any]) -> None:
         """Called once all fragments of a parameter group were observed."""
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
-        """fp32 scores of shape (fragment.numel,), the caller's to change; a larger score is kept."""
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+        """fp32 scores of shape (fragment.numel,), larger is kept; the caller may overwrite them."""
         raise NotImplementedError
 
     def after_selection(self) -> None:
@@ -82,14 +82,14 @@ class Score:
 class Magnitude(Score):
     """|w| (Han et al. 2015)."""
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return weights.float().abs()
 
 
 class Random(Score):
     """A number in [0, 1) that depends only on (seed, parameter, element): the control of every pruning paper."""
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         key = counter_rng.stream_key(self.seed, fragment.name)
         return counter_rng.uniform(fragment.numel, key, start=fragment.start, device=weights.device)
 
@@ -103,7 +103,7 @@ class Taylor(Score):
         if fragment.gradient is not None:
             self._accumulator(fragment).add_(_saliency(fragment))
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._accumulator(fragment).clone()
 
     def after_selection(self) -> None:
@@ -120,7 +120,7 @@ class SnipMomentum(Score):
         if fragment.gradient is not None:
             self._accumulator(fragment).mul_(self.momentum).add_(_saliency(fragment))
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._accumulator(fragment).clone()
 
 
@@ -138,12 +138,12 @@ class Movement(Score):
                 fragment.values.float(), fragment.gradient.float(), value=-1.0
             )
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._accumulator(fragment).clone()
 
 
 _LEARN_TOGETHER = 1 << 24
-"""Scores whose gradients exist at a time: many small ones are one launch on a GPU, and large ones are little memory."""
+"""Scores whose gradients exist at a time: small ones share one launch on a GPU, large ones do not need much memory."""
 
 
 class Learned(Score):
@@ -185,7 +185,7 @@ class Learned(Score):
             score.grad = None
         self._learning = []
 
-    def of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
+    def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._score(fragment).clone()
 
     def clear(self) -> None:
@@ -217,7 +217,7 @@ class Learned(Score):
                 continue
             for kind in ("exp_avg", "exp_avg_sq"):
                 state.setdefault(kind, {})[name] = moments[kind]
-            # Per element, so that it can be cut and joined like everything else; one step count per fragment.
+            # Per element, so that it is resharded like everything else; one step count per fragment.
             steps = torch.full_like(moments["exp_avg"], float(moments["step"]))
             state.setdefault("score_steps", {})[name] = steps
         return state

@@ -1,4 +1,4 @@
-"""From weights to units and back: sums over the entries of each unit, and masks of the entries of kept units.
+"""From weights to units and back: sums over the entries of each unit, and element masks from masks of units.
 
 Both work on a fragment [start, start + numel) of a flattened tensor of `shape`. Along dimension `dim`, entries repeat
 with the period shape[dim] * stride, where stride is the number of elements behind `dim`: padded to whole periods, a
@@ -19,8 +19,8 @@ def unit_sums(
 ) -> torch.Tensor:
     """fp64 (units,): for each unit, the sum of the `values` (numel,) of the fragment that belong to it.
 
-    index: int64 (units, width), the entries along `dim` of each unit. Sums are in fp64, so that how a tensor is cut
-    into fragments shows in the last digits of a double only.
+    index: int64 (units, width), the entries along `dim` of each unit. Sums are in fp64, so that the division of a
+    tensor into fragments changes the last digits of a double only.
     """
     stride = math.prod(shape[dim + 1 :])
     period = shape[dim] * stride
@@ -34,7 +34,7 @@ def unit_sums(
 def unit_mask(
     keep: torch.Tensor, start: int, numel: int, shape: Sequence[int], dim: int, index: torch.Tensor
 ) -> torch.Tensor:
-    """bool (numel,): False where the fragment's element belongs to a unit that `keep`, bool (units,), drops."""
+    """bool (numel,): False where the fragment's element belongs to a unit that `keep`, bool (units,), prunes."""
     stride = math.prod(shape[dim + 1 :])
     before, periods = _periods(start, numel, shape[dim] * stride)
     by_entry = torch.ones(shape[dim], dtype=torch.bool)
@@ -43,7 +43,7 @@ def unit_mask(
 
 
 def on_device(index: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`index`, which never changes, on `device`: copied once, for every copy waits for the device."""
+    """`index`, which never changes, on `device`: copied once, because every copy is a synchronization."""
     if index.device == device:
         return index
     copies = _copies.setdefault(index, {})
@@ -55,22 +55,22 @@ def on_device(index: torch.Tensor, device: torch.device) -> torch.Tensor:
 _copies: MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]] = WeakTensorKeyDictionary()
 
 
-def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Sorted int64 indices of the `count` largest of `scores` (units,); of equal ones those with the lower index."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:count].sort().values
 
 
-def shares(scores: Sequence[torch.Tensor], total: int, round_to: int) -> list[int]:
-    """How many units each structure keeps when all of them compete for `total` places.
+def global_counts(scores: Sequence[torch.Tensor], total: int, round_to: int) -> list[int]:
+    """How many units each group keeps when the units of all groups compete for `total` places.
 
-    Scores are divided by their structure's norm first (Molchanov et al. 2017). Counts are rounded to the nearest
+    Scores are divided by the norm of their group first (Molchanov et al. 2017). Counts are rounded to the nearest
     multiple of `round_to`, at least one and at most all, so that their sum may differ from `total` a little.
     """
     lowest = torch.finfo(torch.float32).min
     normed = [_normed(s.double(), s.double() <= lowest) for s in scores]
     owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(normed)])
-    wanted = torch.bincount(owner[best(torch.cat(normed), total)], minlength=len(normed)).tolist()
+    wanted = torch.bincount(owner[top_indices(torch.cat(normed), total)], minlength=len(normed)).tolist()
     return [
         min(s.numel(), round_to * max(1, (2 * want + round_to) // (2 * round_to)))
         for s, want in zip(normed, wanted, strict=True)
@@ -78,7 +78,7 @@ def shares(scores: Sequence[torch.Tensor], total: int, round_to: int) -> list[in
 
 
 def _normed(scores: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-    """Divided by the norm of those that are not gone, which stay below all others."""
+    """Scores divided by the norm of those that are not `gone`; the gone ones become -inf."""
     norm = scores.masked_fill(gone, 0.0).norm().clamp_min(torch.finfo(torch.float64).tiny)
     return (scores / norm).masked_fill(gone, -torch.inf)
 

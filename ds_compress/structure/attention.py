@@ -1,4 +1,4 @@
-"""Attention layers as they are met in models: where their heads are in the rows of q, k, v and the columns of o."""
+"""Attention layers of known models: where their heads are in the rows of q, k, v and the columns of o."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.head_companions import Unclear, Vector, check_surroundings, companions
 from ds_compress.structure.inventory import Inventory, Projection
-from ds_compress.structure.structure import Unsupported
+from ds_compress.structure.prunable_group import Unsupported
 
 _QKV = (
     ("q_proj", "k_proj", "v_proj"),
@@ -75,9 +75,9 @@ class Rows:
 class Attention:
     """One attention layer.
 
-    name: the module that holds all of it. holder: the module whose attributes count heads. inputs: the rows of each
-    unit. vectors: other tensors that are cut along. bias_table: the Embedding [buckets, heads] that is added to the
-    scores. A unit is a key/value head with its query heads, or a query head where all share the only key/value head.
+    name: the module that contains all of it. holder: the module whose attributes count heads. inputs: the rows of each
+    unit. vectors: other tensors that are sliced with the heads. bias_table: the Embedding [buckets, heads] added
+    to the scores. A unit is a key/value head with its query heads, or a query head where all share one key/value head.
     """
 
     name: str
@@ -108,9 +108,9 @@ class Attention:
 def attentions_of(
     inventory: Inventory, num_heads: int | None = None
 ) -> tuple[list[Attention], list[Unsupported]]:
-    """All attention layers that are understood, and those that are not.
+    """All attention layers that are supported, and those that are not.
 
-    num_heads: of layers that do not say themselves how many heads they have.
+    num_heads: of layers that have no attribute for it.
     """
     found: list[Attention] = []
     unsupported: list[Unsupported] = []
@@ -128,6 +128,16 @@ def attentions_of(
             found.append(attention)
     unsupported += _unknown(inventory, found, unsupported)
     return found, unsupported
+
+
+def attention_projections(inventory: Inventory) -> frozenset[str]:
+    """Names of all projections that belong to attention layers."""
+    attentions, _ = attentions_of(inventory)
+    return frozenset(
+        name
+        for attention in attentions
+        for name in (attention.output.name, *(part.projection.name for part in attention.inputs))
+    )
 
 
 def _attention(inventory: Inventory, name: str, module: nn.Module, num_heads: int | None) -> Attention | None:
@@ -253,7 +263,7 @@ def _head_dim(inventory: Inventory, name: str, module: nn.Module, width: int, nu
     for count in (*counts, num_heads, getattr(config, "num_attention_heads", None)):
         if isinstance(count, int) and count > 0 and width % count == 0:
             return width // count
-    raise Unclear("how many heads it has is not known; say it with shared_parameters.num_heads")
+    raise Unclear("how many heads it has is not known; set shared_parameters.num_heads")
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -264,9 +274,9 @@ def _is_attention(module: nn.Module) -> bool:
 def _unknown(
     inventory: Inventory, found: list[Attention], unsupported: list[Unsupported]
 ) -> Iterator[Unsupported]:
-    """Modules that are called attention, have matrices of their own, and were not understood."""
+    """Modules that are called attention, have matrices of their own, and were not recognised."""
     known = [attention.name for attention in found] + [refusal.module for refusal in unsupported]
-    shard_group = {attention.holder for attention in found}
+    holders = {attention.holder for attention in found}
     for name, module in inventory.modules.items():
         matrices = any(
             len(shape_of(parameter)) >= 2
@@ -274,12 +284,7 @@ def _unknown(
             for parameter in child.parameters(recurse=False)
         )
         related = any(name == k or name.startswith(k + ".") or k.startswith(name + ".") for k in known)
-        if (
-            matrices
-            and "attention" in type(module).__name__.lower()
-            and not related
-            and name not in shard_group
-        ):
+        if matrices and "attention" in type(module).__name__.lower() and not related and name not in holders:
             yield Unsupported(
                 name,
                 f"how a {type(module).__name__} uses its projections is not known; name them with modules (the output "

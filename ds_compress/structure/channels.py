@@ -1,9 +1,9 @@
-"""Channels of convolutions: which of them a network can only lose together.
+"""Channels of convolutions, and which of them are coupled.
 
-Torch-Pruning's dependency graph (Fang et al. 2023, "DepGraph") says which tensors go together when a channel goes:
-the normalization behind, the inputs of the next layers, and all that is added to it. It takes every operation that it
-does not know for elementwise; each structure is therefore tried, on a copy with random weights, and counts only
-if the network without some of its channels computes what the network with these channels at zero does.
+Torch-Pruning's dependency graph (Fang et al. 2023, "DepGraph") tells which tensors lose entries with a channel: the
+normalization behind it, the inputs of the next layers, and all that is added to it. It takes every operation that it
+does not know for elementwise. Each group is therefore tested on a copy with random weights: it is used only if the
+network without some of its channels computes what the network with these channels at zero does.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.example_inputs import Inputs, example_inputs_of, tensors_of
-from ds_compress.structure.inventory import Inventory, settled, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.inventory import Inventory, exclude_tied, unique
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.pruning_plan import PruningPlan
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _TOLERANCE = 1e-8
 """Of the trial, relative, in fp64."""
 
 
-def channel_structures(
+def channel_groups(
     inventory: Inventory, inputs: Mapping[str, Any] | None
 ) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """One structure per set of convolutions that share their output channels, in the order of the model.
+    """One group per set of convolutions that share their output channels, in the order of the model.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -42,8 +43,8 @@ def channel_structures(
     graphs = _torch_pruning()
     if any(shape_of(parameter) != tuple(parameter.shape) for parameter in model.parameters()):
         reason = (
-            "its weights are partitioned (zero.Init), so that it cannot be run on an example; say with modules and "
-            "related_modules which layers go together, or build it without zero.Init"
+            "its weights are partitioned (zero.Init), so that it cannot be run on an example; name the layers that are "
+            "coupled with modules and related_modules, or build it without zero.Init"
         )
         return [], [Unsupported(type(model).__name__, reason)]
     twin = _random_twin(model)
@@ -51,17 +52,17 @@ def channel_structures(
         example = example_inputs_of(twin, inputs)
     except ValueError as error:
         return [], [Unsupported(type(model).__name__, str(error))]
-    structures, unsupported = _Groups(inventory, twin, example, graphs).read()
-    exact, inexact = _tried(twin, example, structures)
-    return settled(inventory, exact, [*unsupported, *inexact])
+    groups, unsupported = _Groups(inventory, twin, example, graphs).read()
+    exact, inexact = _tried(twin, example, groups)
+    return exclude_tied(inventory, exact, [*unsupported, *inexact])
 
 
 class _Unclear(Exception):
-    """What keeps a group from being pruned, for the Refusal."""
+    """Why a group cannot be pruned: the reason of an `Unsupported`."""
 
 
 class _Entrance(nn.Conv2d):
-    """Where an image enters: the graph knows no tensor but those that some layer made."""
+    """Stands for the input image: the graph knows no tensor that is not the output of a layer."""
 
 
 class _WithEntrance(nn.Module):
@@ -79,7 +80,7 @@ class _WithEntrance(nn.Module):
 
 
 class _Groups:
-    """The dependency graph of a twin of the model, read as structures of the model."""
+    """The dependency graph of a twin of the model, translated to prunable groups of the model."""
 
     def __init__(self, inventory: Inventory, twin: nn.Module, example: Inputs, graphs: Any) -> None:
         self._inventory = inventory
@@ -100,7 +101,7 @@ class _Groups:
             )
 
     def read(self) -> tuple[list[PrunableGroup], list[Unsupported]]:
-        structures: list[PrunableGroup] = []
+        groups: list[PrunableGroup] = []
         unsupported: list[Unsupported] = []
         seen: set[str] = set()
         for name, module in self._twin.named_modules():
@@ -109,15 +110,15 @@ class _Groups:
             if module.groups == module.out_channels > 1:
                 # Depthwise: its channels are those of the layer before it.
                 continue
-            group = self._group(module)
-            seen |= {self._names.get(d.target.module, "") for d, _ in group if self._writes(d)}
+            dependencies = self._dependencies(module)
+            seen |= {self._names.get(d.target.module, "") for d, _ in dependencies if self._writes(d)}
             try:
-                structures.append(self._structure(name, group))
+                groups.append(self._group(name, dependencies))
             except _Unclear as why:
                 unsupported.append(Unsupported(name, str(why)))
-        return structures, unsupported
+        return groups, unsupported
 
-    def _group(self, module: nn.Conv2d) -> Any:
+    def _dependencies(self, module: nn.Conv2d) -> Any:
         prune = self._graph.get_pruner_of_module(module).prune_out_channels
         return self._graph.get_pruning_group(module, prune, list(range(module.out_channels)))
 
@@ -126,12 +127,12 @@ class _Groups:
         is_layer = isinstance(dependency.target.module, (nn.Conv2d, nn.Linear))
         return is_layer and bool(self._graph.is_out_channel_pruning_fn(dependency.handler))
 
-    def _structure(self, name: str, group: Any) -> PrunableGroup:
+    def _group(self, name: str, dependencies: Any) -> PrunableGroup:
         units = self._twin.get_submodule(name).get_parameter("weight").shape[0]
-        members: list[CoupledSlice] = []
+        slices: list[CoupledSlice] = []
         names: list[str] = []
         observed: tuple[str, torch.Tensor] | None = None
-        for item in group:
+        for item in dependencies:
             dependency, target = item.dep, item.dep.target
             if target.type in (
                 self._types.ELEMENTWISE,
@@ -146,8 +147,8 @@ class _Groups:
             if isinstance(target.module, _Entrance):
                 raise _Unclear("its channels are added to those of the network's input")
             index = _index(item, units, layer)
-            own = self._members(layer, target.module, self._writes(dependency), index)
-            members += own
+            own = self._slices(layer, target.module, self._writes(dependency), index)
+            slices += own
             names.append(layer)
             reads = isinstance(target.module, (nn.Conv2d, nn.Linear)) and not self._writes(dependency)
             if observed is None and own and reads:
@@ -157,14 +158,12 @@ class _Groups:
             kind=GroupKind.CHANNEL,
             modules=unique(names),
             units=units,
-            members=tuple(members),
+            slices=tuple(slices),
             observed=observed[0] if observed else None,
             observed_index=observed[1] if observed else None,
         )
 
-    def _members(
-        self, layer: str, module: nn.Module, writes: bool, index: torch.Tensor
-    ) -> list[CoupledSlice]:
+    def _slices(self, layer: str, module: nn.Module, writes: bool, index: torch.Tensor) -> list[CoupledSlice]:
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d, nn.PReLU)):
             return self._vectors(layer, index)
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -188,14 +187,14 @@ class _Groups:
         )
 
     def _vectors(self, layer: str, index: torch.Tensor) -> list[CoupledSlice]:
-        members = []
+        slices = []
         for key in _VECTORS:
             tensor = self._inventory.tensor(layer, key)
             module = self._inventory.modules[layer]
             if tensor is not None and getattr(module, key).numel() > 1:
-                # A zero channel must still be zero behind its normalization; the statistics are only cut.
-                members.append(CoupledSlice(tensor, 0, index, masked=key in ("weight", "bias")))
-        return members
+                # A zero channel must still be zero behind its normalization; the statistics are only sliced.
+                slices.append(CoupledSlice(tensor, 0, index, masked=key in ("weight", "bias")))
+        return slices
 
 
 def _index(item: Any, units: int, layer: str) -> torch.Tensor:
@@ -211,7 +210,7 @@ def _index(item: Any, units: int, layer: str) -> torch.Tensor:
 
 @torch.no_grad()
 def _random_twin(model: nn.Module) -> nn.Module:
-    """A CPU copy in fp64 and eval mode, with weights that make wrong cuts visible."""
+    """A CPU copy in fp64 and eval mode, with weights that make wrong couplings visible."""
     twin = copy.deepcopy(model)
     if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")
@@ -229,30 +228,30 @@ def _random_twin(model: nn.Module) -> nn.Module:
 
 
 def _tried(
-    twin: nn.Module, example: Inputs, structures: Sequence[PrunableGroup]
+    twin: nn.Module, example: Inputs, groups: Sequence[PrunableGroup]
 ) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """Structures that can be cut without a change of the output beyond masking: all at once, else one by one."""
-    if not structures or _is_exact(twin, example, structures):
-        return list(structures), []
-    exact = [structure for structure in structures if _is_exact(twin, example, [structure])]
+    """Groups whose units can be removed with no other effect than masking them: all at once, else one by one."""
+    if not groups or _is_exact(twin, example, groups):
+        return list(groups), []
+    exact = [group for group in groups if _is_exact(twin, example, [group])]
     reason = (
-        "cutting channels changes the output beyond masking them: something in the network mixes channels"
+        "removing channels does not give the output of masking them: something in the network mixes channels"
     )
-    return exact, [Unsupported(structure.name, reason) for structure in structures if structure not in exact]
+    return exact, [Unsupported(group.name, reason) for group in groups if group not in exact]
 
 
 @torch.no_grad()
-def _is_exact(twin: nn.Module, example: Inputs, structures: Sequence[PrunableGroup]) -> bool:
+def _is_exact(twin: nn.Module, example: Inputs, groups: Sequence[PrunableGroup]) -> bool:
     # The last units of one, the first of the next: shared dimensions lose entries of both.
     kept = {
-        structure.name: torch.arange(structure.units)[(position % 2) :: 2]
-        for position, structure in enumerate(structures)
-        if structure.units > 1
+        group.name: torch.arange(group.units)[(position % 2) :: 2]
+        for position, group in enumerate(groups)
+        if group.units > 1
     }
     masked, smaller = copy.deepcopy(twin), copy.deepcopy(twin)
     try:
-        _mask(masked, structures, kept)
-        PruningPlan.of(structures, kept).rewrite(smaller)
+        _mask(masked, groups, kept)
+        apply_pruning(smaller, PruningPlan.of(groups, kept))
         ours, theirs = tensors_of(example.call(smaller)), tensors_of(example.call(masked))
     except (RuntimeError, ValueError, IndexError):
         return False
@@ -262,14 +261,14 @@ def _is_exact(twin: nn.Module, example: Inputs, structures: Sequence[PrunableGro
     )
 
 
-def _mask(model: nn.Module, structures: Sequence[PrunableGroup], kept: Mapping[str, torch.Tensor]) -> None:
+def _mask(model: nn.Module, groups: Sequence[PrunableGroup], kept: Mapping[str, torch.Tensor]) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for structure in structures:
-        gone = torch.ones(structure.units, dtype=torch.bool)
-        gone[kept.get(structure.name, torch.arange(structure.units))] = False
-        for member in structure.members:
-            if member.masked:
-                tensors[member.tensor].index_fill_(member.dim, member.index[gone].flatten(), 0)
+    for group in groups:
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[kept.get(group.name, torch.arange(group.units))] = False
+        for coupled in group.slices:
+            if coupled.masked:
+                tensors[coupled.tensor].index_fill_(coupled.dim, coupled.index[gone].flatten(), 0)
 
 
 def _torch_pruning() -> Any:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
-from ds_compress.structure.inventory import Inventory, Projection, rows, settled, unique
-from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.inventory import Inventory, Projection, exclude_tied, rows, unique
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 
 _NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("intermediate.dense",), "output.dense"),
@@ -85,7 +85,7 @@ def feed_forwards_of(inventory: Inventory, claimed: frozenset[str] = frozenset()
 
 
 def _instead(inventory: Inventory, name: str) -> str:
-    """What can be done about experts: a list of Linear layers is pruned as any other, fused matrices are not yet."""
+    """What to do about experts: a list of Linear layers is pruned as any other, fused matrices are not yet."""
     prefix = f"{name}."
     fused = any(
         parameter.dim() > 2 or len(shape_of(parameter)) > 2
@@ -98,10 +98,10 @@ def _instead(inventory: Inventory, name: str) -> str:
     return "prune its weights with sparse_pruning instead"
 
 
-def row_structures(
+def row_groups(
     inventory: Inventory, claimed: frozenset[str]
 ) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """Structures of all feed-forward blocks, and what looks like one but cannot be pruned."""
+    """The groups of all feed-forward blocks, and what looks like one but cannot be pruned."""
     blocks = feed_forwards_of(inventory, claimed)
     unsupported = [
         Unsupported(
@@ -112,22 +112,22 @@ def row_structures(
         for name in _experts(inventory)
     ]
     unsupported += _wrapped(inventory)
-    structures = []
+    groups = []
     known = claimed | {p.name for block in blocks for p in (*block.widen, block.narrow)}
     for block in blocks:
         between = _between(inventory, block, known)
         if between is None:
-            structures.append(_structure(inventory, block))
+            groups.append(_group(inventory, block))
         else:
             reason = f"{between} has as many entries as it has neurons, and which is whose is not known"
             unsupported.append(Unsupported(block.widen[0].name, reason))
-    return settled(inventory, structures, unsupported)
+    return exclude_tied(inventory, groups, unsupported)
 
 
 def _between(inventory: Inventory, block: FeedForward, known: frozenset[str]) -> str | None:
-    """A parameter of the block's parent that might have to be cut, too: a convolution or norm of the neurons.
+    """A parameter of the block's parent that may have to be sliced, too: a convolution or norm of the neurons.
 
-    known: projections whose part is clear.
+    known: projections that were recognised.
     """
     outer = {block.narrow.outputs, *(projection.inputs for projection in block.widen)}
     if block.units in outer or not block.parent:
@@ -149,12 +149,12 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
-def _structure(inventory: Inventory, block: FeedForward) -> PrunableGroup:
+def _group(inventory: Inventory, block: FeedForward) -> PrunableGroup:
     units = block.units
     one = rows(units)
     index = torch.cat([one + half * units for half in range(block.halves)], dim=1)
-    members = [member for widen in block.widen for member in widen.writers(index, scored=True)]
-    members.append(block.narrow.reader(one))
+    slices = [coupled for widen in block.widen for coupled in widen.writers(index, scored=True)]
+    slices.append(block.narrow.reader(one))
     names = [projection.name for projection in (*block.widen, block.narrow)]
     others = [
         name
@@ -167,7 +167,7 @@ def _structure(inventory: Inventory, block: FeedForward) -> PrunableGroup:
         kind=GroupKind.ROW,
         modules=unique([block.parent, *names] if whole else names),
         units=units,
-        members=tuple(members),
+        slices=tuple(slices),
         observed=block.narrow.name,
         observed_index=one,
     )
@@ -203,7 +203,7 @@ def _by_shape(inventory: Inventory, parent: str, taken: set[str]) -> Iterator[Fe
         return
     parameters = {f"{p.name}.{name}" for p in own for name in ("weight", "bias")}
     if any(inventory.child(parent, name) not in parameters for name, _ in module.named_parameters()):
-        # A normalization between them, say, would see the neurons that are gone.
+        # A normalization between them, say, would depend on the removed neurons.
         return
     widen, narrow = own[:-1], own[-1]
     if narrow.inputs != narrow.outputs and all(

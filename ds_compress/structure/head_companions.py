@@ -1,4 +1,4 @@
-"""What an attention layer has beside its projections, and which of its entries belong to which head."""
+"""The tensors of an attention layer beside its projections, and which of their entries belong to which head."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _TABLE = re.compile(r"relative.*bias|position_bias|rel_pos|alibi|slopes")
 
 
 class Unclear(Exception):
-    """What keeps an attention layer from being pruned, in words for the Refusal."""
+    """Why an attention layer cannot be pruned: the reason of an `Unsupported`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """A tensor with `width` entries per unit along `dim`, that is cut but not masked."""
+    """A tensor with `width` entries per unit along `dim`, which is sliced but not masked."""
 
     tensor: str
     width: int
@@ -34,10 +34,10 @@ class Vector:
 def companions(
     inventory: Inventory, name: str, known: set[str], heads: int, key_values: int, head_dim: int
 ) -> tuple[tuple[Vector, ...], str | None]:
-    """(tensors that are cut along, the table of position biases or None) of the module `name`.
+    """(tensors that are sliced with the heads, the table of position biases or None) of the module `name`.
 
-    known: its projections. A normalization over all heads at once (OLMo2) keeps its epsilon, which weighs a little
-    less beside the mean over fewer entries.
+    known: its projections. A normalization over all heads at once (OLMo2) keeps its epsilon, which is a little smaller
+    relative to the mean over fewer entries.
 
     Raises:
         Unclear: it has other weights.
@@ -63,7 +63,7 @@ def companions(
                 vectors.append(Vector(weight, heads * head_dim // units, rescale=OF_ROOT_MEAN_SQUARE))
                 continue
             if shapes[0] == (key_values * head_dim,):
-                # The only key/value head stays whole.
+                # The only key/value head is not pruned.
                 if key_values > 1:
                     vectors.append(Vector(weight, head_dim, rescale=OF_ROOT_MEAN_SQUARE))
                 continue
@@ -85,7 +85,7 @@ def companions(
 
 
 def check_surroundings(inventory: Inventory, name: str, heads: int) -> None:
-    """Refuses heads that something outside of the attention layer knows by their number.
+    """Refuses heads of which something outside the attention layer depends on their number.
 
     Raises:
         Unclear: a table of position biases above it, or slopes by the head's number (ALiBi).
@@ -95,7 +95,7 @@ def check_surroundings(inventory: Inventory, name: str, heads: int) -> None:
         raise Unclear("its model has ALiBi position biases, whose slopes follow from the number of the head")
     for tensor, scope in _tables(inventory, heads):
         if not scope or name.startswith(scope + "."):
-            raise Unclear(f"{tensor} is added to its scores head by head, and is not cut along")
+            raise Unclear(f"{tensor} is added to its scores head by head, and would not be pruned with them")
 
 
 def _tables(inventory: Inventory, heads: int) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Heads: structures of the attention layers of a model."""
+"""Attention heads as prunable groups: one for each attention layer of a model."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from collections.abc import Iterable
 from torch import nn
 
 from ds_compress.structure.attention import Attention, attentions_of
-from ds_compress.structure.inventory import Inventory, rows, settled, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.inventory import Inventory, exclude_tied, rows, unique
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 
-def head_structures(
+def head_groups(
     inventory: Inventory, num_heads: int | None = None
 ) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """One structure per attention layer; one for all layers that hand on the same position biases (T5)."""
+    """One group per attention layer; one for all layers that use the same position biases (T5)."""
     attentions, unsupported = attentions_of(inventory, num_heads)
-    structures = [_structure(group) for group in _sharing_a_bias(inventory, attentions)]
-    return settled(inventory, structures, unsupported)
+    groups = [_group(group) for group in _sharing_a_bias(inventory, attentions)]
+    return exclude_tied(inventory, groups, unsupported)
 
 
-def _structure(attentions: list[Attention]) -> PrunableGroup:
+def _group(attentions: list[Attention]) -> PrunableGroup:
     first = attentions[0]
-    members = [member for attention in attentions for member in _members(attention)]
+    slices = [coupled for attention in attentions for coupled in _slices(attention)]
     alone = len(attentions) == 1
     return PrunableGroup(
         name=first.name,
         kind=GroupKind.HEAD,
         modules=unique([name for attention in attentions for name in _modules(attention)]),
         units=first.units,
-        members=tuple(members),
+        slices=tuple(slices),
         # The inputs of several output projections cannot be observed at one place.
         observed=first.output.name if alone else None,
         observed_index=rows(first.units, first.width) if alone else None,
     )
 
 
-def _members(attention: Attention) -> list[CoupledSlice]:
+def _slices(attention: Attention) -> list[CoupledSlice]:
     units = attention.units
-    members = [
-        member
+    slices = [
+        coupled
         for part in attention.inputs
-        for member in part.projection.writers(rows(units, part.width, part.start))
+        for coupled in part.projection.writers(rows(units, part.width, part.start))
     ]
-    members.append(attention.output.reader(rows(units, attention.width), scored=True))
-    members += [
+    slices.append(attention.output.reader(rows(units, attention.width), scored=True))
+    slices += [
         CoupledSlice(
             vector.tensor, vector.dim, rows(units, vector.width), masked=False, rescale=vector.rescale
         )
         for vector in attention.vectors
     ]
-    return members
+    return slices
 
 
 def _modules(attention: Attention) -> list[str]:
@@ -61,9 +61,9 @@ def _modules(attention: Attention) -> list[str]:
 
 
 def _sharing_a_bias(inventory: Inventory, attentions: Iterable[Attention]) -> list[list[Attention]]:
-    """Groups that must lose the same heads: the same attention of all layers, when it hands its position bias on.
+    """Attention layers that must lose the same heads: those of all layers, when the first passes its position bias on.
 
-    In T5 the first self-attention of a stack makes it from its table, the first cross-attention from zeros.
+    In T5 the first self-attention of a stack computes it from its table, the first cross-attention from zeros.
     """
     groups: dict[str, list[Attention]] = {}
     for attention in attentions:

@@ -1,8 +1,8 @@
-"""The hidden size: entries of the residual stream, in models where what is left computes exactly the same.
+"""The hidden size: entries of the residual stream, in models where removing masked entries is exact.
 
 An entry that is zero in every embedding and that no layer writes to stays zero; matrices that read it can lose its
-column. Normalizations by the root mean square over all n entries see the zeros, so that over the k that are left
-their weights must grow by (n / k) ** 0.5. LayerNorm, which subtracts a mean first, has no such equal.
+column. Normalizations by the root mean square over all n entries include the zeros, so that over the k that are left
+their weights must grow by (n / k) ** 0.5. LayerNorm, which subtracts a mean first, has no exact equivalent.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ds_compress.structure.attention import attentions_of
 from ds_compress.structure.feed_forward import feed_forwards_of
 from ds_compress.structure.head_companions import OF_ROOT_MEAN_SQUARE
 from ds_compress.structure.inventory import Inventory, rows, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 _EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "glm")
-"""Model types whose residual stream meets nothing but matrices, root-mean-square norms and constant factors."""
+"""Model types whose residual stream is only read by matrices and root-mean-square norms, and scaled by constants."""
 _WITH_OTHER_NORMS = ("qwen3", "olmo2")
 _WHY_NOT = {
     "gemma": "embeddings are multiplied by the root of the hidden size, and norms by one plus their weight",
@@ -28,13 +28,13 @@ _WHY_NOT = {
 }
 
 
-def hidden_structures(inventory: Inventory) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """The one structure of the residual stream's entries, or why there is none."""
+def hidden_groups(inventory: Inventory) -> tuple[list[PrunableGroup], list[Unsupported]]:
+    """The one group of the residual stream's entries, or why there is none."""
     model = inventory.model
     reason = _obstacle(model)
     if reason is None:
         try:
-            return [_structure(inventory)], []
+            return [_group(inventory)], []
         except _Unclear as why:
             reason = str(why)
     return [], [Unsupported(type(model).__name__, f"its hidden size cannot be cut exactly: {reason}")]
@@ -46,7 +46,7 @@ def scales_epsilon(config: Any) -> bool:
 
 
 class _Unclear(Exception):
-    """What keeps the hidden size from being cut, for the Refusal."""
+    """Why the hidden size cannot be pruned: the reason of an `Unsupported`."""
 
 
 def _obstacle(model: nn.Module) -> str | None:
@@ -62,16 +62,16 @@ def _obstacle(model: nn.Module) -> str | None:
     return f"what a {type(model).__name__} does with its hidden states is not known here"
 
 
-def _structure(inventory: Inventory) -> PrunableGroup:
+def _group(inventory: Inventory) -> PrunableGroup:
     embedding, units = _embedding(inventory)
     index = rows(units)
     table = inventory.tensor(embedding, "weight")
     assert table is not None
-    members = [CoupledSlice(table, 1, index, scored=True)]
+    slices = [CoupledSlice(table, 1, index, scored=True)]
     names, inner = [embedding], set()
-    attentions, refused = attentions_of(inventory)
-    if refused:
-        raise _Unclear(f"{refused[0].module}: {refused[0].reason}")
+    attentions, unsupported = attentions_of(inventory)
+    if unsupported:
+        raise _Unclear(f"{unsupported[0].module}: {unsupported[0].reason}")
     for attention in attentions:
         parts = {part.projection.name: part.projection for part in attention.inputs}
         if attention.key_value_heads == 1:
@@ -81,31 +81,31 @@ def _structure(inventory: Inventory) -> PrunableGroup:
                 if name.startswith(attention.name + ".")
             )
             parts.update({p.name: p for p in own if p is not None and p.name != attention.output.name})
-        members += [projection.reader(index, scored=True) for projection in parts.values()]
-        members += attention.output.writers(index, scored=True)
+        slices += [projection.reader(index, scored=True) for projection in parts.values()]
+        slices += attention.output.writers(index, scored=True)
         inner |= {*parts, attention.output.name}
     for block in feed_forwards_of(inventory, frozenset(inner)):
-        members += [projection.reader(index, scored=True) for projection in block.widen]
-        members += block.narrow.writers(index, scored=True)
+        slices += [projection.reader(index, scored=True) for projection in block.widen]
+        slices += block.narrow.writers(index, scored=True)
         inner |= {block.narrow.name, *(projection.name for projection in block.widen)}
     names += sorted(inner)
     heads = list(_heads(inventory, inner, units))
     if not heads:
         raise _Unclear("it gives its hidden states to the caller; take the model with its head")
-    known = {member.tensor for member in members}
+    known = {coupled.tensor for coupled in slices}
     for head in heads:
         weight = inventory.tensor(head, "weight")
         if weight is not None and weight not in known:
-            members.append(CoupledSlice(weight, 1, index, scored=True))
+            slices.append(CoupledSlice(weight, 1, index, scored=True))
     norms = list(_norms(inventory, units))
-    members += [CoupledSlice(norm, 0, index, masked=False, rescale=OF_ROOT_MEAN_SQUARE) for norm in norms]
-    _check_complete(inventory, members, units)
+    slices += [CoupledSlice(norm, 0, index, masked=False, rescale=OF_ROOT_MEAN_SQUARE) for norm in norms]
+    _check_complete(inventory, slices, units)
     return PrunableGroup(
         name=embedding,
         kind=GroupKind.HIDDEN,
         modules=unique([*names, *heads, *(inventory.parent(norm) for norm in norms)]),
         units=units,
-        members=tuple(members),
+        slices=tuple(slices),
         observed=heads[0],
         observed_index=index,
     )
@@ -139,9 +139,9 @@ def _norms(inventory: Inventory, units: int) -> Iterator[str]:
             yield tensor
 
 
-def _check_complete(inventory: Inventory, members: list[CoupledSlice], units: int) -> None:
-    """Every parameter is a member, or belongs to the inside of a layer."""
-    known = {member.tensor for member in members}
+def _check_complete(inventory: Inventory, slices: list[CoupledSlice], units: int) -> None:
+    """Every parameter has a slice in the group, or belongs to the inside of a layer."""
+    known = {coupled.tensor for coupled in slices}
     for name, parameter in inventory.model.named_parameters():
         is_norm = name.split(".")[-2] in ("q_norm", "k_norm")
         is_inner_bias = name.endswith(".bias") and inventory.projection(inventory.parent(name)) is not None

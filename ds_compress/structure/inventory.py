@@ -1,4 +1,4 @@
-"""A model as finders see it: its modules by name, and which tensors of each carry outputs and which carry inputs."""
+"""A model as the finders use it: its modules by name, and which dimensions of their tensors are outputs and inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of, shape_of
-from ds_compress.structure.structure import CoupledSlice, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup, Unsupported
 
 
 def rows(units: int, width: int = 1, start: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def rows(units: int, width: int = 1, start: int = 0) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A Linear, Conv1D or Conv2d: the names of its tensors and what it maps to what."""
+    """A Linear, Conv1D or Conv2d: the names of its tensors, and its numbers of outputs and inputs."""
 
     name: str
     kind: ModuleKind
@@ -30,18 +30,18 @@ class Projection:
     bias: str | None
 
     def writers(self, index: torch.Tensor, scored: bool = False) -> list[CoupledSlice]:
-        """Members that write units: their rows of the weight, and their entries of the bias."""
+        """The slices that compute units: their rows of the weight, and their entries of the bias."""
         dim = 1 if self.kind is ModuleKind.CONV1D else 0
-        members = [CoupledSlice(self.weight, dim, index, scored)]
-        return members + ([CoupledSlice(self.bias, 0, index)] if self.bias is not None else [])
+        slices = [CoupledSlice(self.weight, dim, index, scored)]
+        return slices + ([CoupledSlice(self.bias, 0, index)] if self.bias is not None else [])
 
     def reader(self, index: torch.Tensor, scored: bool = False) -> CoupledSlice:
-        """The member that reads units: their columns of the weight."""
+        """The slice that reads units: their columns of the weight."""
         return CoupledSlice(self.weight, 0 if self.kind is ModuleKind.CONV1D else 1, index, scored)
 
 
 class Inventory:
-    """Lookups in one model; nothing here reads a weight's value, or its shape other than through `shape_of`."""
+    """Lookups in one model; nothing here reads a weight's value, and shapes are those of `shape_of`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -85,31 +85,31 @@ class Inventory:
         names = (self.child(parent, name) for name, _ in self.modules[parent].named_children())
         return [projection for name in names if (projection := self.projection(name)) is not None]
 
-    def tied_elsewhere(self, structure: PrunableGroup) -> Unsupported | None:
-        """Why the structure cannot be cut, if a module outside it uses one of its tensors, too."""
-        inside = set(structure.modules)
+    def tied_elsewhere(self, group: PrunableGroup) -> Unsupported | None:
+        """Why the group cannot be pruned, if a module outside it uses one of its tensors, too."""
+        inside = set(group.modules)
         for names in self._names.values():
-            if len(names) > 1 and any(member.tensor == names[0] for member in structure.members):
+            if len(names) > 1 and any(coupled.tensor == names[0] for coupled in group.slices):
                 outside = [name for name in names if self.parent(name) not in inside]
                 if outside:
                     reason = f"its {names[0]} is tied to {outside[0]}, which would lose the same entries; untie them"
-                    return Unsupported(structure.name, reason)
+                    return Unsupported(group.name, reason)
         return None
 
 
-def settled(
-    inventory: Inventory, structures: Iterable[PrunableGroup], unsupported: Iterable[Unsupported]
+def exclude_tied(
+    inventory: Inventory, groups: Iterable[PrunableGroup], unsupported: Iterable[Unsupported]
 ) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """Structures that nothing outside them shares a tensor with, and all refusals."""
+    """Groups that share no tensor with a module outside them, and all that is unsupported."""
     free: list[PrunableGroup] = []
-    refused = list(unsupported)
-    for structure in structures:
-        refusal = inventory.tied_elsewhere(structure)
+    unsupported = list(unsupported)
+    for group in groups:
+        refusal = inventory.tied_elsewhere(group)
         if refusal is None:
-            free.append(structure)
+            free.append(group)
         else:
-            refused.append(refusal)
-    return free, refused
+            unsupported.append(refusal)
+    return free, unsupported
 
 
 def unique(names: Sequence[str]) -> tuple[str, ...]:

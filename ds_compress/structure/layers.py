@@ -1,8 +1,8 @@
-"""Layers: the units of a stack, each of which can be left out because it takes what it gives.
+"""Layers: the units of a stack, each of which can be removed because its output has the shape of its input.
 
-A layer whose class tree or parameter names differ from those of most others is no unit, because stock code would put
-one of the others in its place: T5's first block owns the position bias that all of its stack use, ModernBERT's
-first layer has no normalization before its attention.
+A layer whose class tree or parameter names differ from those of most others is no unit, because vanilla HF would build
+one of the others in its place: T5's first block owns the position bias that its stack uses, ModernBERT's first layer
+has no normalization before its attention.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from ds_compress.errors import ConfigError
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.modelinfo.layers import find_layers
 from ds_compress.structure.inventory import Inventory
-from ds_compress.structure.structure import GroupKind, PrunableGroup, Unsupported
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 
 _PATH = "compression_training.depth_pruning.shared_parameters.module_name_prefix"
 _OF_HEADS = ("q_norm", "k_norm")
 _LIST_NAMES = ("layers", "layer", "block", "blocks", "h")
 
 
-def layer_structures(
+def layer_groups(
     inventory: Inventory, prefix: str | None = None
 ) -> tuple[list[PrunableGroup], list[Unsupported]]:
-    """One structure per stack: one in most models, two in encoder-decoders; `prefix`: the module of the only one.
+    """One group per stack: one in most models, two in encoder-decoders; `prefix`: the module of the only one.
 
     Raises:
         ConfigError: `prefix` names no ModuleList.
     """
-    structures: list[PrunableGroup] = []
+    groups: list[PrunableGroup] = []
     unsupported: list[Unsupported] = []
     try:
         stacks = [find_layers(inventory.model, prefix, _PATH)] if prefix else list(stacks_of(inventory))
@@ -41,7 +41,7 @@ def layer_structures(
         if prefix:
             raise
         why = "; ".join(problem.hint for problem in error.problems)
-        key = "say it with shared_parameters.module_name_prefix"
+        key = "set shared_parameters.module_name_prefix"
         return [], [
             Unsupported(type(inventory.model).__name__, f"which ModuleList holds its layers: {why}; {key}")
         ]
@@ -50,12 +50,12 @@ def layer_structures(
         if not _may_change_depth(inventory.model):
             unsupported.append(Unsupported(name, "its config does not allow another number of layers"))
         elif len(units) > 1:
-            structures.append(PrunableGroup(name, GroupKind.LAYER, (name,), len(units), (), layers=units))
+            groups.append(PrunableGroup(name, GroupKind.LAYER, (name,), len(units), (), layers=units))
         else:
             unsupported.append(
                 Unsupported(name, "its layers are all different: none can stand in for another")
             )
-    return structures, unsupported
+    return groups, unsupported
 
 
 def stacks_of(inventory: Inventory) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -102,9 +102,9 @@ def _alike(name: str, layers: nn.ModuleList) -> tuple[str, ...]:
 
 
 def _signature(layer: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Classes and parameters, and the shapes of those that tell how wide the stream is that goes through.
+    """Classes and parameters, and the shapes of the parameters that tell the width of the residual stream.
 
-    Those are the normalizations; the inside of layers may differ in width after an earlier cut.
+    Those are the normalizations; the inside of layers may differ in width after an earlier pruning.
     """
     modules = dict(layer.named_modules())
     norms = {

@@ -1,4 +1,4 @@
-"""Configs of transformers models: which keys hold the sizes that a cut changes."""
+"""Configs of transformers models: which keys hold the sizes that pruning changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ds_compress.structure.hidden import scales_epsilon
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 Counted = Sequence[tuple[PrunableGroup, int]]
 _ROWS = ("intermediate_size", "d_ff", "hidden_dim", "ffn_dim", "ffn_hidden_size", "n_inner")
@@ -28,11 +28,11 @@ def configs_of(model: nn.Module) -> list[tuple[Any, list[str]]]:
 
 
 def configs_of_stack(model: nn.Module, stack: str, depth: int) -> list[Any]:
-    """The config objects that say how many layers the ModuleList `stack` has, which are `depth`.
+    """The config objects that hold the number of layers of the ModuleList `stack`, which is `depth`.
 
-    That of the innermost module around it that says so, and its copies: in modules further out, in the layers
+    That of the innermost module around it that has the number, and its copies: in modules further out, in the layers
     themselves, and as a part of a composite config. A model of several towers (CLIP, Gemma-3 with vision) has a config
-    for each, and towers of the same depth must not be taken for one another.
+    for each, and towers of the same depth must not be confused.
     """
     around = [
         name for name in dict(model.named_modules()) if name == "" or f"{stack}.".startswith(f"{name}.")
@@ -59,7 +59,7 @@ def set_depth(config: Any, stack: str, depth: int, kept: Sequence[int]) -> None:
     lists = {
         key: value
         for key, value in vars(config).items()
-        # `layer_types` and its relatives say something about each layer.
+        # `layer_types` and similar keys have an item for each layer.
         if isinstance(value, list)
         and ("layer" in key or key in _PER_LAYER)
         and len(value) == depth == getattr(config, keys[-1], None)
@@ -71,14 +71,14 @@ def set_depth(config: Any, stack: str, depth: int, kept: Sequence[int]) -> None:
                 break
     for key, value in lists.items():
         setattr(config, key, [value[index] for index in kept])
-    _techniques(config)
+    _update_stage_names(config)
 
 
-def rewrite_config(config: Any, counted: Counted) -> None:
-    """Writes the sizes of the structures that this config describes; those on which layers disagree stay.
+def update_config(config: Any, counted: Counted) -> None:
+    """Writes the sizes of the groups that this config describes; those in which layers differ stay.
 
-    counted: (structure, units in the end) of all structures below the modules that hold the config; layers are not
-    looked at, see `set_depth`.
+    counted: (group, units in the end) of all groups below the modules that hold the config; layers are ignored, see
+    `set_depth`.
     """
     rows = [(s, n) for s, n in counted if s.kind is GroupKind.ROW]
     heads = [(s, n) for s, n in counted if s.kind is GroupKind.HEAD]
@@ -86,9 +86,9 @@ def rewrite_config(config: Any, counted: Counted) -> None:
         _rows(config, own, stack)
     for stack, own in _by_stack(config, heads, "{}_attention_heads").items():
         _heads(config, own, stack)
-    for structure, count in counted:
-        if structure.kind is GroupKind.HIDDEN and count < structure.units:
-            _hidden(config, structure.units, count)
+    for group, count in counted:
+        if group.kind is GroupKind.HIDDEN and count < group.units:
+            _hidden(config, group.units, count)
 
 
 def private_config(holder: nn.Module, heads: int, key_value_heads: int) -> None:
@@ -102,15 +102,15 @@ def private_config(holder: nn.Module, heads: int, key_value_heads: int) -> None:
 def _by_stack(config: Any, counted: Counted, key: str) -> dict[str, Counted]:
     """Encoder and decoder apart where the config has a key for each."""
     stacks: dict[str, list[tuple[PrunableGroup, int]]] = {}
-    for structure, count in counted:
-        stack = _stack(config, structure)
-        stacks.setdefault(stack if hasattr(config, key.format(stack)) else "", []).append((structure, count))
+    for group, count in counted:
+        stack = _stack(config, group)
+        stacks.setdefault(stack if hasattr(config, key.format(stack)) else "", []).append((group, count))
     return dict(stacks)
 
 
-def _stack(config: Any, structure: PrunableGroup) -> str:
-    """Which stack of an encoder-decoder the structure is in; "" in other models."""
-    return _side(config, (structure.layers or structure.modules)[0])
+def _stack(config: Any, group: PrunableGroup) -> str:
+    """Which stack of an encoder-decoder the group is in; "" in other models."""
+    return _side(config, (group.layers or group.modules)[0])
 
 
 def _side(config: Any, module: str) -> str:
@@ -190,8 +190,8 @@ def _hidden(config: Any, units: int, kept: int) -> None:
         config.rms_norm_eps *= units / kept
 
 
-def _techniques(config: Any) -> None:
-    """Names that vision backbones give to the outputs of their layers, the last of which is given out."""
+def _update_stage_names(config: Any) -> None:
+    """Updates the names of the layer outputs of vision backbones, the last of which is returned."""
     stages, indices = getattr(config, "stage_names", None), getattr(config, "_out_indices", None)
     depth = getattr(config, "num_hidden_layers", None)
     if isinstance(stages, list) and isinstance(depth, int) and len(stages) > depth + 1:
@@ -202,7 +202,7 @@ def _techniques(config: Any) -> None:
 
 def _agreed(counted: Iterable[tuple[PrunableGroup, int]]) -> tuple[int, int] | None:
     """(units before, units after) when that is the same for all and a change."""
-    sizes = {(structure.units, count) for structure, count in counted}
+    sizes = {(group.units, count) for group, count in counted}
     if len(sizes) != 1:
         return None
     before, after = sizes.pop()

@@ -1,4 +1,4 @@
-"""Structures that the JSON states itself: `modules` and `related_modules` of the legacy schema."""
+"""Prunable groups that the JSON states itself: `modules` and `related_modules` of the legacy schema."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.structure.inventory import Inventory, Projection, rows, unique
-from ds_compress.structure.structure import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
-def explicit_structure(
+def stated_group(
     model: nn.Module,
     kind: GroupKind,
     module_names: Sequence[str],
     related_names: Sequence[str],
     num_heads: int | None = None,
 ) -> PrunableGroup:
-    """The structure of the units of `module_names`, which all `related_names` read.
+    """The group of the units of `module_names`, which all `related_names` read.
 
     ROW and CHANNEL: units are the outputs of the modules; each related module loses the same inputs (a Linear
     behind a flattened map the whole width of a channel), a related normalization the same entries. HEAD: units are
@@ -29,14 +29,14 @@ def explicit_structure(
     modules (queries, keys, values) lose the same outputs.
 
     Raises:
-        ValueError: sizes that do not fit together, in words.
+        ValueError: sizes do not match; the message names them.
     """
     inventory = Inventory(model)
     writers = [_projection(inventory, name) for name in module_names]
     if kind is GroupKind.HEAD:
-        members, units, observed, index = _heads(inventory, writers, related_names, num_heads)
+        slices, units, observed, index = _heads(inventory, writers, related_names, num_heads)
     elif kind in (GroupKind.ROW, GroupKind.CHANNEL):
-        members, units, observed, index = _outputs(inventory, writers, related_names)
+        slices, units, observed, index = _outputs(inventory, writers, related_names)
     else:
         raise ValueError(f"related_modules have no meaning for {kind.value} pruning")
     return PrunableGroup(
@@ -44,16 +44,16 @@ def explicit_structure(
         kind=kind,
         modules=unique([*module_names, *related_names]),
         units=units,
-        members=tuple(members),
+        slices=tuple(slices),
         observed=observed,
         observed_index=index,
     )
 
 
-def zero_only_structure(
+def mask_only_group(
     model: nn.Module, kind: GroupKind, module_name: str, num_heads: int | None = None
 ) -> PrunableGroup:
-    """Units of one module that are zeroed and stay where they are, because what reads or feeds them is not known.
+    """A group of one module whose units are zeroed and not removed, because what reads or feeds them is not known.
 
     Raises:
         ValueError: the module has no such units, or `num_heads` chunks do not divide it.
@@ -64,17 +64,17 @@ def zero_only_structure(
     if kind is GroupKind.HEAD:
         units, width = _chunks(projection, num_heads)
         index = rows(units, width)
-        members = [projection.reader(index, scored=True)]
+        slices = [projection.reader(index, scored=True)]
         observed = projection.name
     else:
         units = projection.outputs
-        members = projection.writers(rows(units), scored=True)
+        slices = projection.writers(rows(units), scored=True)
     return PrunableGroup(
         name=module_name,
         kind=kind,
         modules=(module_name,),
         units=units,
-        members=tuple(members),
+        slices=tuple(slices),
         observed=observed,
         observed_index=index,
         removable=False,
@@ -91,12 +91,12 @@ def _outputs(inventory: Inventory, writers: Sequence[Projection], related: Seque
             raise ValueError(
                 f"{writer.name} has {writer.outputs} outputs, {writers[0].name} {units}: they cannot lose the same ones"
             )
-    members = [member for writer in writers for member in writer.writers(rows(units), scored=True)]
+    slices = [coupled for writer in writers for coupled in writer.writers(rows(units), scored=True)]
     observed, index = None, None
     for name in related:
         reader = inventory.projection(name)
         if reader is None:
-            members += _vectors(inventory, name, units)
+            slices += _vectors(inventory, name, units)
             continue
         if reader.inputs % units:
             raise ValueError(
@@ -105,29 +105,29 @@ def _outputs(inventory: Inventory, writers: Sequence[Projection], related: Seque
         width = reader.inputs // units
         if width > 1 and reader.kind is not ModuleKind.LINEAR:
             raise ValueError(f"{name} reads {reader.inputs} inputs, {writers[0].name} has {units} outputs")
-        members.append(reader.reader(rows(units, width)))
+        slices.append(reader.reader(rows(units, width)))
         if observed is None:
             observed, index = name, rows(units, width)
-    return members, units, observed, index
+    return slices, units, observed, index
 
 
 def _heads(
     inventory: Inventory, outputs: Sequence[Projection], related: Sequence[str], num_heads: int | None
 ) -> _Parts:
     units, width = _chunks(outputs[0], num_heads)
-    members = []
+    slices = []
     for output in outputs:
         if output.inputs != outputs[0].inputs:
             raise ValueError(
                 f"{output.name} reads {output.inputs} inputs, {outputs[0].name} {outputs[0].inputs}: other heads"
             )
-        members.append(output.reader(rows(units, width), scored=True))
+        slices.append(output.reader(rows(units, width), scored=True))
     for name in related:
         projection = _projection(inventory, name)
         if projection.outputs % units:
             raise ValueError(f"{name} has {projection.outputs} outputs, which {units} heads do not divide")
-        members += projection.writers(rows(units, projection.outputs // units))
-    return members, units, outputs[0].name, rows(units, width)
+        slices += projection.writers(rows(units, projection.outputs // units))
+    return slices, units, outputs[0].name, rows(units, width)
 
 
 def _chunks(projection: Projection, num_heads: int | None) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def _vectors(inventory: Inventory, name: str, units: int) -> list[CoupledSlice]:
     module = inventory.modules.get(name)
     if module is None:
         raise ValueError(f"there is no module {name}")
-    members = []
+    slices = []
     for key in _VECTORS:
         tensor = inventory.tensor(name, key)
         if tensor is None:
@@ -153,11 +153,11 @@ def _vectors(inventory: Inventory, name: str, units: int) -> list[CoupledSlice]:
         shape = shape_of(own) if own is not None else tuple(module.get_buffer(key).shape)
         if shape != (units,):
             raise ValueError(f"{name}.{key} has the shape {list(shape)}, not [{units}]")
-        # A zero channel must still be zero behind its normalization; the statistics are only cut.
-        members.append(CoupledSlice(tensor, 0, rows(units), masked=key in ("weight", "bias")))
-    if not members:
+        # A zero channel must still be zero behind its normalization; the statistics are only sliced.
+        slices.append(CoupledSlice(tensor, 0, rows(units), masked=key in ("weight", "bias")))
+    if not slices:
         raise ValueError(f"{name} is a {type(module).__name__}: it has no inputs that could be cut")
-    return members
+    return slices
 
 
 def _projection(inventory: Inventory, name: str) -> Projection:

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ds_compress.config.targets import Target, TechniquePlan
-    from ds_compress.engine.zero.shards import Shards
+    from ds_compress.sharding.shards import Shards
 
 
 class ActivationQuantization(Technique):
     """Raises ValueError at construction for a layer whose input cannot be quantized."""
 
     name: ClassVar[str] = "activation_quantization"
+    is_in_forward = True
 
     def __init__(self, technique: TechniquePlan, seed: int) -> None:
         """`seed` is not used: ranges have no randomness."""
@@ -53,7 +54,7 @@ class ActivationQuantization(Technique):
     ) -> Mapping[str, nn.Parameter]:
         for target in self._targets:
             layers.attach(target.module).input_quantizer = self._quantizers[target.module_name]
-        fast_paths.close(model)
+        fast_paths.disable(model)
         self._model = model
         self._use_schedule_at(0)
         return {}
@@ -78,7 +79,7 @@ class ActivationQuantization(Technique):
             layers.attach(target.module).input_quantizer = None
             layers.detach(target.module)
         if self._targets:
-            fast_paths.reopen(self._model)
+            fast_paths.restore(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """`ranges`: fp32 (min, max) on the CPU by module name, for the layers that have one."""
@@ -107,7 +108,7 @@ class ActivationQuantization(Technique):
         """`mean_bits` over layers, 0 for those that do not quantize yet; `layers_with_range`, of a static grid."""
         quantizers = self._quantizers.values()
         count = max(1, len(quantizers))
-        numbers = {"mean_bits": sum(q.grid.bits for q in quantizers if q.in_force) / count}
+        numbers = {"mean_bits": sum(q.grid.bits for q in quantizers if q.is_active) / count}
         if self._static:
             numbers["layers_with_range"] = float(sum(q.input_range is not None for q in quantizers))
         return numbers

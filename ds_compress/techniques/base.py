@@ -1,31 +1,86 @@
-"""What every stage is: one block of the JSON, attached to a model and stepped beside its optimizer.
+"""What every technique is: one block of the JSON, attached to a model and stepped beside its optimizer.
 
-A stage never asks where a tensor lives. It changes modules in `prepare`, before any optimizer exists,
-and it reads and writes *fragments* of the fp32 master weights afterwards. Everything that crosses
-processes goes through the `Shards` it was given, so the same code runs on every ZeRO stage.
+A technique never asks where a tensor lives. It changes modules in `prepare`, before any optimizer exists, and it reads
+and writes *fragments* of the fp32 master weights afterwards. Everything that crosses processes goes through the
+`Shards` it was given, so the same code runs on every ZeRO stage. Nothing asks which technique one is: what differs
+between them stands here, as a method or an attribute.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ds_compress.errors import Problem, dotted
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ds_compress.engine.zero.shards import Fragment, Shards
+    from ds_compress.config.report.plan import Plan
+    from ds_compress.config.schema.compression_training import CompressionConfig
+    from ds_compress.distill.teacher import Teacher
+    from ds_compress.sharding.fragment import Fragment
+    from ds_compress.sharding.shards import Shards
+    from ds_compress.structure.prunable_group import PrunableGroup
+    from ds_compress.techniques.training_engine import TrainingEngine
+
+
+@dataclass(frozen=True)
+class TechniqueContext:
+    """What techniques are made from: the config, what it means for the model, and who teaches.
+
+    all_gather_rows: [rows, ...] of this process -> those of all processes, and where its own begin.
+    """
+
+    config: CompressionConfig
+    plan: Plan
+    model: nn.Module
+    teacher: Teacher | None = None
+    all_gather_rows: Callable[[torch.Tensor], tuple[torch.Tensor, int]] | None = None
+
+
+def engine_only(block: str, key: str, got: str, allowed: str) -> Problem:
+    """The problem of a key that only a DeepSpeed engine can serve, in a training loop without one."""
+    hint = "deepspeed.initialize takes a prepared model over, also on ZeRO-0 with one process"
+    return Problem(dotted(block, *key.split(".")), got, f"{allowed} without a DeepSpeed engine", hint)
 
 
 class Technique:
-    """Base class with empty hooks; a stage overrides the ones that it needs.
+    """Base class with empty hooks; a technique overrides the ones that it needs.
 
     `step` is always the number of optimizer steps *applied* so far: 0 before the first one, and it does
     not move on a skipped step or a micro-step.
     """
 
     name: ClassVar[str]
+    is_in_forward: ClassVar[bool] = False
+    """Whether it changes what layers compute in forward (fake quantization), and nothing at an optimizer's step.
+
+    Plain copies of the weights lack its result, and it stays on the modules when training is over.
+    """
+    survives_shrink: ClassVar[bool] = False
+    """Whether this very object goes on beside the smaller model; others are made anew, with its state."""
+    prunable_groups: Mapping[str, PrunableGroup] = {}
+    """What it will remove from the model, by name."""
+    shrinks = False
+    """Whether that is to happen in mid-training, as soon as its masks are final."""
+    masks_are_final = True
+    """No mask will be made any more, and the last ones are applied."""
+
+    @classmethod
+    def of(cls, context: TechniqueContext) -> Self | None:
+        """The technique of a run; None where its block is absent or not enabled.
+
+        By default one whose block claims weights or prunable groups, made from that part of the plan.
+
+        Raises:
+            ValueError: settings that do not fit this model.
+        """
+        plan = {**context.plan.structures, **context.plan.techniques}.get(cls.name)
+        return None if plan is None else cls(plan, context.config.seed)  # type: ignore[call-arg]
 
     def prepare(
         self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
@@ -39,6 +94,9 @@ class Technique:
 
     def attach(self, shards: Shards) -> None:
         """The optimizer exists; `shards` gives this process its fragments of the master weights."""
+
+    def attach_engine(self, engine: TrainingEngine) -> None:
+        """The DeepSpeed engine exists, and `attach` was called; a collective. Not called in a loop without one."""
 
     def before_step(self, step: int) -> None:
         """Before the optimizer step, same order in every process: reductions over `shards` are allowed.
@@ -83,8 +141,14 @@ class Technique:
         """Whether `before_step` of the step now running made masks; the same in every process."""
         return False
 
+    def refresh(self) -> None:
+        """Copies of weights become exact for those who are about to read them; a collective."""
+
     def detach(self) -> None:
         """Gives the model its own classes back; parameters, hooks and flags stay as they are."""
+
+    def forget(self) -> None:
+        """Training is over: the model loses what was learned beside it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Small replicated state: equal in every process, JSON-like values and small tensors."""
@@ -107,8 +171,24 @@ class Technique:
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         """Restores what `process_state` returned here; None: nothing that fits was stored, begin anew."""
 
+    def kept_units(self) -> Mapping[str, torch.Tensor]:
+        """Sorted int64 indices of the units that masks keep now, by name of the prunable group; those with a mask."""
+        return {}
+
+    def keep_units(self, name: str, units: torch.Tensor) -> None:
+        """The prunable group `name` keeps these from now on, whatever the schedule says; for a shrink that follows."""
+        raise KeyError(name)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether masks were made or loaded, so that weights differ from what they were without this technique."""
+        return False
+
+    def drop_layers(self, names: Collection[str]) -> None:
+        """The model is about to lose these layers; for techniques that survive it."""
+
     def after_shrink(self) -> None:
-        """The model was cut, and this stage (of the smaller model) has all state of its predecessor."""
+        """The model was cut, and this technique (of the smaller model) has all state of its predecessor."""
 
     def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
         """`state_dict` for a model whose names change by `renamed`; None: the module is gone."""
@@ -117,6 +197,22 @@ class Technique:
     def untouched(self) -> list[str]:
         """Names of targets that stay whole although the JSON asks for less of them, because counts are rounded."""
         return []
+
+    @property
+    def is_lost_in_plain_weights(self) -> bool:
+        """Whether a plain copy of the weights lacks its result."""
+        return self.is_in_forward
+
+    def without_engine(self) -> Iterator[Problem]:
+        """What it cannot do in a training loop without a DeepSpeed engine."""
+        yield from ()
+
+    def with_tensor_parallelism(self) -> Iterator[tuple[str, str, str, str]]:
+        """(key path, got, allowed, why) of what it cannot do where processes hold shards of a layer; all of it."""
+        reason = "it was not made for layers of which each process holds a shard"
+        if self.is_in_forward:
+            reason = "AutoTP replaces layers that fake quantization has changed by its own, which drops it silently"
+        yield "", "enabled", "sparse_pruning alone", reason
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""

@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ds_compress.select.unit_scores import MeanActivation
-from ds_compress.structure.structure import CoupledSlice, PrunableGroup
+from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup
 from ds_compress.techniques.structured_pruning import StructuredPruning, first_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ds_compress.engine.zero.shards import Fragment
+    from ds_compress.sharding.fragment import Fragment
 
 
 class DepthPruning(StructuredPruning):
@@ -81,7 +81,7 @@ class DepthPruning(StructuredPruning):
                 )
                 influence = torch.zeros(structure.units, dtype=torch.float64, device=after.device)
                 influence[unit] = (1 - cosine).double().mean()
-                score.see(structure.name, influence, 1)
+                score.observe(structure.name, influence, 1)
 
             yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 

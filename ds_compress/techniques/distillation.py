@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -30,35 +30,45 @@ import torch
 from torch import nn
 
 from ds_compress.config.schema import distillation as schema
-from ds_compress.config.schema.layer_reduction import LayerReduction
+from ds_compress.config.schema.layer_reduction import LayerReductionConfig
+from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
 from ds_compress.distill.attention_scores import hide_scores, show_scores
-from ds_compress.distill.fit import check_pair, check_records, common_heads, hidden_widths
+from ds_compress.distill.compatibility import check_pair, check_records, common_heads, hidden_widths
 from ds_compress.distill.lazy_logits import LazyHead
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.distill.losses import LOSSES, DistillationLoss, Pair
 from ds_compress.distill.losses.logits import LogitsDistillation
-from ds_compress.distill.record import ActivationCapture, CapturedActivations
 from ds_compress.errors import ConfigError, Problem, shown
 from ds_compress.modelinfo.auxiliary import AUXILIARY
 from ds_compress.modelinfo.layers import find_layers
-from ds_compress.techniques.base import Technique
+from ds_compress.techniques.base import Technique, TechniqueContext
 from ds_compress.techniques.layer_reduction import uniform_map
 
 if TYPE_CHECKING:
-    from ds_compress.engine.teachers.sharded import Teacher
+    from ds_compress.distill.teacher import Teacher
+    from ds_compress.techniques.training_engine import TrainingEngine
 
 _PATH = "compression_training.distillation"
 
 
 class Distillation(Technique):
     name = "distillation"
+    survives_shrink = True
+
+    @classmethod
+    def of(cls, context: TechniqueContext) -> Distillation | None:
+        block = context.config.distillation
+        if block is None or not block.enabled or context.teacher is None:
+            return None
+        reduction = context.config.layer_reduction
+        return cls(block, context.model, context.teacher, reduction, context.all_gather_rows)
 
     def __init__(
         self,
-        config: schema.Distillation,
+        config: schema.DistillationConfig,
         student: nn.Module,
         teacher: Teacher,
-        layer_reduction: LayerReduction | None = None,
+        layer_reduction: LayerReductionConfig | None = None,
         gather: Callable[[torch.Tensor], tuple[torch.Tensor, int]] | None = None,
     ) -> None:
         """`gather`: [rows, ...] of this process -> those of all, and where its own begin."""
@@ -83,6 +93,7 @@ class Distillation(Technique):
         self._last: dict[str, torch.Tensor] = {}
         self._handles: list[Any] = []
         self._heads: tuple[LazyHead, ...] = ()
+        self._restore_backward: Callable[[], None] = lambda: None
 
     def prepare(
         self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
@@ -100,7 +111,7 @@ class Distillation(Technique):
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *added}  # type: ignore[assignment, misc]
         return added
 
-    def attach_engine(self, engine: Any) -> None:
+    def attach_engine(self, engine: TrainingEngine) -> None:
         """Hooks the student's forward and the engine's backward."""
         self._record_layers()
         logits = self.config.losses.logits
@@ -117,14 +128,7 @@ class Distillation(Technique):
         after = self._student.register_forward_hook(self._after_forward, with_kwargs=True)
         last = self._student.register_forward_hook(self._end_forward, always_call=True)
         self._handles += [before, after, last]
-        self._engine = engine
-        original = engine.backward
-
-        @functools.wraps(original)
-        def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return original(self._total(loss), *args, **kwargs)
-
-        engine.backward = backward
+        self._restore_backward = engine.transform_loss(self._total)
 
     def _record_layers(self) -> None:
         wanted = {record for loss in self.losses.values() for record in loss.records} - {"logits"}
@@ -159,11 +163,15 @@ class Distillation(Technique):
         for model in (self._student, self.teacher.model):
             if model is not None:
                 hide_scores(model)
-        vars(self._engine).pop("backward", None)
+        self._restore_backward()
 
     def forget(self) -> None:
         """Training is over: the model loses what was learned beside it."""
         self._student._modules.pop(AUXILIARY, None)
+
+    def without_engine(self) -> Iterator[Problem]:
+        hint = "deepspeed.initialize takes a prepared model over, also on ZeRO-0 with one process"
+        yield Problem(_PATH, "enabled, in a training loop of its own", "a DeepSpeed engine", hint)
 
     def _layer_map(self, students: int, depth: int) -> tuple[int, ...]:
         chosen = self.config.layer_map or uniform_map(students, depth)

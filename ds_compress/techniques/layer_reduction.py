@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig
-from ds_compress.config.schema.layer_reduction import LayerReduction
+from ds_compress.config.schema.layer_reduction import LayerReductionConfig
 from ds_compress.errors import ConfigError, Problem, nearest, shown
 from ds_compress.modelinfo.layers import find_layers
 from ds_compress.structure.model_config import configs_of_stack, set_depth
@@ -75,7 +75,7 @@ def reduce_layers(
     return [p for key, p in before.items() if key not in kept]
 
 
-def chosen_layers(block: LayerReduction, depth: int) -> tuple[int, ...]:
+def chosen_layers(block: LayerReductionConfig, depth: int) -> tuple[int, ...]:
     """The teacher layer of each student layer; evenly spaced, the last one included, when only a number is given."""
     if block.teacher_layer is not None:
         chosen = tuple(block.teacher_layer)

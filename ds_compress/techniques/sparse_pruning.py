@@ -18,7 +18,7 @@ optimizer's update and the making of the 16-bit copy, so forward and backward se
 A mask that is due at step s is computed just before step s is applied and is in force from then on: the
 forward of step s (counting from 0) is the first that sees it. Step 0 itself is always dense, and methods that
 score by gradient first need to have seen one. `gradient_clipping` counts the gradients that are applied: not those of
-weights that stay masked (those of hidden values under `regrowth` are).
+weights that stay masked (those of latent weights under `regrowth` are).
 """
 
 from __future__ import annotations
@@ -27,55 +27,52 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ds_compress.config.schema.patterns import UNSTRUCTURED
+from ds_compress.config.targets import exact_ceil
+from ds_compress.errors import listed, shown
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
 from ds_compress.select.patterns import BlockGrid
-from ds_compress.select.schedules import DensitySchedule
 from ds_compress.select.scores import SCORES
-from ds_compress.techniques.base import Technique
+from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
 if TYPE_CHECKING:
     from ds_compress.config.report.plan import Target, TechniquePlan
-    from ds_compress.engine.zero.shards import Fragment, Shards
+    from ds_compress.sharding.fragment import Fragment
 
 logger = logging.getLogger("ds_compress")
 
 
-class SparsePruning(Technique):
+_METHODS_ON_SHARDS = ("l1", "taylor", "movement", "snip_momentum")
+"""Those that work where each process holds a shard of a layer."""
+
+
+class SparsePruning(MaskedTechnique):
     name = "sparse_pruning"
 
     def __init__(self, technique: TechniquePlan, seed: int = 0) -> None:
         shared = technique.shared
         self.scope = shared.scope
         self.targets: dict[str, Target] = {target.param_name: target for target in technique.targets}
+        super().__init__(self.targets)
+        self._method, self._pattern = shared.method, shared.effective_pattern
         self.score = SCORES[shared.method](seed if shared.seed is None else shared.seed, shared.momentum)
         self.regrowth = shared.effective_regrowth or self.score.mask_may_change
-        first = max(shared.schedule_offset, 2 if self.score.needs_gradient else 1)
-        end = shared.schedule_offset_end
-        self.schedule = DensitySchedule(
-            shared.effective_schedule,
-            first,
-            None if end is None else max(end, first),
-            shared.schedule_offset_stride,
-        )
+        self.schedule = schedule_of(shared, self.score.needs_gradient)
         self.grids = {
             name: BlockGrid.of(shared.effective_pattern, target.shape, target.kind is ModuleKind.CONV1D)
             for name, target in self.targets.items()
         }
-        self.masks: dict[str, torch.Tensor] = {}
-        self._in_force = self.masks
-        self.hidden: dict[str, torch.Tensor] = {}
+        self._active_masks = self.masks
         self.kept, self.total = 0, 0
         self._model_numel = 0
-        self._step = 0
 
     def prepare(
         self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
@@ -83,9 +80,13 @@ class SparsePruning(Technique):
         self._model_numel = sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
         return {}
 
-    def attach(self, shards: Shards) -> None:
-        self._shards = shards
-        self._fragments = shards.select(list(self.targets))
+    @property
+    def masks_may_change(self) -> bool:
+        return self.regrowth
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.masks)
 
     # -- at each optimizer step ------------------------------------------------------------------------
 
@@ -93,24 +94,23 @@ class SparsePruning(Technique):
         self._step = step
         self._undo = self.masks, self.kept, self.total, dict(self.score.tensors)
         # The gradients of this step come from a forward under these masks, not under those made now.
-        self._in_force = self.masks
+        self._active_masks = self.masks
         if self.schedule.is_due(step + 1, self.regrowth):
             self.update_masks(step + 1)
 
     def on_skipped_step(self) -> None:
         self.masks, self.kept, self.total, self.score.tensors = self._undo
-        self._in_force = self.masks
+        self._active_masks = self.masks
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
-        scoring = not self._is_over
-        learning = self.score.needs_gradient or bool(self._in_force)
-        for fragment in self._mine(fragments):
-            if fragment.name in self.hidden:
-                fragment.values.copy_(self.hidden[fragment.name])
+        scoring = not self.is_over
+        learning = self.score.needs_gradient or bool(self._active_masks)
+        for fragment in self._own(fragments):
+            self._restore_latent(fragment)
             if scoring and learning:
                 self.score.observe(fragment, settings)
-            if self.score.masks_gradient and fragment.name in self._in_force:
-                fragment.mask_gradient(self._in_force[fragment.name])
+            if self.score.masks_gradient and fragment.name in self._active_masks:
+                fragment.mask_gradient(self._active_masks[fragment.name])
         if scoring and learning:
             self.score.learn(settings)
 
@@ -119,52 +119,23 @@ class SparsePruning(Technique):
         return self.total > 0
 
     def gradient_mask(self, name: str) -> torch.Tensor | None:
-        if not self.regrowth or self._is_over:
+        if not self.regrowth or self.is_over:
             return self.masks.get(name)
         # The gradient goes to the hidden value of a masked weight, unless its score has it instead.
-        return self._in_force.get(name) if self.score.masks_gradient else None
-
-    def on_update(self, fragments: Iterable[Fragment]) -> None:
-        masked = []
-        for fragment in self._mine(fragments):
-            mask = self.masks.get(fragment.name)
-            if mask is None:
-                continue
-            if self.regrowth and not self._is_over:
-                self._hide(fragment)
-            masked.append((fragment.values, mask))
-        bitmask.apply_many_(masked)
+        return self._active_masks.get(name) if self.score.masks_gradient else None
 
     def after_step(self, step: int) -> None:
-        if self._is_over and (self.hidden or self.score.tensors):
+        if self.is_over and (self.latent or self.score.tensors):
             # The mask is final: whatever could have changed its mind is memory for nothing.
-            self.hidden.clear()
+            self.latent.clear()
             self.score.clear()
-
-    @property
-    def _is_over(self) -> bool:
-        """No mask will be made after the one that the step now running applies."""
-        return self.schedule.is_over(self._step + 1, self.regrowth)
-
-    def masked_weights(self) -> Collection[str]:
-        return self.targets
 
     def learning_weights(self) -> Collection[str]:
         return self.targets if self.regrowth or self.score.needs_gradient else ()
 
     @property
     def has_new_masks(self) -> bool:
-        return self.masks is not self._in_force
-
-    def _mine(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
-        return (fragment for fragment in fragments if fragment.name in self._fragments)
-
-    def _hide(self, fragment: Fragment) -> None:
-        """Keeps the values that the mask is about to clear (the master itself shows zeros)."""
-        if fragment.name in self.hidden:
-            self.hidden[fragment.name].copy_(fragment.values)
-        else:
-            self.hidden[fragment.name] = fragment.values.clone()
+        return self.masks is not self._active_masks
 
     # -- making a mask ---------------------------------------------------------------------------------
 
@@ -182,7 +153,9 @@ class SparsePruning(Technique):
             }
         except radix.NonFiniteScoresError as error:
             self.kept, self.total = before
-            broken = sorted(name for index in error.pools for name in self._pools(step)[index].members)
+            broken = sorted(
+                name for index in error.groups for name in self._selection_groups(step)[index].members
+            )
             logger.warning(
                 "sparse_pruning: weights or gradients of %s are NaN or Inf at step %d; the mask stays as it was",
                 ", ".join(broken[:3]) + (" and others" if len(broken) > 3 else ""),
@@ -201,33 +174,33 @@ class SparsePruning(Technique):
         numels = {name: math.prod(target.shape) for name, target in self.targets.items()}
         own = {name: self._element_scores(fragment) for name, fragment in self._fragments.items()}
         scores = self._shards.exchange_halos(own, block_rows, numels)
-        if any(grid.top is not None for grid in self.grids.values()):
+        if any(grid.kept_per_group is not None for grid in self.grids.values()):
             self.kept, self.total = (
-                sum(grid.kept_by_top for grid in self.grids.values()),
+                sum(grid.num_kept for grid in self.grids.values()),
                 sum(numels.values()),
             )
-            yield from ((name, self.grids[name].keep_top(values)) for name, values in scores.items())
+            yield from ((name, self.grids[name].n_of_m_mask(values)) for name, values in scores.items())
             return
         blocks = {
             name: radix.sort_keys_(self.grids[name].block_scores(values)) for name, values in scores.items()
         }
         keys = {name: partial(_given, values) for name, values in blocks.items()}
         for name, keep in self._by_threshold(keys, step):
-            yield name, self.grids[name].expand(keep, scores[name].numel())
+            yield name, self.grids[name].expand_block_mask(keep, scores[name].numel())
 
     def _by_threshold(
         self, keys: Mapping[str, Callable[[], torch.Tensor]], step: int
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        candidates = {}
+        scores_of = {}
         for name, make_keys in keys.items():
             grid, start = self.grids[name], self._fragments[name].start
             # A band that began on an earlier fragment is that fragment's to count.
-            borrowed = 0 if start % grid.block_row_numel == 0 else grid.blocks_per_band
-            candidates[name] = radix.Candidates(make_keys, borrowed)
-        pools = self._pools(step)
-        masks = radix.select(candidates, pools, self._shards)
+            num_halo = 0 if start % grid.block_row_numel == 0 else grid.blocks_per_row
+            scores_of[name] = radix.ParameterScores(make_keys, num_halo)
+        groups = self._selection_groups(step)
+        masks = radix.select(scores_of, groups, self._shards)
         self.kept, self.total = (
-            sum(pool.keep for pool in pools),
+            sum(group.num_kept for group in groups),
             sum(grid.units for grid in self.grids.values()),
         )
         return masks
@@ -237,25 +210,27 @@ class SparsePruning(Technique):
         return radix.sort_keys_(self._element_scores(fragment), non_negative=not signed)
 
     def _element_scores(self, fragment: Fragment) -> torch.Tensor:
-        weights = self.hidden.get(fragment.name)
-        scores = self.score.of(fragment, fragment.values if weights is None else weights)
+        weights = self.latent.get(fragment.name)
+        scores = self.score.scores_of(fragment, fragment.values if weights is None else weights)
         if not self.regrowth and fragment.name in self.masks:
             # Every score without regrowth is >= 0, so a pruned weight ranks below all others and stays pruned.
             bitmask.apply_(scores, self.masks[fragment.name], fill=-1.0)
         return scores
 
-    def _pools(self, step: int) -> list[radix.Pool]:
+    def _selection_groups(self, step: int) -> list[radix.SelectionGroup]:
         """Who competes with whom: one pool per weight, per JSON group, or one in all."""
 
         def keep(name: str) -> int:
             return self.kept_of(name, step)
 
         if self.scope == "layer":
-            return [radix.Pool((name,), keep(name)) for name in self.targets]
+            return [radix.SelectionGroup((name,), keep(name)) for name in self.targets]
         groups: dict[str, list[str]] = {}
         for name, target in self.targets.items():
             groups.setdefault(target.group if self.scope == "group" else "", []).append(name)
-        return [radix.Pool(tuple(names), self._kept_together(names, step)) for names in groups.values()]
+        return [
+            radix.SelectionGroup(tuple(names), self._kept_together(names, step)) for names in groups.values()
+        ]
 
     def kept_of(self, name: str, step: int) -> int:
         """Units (weights or blocks) that the weight `name` would keep by itself at `step`: ceil(density * n)."""
@@ -287,15 +262,11 @@ class SparsePruning(Technique):
     def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
         masks = {name: bitmask.unpack(mask, self._fragments[name].numel) for name, mask in self.masks.items()}
         state = self.score.fragment_state()
-        return {
-            **state,
-            **({"mask": masks} if masks else {}),
-            **({"hidden": self.hidden} if self.hidden else {}),
-        }
+        return {**state, **({"mask": masks} if masks else {}), **super().fragment_state()}
 
     def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self.masks = {name: bitmask.pack(mask) for name, mask in state.get("mask", {}).items()}
-        self.hidden = dict(state.get("hidden", {}))
+        super().load_fragment_state(state)
         self.score.load_fragment_state(state)
 
     def after_shrink(self) -> None:
@@ -318,6 +289,14 @@ class SparsePruning(Technique):
         claimed = sum(math.prod(target.shape) for target in self.targets.values())
         return {"sparsity": sparsity, "model_sparsity": sparsity * claimed / self._model_numel}
 
+    def with_tensor_parallelism(self) -> Iterator[tuple[str, str, str, str]]:
+        if self._method not in _METHODS_ON_SHARDS:
+            reason = "its numbers are drawn by the position in the whole weight"
+            yield "shared_parameters.method", shown(self._method), listed(_METHODS_ON_SHARDS), reason
+        if any(not grid.is_elementwise for grid in self.grids.values()):
+            reason = "a block may lie across two processes"
+            yield "shared_parameters.pattern", shown(self._pattern), shown(UNSTRUCTURED), reason
+
     def untouched(self) -> list[str]:
         if self.scope != "layer":
             return []
@@ -325,18 +304,11 @@ class SparsePruning(Technique):
         return [
             name
             for name, grid in self.grids.items()
-            if ratios[name] < 1 and grid.top is None and exact_ceil(ratios[name], grid.units) == grid.units
+            if ratios[name] < 1
+            and grid.kept_per_group is None
+            and exact_ceil(ratios[name], grid.units) == grid.units
         ]
-
-    def mask_bytes(self) -> int:
-        """Bytes of masks that this process holds."""
-        return sum(mask.numel() for mask in self.masks.values())
 
 
 def _given(values: torch.Tensor) -> torch.Tensor:
     return values
-
-
-def exact_ceil(density: float, units: int) -> int:
-    """ceil(density * units) for the decimal that the JSON shows: 0.07 of 100 is 7, not 8."""
-    return math.ceil(Fraction(repr(density)) * units)

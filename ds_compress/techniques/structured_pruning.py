@@ -17,7 +17,7 @@
 What belongs to a unit is found from the model (`structure.find`) or stated by `related_modules`. While the schedule
 runs, units are masked: their weights are zero in the fp32 masters right after each optimizer step, one bit per weight
 on the owner's fragment. `topk` may change its mind: it masks only the weights that it scores, as the removed library
-did, and keeps their hidden values, until the schedule has ended. Units are removed by `ds_compress.finalize`, by an
+did, and keeps their latent weights, until the schedule has ended. Units are removed by `ds_compress.finalize`, by an
 export, or by `shrink_at_end_of_schedule`.
 """
 
@@ -31,17 +31,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.resolve.structures import kept_units
+from ds_compress.config.structure_targets import kept_units
+from ds_compress.errors import Problem
 from ds_compress.ops import bitmask
-from ds_compress.select.schedules import DensitySchedule
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
-from ds_compress.select.units import best, on_device, shares, unit_mask, unit_sums
-from ds_compress.techniques.base import Technique
+from ds_compress.select.units import global_counts, on_device, top_indices, unit_mask, unit_sums
+from ds_compress.techniques.base import engine_only
+from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
 if TYPE_CHECKING:
-    from ds_compress.config.resolve.structures import StructurePlan
-    from ds_compress.engine.zero.shards import Fragment, Shards
-    from ds_compress.structure.structure import CoupledSlice, PrunableGroup
+    from ds_compress.config.structure_targets import StructurePlan
+    from ds_compress.sharding.fragment import Fragment
+    from ds_compress.sharding.shards import Shards
+    from ds_compress.structure.prunable_group import CoupledSlice, PrunableGroup
 
 logger = logging.getLogger("ds_compress")
 
@@ -57,7 +59,7 @@ NEVER = torch.finfo(torch.float32).min
 """The score of a unit that is gone and may not return, or of nothing else."""
 
 
-class StructuredPruning(Technique):
+class StructuredPruning(MaskedTechnique):
     """Attributes: `kept`, sorted int64 indices of the units that are in force, by structure name; empty at first."""
 
     def __init__(self, plan: StructurePlan, seed: int = 0) -> None:
@@ -70,26 +72,14 @@ class StructuredPruning(Technique):
         )
         self._scope, self._round_to = shared.scope, shared.round_to
         self._rounds_up = shared.rounds_up
-        first, end = (
-            max(shared.schedule_offset, 2 if self.score.needs_gradient else 1),
-            shared.schedule_offset_end,
-        )
-        self.schedule = DensitySchedule(
-            shared.effective_schedule,
-            first,
-            None if end is None else max(end, first),
-            shared.schedule_offset_stride,
-        )
+        self.schedule = schedule_of(shared, self.score.needs_gradient)
         self.kept: dict[str, torch.Tensor] = {}
-        self.hidden: dict[str, torch.Tensor] = {}
-        self._masks: dict[str, torch.Tensor] = {}
         self._places: dict[str, list[Place]] = {}
         for structure in self.structures.values():
-            for member in structure.members:
+            for member in structure.slices:
                 self._places.setdefault(member.tensor, []).append((structure, member))
-        self._step = 0
+        super().__init__(self._places)
         self._applied, self._done = True, False
-        self._fragments: dict[str, Fragment] = {}
         self._handles: list[Any] = []
 
     def prepare(
@@ -101,8 +91,7 @@ class StructuredPruning(Technique):
         return {}
 
     def attach(self, shards: Shards) -> None:
-        self._shards = shards
-        self._fragments = shards.select(list(self._places))
+        super().attach(shards)
         self._make_masks()
 
     def detach(self) -> None:
@@ -128,24 +117,23 @@ class StructuredPruning(Technique):
             self._units_changed()
 
     def on_gradients(self, fragments: Iterable[Fragment], settings: Mapping[str, Any]) -> None:
-        for fragment in self._mine(fragments):
-            if fragment.name in self.hidden:
-                fragment.values.copy_(self.hidden[fragment.name])
+        for fragment in self._own(fragments):
+            self._restore_latent(fragment)
             gradient = fragment.gradient
             if gradient is None:
                 continue
             if not self.is_over:
                 self._gather(fragment, gradient, settings)
-            if fragment.name in self._masks:
-                fragment.mask_gradient(self._masks[fragment.name])
+            if fragment.name in self.masks:
+                fragment.mask_gradient(self.masks[fragment.name])
 
     def _gather(self, fragment: Fragment, gradient: torch.Tensor, settings: Mapping[str, Any]) -> None:
-        values = self.score.of_gradient(fragment.values, gradient)
+        values = self.score.gradient_terms(fragment.values, gradient)
         if values is None:
             return
         for structure, member in self._places[fragment.name]:
             if member.scored:
-                self.score.gather(
+                self.score.accumulate(
                     structure.name, self._unit_sums(structure, member, fragment, values), settings
                 )
 
@@ -154,43 +142,49 @@ class StructuredPruning(Technique):
         return bool(self.kept)
 
     def gradient_mask(self, name: str) -> torch.Tensor | None:
-        return self._masks.get(name)
-
-    def on_update(self, fragments: Iterable[Fragment]) -> None:
-        masked = []
-        for fragment in self._mine(fragments):
-            mask = self._masks.get(fragment.name)
-            if mask is None:
-                continue
-            if self.score.may_change and not self.is_over:
-                self._hide(fragment)
-            masked.append((fragment.values, mask))
-        bitmask.apply_many_(masked)
+        return self.masks.get(name)
 
     def after_step(self, step: int) -> None:
         self._applied, self._done = True, self.is_over
         if not self.is_over:
             if not self.score.observes:
                 self._fold()
-        elif self.hidden or self.score.totals:
-            self.hidden.clear()
+        elif self.latent or self.score.totals:
+            self.latent.clear()
             self.score.totals = {}
 
-    @property
-    def is_over(self) -> bool:
-        """No mask will be made after the one that the step now running applies."""
-        return self.schedule.is_over(self._step + 1, self.score.may_change)
-
     def _fold(self) -> None:
-        self.score.fold(self._shards.sum, self._shards.sum_over_data)
+        self.score.reduce(self._shards.sum, self._shards.sum_over_data)
 
     @property
-    def is_applied(self) -> bool:
-        """Whether the masks that were made last are in the weights."""
-        return len(self.kept) == len(self.structures) and self._applied
+    def masks_may_change(self) -> bool:
+        return self.score.may_change
 
-    def masked_weights(self) -> Collection[str]:
-        return self._places
+    @property
+    def masks_are_final(self) -> bool:  # type: ignore[override]
+        return self.is_over and len(self.kept) == len(self.structures) and self._applied
+
+    @property
+    def prunable_groups(self) -> Mapping[str, PrunableGroup]:  # type: ignore[override]
+        return self.structures
+
+    def kept_units(self) -> Mapping[str, torch.Tensor]:
+        return self.kept
+
+    def keep_units(self, name: str, units: torch.Tensor) -> None:
+        self.kept[name] = units.clone()
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.kept)
+
+    @property
+    def is_lost_in_plain_weights(self) -> bool:
+        return any(structure.removable for structure in self.structures.values())
+
+    def without_engine(self) -> Iterator[Problem]:
+        if self.shrinks:
+            yield engine_only(self.name, "shared_parameters.shrink_at_end_of_schedule", "true", "false")
 
     def learning_weights(self) -> Collection[str]:
         if self.score.may_change:
@@ -202,16 +196,6 @@ class StructuredPruning(Technique):
     @property
     def has_new_masks(self) -> bool:
         return not self._applied
-
-    def _mine(self, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
-        return (fragment for fragment in fragments if fragment.name in self._fragments)
-
-    def _hide(self, fragment: Fragment) -> None:
-        """Keeps the values that the mask is about to clear."""
-        if fragment.name in self.hidden:
-            self.hidden[fragment.name].copy_(fragment.values)
-        else:
-            self.hidden[fragment.name] = fragment.values.clone()
 
     # -- choosing units --------------------------------------------------------------------------------
 
@@ -231,7 +215,7 @@ class StructuredPruning(Technique):
         pools = self._pools(scores)
         counts = self._counts(pools, step)
         self.kept = {
-            name: best(values, count)
+            name: top_indices(values, count)
             for (names, values), count in zip(pools, counts, strict=True)
             for name in names
         }
@@ -243,7 +227,7 @@ class StructuredPruning(Technique):
     def _scores(self) -> dict[str, torch.Tensor]:
         """fp32-rounded scores: the last digits of their sums depend on how weights are spread."""
         sums = self._weight_sums()
-        scores = {name: self.score.of(name, sums[name]).float() for name in self.structures}
+        scores = {name: self.score.scores_of(name, sums[name]).float() for name in self.structures}
         if not self.score.may_change:
             for name, kept in self.kept.items():
                 gone = torch.ones_like(scores[name], dtype=torch.bool)
@@ -259,7 +243,7 @@ class StructuredPruning(Technique):
         if not self.score.sums_weights:
             return sums
         for name, fragment in self._fragments.items():
-            weights = self.score.of_weights(self.hidden.get(name, fragment.values))
+            weights = self.score.weight_terms(self.latent.get(name, fragment.values))
             for structure, member in self._places[name]:
                 if member.scored:
                     sums[structure.name] += self._unit_sums(structure, member, fragment, weights).cpu()
@@ -281,7 +265,7 @@ class StructuredPruning(Technique):
         own = [self.units_kept(names[0], step) for names, _ in pools]
         if self._scope == "uniform" or len(pools) < 2:
             return own
-        return shares([values for _, values in pools], sum(own), self._round_to)
+        return global_counts([values for _, values in pools], sum(own), self._round_to)
 
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
@@ -302,7 +286,7 @@ class StructuredPruning(Technique):
     # -- masks -----------------------------------------------------------------------------------------
 
     def _make_masks(self) -> None:
-        self._masks = {}
+        self.masks = {}
         for name, fragment in self._fragments.items():
             keep: torch.Tensor | None = None
             for structure, member in self._places[name]:
@@ -314,14 +298,14 @@ class StructuredPruning(Technique):
                     )
                     keep = own if keep is None else keep & own
             if keep is not None:
-                self._masks[name] = bitmask.pack(keep.to(fragment.values.device))
+                self.masks[name] = bitmask.pack(keep.to(fragment.values.device))
 
     def _is_masked(self, structure: PrunableGroup, member: CoupledSlice) -> bool:
         if not member.masked:
             return False
         if not self.score.may_change or self.is_over:
             return True
-        scored = {m.tensor.rpartition(".")[0] for m in structure.members if m.scored and m.dim == member.dim}
+        scored = {m.tensor.rpartition(".")[0] for m in structure.slices if m.scored and m.dim == member.dim}
         return member.scored or member.tensor.rpartition(".")[0] in scored
 
     def _units_changed(self) -> None:
@@ -343,7 +327,7 @@ class StructuredPruning(Technique):
             if module.training and not self._done:
                 x = first_argument(args, kwargs).detach().abs().movedim(axis, -1).flatten(0, -2)
                 by_entry = x.sum(0, dtype=torch.float32)
-                score.see(structure.name, by_entry[on_device(index, x.device)].sum(1), x.shape[0])
+                score.observe(structure.name, by_entry[on_device(index, x.device)].sum(1), x.shape[0])
 
         yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -360,12 +344,6 @@ class StructuredPruning(Technique):
         self._make_masks()
         self._units_changed()
 
-    def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {"hidden": self.hidden} if self.hidden else {}
-
-    def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        self.hidden = dict(state.get("hidden", {}))
-
     def metrics(self) -> dict[str, float]:
         """`density`: fraction of the units that is in force, of all structures together."""
         units = sum(structure.units for structure in self.structures.values())
@@ -373,7 +351,3 @@ class StructuredPruning(Technique):
             self.kept[name].numel() if name in self.kept else s.units for name, s in self.structures.items()
         )
         return {"density": kept / units if units else 1.0}
-
-    def mask_bytes(self) -> int:
-        """Bytes of masks that this process holds."""
-        return sum(mask.numel() for mask in self._masks.values())

@@ -34,9 +34,10 @@ from torch import nn
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.ops.counter_rng import stream_key
 from ds_compress.quant import fast_paths, layers
-from ds_compress.quant.grid import Granularity, WeightGrid, initial_scale
+from ds_compress.quant.fake_quant import FakeQuantConfig
+from ds_compress.quant.grid import Granularity, WeightGrid
 from ds_compress.quant.layout import check_shape
-from ds_compress.quant.operands import FakeQuantConfig
+from ds_compress.quant.weights import initial_scale
 from ds_compress.techniques.base import Technique
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class WeightQuantization(Technique):
     """Raises ValueError at construction for a weight that its grid cannot cut or round as configured."""
 
     name: ClassVar[str] = "weight_quantization"
+    is_in_forward = True
 
     def __init__(self, technique: TechniquePlan, seed: int) -> None:
         self._shared = technique.shared
@@ -94,7 +96,7 @@ class WeightQuantization(Technique):
                     if step_size.requires_grad:
                         added[f"{target.module_name}.{layers.STEP_SIZE}".lstrip(".")] = step_size
                 target.module.register_parameter(layers.STEP_SIZE, step_sizes[shared_by_ties])
-        fast_paths.close(model)
+        fast_paths.disable(model)
         self._model = model
         self._use_schedule_at(0)
         return added
@@ -108,7 +110,7 @@ class WeightQuantization(Technique):
             target.module._parameters.pop(layers.STEP_SIZE, None)
             layers.detach(target.module)
         if self._targets:
-            fast_paths.reopen(self._model)
+            fast_paths.restore(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         # Bits, blend and noise are functions of the step; learned step sizes are the model's parameters.
@@ -190,7 +192,7 @@ class WeightQuantization(Technique):
             grid=grid,
             noise_key=stream_key(self._seed, target.param_name, step) if grid.stochastic else 0,
             blend_ratio=blend_ratio,
-            step_ratio=final.high / grid.high if grid.learned else 1.0,
+            step_ratio=final.quant_max / grid.quant_max if grid.learned else 1.0,
             clipped_ste=shared.quantize_weight_in_forward or shared.learned_scale,
             integer=shared.kernel == "int8" and target.kind is not ModuleKind.EMBEDDING,
         )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ds_compress.export.api import export
+from ds_compress.api import export
 from tests.quantized import quantized
 from tests.zoo.models import ZOO
 

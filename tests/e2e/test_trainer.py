@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.e2e.test_launcher import launch
-from tests.e2e.trainer_runs import SAVE_AT, SCRIPTS, STEPS, TECHNIQUES, command_line, json_of
+from tests.e2e.trainer_runs import SAVE_AT, SCRIPTS, STAGES, STEPS, command_line, json_of
 from tests.multirank.launch import run_ranks
 
-RUNS = [(script, stage) for script in SCRIPTS for stage in TECHNIQUES]
+RUNS = [(script, stage) for script in SCRIPTS for stage in STAGES]
 LOADERS = {"run_glue": AutoModelForSequenceClassification, "run_clm": AutoModelForCausalLM}
 PRUNED = {"run_glue": 12, "run_clm": 14}
 
@@ -133,7 +133,7 @@ def accelerated(folder: Path) -> Any:
     return run_ranks(2, "tests.e2e.trainer_runs:accelerate_loop", folder=str(folder))[0]
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_loop_on_accelerate(accelerated: Any, folder: Path, stage: int) -> None:
     result = accelerated[stage]
     torch.testing.assert_close(result["accelerated"], result["losses"], rtol=1e-5, atol=1e-6)

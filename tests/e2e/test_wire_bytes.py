@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(netlab.unavailable() is not None, reason=str(net
 def sent() -> dict[str, dict[str, float]]:
     """Bytes per parameter and step by "stage, bits of gradients, bits of weights"."""
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with netlab.Lab(hosts=2) as lab:
+    with netlab.Lab(nodes=2) as lab:
         output = lab.run_all([sys.executable, "-m", "tests.e2e.wire_script"], 200, environment)
     (line,) = (line for line in output.splitlines() if line.startswith("RESULT "))
     found: dict[str, dict[str, float]] = json.loads(line.removeprefix("RESULT "))

@@ -19,7 +19,7 @@ from tests.multirank.combinations import tiny_llama
 from tests.multirank.common import engine_of, tiny_bert
 from tests.multirank.training import quantization_block
 
-TECHNIQUES = (0, 2, 3)
+STAGES = (0, 2, 3)
 STEPS = 6
 SAVE_AT = 3
 LEARNING_RATE = 1e-3
@@ -173,7 +173,7 @@ def scripts(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
         model_path = f"{folder}/{script}"
         if dist.get_rank() == 0:
             settings["model"]().save_pretrained(model_path)
-        for stage in TECHNIQUES:
+        for stage in STAGES:
             output, config = f"{folder}/{script}-{stage}", f"{folder}/{script}-{stage}.json"
             if dist.get_rank() == 0:
                 Path(config).write_text(json.dumps(json_of(script, stage)))
@@ -210,7 +210,7 @@ def accelerate_loop(folder: str) -> dict[int, dict[str, Any]]:
         tiny_llama().save_pretrained(f"{folder}/model")
     dist.barrier()
     results = {}
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         config = f"{folder}/accelerate-{stage}.json"
         if dist.get_rank() == 0:
             unknown = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")

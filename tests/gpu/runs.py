@@ -145,7 +145,7 @@ def run(
                 "applied": session.applied_steps,
                 "metrics": session.metrics(),
                 "targets": sorted(stage.targets) if stage is not None else [],
-                "units": {n: u.tolist() for s in session.structured for n, u in s.kept.items()},
+                "units": {n: u.tolist() for n, u in session.kept_units.items()},
             }
     return result
 

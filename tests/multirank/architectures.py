@@ -10,7 +10,7 @@ from torch import nn
 import ds_compress
 from tests.multirank.common import ds_config, engine_of, full_weights
 
-TECHNIQUES = (0, 2, 3)
+STAGES = (0, 2, 3)
 
 
 class ConvNet(nn.Module):
@@ -93,7 +93,7 @@ def _buffers_to_bf16(model: nn.Module) -> None:
 def all_of_them(steps: int = 5) -> dict[tuple[str, int, str], dict[str, Any]]:
     results = {}
     for name, (build, weights, inputs) in MODELS.items():
-        for stage in TECHNIQUES:
+        for stage in STAGES:
             for dtype in ("fp32", "bf16"):
                 torch.manual_seed(0)
                 model = build()

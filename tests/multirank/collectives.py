@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_compress.reduce import nodes as hosts_module
+from ds_compress.reduce import nodes as nodes_module
+from ds_compress.reduce.bandwidth import compare
 from ds_compress.reduce.codec import BlockCodec, PlainCodec
-from ds_compress.reduce.differences import CopiedWeights
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
-from ds_compress.reduce.link import compare
 from ds_compress.reduce.nodes import find_nodes
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.rules import COORDINATES
 from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.weight_deltas import ReplicatedWeights
 from tests.multirank.common import device
 
 LENGTHS = (0, 1, 5, 512, 1000, 12295, 100001)
@@ -30,7 +30,7 @@ def run_all() -> dict[str, Any]:
         "scatter": scatters(),
         "specials": specials(),
         "feedback": feedback(),
-        "weights": copied_weights(),
+        "weights": replicated_weights(),
         "robust": robust(),
         "link": link(),
     }
@@ -66,31 +66,31 @@ def largest_nearby(rows: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def all_reduces() -> list[dict[str, Any]]:
-    """Every length, bits, with and without pieces and hosts: the result of this rank, and its error."""
+    """Every length, bits, with and without chunks and nodes: the result of this rank, and its error."""
     world, rank = dist.get_world_size(), dist.get_rank()
     found = []
-    os.environ[hosts_module.HOST_VARIABLE] = f"host{rank % 2}"
-    two_hosts = find_nodes(None)
+    os.environ[nodes_module.NODE_VARIABLE] = f"host{rank % 2}"
+    two_nodes = find_nodes(None)
     for bits, block in ((8, 512), (4, 128)):
         for numel in LENGTHS:
-            for hosts, piece in ((None, 1 << 20), (None, 4096), (two_hosts, 4096)):
-                if hosts is None and piece == 4096 and numel < 1000:
+            for nodes, chunk in ((None, 1 << 20), (None, 4096), (two_nodes, 4096)):
+                if nodes is None and chunk == 4096 and numel < 1000:
                     continue
                 x = contribution(rank, numel)
                 cut = numel // 3
                 segments = [Segment(part, 0) for part in (x[:cut], x[cut:])]
-                QuantizedSum(None, BlockCodec(bits, block), piece, hosts).all_reduce(segments, 1 / world)
+                QuantizedSum(None, BlockCodec(bits, block), chunk, nodes).all_reduce(segments, 1 / world)
                 rows = torch.stack([contribution(r, numel) for r in range(world)])
-                places = world // 2 if hosts is not None else 1
-                rows_on_wire = (
-                    rows.view(places, world // places, numel).sum(0) / places if hosts is not None else rows
+                places = world // 2 if nodes is not None else 1
+                sent_rows = (
+                    rows.view(places, world // places, numel).sum(0) / places if nodes is not None else rows
                 )
                 found.append(
                     {
                         "numel": numel,
-                        "hosts": hosts is not None,
+                        "hosts": nodes is not None,
                         "bits": x.cpu().numpy().tobytes(),
-                        "error": error_over_bound(x, rows_on_wire, bits, block, twice=True),
+                        "error": error_over_bound(x, sent_rows, bits, block, twice=True),
                     }
                 )
     return found
@@ -99,8 +99,8 @@ def all_reduces() -> list[dict[str, Any]]:
 def scatters() -> list[dict[str, Any]]:
     """Uneven slices in any order, empty ones, more owners than elements: error of what this rank got."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    os.environ[hosts_module.HOST_VARIABLE] = f"host{rank % 2}"
-    two_hosts = find_nodes(None)
+    os.environ[nodes_module.NODE_VARIABLE] = f"host{rank % 2}"
+    two_nodes = find_nodes(None)
     layouts = {
         "uneven": [(0, 7), (world - 1, 5000), (0, 12295), (1, 1), (0, 3)],
         "one owner": [(world - 1, 9000)],
@@ -111,7 +111,7 @@ def scatters() -> list[dict[str, Any]]:
     found = []
     for name, layout in layouts.items():
         for dtype in (torch.float32, torch.bfloat16):
-            for hosts in (None, two_hosts):
+            for nodes in (None, two_nodes):
                 numel = sum(size for _, size in layout)
                 rows = torch.stack([contribution(r, numel).to(dtype) for r in range(world)])
                 segments, begin = [], 0
@@ -120,10 +120,12 @@ def scatters() -> list[dict[str, Any]]:
                     begin += size
                 got = {id(s): torch.full((s.numel,), math.nan, device=device()) for s in segments}
 
-                def take(part: Part, values: torch.Tensor, got: dict[int, torch.Tensor] = got) -> None:
+                def deliver(part: Part, values: torch.Tensor, got: dict[int, torch.Tensor] = got) -> None:
                     got[id(part.segment)][part.begin : part.end] = values
 
-                QuantizedSum(None, BlockCodec(8, 512), 4096, hosts).reduce_scatter(segments, take, 1 / world)
+                QuantizedSum(None, BlockCodec(8, 512), 4096, nodes).reduce_scatter(
+                    segments, deliver, 1 / world
+                )
                 begin, worst, missing = 0, 0.0, 0
                 for (owner, size), segment in zip(layout, segments, strict=True):
                     result = got[id(segment)]
@@ -135,7 +137,7 @@ def scatters() -> list[dict[str, Any]]:
                     else:
                         missing += int((~result.isnan()).sum())
                     begin += size
-                found.append({"name": name, "hosts": hosts is not None, "error": worst, "missing": missing})
+                found.append({"name": name, "hosts": nodes is not None, "error": worst, "missing": missing})
     return found
 
 
@@ -154,7 +156,7 @@ def specials() -> dict[str, Any]:
 
 
 def feedback() -> dict[str, Any]:
-    """The mean of many messages of one gradient tends to it with error feedback, and a skipped step leaves no trace."""
+    """The mean of many payloads of one gradient tends to it with error feedback, and a skipped step leaves no trace."""
     world, rank = dist.get_world_size(), dist.get_rank()
     numel, rounds = 5000, 40
     rows = torch.stack([contribution(r, numel) for r in range(world)])
@@ -189,7 +191,7 @@ def feedback() -> dict[str, Any]:
     return found
 
 
-def copied_weights() -> dict[str, Any]:
+def replicated_weights() -> dict[str, Any]:
     """Copies stay equal, follow the exact weights, and are exact after a refresh; zeros stay zeros."""
     world, rank = dist.get_world_size(), dist.get_rank()
     numel = 3001
@@ -197,7 +199,7 @@ def copied_weights() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for bits, block in ((8, 512), (4, 128)):
         copies = exact.bfloat16().view(-1).clone()
-        weights = CopiedWeights(copies, None, BlockCodec(bits, block), 1024)
+        weights = ReplicatedWeights(copies, None, BlockCodec(bits, block), 1024)
         masters = exact.clone()
         masters[:, ::7] = 0
         new_zeros = weights.has_new_zeros(masters[rank])
@@ -225,7 +227,7 @@ def copied_weights() -> dict[str, Any]:
 
 
 def robust() -> list[dict[str, Any]]:
-    """Every rule over the wire against the rule on whole vectors; a NaN worker is dropped and named."""
+    """Every rule, distributed, against the rule on full vectors; a NaN worker is excluded and flagged."""
     world, rank = dist.get_world_size(), dist.get_rank()
     found = []
     numel = 10007
@@ -265,7 +267,7 @@ def robust() -> list[dict[str, Any]]:
                         "mixed": mixed,
                         "error": float((x.double() - expected).norm() / expected.norm()),
                         "bits": x.cpu().numpy().tobytes(),
-                        "accused": reports[0].accused,
+                        "accused": reports[0].flagged,
                     }
                 )
     rows = torch.full((world, 300), math.nan, device=device())
@@ -307,6 +309,6 @@ def link() -> dict[str, Any]:
     def fast() -> None: ...
 
     return {
-        "slow link": compare(slow, fast, None, device(), 10**6).quantizing_pays,
-        "fast link": compare(fast, slow, None, device(), 10**6).quantizing_pays,
+        "slow link": compare(slow, fast, None, device(), 10**6).is_worthwhile,
+        "fast link": compare(fast, slow, None, device(), 10**6).is_worthwhile,
     }

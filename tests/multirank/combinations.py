@@ -13,7 +13,7 @@ from ds_compress.hf import merge_and_unload
 from tests.multirank.common import VOCAB, batches, ds_config, engine_of, full_weights, tiny_bert, train
 from tests.multirank.training import quantization_block
 
-TECHNIQUES = (0, 2, 3)
+STAGES = (0, 2, 3)
 STEPS = 4
 ENCODER = "encoder.layer"
 
@@ -73,9 +73,9 @@ def observed(engine: Any, losses: list[float]) -> dict[str, Any]:
 def features() -> dict[tuple[str, int], dict[str, Any]]:
     """{(feature, stage): losses, final weights, metrics}, "plain" being the run without any."""
     results: dict[tuple[str, int], dict[str, Any]] = {}
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         for name, run in FEATURES.items():
-            if stage in run.techniques:
+            if stage in run.stages:
                 results[name, stage] = run(stage)
     return results
 
@@ -89,7 +89,7 @@ class Feature:
         change: Callable[[Any], Any] = lambda model: model,
         micro: int = 1,
         compiled: Callable[[Any], Any] = lambda engine: None,
-        stages: tuple[int, ...] = TECHNIQUES,
+        stages: tuple[int, ...] = STAGES,
     ) -> None:
         self.config, self.change, self.micro, self.compiled = config or {}, change, micro, compiled
         self.stages = stages
@@ -143,7 +143,7 @@ FEATURES: dict[str, Feature] = {
 def tied() -> dict[int, dict[str, Any]]:
     """The table that is embedding and head at once is pruned and quantized by its first name."""
     results = {}
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         model = tiny_llama()
         modules = ("embed_tokens", "mlp")
         config = ds_config(stage, block(modules) | {"activation_quantization": {}})
@@ -168,7 +168,7 @@ FROZEN = {
 
 
 def frozen_stages(name: str) -> tuple[int, ...]:
-    return (0, 3) if name == "frozen-persistent" else TECHNIQUES
+    return (0, 3) if name == "frozen-persistent" else STAGES
 
 
 def frozen(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -222,7 +222,7 @@ def lora(folder: str) -> dict[int, dict[str, Any]]:
     """Base pruned and in 8 bits, adapters trained in full; then merged."""
     results = {}
     modules = ("q_proj", "k_proj", "down_proj")
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         model = adapted_llama()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]

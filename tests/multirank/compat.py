@@ -15,7 +15,7 @@ from ds_compress.compat.compress import student_initialization
 from tests.legacy_blocks import CHANNELS, ENCODER_BLOCKS, HEADS, REDUCTION, ConvNet, images, row_pruning
 from tests.multirank.common import batches, ds_config, engine_of, full_weights, tiny_bert, train
 
-TECHNIQUES = (0, 2, 3)
+STAGES = (0, 2, 3)
 STEPS = 20
 _VARIANTS = ("weight_quantization_asymmetric", "row_pruning_l1")
 """Seen by the unit tests only: a launch takes long enough."""
@@ -70,7 +70,7 @@ def legacy_jsons() -> dict[tuple[str, int], Any]:
     """For each JSON and stage: losses, whether masks and weights agree between the two paths, what was reached."""
     results = {}
     for name in NAMES:
-        for stage in TECHNIQUES:
+        for stage in STAGES:
             new, old = (through(name, stage, dist.get_rank(), prepares) for prepares in (False, True))
             pairs = [(weight, old["weights"][key]) for key, weight in new["weights"].items()]
             results[name, stage] = {
@@ -111,7 +111,7 @@ def in_ddp(name: str) -> dict[str, Any]:
 def cleaned() -> dict[int, Any]:
     """redundancy_clean of a sharded engine, against the masked model that it was made from."""
     results = {}
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         config = ds_config(stage, {**HEADS, **row_pruning("l1")})
         model = init_compression(tiny_bert(), config)
         batch = next(batches(1, seed=9))

@@ -13,7 +13,7 @@ from torch import nn
 import ds_compress
 from tests.multirank.common import device, ds_config, engine_of, full_weights
 
-TECHNIQUES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
 VOCABULARY = 61
 KINDS_OF_SELF = ("initial", "ema", "current")
 
@@ -109,7 +109,7 @@ def languages() -> dict[Any, Any]:
     results: dict[Any, Any] = {}
     for name, losses in LANGUAGE_LOSSES.items():
         teacher = functools.partial(llama, layers=3, seed=3) if name == "maps" else teacher_of_more
-        for stage in TECHNIQUES if name == "every loss" else (0, 3):
+        for stage in STAGES if name == "every loss" else (0, 3):
             results[name, stage] = run(stage, block(losses), teacher())
         if "logits" in losses:
             whole = {**losses, "logits": {**losses["logits"], "chunk_tokens": 0}}

@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
-from ds_compress.export.api import export
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
 
 

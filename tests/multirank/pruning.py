@@ -19,7 +19,7 @@ from tests.multirank.common import (
     train,
 )
 
-TECHNIQUES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 METHODS: dict[str, dict[str, Any]] = {
     "l1": {},
@@ -88,7 +88,7 @@ def fifty_steps() -> dict[tuple[str, int], dict[str, Any]]:
     """Non-zeros of every weight after 50 steps; each process with data of its own."""
     results = {}
     for method in ("l1", "topk"):
-        for stage in TECHNIQUES:
+        for stage in STAGES:
             model = tiny_bert()
             block = pruning_block(method, schedule_offset_end=40, schedule_offset_stride=5)
             with engine_of(model, ds_config(stage, block)) as engine:
@@ -132,7 +132,7 @@ def wrappers(steps: int = 6) -> dict[str, dict[str, Any]]:
 def faults() -> dict[Any, Any]:
     """NaN gradients are skipped and not counted; NaN weights leave the mask alone."""
     results: dict[Any, Any] = {}
-    for stage, dtype in itertools.product(TECHNIQUES, ("fp32", "bf16")):
+    for stage, dtype in itertools.product(STAGES, ("fp32", "bf16")):
         model = tiny_bert()
         with engine_of(model, ds_config(stage, pruning_block(schedule_offset=3), dtype=dtype)) as engine:
             train(engine, batches(1))
@@ -166,7 +166,7 @@ def resume(folder: str, methods: tuple[str, ...], steps: int = 8) -> dict[tuple[
 def _resume(folder: str, method: str, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
     results = {}
     shared: dict[str, Any] = {"schedule_offset_end": 7, "schedule_offset_stride": 2, "scope": "global"}
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         config = ds_config(stage, pruning_block(method, **shared))
         data = list(batches(steps))
         model = tiny_bert()

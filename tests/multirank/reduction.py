@@ -16,10 +16,10 @@ import torch.distributed as dist
 import ds_compress
 from ds_compress.engine.comm import reduction_points
 from ds_compress.engine.zero.internals import loss_scale
-from ds_compress.engine.zero.shards import Shards
-from ds_compress.reduce.link import Comparison
-from ds_compress.reduce.nodes import HOST_VARIABLE
-from ds_compress.reduce.workers import OutlierAbortError
+from ds_compress.engine.zero.shards import shards_of
+from ds_compress.reduce.bandwidth import Comparison
+from ds_compress.reduce.nodes import NODE_VARIABLE
+from ds_compress.reduce.outliers import OutlierAbortError
 from tests.multirank.common import batches, device, ds_config, engine_of, full_weights, pruning_block, train
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def final_gradients(engine: Any, steps: int = 1) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
     accumulation = engine.gradient_accumulation_steps()
 
-    shards = Shards.of_engine(engine).fragments
+    shards = shards_of(engine).fragments
 
     def look(optimizer: Any, args: Any, kwargs: Any) -> None:
         master = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -298,7 +298,9 @@ def hide_overflow(reduction: Any) -> None:
             torch.nan_to_num_(segment.values, 0.0, 0.0, 0.0)
         return segments
 
-    reduction.reduce_scatter = lambda group, segments, take, m: original[0](group, clean(segments), take, m)
+    reduction.reduce_scatter = lambda group, segments, deliver, m: original[0](
+        group, clean(segments), deliver, m
+    )
     reduction.all_reduce = lambda group, segments, m: original[1](group, clean(segments), m)
 
 
@@ -353,11 +355,11 @@ def robust_engines(folder: str) -> dict[str, Any]:
                     poison(engine, attack)
                 gradients = final_gradients(engine, steps=2)
                 metrics = engine.compression.metrics()
-                accusations = engine.compression.techniques["gradient_reduction"].accusations
+                flag_counts = engine.compression.techniques["gradient_reduction"].flag_counts
                 found[f"{stage} {attack}"] = {
                     "norm": float(torch.cat(list(gradients.values())).norm()),
-                    "named": dict(accusations.named),
-                    "steps": accusations.steps,
+                    "named": dict(flag_counts.counts),
+                    "steps": flag_counts.steps,
                     "norms": [metrics[f"gradient_reduction/worker_{w}_norm"] for w in range(bad + 1)],
                     "weights": [w.numpy().tobytes() for w in full_weights(engine.module).values()],
                     "skipped": engine.skipped_steps,
@@ -524,7 +526,7 @@ def weights_on_the_wire(folder: str) -> dict[str, Any]:
 def master_weights(engine: Any) -> dict[str, torch.Tensor]:
     """The fp32 masters, whole, in every process."""
     result = {}
-    fragments = Shards.of_engine(engine).fragments
+    fragments = shards_of(engine).fragments
     for name, parameter in engine.module.named_parameters():
         whole = torch.zeros(getattr(parameter, "ds_numel", parameter.numel()), device=device())
         if name in fragments:
@@ -543,7 +545,7 @@ def hierarchies() -> dict[str, Any]:
     for stage in (0, 2, 3):
         with engine_for({"stage": stage}, None) as engine:
             stock = final_gradients(engine)
-        os.environ[HOST_VARIABLE] = f"host{rank // 2}"
+        os.environ[NODE_VARIABLE] = f"host{rank // 2}"
         with engine_for({"stage": stage}, block) as engine:
             ours = final_gradients(engine)
             found[f"two hosts, {stage}"] = {
@@ -552,17 +554,17 @@ def hierarchies() -> dict[str, Any]:
                 "quantized": engine.compression.metrics()["gradient_reduction/quantized_elements"],
                 "weights": [w.numpy().tobytes() for w in full_weights(engine.module).values()],
             }
-    os.environ[HOST_VARIABLE] = "the only one"
+    os.environ[NODE_VARIABLE] = "the only one"
     with engine_for({"stage": 2}, block) as engine:
         train(engine, batches(1))
         found["one host"] = engine.compression.metrics()["gradient_reduction/quantized_elements"]
-    os.environ[HOST_VARIABLE] = f"host{rank // 3}"
+    os.environ[NODE_VARIABLE] = f"host{rank // 3}"
     try:
         with engine_for({"stage": 2}, block):
             found["uneven"] = "went on"
     except ds_compress.ConfigError as error:
         found["uneven"] = str(error)
-    del os.environ[HOST_VARIABLE]
+    del os.environ[NODE_VARIABLE]
     return found
 
 

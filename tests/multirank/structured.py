@@ -12,7 +12,7 @@ import torch.distributed as dist
 import ds_compress
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
 
-TECHNIQUES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 
 def shared(**keys: Any) -> dict[str, Any]:
@@ -58,20 +58,14 @@ def logits_of(anything: Any) -> torch.Tensor:
     return output.logits.float().clone()
 
 
-def masked_and_final(
-    names: tuple[str, ...], stages: tuple[int, ...] = TECHNIQUES
-) -> dict[tuple[str, int], Any]:
+def masked_and_final(names: tuple[str, ...], stages: tuple[int, ...] = STAGES) -> dict[tuple[str, int], Any]:
     """{(block, stage): kept units, losses, logits while masked and after finalize, sizes}."""
     results = {}
     for name in names:
         for stage in stages:
             with engine_of(model(), ds_config(stage, BLOCKS[name])) as engine:
                 losses = train(engine, batches(8))
-                kept = {
-                    structure: units.tolist()
-                    for block in engine.compression.structured
-                    for structure, units in block.kept.items()
-                }
+                kept = {name: units.tolist() for name, units in engine.compression.kept_units.items()}
                 engine.eval()
                 masked = logits_of(engine)
                 final = ds_compress.finalize(engine)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.multirank.architectures import MODELS, TECHNIQUES
+from tests.multirank.architectures import MODELS, STAGES
 from tests.multirank.launch import run_ranks
 
 
@@ -21,7 +21,7 @@ def results() -> Any:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stages_agree(results: Any, name: str, dtype: str) -> None:
     reference = results[name, 0, dtype]
-    for stage in TECHNIQUES[1:]:
+    for stage in STAGES[1:]:
         got = results[name, stage, dtype]
         torch.testing.assert_close(
             got["losses"], reference["losses"], rtol=1e-4 if dtype == "fp32" else 2e-2, atol=1e-4
@@ -31,7 +31,7 @@ def test_stages_agree(results: Any, name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_global_density_is_exact(results: Any, name: str, stage: int, dtype: str) -> None:
     alive = results[name, stage, dtype]["alive"].values()
@@ -39,7 +39,7 @@ def test_the_global_density_is_exact(results: Any, name: str, stage: int, dtype:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_exported_weights_have_few_values(results: Any, name: str, stage: int) -> None:
     result = results[name, stage, "fp32"]
     assert result["bits"] == 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.multirank.combinations import FEATURES, FROZEN, STEPS, TECHNIQUES, frozen_stages
+from tests.multirank.combinations import FEATURES, FROZEN, STAGES, STEPS, frozen_stages
 from tests.multirank.launch import run_ranks
 
 SAME_ARITHMETIC = ("checkpointing", "checkpointing-reentrant", "offload_optimizer", "offload_param")
@@ -54,7 +54,7 @@ def test_a_compiled_model_trains_as_the_plain_one(features: Any, name: str, stag
         assert torch.equal(result["weights"][key] != 0, weight != 0)
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_micro_steps_are_one_step(features: Any, stage: int) -> None:
     result, plain = features[0]["accumulation", stage], features[0]["plain", stage]
     means = [sum(result["losses"][2 * step : 2 * step + 2]) / 2 for step in range(STEPS)]
@@ -63,14 +63,14 @@ def test_micro_steps_are_one_step(features: Any, stage: int) -> None:
 
 @pytest.mark.parametrize("name", ["torch_autocast", "bf16"])
 def test_sixteen_bits_train_alike_on_every_stage(features: Any, name: str) -> None:
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         # bf16 has 8 bits: a loss near 0.7 is a multiple of 0.004
         torch.testing.assert_close(
             features[0][name, stage]["losses"], features[0]["plain", 0]["losses"], rtol=0, atol=8e-3
         )
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES[1:])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_stages_agree(features: Any, stage: int) -> None:
     for key, weight in features[0]["plain", 0]["weights"].items():
         assert torch.equal(features[0]["plain", stage]["weights"][key] != 0, weight != 0)
@@ -81,7 +81,7 @@ def tied() -> Any:
     return run_ranks(2, "tests.multirank.combinations:tied")[0]
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_tied_table_is_pruned_once_and_stays_tied(tied: Any, stage: int) -> None:
     result = tied[stage]
     assert result["tied"] and result["equal"]
@@ -145,7 +145,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_ranks(2, "tests.multirank.combinations:lora", folder=str(tmp_path_factory.mktemp("lora")))
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_lora_prunes_the_base_and_leaves_adapters_alone(lora: Any, stage: int) -> None:
     result = lora[0][stage]
     layers = [f"base_model.model.model.layers.{i}" for i in range(2)]
@@ -165,7 +165,7 @@ def test_lora_prunes_the_base_and_leaves_adapters_alone(lora: Any, stage: int) -
     torch.testing.assert_close(result["losses"], lora[0][0]["losses"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_merge_keeps_every_pruned_weight_zero(lora: Any, stage: int) -> None:
     result = lora[0][stage]
     assert result["class"] == "LlamaForCausalLM"
@@ -183,7 +183,7 @@ def test_a_merge_keeps_every_pruned_weight_zero(lora: Any, stage: int) -> None:
             torch.testing.assert_close(merged, (weight + update) * (weight != 0))
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_merged_model_is_exported_on_its_grid(lora: Any, stage: int) -> None:
     """`torch` stores codes: the loaded model computes with rounded weights, as the quantizers of the merged one do."""
     merged, loaded = lora[0][stage]["logits"]

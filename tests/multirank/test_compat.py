@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.multirank.compat import NAMES, TECHNIQUES
+from tests.multirank.compat import NAMES, STAGES
 from tests.multirank.launch import run_ranks
 
 
@@ -19,7 +19,7 @@ def runs() -> Any:
     return run_ranks(2, "tests.multirank.compat:legacy_jsons")
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_04_compat_and_the_new_path_agree_on_every_stage(runs: Any, name: str, stage: int) -> None:
     """Old: nothing ever ran sharded."""
@@ -42,7 +42,7 @@ def test_04_every_technique_did_something(runs: Any) -> None:
     assert len(set(lasts.values())) == len(NAMES)
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_05_static_ranges_are_those_of_all_ranks(runs: Any, stage: int) -> None:
     """Old: each rank had the range of its own data."""
     ranges = [runs[rank]["jsons"]["activation_quantization_static", stage]["ranges"] for rank in (0, 1)]
@@ -62,7 +62,7 @@ def test_a_loop_in_ddp_is_one_run_in_all_processes_and_that_of_an_engine(runs: A
         torch.testing.assert_close(runs[rank]["loops"][name]["losses"], expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_02_cleaning_a_sharded_engine(runs: Any, stage: int) -> None:
     """Old: redundancy_clean indexed partitioned weights of shape [0]."""
     for rank in (0, 1):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.multirank.distilling import KINDS_OF_SELF, LANGUAGE_LOSSES, TECHNIQUES
+from tests.multirank.distilling import KINDS_OF_SELF, LANGUAGE_LOSSES, STAGES
 from tests.multirank.launch import run_ranks
 
 
@@ -26,11 +26,7 @@ def languages() -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [
-        (name, stage)
-        for name in LANGUAGE_LOSSES
-        for stage in (TECHNIQUES[1:] if name == "every loss" else (3,))
-    ],
+    [(name, stage) for name in LANGUAGE_LOSSES for stage in (STAGES[1:] if name == "every loss" else (3,))],
 )
 def test_every_stage_gives_the_same_run(languages: Any, name: str, stage: int) -> None:
     assert_same_run(languages[0][name, stage], languages[0][name, 0])

@@ -10,7 +10,7 @@ from tests.multirank import exporting
 from tests.multirank.launch import run_ranks
 
 SCENARIO = "tests.multirank.exporting:"
-TECHNIQUES = (2, 3)
+STAGES = (2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     folder = str(tmp_path_factory.mktemp("exports"))
     return {
         stage: run_ranks(2, SCENARIO + "exported", stage=stage, names=names, folder=folder)[0]
-        for stage in TECHNIQUES
+        for stage in STAGES
     }
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", exporting.SCENARIOS)
 class TestEngine:
     def test_is_checked_and_sharded(self, results: dict[int, Any], stage: int, name: str) -> None:

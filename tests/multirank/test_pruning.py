@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.multirank.launch import run_ranks
-from tests.multirank.pruning import METHODS, TECHNIQUES, WRAPPERS
+from tests.multirank.pruning import METHODS, STAGES, WRAPPERS
 
 # Everything at two processes; enough of it at one and four to show that the number does not matter.
 RUNS = {
     1: ((0, 3), tuple(METHODS)),
-    2: (TECHNIQUES, tuple(METHODS)),
+    2: (STAGES, tuple(METHODS)),
     4: ((0, 2, 3), ("l1", "l1-cubic-global", "topk", "movement", "snip_momentum-4x1")),
 }
 RESUMED = ("l1", "topk", "movement", "snip_momentum")
@@ -123,7 +123,7 @@ def by_fault() -> dict[Any, Any]:
     return run_ranks(2, "tests.multirank.pruning:faults")[0]
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_nan_gradient_skips_the_step_and_is_not_counted(by_fault: Any, stage: int, dtype: str) -> None:
     result = by_fault[stage, dtype]
@@ -140,7 +140,7 @@ def by_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int]
 
 
 @pytest.mark.parametrize("method", RESUMED)
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_ends_bit_equal(by_resumed: Any, method: str, stage: int) -> None:
     result = by_resumed[method, stage]
     unbroken, resumed = result["losses"]

@@ -13,7 +13,7 @@ from tests.multirank.launch import run_ranks
 SCENARIO = "tests.multirank.structured:"
 
 
-TECHNIQUES = {1: (0,), 2: structured.TECHNIQUES}
+STAGES = {1: (0,), 2: structured.STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,12 @@ def masked() -> dict[int, Any]:
     names = tuple(structured.BLOCKS)
     return {
         size: run_ranks(size, SCENARIO + "masked_and_final", names=names, stages=stages)[0]
-        for size, stages in TECHNIQUES.items()
+        for size, stages in STAGES.items()
     }
 
 
 def runs(masked: dict[int, Any], name: str) -> list[dict[str, Any]]:
-    return [masked[size][name, stage] for size, stages in TECHNIQUES.items() for stage in stages]
+    return [masked[size][name, stage] for size, stages in STAGES.items() for stage in stages]
 
 
 @pytest.mark.parametrize("name", structured.BLOCKS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.multirank.launch import run_ranks
-from tests.multirank.training import QUANTIZATIONS, TECHNIQUES
+from tests.multirank.training import QUANTIZATIONS, STAGES
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def losses() -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_losses_differ_between_stages_no_more_than_in_plain_deepspeed(losses: Any, name: str) -> None:
     def spread(kind: str) -> float:
-        rows = torch.tensor([losses[0][kind, stage] for stage in TECHNIQUES])
+        rows = torch.tensor([losses[0][kind, stage] for stage in STAGES])
         return float((rows.max(0).values - rows.min(0).values).max())
 
     # A weight on the edge between two codes may fall to either side: allow one such flip beyond rounding.
@@ -28,7 +28,7 @@ def test_losses_differ_between_stages_no_more_than_in_plain_deepspeed(losses: An
 
 
 def test_static_ranges_are_equal_in_every_process(losses: Any) -> None:
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         ranges = losses[0]["ranges", stage]
         assert len(ranges) == 12
         assert ranges == losses[1]["ranges", stage]
@@ -56,7 +56,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_ranks(2, "tests.multirank.training:everything", folder=folder)
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_everything_at_once_gives_the_same_run_on_every_stage(everything: Any, stage: int) -> None:
     result, reference = everything[0][stage], everything[0][0]
     assert result["layers"] == 2
@@ -68,7 +68,7 @@ def test_everything_at_once_gives_the_same_run_on_every_stage(everything: Any, s
     assert result["resumed_equal"]
 
 
-@pytest.mark.parametrize("stage", TECHNIQUES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_export_is_sparse_and_on_the_grid(everything: Any, stage: int) -> None:
     exported = everything[0][stage]["exported"]
     assert everything[1][stage]["exported"] == {}

@@ -19,7 +19,7 @@ from tests.multirank.common import (
     train,
 )
 
-TECHNIQUES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 
 def quantization_block(
@@ -58,7 +58,7 @@ def plain_and_quantized(steps: int = 6) -> dict[tuple[str, int], list[float]]:
     """Losses of plain DeepSpeed and of each quantization on each stage; every process has its own data."""
     results = {}
     for name, block in {"plain": None, **QUANTIZATIONS}.items():
-        for stage in TECHNIQUES:
+        for stage in STAGES:
             model = tiny_bert()
             with engine_of(model, ds_config(stage, block)) as engine:
                 results[name, stage] = train(engine, batches(steps, rank=dist.get_rank()))
@@ -121,7 +121,7 @@ def everything(folder: str, steps: int = 5) -> dict[Any, Any]:
         tiny_bert(seed=3, layers=4).save_pretrained(f"{folder}/teacher")
     dist.barrier()
     results: dict[Any, Any] = {}
-    for stage in TECHNIQUES:
+    for stage in STAGES:
         config = ds_config(stage, everything_block(f"{folder}/teacher"))
         data = list(batches(steps))
         model = _student(folder, stage)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ds_compress.ops.reference import IMPLEMENTATIONS
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -90,23 +90,16 @@ def _int4(m: int, n: int, k: int, group: int) -> Case:
     return Case("int4_linear", f"{m}x{n}x{k}-group{group}", make)
 
 
-def _two_of_four(rows: int, columns: int) -> torch.Tensor:
-    keep = torch.rand(rows, columns // 4, 4).argsort(-1) < 2
-    return codes(rows, columns) * keep.view(rows, columns)
-
-
-def _sparse24(m: int, n: int, k: int) -> Case:
-    def make() -> Arguments:
-        packed = Packed("sparse24_linear_pack", (_two_of_four(n, k),))
-        return (torch.randn(m, k), packed, torch.rand(n) / 100, torch.randn(n)), {}
-
-    return Case("sparse24_linear", f"{m}x{n}x{k}", make)
-
-
 def _fake_quantize(rows: int, columns: int, symmetric: bool, dtype: torch.dtype) -> Case:
     def make() -> Arguments:
         low, high, steps = (-128, 127, 128) if symmetric else (0, 255, 256)
-        grid = {"low": low, "high": high, "steps": steps, "symmetric": symmetric, "keep": True}
+        grid = {
+            "quant_min": low,
+            "quant_max": high,
+            "steps": steps,
+            "symmetric": symmetric,
+            "with_mask": True,
+        }
         return (torch.randn(rows, columns).to(dtype),), grid
 
     kind = "symmetric" if symmetric else "asymmetric"
@@ -117,14 +110,14 @@ def _bits(numel: int) -> torch.Tensor:
     return torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8)
 
 
-def _messages(count: int, chunk: int, bits: int, block: int) -> torch.Tensor:
-    messages = torch.zeros(count, message_bytes(chunk, bits, block), dtype=torch.uint8)
-    IMPLEMENTATIONS["block_quantize"](torch.randn(count * chunk), messages, None, chunk, bits, block)
-    return messages
+def _payloads(count: int, chunk: int, bits: int, block: int) -> torch.Tensor:
+    payloads = torch.zeros(count, payload_bytes(chunk, bits, block), dtype=torch.uint8)
+    IMPLEMENTATIONS["block_quantize"](torch.randn(count * chunk), payloads, None, chunk, bits, block)
+    return payloads
 
 
 def _block_cases(bits: int, block: int, chunk: int) -> Iterator[Case]:
-    size, title = message_bytes(chunk, bits, block), f"int{bits}-block{block}-chunk{chunk}"
+    size, title = payload_bytes(chunk, bits, block), f"int{bits}-block{block}-chunk{chunk}"
     numel = 3 * chunk - 5
     yield Case(
         "block_quantize",
@@ -145,13 +138,13 @@ def _block_cases(bits: int, block: int, chunk: int) -> Iterator[Case]:
     yield Case(
         "block_dequantize",
         title,
-        lambda: ((_messages(3, chunk, bits, block), torch.empty(numel), chunk, bits, block), {}),
+        lambda: ((_payloads(3, chunk, bits, block), torch.empty(numel), chunk, bits, block), {}),
         mutated=(1,),
     )
     yield Case(
         "block_reduce",
         title,
-        lambda: ((_messages(3, chunk, bits, block), torch.empty(chunk), bits, block, 1 / 3), {}),
+        lambda: ((_payloads(3, chunk, bits, block), torch.empty(chunk), bits, block, 1 / 3), {}),
         mutated=(1,),
     )
     yield Case(
@@ -159,7 +152,7 @@ def _block_cases(bits: int, block: int, chunk: int) -> Iterator[Case]:
         title,
         lambda: (
             (
-                _messages(3, chunk, bits, block),
+                _payloads(3, chunk, bits, block),
                 torch.zeros(size, dtype=torch.uint8),
                 torch.randn(chunk),
                 chunk,
@@ -181,18 +174,6 @@ def _mask_cases(numel: int, offset: int, dtype: torch.dtype) -> Iterator[Case]:
         lambda: ((torch.randn(numel).to(dtype), _bits(numel + offset), offset, -1.0), {}),
         mutated=(0,),
     )
-    yield Case(
-        "mask_apply_count_",
-        title,
-        lambda: ((torch.randn(numel).to(dtype), _bits(numel + offset), offset), {}),
-        mutated=(0,),
-    )
-    yield Case(
-        "mask_apply_adam_",
-        title,
-        lambda: ((*(torch.randn(numel).to(dtype) for _ in range(3)), _bits(numel + offset), offset), {}),
-        mutated=(0, 1, 2),
-    )
     yield Case("mask_unpack", title, lambda: ((_bits(numel + offset), numel, offset), {}))
 
 
@@ -212,7 +193,6 @@ CASES = [
     Case("int8_linear_pack", "17x70", lambda: ((codes(17, 70),), {})),
     Case("int8_linear_quantize_pack", "17x70", lambda: ((torch.randn(17, 70), torch.rand(17) / 30, 127), {})),
     Case("int4_linear_pack", "17x70", lambda: ((codes(17, 70, bits=4), torch.rand(17, 3)), {})),
-    Case("sparse24_linear_pack", "17x72", lambda: ((_two_of_four(17, 72),), {})),
     _linear(5, 17, 70),
     _linear(1, 48, 64, "relu", torch.bfloat16),
     _linear(33, 50, 130, "gelu_erf", torch.float16),
@@ -220,7 +200,6 @@ CASES = [
     _linear(4, 9, 33, "silu", scale=torch.tensor([0.02]), steps=128),
     _int4(5, 17, 70, 32),
     _int4(1, 50, 256, 128),
-    _sparse24(5, 17, 72),
     _fake_quantize(7, 33, True, torch.float32),
     _fake_quantize(7, 33, False, torch.bfloat16),
     *_mask_cases(1003, 5, torch.float32),
@@ -230,7 +209,6 @@ CASES = [
     _mask_many(70),
     Case("mask_pack", "1003", lambda: ((torch.rand(1003) < 0.3,), {})),
     Case("mask_n_of_m", "9x22-2:4", lambda: ((torch.randn(9, 22), 2, 4), {})),
-    Case("magnitude_histogram", "1003", lambda: ((torch.randn(1003), 20, 2048, 31, 0), {})),
     *_block_cases(8, 512, 1300),
     *_block_cases(4, 128, 300),
 ]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from hypothesis import settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from ds_compress.ops import schemas
 from ds_compress.ops.library import native
@@ -30,6 +32,20 @@ def native_ops() -> Any:
         return native()
     torch.ops.load_library(library)
     return getattr(torch.ops, schemas.NAMESPACE)
+
+
+class Fakes:
+    """The ops as a trace calls them: with tensors that have no data."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(getattr(torch.ops, schemas.NAMESPACE), name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with FakeTensorMode() as mode:
+                fake = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+                return op(*fake[0], **fake[1])
+
+        return call
 
 
 def same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:

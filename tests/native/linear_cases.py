@@ -25,7 +25,7 @@ class LinearCase:
     m: int
     n: int
     k: int
-    kind: str = "int8"  # int8, int4, sparse24
+    kind: str = "int8"  # int8, int4
     group: int = 0
     activation: str = "none"
     bias: bool = True
@@ -70,15 +70,7 @@ INT4_CASES = [LinearCase(m, n, k, "int4", group) for m, n, k in INT4_SHAPES for 
     LinearCase(12, 20, 40, "int4", 32, "silu", out_dtype=torch.bfloat16, dtype=torch.bfloat16, special=True),
     LinearCase(4, 20, 40, "int4", 64, "relu", bias=False, static=True, special=True),
 ]
-SPARSE24_SHAPES = [(1, 1, 4), (5, 33, 68), (32, 64, 128), (33, 17, 200), (129, 130, 132), (128, 128, 256),
-                   (0, 5, 64), (33, 0, 64)]  # fmt: skip
-SPARSE24_CASES = [LinearCase(m, n, k, "sparse24") for m, n, k in SPARSE24_SHAPES] + [
-    LinearCase(3, 5, 0, "sparse24"),
-    LinearCase(
-        12, 20, 40, "sparse24", activation="gelu_tanh", out_dtype=torch.float16, bias=False, special=True
-    ),
-]
-SOURCES = {kind: f"csrc/cuda/linear/{kind}_linear.cu" for kind in ("int8", "int4", "sparse24")}
+SOURCES = {kind: f"csrc/cuda/linear/{kind}_linear.cu" for kind in ("int8", "int4")}
 
 
 # --- inputs ------------------------------------------------------------------------------------------------
@@ -105,10 +97,6 @@ def make_inputs(case: LinearCase) -> Inputs:
         x[5 % case.m] *= 1e37  # sums overflow to both infinities
     low, high = (-8, 8) if case.kind == "int4" else (-127, 128)
     codes = torch.randint(low, high, (case.n, case.k), generator=generator, dtype=torch.int8)
-    if case.kind == "sparse24":
-        order = torch.rand(case.n, case.k // 4, 4, generator=generator).argsort(-1)
-        kept = order < torch.randint(0, 3, (case.n, case.k // 4, 1), generator=generator)  # 0, 1 or 2 of four
-        codes = codes * kept.reshape(case.n, case.k)
     shape = (case.n, math.ceil(case.k / case.group)) if case.kind == "int4" else (case.n,)
     weight_scale = torch.rand(shape, generator=generator) * 0.02 + 0.001
     bias = torch.randn(case.n, generator=generator) if case.bias else None
@@ -231,26 +219,18 @@ def packed_numel(case: LinearCase) -> int:
     """Bytes of the packed weight: exactly what the layout of csrc/cuda/linear/packed.cuh needs."""
     if case.kind == "int8":
         return HEADER_BYTES + case.n * -(-case.k // 16) * 16
-    if case.kind == "int4":
-        groups = -(-case.k // case.group)
-        return HEADER_BYTES + case.n * -(-case.k // 32) * 16 + groups * -(-case.n // 8) * 8 * 4
-    blocks = -(-case.k // 64)
-    return HEADER_BYTES + case.n * blocks * 32 + -(-case.n // 16) * blocks * 128
+    groups = -(-case.k // case.group)
+    return HEADER_BYTES + case.n * -(-case.k // 32) * 16 + groups * -(-case.n // 8) * 8 * 4
 
 
 def pack_program(case: LinearCase, inputs: Inputs) -> Program:
     buffers = {"codes": raw(inputs.codes), "packed": np.full(packed_numel(case), 0xCB, np.uint8)}
-    outputs: tuple[str, ...] = ("packed",)
     if case.kind == "int4":
         buffers["scale"] = raw(inputs.weight_scale)
         call = ("dsc_int4_pack", ("codes", "scale", case.n, case.k, case.group, "packed", None))
-    elif case.kind == "sparse24":
-        buffers["invalid"] = np.full(1, 99, np.int32)
-        outputs = ("packed", "invalid")
-        call = ("dsc_sparse24_pack", ("codes", case.n, case.k, "packed", "invalid", None))
     else:
         call = ("dsc_int8_pack", ("codes", case.n, case.k, "packed", None))
-    return Program(buffers, [call], outputs)
+    return Program(buffers, [call], ("packed",))
 
 
 def linear_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Program:
@@ -281,7 +261,7 @@ def linear_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Prog
 
 def quantizes_itself(case: LinearCase) -> bool:
     """Whether one launch may do all: dsc_quantizes_itself."""
-    return case.kind != "sparse24" and case.m == 1 and 0 < case.k <= 16384
+    return case.m == 1 and 0 < case.k <= 16384
 
 
 def fused_program(case: LinearCase, inputs: Inputs, packed: np.ndarray) -> Program:

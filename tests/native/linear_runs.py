@@ -14,7 +14,7 @@ from tests.native.emulator.harness import Program
 from tests.native.linear_cases import LinearCase
 
 LINEAR_SOURCES = {name: f"csrc/cuda/linear/{name}.cu" for name in ("quantize", "pack")} | cases.SOURCES
-CASES = {"int8": cases.INT8_CASES, "int4": cases.INT4_CASES, "sparse24": cases.SPARSE24_CASES}
+CASES = {"int8": cases.INT8_CASES, "int4": cases.INT4_CASES}
 Libraries = dict[str, harness.Library]
 
 
@@ -93,7 +93,7 @@ def check_quantization(library: harness.Library, schedule: int) -> None:
 
 
 def check_packing(library: harness.Library) -> None:
-    """Headers, int8 bodies, quantize-and-pack in one pass, and 2:4 weights that are none."""
+    """Headers, int8 bodies, and quantize-and-pack in one pass."""
     case = LinearCase(1, 21, 50)
     inputs = cases.make_inputs(case)
     packed = harness.run(library, [cases.pack_program(case, inputs)]).results[0]["packed"]
@@ -112,7 +112,6 @@ def check_packing(library: harness.Library) -> None:
     assert not body[:, 50:].any()
     for steps in (127, 128):
         check_quantize_pack(library, steps)
-    check_invalid_sparsity(library)
 
 
 def check_quantize_pack(library: harness.Library, steps: int) -> None:
@@ -137,13 +136,3 @@ def check_quantize_pack(library: harness.Library, steps: int) -> None:
         body = harness.run(library, [program]).results[0]["packed"][64:].view(np.int8).reshape(7, pitch)
         np.testing.assert_array_equal(body[:, :columns], wanted.numpy())
         assert not body[:, columns:].any()
-
-
-def check_invalid_sparsity(library: harness.Library) -> None:
-    """Fours with three or four non-zeros are counted."""
-    case = LinearCase(1, 5, 72, "sparse24")
-    inputs = cases.make_inputs(case)
-    assert harness.run(library, [cases.pack_program(case, inputs)]).results[0]["invalid"] == 0
-    inputs.codes[0, :4] = torch.tensor([1, 2, 3, 4])
-    inputs.codes[4, 68:] = torch.tensor([0, 2, 3, 4])
-    assert harness.run(library, [cases.pack_program(case, inputs)]).results[0]["invalid"] == 2

@@ -36,14 +36,9 @@ INT8_FEW = (LinearCase(3, 17, 5000),)
 ONE_ROW = (LinearCase(1, 300, 700),)
 INT4_ONE_ROW = (LinearCase(1, 17, 3100, "int4", 64),)
 MANY_FEATURES = (LinearCase(3, 300, 64),)  # three tiles for a block
-SPARSE24 = (LinearCase(9, 33, 200, "sparse24"),)
 
 MUTANTS = [
     # --- compile: nvcc refuses -------------------------------------------------------------------------------
-    Mutant(
-        "mma.sp with a sparsity selector that does not exist", "compile", "out of range", "sparse24_linear",
-        (Edit(DEVICE, "%12, 0x0;", "%12, 0x1;"),),
-    ),
     Mutant(
         "registers for four blocks where there are two: spills", "compile", "Registers are spilled", "int8_linear",
         (Edit(HERE + "int8_gemm.cuh", "__launch_bounds__(Tile::threads, Tile::blocks)",
@@ -58,7 +53,7 @@ MUTANTS = [
     Mutant(
         "an array indexed at run time goes to local memory", "machine code", "stack 16", "quantize",
         (Edit(HERE + "quantize.cuh", "words[i] = __byte_perm(first,",
-              "words[(i + codes[i]) % 4] = __byte_perm(first,"),),
+              "words[(i + quantized[i]) % 4] = __byte_perm(first,"),),
     ),
     Mutant(
         "an approximate division in the quantization", "exactness", "div.approx", "quantize",
@@ -102,16 +97,6 @@ MUTANTS = [
     Mutant(
         "few rows: a total is not cleared for the next tile of features", "plain", "differ", "int8_linear",
         (Edit(HERE + "int8_skinny.cuh", "            total = 0;\n", ""),), MANY_FEATURES,
-    ),
-    Mutant(
-        "mma.sp: the places of rows and halves swapped", "plain", "differ", "pack",
-        (Edit(HERE + "pack.cuh", "row % 8 * 4 + run % 2 * 2 + row % 16 / 8",
-              "row % 8 * 4 + row % 16 / 8 * 2 + run % 2"),), SPARSE24,
-    ),
-    Mutant(
-        "mma.sp: places in decreasing order", "plain", "increasing order", "pack",
-        (Edit(HERE + "pack.cuh", "static_cast<unsigned>(first | second << 2)",
-              "static_cast<unsigned>(second | first << 2)"),), SPARSE24,
     ),
     Mutant(
         "more stages than shared memory has room for", "plain", "dsc_int8_linear returned 1", "int8_linear",
@@ -159,7 +144,8 @@ MUTANTS = [
     Mutant(
         "few rows: parts are overwritten while others still add them", "tsan", "data race", "int4_linear",
         (Edit(HERE + "int4_skinny.cuh",
-              "if (turns.twice) is_second = !is_second;\n            else __syncthreads();", ""),),
+              "if (turns.twice)\n                is_second = !is_second;\n"
+              "            else\n                __syncthreads();", ""),),
         INT4_FEW,
     ),
     Mutant(
@@ -176,7 +162,7 @@ MUTANTS = [
          ), silent=True,
     ),
     Mutant(
-        "one row: codes are read before the block has written them", "tsan", "data race", "int8_linear",
+        "one row: quantized values are read before the block has written them", "tsan", "data race", "int8_linear",
         (Edit(HERE + "tokens.cuh", "to, scale);\n        __syncthreads();", "to, scale);"),), ONE_ROW,
     ),
     # --- ptx: inline assembly, which the runs of the source replace ---------------------------------------------
@@ -193,10 +179,5 @@ MUTANTS = [
         "cp.async: wait_group waits for a constant", "ptx", "differ", "int8_linear",
         (Edit(DEVICE, '"cp.async.wait_group %0;" ::"n"(pending)', '"cp.async.wait_group 3;" ::"n"(pending)'),),
         SMALL_INT8, kernel="Li64E",
-    ),
-    Mutant(
-        "mma.sp: an operand of b twice", "ptx", "differ", "sparse24_linear",
-        (Edit(DEVICE, '"r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),', '"r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[2]),'),),
-        SPARSE24, kernel="Li64ELi32E",
     ),
 ]  # fmt: skip

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_compress.ops.reference import block_quantize as reference
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 from tests.native.elementwise import (
     FLOATS,
     LENGTHS,
+    Fakes,
     native_ops,
     random_bytes,
     random_values,
@@ -37,9 +38,9 @@ def hard_values(numel: int, dtype: torch.dtype, seed: int, specials: float) -> t
     return torch.cat((torch.zeros(seed % 7, dtype=dtype), scaled))[seed % 7 :]
 
 
-def empty_messages(count: int, numel: int, bits: int, block: int) -> torch.Tensor:
+def empty_payloads(count: int, numel: int, bits: int, block: int) -> torch.Tensor:
     """Full of garbage, at an odd address: every byte has to be written."""
-    size = message_bytes(numel, bits, block)
+    size = payload_bytes(numel, bits, block)
     return torch.full((count * size + 1,), 0xA5, dtype=torch.uint8)[1:].view(count, size)
 
 
@@ -47,36 +48,36 @@ def quantized(
     ops: Any, x: torch.Tensor, residual: torch.Tensor | None, parts: int, bits: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     chunk = -(-x.numel() // parts)
-    messages = empty_messages(parts, chunk, bits, block)
+    payloads = empty_payloads(parts, chunk, bits, block)
     residual = None if residual is None else residual.clone()
-    ops.block_quantize(x, messages, residual, chunk, bits, block)
-    return messages, residual
+    ops.block_quantize(x, payloads, residual, chunk, bits, block)
+    return payloads, residual
 
 
 # --- the formulas again, in numpy ---------------------------------------------------------------------------------
 
 
-def codes_of(message: np.ndarray, blocks: int, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    scales = message[: 4 * blocks].copy().view(np.float32)
-    octets = message[4 * blocks :]
+def codes_of(payload: np.ndarray, blocks: int, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    scales = payload[: 4 * blocks].copy().view(np.float32)
+    octets = payload[4 * blocks :]
     if bits == 8:
         return scales, octets.view(np.int8).reshape(blocks, block)
     nibbles = np.stack((octets & 15, octets >> 4), axis=1).reshape(-1).astype(np.int8)
     return scales, np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8).reshape(blocks, block)
 
 
-def check_message(
+def check_payload(
     values: np.ndarray,
     residual: np.ndarray | None,
-    message: np.ndarray,
+    payload: np.ndarray,
     after: np.ndarray | None,
     bits: int,
     block: int,
 ) -> None:
-    """One message against a loop over its blocks."""
+    """One payload against a loop over its blocks."""
     largest = np.float32(127 if bits == 8 else 7)
     blocks = -(-values.size // block)
-    scales, codes = codes_of(message, blocks, bits, block)
+    scales, codes = codes_of(payload, blocks, bits, block)
     for index in range(blocks):
         place = slice(index * block, min((index + 1) * block, values.size))
         wanted = values[place] if residual is None else values[place] + residual[place]
@@ -125,9 +126,9 @@ def test_quantize_and_dequantize(
     bits, block = form
     x = hard_values(numel, dtype, seed, specials)
     residual = hard_values(numel, torch.float32, seed + 1, 0.0) if with_residual else None
-    messages, after = quantized(native_ops(), x, residual, parts, bits, block)
+    payloads, after = quantized(native_ops(), x, residual, parts, bits, block)
     expected, expected_after = quantized(reference, x, residual, parts, bits, block)
-    assert same(messages, expected)
+    assert same(payloads, expected)
     assert after is None or (expected_after is not None and same(after, expected_after))
 
     chunk = -(-numel // parts)
@@ -139,11 +140,11 @@ def test_quantize_and_dequantize(
     for row in range(parts):
         part = slice(row * chunk, (row + 1) * chunk)
         rest = (before[part], now[part]) if with_residual else (None, None)
-        check_message(padded[part], rest[0], messages[row].numpy(), rest[1], bits, block)
+        check_payload(padded[part], rest[0], payloads[row].numpy(), rest[1], bits, block)
 
     out, wanted = torch.empty_like(x), torch.empty_like(x)
-    native_ops().block_dequantize(messages, out, chunk, bits, block)
-    reference.block_dequantize(messages, wanted, chunk, bits, block)
+    native_ops().block_dequantize(payloads, out, chunk, bits, block)
+    reference.block_dequantize(payloads, wanted, chunk, bits, block)
     assert same(out, wanted)
 
 
@@ -154,26 +155,26 @@ def test_hard_lengths(numel: int, bits: int) -> None:
         for block in (32, 128, 512, 8192):
             x = hard_values(numel, dtype, numel, specials=1e-4)
             residual = random_values(numel, torch.float32, 3) * 1e-3
-            messages, after = quantized(native_ops(), x, residual, 1, bits, block)
+            payloads, after = quantized(native_ops(), x, residual, 1, bits, block)
             expected, expected_after = quantized(reference, x, residual, 1, bits, block)
-            assert same(messages, expected) and after is not None and expected_after is not None
+            assert same(payloads, expected) and after is not None and expected_after is not None
             assert same(after, expected_after)
             out, wanted = torch.empty_like(x), torch.empty_like(x)
-            native_ops().block_dequantize(messages, out, numel, bits, block)
-            reference.block_dequantize(messages, wanted, numel, bits, block)
+            native_ops().block_dequantize(payloads, out, numel, bits, block)
+            reference.block_dequantize(payloads, wanted, numel, bits, block)
             assert same(out, wanted)
 
 
-def test_fewer_elements_than_messages() -> None:
+def test_fewer_elements_than_payloads() -> None:
     for numel, chunk in ((0, 0), (0, 40), (1, 40), (45, 40)):
         x = random_values(numel, torch.float32, 1)
-        messages = empty_messages(5, chunk, 8, 32)
-        native_ops().block_quantize(x, messages, None, chunk, 8, 32)
-        expected = empty_messages(5, chunk, 8, 32)
+        payloads = empty_payloads(5, chunk, 8, 32)
+        native_ops().block_quantize(x, payloads, None, chunk, 8, 32)
+        expected = empty_payloads(5, chunk, 8, 32)
         reference.block_quantize(x, expected, None, chunk, 8, 32)
-        assert same(messages, expected)
+        assert same(payloads, expected)
         if chunk:
-            assert not messages[2:].any()
+            assert not payloads[2:].any()
 
 
 @pytest.mark.parametrize("bits", (8, 4))
@@ -181,9 +182,9 @@ def test_nothing_beyond_the_end_is_written(bits: int) -> None:
     for numel in (1, 31, 33, 500):
         whole = torch.full((numel + 64,), 5.0)
         residual = torch.full((numel + 64,), 0.25)
-        messages = empty_messages(1, numel, bits, 64)
-        native_ops().block_quantize(whole[:numel], messages, residual[:numel], numel, bits, 64)
-        native_ops().block_dequantize(messages, whole[:numel], numel, bits, 64)
+        payloads = empty_payloads(1, numel, bits, 64)
+        native_ops().block_quantize(whole[:numel], payloads, residual[:numel], numel, bits, 64)
+        native_ops().block_dequantize(payloads, whole[:numel], numel, bits, 64)
         assert (whole[numel:] == 5.0).all() and (residual[numel:] == 0.25).all()
 
 
@@ -194,35 +195,35 @@ def test_overflow_leaves_the_residual_alone() -> None:
         x[40] = bad
         residual[40] = 3e38  # 3e38 + 3e38 overflows
         before = residual.clone()
-        messages, after = quantized(native_ops(), x, residual, 1, 8, 32)
+        payloads, after = quantized(native_ops(), x, residual, 1, 8, 32)
         assert after is not None and same(after[32:64], before[32:64])
         assert not same(after[:32], before[:32]) and not same(after[64:], before[64:])
         out = torch.empty(96)
-        native_ops().block_dequantize(messages, out, 96, 8, 32)
+        native_ops().block_dequantize(payloads, out, 96, 8, 32)
         assert out[32:64].isnan().all() and out[:32].isfinite().all() and out[64:].isfinite().all()
 
 
 def test_int4_puts_the_even_element_in_the_low_nibble() -> None:
     x = torch.tensor([7.0, -7.0, 1.0, -1.0] + [0.0] * 28)
-    messages, _ = quantized(native_ops(), x, None, 1, 4, 32)
-    assert messages[0, 4:7].tolist() == [0x97, 0xF1, 0x00]
+    payloads, _ = quantized(native_ops(), x, None, 1, 4, 32)
+    assert payloads[0, 4:7].tolist() == [0x97, 0xF1, 0x00]
 
 
 # --- add up -------------------------------------------------------------------------------------------------------
 
 
-def random_messages(
+def random_payloads(
     count: int, numel: int, bits: int, block: int, seed: int, specials: float
 ) -> torch.Tensor:
     """Any codes, -128 and -8 included; scales of any size, some zero, some NaN."""
-    size = message_bytes(numel, bits, block)
+    size = payload_bytes(numel, bits, block)
     blocks = -(-numel // block)
-    messages = random_bytes(count * size + 1, seed)[1:].view(count, size)
+    payloads = random_bytes(count * size + 1, seed)[1:].view(count, size)
     scales = random_values(count * blocks, torch.float32, seed).abs() * 1e-2
     chosen = torch.rand(scales.shape, generator=torch.Generator().manual_seed(seed)) < specials
     scales = torch.where(chosen, math.nan, scales)
-    messages[:, : 4 * blocks] = scales.view(torch.uint8).view(count, -1)
-    return messages
+    payloads[:, : 4 * blocks] = scales.view(torch.uint8).view(count, -1)
+    return payloads
 
 
 @given(
@@ -244,16 +245,16 @@ def test_reduce(
     seed: int,
 ) -> None:
     bits, block = form
-    messages = random_messages(count, numel, bits, block, seed, specials)
+    payloads = random_payloads(count, numel, bits, block, seed, specials)
     out, wanted = torch.empty(numel), torch.empty(numel)
-    native_ops().block_reduce(messages, out, bits, block, multiplier)
-    reference.block_reduce(messages, wanted, bits, block, multiplier)
+    native_ops().block_reduce(payloads, out, bits, block, multiplier)
+    reference.block_reduce(payloads, wanted, bits, block, multiplier)
     assert same(out, wanted)
 
     blocks = -(-numel // block)
     total: np.ndarray | None = None
-    for message in messages.numpy():
-        scales, codes = codes_of(message, blocks, bits, block)
+    for payload in payloads.numpy():
+        scales, codes = codes_of(payload, blocks, bits, block)
         product = codes.astype(np.float32) * (scales * np.float32(multiplier))[:, None]
         total = product if total is None else total + product
     assert total is not None
@@ -261,15 +262,15 @@ def test_reduce(
 
     residual = random_values(numel, torch.float32, seed + 1) * 1e-2 if with_residual else None
     after, expected_after = (None if residual is None else residual.clone() for _ in range(2))
-    message, expected = (empty_messages(1, numel, bits, block)[0] for _ in range(2))
-    native_ops().block_reduce_quantize(messages, message, after, numel, bits, block, multiplier)
-    reference.block_reduce_quantize(messages, expected, expected_after, numel, bits, block, multiplier)
-    assert same(message, expected)
+    payload, expected = (empty_payloads(1, numel, bits, block)[0] for _ in range(2))
+    native_ops().block_reduce_quantize(payloads, payload, after, numel, bits, block, multiplier)
+    reference.block_reduce_quantize(payloads, expected, expected_after, numel, bits, block, multiplier)
+    assert same(payload, expected)
     assert after is None or (expected_after is not None and same(after, expected_after))
-    check_message(
+    check_payload(
         out.numpy(),
         None if residual is None else residual.numpy(),
-        message.numpy(),
+        payload.numpy(),
         None if after is None else after.numpy(),
         bits,
         block,
@@ -279,18 +280,18 @@ def test_reduce(
 def test_threads_do_not_change_the_result() -> None:
     numel = 300_007
     x = random_values(numel, torch.float32, 1)
-    messages = random_messages(2, numel, 8, 512, 2, 0.001)
+    payloads = random_payloads(2, numel, 8, 512, 2, 0.001)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
             sent, residual = quantized(native_ops(), x, x * 1e-3, 3, 4, 128)
             out, back = torch.empty(numel), torch.empty(numel)
-            native_ops().block_reduce(messages, out, 8, 512, 0.5)
+            native_ops().block_reduce(payloads, out, 8, 512, 0.5)
             native_ops().block_dequantize(sent, back, -(-numel // 3), 4, 128)
-            message = empty_messages(1, numel, 8, 512)[0]
-            native_ops().block_reduce_quantize(messages, message, out.clone(), numel, 8, 512, 0.5)
-            results.append([sent, residual, out, back, message])
+            payload = empty_payloads(1, numel, 8, 512)[0]
+            native_ops().block_reduce_quantize(payloads, payload, out.clone(), numel, 8, 512, 0.5)
+            results.append([sent, residual, out, back, payload])
         finally:
             torch.set_num_threads(1)
     assert all(same(a, b) for a, b in zip(*results, strict=True))
@@ -298,31 +299,31 @@ def test_threads_do_not_change_the_result() -> None:
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
-X, MESSAGES, OUT = torch.ones(40), torch.zeros(1, 72, dtype=torch.uint8), torch.ones(40)
+X, PAYLOADS, OUT = torch.ones(40), torch.zeros(1, 72, dtype=torch.uint8), torch.ones(40)
 BAD_CALLS = {
-    "bits is 8 or 4, got 2": lambda ops: ops.block_quantize(X, MESSAGES, None, 40, 2, 32),
+    "bits is 8 or 4, got 2": lambda ops: ops.block_quantize(X, PAYLOADS, None, 40, 2, 32),
     "block is a multiple of 32 up to 8192, got 48": lambda ops: ops.block_quantize(
-        X, MESSAGES, None, 40, 8, 48
+        X, PAYLOADS, None, 40, 8, 48
     ),
-    "got 16384": lambda ops: ops.block_reduce(MESSAGES, OUT, 8, 16384, 1.0),
-    "x is float32, bfloat16, float16": lambda ops: ops.block_quantize(X.double(), MESSAGES, None, 40, 8, 32),
-    "has 108 bytes, got rows of 72": lambda ops: ops.block_quantize(X, MESSAGES, None, 96, 8, 32),
-    "do not hold 40": lambda ops: ops.block_dequantize(MESSAGES[:0], OUT, 40, 8, 32),
-    "residual has 39 elements": lambda ops: ops.block_quantize(X, MESSAGES, X[1:].clone(), 40, 8, 32),
-    "residual is float32": lambda ops: ops.block_quantize(X, MESSAGES, X.half(), 40, 8, 32),
-    "no message to add up": lambda ops: ops.block_reduce(MESSAGES[:0], OUT, 8, 32, 1.0),
-    "out is float32": lambda ops: ops.block_reduce(MESSAGES, OUT.half(), 8, 32, 1.0),
-    "message has 71 bytes": lambda ops: ops.block_reduce_quantize(
-        MESSAGES, MESSAGES[0, 1:].clone(), None, 40, 8, 32, 1.0
+    "got 16384": lambda ops: ops.block_reduce(PAYLOADS, OUT, 8, 16384, 1.0),
+    "x is float32, bfloat16, float16": lambda ops: ops.block_quantize(X.double(), PAYLOADS, None, 40, 8, 32),
+    "has 108 bytes, got rows of 72": lambda ops: ops.block_quantize(X, PAYLOADS, None, 96, 8, 32),
+    "do not hold 40": lambda ops: ops.block_dequantize(PAYLOADS[:0], OUT, 40, 8, 32),
+    "residual has 39 elements": lambda ops: ops.block_quantize(X, PAYLOADS, X[1:].clone(), 40, 8, 32),
+    "residual is float32": lambda ops: ops.block_quantize(X, PAYLOADS, X.half(), 40, 8, 32),
+    "no payload to add up": lambda ops: ops.block_reduce(PAYLOADS[:0], OUT, 8, 32, 1.0),
+    "out is float32": lambda ops: ops.block_reduce(PAYLOADS, OUT.half(), 8, 32, 1.0),
+    "payload has 71 bytes": lambda ops: ops.block_reduce_quantize(
+        PAYLOADS, PAYLOADS[0, 1:].clone(), None, 40, 8, 32, 1.0
     ),
     "contiguous tensor of 1 dimensions": lambda ops: ops.block_dequantize(
-        MESSAGES, OUT.view(4, 10), 40, 8, 32
+        PAYLOADS, OUT.view(4, 10), 40, 8, 32
     ),
 }
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_wrong_arguments_are_refused_alike(message: str) -> None:
-    for ops in (native_ops(), reference):
+    for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops)

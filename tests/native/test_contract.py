@@ -63,6 +63,24 @@ def test_a_fake_cuda_device_gives_shapes_and_dtypes(case: Case, ops: Any) -> Non
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "cuda")
 
 
+def with_a_wrong_first_tensor(case: Case, ops: Any, device: str, **changed: Any) -> Any:
+    """Calls the op with its first tensor, or the first of a list, changed to what no op takes."""
+    args, kwargs = resolve_packed(case.arguments(), ops)
+    first = [args[0][0].to(**changed), *args[0][1:]] if isinstance(args[0], list) else args[0].to(**changed)
+    if device == "cpu":
+        return getattr(ops, case.op)(first, *args[1:], **kwargs)
+    with FakeTensorMode() as mode:
+        arguments = [_fake_cuda(a, mode) for a in (first, *args[1:])]
+        return getattr(ops, case.op)(*arguments, **{k: _fake_cuda(v, mode) for k, v in kwargs.items()})
+
+
+@pytest.mark.parametrize("device", ["cpu", "fake cuda"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.title != "0"], ids=str)
+def test_a_wrong_dtype_is_refused_by_kernel_and_fake(case: Case, device: str, ops: Any) -> None:
+    with pytest.raises(ValueError, match="got "):
+        with_a_wrong_first_tensor(case, ops, device, dtype=torch.int32)
+
+
 @each_case
 def test_it_compiles_without_a_graph_break(case: Case, ops: Any) -> None:
     op = getattr(ops, case.op)

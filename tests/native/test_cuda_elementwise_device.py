@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ds_compress.ops import library
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 from tests.native.cases import CASES, Case
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
 from tests.native.test_contract import as_list, tensors
@@ -60,18 +60,6 @@ def test_masks(ops: Any, dtype: torch.dtype, off: int) -> None:
         for packed in (bits, bits[1:]):
             weights = random_values(NUMEL, dtype, 2, specials=0.01, offset=off)
             check(ops.mask_apply_, weights.clone() if off == 0 else weights, packed, bit, 0.5, written=(0,))
-        weights = random_values(NUMEL, dtype, 3, specials=0.01, offset=off)
-        check(ops.mask_apply_count_, weights, bits, bit, written=(0,))
-        state = [random_values(NUMEL, dtype, 4 + i, offset=off) for i in range(3)]
-        check(ops.mask_apply_adam_, *state, bits, bit, written=(0, 1, 2))
-    values = random_values(NUMEL, dtype, 5, offset=off)
-    for shift, bins, prefix_shift, prefix in (
-        (20, 2048, 31, 0),
-        (7, 8192, 20, 1016),
-        (0, 65536, 20, 1016),
-        (30, 2, 31, 0),
-    ):
-        check(ops.magnitude_histogram, values, shift, bins, prefix_shift, prefix)
 
 
 @pytest.mark.parametrize("off", [0, 3])
@@ -109,10 +97,10 @@ SHAPES = [
 ]
 ODD_SHAPES = [(999, 51), (33, 20_001), (1, 1_000_003), (1, 1 << 20), (3, 1 << 18), (70_000, 4)]
 GRIDS = {
-    "int8": {"low": -127, "high": 127, "steps": 127, "symmetric": True},
-    "full": {"low": -128, "high": 127, "steps": 128, "symmetric": True},
-    "uint8": {"low": 0, "high": 255, "steps": 256, "symmetric": False},
-    "uint4": {"low": 0, "high": 15, "steps": 15, "symmetric": False},
+    "int8": {"quant_min": -127, "quant_max": 127, "steps": 127, "symmetric": True},
+    "full": {"quant_min": -128, "quant_max": 127, "steps": 128, "symmetric": True},
+    "uint8": {"quant_min": 0, "quant_max": 255, "steps": 256, "symmetric": False},
+    "uint4": {"quant_min": 0, "quant_max": 15, "steps": 15, "symmetric": False},
 }
 
 
@@ -125,18 +113,18 @@ def test_fake_quantization(ops: Any, dtype: torch.dtype, grid: str) -> None:
         x = x.view(rows, columns)
         x[rows // 2] *= 1e-37
         for keep in (False, True):
-            check(lambda x, keep=keep: ops.fake_quantize(x, **GRIDS[grid], keep=keep), x)
+            check(lambda x, keep=keep: ops.fake_quantize(x, **GRIDS[grid], with_mask=keep), x)
         for count in {1, rows}:
             scale = random_values(count, torch.float32, number).abs() * 0.02 + 1e-3
             offset = None if GRIDS[grid]["symmetric"] else random_values(count, torch.float32, number + 1)
-            check(lambda x, s, o: ops.fake_quantize(x, s, o, **GRIDS[grid], keep=True), x, scale, offset)
+            check(lambda x, s, o: ops.fake_quantize(x, s, o, **GRIDS[grid], with_mask=True), x, scale, offset)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_messages(ops: Any, dtype: torch.dtype, bits: int) -> None:
+def test_payloads(ops: Any, dtype: torch.dtype, bits: int) -> None:
     for block in (32, 128, 256, 512, 1024, 8192):
-        for parts, off, rest_off, message_off in (
+        for parts, off, rest_off, payload_off in (
             (1, 0, 0, 0),
             (3, 0, 0, 0),
             (1, 3, 0, 0),
@@ -144,24 +132,24 @@ def test_messages(ops: Any, dtype: torch.dtype, bits: int) -> None:
             (2, 0, 0, 3),
         ):
             chunk = -(-200_003 // parts)
-            numel, size = chunk * parts - parts // 2, message_bytes(chunk, bits, block)
+            numel, size = chunk * parts - parts // 2, payload_bytes(chunk, bits, block)
             x = random_values(numel, dtype, block, specials=1e-5, offset=off)
             rest = random_values(numel, torch.float32, block + 1, offset=rest_off) * 1.0
             residual = torch.cat([torch.zeros(rest_off), rest])[rest_off:]
-            messages = torch.zeros(parts * size + message_off, dtype=torch.uint8)[message_off:].view(
+            payloads = torch.zeros(parts * size + payload_off, dtype=torch.uint8)[payload_off:].view(
                 parts, size
             )
             form = (chunk, bits, block)
-            check(ops.block_quantize, x, messages.clone(), None, *form, written=(1,))
-            check(ops.block_quantize, x, messages, residual, *form, written=(1, 2))
+            check(ops.block_quantize, x, payloads.clone(), None, *form, written=(1,))
+            check(ops.block_quantize, x, payloads, residual, *form, written=(1, 2))
             out = torch.empty(numel + off, dtype=dtype)[off:]
-            check(ops.block_dequantize, messages, out, *form, written=(1,))
-            summands = messages[:, :size]
+            check(ops.block_dequantize, payloads, out, *form, written=(1,))
+            summands = payloads[:, :size]
             total = torch.empty(chunk + rest_off)[rest_off:]
             check(ops.block_reduce, summands, total, bits, block, 1 / 3, written=(1,))
-            message = torch.zeros(size, dtype=torch.uint8)
+            payload = torch.zeros(size, dtype=torch.uint8)
             for correction in (None, residual[:chunk]):
-                arguments = (summands, message.clone(), correction, chunk, bits, block, 1 / 3)
+                arguments = (summands, payload.clone(), correction, chunk, bits, block, 1 / 3)
                 check(ops.block_reduce_quantize, *arguments, written=(1,) if correction is None else (1, 2))
 
 
@@ -170,16 +158,15 @@ def test_grids_that_go_round(ops: Any, bits: int) -> None:
     """More blocks than a grid begins at once."""
     numel, block = 20_000_003, {8: 512, 4: 128}[bits]
     x = random_values(numel, torch.float32, 1, specials=1e-6)
-    messages = torch.zeros(1, message_bytes(numel, bits, block), dtype=torch.uint8)
+    payloads = torch.zeros(1, payload_bytes(numel, bits, block), dtype=torch.uint8)
     residual, out = torch.zeros(numel), torch.empty(numel)
-    check(ops.block_quantize, x, messages, residual, numel, bits, block, written=(1, 2))
-    check(ops.block_dequantize, messages, out, numel, bits, block, written=(1,))
-    check(ops.block_reduce, messages, out, bits, block, 0.5, written=(1,))
+    check(ops.block_quantize, x, payloads, residual, numel, bits, block, written=(1, 2))
+    check(ops.block_dequantize, payloads, out, numel, bits, block, written=(1,))
+    check(ops.block_reduce, payloads, out, bits, block, 0.5, written=(1,))
     check(
-        ops.block_reduce_quantize, messages, messages[0].clone(), None, numel, bits, block, 0.5, written=(1,)
+        ops.block_reduce_quantize, payloads, payloads[0].clone(), None, numel, bits, block, 0.5, written=(1,)
     )
-    check(ops.mask_apply_count_, x, random_bytes(-(-numel // 8), 2), 0, written=(0,))
-    check(ops.magnitude_histogram, out, 20, 2048, 31, 0)
+    check(ops.mask_apply_, x, random_bytes(-(-numel // 8), 2), 0, written=(0,))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "linear" not in case.op], ids=str)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ds_compress.ops.reference import linear as reference
-from ds_compress.ops.schemas import packed_bytes
+from ds_compress.ops.sizes import packed_bytes
 from tests.native.emulator import harness
 from tests.native.emulator.harness import Library, Program
 from tests.native.linear_cases import HEADER_BYTES, LinearCase, check, make_inputs, packed_numel
@@ -48,9 +48,8 @@ def test_the_expected_values_are_those_of_the_reference_op(case: LinearCase) -> 
         packed = reference.int4_linear_pack(inputs.codes, inputs.weight_scale)
         out = reference.int4_linear(inputs.x, packed, case.n, case.group, *rest, **options)
     else:
-        packed = getattr(reference, f"{case.kind}_linear_pack")(inputs.codes)
-        linear = getattr(reference, f"{case.kind}_linear")
-        out = linear(inputs.x, packed, inputs.weight_scale, *rest, **options)
+        packed = reference.int8_linear_pack(inputs.codes)
+        out = reference.int8_linear(inputs.x, packed, inputs.weight_scale, *rest, **options)
     check(case, inputs, out)
 
 
@@ -65,9 +64,7 @@ def test_packing(mode: str) -> None:
         ("quantize", "dsc_quantize_rows", ("x", 3, None, 1, 1, 127, "x", "x", None)),  # no such dtype
         ("quantize", "dsc_quantize_rows", ("x", 0, None, 1, 1, 100, "x", "x", None)),  # no such steps
         ("pack", "dsc_int4_pack", ("x", "x", 1, 48, 48, "x", None)),  # no such group
-        ("pack", "dsc_sparse24_pack", ("x", 1, 6, "x", "x", None)),  # k is no multiple of 4
         ("int4", "dsc_int4_linear", ("x", "x", "x", None, "x", 0, 0, 1, 1, 48, 48, None)),
-        ("sparse24", "dsc_sparse24_linear", ("x", "x", "x", "x", None, "x", 0, 0, 1, 1, 6, None)),
     ],
     ids=lambda call: "-".join(str(a) for a in (call[1], *call[2])),
 )
@@ -84,7 +81,6 @@ def test_packed_weights_fit_into_the_bytes_that_tracers_are_told() -> None:
     for n in (1, 7, 8, 9, 16, 17, 48, 49, 130):
         for k in (0, 1, 4, 15, 16, 17, 32, 33, 64, 65, 128, 1000):
             assert packed_numel(LinearCase(1, n, k)) <= packed_bytes(n, k)
-            assert packed_numel(LinearCase(1, n, k * 4, "sparse24")) <= packed_bytes(n, k * 4)
             for group in (32, 64, 128):
                 case = LinearCase(1, n, k, "int4", group)
                 assert packed_numel(case) <= packed_bytes(n, k, bits=4, groups=-(-k // group))

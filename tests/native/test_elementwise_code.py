@@ -89,7 +89,7 @@ def has(isa: str) -> bool:
 def library_with(folder: Path, *flags: str) -> Path:
     """The elementwise ops alone; `flags` make another instruction set of the kernels for every CPU."""
     build = wanted_build()
-    bindings = [CSRC / "bindings" / f"{name}_cpu.cpp" for name in ("mask", "fake_quantize", "block_quantize")]
+    bindings = [path for path in (CSRC / "bindings").glob("*_cpu.cpp") if path.stem != "linear_cpu"]
     sources = [*bindings, *sorted(KERNELS.glob("*.cpp")), CSRC / "cpu" / "isa.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     running = []
@@ -158,7 +158,7 @@ def loops_of(object_file: Path) -> list[Loop]:
 
 HOT = {
     # function: what one of its innermost loops must contain; R stands for the register of the instruction set
-    "apply<unsigned int, false, false>": (r"^vpand\w* .*%R", r"^vmovdq\w+ %R\d+(\{%k\d\})?,.*\("),
+    "apply<unsigned int, false>": (r"^vpand\w* .*%R", r"^vmovdq\w+ %R\d+(\{%k\d\})?,.*\("),
     "quantize_block<8>": (r"^vdivps .*%R", r"^v(round|rndscale)ps .*%R", r"^v(packssdw|pmovdb) .*%R"),
     "quantize_block<4>": (r"^vdivps .*%R", r"^vpack\w+|^vpshufb"),
     "block_dequantize_as<.*Fp32, 8>": (r"^vpmovsxbd .*%R", r"^vcvtdq2ps .*%R", r"^vmulps .*%R"),

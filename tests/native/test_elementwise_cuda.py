@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from ds_compress.ops.reference import block_quantize, fake_quantize, mask
-from ds_compress.ops.schemas import message_bytes
+from ds_compress.ops.sizes import payload_bytes
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
 from tests.native.emulator import harness, machine_code, nvcc
 from tests.native.emulator.harness import Edit, Library, Program
-from tests.native.test_block_quantize import hard_values, random_messages
+from tests.native.test_block_quantize import hard_values, random_payloads
 from tests.native.test_cuda_machine_code import violations
 from tests.native.test_fake_quantize import hard_rows
 
@@ -89,13 +89,6 @@ def mask_cases() -> Iterator[Case]:
             yield program(
                 {"weights": weights, "packed": packed}, [("dsc_mask_apply", arguments)], {"weights": wanted}
             )
-        wanted = weights.clone()
-        count = mask.mask_apply_count_(wanted, packed, bit)
-        yield program(
-            {"weights": weights, "packed": packed},
-            [("dsc_mask_apply_count", ("weights", size, numel, "packed", bit, "count", None))],
-            {"weights": wanted, "count": count.view(1)},
-        )
         keep = mask.mask_unpack(packed, numel, bit)
         yield program(
             {"packed": packed},
@@ -107,15 +100,6 @@ def mask_cases() -> Iterator[Case]:
             [("dsc_mask_pack", ("keep", numel, "packed", None))],
             {"packed": mask.mask_pack(keep)},
         )
-        for shift, bins, prefix_shift, prefix in ((21, 2048, 31, 0), (0, 16384, 21, 508), (10, 64, 31, 1)):
-            values = torch.where(weights.isnan(), torch.zeros_like(weights), weights)
-            counts = mask.magnitude_histogram(values, shift, bins, prefix_shift, prefix)
-            form = (DTYPE_NUMBER[dtype], numel, shift, bins, prefix_shift, prefix)
-            yield program(
-                {"values": values},
-                [("dsc_magnitude_histogram", ("values", *form, "counts", None))],
-                {"counts": counts},
-            )
     yield from misaligned_mask_cases()
     for count in (1, 4, 5, 70):
         yield many_masks(count)
@@ -146,19 +130,12 @@ def misaligned_mask_cases() -> Iterator[Case]:
         packed = random_bytes(-(-(numel + bit) // 8), number)
         weights = random_values(numel, dtype, number, specials=0.2)
         wanted = weights.clone()
-        count = mask.mask_apply_count_(wanted, packed, bit)
+        mask.mask_apply_(wanted, packed, bit)
         place = f"weights+{off * size}"
         yield program(
             {"weights": shifted(weights, off), "packed": packed},
-            [("dsc_mask_apply_count", (place, size, numel, "packed", bit, "count", None))],
-            {"weights": shifted(wanted, off), "count": count.view(1)},
-        )
-        values = torch.where(weights.isnan(), torch.zeros_like(weights), weights)
-        form = (DTYPE_NUMBER[dtype], numel, 20, 2048, 31, 0)
-        yield program(
-            {"values": shifted(values, off)},
-            [("dsc_magnitude_histogram", (f"values+{off * size}", *form, "counts", None))],
-            {"counts": mask.magnitude_histogram(values, 20, 2048, 31, 0)},
+            [("dsc_mask_apply", (place, size, numel, "packed", bit, 0, None))],
+            {"weights": shifted(wanted, off)},
         )
         keep = mask.mask_unpack(packed, numel, bit)
         yield program(
@@ -195,7 +172,7 @@ def rows_with_zeros_of_both_signs() -> Case:
     """Their lowest value is far less than a step: the offset is a zero that has its sign."""
     x = torch.tensor([[0.0887, 1.1155, -1e-38, 3e38], [-0.0, 0.0, 2.0, 1e-40], [-1e-3, 1.0, 0.5, -0.0]])
     y, scale, offset, _ = fake_quantize.fake_quantize(
-        x, low=0, high=255, steps=256, symmetric=False, keep=False
+        x, quant_min=0, quant_max=255, steps=256, symmetric=False, with_mask=False
     )
     form = (0, 3, 4, 0, 3, "scale", "offset", 0, 255, 256, None, None)
     return program(
@@ -229,12 +206,12 @@ def fake_quantize_cases() -> Iterator[Case]:
     ):
         x = hard_rows(rows, columns, dtype, number)
         arguments = (
-            {"low": -127, "high": 127, "steps": 127, "symmetric": True}
+            {"quant_min": -127, "quant_max": 127, "steps": 127, "symmetric": True}
             if symmetric
-            else {"low": 0, "high": 255, "steps": 256, "symmetric": False}
+            else {"quant_min": 0, "quant_max": 255, "steps": 256, "symmetric": False}
         )
-        numbers = (arguments["low"], arguments["high"], arguments["steps"])
-        y, scale, offset, kept = fake_quantize.fake_quantize(x, **arguments, keep=True)
+        numbers = (arguments["quant_min"], arguments["quant_max"], arguments["steps"])
+        y, scale, offset, kept = fake_quantize.fake_quantize(x, **arguments, with_mask=True)
         names = ("scale", None if symmetric else "offset")
         ranges = {"scale": scale} if symmetric else {"scale": scale, "offset": offset}
         yield program(
@@ -250,7 +227,7 @@ def fake_quantize_cases() -> Iterator[Case]:
         for count in {1, rows} - {0}:
             given = random_values(count, torch.float32, number).abs() * 0.02 + 1e-3
             moved = None if symmetric else random_values(count, torch.float32, number + 1)
-            y, *_, kept = fake_quantize.fake_quantize(x, given, moved, **arguments, keep=True)
+            y, *_, kept = fake_quantize.fake_quantize(x, given, moved, **arguments, with_mask=True)
             inputs = {"x": x, "scale": given} | ({} if moved is None else {"offset": moved})
             yield program(
                 inputs,
@@ -287,26 +264,26 @@ def block_cases() -> Iterator[Case]:
     ):
         parts = 1 + number % 3
         chunk = -(-numel // parts)
-        size = message_bytes(chunk, bits, block)
+        size = payload_bytes(chunk, bits, block)
         x = hard_values(numel, dtype, number, specials=0.002)
-        messages = torch.empty(parts, size, dtype=torch.uint8)
+        payloads = torch.empty(parts, size, dtype=torch.uint8)
         residual = random_values(numel, torch.float32, number + 1) * 1e-2 if number % 2 else None
         after = None if residual is None else residual.clone()
-        block_quantize.block_quantize(x, messages, after, chunk, bits, block)
+        block_quantize.block_quantize(x, payloads, after, chunk, bits, block)
         inputs = {"x": x} if residual is None else {"x": x, "residual": residual}
-        expected = {"messages": messages} if after is None else {"messages": messages, "residual": after}
+        expected = {"payloads": payloads} if after is None else {"payloads": payloads, "residual": after}
         name = None if residual is None else "residual"
         form = (parts, chunk, bits, block, None)
         yield program(
             inputs,
-            [("dsc_block_quantize", ("x", DTYPE_NUMBER[dtype], numel, name, "messages", *form))],
+            [("dsc_block_quantize", ("x", DTYPE_NUMBER[dtype], numel, name, "payloads", *form))],
             expected,
         )
         out = torch.empty_like(x)
-        block_quantize.block_dequantize(messages, out, chunk, bits, block)
+        block_quantize.block_dequantize(payloads, out, chunk, bits, block)
         yield program(
-            {"messages": messages},
-            [("dsc_block_dequantize", ("messages", *form[:-1], "out", DTYPE_NUMBER[dtype], numel, None))],
+            {"payloads": payloads},
+            [("dsc_block_dequantize", ("payloads", *form[:-1], "out", DTYPE_NUMBER[dtype], numel, None))],
             {"out": out},
         )
         if dtype is torch.float32:
@@ -314,33 +291,33 @@ def block_cases() -> Iterator[Case]:
 
 
 def misaligned_block_cases() -> Iterator[Case]:
-    """Values, residuals and messages from any byte on that they may begin at."""
+    """Values, residuals and payloads from any byte on that they may begin at."""
     for number, (dtype, bits, block) in enumerate(
         (dtype, bits, block) for dtype in FLOATS for bits in (8, 4) for block in (128, 2048)
     ):
         numel, size = 4224, torch.empty(0, dtype=dtype).element_size()
-        off, rest_off, message_off = ((3, 0, 0), (0, 1, 0), (0, 0, 3), (0, 0, 2))[number % 4]
+        off, rest_off, payload_off = ((3, 0, 0), (0, 1, 0), (0, 0, 3), (0, 0, 2))[number % 4]
         x = hard_values(numel, dtype, number, specials=0.0002)
-        messages = torch.empty(1, message_bytes(numel, bits, block), dtype=torch.uint8)
+        payloads = torch.empty(1, payload_bytes(numel, bits, block), dtype=torch.uint8)
         residual = random_values(numel, torch.float32, number + 1) * 1e-2
         after = residual.clone()
-        block_quantize.block_quantize(x, messages, after, numel, bits, block)
+        block_quantize.block_quantize(x, payloads, after, numel, bits, block)
         inputs = {"x": shifted(x, off), "residual": shifted(residual, rest_off)}
-        inputs |= {"messages": torch.full((message_off + messages.numel(),), 7, dtype=torch.uint8)}
+        inputs |= {"payloads": torch.full((payload_off + payloads.numel(),), 7, dtype=torch.uint8)}
         form = (1, numel, bits, block, None)
         places = (f"x+{off * size}", DTYPE_NUMBER[dtype], numel, f"residual+{4 * rest_off}")
         yield program(
             inputs,
-            [("dsc_block_quantize", (*places, f"messages+{message_off}", *form))],
+            [("dsc_block_quantize", (*places, f"payloads+{payload_off}", *form))],
             {
-                "messages": shifted(messages.view(-1), message_off),
+                "payloads": shifted(payloads.view(-1), payload_off),
                 "residual": shifted(after, rest_off),
             },
         )
         out = torch.empty_like(x)
-        block_quantize.block_dequantize(messages, out, numel, bits, block)
+        block_quantize.block_dequantize(payloads, out, numel, bits, block)
         places = (
-            f"messages+{message_off}",
+            f"payloads+{payload_off}",
             *form[:-1],
             f"out+{off * size}",
             DTYPE_NUMBER[dtype],
@@ -348,7 +325,7 @@ def misaligned_block_cases() -> Iterator[Case]:
             None,
         )
         yield program(
-            {"messages": shifted(messages.view(-1), message_off), "out": shifted(torch.zeros_like(out), off)},
+            {"payloads": shifted(payloads.view(-1), payload_off), "out": shifted(torch.zeros_like(out), off)},
             [("dsc_block_dequantize", places)],
             {"out": shifted(out, off)},
         )
@@ -356,22 +333,22 @@ def misaligned_block_cases() -> Iterator[Case]:
 
 def sum_cases(numel: int, bits: int, block: int, seed: int) -> Iterator[Case]:
     count, multiplier = 1 + seed % 4, float(np.float32(1 / 3))
-    messages = random_messages(count, numel, bits, block, seed, specials=0.05)
+    payloads = random_payloads(count, numel, bits, block, seed, specials=0.05)
     form = (count, numel, bits, block, multiplier)
     out = torch.empty(numel)
-    block_quantize.block_reduce(messages, out, bits, block, multiplier)
+    block_quantize.block_reduce(payloads, out, bits, block, multiplier)
     yield program(
-        {"messages": messages}, [("dsc_block_reduce", ("messages", *form, "out", None))], {"out": out}
+        {"payloads": payloads}, [("dsc_block_reduce", ("payloads", *form, "out", None))], {"out": out}
     )
     for residual in (None, random_values(numel, torch.float32, seed) * 1e-2):
         after = None if residual is None else residual.clone()
-        message = torch.empty(messages.shape[1], dtype=torch.uint8)
-        block_quantize.block_reduce_quantize(messages, message, after, numel, bits, block, multiplier)
-        inputs = {"messages": messages} if residual is None else {"messages": messages, "residual": residual}
-        expected = {"message": message} if after is None else {"message": message, "residual": after}
+        payload = torch.empty(payloads.shape[1], dtype=torch.uint8)
+        block_quantize.block_reduce_quantize(payloads, payload, after, numel, bits, block, multiplier)
+        inputs = {"payloads": payloads} if residual is None else {"payloads": payloads, "residual": residual}
+        expected = {"payload": payload} if after is None else {"payload": payload, "residual": after}
         name = None if residual is None else "residual"
         yield program(
-            inputs, [("dsc_block_reduce_quantize", ("messages", *form, name, "message", None))], expected
+            inputs, [("dsc_block_reduce_quantize", ("payloads", *form, name, "payload", None))], expected
         )
 
 
@@ -419,15 +396,6 @@ BUGS = {
     "many tensors: the first tile of each goes to the one before": (
         "mask", "plain", edit_of("mask", "if (tile >= tensors.tiles[which", "if (tile > tensors.tiles[which"),
     ),
-    "counts are added up before they are there": (
-        "mask", "tsan", edit_of("mask", "= found;\n        __syncthreads();", "= found;"),
-    ),
-    "a histogram is counted before it is cleared": (
-        "mask", "tsan", edit_of("select", "own[i] = 0;\n        __syncthreads();", "own[i] = 0;"),
-    ),
-    "a copy of the histogram is forgotten": (
-        "mask", "plain", edit_of("select", "int i = 0; i < copies; i++) sum", "int i = 1; i < copies; i++) sum"),
-    ),
     "ties go to the higher index": (
         "mask", "plain", edit_of("select", "k < element ? other >= mine", "k > element ? other >= mine"),
     ),
@@ -454,7 +422,7 @@ BUGS = {
         edit_of("fake_quantize", "math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits)",
                 "math::bits_of(whole)"),
     ),
-    "kept bits of neighbours overlap": (
+    "mask bits of neighbours overlap": (
         "fake_quantize", "plain", edit_of("fake_quantize", "(~0u, bits, 1) << 4;", "(~0u, bits, 1) << 3;"),
     ),
     "short rows: the range of another row": (
@@ -477,10 +445,10 @@ BUGS = {
     "residuals are overwritten while lanes still read them": (
         "block_quantize", "tsan", edit_of("block_quantize", "    __syncwarp();  // the", "    // the"),
     ),
-    "a message after the last is added": (
-        "block_quantize", "asan", edit_of("block_quantize", "pair < message_count / 2;", "pair <= message_count / 2;"),
+    "a payload after the last is added": (
+        "block_quantize", "asan", edit_of("block_quantize", "pair < payload_count / 2;", "pair <= payload_count / 2;"),
     ),
-    "int4 codes keep the sign turned": (
+    "int4 values keep the sign turned": (
         "block_quantize", "plain", edit_of("block_quantize", "- constant) ^ 0x88888888u)", "- constant))"),
     ),
 }  # fmt: skip
@@ -518,8 +486,8 @@ def test_planted_bugs_are_caught() -> None:
 
 @pytest.mark.skipif(not nvcc.available(), reason="nvcc is not installed")
 def test_accesses_of_four_bytes_are_seen() -> None:
-    words = ", ".join(f"load_wide<uint32_t>(keep + 16 * i + {4 * word})" for word in range(4))
-    edit = edit_of("mask", "load_passing<uint4>(keep + 16 * i)", f"make_uint4({words})")
+    words = ", ".join(f"load_wide<uint32_t>(mask + 16 * i + {4 * word})" for word in range(4))
+    edit = edit_of("mask", "load_passing<uint4>(mask + 16 * i)", f"make_uint4({words})")
     kernels = machine_code.inspect(machine_code.cubin(f"{FOLDER}/mask.cu", "90", [edit]))
     found = [each for name, code in kernels.items() for each in violations(name, "90", code)]
     assert found == ["mask_pack_kernel for sm_90: 0 LDG.128, at least 2 are needed"]

@@ -14,14 +14,14 @@ from ds_compress.ops import Preference, functional, library, prefer, reference, 
 
 @pytest.fixture(autouse=True, params=[Preference.REFERENCE, Preference.NATIVE])
 def preference(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = library._chosen
+    before = library._default
     prefer(request.param)
     yield
-    library._chosen = before
+    library._default = before
 
 
 def test_it_has_every_op_and_dir_lists_them() -> None:
-    assert set(functional.__all__) == {*schemas.SCHEMAS, "message_bytes"}
+    assert set(functional.__all__) == {*schemas.SCHEMAS, "payload_bytes"}
     assert dir(functional) == sorted(functional.__all__)
 
 

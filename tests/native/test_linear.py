@@ -247,28 +247,14 @@ def test_sums_may_be_as_large_as_int32() -> None:
         native_ops().int8_linear(x, packed, torch.ones(2), steps=128)
 
 
-def test_two_of_four_weights() -> None:
-    codes = torch.randint(1, 128, (5, 24), dtype=torch.int8)
-    codes.view(5, 6, 4)[:, :, 1:3] = 0
-    scale, x = torch.rand(5), torch.randn(3, 24)
-    mine = native_ops().sparse24_linear(x, native_ops().sparse24_linear_pack(codes), scale)
-    assert same(mine, reference.sparse24_linear(x, reference.sparse24_linear_pack(codes), scale))
-    codes[2, 9] = 1
-    for ops in (native_ops(), reference):
-        with pytest.raises(ValueError, match="row 2, columns 8 to 11"):
-            ops.sparse24_linear_pack(codes)
-        with pytest.raises(ValueError, match="multiple of 4 columns, got 6"):
-            ops.sparse24_linear_pack(codes[:, :6].contiguous())
-
-
 def wrong_calls(ops: Any) -> list[tuple[str, Any]]:
     codes, scale, x = torch.ones(6, 40, dtype=torch.int8), torch.ones(6), torch.ones(2, 40)
     packed, packed4 = ops.int8_linear_pack(codes), ops.int4_linear_pack(codes, torch.ones(6, 2))
     other = packed.clone()
     other[8] = 99
     return [
-        ("codes are int8", lambda: ops.int8_linear_pack(codes.int())),
-        ("codes are int8", lambda: ops.int8_linear_pack(codes[0])),
+        ("a quantized weight is int8", lambda: ops.int8_linear_pack(codes.int())),
+        ("a quantized weight is int8", lambda: ops.int8_linear_pack(codes[0])),
         ("x is .*40", lambda: ops.int8_linear(x[:, :39], packed, scale)),
         ("x is .*fp32, bf16 or fp16", lambda: ops.int8_linear(x.double(), packed, scale)),
         ("weight_scale is .*6", lambda: ops.int8_linear(x, packed, scale[:5])),
@@ -286,7 +272,7 @@ def wrong_calls(ops: Any) -> list[tuple[str, Any]]:
         ("6 out_features, got 7", lambda: ops.int4_linear(x, packed4, 7, 32)),
         ("group_size is a multiple of 32 that makes 2 groups", lambda: ops.int4_linear(x, packed4, 6, 64)),
         ("group_size is a multiple of 32", lambda: ops.int4_linear(x, packed4, 6, 20)),
-        ("int4 codes lie in", lambda: ops.int4_linear_pack(codes * 8, torch.ones(6, 2))),
+        ("int4 values lie in", lambda: ops.int4_linear_pack(codes * 8, torch.ones(6, 2))),
         ("scale is .*groups", lambda: ops.int4_linear_pack(codes, torch.ones(6))),
         ("scale is .*6", lambda: ops.int8_linear_quantize_pack(codes.float(), torch.ones(5), 127)),
         ("weight ", lambda: ops.int8_linear_quantize_pack(codes.double(), scale, 127)),

@@ -246,7 +246,7 @@ def test_nearest_names_never_fail(pattern: str, names: list[str]) -> None:
 
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_collapsed_lines_lose_no_module(places: set[tuple[int, int]]) -> None:
-    same = LineItem((1,), "", "", "", "")
+    same = LineItem((1,), ("", "", ""), "")
     names = [f"a.{first}.b.{second}.c" for first, second in sorted(places)]
     lines = collapse(dict.fromkeys(names, same))
     assert sorted(name for _, members in lines for name in members) == sorted(names)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_compress.config.schema.distillation import LogitsLoss
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.distill.divergence import divergence_of, log_probabilities, with_tail
 from ds_compress.distill.losses.logits import LogitsDistillation
-from ds_compress.distill.record import CapturedActivations
 from ds_compress.distill.sparse_logits import SparseLogits
 
 # Models forbid a token by the most negative number there is, or something near it.

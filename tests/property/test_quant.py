@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_compress.ops.counter_rng import uniform
-from ds_compress.quant import grid as grids
+from ds_compress.quant.arithmetic import normalize
 from ds_compress.quant.grid import Granularity, WeightGrid
 from ds_compress.quant.layout import join_weight, scale_shape, split_weight, weights_per_scale
+from ds_compress.quant.weights import choose_weight_qparams, dequantize, fake_quantize, quantize
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
 
@@ -42,9 +43,9 @@ def weight_and_grid(draw, elements=finite, fewest_bits=1):
 @settings(max_examples=300, deadline=None)
 def test_reads_back_bitwise_and_finite(case):
     weight, grid = case
-    stored = grids.quantize(weight, grid)
-    read = grids.dequantize(stored)
-    assert torch.equal(read, grids.fake_quantize(weight, grid))
+    stored = quantize(weight, grid)
+    read = dequantize(stored)
+    assert torch.equal(read, fake_quantize(weight, grid))
     assert read.isfinite().all()
     assert stored.scale.shape == scale_shape(weight.shape, grid)
     assert (stored.scale >= 0).all()
@@ -55,13 +56,13 @@ def test_reads_back_bitwise_and_finite(case):
 def test_error_is_bounded_in_steps(case):
     """Half a step by rounding; a clipped end costs one step, and the rounded offset half a step more."""
     weight, grid = case
-    stored = grids.quantize(weight, grid)
-    error = split_weight(grids.dequantize(stored) - weight, grid)
+    stored = quantize(weight, grid)
+    error = split_weight(dequantize(stored) - weight, grid)
     values = split_weight(weight, grid)
-    for err, value, ranges in zip(error, values, grids.weight_ranges(weight, grid), strict=True):
+    for err, value, qparams in zip(error, values, choose_weight_qparams(weight, grid), strict=True):
         steps = 0.5 + 0.5 * (not grid.narrow_range) + 0.5 * (not grid.symmetric)
         slack = 4e-7 * value.abs().amax(-2, keepdim=True)
-        assert (err.abs() <= steps * ranges.scale * (1 + 1e-5) + slack).all()
+        assert (err.abs() <= steps * qparams.scale * (1 + 1e-5) + slack).all()
 
 
 @given(weight_and_grid(fewest_bits=3))
@@ -70,9 +71,9 @@ def test_a_narrow_symmetric_weight_never_clips(case):
     weight, grid = case
     if not (grid.symmetric and grid.narrow_range):
         return
-    for block, ranges in zip(split_weight(weight, grid), grids.weight_ranges(weight, grid), strict=True):
-        codes = grids.normalize(block, ranges).round_()
-        assert codes.abs().max() <= grid.high
+    for block, qparams in zip(split_weight(weight, grid), choose_weight_qparams(weight, grid), strict=True):
+        codes = normalize(block, qparams).round_()
+        assert codes.abs().max() <= grid.quant_max
 
 
 @given(weight_and_grid())
@@ -93,17 +94,17 @@ def test_layout_is_a_partition(case):
 def test_a_fault_is_never_masked(case, fault, where):
     weight, grid = case
     weight.view(-1)[where % weight.numel()] = fault
-    assert grids.fake_quantize(weight, grid).view(-1)[where % weight.numel()].isnan()
+    assert fake_quantize(weight, grid).view(-1)[where % weight.numel()].isnan()
 
 
 @given(weight_and_grid(fewest_bits=3, elements=st.floats(-4, 4, width=32)), st.integers(0, 2**62))
 @settings(max_examples=150, deadline=None)
 def test_stochastic_rounding_picks_a_neighbour(case, key):
     weight, grid = case
-    rounded = grids.fake_quantize(weight, grid, noise=uniform(weight.shape, key))
+    rounded = fake_quantize(weight, grid, noise=uniform(weight.shape, key))
     error = split_weight(rounded - weight, grid)
-    for err, ranges in zip(error, grids.weight_ranges(weight, grid), strict=True):
-        assert (err.abs() <= (1.001 if grid.symmetric else 1.501) * ranges.scale + 1e-5).all()
+    for err, qparams in zip(error, choose_weight_qparams(weight, grid), strict=True):
+        assert (err.abs() <= (1.001 if grid.symmetric else 1.501) * qparams.scale + 1e-5).all()
 
 
 @given(st.integers(0, 5000), st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**62), st.data())

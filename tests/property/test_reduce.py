@@ -13,7 +13,7 @@ from ds_compress.reduce.nodes import Layout, UnevenNodesError
 from ds_compress.reduce.pipeline import pipelined
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS
-from ds_compress.reduce.slices import Segment, Slices, count, joined, spread
+from ds_compress.reduce.slices import Segment, Slices, packed, packed_numel, unpack
 from ds_compress.reduce.sorting import comparators, sort_rows_
 
 sizes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=12)
@@ -22,7 +22,7 @@ floats = st.floats(-1e6, 1e6, width=32)
 
 @given(sizes, st.integers(1, 50), st.sampled_from([1, 4, 32]))
 def test_slices_have_every_element_once_at_its_owner(
-    layout: list[tuple[int, int]], quantum: int, granule: int
+    layout: list[tuple[int, int]], chunk_numel: int, alignment: int
 ) -> None:
     total = sum(size for _, size in layout)
     everything = torch.arange(1, total + 1)
@@ -30,46 +30,46 @@ def test_slices_have_every_element_once_at_its_owner(
     for owner, size in layout:
         segments.append(Segment(everything[begin : begin + size], owner, "w", begin))
         begin += size
-    slices = Slices(segments, 4, quantum * granule, granule)
+    slices = Slices(segments, 4, chunk_numel * alignment, alignment)
     for owner in range(4):
         expected = [value for s in segments if s.owner == owner for value in s.values.tolist()]
         got: list[int] = []
-        for piece in range(slices.pieces):
-            parts = slices.parts(owner, piece)
-            assert count(parts) <= quantum * granule
+        for chunk in range(slices.chunks):
+            parts = slices.parts(owner, chunk)
+            assert packed_numel(parts) <= chunk_numel * alignment
             for part in parts:
                 assert part.values.tolist() == list(range(part.start + 1, part.start + part.numel + 1))
-            flat = joined(parts) if parts else torch.empty(0)
-            assert flat.numel() == count(parts)
-            for block in flat.split(granule):
+            flat = packed(parts) if parts else torch.empty(0)
+            assert flat.numel() == packed_numel(parts)
+            for block in flat.split(alignment):
                 owners = {i for i, s in enumerate(segments) for v in s.values.tolist() if v in block.tolist()}
                 assert len(owners) == bool(block.numel()), "a block has elements of one segment"
-            assert [v for own in spread(flat, parts) for v in own.tolist()] == [v for v in flat.tolist() if v]
+            assert [v for own in unpack(flat, parts) for v in own.tolist()] == [v for v in flat.tolist() if v]
             got += [value for value in flat.tolist() if value]
         assert got == expected
 
 
 @given(st.integers(0, 20), st.integers(1, 5))
-def test_a_pipeline_starts_and_finishes_everything_in_order(pieces: int, in_flight: int) -> None:
+def test_a_pipeline_starts_and_finishes_everything_in_order(chunks: int, in_flight: int) -> None:
     events: list[tuple[str, int]] = []
 
-    def start(piece: int) -> int:
-        events.append(("start", piece))
-        return piece * piece
+    def start(chunk: int) -> int:
+        events.append(("start", chunk))
+        return chunk * chunk
 
-    def finish(piece: int, started: int) -> None:
-        assert started == piece * piece
-        events.append(("finish", piece))
+    def finish(chunk: int, started: int) -> None:
+        assert started == chunk * chunk
+        events.append(("finish", chunk))
 
-    pipelined(range(pieces), start, finish, in_flight)
+    pipelined(range(chunks), start, finish, in_flight)
     for kind in ("start", "finish"):
-        assert [piece for event, piece in events if event == kind] == list(range(pieces))
-    for position, (kind, piece) in enumerate(events):
+        assert [chunk for event, chunk in events if event == kind] == list(range(chunks))
+    for position, (kind, chunk) in enumerate(events):
         under_way = [p for k, p in events[:position] if k == "start"]
         if kind == "start":
             assert len(under_way) - sum(k == "finish" for k, _ in events[:position]) < in_flight
         else:
-            assert piece in under_way
+            assert chunk in under_way
 
 
 @given(st.lists(floats, max_size=700), st.sampled_from([8, 4]), st.sampled_from([32, 64, 512]))
@@ -78,10 +78,10 @@ def test_a_message_is_right_within_half_a_step_of_its_block(
 ) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     codec = BlockCodec(bits, block)
-    message = torch.empty(codec.message_bytes(x.numel()), dtype=torch.uint8)
-    codec.encode(x, message)
+    payload = torch.empty(codec.payload_bytes(x.numel()), dtype=torch.uint8)
+    codec.encode(x, payload)
     back = torch.empty_like(x)
-    codec.decode(message, back)
+    codec.decode(payload, back)
     steps = 127 if bits == 8 else 7
     for own, read in zip(x.split(block), back.split(block), strict=True):
         if own.numel():
@@ -91,9 +91,9 @@ def test_a_message_is_right_within_half_a_step_of_its_block(
 @given(st.lists(st.lists(floats, min_size=9, max_size=9), min_size=1, max_size=5))
 def test_a_plain_sum_is_the_sum(rows: list[list[float]]) -> None:
     x = torch.tensor(rows)
-    messages = torch.stack([row.view(torch.uint8) for row in x])
+    payloads = torch.stack([row.view(torch.uint8) for row in x])
     total = torch.empty(9)
-    PlainCodec(torch.float32).sum(messages, total, 0.5)
+    PlainCodec(torch.float32).sum(payloads, total, 0.5)
     torch.testing.assert_close(
         total.double(), x.double().sum(0) * 0.5, rtol=1e-5, atol=1e-6 * float(x.abs().sum())
     )
@@ -144,7 +144,7 @@ def test_residuals_hold_the_last_value_of_every_element(stores: list[tuple[int, 
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_every_process_has_one_place_on_one_host(names: list[int]) -> None:
+def test_every_process_has_one_local_rank_on_one_node(names: list[int]) -> None:
     counts = {names.count(name) for name in names}
     if len(counts) > 1:
         try:
@@ -152,15 +152,15 @@ def test_every_process_has_one_place_on_one_host(names: list[int]) -> None:
         except UnevenNodesError as error:
             assert "as many processes" in str(error)
         else:
-            raise AssertionError("uneven hosts were taken")
+            raise AssertionError("uneven nodes were accepted")
         return
     layout = Layout.of([str(name) for name in names])
     assert sorted(rank for ranks in layout.ranks for rank in ranks) == list(range(len(names)))
-    assert layout.hosts * layout.per_host == len(names)
+    assert layout.num_nodes * layout.ranks_per_node == len(names)
     for rank, name in enumerate(names):
-        host, place = layout.place(rank)
-        assert layout.ranks[host][place] == rank
-        assert names[layout.ranks[host][0]] == name
+        node, local_rank = layout.locate(rank)
+        assert layout.ranks[node][local_rank] == rank
+        assert names[layout.ranks[node][0]] == name
 
 
 def test_special_values_reach_every_receiver() -> None:
@@ -169,8 +169,8 @@ def test_special_values_reach_every_receiver() -> None:
         x[700] = special
         for bits in (8, 4):
             codec = BlockCodec(bits, 512)
-            message = torch.empty((1, codec.message_bytes(1024)), dtype=torch.uint8)
-            codec.encode(x, message[0])
+            payload = torch.empty((1, codec.payload_bytes(1024)), dtype=torch.uint8)
+            codec.encode(x, payload[0])
             total = torch.empty(1024)
-            codec.sum(message, total, 1.0)
+            codec.sum(payload, total, 1.0)
             assert bool(total[512:].isnan().all()) and bool((total[:512] == 1).all())

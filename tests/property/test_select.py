@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_compress.config.targets import exact_ceil
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.schedules import DensitySchedule
-from ds_compress.techniques.sparse_pruning import exact_ceil
-from tests.shard_group import RankShards, joined, run_ranks_of_shards
-from tests.unit.test_radix import by_stable_sort, select
+from tests.shard_ranks import RankShards, joined, run_ranks_of_shards
+from tests.unit.select.test_radix import by_stable_sort, select
 
 scores = st.lists(
     st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 1.0]),
@@ -32,7 +32,7 @@ def test_selection_equals_a_stable_sort(data: st.DataObject, values: list[list[f
     total = sum(map(len, values))
     keep = data.draw(st.integers(0, total))
     cuts = data.draw(st.lists(st.integers(0, total), max_size=3))
-    masks = select(full, cuts, [radix.Pool(tuple(full), keep)])
+    masks = select(full, cuts, [radix.SelectionGroup(tuple(full), keep)])
     expected = by_stable_sort(torch.cat(list(full.values())), keep)
     assert torch.equal(torch.cat(list(masks.values())), expected)
 
@@ -56,15 +56,15 @@ def test_block_masks_do_not_depend_on_the_layout(
         values = {n: f.values for n, f in shards.fragments.items()}
         block_rows, numels = {"w": grid.block_row_numel}, {"w": rows * columns}
         whole = values if grid.is_elementwise else shards.exchange_halos(values, block_rows, numels)
-        candidates = {}
+        scores = {}
         for name, fragment in shards.fragments.items():
-            borrowed = 0 if fragment.start % grid.block_row_numel == 0 else grid.blocks_per_band
+            num_halo = 0 if fragment.start % grid.block_row_numel == 0 else grid.blocks_per_row
             keys = radix.sort_keys_(grid.block_scores(whole[name]).clone())
-            candidates[name] = radix.Candidates(partial(torch.clone, keys), borrowed)
-        kept = dict(radix.select(candidates, [radix.Pool(("w",), keep)], shards))
+            scores[name] = radix.ParameterScores(partial(torch.clone, keys), num_halo)
+        kept = dict(radix.select(scores, [radix.SelectionGroup(("w",), keep)], shards))
         begins = {n: f.start % grid.block_row_numel for n, f in shards.fragments.items()}
         return {
-            n: grid.expand(m, whole[n].numel())[begins[n] : begins[n] + shards.fragments[n].numel]
+            n: grid.expand_block_mask(m, whole[n].numel())[begins[n] : begins[n] + shards.fragments[n].numel]
             for n, m in kept.items()
         }
 
@@ -98,11 +98,11 @@ def test_n_of_m_keeps_the_largest_of_every_group(
     matrix = torch.randn(rows, groups * size)
     stored = matrix.t().contiguous() if t else matrix
     grid = BlockGrid.of(f"{kept}:{size}", tuple(stored.shape), transposed=t)
-    mask = grid.keep_top(stored.flatten()).view(stored.shape)
+    mask = grid.n_of_m_mask(stored.flatten()).view(stored.shape)
     mask = mask.t() if t else mask
     cells, alive = matrix.view(-1, size), mask.reshape(-1, size)
     assert (alive.sum(1) == kept).all()
-    assert grid.kept_by_top == int(mask.sum())
+    assert grid.num_kept == int(mask.sum())
     for row, keep in zip(cells, alive, strict=True):
         assert extra == 0 or row[keep].min() >= row[~keep].max()
 

@@ -9,38 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 
 def kept_units(
-    structures: Iterable[PrunableGroup], fraction: float = 0.5, seed: int = 0
+    groups: Iterable[PrunableGroup], fraction: float = 0.5, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """For each structure random units, the same number in structures of equal size."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
-    for structure in structures:
-        count = max(1, round(structure.units * fraction))
-        kept[structure.name] = torch.randperm(structure.units, generator=generator)[:count].sort().values
+    for group in groups:
+        count = max(1, round(group.units * fraction))
+        kept[group.name] = torch.randperm(group.units, generator=generator)[:count].sort().values
     return kept
 
 
 @torch.no_grad()
 def masked_copy(
-    model: nn.Module, structures: Iterable[PrunableGroup], kept: Mapping[str, torch.Tensor]
+    model: nn.Module, groups: Iterable[PrunableGroup], kept: Mapping[str, torch.Tensor]
 ) -> nn.Module:
     """A copy in which the entries of all other units are zero, and all other layers hand their input on."""
     masked = copy.deepcopy(model)
     tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
-    for structure in structures:
-        gone = torch.ones(structure.units, dtype=torch.bool)
-        gone[kept[structure.name]] = False
-        if structure.kind is GroupKind.LAYER:
-            for name, is_gone in zip(structure.layers, gone, strict=True):
+    for group in groups:
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[kept[group.name]] = False
+        if group.kind is GroupKind.LAYER:
+            for name, is_gone in zip(group.layers, gone, strict=True):
                 if is_gone:
                     masked.get_submodule(name).register_forward_hook(_hand_on, with_kwargs=True)
-        for member in structure.members:
-            if member.masked:
-                tensors[member.tensor].index_fill_(member.dim, member.index[gone].flatten(), 0)
+        for coupled in group.slices:
+            if coupled.masked:
+                tensors[coupled.tensor].index_fill_(coupled.dim, coupled.index[gone].flatten(), 0)
     return masked
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export import check
-from ds_compress.export.api import export
 from ds_compress.export.inputs import exact_activations, run
 from ds_compress.export.load import from_pretrained
 from tests.quantized import quantized

@@ -10,9 +10,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.find import find_structures
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.find import find_groups
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import VOCABULARY, logits_of
 
@@ -134,14 +135,14 @@ def test_exact_or_refused(name: str) -> None:
     model, expected_kinds = _model(name), _STRANGERS[name][3]
     before = logits_of(model)
     for letter in "rhc" if "c" in expected_kinds else "rhl":
-        found = find_structures(model, _LETTERS[letter])
-        assert bool(found.structures) == (letter in expected_kinds)
-        if not found.structures:
+        found = find_groups(model, _LETTERS[letter])
+        assert bool(found.groups) == (letter in expected_kinds)
+        if not found.groups:
             assert found.unsupported or letter in _NEVER_THERE[name]
             continue
-        kept = kept_units(found.structures)
-        masked, cut = masked_copy(model, found.structures, kept), copy.deepcopy(model)
-        PruningPlan.of(found.structures, kept).rewrite(cut)
+        kept = kept_units(found.groups)
+        masked, cut = masked_copy(model, found.groups, kept), copy.deepcopy(model)
+        apply_pruning(cut, PruningPlan.of(found.groups, kept))
         expected = logits_of(masked)
         assert (expected - before).abs().max() > 1e-3
         torch.testing.assert_close(logits_of(cut), expected, rtol=1e-5, atol=2e-5)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.find import find_structures
-from ds_compress.structure.stock import stock_obstacles
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.find import find_groups
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, inputs_of, logits_of
 
@@ -76,16 +77,16 @@ def test_cut_equals_masked_and_reloads(name: str, kinds: Sequence[GroupKind], fo
     model = ZOO[name]()
     for position, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(position % 3 != 0)
-    structures = _found(model, name, kinds)
-    if not structures:
+    groups = _found(model, name, kinds)
+    if not groups:
         return
-    kept = kept_units(structures)
-    cuts = PruningPlan.of(structures, kept)
-    masked, original = masked_copy(model, structures, kept), copy.deepcopy(model)
-    obstacles = stock_obstacles(model, cuts)
+    kept = kept_units(groups)
+    pruning_plan = PruningPlan.of(groups, kept)
+    masked, original = masked_copy(model, groups, kept), copy.deepcopy(model)
+    obstacles = vanilla_hf_obstacles(model, pruning_plan)
     ties, flags = _ties(model), {n: p.requires_grad for n, p in model.named_parameters()}
 
-    cuts.rewrite(model)
+    apply_pruning(model, pruning_plan)
 
     expected = logits_of(masked)
     assert (logits_of(original) - expected).abs().max() > 0.01, "the mask changes nothing"
@@ -93,11 +94,11 @@ def test_cut_equals_masked_and_reloads(name: str, kinds: Sequence[GroupKind], fo
     assert _size(model) < _size(original)
     assert _ties(model) == ties
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {
-        renamed: flag for n, flag in flags.items() if (renamed := cuts.renamed(n)) is not None
+        renamed: flag for n, flag in flags.items() if (renamed := pruning_plan.renamed(n)) is not None
     }
-    _check_streaming(original, model, cuts)
-    _check_rebuilding(original, model, cuts)
-    assert stock_obstacles(model) == obstacles
+    _check_streaming(original, model, pruning_plan)
+    _check_rebuilding(original, model, pruning_plan)
+    assert vanilla_hf_obstacles(model) == obstacles
     if obstacles:
         assert any(_names_a_module(original, text) for text in obstacles), obstacles
         assert name in ("resnet", "cnn") or (_HEAD in kinds and name not in _HEADS_IN_CONFIG), obstacles
@@ -118,52 +119,52 @@ def test_a_fresh_process_loads_them_all(folders: Path) -> None:
 
 def _found(model: nn.Module, name: str, kinds: Sequence[GroupKind]) -> list[PrunableGroup]:
     """Structures of all `kinds`; checks that each kind is there, or refused by name where it should be."""
-    structures: list[PrunableGroup] = []
+    groups: list[PrunableGroup] = []
     for kind in kinds:
-        found = find_structures(model, kind)
+        found = find_groups(model, kind)
         if kind is _CHANNEL:
             expected = name in ("resnet", "cnn")
-            assert expected or not found.structures
+            assert expected or not found.groups
         elif kind is _HIDDEN:
             expected = name in _EXACT_HIDDEN
             assert expected or "hidden size cannot be cut exactly" in found.unsupported[0].reason
         else:
             expected = name in _TRANSFORMERS
-        assert bool(found.structures) == expected
+        assert bool(found.groups) == expected
         assert not (expected and found.unsupported), found.unsupported
-        structures += found.structures
-    assert len({structure.name for structure in structures}) == len(structures)
-    return structures
+        groups += found.groups
+    assert len({group.name for group in groups}) == len(groups)
+    return groups
 
 
-def _check_streaming(original: nn.Module, model: nn.Module, cuts: PruningPlan) -> None:
+def _check_streaming(original: nn.Module, model: nn.Module, pruning_plan: PruningPlan) -> None:
     """Tensor by tensor by name is the same as the whole model at once."""
-    streamed = PruningPlan.of(cuts.structures, cuts.kept, original)
+    streamed = PruningPlan.of(pruning_plan.groups, pruning_plan.kept, original)
     result = model.state_dict()
     seen = set()
     for name, tensor in original.state_dict().items():
         renamed = streamed.renamed(name)
         if renamed is not None:
             seen.add(renamed)
-            assert torch.equal(streamed.apply(name, tensor), result[renamed])
+            assert torch.equal(streamed.prune_tensor(name, tensor), result[renamed])
             assert streamed.shape_of(name, tensor.shape) == tuple(result[renamed].shape)
     assert seen == set(result)
 
 
-def _check_rebuilding(original: nn.Module, model: nn.Module, cuts: PruningPlan) -> None:
+def _check_rebuilding(original: nn.Module, model: nn.Module, pruning_plan: PruningPlan) -> None:
     """A skeleton of the model before the cut, cut alike, is the cut model without its weights."""
     if hasattr(original, "config"):
         with torch.device("meta"):
-            skeleton = type(original)(copy.deepcopy(original.config)).eval()
+            meta_model = type(original)(copy.deepcopy(original.config)).eval()
     else:
-        skeleton = copy.deepcopy(original).to("meta")
-    cuts.rewrite(skeleton, skeleton=True)
+        meta_model = copy.deepcopy(original).to("meta")
+    apply_pruning(meta_model, pruning_plan, meta=True)
     for name, buffer in model.named_buffers():
         # As from_pretrained does for those that are not saved.
         owner, _, key = name.rpartition(".")
-        skeleton.get_submodule(owner)._buffers[key] = buffer
-    skeleton.load_state_dict(model.state_dict(), assign=True)
-    torch.testing.assert_close(logits_of(skeleton), logits_of(model), rtol=0, atol=0)
+        meta_model.get_submodule(owner)._buffers[key] = buffer
+    meta_model.load_state_dict(model.state_dict(), assign=True)
+    torch.testing.assert_close(logits_of(meta_model), logits_of(model), rtol=0, atol=0)
 
 
 def _save(model: nn.Module, folder: Path) -> None:

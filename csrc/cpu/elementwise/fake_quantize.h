@@ -67,29 +67,29 @@ Span measure(const void* values, Float type, int64_t count, bool symmetric) {
 }
 
 // `kExtreme`: see math::is_extreme.
-template <class Format, bool kOffset, bool kKeep, bool kExtreme>
+template <class Format, bool kOffset, bool kMask, bool kExtreme>
 void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored* y, int64_t count, Grid grid,
-                      uint8_t* kept, int64_t bit) {
+                      uint8_t* mask, int64_t bit) {
     const Floats scale = splat(kExtreme ? grid.scale * math::kShrink : grid.scale);
     const Floats offset = splat(kExtreme ? grid.offset * math::kShrink : grid.offset);
     [[maybe_unused]] const Floats limit = splat(Format::kLargest * math::kShrink);
     const Floats low = splat(grid.low), high = splat(grid.high);
-    [[maybe_unused]] BitWriter writer(kKeep ? kept : reinterpret_cast<uint8_t*>(&grid), kKeep ? bit : 0);
-    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to,
-                         int lanes) __attribute__((always_inline)) {
-        Floats value = Format::load(from);
-        if constexpr (kExtreme) value = value * splat(math::kShrink);
-        if constexpr (kOffset) value = value - offset;
-        value = round_half_even(value / scale);
-        if constexpr (kKeep) {
-            const uint32_t inside = sign_bits((Ints)(value >= low) & (Ints)(value <= high));
-            writer.push(inside & (0xffffffffu >> (32 - lanes)), lanes);
-        }
-        value = clamp(value, low, high) * scale;
-        if constexpr (kOffset) value = value + offset;
-        if constexpr (kExtreme) value = clamp(value, -limit, limit) * splat(math::kGrow);
-        Format::save(to, value);
-    };
+    [[maybe_unused]] BitWriter writer(kMask ? mask : reinterpret_cast<uint8_t*>(&grid), kMask ? bit : 0);
+    const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to, int lanes)
+                         __attribute__((always_inline)) {
+                             Floats value = Format::load(from);
+                             if constexpr (kExtreme) value = value * splat(math::kShrink);
+                             if constexpr (kOffset) value = value - offset;
+                             value = round_half_even(value / scale);
+                             if constexpr (kMask) {
+                                 const uint32_t inside = sign_bits((Ints)(value >= low) & (Ints)(value <= high));
+                                 writer.push(inside & (0xffffffffu >> (32 - lanes)), lanes);
+                             }
+                             value = clamp(value, low, high) * scale;
+                             if constexpr (kOffset) value = value + offset;
+                             if constexpr (kExtreme) value = clamp(value, -limit, limit) * splat(math::kGrow);
+                             Format::save(to, value);
+                         };
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
         __builtin_prefetch(x + count + i);  // the next row, while this one is in cache
@@ -101,39 +101,39 @@ void fake_quantize_as(const typename Format::Stored* x, typename Format::Stored*
         one(rest, rest, static_cast<int>(count - i));
         memcpy(y + i, rest, static_cast<size_t>(count - i) * sizeof rest[0]);
     }
-    if constexpr (kKeep) writer.finish();
+    if constexpr (kMask) writer.finish();
 }
 
-template <class Format, bool kOffset, bool kKeep>
+template <class Format, bool kOffset, bool kMask>
 void fake_quantize_row(const typename Format::Stored* x, typename Format::Stored* y, int64_t count, Grid grid,
-                       uint8_t* kept, int64_t bit) {
+                       uint8_t* mask, int64_t bit) {
     if (math::is_extreme({grid.scale, grid.offset}, Format::kLargest))
-        fake_quantize_as<Format, kOffset, kKeep, true>(x, y, count, grid, kept, bit);
+        fake_quantize_as<Format, kOffset, kMask, true>(x, y, count, grid, mask, bit);
     else
-        fake_quantize_as<Format, kOffset, kKeep, false>(x, y, count, grid, kept, bit);
+        fake_quantize_as<Format, kOffset, kMask, false>(x, y, count, grid, mask, bit);
 }
 
 template <class Format>
-void fake_quantize_of(const void* x, void* y, int64_t count, Grid grid, uint8_t* kept, int64_t bit) {
+void fake_quantize_of(const void* x, void* y, int64_t count, Grid grid, uint8_t* mask, int64_t bit) {
     using Stored = typename Format::Stored;
     const auto* from = static_cast<const Stored*>(x);
     auto* to = static_cast<Stored*>(y);
-    if (kept != nullptr)
-        grid.has_offset ? fake_quantize_row<Format, true, true>(from, to, count, grid, kept, bit)
-                        : fake_quantize_row<Format, false, true>(from, to, count, grid, kept, bit);
+    if (mask != nullptr)
+        grid.has_offset ? fake_quantize_row<Format, true, true>(from, to, count, grid, mask, bit)
+                        : fake_quantize_row<Format, false, true>(from, to, count, grid, mask, bit);
     else
-        grid.has_offset ? fake_quantize_row<Format, true, false>(from, to, count, grid, kept, bit)
-                        : fake_quantize_row<Format, false, false>(from, to, count, grid, kept, bit);
+        grid.has_offset ? fake_quantize_row<Format, true, false>(from, to, count, grid, mask, bit)
+                        : fake_quantize_row<Format, false, false>(from, to, count, grid, mask, bit);
 }
 
-void fake_quantize(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* kept, int64_t bit) {
+void fake_quantize(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* mask, int64_t bit) {
     switch (type) {
         case Float::bf16:
-            return fake_quantize_of<Bf16>(x, y, count, grid, kept, bit);
+            return fake_quantize_of<Bf16>(x, y, count, grid, mask, bit);
         case Float::fp16:
-            return fake_quantize_of<Fp16>(x, y, count, grid, kept, bit);
+            return fake_quantize_of<Fp16>(x, y, count, grid, mask, bit);
         default:
-            return fake_quantize_of<Fp32>(x, y, count, grid, kept, bit);
+            return fake_quantize_of<Fp32>(x, y, count, grid, mask, bit);
     }
 }
 

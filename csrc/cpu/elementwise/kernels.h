@@ -8,7 +8,7 @@
 
 namespace ds_compress::cpu {
 
-enum class Float { fp32, bf16, fp16, fp64 };
+enum class Float { fp32, bf16, fp16 };
 
 // A packed mask: element i of a range is governed by bit `bit` + i; `bytes` is the length of the buffer.
 struct Mask {
@@ -32,17 +32,17 @@ struct Grid {
     float high;
 };
 
-// How a message is laid out; see ds_compress/ops/reference/block_quantize.py.
+// How a payload is laid out; see ds_compress/ops/reference/block_quantize.py.
 struct BlockFormat {
-    int bits;           // 8 or 4
-    int block;          // a multiple of 32 up to 8192
-    int64_t blocks;     // in one message
-    int64_t code_bytes() const { return static_cast<int64_t>(block) * bits / 8; }
-    int64_t message_bytes() const { return blocks * (4 + code_bytes()); }
+    int bits;        // 8 or 4
+    int block;       // a multiple of 32 up to 8192
+    int64_t blocks;  // in one payload
+    int64_t value_bytes() const { return static_cast<int64_t>(block) * bits / 8; }
+    int64_t payload_bytes() const { return blocks * (4 + value_bytes()); }
 };
 
-// Several messages of one format, one after the other.
-struct Messages {
+// Several payloads of one format, one after the other.
+struct Payloads {
     const uint8_t* data;
     int64_t count;
     float multiplier;
@@ -51,33 +51,27 @@ struct Messages {
 struct ElementwiseKernels {
     // Elements of `size` bytes whose bit is cleared become `fill` (its bit pattern).
     void (*mask_apply)(void* data, int size, int64_t count, Mask mask, uint64_t fill);
-    // The same with zeros; returns how many elements are not zero afterwards.
-    int64_t (*mask_apply_count)(void* data, int size, int64_t count, Mask mask);
     // Bytes that are not zero become set bits; unused bits of the last byte are zero.
-    void (*mask_pack)(const uint8_t* keep, int64_t count, uint8_t* packed);
-    void (*mask_unpack)(Mask mask, int64_t count, uint8_t* keep);
+    void (*mask_pack)(const uint8_t* mask, int64_t count, uint8_t* packed);
+    void (*mask_unpack)(Mask mask, int64_t count, uint8_t* to);
     // `rows` rows of `columns` scores; writes whole bytes, the first row begins at a byte.
     void (*mask_n_of_m)(const float* scores, int64_t rows, int64_t columns, int n, int m, uint8_t* packed);
-    // Adds to counts[bins]; `scratch` is 4 * bins zeros and is left so. At most 2^31 values a call.
-    void (*magnitude_histogram)(const void* values, Float type, int64_t count, int shift, int bins, int prefix_shift,
-                                int64_t prefix, uint32_t* scratch, int64_t* counts);
 
     // `symmetric` leaves lowest and highest unset.
     Span (*measure)(const void* values, Float type, int64_t count, bool symmetric);
-    // `kept` may be null; its bits begin at `bit`, and what precedes them in their first byte is left as it is.
-    void (*fake_quantize)(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* kept, int64_t bit);
+    // `mask` may be null; its bits begin at `bit`, and what precedes them in their first byte is left as it is.
+    void (*fake_quantize)(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* mask, int64_t bit);
 
-    // Blocks [first, last) of `message` from the values of these blocks, of which `count` exist (the others are 0).
+    // Blocks [first, last) of `payload` from the values of these blocks, of which `count` exist (the others are 0).
     // `values` and `residual` (or null) begin at block `first`.
-    void (*block_quantize)(const void* values, Float type, int64_t count, float* residual, uint8_t* message,
+    void (*block_quantize)(const void* values, Float type, int64_t count, float* residual, uint8_t* payload,
                            BlockFormat format, int64_t first, int64_t last);
     // `out` begins at block `first` and has `count` elements.
-    void (*block_dequantize)(const uint8_t* message, BlockFormat format, int64_t first, int64_t last, void* out,
+    void (*block_dequantize)(const uint8_t* payload, BlockFormat format, int64_t first, int64_t last, void* out,
                              Float type, int64_t count);
-    void (*block_reduce)(Messages messages, BlockFormat format, int64_t first, int64_t last, float* out,
-                         int64_t count);
-    void (*block_reduce_quantize)(Messages messages, BlockFormat format, int64_t first, int64_t last, int64_t count,
-                                  float* residual, uint8_t* message);
+    void (*block_reduce)(Payloads payloads, BlockFormat format, int64_t first, int64_t last, float* out, int64_t count);
+    void (*block_reduce_quantize)(Payloads payloads, BlockFormat format, int64_t first, int64_t last, int64_t count,
+                                  float* residual, uint8_t* payload);
 };
 
 // The table for `isa()`.

@@ -74,9 +74,8 @@ DSC_INLINE bool bit_at(Mask mask, int64_t i) {
     return (mask.packed[bit >> 3] >> (bit & 7)) & 1;
 }
 
-// `non_zero` is a vector of lane counters, counted down: a lane that is not zero compares as -1.
-template <class T, bool kCount, bool kFill>
-DSC_INLINE void apply_64(T* data, uint64_t bits, T fill, typename Lanes<T>::Vector& non_zero) {
+template <class T, bool kFill>
+DSC_INLINE void apply_64(T* data, uint64_t bits, T fill) {
     using V = typename Lanes<T>::Vector;
     constexpr int count = Lanes<T>::count;
     constexpr int kBatch = count * 4 < 64 ? count * 4 : 64;  // few enough vectors for the registers
@@ -94,7 +93,6 @@ DSC_INLINE void apply_64(T* data, uint64_t bits, T fill, typename Lanes<T>::Vect
             values[i] = before & kept;
             if constexpr (kFill) values[i] |= ~kept & fill;
             lost |= kFill ? before ^ values[i] : before & ~kept;
-            if constexpr (kCount) non_zero += (V)((values[i] << 1) != 0);
         }
         // Lines in which nothing changes, as in a step after the first under one mask, are not written back.
         if (!any_bit(lost)) continue;
@@ -104,54 +102,31 @@ DSC_INLINE void apply_64(T* data, uint64_t bits, T fill, typename Lanes<T>::Vect
 }
 
 // Not inlined, so that a look at the machine code finds it.
-template <class T, bool kCount, bool kFill>
-__attribute__((noinline)) int64_t apply(T* data, int64_t count, Mask mask, T fill) {
-    using V = typename Lanes<T>::Vector;
+template <class T, bool kFill>
+__attribute__((noinline)) void apply(T* data, int64_t count, Mask mask, T fill) {
     const int64_t whole = whole_windows(mask, count);
-    // A 16-bit lane counts at most 64 / 8 a window.
-    constexpr int64_t kFlush = 64 * 2048;
-    int64_t total = 0;
-    for (int64_t begin = 0; begin < whole; begin += kFlush) {
-        const int64_t end = begin + kFlush < whole ? begin + kFlush : whole;
-        V non_zero{};
-        for (int64_t i = begin; i < end; i += 64)
-            apply_64<T, kCount, kFill>(data + i, window(mask.packed, mask.bit + i), fill, non_zero);
-        if constexpr (kCount)
-            for (int i = 0; i < Lanes<T>::count; i++) total += static_cast<T>(-non_zero[i]);
-    }
-    for (int64_t i = whole; i < count; i++) {
-        T value;
-        memcpy(&value, data + i, sizeof value);
-        value = bit_at(mask, i) ? value : fill;
-        memcpy(data + i, &value, sizeof value);
-        total += static_cast<T>(value << 1) != 0;
-    }
-    return total;
+    for (int64_t i = 0; i < whole; i += 64) apply_64<T, kFill>(data + i, window(mask.packed, mask.bit + i), fill);
+    for (int64_t i = whole; i < count; i++)
+        if (!bit_at(mask, i)) memcpy(data + i, &fill, sizeof fill);
 }
 
-template <bool kCount, bool kFill>
-int64_t apply_sized(void* data, int size, int64_t count, Mask mask, uint64_t fill) {
+template <bool kFill>
+void apply_sized(void* data, int size, int64_t count, Mask mask, uint64_t fill) {
     switch (size) {
         case 2:
-            return apply<uint16_t, kCount, kFill>(static_cast<uint16_t*>(data), count, mask,
-                                                  static_cast<uint16_t>(fill));
+            return apply<uint16_t, kFill>(static_cast<uint16_t*>(data), count, mask, static_cast<uint16_t>(fill));
         case 4:
-            return apply<uint32_t, kCount, kFill>(static_cast<uint32_t*>(data), count, mask,
-                                                  static_cast<uint32_t>(fill));
+            return apply<uint32_t, kFill>(static_cast<uint32_t*>(data), count, mask, static_cast<uint32_t>(fill));
         default:
-            return apply<uint64_t, kCount, kFill>(static_cast<uint64_t*>(data), count, mask, fill);
+            return apply<uint64_t, kFill>(static_cast<uint64_t*>(data), count, mask, fill);
     }
 }
 
 void mask_apply(void* data, int size, int64_t count, Mask mask, uint64_t fill) {
     if (fill == 0)
-        apply_sized<false, false>(data, size, count, mask, 0);
+        apply_sized<false>(data, size, count, mask, 0);
     else
-        apply_sized<false, true>(data, size, count, mask, fill);
-}
-
-int64_t mask_apply_count(void* data, int size, int64_t count, Mask mask) {
-    return apply_sized<true, false>(data, size, count, mask, 0);
+        apply_sized<true>(data, size, count, mask, fill);
 }
 
 DSC_INLINE uint32_t non_zero_bytes_32(const uint8_t* from) {
@@ -169,25 +144,25 @@ DSC_INLINE uint32_t non_zero_bytes_32(const uint8_t* from) {
 #endif
 }
 
-void mask_pack(const uint8_t* keep, int64_t count, uint8_t* packed) {
+void mask_pack(const uint8_t* mask, int64_t count, uint8_t* packed) {
     BitWriter writer(packed, 0);
     int64_t i = 0;
-    for (; i + 32 <= count; i += 32) writer.push(non_zero_bytes_32(keep + i), 32);
-    for (; i < count; i++) writer.push(keep[i] != 0, 1);
+    for (; i + 32 <= count; i += 32) writer.push(non_zero_bytes_32(mask + i), 32);
+    for (; i < count; i++) writer.push(mask[i] != 0, 1);
     writer.finish();
 }
 
-void mask_unpack(Mask mask, int64_t count, uint8_t* keep) {
+void mask_unpack(Mask mask, int64_t count, uint8_t* to) {
     const int64_t whole = whole_windows(mask, count);
     for (int64_t i = 0; i < whole; i += 64) {
         const uint64_t bits = window(mask.packed, mask.bit + i);
         for (int j = 0; j < 8; j++) {
             // Eight copies of a byte; each keeps its own bit, which is then moved to the bottom.
             const uint64_t spread = ((bits >> (8 * j)) & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
-            store(keep + i + 8 * j, ((spread + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u);
+            store(to + i + 8 * j, ((spread + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u);
         }
     }
-    for (int64_t i = whole; i < count; i++) keep[i] = bit_at(mask, i);
+    for (int64_t i = whole; i < count; i++) to[i] = bit_at(mask, i);
 }
 
 }  // namespace

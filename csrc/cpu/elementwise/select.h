@@ -1,4 +1,4 @@
-// What chooses the weights that stay: N:M groups and histograms of magnitudes.
+// N:M selection: the n largest scores of every m.
 // To be included in a .cpp of one instruction set.
 #pragma once
 
@@ -47,8 +47,7 @@ void top_of_short_groups(const float* scores, int64_t count, int n, int m, BitWr
         for (int i = 0; i < size; i++) {
             const int32_t mine = order_key(scores[begin + i]);
             int rank = 0;
-            for (int j = 0; j < size && rank < n; j++)
-                rank += order_key(scores[begin + j]) > mine - (j < i) && j != i;
+            for (int j = 0; j < size && rank < n; j++) rank += order_key(scores[begin + j]) > mine - (j < i) && j != i;
             writer.push(rank < n, 1);
         }
     }
@@ -76,56 +75,6 @@ void mask_n_of_m(const float* scores, int64_t rows, int64_t columns, int n, int 
     BitWriter writer(packed, 0);
     for (int64_t row = 0; row < rows; row++) top_of_short_groups(scores + row * columns, columns, n, m, writer);
     writer.finish();
-}
-
-// Four histograms take turns, so that equal neighbours do not wait for each other.
-template <class Format>
-void histogram(const typename Format::Stored* values, int64_t count, int shift, int bins, int prefix_shift,
-               int64_t prefix, uint32_t* scratch, int64_t* counts) {
-    const bool all = prefix_shift == 31 && prefix == 0;
-    const Ints wanted = splat(static_cast<int32_t>(prefix));
-    const bool possible = prefix >= 0 && prefix <= INT32_MAX;
-    int64_t i = 0;
-    if (possible)
-        for (; i + kLanes <= count; i += kLanes) {
-            const Ints bits = bits_of(Format::load(values + i)) & INT32_MAX;
-            const Ints digits = (bits >> shift) & (bins - 1);
-            if (all) {
-#pragma GCC unroll 16
-                for (int j = 0; j < kLanes; j++) scratch[j % 4 * bins + digits[j]]++;
-                continue;
-            }
-            uint32_t matching = sign_bits((Ints)((bits >> prefix_shift) == wanted));
-            for (; matching; matching &= matching - 1) scratch[digits[__builtin_ctz(matching)]]++;
-        }
-    for (; possible && i < count; i++) {
-        const uint32_t bits = math::bits_of(Format::widen(values[i])) & math::kMagnitudeBits;
-        if (static_cast<int64_t>(bits >> prefix_shift) == prefix)
-            scratch[(bits >> shift) & static_cast<uint32_t>(bins - 1)]++;
-    }
-    for (int bin = 0; bin < bins; bin++)
-        for (int turn = 0; turn < 4; turn++) {
-            counts[bin] += scratch[turn * bins + bin];
-            scratch[turn * bins + bin] = 0;
-        }
-}
-
-void magnitude_histogram(const void* values, Float type, int64_t count, int shift, int bins, int prefix_shift,
-                         int64_t prefix, uint32_t* scratch, int64_t* counts) {
-    switch (type) {
-        case Float::fp32:
-            return histogram<Fp32>(static_cast<const float*>(values), count, shift, bins, prefix_shift, prefix,
-                                   scratch, counts);
-        case Float::bf16:
-            return histogram<Bf16>(static_cast<const uint16_t*>(values), count, shift, bins, prefix_shift, prefix,
-                                   scratch, counts);
-        case Float::fp16:
-            return histogram<Fp16>(static_cast<const uint16_t*>(values), count, shift, bins, prefix_shift, prefix,
-                                   scratch, counts);
-        case Float::fp64:
-            return histogram<Fp64>(static_cast<const double*>(values), count, shift, bins, prefix_shift, prefix,
-                                   scratch, counts);
-    }
 }
 
 }  // namespace

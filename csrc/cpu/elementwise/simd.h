@@ -37,7 +37,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kStrip = 32;  // elements that code conversions take at a time; blocks are multiples of it
+constexpr int kStrip = 32;  // elements that conversions take at a time; blocks are multiples of it
 constexpr int kPerStrip = kStrip / kLanes;
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
@@ -151,7 +151,7 @@ DSC_INLINE auto least_of(V value) {
     return best;
 }
 
-// --- elements of any float type, read as fp32 and written back rounded ------------------------------------------
+// --- elements of any float type, read as fp32 and written back rounded ---------------------------------------------
 
 struct Fp32 {
     using Stored = float;
@@ -226,7 +226,7 @@ struct Fp64 {
     static DSC_INLINE float widen(double value) { return static_cast<float>(value); }
 };
 
-// --- bits -----------------------------------------------------------------------------------------------------------
+// --- bits ----------------------------------------------------------------------------------------------------------
 
 // Appends bits to a buffer; what precedes `bit` in its first byte is kept, unused bits of the last byte are zero.
 class BitWriter {

@@ -11,8 +11,8 @@ namespace ds_compress::cpu {
 namespace {
 
 constexpr ElementwiseKernels kTable = {
-    mask_apply,    mask_apply_count, mask_pack,      mask_unpack,      mask_n_of_m,  magnitude_histogram,
-    measure,       fake_quantize,    block_quantize, block_dequantize, block_reduce, block_reduce_quantize,
+    mask_apply,    mask_pack,      mask_unpack,      mask_n_of_m,  measure,
+    fake_quantize, block_quantize, block_dequantize, block_reduce, block_reduce_quantize,
 };
 
 }  // namespace

@@ -71,8 +71,8 @@ DSC_INLINE Floats gelu_tanh(Floats x) {
 // least error of |x| tail. Beyond 6, |x| tail is below 1e-8 and taken as at 6.
 DSC_INLINE Floats gelu_erf(Floats x) {
     const Floats distance = smaller(splat(6.0f), absolute(x));
-    static constexpr float kLogTail[] = {-0.999996126f,   -1.15116286f,     -0.458928406f,   -0.05312372f,
-                                         0.00781063875f,  -0.000635900418f, 2.8737341e-07f,  3.15253101e-06f};
+    static constexpr float kLogTail[] = {-0.999996126f,  -1.15116286f,     -0.458928406f,  -0.05312372f,
+                                         0.00781063875f, -0.000635900418f, 2.8737341e-07f, 3.15253101e-06f};
     return larger(Floats{}, x) - distance * power_of_2(polynomial(distance, kLogTail));
 }
 

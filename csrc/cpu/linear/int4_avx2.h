@@ -1,7 +1,8 @@
 // The int4 engine (see int4_driver.h) for AVX2. To be included in linear_avx2.cpp.
 //
-// Weights are 0 to 15 and codes -128 to 127, so a vpmaddubsw of theirs is at most 3840 and 8 of them, the 32 columns of
-// a block, fit into int16: one multiplication and one addition do the work of three of each in the int8 layer.
+// Weights are 0 to 15 and quantized values -128 to 127, so a vpmaddubsw of theirs is at most 3840 and 8 of them, the 32
+// columns of a block, fit into int16: one multiplication and one addition do the work of three of each in the int8
+// layer.
 #pragma once
 
 #include "int4_driver.h"
@@ -9,12 +10,12 @@
 namespace ds_compress::cpu {
 namespace {
 
-struct Int8Codes {
+struct Int8Values {
     using Stored = int8_t;
     static DSC_INLINE int store(int8_t* to, Ints a, Ints b) {
         const __m256i lanes = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a, (__m256i)b), 0xd8);
-        const __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+        const __m128i quantized = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), quantized);
         return 0;
     }
     struct Correction {
@@ -22,25 +23,31 @@ struct Int8Codes {
     };
 };
 
-#define DSC_UNPACK(step)                                                                                             \
-    "vmovdqu " #step "*64+0(%[w]), %%ymm10\n\t"                                                                      \
-    "vmovdqu " #step "*64+32(%[w]), %%ymm11\n\t"                                                                     \
-    "vpand %[mask], %%ymm10, %%ymm8\n\t"                                                                             \
-    "vpand %[mask], %%ymm11, %%ymm9\n\t"                                                                             \
-    "vpsrlw $4, %%ymm10, %%ymm10\n\t"                                                                                \
-    "vpsrlw $4, %%ymm11, %%ymm11\n\t"                                                                                \
-    "vpand %[mask], %%ymm10, %%ymm10\n\t"                                                                            \
+#define DSC_UNPACK(step)                  \
+    "vmovdqu " #step                      \
+    "*64+0(%[w]), %%ymm10\n\t"            \
+    "vmovdqu " #step                      \
+    "*64+32(%[w]), %%ymm11\n\t"           \
+    "vpand %[mask], %%ymm10, %%ymm8\n\t"  \
+    "vpand %[mask], %%ymm11, %%ymm9\n\t"  \
+    "vpsrlw $4, %%ymm10, %%ymm10\n\t"     \
+    "vpsrlw $4, %%ymm11, %%ymm11\n\t"     \
+    "vpand %[mask], %%ymm10, %%ymm10\n\t" \
     "vpand %[mask], %%ymm11, %%ymm11\n\t"
 
-#define DSC_HALF(offset, address, low, high, left, right)                                                            \
-    "vpbroadcastd " offset address ", %%ymm12\n\t"                                                                   \
-    "vpmaddubsw %%ymm12, " low ", %%ymm13\n\t"                                                                       \
-    "vpaddw %%ymm13, " left ", " left "\n\t"                                                                         \
-    "vpmaddubsw %%ymm12, " high ", %%ymm12\n\t"                                                                      \
+#define DSC_HALF(offset, address, low, high, left, right) \
+    "vpbroadcastd " offset address                        \
+    ", %%ymm12\n\t"                                       \
+    "vpmaddubsw %%ymm12, " low                            \
+    ", %%ymm13\n\t"                                       \
+    "vpaddw %%ymm13, " left ", " left                     \
+    "\n\t"                                                \
+    "vpmaddubsw %%ymm12, " high                           \
+    ", %%ymm12\n\t"                                       \
     "vpaddw %%ymm12, " right ", " right "\n\t"
 
-#define DSC_ROW(step, address, left, right)                                                                          \
-    DSC_HALF(#step "*8+0", address, "%%ymm8", "%%ymm9", left, right)                                                 \
+#define DSC_ROW(step, address, left, right)                          \
+    DSC_HALF(#step "*8+0", address, "%%ymm8", "%%ymm9", left, right) \
     DSC_HALF(#step "*8+4", address, "%%ymm10", "%%ymm11", left, right)
 
 #define DSC_ROWS_1(step) DSC_UNPACK(step) DSC_ROW(step, "(%[a])", "%[s0]", "%[s1]")
@@ -54,17 +61,16 @@ struct Int8Codes {
 #define DSC_SUMS_4 DSC_SUMS_3, [s6] "+x"(s[6]), [s7] "+x"(s[7])
 
 // A block: 32 columns of K for kRows rows and 16 columns.
-#define DSC_BLOCK(rows)                                                                                              \
-    asm volatile(DSC_ROWS_##rows(0) DSC_ROWS_##rows(1) DSC_ROWS_##rows(2) DSC_ROWS_##rows(3)                         \
-                 : DSC_SUMS_##rows                                                                                   \
-                 : [a] "r"(a), [a3] "r"(a + 3 * tile.stride), [stride] "r"(tile.stride), [w] "r"(w),                 \
-                   [mask] "x"(mask)                                                                                  \
+#define DSC_BLOCK(rows)                                                                                               \
+    asm volatile(DSC_ROWS_##rows(0) DSC_ROWS_##rows(1) DSC_ROWS_##rows(2) DSC_ROWS_##rows(3)                          \
+                 : DSC_SUMS_##rows                                                                                    \
+                 : [a] "r"(a), [a3] "r"(a + 3 * tile.stride), [stride] "r"(tile.stride), [w] "r"(w), [mask] "x"(mask) \
                  : "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13", "memory")
 
 template <int kRows>
 [[gnu::noinline]] void int4_tile(const Int4Tile& tile) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const int8_t* a = tile.codes;
+    const int8_t* a = tile.quantized;
     const uint8_t* w = tile.weights;
     int64_t group = 0, in_group = 0;
     for (int64_t block = 0; block < tile.blocks; block++, a += 32, w += 256) {
@@ -110,7 +116,7 @@ template <int kRows>
 #undef DSC_BLOCK
 
 struct Int4Avx2 {
-    using Codes = Int8Codes;
+    using Values = Int8Values;
     static constexpr int kColumns = 16;
     static constexpr int64_t kRows = 4;
 

@@ -7,7 +7,7 @@
 namespace ds_compress::cpu {
 namespace {
 
-struct Int8Codes {
+struct Int8Values {
     using Stored = int8_t;
     static DSC_INLINE int store(int8_t* to, Ints a, Ints b) {
         store_bytes(to, a);
@@ -22,7 +22,7 @@ struct Int8Codes {
 template <int kRows>
 [[gnu::noinline]] void int4_tile(const Int4Tile& tile) {
     const __m512i mask = _mm512_set1_epi8(15);
-    const int8_t* a = tile.codes;
+    const int8_t* a = tile.quantized;
     const uint8_t* w = tile.weights;
     for (int64_t group = 0; group < tile.groups; group++) {
         const int64_t first = group * tile.blocks_per_group, after = first + tile.blocks_per_group;
@@ -67,13 +67,13 @@ template <int kRows>
 }
 
 struct Int4Avx512 {
-    using Codes = Int8Codes;
+    using Values = Int8Values;
     static constexpr int kColumns = 48;
     static constexpr int64_t kRows = 6;
 
     static void multiply(int64_t rows, const Int4Tile& tile) {
-        static constexpr void (*kTiles[])(const Int4Tile&) = {int4_tile<1>, int4_tile<2>, int4_tile<3>, int4_tile<4>,
-                                                             int4_tile<5>, int4_tile<6>};
+        static constexpr void (*kTiles[])(const Int4Tile&) = {int4_tile<1>, int4_tile<2>, int4_tile<3>,
+                                                              int4_tile<4>, int4_tile<5>, int4_tile<6>};
         kTiles[rows - 1](tile);
     }
 };

@@ -1,15 +1,15 @@
 // The int4 linear layer around a multiplication of one instruction set. To be included in its .cpp.
 //
-// An `Engine` has kColumns and kRows as in int8_driver.h, Codes (int8), and
+// An `Engine` has kColumns and kRows as in int8_driver.h, Values (int8), and
 //     multiply(rows, tile)       fills `values` of a tile of up to kRows rows
 // A panel is the scales, (groups, kColumns) fp32, then for every 8 columns of K, up to a multiple of 32, 4 bytes for
-// each column of the panel: in the low nibbles the codes of the first four, in the high nibbles those of the others.
-// Codes are stored as code + 8 so that unpacking needs no sign; 8 times the sum of a row's codes is taken off again.
+// each column of the panel: the first four in the low nibbles, the others in the high ones.
+// A quantized value q is stored as q + 8 so that unpacking needs no sign; 8 times the sum of a row is taken off again.
 #pragma once
 
 #include "epilogue.h"
-#include "ds_compress/packed.h"
 #include "quantize.h"
+#include "scratch.h"
 
 namespace ds_compress::cpu {
 namespace {
@@ -18,13 +18,13 @@ constexpr int64_t kInt4Depth = 32;  // columns of K that are multiplied at a tim
 constexpr int64_t kInt4BlockRows = 64;
 
 struct Int4Tile {
-    const int8_t* codes;  // rows `stride` apart
+    const int8_t* quantized;  // rows `stride` apart
     int64_t stride;
-    const float* scales;        // (groups, kColumns)
-    const uint8_t* weights;     // blocks
-    int64_t blocks;             // of 32 columns of K
-    int64_t blocks_per_group;   // the last group may have fewer
-    const int32_t* excess;      // 8 times the sum of a group's codes; rows `groups` apart
+    const float* scales;       // (groups, kColumns)
+    const uint8_t* weights;    // blocks
+    int64_t blocks;            // of 32 columns of K
+    int64_t blocks_per_group;  // the last group may have fewer
+    const int32_t* excess;     // 8 times the sum of a group's quantized values; rows `groups` apart
     int64_t groups;
     int32_t* partial;  // (kRows, kColumns), for sums of groups of more than one block
     float* values;     // (kRows, kColumns), the result
@@ -43,7 +43,7 @@ struct Int4Driver {
     }
 
     struct Scratch {
-        int8_t* codes;
+        int8_t* quantized;
         float* scale;
         int32_t* excess;
         int32_t* partial;
@@ -51,18 +51,13 @@ struct Int4Driver {
         int64_t bytes;
 
         Scratch(void* memory, int64_t columns, int64_t groups) {
-            auto* next = static_cast<uint8_t*>(memory);
-            const auto take = [&](int64_t bytes) {
-                auto* taken = next;
-                next += round_up(bytes, 64);
-                return taken;
-            };
-            scale = reinterpret_cast<float*>(take(kInt4BlockRows * 4));
-            partial = reinterpret_cast<int32_t*>(take(Engine::kRows * kColumns * 4));
-            values = reinterpret_cast<float*>(take(Engine::kRows * kColumns * 4));
-            excess = reinterpret_cast<int32_t*>(take(kInt4BlockRows * groups * 4));
-            codes = reinterpret_cast<int8_t*>(take(kInt4BlockRows * stride_of(columns)));
-            bytes = next - static_cast<uint8_t*>(memory);
+            ScratchArrays arrays(memory);
+            scale = arrays.take<float>(kInt4BlockRows);
+            partial = arrays.take<int32_t>(Engine::kRows * kColumns);
+            values = arrays.take<float>(Engine::kRows * kColumns);
+            excess = arrays.take<int32_t>(kInt4BlockRows * groups);
+            quantized = arrays.take<int8_t>(kInt4BlockRows * stride_of(columns));
+            bytes = arrays.bytes();
         }
     };
 
@@ -70,9 +65,8 @@ struct Int4Driver {
         const Scratch scratch(memory, call.weight.columns, call.weight.groups);
         Finish* finish_tile = nullptr;
         with_format(call.y_type, [&]<class Format>() {
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                finish_tile = rescale<Format, kActivation, kColumns>;
-            });
+            with_activation(call.activation,
+                            [&]<Activation kActivation>() { finish_tile = rescale<Format, kActivation, kColumns>; });
         });
         for (int64_t begin = rows.begin; begin < rows.end; begin += kInt4BlockRows) {
             const int64_t count = rows.end - begin < kInt4BlockRows ? rows.end - begin : kInt4BlockRows;
@@ -88,22 +82,22 @@ struct Int4Driver {
         const int64_t stride = stride_of(weight.columns), depth = kInt4Depth * blocks_of(weight.columns);
         const auto* x = static_cast<const typename Format::Stored*>(call.x) + begin * weight.columns;
         for (int64_t m = 0; m < count; m++, x += weight.columns) {
-            int8_t* codes = scratch.codes + m * stride;
-            memset(codes + depth - kInt4Depth, 0, depth > 0 ? kInt4Depth : 0);
+            int8_t* quantized = scratch.quantized + m * stride;
+            memset(quantized + depth - kInt4Depth, 0, depth > 0 ? kInt4Depth : 0);
             const RowScale scale = row_scale<Format>(x, weight.columns, call.input_scale, call.steps);
-            typename Engine::Codes::Correction none;
-            if (scale.codes_are_zero)
-                zero_row<typename Engine::Codes>(weight.columns, codes);
+            typename Engine::Values::Correction none;
+            if (scale.all_zero)
+                zero_row<typename Engine::Values>(weight.columns, quantized);
             else
-                quantize_row<typename Engine::Codes, Format, true>(x, weight.columns, scale.value, call.steps, codes,
-                                                                   none);
+                quantize_row<typename Engine::Values, Format, true>(x, weight.columns, scale.value, call.steps,
+                                                                    quantized, none);
             scratch.scale[m] = scale.value;
             for (int64_t group = 0; group < weight.groups; group++) {
                 const int64_t first = group * weight.group_size;
-                const int64_t end = first + weight.group_size < weight.columns ? first + weight.group_size
-                                                                               : weight.columns;
+                const int64_t end =
+                    first + weight.group_size < weight.columns ? first + weight.group_size : weight.columns;
                 int32_t sum = 0;
-                for (int64_t k = first; k < end; k++) sum += codes[k];
+                for (int64_t k = first; k < end; k++) sum += quantized[k];
                 scratch.excess[m * weight.groups + group] = 8 * sum;
             }
         }
@@ -122,22 +116,22 @@ struct Int4Driver {
             if (weight.groups == 0)
                 memset(scratch.values, 0, rows * kColumns * sizeof(float));
             else
-                Engine::multiply(rows,
-                                 Int4Tile{scratch.codes + m * stride, stride, reinterpret_cast<const float*>(packed),
-                                          packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
-                                          weight.group_size / kInt4Depth, scratch.excess + m * weight.groups,
-                                          weight.groups, scratch.partial, scratch.values});
+                Engine::multiply(
+                    rows, Int4Tile{scratch.quantized + m * stride, stride, reinterpret_cast<const float*>(packed),
+                                   packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
+                                   weight.group_size / kInt4Depth, scratch.excess + m * weight.groups, weight.groups,
+                                   scratch.partial, scratch.values});
             finish_tile(scratch.values, scratch.scale + m, columns, y);
         }
     }
 
-    static void pack(const int8_t* codes, const float* scale, const LinearWeight& weight, Range panels,
+    static void pack(const int8_t* quantized, const float* scale, const LinearWeight& weight, Range panels,
                      uint8_t* body) {
         const int64_t blocks = blocks_of(weight.columns);
         for (int64_t panel = panels.begin; panel < panels.end; panel++) {
             uint8_t* to = body + panel * panel_bytes(weight);
             uint8_t* nibbles = to + 4 * weight.groups * kColumns;
-            memset(nibbles, 0x88, blocks * kBlockBytes);  // what is padded has code 0
+            memset(nibbles, 0x88, blocks * kBlockBytes);  // padding is 0
             for (int column = 0; column < kColumns; column++) {
                 const int64_t row = panel * kColumns + column;
                 const bool exists = row < weight.rows;
@@ -147,8 +141,8 @@ struct Int4Driver {
                 }
                 for (int64_t k = 0; exists && k < weight.columns; k++) {
                     uint8_t& byte = nibbles[byte_of(column, k)];
-                    const auto code = static_cast<uint8_t>(codes[row * weight.columns + k] + 8);
-                    byte = k % 8 < 4 ? (byte & 0xf0) | code : (byte & 0x0f) | code << 4;
+                    const auto q = static_cast<uint8_t>(quantized[row * weight.columns + k] + 8);
+                    byte = k % 8 < 4 ? (byte & 0xf0) | q : (byte & 0x0f) | q << 4;
                 }
             }
         }

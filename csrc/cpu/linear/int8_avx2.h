@@ -8,21 +8,21 @@ namespace ds_compress::cpu {
 namespace {
 
 // int16 in order. A row is corrected by the sum of a0 a2 + a1 a3 over its quads; so is a column of weights.
-struct Int16Codes {
+struct Int16Values {
     using Stored = int16_t;
 
     static DSC_INLINE __m256i store(int16_t* to, Ints a, Ints b) {
         const __m256i lanes = _mm256_packs_epi32((__m256i)a, (__m256i)b);
-        const __m256i codes = _mm256_permute4x64_epi64(lanes, 0xd8);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), codes);
-        return codes;
+        const __m256i quantized = _mm256_permute4x64_epi64(lanes, 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), quantized);
+        return quantized;
     }
 
     struct Correction {
         __m256i sums = _mm256_setzero_si256();
-        DSC_INLINE void add(__m256i codes) {
-            const __m256i partners = _mm256_shuffle_epi32(codes, 0xb1);
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(codes, partners));
+        DSC_INLINE void add(__m256i quantized) {
+            const __m256i partners = _mm256_shuffle_epi32(quantized, 0xb1);
+            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(quantized, partners));
         }
         // Every product is in two neighbours.
         DSC_INLINE int32_t total() const {
@@ -33,7 +33,7 @@ struct Int16Codes {
 };
 
 struct Int8Avx2 {
-    using Codes = Int16Codes;
+    using Values = Int16Values;
     static constexpr int kColumns = kTileColumns;
     static constexpr int kRows = 4;
     static constexpr int64_t kDepth = 8;
@@ -44,11 +44,11 @@ struct Int8Avx2 {
     // Minus the corrections of the columns, then the quads.
     static int64_t panel_bytes(int64_t depth) { return (4 + depth) * kColumns; }
 
-    static DSC_INLINE void tile(int64_t rows, const int16_t* codes, int64_t stride, const uint8_t* weights,
+    static DSC_INLINE void tile(int64_t rows, const int16_t* quantized, int64_t stride, const uint8_t* weights,
                                 int64_t depth, const uint8_t* next, const int32_t* from, int64_t from_stride,
                                 int32_t* to) {
         const auto run = rows == 4 ? int8_tile<4> : rows == 3 ? int8_tile<3> : rows == 2 ? int8_tile<2> : int8_tile<1>;
-        run(codes, 2 * stride, weights, depth / 8, next, from, from_stride, to);
+        run(quantized, 2 * stride, weights, depth / 8, next, from, from_stride, to);
     }
 
     // 16 rows of weights, 16 values of K at a time: bytes, transposed by quads, halves of the quads apart.
@@ -80,9 +80,8 @@ struct Int8Avx2 {
         const __m256i high01 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
         const __m256i low23 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
         const __m256i high23 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
-        const __m256i transposed[4] = {
-            _mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-            _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+        const __m256i transposed[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                                       _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
         const __m256i halves = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13,  //
                                                 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13);
         for (int q = 0; q < 4; q++)

@@ -1,6 +1,6 @@
 // The int8 engine (see int8_driver.h) for AVX-512 VNNI. To be included in linear_avx512.cpp.
 //
-// vpdpbusd multiplies unsigned by signed bytes, so codes of x are stored as code + 128 and the sums of a column start
+// vpdpbusd multiplies unsigned by signed bytes, so x is stored as q + 128 and the sums of a column start
 // from -128 times the sum of its weights. A panel has 48 columns: for every 4 values of K, 4 bytes for each of them.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace ds_compress::cpu {
 namespace {
 
-struct Uint8Codes {
+struct Uint8Values {
     using Stored = uint8_t;
     static DSC_INLINE int store(uint8_t* to, Ints a, Ints b) {
         store_bytes(to, a + 128);
@@ -26,7 +26,7 @@ struct Uint8Codes {
 // kRows rows of 48 sums, which start from `from` (rows `from_stride` apart) and end at `to` (rows 48 apart).
 // quads: K / 4. next: weights to prefetch, all that few rows read (they go ahead in their own stream) or a third.
 template <int kRows>
-[[gnu::noinline]] void int8_tile(const uint8_t* codes, int64_t stride, const uint8_t* weights, int64_t quads,
+[[gnu::noinline]] void int8_tile(const uint8_t* quantized, int64_t stride, const uint8_t* weights, int64_t quads,
                                  const uint8_t* next, const int32_t* from, int64_t from_stride, int32_t* to) {
     constexpr int kLines = kRows < 8 ? 3 : 1;
     __m512i s[kRows][3];
@@ -34,7 +34,7 @@ template <int kRows>
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 3
         for (int j = 0; j < 3; j++) s[r][j] = _mm512_loadu_si512(from + r * from_stride + 16 * j);
-    for (; quads > 0; quads--, codes += 4, weights += 4 * 48, next += 64 * kLines) {
+    for (; quads > 0; quads--, quantized += 4, weights += 4 * 48, next += 64 * kLines) {
 #pragma GCC unroll 3
         for (int i = 0; i < kLines; i++) __builtin_prefetch(next + 64 * i);
         const __m512i w0 = _mm512_loadu_si512(weights);
@@ -42,7 +42,7 @@ template <int kRows>
         const __m512i w2 = _mm512_loadu_si512(weights + 128);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; r++) {
-            const __m512i a = _mm512_set1_epi32(load_as<int32_t>(codes + r * stride));
+            const __m512i a = _mm512_set1_epi32(load_as<int32_t>(quantized + r * stride));
             DSC_VPDPBUSD(s[r][0], a, w0);
             DSC_VPDPBUSD(s[r][1], a, w1);
             DSC_VPDPBUSD(s[r][2], a, w2);
@@ -55,7 +55,7 @@ template <int kRows>
 }
 
 struct Int8Avx512 {
-    using Codes = Uint8Codes;
+    using Values = Uint8Values;
     static constexpr int kColumns = 48;
     static constexpr int kRows = 8;
     static constexpr int64_t kDepth = 4;
@@ -72,21 +72,21 @@ struct Int8Avx512 {
             int32_t sum = 0;
             for (int64_t k = 0; k < depth; k += 4, to += 4 * kColumns)
                 for (int i = 0; i < 4; i++) {
-                    const int code = row[k + i] - 128;
-                    to[i] = static_cast<uint8_t>(code);
-                    sum += code;
+                    const int q = row[k + i] - 128;
+                    to[i] = static_cast<uint8_t>(q);
+                    sum += q;
                 }
             const int32_t constant = -128 * sum;
             memcpy(panel + 4 * j, &constant, 4);
         }
     }
 
-    static DSC_INLINE void tile(int64_t rows, const uint8_t* codes, int64_t stride, const uint8_t* weights,
-                                int64_t depth, const uint8_t* next, const int32_t* from,
-                                int64_t from_stride, int32_t* to) {
+    static DSC_INLINE void tile(int64_t rows, const uint8_t* quantized, int64_t stride, const uint8_t* weights,
+                                int64_t depth, const uint8_t* next, const int32_t* from, int64_t from_stride,
+                                int32_t* to) {
         static constexpr decltype(&int8_tile<1>) kTiles[] = {int8_tile<1>, int8_tile<2>, int8_tile<3>, int8_tile<4>,
                                                              int8_tile<5>, int8_tile<6>, int8_tile<7>, int8_tile<8>};
-        kTiles[rows - 1](codes, stride, weights, depth / 4, next, from, from_stride, to);
+        kTiles[rows - 1](quantized, stride, weights, depth / 4, next, from, from_stride, to);
     }
 };
 

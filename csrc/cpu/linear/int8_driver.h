@@ -5,32 +5,33 @@
 //     kChunk                     columns of K of which a panel stays in the cache that tiles read it from
 //     kPrefetchParts             tiles that together prefetch as many weights as each of them reads
 //     kAheadBytes                how far ahead few rows (one tile) prefetch their own weights
-//     Codes                      see quantize.h; weights are brought to this form too before they are packed
+//     Values                      see quantize.h; weights are brought to this form too before they are packed
 //     panel_bytes(depth)         of one packed panel: kColumns int32 that sums start from, then the weights
 //     pack(rows, stride, depth, corrections, panel)
-//     tile(rows, codes, stride, weights, depth, next, from, from_stride, to)
+//     tile(rows, quantized, stride, weights, depth, next, from, from_stride, to)
 //                                up to kRows rows of sums, from `from` to `to` (kColumns apart), not corrected by row;
 //                                may prefetch what lies at `next` (which may be behind the end of all memory)
 //
 // Loops, from the outside: blocks of rows, quantized once; slices of panels; chunks of K; panels; tiles. So a chunk of
-// the block's codes stays in the second-level cache. With one chunk, a slice has one panel, and with few rows (decode)
-// there is one chunk: each weight is then read once, in the order of memory. A tile is finished as soon as its sums are
-// complete, while they are in the first-level cache: the processor writes results while it multiplies the next tile.
+// the block's quantized values stays in the second-level cache. With one chunk, a slice has one panel, and with few
+// rows (decode) there is one chunk: each weight is then read once, in the order of memory. A tile is finished as soon
+// as its sums are complete, while they are in the first-level cache: the processor writes results while it multiplies
+// the next tile.
 #pragma once
 
 #include "epilogue.h"
-#include "ds_compress/packed.h"
 #include "quantize.h"
+#include "scratch.h"
 
 namespace ds_compress::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
-constexpr int64_t kBlockBytes = 8 << 20;  // codes of a block, where K is huge
+constexpr int64_t kBlockBytes = 8 << 20;  // quantized values of a block, where K is huge
 constexpr int64_t kScaleRows = 4;
 constexpr int64_t kSliceColumns = 256;
 
-// Row-major int8 as an input of `quantize_row`: with scale 1 a code is its own code.
+// Row-major int8 as an input of `quantize_row`: with scale 1 a value is its own quantization.
 struct Int8 {
     using Stored = int8_t;
     static DSC_INLINE Floats load(const int8_t* from) {
@@ -41,8 +42,8 @@ struct Int8 {
 
 template <class Engine>
 struct Int8Driver {
-    using Codes = typename Engine::Codes;
-    using Stored = typename Codes::Stored;
+    using Values = typename Engine::Values;
+    using Stored = typename Values::Stored;
     static constexpr int kColumns = Engine::kColumns;
     using Finish = decltype(dequantize<Fp32, Activation::none, kColumns>);
 
@@ -65,21 +66,16 @@ struct Int8Driver {
         float* scale;
         int32_t* correction;
         int32_t* sums;
-        Stored* codes;
+        Stored* quantized;
         int64_t bytes;
 
-        Scratch(void* memory, int64_t code_rows, int64_t columns) {
-            auto* next = static_cast<uint8_t*>(memory);
-            const auto take = [&](int64_t size) {
-                auto* taken = next;
-                next += round_up(size, 64);
-                return taken;
-            };
-            scale = reinterpret_cast<float*>(take(kBlockRows * 4));
-            correction = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
-            sums = reinterpret_cast<int32_t*>(take(kBlockRows * kSliceColumns * 4));
-            codes = reinterpret_cast<Stored*>(take(code_rows * stride_of(columns) * sizeof(Stored)));
-            bytes = next - static_cast<uint8_t*>(memory);
+        Scratch(void* memory, int64_t x_rows, int64_t columns) {
+            ScratchArrays arrays(memory);
+            scale = arrays.take<float>(kBlockRows);
+            correction = arrays.take<int32_t>(kBlockRows);
+            sums = arrays.take<int32_t>(kBlockRows * kSliceColumns);
+            quantized = arrays.take<Stored>(x_rows * stride_of(columns));
+            bytes = arrays.bytes();
         }
     };
 
@@ -94,9 +90,8 @@ struct Int8Driver {
         const Scratch scratch(memory, block, columns);
         Finish* finish_tile = nullptr;
         with_format(call.y_type, [&]<class Format>() {
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                finish_tile = dequantize<Format, kActivation, kColumns>;
-            });
+            with_activation(call.activation,
+                            [&]<Activation kActivation>() { finish_tile = dequantize<Format, kActivation, kColumns>; });
         });
         for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
             const Range part{begin, rows.end - begin < block ? rows.end : begin + block};
@@ -122,14 +117,14 @@ struct Int8Driver {
                 for (int64_t i = 0; i < kScaleRows && m + i < count; i++)
                     scales[i] = row_scale<Format>(x + i * columns, columns, call.input_scale, call.steps);
             const RowScale scale = scales[m % kScaleRows];
-            typename Codes::Correction correction;
-            Stored* codes = scratch.codes + m * stride_of(columns);
-            if (scale.codes_are_zero) {
-                zero_row<Codes>(columns, codes);
+            typename Values::Correction correction;
+            Stored* quantized = scratch.quantized + m * stride_of(columns);
+            if (scale.all_zero) {
+                zero_row<Values>(columns, quantized);
             } else if (call.input_scale != nullptr) {
-                quantize_row<Codes, Format, true>(x, columns, scale.value, call.steps, codes, correction);
+                quantize_row<Values, Format, true>(x, columns, scale.value, call.steps, quantized, correction);
             } else {
-                quantize_row<Codes, Format, false>(x, columns, scale.value, call.steps, codes, correction);
+                quantize_row<Values, Format, false>(x, columns, scale.value, call.steps, quantized, correction);
             }
             scratch.scale[m] = scale.value;
             scratch.correction[m] = correction.total();
@@ -157,7 +152,7 @@ struct Int8Driver {
                     const int64_t prefetched = m / Engine::kRows % Engine::kPrefetchParts;
                     const int64_t ahead =
                         Engine::panel_bytes(depth) + prefetched * part * kColumns / Engine::kPrefetchParts;
-                    Engine::tile(tile_rows, scratch.codes + m * stride + k, stride, weights, part,
+                    Engine::tile(tile_rows, scratch.quantized + m * stride + k, stride, weights, part,
                                  weights + (count > Engine::kRows ? ahead : Engine::kAheadBytes), from,
                                  k == 0 ? 0 : kColumns, to);
                     if (last) finish_tile(to, scratch.scale + m, scratch.correction + m, columns, y);
@@ -176,22 +171,22 @@ struct Int8Driver {
         for (int64_t panel = panels.begin; panel < panels.end; panel++) {
             for (int j = 0; j < kColumns; j++) {
                 const int64_t row = panel * kColumns + j;
-                typename Codes::Correction correction;
+                typename Values::Correction correction;
                 if (row < weight.rows)
-                    quantize_row<Codes, Format, true>(values + row * weight.columns, weight.columns,
-                                                      scale[scale_per_row ? row : 0], steps,
-                                                      scratch.codes + j * stride, correction);
+                    quantize_row<Values, Format, true>(values + row * weight.columns, weight.columns,
+                                                       scale[scale_per_row ? row : 0], steps,
+                                                       scratch.quantized + j * stride, correction);
                 else
-                    zero_row<Codes>(weight.columns, scratch.codes + j * stride);
+                    zero_row<Values>(weight.columns, scratch.quantized + j * stride);
                 corrections[j] = correction.total();
             }
-            Engine::pack(scratch.codes, stride, depth, corrections, body + panel * Engine::panel_bytes(depth));
+            Engine::pack(scratch.quantized, stride, depth, corrections, body + panel * Engine::panel_bytes(depth));
         }
     }
 
-    static void pack(const int8_t* codes, const LinearWeight& weight, Range panels, void* memory, uint8_t* body) {
+    static void pack(const int8_t* quantized, const LinearWeight& weight, Range panels, void* memory, uint8_t* body) {
         const float one = 1.0f;
-        pack_panels<Int8>(codes, &one, false, 128, weight, panels, memory, body);
+        pack_panels<Int8>(quantized, &one, false, 128, weight, panels, memory, body);
     }
 
     static void quantize_pack(const void* values, LinearType type, const float* scale, bool scale_per_row, int steps,

@@ -1,8 +1,8 @@
 // Integer linear layers on the CPU as a table of plain functions, one table per instruction set.
 //
 // A weight is packed in panels of `panel_columns` output columns. A kernel is serial and computes a rectangle of the
-// result, rows by panels; who calls it cuts the work for threads. No kernel checks its arguments. The numerics are those
-// of ds_compress/ops/reference/linear.py, bit for bit for the activations none and relu.
+// result, rows by panels; who calls it cuts the work for threads. No kernel checks its arguments. The numerics are
+// those of ds_compress/ops/reference/linear.py, bit for bit for the activations none and relu.
 #pragma once
 
 #include <cstdint>
@@ -51,15 +51,16 @@ struct LinearKernels {
     int64_t (*int8_panel_bytes)(const LinearWeight& weight);
     int64_t (*int4_panel_bytes)(const LinearWeight& weight);
 
-    // Panels of row-major codes (N, K).
-    void (*int8_pack)(const int8_t* codes, const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
+    // Panels of row-major quantized (N, K).
+    void (*int8_pack)(const int8_t* quantized, const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
     // Quantizes with `scale` (one per row of the weight, or one for all) and packs in one pass.
     void (*int8_quantize_pack)(const void* values, LinearType type, const float* scale, bool scale_per_row, int steps,
                                const LinearWeight& weight, Range panels, void* scratch, uint8_t* body);
     void (*int8_linear)(const LinearCall& call, Range rows, Range panels, void* scratch);
 
-    // codes (N, K) in [-8, 7], scale (N, groups).
-    void (*int4_pack)(const int8_t* codes, const float* scale, const LinearWeight& weight, Range panels, uint8_t* body);
+    // quantized (N, K) in [-8, 7], scale (N, groups).
+    void (*int4_pack)(const int8_t* quantized, const float* scale, const LinearWeight& weight, Range panels,
+                      uint8_t* body);
     void (*int4_linear)(const LinearCall& call, Range rows, Range panels, void* scratch);
 
     // Bytes of scratch, aligned to 64, that one call of any kernel needs for rows of `columns` in `groups`.

@@ -6,7 +6,7 @@ namespace ds_compress::cpu {
 namespace {
 
 template <class Code>
-struct PlainCodes {
+struct PlainValues {
     using Stored = Code;
     static DSC_INLINE int store(Code* to, Ints a, Ints b) {
         for (int i = 0; i < kLanes; i++) {
@@ -21,9 +21,10 @@ struct PlainCodes {
     };
 };
 
-// A panel is 8 zeros and 8 rows of codes as they come. Codes of x are int16: baseline SSE2 multiplies no bytes.
+// A panel is 8 zeros and 8 rows of quantized values as they come. Quantized values of x are int16: baseline SSE2
+// multiplies no bytes.
 struct Int8Scalar {
-    using Codes = PlainCodes<int16_t>;
+    using Values = PlainValues<int16_t>;
     static constexpr int kColumns = 8;
     static constexpr int64_t kRows = 1;
     static constexpr int64_t kDepth = 8;
@@ -40,19 +41,19 @@ struct Int8Scalar {
             for (int64_t k = 0; k < depth; k++) *panel++ = static_cast<uint8_t>(rows[j * stride + k]);
     }
 
-    static void tile(int64_t, const int16_t* codes, int64_t, const uint8_t* weights, int64_t depth, const uint8_t*,
+    static void tile(int64_t, const int16_t* quantized, int64_t, const uint8_t* weights, int64_t depth, const uint8_t*,
                      const int32_t* from, int64_t, int32_t* to) {
         const auto* w = reinterpret_cast<const int8_t*>(weights);
         for (int j = 0; j < kColumns; j++, w += depth) {
             int32_t sum = from[j];
-            for (int64_t k = 0; k < depth; k++) sum += codes[k] * w[k];
+            for (int64_t k = 0; k < depth; k++) sum += quantized[k] * w[k];
             to[j] = sum;
         }
     }
 };
 
 struct Int4Scalar {
-    using Codes = PlainCodes<int8_t>;
+    using Values = PlainValues<int8_t>;
     static constexpr int kColumns = 8;
     static constexpr int64_t kRows = 1;
 
@@ -65,7 +66,7 @@ struct Int4Scalar {
                 for (int64_t step = first * 4; step < last * 4; step++)
                     for (int i = 0; i < 4; i++) {
                         const uint8_t byte = tile.weights[(step * kColumns + j) * 4 + i];
-                        const int8_t* a = tile.codes + step * 8 + i;
+                        const int8_t* a = tile.quantized + step * 8 + i;
                         sum += (byte & 15) * a[0] + (byte >> 4) * a[4];
                     }
                 const float value = static_cast<float>(sum) * tile.scales[group * kColumns + j];
@@ -78,8 +79,8 @@ struct Int4Scalar {
 }  // namespace
 
 const LinearKernels* linear_scalar() {
-    static constexpr LinearKernels kTable = table<Int8Driver<Int8Scalar>, Int4Driver<Int4Scalar>>(
-        Isa::scalar, kLayoutInt8Scalar, kLayoutInt4Scalar);
+    static constexpr LinearKernels kTable =
+        table<Int8Driver<Int8Scalar>, Int4Driver<Int4Scalar>>(Isa::scalar, kLayoutInt8Scalar, kLayoutInt4Scalar);
     return &kTable;
 }
 

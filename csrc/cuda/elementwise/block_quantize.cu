@@ -1,5 +1,6 @@
 #include "block_quantize.cuh"
 
+#include "../dtypes.cuh"
 #include "launchers.h"
 
 namespace ds_compress::elementwise {
@@ -15,10 +16,10 @@ static Format format_of(int64_t numel, int bits, int block) {
     return {block, block * bits / 8, (numel + block - 1) / block, numel / block};
 }
 
-/// Blocks of a grid: x over the blocks of a message, y over messages.
-static dim3 grid_of(int64_t blocks, int sharing, int64_t messages) {
+/// Blocks of a grid: x over the blocks of a payload, y over payloads.
+static dim3 grid_of(int64_t blocks, int sharing, int64_t payloads) {
     dim3 grid = blocks_for(blocks, block_threads / sharing, blocks_per_multiprocessor);
-    grid.y = static_cast<unsigned>(messages < 65535 ? messages : 65535);
+    grid.y = static_cast<unsigned>(payloads < 65535 ? payloads : 65535);
     return grid;
 }
 
@@ -42,56 +43,57 @@ static cudaError_t by_length(int block, const Run& run) {
 }
 
 template <class T, int bits, bool has_residual>
-static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
+static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* payloads, int64_t payload_count,
                             int64_t chunk, const Format& format, cudaStream_t stream) {
     return by_length<Vector<T>::count>(format.block, [&](auto shape) {
         return launch(block_quantize_kernel<T, bits, has_residual, shape.sharing, shape.depth>,
-                      grid_of(format.blocks, shape.sharing, message_count), block_threads, 0, stream,
-                      static_cast<const T*>(x), numel, residual, messages, message_count, chunk, format);
+                      grid_of(format.blocks, shape.sharing, payload_count), block_threads, 0, stream,
+                      static_cast<const T*>(x), numel, residual, payloads, payload_count, chunk, format);
     });
 }
 
 template <class T>
-static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* messages, int64_t message_count,
+static cudaError_t quantize(const void* x, int64_t numel, float* residual, uint8_t* payloads, int64_t payload_count,
                             int64_t chunk, int bits, int block, cudaStream_t stream) {
     const Format format = format_of(chunk, bits, block);
     const auto run = bits == 8 ? (residual != nullptr ? quantize<T, 8, true> : quantize<T, 8, false>)
                                : (residual != nullptr ? quantize<T, 4, true> : quantize<T, 4, false>);
-    return run(x, numel, residual, messages, message_count, chunk, format, stream);
+    return run(x, numel, residual, payloads, payload_count, chunk, format, stream);
 }
 
 template <class T, int bits>
-static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, const Format& format,
+static cudaError_t dequantize(const uint8_t* payloads, int64_t payload_count, int64_t chunk, const Format& format,
                               void* out, int64_t numel, cudaStream_t stream) {
     return by_length<Vector<T>::count>(format.block, [&](auto shape) {
         return launch(block_dequantize_kernel<T, bits, shape.sharing, shape.depth>,
-                      grid_of(format.blocks, shape.sharing, message_count), block_threads, 0, stream, messages, message_count,
-                      chunk, format, static_cast<T*>(out), numel);
+                      grid_of(format.blocks, shape.sharing, payload_count), block_threads, 0, stream, payloads,
+                      payload_count, chunk, format, static_cast<T*>(out), numel);
     });
 }
 
 template <class T>
-static cudaError_t dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, int bits, int block,
+static cudaError_t dequantize(const uint8_t* payloads, int64_t payload_count, int64_t chunk, int bits, int block,
                               void* out, int64_t numel, cudaStream_t stream) {
     const Format format = format_of(chunk, bits, block);
     const auto run = bits == 8 ? dequantize<T, 8> : dequantize<T, 4>;
-    return run(messages, message_count, chunk, format, out, numel, stream);
+    return run(payloads, payload_count, chunk, format, out, numel, stream);
 }
 
 template <int bits>
 static cudaError_t reduce(const Sum<bits>& sum, float* out, cudaStream_t stream) {
     return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
-        return launch(block_reduce_kernel<bits, shape.sharing, shape.depth>, grid_of(sum.format.blocks, shape.sharing, 1),
-                      block_threads, 0, stream, sum, out);
+        return launch(block_reduce_kernel<bits, shape.sharing, shape.depth>,
+                      grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, out);
     });
 }
 
 template <int bits>
-static cudaError_t reduce_quantize(const Sum<bits>& sum, float* residual, uint8_t* message, cudaStream_t stream) {
+static cudaError_t reduce_quantize(const Sum<bits>& sum, float* residual, uint8_t* payload, cudaStream_t stream) {
     return by_length<Sum<bits>::width>(sum.format.block, [&](auto shape) {
         const auto kernel = residual != nullptr ? block_reduce_quantize_kernel<bits, true, shape.sharing, shape.depth>
                                                 : block_reduce_quantize_kernel<bits, false, shape.sharing, shape.depth>;
-        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, residual, message);
+        return launch(kernel, grid_of(sum.format.blocks, shape.sharing, 1), block_threads, 0, stream, sum, residual,
+                      payload);
     });
 }
 
@@ -104,51 +106,40 @@ static bool is_valid(int bits, int block) {
 using namespace ds_compress;
 using namespace ds_compress::elementwise;
 
-extern "C" cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t numel, float* residual, uint8_t* messages,
-                                          int64_t message_count, int64_t chunk, int bits, int block,
+extern "C" cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t numel, float* residual, uint8_t* payloads,
+                                          int64_t payload_count, int64_t chunk, int bits, int block,
                                           cudaStream_t stream) {
     if (!is_valid(bits, block)) return cudaErrorInvalidValue;
-    switch (dtype) {
-        case dsc_float32:
-            return quantize<float>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
-        case dsc_bfloat16:
-            return quantize<__nv_bfloat16>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
-        case dsc_float16:
-            return quantize<__half>(x, numel, residual, messages, message_count, chunk, bits, block, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_dtype(dtype, [&](auto t) {
+        return quantize<decltype(t)>(x, numel, residual, payloads, payload_count, chunk, bits, block, stream);
+    });
 }
 
-extern "C" cudaError_t dsc_block_dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, int bits,
+extern "C" cudaError_t dsc_block_dequantize(const uint8_t* payloads, int64_t payload_count, int64_t chunk, int bits,
                                             int block, void* out, int dtype, int64_t numel, cudaStream_t stream) {
     if (!is_valid(bits, block)) return cudaErrorInvalidValue;
-    switch (dtype) {
-        case dsc_float32:
-            return dequantize<float>(messages, message_count, chunk, bits, block, out, numel, stream);
-        case dsc_bfloat16:
-            return dequantize<__nv_bfloat16>(messages, message_count, chunk, bits, block, out, numel, stream);
-        case dsc_float16:
-            return dequantize<__half>(messages, message_count, chunk, bits, block, out, numel, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_dtype(dtype, [&](auto t) {
+        return dequantize<decltype(t)>(payloads, payload_count, chunk, bits, block, out, numel, stream);
+    });
 }
 
-extern "C" cudaError_t dsc_block_reduce(const uint8_t* messages, int64_t message_count, int64_t numel, int bits,
+extern "C" cudaError_t dsc_block_reduce(const uint8_t* payloads, int64_t payload_count, int64_t numel, int bits,
                                         int block, float multiplier, float* out, cudaStream_t stream) {
-    if (!is_valid(bits, block) || message_count < 1 || message_count > INT32_MAX) return cudaErrorInvalidValue;
-    const Format format = format_of(numel, bits, block);
-    if (bits == 8) return reduce(Sum<8>{messages, static_cast<int>(message_count), numel, format, multiplier}, out, stream);
-    return reduce(Sum<4>{messages, static_cast<int>(message_count), numel, format, multiplier}, out, stream);
-}
-
-extern "C" cudaError_t dsc_block_reduce_quantize(const uint8_t* messages, int64_t message_count, int64_t numel,
-                                                 int bits, int block, float multiplier, float* residual,
-                                                 uint8_t* message, cudaStream_t stream) {
-    if (!is_valid(bits, block) || message_count < 1 || message_count > INT32_MAX) return cudaErrorInvalidValue;
+    if (!is_valid(bits, block) || payload_count < 1 || payload_count > INT32_MAX) return cudaErrorInvalidValue;
     const Format format = format_of(numel, bits, block);
     if (bits == 8)
-        return reduce_quantize(Sum<8>{messages, static_cast<int>(message_count), numel, format, multiplier}, residual, message, stream);
-    return reduce_quantize(Sum<4>{messages, static_cast<int>(message_count), numel, format, multiplier}, residual, message, stream);
+        return reduce(Sum<8>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, out, stream);
+    return reduce(Sum<4>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, out, stream);
+}
+
+extern "C" cudaError_t dsc_block_reduce_quantize(const uint8_t* payloads, int64_t payload_count, int64_t numel,
+                                                 int bits, int block, float multiplier, float* residual,
+                                                 uint8_t* payload, cudaStream_t stream) {
+    if (!is_valid(bits, block) || payload_count < 1 || payload_count > INT32_MAX) return cudaErrorInvalidValue;
+    const Format format = format_of(numel, bits, block);
+    if (bits == 8)
+        return reduce_quantize(Sum<8>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, residual,
+                               payload, stream);
+    return reduce_quantize(Sum<4>{payloads, static_cast<int>(payload_count), numel, format, multiplier}, residual,
+                           payload, stream);
 }

@@ -1,9 +1,9 @@
-// Messages of a quantized reduction: quantize with error feedback, read back, add up, and both at once.
+// Payloads of a quantized reduction: quantize with error feedback, read back, add up, and both at once.
 //
-// Some lanes of a warp, or all, work on one block of a message, each on every so manieth vector of 16 bytes. They hold
-// blocks of common lengths in registers, so that these are read once; others are read a second time, from cache. That is
-// the tidy way, for blocks that are all there and lie at multiples of 16 bytes. What is not tidy, such as the last block
-// of a message, goes the loose way: two elements at a time, by a warp.
+// Some lanes of a warp, or all, work on one block of a payload, each on every so manieth vector of 16 bytes. They hold
+// blocks of common lengths in registers, so that these are read once; others are read a second time, from cache. That
+// is the tidy way, for blocks that are all there and lie at multiples of 16 bytes. What is not tidy, such as the last
+// block of a payload, goes the loose way: two elements at a time, by a warp.
 #pragma once
 
 #include "grid.cuh"
@@ -14,14 +14,14 @@ constexpr int block_threads = 128, block_warps = block_threads / 32;  // of a bl
 
 struct Format {
     int block;
-    int code_bytes;       // of one block
-    int64_t blocks;       // in one message
-    int64_t whole_blocks;  // in a message whose values are all there
-    DSC_DEVICE int64_t message_bytes() const { return blocks * (4 + code_bytes); }
-    DSC_DEVICE int64_t codes_at(int64_t index) const { return 4 * blocks + index * code_bytes; }
+    int value_bytes;       // of one block
+    int64_t blocks;        // in one payload
+    int64_t whole_blocks;  // in a payload whose values are all there
+    DSC_DEVICE int64_t payload_bytes() const { return blocks * (4 + value_bytes); }
+    DSC_DEVICE int64_t quantized_at(int64_t index) const { return 4 * blocks + index * value_bytes; }
 };
 
-/// Messages may begin at any byte.
+/// Payloads may begin at any byte.
 DSC_DEVICE float load_scale(const uint8_t* from) {
     return math::float_of(static_cast<uint32_t>(from[0]) | static_cast<uint32_t>(from[1]) << 8 |
                           static_cast<uint32_t>(from[2]) << 16 | static_cast<uint32_t>(from[3]) << 24);
@@ -33,21 +33,21 @@ DSC_DEVICE void store_scale(uint8_t* to, float scale) {
 }
 
 template <int bits>
-DSC_DEVICE float load_code(const uint8_t* codes, int i) {
-    if constexpr (bits == 8) return static_cast<float>(static_cast<int8_t>(codes[i]));
-    return static_cast<float>(static_cast<int>((codes[i / 2] >> (i % 2 * 4) & 15u) ^ 8u) - 8);
+DSC_DEVICE float load_quantized(const uint8_t* quantized, int i) {
+    if constexpr (bits == 8) return static_cast<float>(static_cast<int8_t>(quantized[i]));
+    return static_cast<float>(static_cast<int>((quantized[i / 2] >> (i % 2 * 4) & 15u) ^ 8u) - 8);
 }
 
-// --- codes of one vector -----------------------------------------------------------------------------------------
+// --- quantized values of one vector --------------------------------------------------------------------------------
 
-/// The largest code, and what to add to a quotient so that its nearest integer, half to even, is in the low bits: for
-/// int4 that and 8, which is not negative.
+/// The largest quantized value, and what to add to a quotient so that its nearest integer, half to even, is in the low
+/// bits: for int4 that and 8, which is not negative.
 template <int bits>
-constexpr float largest_code = bits == 8 ? 127.0f : 7.0f;
+constexpr float quant_max = bits == 8 ? 127.0f : 7.0f;
 template <int bits>
 constexpr float rounding = bits == 8 ? math::kRound : math::kRound + 8.0f;
 
-/// The codes of `width` (4 or 8) neighbours: 2, 4 or 8 bytes, in words of up to 4.
+/// The quantized values of `width` (4 or 8) neighbours: 2, 4 or 8 bytes, in words of up to 4.
 template <int bits, int width>
 struct Octets {
     static constexpr int bytes = width * bits / 8;
@@ -73,7 +73,7 @@ struct Octets {
         }
     }
 
-    /// 2^23 holds an integer that is not negative in its low bits: the sign of a code is turned for that.
+    /// 2^23 holds an integer that is not negative in its low bits: the sign of a quantized value is turned for that.
     DSC_DEVICE void decode(float (&values)[width]) const {
         if constexpr (bits == 8) {
 #pragma unroll
@@ -81,7 +81,8 @@ struct Octets {
                 values[j] = math::add(
                     math::float_of(__byte_perm(word[j / 4] ^ 0x80808080u, 0x4b000000u, 0x7650u + j % 4)), -8388736.0f);
         } else {
-            const uint32_t even = (word[0] & 0x0f0f0f0fu) ^ 0x08080808u, odd = (word[0] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u;
+            const uint32_t even = (word[0] & 0x0f0f0f0fu) ^ 0x08080808u,
+                           odd = (word[0] >> 4 & 0x0f0f0f0fu) ^ 0x08080808u;
 #pragma unroll
             for (int j = 0; j < width; j++)
                 values[j] = math::add(
@@ -95,11 +96,12 @@ struct Octets {
 #pragma unroll
             for (int w = 0; w < words; w++) {
                 const uint32_t low = __byte_perm(math::bits_of(sums[4 * w]), math::bits_of(sums[4 * w + 1]), 0x0040u);
-                const uint32_t high = __byte_perm(math::bits_of(sums[4 * w + 2]), math::bits_of(sums[4 * w + 3]), 0x0040u);
+                const uint32_t high =
+                    __byte_perm(math::bits_of(sums[4 * w + 2]), math::bits_of(sums[4 * w + 3]), 0x0040u);
                 word[w] = __byte_perm(low, high, 0x5410u) & kept;
             }
         } else {
-            // The bits of a sum are those of `rounding` - 8, and the code + 8.
+            // The bits of a sum are those of `rounding` - 8, and q + 8.
             uint32_t sum = math::bits_of(sums[width - 1]), constant = 0x4b400000u;
 #pragma unroll
             for (int j = width - 2; j >= 0; j--) {
@@ -111,7 +113,7 @@ struct Octets {
     }
 };
 
-// --- where a lane works ----------------------------------------------------------------------------------------------
+// --- where a lane works --------------------------------------------------------------------------------------------
 
 /// The vectors of a lane: `sharing` vectors apart, from `first` (a place in the block) on.
 template <int sharing, int width>
@@ -122,9 +124,9 @@ struct Share {
     static DSC_DEVICE constexpr int step() { return sharing * width; }
 };
 
-// --- what a block is quantized from ---------------------------------------------------------------------------------
+// --- what a block is quantized from --------------------------------------------------------------------------------
 
-/// Part of a tensor: `count` values of a message, the others are 0.
+/// Part of a tensor: `count` values of a payload, the others are 0.
 template <class T>
 struct Values {
     static constexpr int width = Vector<T>::count;
@@ -150,25 +152,25 @@ struct Values {
     }
 };
 
-/// The sum over messages, in their order, of code * (scale * multiplier); values beyond `count` are 0.
+/// The sum over payloads, in their order, of q * (scale * multiplier); values beyond `count` are 0.
 template <int bits>
 struct Sum {
     static constexpr int width = 4;
-    const uint8_t* messages;
-    int message_count;
+    const uint8_t* payloads;
+    int payload_count;
     int64_t count;
     Format format;
     float multiplier;
 
-    DSC_DEVICE bool is_tidy() const { return is_aligned(messages, 4); }
+    DSC_DEVICE bool is_tidy() const { return is_aligned(payloads, 4); }
 
     DSC_DEVICE float at(int64_t index, int64_t i, int place) const {
-        const uint8_t* message = messages;
+        const uint8_t* payload = payloads;
         float sum = -0.0f;
 #pragma unroll 1
-        for (int w = 0; w < message_count; w++, message += format.message_bytes())
-            sum = math::add(sum, math::multiply(load_code<bits>(message + format.codes_at(index), place),
-                                                math::multiply(load_scale(message + 4 * index), multiplier)));
+        for (int w = 0; w < payload_count; w++, payload += format.payload_bytes())
+            sum = math::add(sum, math::multiply(load_quantized<bits>(payload + format.quantized_at(index), place),
+                                                math::multiply(load_scale(payload + 4 * index), multiplier)));
         return i < count ? sum : 0.0f;
     }
 
@@ -182,20 +184,20 @@ struct Sum {
         DSC_DEVICE void add(const Octets<bits, width> (&octets)[depth], float scale) {
 #pragma unroll
             for (int d = 0; d < depth; d++) {
-                float codes[width];
-                octets[d].decode(codes);
+                float quantized[width];
+                octets[d].decode(quantized);
 #pragma unroll
-                for (int j = 0; j < width; j++) sums[d][j] = math::add(sums[d][j], math::multiply(codes[j], scale));
+                for (int j = 0; j < width; j++) sums[d][j] = math::add(sums[d][j], math::multiply(quantized[j], scale));
             }
         }
     };
 
-    /// Two messages at a time are under way.
+    /// Two payloads at a time are under way.
     template <int depth, class Share>
     DSC_DEVICE Held<depth> load(const Share& share) const {
-        const int64_t bytes = format.message_bytes();
-        const uint8_t* scales = messages + 4 * share.index;
-        const uint8_t* codes = messages + format.codes_at(share.index) + share.first * bits / 8;
+        const int64_t bytes = format.payload_bytes();
+        const uint8_t* scales = payloads + 4 * share.index;
+        const uint8_t* quantized = payloads + format.quantized_at(share.index) + share.first * bits / 8;
         Held<depth> held;
 #pragma unroll
         for (int d = 0; d < depth; d++)
@@ -203,17 +205,17 @@ struct Sum {
             for (int j = 0; j < width; j++) held.sums[d][j] = -0.0f;  // which changes nothing that it is added to
         const auto load_one = [&](Octets<bits, width>(&octets)[depth], int64_t offset) {
 #pragma unroll
-            for (int d = 0; d < depth; d++) octets[d].load(codes + offset + d * Share::step() * bits / 8);
+            for (int d = 0; d < depth; d++) octets[d].load(quantized + offset + d * Share::step() * bits / 8);
             return *reinterpret_cast<const float*>(scales + offset);
         };
-        if (message_count % 2 != 0) {
+        if (payload_count % 2 != 0) {
             Octets<bits, width> octets[depth];
             const float scale = load_one(octets, 0);
             held.add(octets, math::multiply(scale, multiplier));
-            scales += bytes, codes += bytes;
+            scales += bytes, quantized += bytes;
         }
 #pragma unroll 1
-        for (int pair = 0; pair < message_count / 2; pair++, scales += 2 * bytes, codes += 2 * bytes) {
+        for (int pair = 0; pair < payload_count / 2; pair++, scales += 2 * bytes, quantized += 2 * bytes) {
             Octets<bits, width> first[depth], second[depth];
             const float first_scale = load_one(first, 0), second_scale = load_one(second, bytes);
             held.add(first, math::multiply(first_scale, multiplier));
@@ -233,7 +235,7 @@ struct Corrected {
     }
 };
 
-// --- quantizing ---------------------------------------------------------------------------------------------------
+// --- quantizing ----------------------------------------------------------------------------------------------------
 
 /// The largest bit pattern among `sharing` neighbouring lanes.
 template <int sharing>
@@ -261,7 +263,7 @@ DSC_DEVICE float largest_in(const Held& held) {
     return largest;
 }
 
-/// How the values of a block become codes, given the bits of the largest magnitude.
+/// How the values of a block become quantized values, given the bits of the largest magnitude.
 template <int bits>
 struct Coder {
     bool is_finite;
@@ -276,22 +278,25 @@ struct Coder {
         return {true, scale, scale > 0.0f ? math::divisor_of(scale) : math::divisor_to_nothing()};
     }
 
-    /// The code, in a sum with `rounding`. The largest magnitude has the largest code: nothing is to be clamped.
-    DSC_DEVICE float sum(float lifted) const { return math::add(math::lifted_quotient(lifted, divisor), rounding<bits>); }
+    /// Quantized, in a sum with `rounding`. The largest magnitude has the largest quantized value: nothing is to be
+    /// clamped.
+    DSC_DEVICE float sum(float lifted) const {
+        return math::add(math::lifted_quotient(lifted, divisor), rounding<bits>);
+    }
     DSC_DEVICE float rest(float value, float sum) const {
         return math::subtract(value, math::multiply(math::subtract(sum, rounding<bits>), scale));
     }
 };
 
-/// A message under construction, and what of the residual belongs to it, if there is one.
+/// A payload under construction, and what of the residual belongs to it, if there is one.
 template <int bits, bool has_residual>
 struct Target {
-    uint8_t* message;
+    uint8_t* payload;
     float* residual;
-    int64_t count;  // values of the message; beyond, the residual has none
+    int64_t count;  // values of the payload; beyond, the residual has none
     Format format;
 
-    DSC_DEVICE bool is_tidy() const { return is_aligned(message, 4) && (!has_residual || is_aligned(residual)); }
+    DSC_DEVICE bool is_tidy() const { return is_aligned(payload, 4) && (!has_residual || is_aligned(residual)); }
 
     template <int depth, int width, class Share, class Held>
     DSC_DEVICE auto corrected(const Share& share, const Held& held, bool is_mine) const {
@@ -319,8 +324,8 @@ struct Target {
 
     template <int depth, int width, class Share, class Held>
     DSC_DEVICE void write(const Share& share, const Held& held, const Coder<bits>& coder) const {
-        if (share.first == 0) *reinterpret_cast<float*>(message + 4 * share.index) = coder.scale;
-        uint8_t* const codes = message + format.codes_at(share.index) + share.first * bits / 8;
+        if (share.first == 0) *reinterpret_cast<float*>(payload + 4 * share.index) = coder.scale;
+        uint8_t* const quantized = payload + format.quantized_at(share.index) + share.first * bits / 8;
 #pragma unroll
         for (int d = 0; d < depth; d++) {
             float values[width], sums[width];
@@ -334,7 +339,7 @@ struct Target {
             for (int j = 0; j < width; j++) sums[j] = coder.sum(sums[j]);
             Octets<bits, width> octets;
             octets.encode(sums, coder.is_finite ? ~0u : 0u);
-            octets.store(codes + d * Share::step() * bits / 8);
+            octets.store(quantized + d * Share::step() * bits / 8);
             if constexpr (has_residual) {
                 float* const rests = residual + share.begin + share.first + d * Share::step();
                 if (!coder.is_finite) continue;
@@ -349,7 +354,7 @@ struct Target {
         }
     }
 
-    /// The code in the low bits.
+    /// The quantized value in the low bits.
     DSC_DEVICE uint32_t write_one(int64_t i, float value, const Coder<bits>& coder) const {
         const float sum = coder.sum(math::multiply(value, coder.divisor.lift));
         if (has_residual && coder.is_finite && i < count) residual[i] = coder.rest(value, sum);
@@ -360,7 +365,8 @@ struct Target {
 /// A tidy block of sharing * depth vectors, by `sharing` lanes with `depth` vectors each. All lanes of the warp come
 /// here, some perhaps with a block that is another's to write (`is_mine` false).
 template <int sharing, int depth, int bits, bool has_residual, class Source>
-DSC_DEVICE void quantize_block(const Source& source, const Target<bits, has_residual>& target, int64_t index, bool is_mine) {
+DSC_DEVICE void quantize_block(const Source& source, const Target<bits, has_residual>& target, int64_t index,
+                               bool is_mine) {
     constexpr int width = Source::width;
     const int member = static_cast<int>(threadIdx.x) % sharing;
     const Share<sharing, width> share = {index, index * target.format.block, member * width};
@@ -405,25 +411,25 @@ DSC_DEVICE void quantize_loose_block(const Source& source, const Target<bits, ha
 #pragma unroll 1
     for (int place = lane; place < target.format.block; place += 32) largest = larger(largest, fabsf(load(place)));
     const Coder<bits> coder = Coder<bits>::of(largest_of<32>(math::bits_of(largest)));
-    if (lane == 0) store_scale(target.message + 4 * index, coder.scale);
-    uint8_t* const codes = target.message + target.format.codes_at(index);
+    if (lane == 0) store_scale(target.payload + 4 * index, coder.scale);
+    uint8_t* const quantized = target.payload + target.format.quantized_at(index);
     __syncwarp();  // the residual is written where other lanes have read it
 #pragma unroll 1
     for (int place = 2 * lane; place < target.format.block; place += 64) {
         const uint32_t low = target.write_one(begin + place, load(place), coder);
         const uint32_t high = target.write_one(begin + place + 1, load(place + 1), coder);
         if constexpr (bits == 8) {
-            codes[place] = static_cast<uint8_t>(low);
-            codes[place + 1] = static_cast<uint8_t>(high);
+            quantized[place] = static_cast<uint8_t>(low);
+            quantized[place + 1] = static_cast<uint8_t>(high);
         } else {
-            codes[place / 2] = static_cast<uint8_t>((low & 15u) | (high & 15u) << 4);
+            quantized[place / 2] = static_cast<uint8_t>((low & 15u) | (high & 15u) << 4);
         }
     }
 }
 
-// --- kernels: blockIdx.y is the message -----------------------------------------------------------------------------
+// --- kernels: blockIdx.y is the payload ----------------------------------------------------------------------------
 
-/// How many blocks of a message of `count` values are tidy; the others, from there on, are loose.
+/// How many blocks of a payload of `count` values are tidy; the others, from there on, are loose.
 DSC_DEVICE int64_t tidy_blocks(bool tidy, int64_t count, bool is_whole, const Format& format) {
     if (!tidy) return 0;
     return is_whole ? format.whole_blocks : count / format.block;
@@ -446,7 +452,7 @@ DSC_DEVICE void for_blocks(int64_t tidy, int64_t blocks, const OnTidy& on_tidy, 
         on_loose(index);
 }
 
-/// What a message of `chunk` values has of `numel` in all.
+/// What a payload of `chunk` values has of `numel` in all.
 struct Cut {
     int64_t begin, count;
     bool is_whole;
@@ -458,7 +464,7 @@ struct Cut {
 
 /// `depth` 0: blocks of any length.
 template <int sharing, int depth, int bits, bool has_residual, class Source>
-DSC_DEVICE void quantize_message(const Source& source, const Target<bits, has_residual>& target, bool is_whole) {
+DSC_DEVICE void quantize_payload(const Source& source, const Target<bits, has_residual>& target, bool is_whole) {
     const int64_t tidy = tidy_blocks(source.is_tidy() && target.is_tidy(), target.count, is_whole, target.format);
     for_blocks<sharing>(
         tidy, target.format.blocks,
@@ -473,37 +479,39 @@ DSC_DEVICE void quantize_message(const Source& source, const Target<bits, has_re
 
 /// Blocks of threads on a multiprocessor, which leaves registers for what a lane holds: 16 values, or more.
 template <int values, bool has_residual>
-constexpr int blocks_at_once = values <= 16 ? (has_residual ? 6 : 8) : has_residual ? 3 : 4;
+constexpr int blocks_at_once = values <= 16   ? (has_residual ? 6 : 8)
+                               : has_residual ? 3
+                                              : 4;
 
 template <class T, int bits, bool has_residual, int sharing, int depth>
 __global__ void __launch_bounds__(block_threads, (blocks_at_once<depth * Vector<T>::count, has_residual>))
     block_quantize_kernel(const T* __restrict__ x, int64_t numel, float* __restrict__ residual,
-                          uint8_t* __restrict__ messages, int64_t message_count, int64_t chunk, Format format) {
-    for (int64_t row = blockIdx.y; row < message_count; row += gridDim.y) {
+                          uint8_t* __restrict__ payloads, int64_t payload_count, int64_t chunk, Format format) {
+    for (int64_t row = blockIdx.y; row < payload_count; row += gridDim.y) {
         const Cut cut = Cut::of(row, chunk, numel);
         const Values<T> values = {x + cut.begin, cut.count};
-        const Target<bits, has_residual> target = {messages + row * format.message_bytes(),
+        const Target<bits, has_residual> target = {payloads + row * format.payload_bytes(),
                                                    has_residual ? residual + cut.begin : nullptr, cut.count, format};
-        quantize_message<sharing, depth>(values, target, cut.is_whole);
+        quantize_payload<sharing, depth>(values, target, cut.is_whole);
     }
 }
 
 template <int bits, bool has_residual, int sharing, int depth>
 __global__ void __launch_bounds__(block_threads, (blocks_at_once<depth * Sum<bits>::width, has_residual>))
-    block_reduce_quantize_kernel(Sum<bits> sum, float* __restrict__ residual, uint8_t* __restrict__ message) {
-    quantize_message<sharing, depth>(sum, Target<bits, has_residual>{message, residual, sum.count, sum.format}, true);
+    block_reduce_quantize_kernel(Sum<bits> sum, float* __restrict__ residual, uint8_t* __restrict__ payload) {
+    quantize_payload<sharing, depth>(sum, Target<bits, has_residual>{payload, residual, sum.count, sum.format}, true);
 }
 
 template <class T, int bits, int sharing, int depth>
 __global__ void __launch_bounds__(block_threads)
-    block_dequantize_kernel(const uint8_t* __restrict__ messages, int64_t message_count, int64_t chunk, Format format,
+    block_dequantize_kernel(const uint8_t* __restrict__ payloads, int64_t payload_count, int64_t chunk, Format format,
                             T* __restrict__ out, int64_t numel) {
     constexpr int width = Vector<T>::count;
-    for (int64_t row = blockIdx.y; row < message_count; row += gridDim.y) {
+    for (int64_t row = blockIdx.y; row < payload_count; row += gridDim.y) {
         const Cut cut = Cut::of(row, chunk, numel);
-        const uint8_t* const message = messages + row * format.message_bytes();
+        const uint8_t* const payload = payloads + row * format.payload_bytes();
         T* const to = out + cut.begin;
-        const int64_t tidy = tidy_blocks(is_aligned(messages, 4) && is_aligned(to), cut.count, cut.is_whole, format);
+        const int64_t tidy = tidy_blocks(is_aligned(payloads, 4) && is_aligned(to), cut.count, cut.is_whole, format);
         const auto read = [&](const auto& octets, float scale, T* place) {
             float values[width];
             octets.decode(values);
@@ -513,31 +521,33 @@ __global__ void __launch_bounds__(block_threads)
         };
         const auto on_tidy = [&](int64_t index, bool is_mine) {
             const int member = static_cast<int>(threadIdx.x) % sharing;
-            const float scale = *reinterpret_cast<const float*>(message + 4 * index);
-            const uint8_t* const codes = message + format.codes_at(index);
+            const float scale = *reinterpret_cast<const float*>(payload + 4 * index);
+            const uint8_t* const quantized = payload + format.quantized_at(index);
             T* const values_to = to + index * format.block;
             if constexpr (depth > 0) {
                 Octets<bits, width> octets[depth];
 #pragma unroll
-                for (int d = 0; d < depth; d++) octets[d].load(codes + (d * sharing + member) * Octets<bits, width>::bytes);
+                for (int d = 0; d < depth; d++)
+                    octets[d].load(quantized + (d * sharing + member) * Octets<bits, width>::bytes);
 #pragma unroll
                 for (int d = 0; d < depth; d++)
                     if (is_mine) read(octets[d], scale, values_to + (d * sharing + member) * width);
             } else if (is_mine) {
                 for (int place = member * width; place < format.block; place += sharing * width) {
                     Octets<bits, width> octets;
-                    octets.load(codes + place * bits / 8);
+                    octets.load(quantized + place * bits / 8);
                     read(octets, scale, values_to + place);
                 }
             }
         };
         for_blocks<sharing>(tidy, format.blocks, on_tidy, [&](int64_t index) {
-            const float scale = load_scale(message + 4 * index);
+            const float scale = load_scale(payload + 4 * index);
 #pragma unroll 1
             for (int place = static_cast<int>(threadIdx.x) % 32; place < format.block; place += 32) {
                 const int64_t i = index * format.block + place;
                 if (i < cut.count)
-                    to[i] = from_float<T>(math::multiply(load_code<bits>(message + format.codes_at(index), place), scale));
+                    to[i] = from_float<T>(
+                        math::multiply(load_quantized<bits>(payload + format.quantized_at(index), place), scale));
             }
         });
     }

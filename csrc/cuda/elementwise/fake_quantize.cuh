@@ -1,18 +1,18 @@
-// Fake quantization of the rows of a matrix. A row that fits into the registers of some lanes, a warp or a block is read
-// once. The pieces of longer rows are measured by many blocks, which meet in the row's scale and offset, and then read
-// again. Rows that do not lie on vectors of 16 bytes go the loose way, element by element.
+// Fake quantization of the rows of a matrix. A row that fits into the registers of some lanes, a warp or a block is
+// read once. The pieces of longer rows are measured by many blocks, which meet in the row's scale and offset, and then
+// read again. Rows that do not lie on vectors of 16 bytes go the loose way, element by element.
 #pragma once
 
 #include "grid.cuh"
 
 namespace ds_compress::elementwise {
 
-struct Codes {
-    float low, high;
+struct QuantRange {
+    float min, max;
     float steps;
 };
 
-// --- ranges -----------------------------------------------------------------------------------------------------------
+// --- ranges --------------------------------------------------------------------------------------------------------
 
 /// What values span: their largest magnitude, or the least and the greatest. NaN wins.
 template <bool symmetric>
@@ -41,11 +41,13 @@ struct Span<false> {
     DSC_DEVICE math::ScaleAndOffset range(int64_t columns, const math::Divisor& steps) const {
         const float not_a_number = math::float_of(math::kNanBits), smallest = math::float_of(math::kSmallestScaleBits);
         if (columns == 0) return {smallest, 0.0f};
-        if (!(fabsf(lowest) <= math::kLargestFloat && fabsf(highest) <= math::kLargestFloat)) return {not_a_number, not_a_number};
+        if (!(fabsf(lowest) <= math::kLargestFloat && fabsf(highest) <= math::kLargestFloat))
+            return {not_a_number, not_a_number};
         const float low = math::add(lowest, 0.0f);  // of the two zeros, one
         float span = math::subtract(highest, low);
         const bool overflows = span > math::kLargestFloat;
-        if (overflows) span = math::subtract(math::multiply(highest, math::kShrink), math::multiply(low, math::kShrink));
+        if (overflows)
+            span = math::subtract(math::multiply(highest, math::kShrink), math::multiply(low, math::kShrink));
         float width = math::scale_or_zero(span, steps);
         if (width == 0.0f) return {smallest, low};
         if (overflows) width = math::multiply(width, math::kGrow);
@@ -81,7 +83,8 @@ DSC_DEVICE Span<symmetric> join_warp(const Span<symmetric>& span) {
     if constexpr (symmetric) {
         return {math::float_of(largest_key<sharing>(math::bits_of(span.largest)))};
     } else {
-        // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of it.
+        // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of
+        // it.
         constexpr unsigned turn = 0x80000000u, reverse = 0x7fffffffu;
         const unsigned low = largest_key<sharing>(static_cast<unsigned>(ordered(span.lowest)) ^ reverse) ^ reverse;
         const unsigned high = largest_key<sharing>(static_cast<unsigned>(ordered(span.highest)) ^ turn) ^ turn;
@@ -108,7 +111,7 @@ DSC_DEVICE Span<symmetric> join(Span<symmetric> span) {
     return span;
 }
 
-// --- values -----------------------------------------------------------------------------------------------------------
+// --- values --------------------------------------------------------------------------------------------------------
 
 /// The largest finite value of a dtype.
 template <class T>
@@ -140,9 +143,9 @@ DSC_DEVICE Working working(math::ScaleAndOffset range) {
     return {range, math::kShrink, math::multiply(Largest<T>::value, math::kShrink), math::divisor_of(range.scale)};
 }
 
-DSC_DEVICE bool is_kept(float code, const Codes& codes) { return codes.low <= code && code <= codes.high; }
+DSC_DEVICE bool is_unclipped(float q, const QuantRange& quant) { return quant.min <= q && q <= quant.max; }
 
-/// The code before it is clamped.
+/// The quantized value before it is clamped.
 template <bool symmetric>
 DSC_DEVICE float rounded(float value, const Working& work) {
     value = math::multiply(value, work.shrink);
@@ -151,8 +154,8 @@ DSC_DEVICE float rounded(float value, const Working& work) {
 }
 
 template <bool symmetric>
-DSC_DEVICE float read_back(float code, const Working& work, const Codes& codes) {
-    float value = math::multiply(math::clamp(code, codes.low, codes.high), work.range.scale);
+DSC_DEVICE float read_back(float q, const Working& work, const QuantRange& quant) {
+    float value = math::multiply(math::clamp(q, quant.min, quant.max), work.range.scale);
     if (!symmetric) value = math::add(value, work.range.offset);
     if (work.limit > 0.0f) value = math::multiply(math::clamp(value, -work.limit, work.limit), math::kGrow);
     return value;
@@ -160,25 +163,26 @@ DSC_DEVICE float read_back(float code, const Working& work, const Codes& codes) 
 
 /// Quantizes a vector by ranges that are given; whether each element is kept, as bits.
 template <bool symmetric, class T>
-DSC_DEVICE unsigned quantize_vector(Vector<T>& vector, const Working& work, const Codes& codes, bool wants_kept) {
+DSC_DEVICE unsigned quantize_vector(Vector<T>& vector, const Working& work, const QuantRange& quant, bool wants_mask) {
     constexpr int width = Vector<T>::count;
     float values[width];
     unpack(vector, values);
-    unsigned kept = 0;
+    unsigned mask = 0;
 #pragma unroll
     for (int j = 0; j < width; j++) {
-        const float code = rounded<symmetric>(values[j], work);
-        if (wants_kept && is_kept(code, codes)) kept |= 1u << j;
-        values[j] = read_back<symmetric>(code, work, codes);
+        const float q = rounded<symmetric>(values[j], work);
+        if (wants_mask && is_unclipped(q, quant)) mask |= 1u << j;
+        values[j] = read_back<symmetric>(q, work, quant);
     }
     vector = pack<T>(values);
-    return kept;
+    return mask;
 }
 
-/// The same by the measured range of the row: no value is far outside of it, and in a row with a NaN or Inf the scale is
-/// NaN, and so is all that it is multiplied by. What most rows do not need is asked for once a vector.
+/// The same by the measured range of the row: no value is far outside of it, and in a row with a NaN or Inf the scale
+/// is NaN, and so is all that it is multiplied by. What most rows do not need is asked for once a vector.
 template <bool symmetric, class T>
-DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, const Codes& codes, bool wants_kept) {
+DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, const QuantRange& quant,
+                                      bool wants_mask) {
     constexpr int width = Vector<T>::count;
     float values[width];
     unpack(vector, values);
@@ -197,15 +201,16 @@ DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, co
 #pragma unroll
         for (int j = 0; j < width; j++) lifted[j] = math::multiply(values[j], work.divisor.lift);
     }
-    unsigned kept = 0;
+    unsigned mask = 0;
 #pragma unroll
     for (int j = 0; j < width; j++) {
-        const float whole = math::subtract(math::add(math::lifted_quotient(lifted[j], work.divisor), math::kRound), math::kRound);
+        const float whole =
+            math::subtract(math::add(math::lifted_quotient(lifted[j], work.divisor), math::kRound), math::kRound);
         // A zero has the sign of what it was.
-        const float code = math::float_of(math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits));
-        if (wants_kept && is_kept(code, codes)) kept |= 1u << j;
-        const float above = code < codes.low ? codes.low : code;  // fmaxf would make +0 of -0
-        values[j] = math::multiply(fminf(above, codes.high), work.range.scale);
+        const float q = math::float_of(math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits));
+        if (wants_mask && is_unclipped(q, quant)) mask |= 1u << j;
+        const float above = q < quant.min ? quant.min : q;  // fmaxf would make +0 of -0
+        values[j] = math::multiply(fminf(above, quant.max), work.range.scale);
         if (!symmetric) values[j] = math::add(values[j], work.range.offset);
     }
     if (work.limit > 0.0f) {
@@ -214,33 +219,33 @@ DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, co
             values[j] = math::multiply(math::clamp(values[j], -work.limit, work.limit), math::kGrow);
     }
     vector = pack<T>(values);
-    return kept;
+    return mask;
 }
 
 /// Stores the bits of vector `i` of the matrix, where the rows are whole bytes of them. Lanes 2 i and 2 i + 1 have
 /// neighbouring vectors, or neither has one; all lanes of the warp come here.
 template <int width>
-DSC_DEVICE void store_kept(uint8_t* kept, int64_t i, bool exists, unsigned bits) {
+DSC_DEVICE void store_mask(uint8_t* mask, int64_t i, bool exists, unsigned bits) {
     if constexpr (width == 4) {
         bits |= __shfl_xor_sync(~0u, bits, 1) << 4;
         exists = exists && threadIdx.x % 2 == 0;
         i /= 2;
     }
-    if (exists) kept[i] = static_cast<uint8_t>(bits);
+    if (exists) mask[i] = static_cast<uint8_t>(bits);
 }
 
-// --- rows in registers ------------------------------------------------------------------------------------------------
+// --- rows in registers ---------------------------------------------------------------------------------------------
 
 template <int sharing>
 constexpr int threads_for = sharing > 32 ? sharing : threads;
 
-/// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of a
-/// warp, or a block. kept: null, or for rows of whole bytes of it.
+/// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of
+/// a warp, or a block. kept: null, or for rows of whole bytes of it.
 template <class T, int sharing, int depth, bool symmetric>
 __global__ void __launch_bounds__(threads_for<sharing>, 1)
     fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
-                              float* __restrict__ scale, float* __restrict__ offset, Codes codes, math::Divisor steps,
-                              uint8_t* __restrict__ kept) {
+                              float* __restrict__ scale, float* __restrict__ offset, QuantRange quant,
+                              math::Divisor steps, uint8_t* __restrict__ mask) {
     constexpr int width = Vector<T>::count;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (threads_for<sharing> / sharing) + threadIdx.x / sharing;
     const int member = static_cast<int>(threadIdx.x) % sharing;
@@ -271,19 +276,19 @@ __global__ void __launch_bounds__(threads_for<sharing>, 1)
         const int i = d * sharing + member;
         unsigned bits = 0;
         if (i < vectors) {
-            bits = quantize_measured<symmetric>(held[d], work, codes, kept != nullptr);
+            bits = quantize_measured<symmetric>(held[d], work, quant, mask != nullptr);
             store_vector(to + d * sharing * width, held[d]);
         }
-        if (kept != nullptr) store_kept<width>(kept, row * (columns / width) + i, i < vectors, bits);
+        if (mask != nullptr) store_mask<width>(mask, row * (columns / width) + i, i < vectors, bits);
     }
 }
 
-// --- rows that are not whole vectors: a warp each, element by element -----------------------------------------------
+// --- rows that are not whole vectors: a warp each, element by element ----------------------------------------------
 
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads)
     fake_quantize_loose_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
-                                    float* __restrict__ scale, float* __restrict__ offset, Codes codes,
+                                    float* __restrict__ scale, float* __restrict__ offset, QuantRange quant,
                                     math::Divisor steps) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
     if (row >= rows) return;  // whole warps
@@ -299,10 +304,10 @@ __global__ void __launch_bounds__(threads)
     const Working work = working<T>(range);
     for (int64_t i = lane; i < columns; i += 32)
         y[row * columns + i] =
-            from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, codes));
+            from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, quant));
 }
 
-// --- long rows: until its range is known, a row's highest or largest lies in its scale, its lowest in its offset -----
+// --- long rows: until its range is known, a row's highest or largest lies in its scale, its lowest in its offset ---
 
 template <bool symmetric>
 __global__ void __launch_bounds__(threads) begin_spans_kernel(int64_t rows, float* scale, float* offset) {
@@ -329,9 +334,8 @@ DSC_DEVICE bool has_whole_vectors(const void* x, const void* y, int64_t rows, in
 
 /// Block b measures pieces b, b + blocks_per_row, ... of its row.
 template <class T, bool symmetric>
-__global__ void __launch_bounds__(threads)
-    join_spans_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, unsigned blocks_per_row, float* scale,
-                      float* offset) {
+__global__ void __launch_bounds__(threads) join_spans_kernel(const T* __restrict__ x, int64_t rows, int64_t columns,
+                                                             unsigned blocks_per_row, float* scale, float* offset) {
     constexpr int width = Vector<T>::count;
     const int64_t row = blockIdx.x / blocks_per_row;
     const T* const from = x + row * columns;
@@ -380,13 +384,13 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-/// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces, which
-/// come first, may still be in the cache.
+/// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces,
+/// which come first, may still be in the cache.
 template <class T, bool symmetric, bool measured>
 __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas chooses it spills
     quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
                            unsigned pieces_per_row, const float* __restrict__ scale, const float* __restrict__ offset,
-                           Codes codes, uint8_t* __restrict__ kept) {
+                           QuantRange quant, uint8_t* __restrict__ mask) {
     constexpr int width = Vector<T>::count;
     const unsigned piece = measured ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * piece_columns<T>;
@@ -401,19 +405,19 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
 #pragma unroll
         for (int u = 0; u < piece_vectors; u++) {
             const int i = u * threads + static_cast<int>(threadIdx.x);
-            const unsigned bits = measured ? quantize_measured<symmetric>(held[u], work, codes, kept != nullptr)
-                                           : quantize_vector<symmetric>(held[u], work, codes, kept != nullptr);
+            const unsigned bits = measured ? quantize_measured<symmetric>(held[u], work, quant, mask != nullptr)
+                                           : quantize_vector<symmetric>(held[u], work, quant, mask != nullptr);
             store_passing_vector(to + begin + i * width, held[u]);
-            if (kept != nullptr) store_kept<width>(kept, (row * columns + begin) / width + i, true, bits);
+            if (mask != nullptr) store_mask<width>(mask, (row * columns + begin) / width + i, true, bits);
         }
         return;
     }
     const int64_t end = begin + piece_columns<T> < columns ? begin + piece_columns<T> : columns;
     // Eight elements a thread, if their bits are wanted: a byte.
-    if (kept == nullptr) {
+    if (mask == nullptr) {
 #pragma unroll 1
         for (int64_t i = begin + threadIdx.x; i < end; i += threads)
-            to[i] = from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, codes));
+            to[i] = from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, quant));
         return;
     }
 #pragma unroll 1
@@ -421,11 +425,11 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
         unsigned bits = 0;
 #pragma unroll 1
         for (int j = 0; j < 8 && i + j < end; j++) {
-            const float code = rounded<symmetric>(to_float(from[i + j]), work);
-            to[i + j] = from_float<T>(read_back<symmetric>(code, work, codes));
-            if (is_kept(code, codes)) bits |= 1u << j;
+            const float q = rounded<symmetric>(to_float(from[i + j]), work);
+            to[i + j] = from_float<T>(read_back<symmetric>(q, work, quant));
+            if (is_unclipped(q, quant)) bits |= 1u << j;
         }
-        kept[(row * columns + i) / 8] = static_cast<uint8_t>(bits);
+        mask[(row * columns + i) / 8] = static_cast<uint8_t>(bits);
     }
 }
 
@@ -434,8 +438,8 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads)
     quantize_short_rows_kernel(const T* __restrict__ x, T* __restrict__ y, unsigned vectors, unsigned vectors_per_row,
-                               const float* __restrict__ scale, const float* __restrict__ offset, Codes codes,
-                               uint8_t* __restrict__ kept) {
+                               const float* __restrict__ scale, const float* __restrict__ offset, QuantRange quant,
+                               uint8_t* __restrict__ mask) {
     constexpr int width = Vector<T>::count;
     const unsigned begin = blockIdx.x * (threads * unroll) + threadIdx.x;
     Vector<T> held[unroll];
@@ -449,31 +453,31 @@ __global__ void __launch_bounds__(threads)
         if (i < vectors) {
             const unsigned row = i / vectors_per_row;
             const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
-            bits = quantize_vector<symmetric>(held[u], work, codes, kept != nullptr);
+            bits = quantize_vector<symmetric>(held[u], work, quant, mask != nullptr);
             store_vector(y + static_cast<int64_t>(i) * width, held[u]);
         }
-        if (kept != nullptr) store_kept<width>(kept, i, i < vectors, bits);
+        if (mask != nullptr) store_mask<width>(mask, i, i < vectors, bits);
     }
 }
 
 /// A thread makes one byte of the kept bits of any rows.
 template <class T, bool symmetric>
 __global__ void __launch_bounds__(threads, 4)  // 64 registers: with fewer, ptxas spills
-    kept_bits_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, const float* __restrict__ scale,
-                     const float* __restrict__ offset, Codes codes, uint8_t* __restrict__ kept) {
+    mask_bits_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, const float* __restrict__ scale,
+                     const float* __restrict__ offset, QuantRange quant, uint8_t* __restrict__ mask) {
     const int64_t count = rows * columns;
     for (int64_t byte = first_item(); byte * 8 < count; byte += stride()) {
         unsigned bits = 0;
         int64_t row = byte * 8 / columns, column = byte * 8 % columns;
         for (int j = 0; j < 8 && byte * 8 + j < count; j++) {
             const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
-            if (is_kept(rounded<symmetric>(to_float(x[byte * 8 + j]), work), codes)) bits |= 1u << j;
+            if (is_unclipped(rounded<symmetric>(to_float(x[byte * 8 + j]), work), quant)) bits |= 1u << j;
             if (++column == columns) {
                 column = 0;
                 row++;
             }
         }
-        kept[byte] = static_cast<uint8_t>(bits);
+        mask[byte] = static_cast<uint8_t>(bits);
     }
 }
 

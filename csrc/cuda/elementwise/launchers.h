@@ -1,6 +1,6 @@
 // The CUDA launchers of the elementwise ops, for the bindings; as ../launchers.h: plain C, device pointers, no torch,
-// nothing allocated. Pointers are aligned to their elements, no more. The formulas and the layouts of messages and masks
-// are those of ds_compress/ops/reference.
+// nothing allocated. Pointers are aligned to their elements, no more. The formulas and the layouts of payloads and
+// masks are those of ds_compress/ops/reference.
 #pragma once
 
 #include "../launchers.h"
@@ -9,48 +9,40 @@
 extern "C" {
 #endif
 
-// Beyond DscDtype, for what also takes fp64.
-enum { dsc_float64 = 3 };
-
 // --- masks: element i is governed by bit `bit` + i of `packed` -----------------------------------------------------
 
 // data: `count` elements of 2, 4 or 8 bytes; those whose bit is cleared become `fill`, a bit pattern.
 cudaError_t dsc_mask_apply(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
                            uint64_t fill, cudaStream_t stream);
-// The same with zeros; *non_zero receives how many elements are not zero afterwards.
-cudaError_t dsc_mask_apply_count(void* data, int element_size, int64_t count, const uint8_t* packed, int64_t bit,
-                                 int64_t* non_zero, cudaStream_t stream);
-// `tensor_count` tensors of one element size, in one launch for every 256. The arrays lie on the host and are read here.
+// `tensor_count` tensors of one element size, in one launch for every 256. The arrays lie on the host and are read
+// here.
 cudaError_t dsc_mask_apply_many(void* const* data, const uint8_t* const* packed, const int64_t* bits,
                                 const int64_t* counts, int64_t tensor_count, int element_size, uint64_t fill,
                                 cudaStream_t stream);
-// keep and, below, scores may begin anywhere; what is written begins at a multiple of 16 bytes.
-cudaError_t dsc_mask_pack(const uint8_t* keep, int64_t count, uint8_t* packed, cudaStream_t stream);
-cudaError_t dsc_mask_unpack(const uint8_t* packed, int64_t bit, int64_t count, uint8_t* keep, cudaStream_t stream);
+// mask and, below, scores may begin anywhere; what is written begins at a multiple of 16 bytes.
+cudaError_t dsc_mask_pack(const uint8_t* mask, int64_t count, uint8_t* packed, cudaStream_t stream);
+cudaError_t dsc_mask_unpack(const uint8_t* packed, int64_t bit, int64_t count, uint8_t* mask, cudaStream_t stream);
 cudaError_t dsc_mask_n_of_m(const float* scores, int64_t rows, int64_t columns, int64_t n, int64_t m, uint8_t* packed,
                             cudaStream_t stream);
-// counts: int64 (bins,), written.
-cudaError_t dsc_magnitude_histogram(const void* values, int dtype, int64_t count, int shift, int bins,
-                                    int prefix_shift, int64_t prefix, int64_t* counts, cudaStream_t stream);
 
-// --- fake quantization of rows -----------------------------------------------------------------------------------
+// --- fake quantization of rows -------------------------------------------------------------------------------------
 
-// x, y (rows, columns). scale, offset: fp32 (ranges,), ranges = rows or 1; read when `given`, else ranges = rows and they
-// are measured and written. offset null: symmetric. kept: null, or ceil(rows * columns / 8) bytes.
+// x, y (rows, columns). scale, offset: fp32 (ranges,), ranges = rows or 1; read when `given`, else ranges = rows and
+// they are measured and written. offset null: symmetric. mask: null, or ceil(rows * columns / 8) bytes.
 cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int64_t rows, int64_t columns, int given,
-                              int64_t ranges, float* scale, float* offset, int low, int high, int steps, uint8_t* kept,
-                              cudaStream_t stream);
+                              int64_t ranges, float* scale, float* offset, int quant_min, int quant_max, int steps,
+                              uint8_t* mask, cudaStream_t stream);
 
-// --- messages of a quantized reduction; bits 8 or 4, block a multiple of 32 up to 8192 ------------------------------------
+// --- payloads of a quantized reduction; bits 8 or 4, block a multiple of 32 up to 8192 -----------------------------
 
-cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t numel, float* residual, uint8_t* messages,
-                               int64_t message_count, int64_t chunk, int bits, int block, cudaStream_t stream);
-cudaError_t dsc_block_dequantize(const uint8_t* messages, int64_t message_count, int64_t chunk, int bits, int block,
+cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t numel, float* residual, uint8_t* payloads,
+                               int64_t payload_count, int64_t chunk, int bits, int block, cudaStream_t stream);
+cudaError_t dsc_block_dequantize(const uint8_t* payloads, int64_t payload_count, int64_t chunk, int bits, int block,
                                  void* out, int dtype, int64_t numel, cudaStream_t stream);
-cudaError_t dsc_block_reduce(const uint8_t* messages, int64_t message_count, int64_t numel, int bits, int block,
+cudaError_t dsc_block_reduce(const uint8_t* payloads, int64_t payload_count, int64_t numel, int bits, int block,
                              float multiplier, float* out, cudaStream_t stream);
-cudaError_t dsc_block_reduce_quantize(const uint8_t* messages, int64_t message_count, int64_t numel, int bits,
-                                      int block, float multiplier, float* residual, uint8_t* message,
+cudaError_t dsc_block_reduce_quantize(const uint8_t* payloads, int64_t payload_count, int64_t numel, int bits,
+                                      int block, float multiplier, float* residual, uint8_t* payload,
                                       cudaStream_t stream);
 
 #ifdef __cplusplus

@@ -13,11 +13,6 @@ DSC_DEVICE unsigned bits_at(const uint8_t* packed, int64_t bit, int count) {
     return (bits >> shift) & ((1u << count) - 1u);
 }
 
-template <class T>
-DSC_DEVICE bool is_not_zero(T pattern) {
-    return static_cast<T>(pattern << 1) != 0;  // neither of the zeros
-}
-
 /// A tensor and its mask, as whole vectors of 16 bytes behind a head and before a tail of single elements.
 struct Governed {
     char* vectors;          // the first
@@ -33,8 +28,11 @@ inline Governed governed(void* data, const uint8_t* packed, int64_t bit, int64_t
     constexpr int64_t width = Vector<T>::count;
     const int64_t ahead = static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
     const int64_t head = ahead < count ? ahead : count;
-    return {static_cast<char*>(data) + head * static_cast<int64_t>(sizeof(T)), packed + ((bit + head) >> 3),
-            (count - head) / width, static_cast<uint8_t>((bit + head) & 7), static_cast<uint8_t>(head),
+    return {static_cast<char*>(data) + head * static_cast<int64_t>(sizeof(T)),
+            packed + ((bit + head) >> 3),
+            (count - head) / width,
+            static_cast<uint8_t>((bit + head) & 7),
+            static_cast<uint8_t>(head),
             static_cast<uint8_t>((count - head) % width)};
 }
 
@@ -68,19 +66,9 @@ DSC_DEVICE bool mask_vector(uint4& vector, unsigned bits, uint2 fill) {
     return changed != 0;
 }
 
-template <class T>
-DSC_DEVICE unsigned not_zero_in(const uint4& words) {
-    Vector<T> vector;
-    memcpy(&vector, &words, sizeof words);
-    unsigned found = 0;
-#pragma unroll
-    for (int j = 0; j < Vector<T>::count; j++) found += is_not_zero(vector.values[j]);
-    return found;
-}
-
-/// `full`: all vectors of the tile are there, else the `left` first. Returns how many of the elements are not zero.
-template <class T, bool counts, bool full>
-DSC_DEVICE unsigned mask_tile(const Governed& tensor, int64_t tile, int left, uint2 fill) {
+/// `full`: all vectors of the tile are there, else the `left` first.
+template <class T, bool full>
+DSC_DEVICE void mask_tile(const Governed& tensor, int64_t tile, int left, uint2 fill) {
     constexpr int width = Vector<T>::count;
     const int thread = static_cast<int>(threadIdx.x);
     char* const first = tensor.vectors + (tile * tile_vectors + thread) * 16;
@@ -88,7 +76,7 @@ DSC_DEVICE unsigned mask_tile(const Governed& tensor, int64_t tile, int left, ui
     const uint8_t* const octets = tensor.octets + tile * (tile_vectors * width / 8) + (bit >> 3);
     const bool straddles = shift + width > 8;
     uint4 vectors[unroll];
-    unsigned bits[unroll], found = 0;
+    unsigned bits[unroll];
 #pragma unroll
     for (int u = 0; u < unroll; u++) {
         if (!full && u * threads + thread >= left) continue;
@@ -101,57 +89,39 @@ DSC_DEVICE unsigned mask_tile(const Governed& tensor, int64_t tile, int left, ui
         if (!full && u * threads + thread >= left) continue;
         // Under a mask that was applied before, nothing is written.
         if (mask_vector<T>(vectors[u], bits[u] >> shift, fill)) store_wide(first + u * threads * 16, vectors[u]);
-        if (counts) found += not_zero_in<T>(vectors[u]);
     }
-    return found;
 }
 
 /// The head and the tail.
-template <class T, bool counts>
-DSC_DEVICE unsigned mask_singles(const Governed& tensor, T fill) {
+template <class T>
+DSC_DEVICE void mask_singles(const Governed& tensor, T fill) {
     const int i = static_cast<int>(threadIdx.x);
-    if (i >= tensor.head + tensor.tail) return 0;
+    if (i >= tensor.head + tensor.tail) return;
     const int64_t element = i < tensor.head ? i - tensor.head : tensor.count * Vector<T>::count + i - tensor.head;
     T* const place = reinterpret_cast<T*>(tensor.vectors) + element;
     const int64_t bit = tensor.shift + element;  // before the first vector: negative
-    T value = *place;
-    if ((tensor.octets[bit >> 3] >> (bit & 7) & 1) == 0) *place = value = fill;
-    return counts && is_not_zero(value) ? 1 : 0;
+    if ((tensor.octets[bit >> 3] >> (bit & 7) & 1) == 0) *place = fill;
 }
 
-/// fill: the pattern of an element, in as many as a word holds, or in two words.
-template <class T, bool counts, int capacity>
-__global__ void __launch_bounds__(threads)
-    mask_apply_kernel(Tensors<capacity> tensors, uint2 fill, unsigned long long* __restrict__ non_zero) {
-    unsigned found = 0;
-    for (int64_t tile = blockIdx.x; tile < tensors.tiles[capacity - 1]; tile += gridDim.x) {
-        int which = 0;
+/// A block for every tile. fill: the pattern of an element, in as many as a word holds, or in two words.
+template <class T, int capacity>
+__global__ void __launch_bounds__(threads) mask_apply_kernel(Tensors<capacity> tensors, uint2 fill) {
+    const int64_t tile = blockIdx.x;
+    int which = 0;
 #pragma unroll
-        for (int step = capacity / 2; step > 0; step /= 2)
-            if (tile >= tensors.tiles[which + step - 1]) which += step;
-        const Governed& tensor = tensors.each[which];
-        const int64_t own = which == 0 ? tile : tile - tensors.tiles[which - 1];
-        const int64_t left = tensor.count - own * tile_vectors;
-        if (left >= tile_vectors)
-            found += mask_tile<T, counts, true>(tensor, own, tile_vectors, fill);
-        else
-            found += mask_tile<T, counts, false>(tensor, own, static_cast<int>(left), fill);
-        if (own == 0) {
-            T one;
-            memcpy(&one, &fill, sizeof one);
-            found += mask_singles<T, counts>(tensor, one);
-        }
-        if (!counts) break;  // a block for every tile
-    }
-    if (counts) {
-        DSC_SHARED(unsigned, parts, warps);
-        found = __reduce_add_sync(~0u, found);
-        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = found;
-        __syncthreads();
-        if (threadIdx.x != 0) return;
-        unsigned long long sum = 0;
-        for (int i = 0; i < warps; i++) sum += parts[i];
-        atomicAdd(non_zero, sum);
+    for (int step = capacity / 2; step > 0; step /= 2)
+        if (tile >= tensors.tiles[which + step - 1]) which += step;
+    const Governed& tensor = tensors.each[which];
+    const int64_t own = which == 0 ? tile : tile - tensors.tiles[which - 1];
+    const int64_t left = tensor.count - own * tile_vectors;
+    if (left >= tile_vectors)
+        mask_tile<T, true>(tensor, own, tile_vectors, fill);
+    else
+        mask_tile<T, false>(tensor, own, static_cast<int>(left), fill);
+    if (own == 0) {
+        T one;
+        memcpy(&one, &fill, sizeof one);
+        mask_singles<T>(tensor, one);
     }
 }
 
@@ -161,17 +131,17 @@ DSC_DEVICE unsigned nibble_of(unsigned word) {
     return (set * 0x01020408u) >> 24 & 15u;
 }
 
-DSC_DEVICE unsigned byte_of(const uint8_t* keep, int64_t first, int64_t count) {
+DSC_DEVICE unsigned byte_of(const uint8_t* mask, int64_t first, int64_t count) {
     unsigned bits = 0;
     for (int j = 0; j < 8 && first + j < count; j++)
-        if (keep[first + j] != 0) bits |= 1u << j;
+        if (mask[first + j] != 0) bits |= 1u << j;
     return bits;
 }
 
 /// A thread makes two bytes of sixteen elements, several times over. `packed` is fresh, so aligned.
 __global__ void __launch_bounds__(threads)
-    mask_pack_kernel(const uint8_t* __restrict__ keep, int64_t count, uint8_t* __restrict__ packed) {
-    const bool aligned = is_aligned(keep);
+    mask_pack_kernel(const uint8_t* __restrict__ mask, int64_t count, uint8_t* __restrict__ packed) {
+    const bool aligned = is_aligned(mask);
     const int64_t vectors = aligned ? count / 16 : 0;
     for (int64_t begin = static_cast<int64_t>(blockIdx.x) * threads * unroll; begin < vectors;
          begin += static_cast<int64_t>(gridDim.x) * threads * unroll) {
@@ -179,7 +149,7 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
         for (int u = 0; u < unroll; u++) {
             const int64_t i = begin + u * threads + threadIdx.x;
-            if (i < vectors) words[u] = load_passing<uint4>(keep + 16 * i);
+            if (i < vectors) words[u] = load_passing<uint4>(mask + 16 * i);
         }
 #pragma unroll
         for (int u = 0; u < unroll; u++) {
@@ -191,15 +161,15 @@ __global__ void __launch_bounds__(threads)
         }
     }
     for (int64_t i = 2 * vectors + first_item(); i * 8 < count; i += stride())
-        packed[i] = static_cast<uint8_t>(byte_of(keep, i * 8, count));
+        packed[i] = static_cast<uint8_t>(byte_of(mask, i * 8, count));
 }
 
 /// Four bits as four bytes.
 DSC_DEVICE unsigned spread(unsigned nibble) { return (nibble * 0x00204081u) & 0x01010101u; }
 
-/// A thread writes sixteen bytes, several times over. `keep` is fresh, so aligned.
+/// A thread writes sixteen bytes, several times over. `mask` is fresh, so aligned.
 __global__ void __launch_bounds__(threads)
-    mask_unpack_kernel(const uint8_t* __restrict__ packed, int64_t bit, int64_t count, uint8_t* __restrict__ keep) {
+    mask_unpack_kernel(const uint8_t* __restrict__ packed, int64_t bit, int64_t count, uint8_t* __restrict__ mask) {
     const int64_t vectors = count / 16;
     const int shift = static_cast<int>(bit & 7);
     const uint8_t* const octets = packed + (bit >> 3);
@@ -218,12 +188,12 @@ __global__ void __launch_bounds__(threads)
             const int64_t i = begin + u * threads + threadIdx.x;
             if (i >= vectors) continue;
             const unsigned mine = bits[u] >> shift;
-            store_wide(keep + 16 * i, make_uint4(spread(mine & 15u), spread(mine >> 4 & 15u), spread(mine >> 8 & 15u),
+            store_wide(mask + 16 * i, make_uint4(spread(mine & 15u), spread(mine >> 4 & 15u), spread(mine >> 8 & 15u),
                                                  spread(mine >> 12 & 15u)));
         }
     }
     for (int64_t i = 16 * vectors + first_item(); i < count; i += stride())
-        keep[i] = static_cast<uint8_t>(bits_at(packed, bit + i, 1));
+        mask[i] = static_cast<uint8_t>(bits_at(packed, bit + i, 1));
 }
 
 }  // namespace ds_compress::elementwise

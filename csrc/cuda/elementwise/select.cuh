@@ -1,4 +1,4 @@
-// What chooses the weights that stay: N:M groups and histograms of magnitudes.
+// N:M selection: the n largest scores of every m.
 #pragma once
 
 #include "grid.cuh"
@@ -71,68 +71,6 @@ __global__ void __launch_bounds__(threads)
                 if (rank < n) bits |= 1u << j;
             }
             packed[byte] = static_cast<uint8_t>(bits);
-        }
-    }
-}
-
-// Few and large blocks: every one adds its counts to those in global memory.
-constexpr int histogram_threads = 1024, histogram_unroll = 2;
-constexpr int histogram_blocks = 2;  // on a multiprocessor
-constexpr int histogram_copies = 2;  // a power of two
-
-DSC_DEVICE float narrowed(float value) { return value; }
-DSC_DEVICE float narrowed(double value) { return static_cast<float>(value); }
-DSC_DEVICE float narrowed(__nv_bfloat16 value) { return to_float(value); }
-DSC_DEVICE float narrowed(__half value) { return to_float(value); }
-
-/// Counts in shared memory where `bins` fit there, else in global memory at once. `copies` of the shared histogram, each
-/// for every so manieth lane, lie in different banks: few lanes of a warp then meet in one place.
-template <class T, bool shared>
-__global__ void __launch_bounds__(histogram_threads)
-    magnitude_histogram_kernel(const T* __restrict__ values, int64_t count, int shift, int bins, int prefix_shift,
-                               unsigned prefix, int copies, unsigned long long* __restrict__ counts) {
-    constexpr int width = Vector<T>::count;
-    DSC_DYNAMIC_SHARED(unsigned, own);
-    if (shared) {
-        for (int i = static_cast<int>(threadIdx.x); i < bins * copies; i += histogram_threads) own[i] = 0;
-        __syncthreads();
-    }
-    const unsigned copy = threadIdx.x & static_cast<unsigned>(copies - 1);
-    const auto add = [&](T value) {
-        const unsigned bits = math::bits_of(narrowed(value)) & math::kMagnitudeBits;
-        if (bits >> prefix_shift != prefix) return;
-        const unsigned bin = (bits >> shift) & static_cast<unsigned>(bins - 1);
-        if (shared)
-            atomicAdd(own + bin * static_cast<unsigned>(copies) + copy, 1u);
-        else
-            atomicAdd(counts + bin, 1ull);
-    };
-    const int ahead = static_cast<int>((0 - reinterpret_cast<uintptr_t>(values)) % 16 / sizeof(T));
-    const int64_t head = ahead < count ? ahead : count;
-    const int64_t vectors = (count - head) / width;
-    for (int64_t begin = static_cast<int64_t>(blockIdx.x) * histogram_threads * histogram_unroll; begin < vectors;
-         begin += static_cast<int64_t>(gridDim.x) * histogram_threads * histogram_unroll) {
-        Vector<T> here[histogram_unroll];
-#pragma unroll
-        for (int u = 0; u < histogram_unroll; u++) {
-            const int64_t i = begin + u * histogram_threads + threadIdx.x;
-            if (i < vectors) here[u] = load_passing_vector(values + head + i * width);
-        }
-#pragma unroll
-        for (int u = 0; u < histogram_unroll; u++) {
-            if (begin + u * histogram_threads + threadIdx.x >= vectors) continue;
-#pragma unroll
-            for (int j = 0; j < width; j++) add(here[u].values[j]);
-        }
-    }
-    const int64_t singles = head + (count - head) % width;
-    for (int64_t i = first_item(); i < singles; i += stride()) add(values[i < head ? i : vectors * width + i]);
-    if (shared) {
-        __syncthreads();
-        for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += histogram_threads) {
-            unsigned sum = 0;
-            for (int i = 0; i < copies; i++) sum += own[bin * copies + i];
-            if (sum != 0) atomicAdd(counts + bin, static_cast<unsigned long long>(sum));
         }
     }
 }

@@ -1,7 +1,7 @@
 // The products of Hopper, as tiles. Each instance is a file of its own, since CUTLASS compiles for half a minute.
 //
-// "Ping-pong": two groups of warps take turns, one multiplies a tile while the other finishes the one before, which hides our
-// epilogue; the cooperative schedule, where both share a larger tile, was slower on an H200 for every shape.
+// "Ping-pong": two groups of warps take turns, one multiplies a tile while the other finishes the one before, which
+// hides our epilogue; the cooperative schedule, where both share a larger tile, was slower on an H200 for every shape.
 #pragma once
 
 #include "product.cuh"

@@ -1,5 +1,5 @@
-// The products of sm_90a, for the bindings; plain C, as ../launchers.h. They are in the library only where it was built with
-// CUTLASS's headers: the symbols are weak, and null without.
+// The products of sm_90a, for the bindings; plain C, as ../launchers.h. They are in the library only where it was built
+// with CUTLASS's headers: the symbols are weak, and null without.
 #pragma once
 
 #include "../launchers.h"
@@ -8,11 +8,11 @@
 extern "C" {
 #endif
 
-// out (m, n) in out_dtype = activation(codes . weight^T * (input_scale[m] * weight_scale[n]) + bias[n]).
-// codes (m, pitch), weight (n, pitch): int8 codes, zeros beyond the last column, pitch a multiple of 16, both at
+// out (m, n) in out_dtype = activation(quantized . weight^T * (input_scale[m] * weight_scale[n]) + bias[n]).
+// quantized (m, pitch), weight (n, pitch): int8 values, zeros beyond the last column, pitch a multiple of 16, both at
 // multiples of 16 bytes; bias: or null; out at a multiple of 16 bytes, and so is a row of it.
 typedef struct {
-    const void* codes;
+    const void* quantized;
     const void* weight;
     const float* input_scale;
     const float* weight_scale;

@@ -1,8 +1,8 @@
-// Products of 8-bit codes on Hopper's wgmma and TMA, by CUTLASS: its main loop, our epilogue.
+// Products of 8-bit values on Hopper's wgmma and TMA, by CUTLASS: its main loop, our epilogue.
 //
-// out (m, n) = activation(float(sum) * (input_scale[m] * weight_scale[n]) + bias[n]), in the order of operations and with
-// the functions of ../linear/epilogue.cuh, so that integers give the same bits on both paths. Compiled for sm_90a alone, with
-// NDEBUG: an assert is a call, and ptxas serializes wgmma around calls.
+// out (m, n) = activation(float(sum) * (input_scale[m] * weight_scale[n]) + bias[n]), in the order of operations and
+// with the functions of ../linear/epilogue.cuh, so that integers give the same bits on both paths. Compiled for sm_90a
+// alone, with NDEBUG: an assert is a call, and ptxas serializes wgmma around calls.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -25,8 +25,8 @@ using cute::Shape;
 using cute::Stride;
 namespace fusion = cutlass::epilogue::fusion;
 
-/// The last node of the epilogue: bias, activation and the cast. 16-bit outputs are one kernel for both dtypes: `Out` says
-/// how many bytes, `is_fp16` which of the two they mean.
+/// The last node of the epilogue: bias, activation and the cast. 16-bit outputs are one kernel for both dtypes: `Out`
+/// says how many bytes, `is_fp16` which of the two they mean.
 template <class Out>
 struct Finish : fusion::Sm90VisitorImpl<> {
     struct Arguments {
@@ -37,11 +37,17 @@ struct Finish : fusion::Sm90VisitorImpl<> {
     struct SharedStorage {};
 
     template <class Shape>
-    static constexpr Params to_underlying_arguments(const Shape&, const Arguments& arguments, void*) { return arguments; }
+    static constexpr Params to_underlying_arguments(const Shape&, const Arguments& arguments, void*) {
+        return arguments;
+    }
     template <class Shape>
-    static bool can_implement(const Shape&, const Arguments&) { return true; }
+    static bool can_implement(const Shape&, const Arguments&) {
+        return true;
+    }
     template <class Shape>
-    static size_t get_workspace_size(const Shape&, const Arguments&) { return 0; }
+    static size_t get_workspace_size(const Shape&, const Arguments&) {
+        return 0;
+    }
     template <class Shape>
     static cutlass::Status initialize_workspace(const Shape&, const Arguments&, void*, cudaStream_t,
                                                 cutlass::CudaHostAdapter* = nullptr) {
@@ -105,8 +111,8 @@ template <class Code, class Sum, class Out, class Tile, class Cluster, class Sch
           class Scheduler = void>
 struct Product {
     template <template <class> class Op, class A, class B>
-    using Node = fusion::Sm90EVT<
-        fusion::Sm90Compute<Op, float, float, cutlass::FloatRoundStyle::round_to_nearest>, A, B>;
+    using Node =
+        fusion::Sm90EVT<fusion::Sm90Compute<Op, float, float, cutlass::FloatRoundStyle::round_to_nearest>, A, B>;
     using InputScale = fusion::Sm90ColBroadcast<0, Tile, float, float, Stride<_1, _0, _0>>;
     using PerOutput = fusion::Sm90RowBroadcast<0, Tile, float, float, Stride<_0, _1, _0>>;
     using Scale = Node<cutlass::multiplies, InputScale, PerOutput>;
@@ -116,13 +122,12 @@ struct Product {
     static constexpr int out_alignment = 16 / sizeof(Out);
     using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-        cutlass::epilogue::collective::EpilogueTileAuto, Sum, float, void, cutlass::layout::RowMajor, out_alignment, Out,
-        cutlass::layout::RowMajor, out_alignment, EpilogueSchedule, Tree>::CollectiveOp;
+        cutlass::epilogue::collective::EpilogueTileAuto, Sum, float, void, cutlass::layout::RowMajor, out_alignment,
+        Out, cutlass::layout::RowMajor, out_alignment, EpilogueSchedule, Tree>::CollectiveOp;
     using Main = typename cutlass::gemm::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Code, cutlass::layout::RowMajor, 16, Code,
         cutlass::layout::ColumnMajor, 16, Sum, Tile, Cluster,
-        cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-            sizeof(typename Epilogue::SharedStorage))>,
+        cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
         Schedule>::CollectiveOp;
     using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Main, Epilogue, Scheduler>;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -131,17 +136,16 @@ struct Product {
         typename Gemm::Arguments arguments{};
         arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
         arguments.problem_shape = {static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.pitch), 1};
-        arguments.mainloop.ptr_A = static_cast<const Code*>(p.codes);
+        arguments.mainloop.ptr_A = static_cast<const Code*>(p.quantized);
         arguments.mainloop.dA = {p.pitch, _1{}, 0};
         arguments.mainloop.ptr_B = static_cast<const Code*>(p.weight);
         arguments.mainloop.dB = {p.pitch, _1{}, 0};
         arguments.epilogue.ptr_D = static_cast<Out*>(p.out);
         arguments.epilogue.dD = {p.n, _1{}, 0};
         // Without a bias -0 is added, which leaves every number as it is, +0 too.
-        arguments.epilogue.thread = {
-            {{}, {{p.input_scale}, {p.weight_scale}, {}}, {}},
-            {p.bias, -0.0f},
-            {p.activation, p.out_dtype == dsc_float16}};
+        arguments.epilogue.thread = {{{}, {{p.input_scale}, {p.weight_scale}, {}}, {}},
+                                     {p.bias, -0.0f},
+                                     {p.activation, p.out_dtype == dsc_float16}};
         arguments.hw_info.device_id = p.device;
         arguments.hw_info.sm_count = p.multiprocessors;
         if (Gemm::get_workspace_size(arguments) != 0) return cudaErrorNotSupported;

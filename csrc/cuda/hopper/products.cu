@@ -18,15 +18,16 @@ static cudaError_t int8_product(const DscProduct& product, int tile, cudaStream_
     }
 }
 
-/// Microseconds on an H200: what a launch takes, and for every wave of tiles over the multiprocessors what does and what does not
-/// grow with k. Fitted to 117 products (BERT-base, Llamas of 1B and 8B; 32 to 8192 rows; benchmarks/results/gpu), within 12 to
-/// 17 % each; the tile that it chooses takes 1.7 % longer than the best one.
+/// Microseconds on an H200: what a launch takes, and for every wave of tiles over the multiprocessors what does and
+/// what does not grow with k. Fitted to 117 products (BERT-base, Llamas of 1B and 8B; 32 to 8192 rows;
+/// benchmarks/results/gpu), within 12 to 17 % each; the tile that it chooses takes 1.7 % longer than the best one.
 struct Cost {
     int rows, columns;
     double launch, wave, wave_and_column;
 
     double of(int64_t m, int64_t n, int64_t k, int multiprocessors) const {
-        const double tiles = static_cast<double>((m + rows - 1) / rows) * static_cast<double>((n + columns - 1) / columns);
+        const double tiles =
+            static_cast<double>((m + rows - 1) / rows) * static_cast<double>((n + columns - 1) / columns);
         const double part = tiles / multiprocessors;
         // Few waves end together; of many, the last ones overlap.
         const double waves = part < 8 ? static_cast<double>(static_cast<int64_t>(part + 0.999999)) : part + 0.5;

@@ -20,8 +20,8 @@ struct Epilogue {
     int64_t m, n;
 };
 
-/// x erfc(-x / sqrt 2) / 2 without a branch, since a tile activates a hundred values a thread. With t = 1 / (1 + 0.3 z),
-/// erfc(z) = exp(-z^2) t P(t) within 2e-8 for 0 <= z <= 9: P was fitted to scipy's erfcx at Chebyshev's points.
+/// x erfc(-x / sqrt 2) / 2 without a branch, since a tile activates a hundred values a thread. With t = 1 / (1 + 0.3
+/// z), erfc(z) = exp(-z^2) t P(t) within 2e-8 for 0 <= z <= 9: P was fitted to scipy's erfcx at Chebyshev's points.
 DSC_DEVICE float gelu_erf(float x) {
     const float magnitude = math::float_of(math::bits_of(x) & math::kMagnitudeBits);
     const float t = approximate_reciprocal(math::fused(0.3f * 0.70710678f, magnitude, 1.0f));

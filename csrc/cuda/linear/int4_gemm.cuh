@@ -1,4 +1,4 @@
-// int8 codes (m, k) times int4 weights (n, k) with one fp32 scale per row and group of 32, 64 or 128 columns.
+// int8 values (m, k) times int4 weights (n, k) with one fp32 scale per row and group of 32, 64 or 128 columns.
 //
 // Weights stay int4 until a warp has them in registers: two operations unpack eight. The int32 sums of a group
 // are exact; at its end they are scaled and added to the fp32 sums, group after group, as the contract orders.
@@ -11,7 +11,7 @@
 
 namespace ds_compress::linear {
 
-/// Eight int4 codes to eight int8 numbers, each 16 times its code: the upper nibble is in place already.
+/// Eight int4 values to eight int8 numbers, each 16 times as large: the upper nibble is in place already.
 DSC_DEVICE void unpack_times_16(uint32_t packed, uint32_t& low, uint32_t& high) {
     low = packed << 4 & 0xF0F0F0F0u;
     high = packed & 0xF0F0F0F0u;
@@ -63,7 +63,7 @@ DSC_DEVICE void close_group(float (&totals)[Tile::rows][Tile::columns][2][4],
 /// Grid: (tiles of m, tiles of n). group: 32, 64 or 128.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    int4_gemm_kernel(const int8_t* __restrict__ codes, const void* __restrict__ packed, int64_t k, int group,
+    int4_gemm_kernel(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k, int group,
                      Epilogue e) {
     DSC_DYNAMIC_SHARED(int8_t, shared);
     const int warp = threadIdx.x / 32;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     const int64_t first_m = static_cast<int64_t>(blockIdx.x) * Tile::tile_m;
     const int64_t first_n = static_cast<int64_t>(blockIdx.y) * Tile::tile_n;
     const int64_t input_pitch = int8_row_bytes(k), weight_pitch = int4_row_bytes(k);
-    const TileLoader<Tile::tile_m, Tile::input_chunks, Tile::threads> inputs(codes, input_pitch, e.m, first_m);
+    const TileLoader<Tile::tile_m, Tile::input_chunks, Tile::threads> inputs(quantized, input_pitch, e.m, first_m);
     const TileLoader<Tile::tile_n, Tile::weight_chunks, Tile::threads> weights(packed_body(packed), weight_pitch, e.n,
                                                                                first_n);
     const int64_t stride = int4_scale_stride(e.n), column = first_n + warp_n + threadIdx.x % 4 * 2;

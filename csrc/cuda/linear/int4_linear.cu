@@ -1,3 +1,4 @@
+#include "../dtypes.cuh"
 #include "int4_gemm.cuh"
 #include "int4_row.cuh"
 #include "int4_skinny.cuh"
@@ -5,15 +6,17 @@
 namespace ds_compress::linear {
 
 template <class Tile>
-static cudaError_t int4_gemm(const int8_t* codes, const void* packed, int64_t k, int group, const Epilogue& e,
+static cudaError_t int4_gemm(const int8_t* quantized, const void* packed, int64_t k, int group, const Epilogue& e,
                              cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>((e.m + Tile::tile_m - 1) / Tile::tile_m),
                     static_cast<unsigned>((e.n + Tile::tile_n - 1) / Tile::tile_n));
-    return launch(int4_gemm_kernel<Tile>, grid, Tile::threads, Tile::shared_bytes, stream, codes, packed, k, group, e);
+    return launch(int4_gemm_kernel<Tile>, grid, Tile::threads, Tile::shared_bytes, stream, quantized, packed, k, group,
+                  e);
 }
 
 template <class Tile, class Given>
-static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k, const Epilogue& e,
+                               cudaStream_t stream) {
     const Turns turns = turns_of(e.m, k, Tile::groups);
     const size_t tokens_bytes = Given::shared ? shared_tokens_bytes(e.m, k) : 0;
     return launch(int4_skinny_kernel<Tile, Given>, skinny_grid(e.n, Tile::features, Tile::blocks), skinny_threads,
@@ -21,24 +24,25 @@ static cudaError_t int4_skinny(const Given& given, const void* packed, int64_t k
 }
 
 template <class Tile>
-static cudaError_t int4_skinny_of_codes(const int8_t* codes, const void* packed, int64_t k, const Epilogue& e,
-                                        cudaStream_t stream) {
+static cudaError_t int4_skinny_of_quantized(const int8_t* quantized, const void* packed, int64_t k, const Epilogue& e,
+                                            cudaStream_t stream) {
     if constexpr (Tile::token_tiles <= 2) {
         if (are_copied(e.m, k, Tile::ring_bytes + turns_of(e.m, k, Tile::groups).bytes()))
-            return int4_skinny<Tile>(CopiedTokens{codes, e.input_scale}, packed, k, e, stream);
+            return int4_skinny<Tile>(CopiedTokens{quantized, e.input_scale}, packed, k, e, stream);
     }
-    return int4_skinny<Tile>(GlobalTokens{codes, e.input_scale}, packed, k, e, stream);
+    return int4_skinny<Tile>(GlobalTokens{quantized, e.input_scale}, packed, k, e, stream);
 }
 
 template <int words>
-static cudaError_t int4_few(const int8_t* codes, const void* packed, int64_t k, const Epilogue& e, cudaStream_t stream) {
-    if (e.m <= 8) return int4_skinny_of_codes<Int4Skinny<1, words, 5, 3>>(codes, packed, k, e, stream);
-    if (e.m <= 16) return int4_skinny_of_codes<Int4Skinny<2, words, 4, 2>>(codes, packed, k, e, stream);
+static cudaError_t int4_few(const int8_t* quantized, const void* packed, int64_t k, const Epilogue& e,
+                            cudaStream_t stream) {
+    if (e.m <= 8) return int4_skinny_of_quantized<Int4Skinny<1, words, 5, 3>>(quantized, packed, k, e, stream);
+    if (e.m <= 16) return int4_skinny_of_quantized<Int4Skinny<2, words, 4, 2>>(quantized, packed, k, e, stream);
     if constexpr (words >= 2) {
-        if (e.m <= 32) return int4_skinny_of_codes<Int4Skinny<4, words, 4, 2>>(codes, packed, k, e, stream);
+        if (e.m <= 32) return int4_skinny_of_quantized<Int4Skinny<4, words, 4, 2>>(quantized, packed, k, e, stream);
     }
     if constexpr (words == 4) {
-        if (e.m <= 64) return int4_skinny_of_codes<Int4Skinny<8, words, 4, 2>>(codes, packed, k, e, stream);
+        if (e.m <= 64) return int4_skinny_of_quantized<Int4Skinny<8, words, 4, 2>>(quantized, packed, k, e, stream);
     }
     return cudaErrorNotSupported;
 }
@@ -58,8 +62,8 @@ static cudaError_t int4_row(const RawTokens<T>& raw, const void* packed, int64_t
 }
 
 template <class T>
-static cudaError_t int4_row(const void* x, const float* given_scale, int steps, const void* packed, int64_t k, int group,
-                            const Epilogue& e, cudaStream_t stream) {
+static cudaError_t int4_row(const void* x, const float* given_scale, int steps, const void* packed, int64_t k,
+                            int group, const Epilogue& e, cudaStream_t stream) {
     const RawTokens<T> raw{static_cast<const T*>(x), given_scale, steps};
     if (group == 32) return int4_row<1>(raw, packed, k, e, stream);
     if (group == 64) return int4_row<2>(raw, packed, k, e, stream);
@@ -70,7 +74,7 @@ static bool is_group(int group) { return group == 32 || group == 64 || group == 
 
 }  // namespace ds_compress::linear
 
-extern "C" cudaError_t dsc_int4_linear(const int8_t* codes, const float* input_scale, const void* packed,
+extern "C" cudaError_t dsc_int4_linear(const int8_t* quantized, const float* input_scale, const void* packed,
                                        const float* bias, void* out, int out_dtype, int activation, int64_t m,
                                        int64_t n, int64_t k, int group, cudaStream_t stream) {
     using namespace ds_compress::linear;
@@ -78,12 +82,12 @@ extern "C" cudaError_t dsc_int4_linear(const int8_t* codes, const float* input_s
     if (!is_group(group)) return cudaErrorInvalidValue;
     if (m == 0) return cudaSuccess;
     if (m <= most_few_rows(group)) {
-        if (group == 32) return int4_few<1>(codes, packed, k, e, stream);
-        if (group == 64) return int4_few<2>(codes, packed, k, e, stream);
-        return int4_few<4>(codes, packed, k, e, stream);
+        if (group == 32) return int4_few<1>(quantized, packed, k, e, stream);
+        if (group == 64) return int4_few<2>(quantized, packed, k, e, stream);
+        return int4_few<4>(quantized, packed, k, e, stream);
     }
-    if (m <= 64) return int4_gemm<Int4Tile<64, 64, 2, 2, 4>>(codes, packed, k, group, e, stream);
-    return int4_gemm<Int4Tile<128, 64, 2, 4, 2>>(codes, packed, k, group, e, stream);
+    if (m <= 64) return int4_gemm<Int4Tile<64, 64, 2, 2, 4>>(quantized, packed, k, group, e, stream);
+    return int4_gemm<Int4Tile<128, 64, 2, 4, 2>>(quantized, packed, k, group, e, stream);
 }
 
 extern "C" cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float* given_scale, int steps,
@@ -93,14 +97,6 @@ extern "C" cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float*
     using namespace ds_compress::linear;
     const Epilogue e{nullptr, nullptr, bias, out, out_dtype, activation, m, n};
     if (!is_group(group) || !quantizes_itself(m, k) || (steps != 127 && steps != 128)) return cudaErrorInvalidValue;
-    switch (dtype) {
-        case dsc_float32:
-            return int4_row<float>(x, given_scale, steps, packed, k, group, e, stream);
-        case dsc_bfloat16:
-            return int4_row<__nv_bfloat16>(x, given_scale, steps, packed, k, group, e, stream);
-        case dsc_float16:
-            return int4_row<__half>(x, given_scale, steps, packed, k, group, e, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return ds_compress::with_dtype(
+        dtype, [&](auto t) { return int4_row<decltype(t)>(x, given_scale, steps, packed, k, group, e, stream); });
 }

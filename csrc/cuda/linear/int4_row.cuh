@@ -1,5 +1,5 @@
-// int4 linear for a single row of x; see int8_row.cuh. The sums of a feature's groups are scaled and left in shared memory, and
-// after a few features each is added up by a lane, group after group, as the contract orders.
+// int4 linear for a single row of x; see int8_row.cuh. The sums of a feature's groups are scaled and left in shared
+// memory, and after a few features each is added up by a lane, group after group, as the contract orders.
 #pragma once
 
 #include "int4_gemm.cuh"
@@ -10,16 +10,16 @@ namespace ds_compress::linear {
 constexpr int row_groups = 128;  // of a row, at most: four a lane
 constexpr int row_features = 4;  // whose groups are added up together
 
-/// 16 times the dot product of the 32 codes of a run with their columns of x.
+/// 16 times the dot product of the 32 quantized values of a run with their columns of x.
 DSC_DEVICE int dot_32_times_16(int4 run, int4 first, int4 second) {
     const uint32_t words[4] = {uint32_t(run.x), uint32_t(run.y), uint32_t(run.z), uint32_t(run.w)};
     const int low[4] = {first.x, first.y, first.z, first.w}, high[4] = {second.x, second.y, second.z, second.w};
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint32_t low_codes, high_codes;
-        unpack_times_16(words[i], low_codes, high_codes);
-        sum = __dp4a(static_cast<int>(high_codes), high[i], __dp4a(static_cast<int>(low_codes), low[i], sum));
+        uint32_t low_half, high_half;
+        unpack_times_16(words[i], low_half, high_half);
+        sum = __dp4a(static_cast<int>(high_half), high[i], __dp4a(static_cast<int>(low_half), low[i], sum));
     }
     return sum;
 }
@@ -28,8 +28,8 @@ DSC_DEVICE int dot_32_times_16(int4 run, int4 first, int4 second) {
 __host__ __device__ constexpr int row_pitch(int groups) { return groups | 1; }
 __host__ __device__ constexpr int row_scratch(int groups) { return (1 + row_features) * row_pitch(groups); }
 
-/// words: lanes that share a group, which has words * 32 columns; at most row_groups groups. Grid as int8_row_kernel. Dynamic
-/// shared memory: the rings, the sums, then the codes of x.
+/// words: lanes that share a group, which has words * 32 columns; at most row_groups groups. Grid as int8_row_kernel.
+/// Dynamic shared memory: the rings, the sums, then the quantized values of x.
 template <int words, class Given>
 __global__ void __launch_bounds__(skinny_threads, row_blocks)
     int4_row_kernel(Given given, const void* __restrict__ packed, int64_t k, Epilogue e) {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
     };
     load_scales(feature);
     const Tokens x = given.template end<row_stages - 1>(early, 1, k, own);
-    const int code_pitch = static_cast<int>(int8_row_bytes(k));
+    const int x_pitch = static_cast<int>(int8_row_bytes(k));
 
     while (feature < e.n) {
         const int64_t first = feature;
@@ -68,10 +68,11 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
 #pragma unroll 1
             for (int step = 0; step < stream.steps; step++) {
                 const int4 run = *reinterpret_cast<const int4*>(stream.ring + copies.next(stream) * row_step);
-                const int code = (step * 32 + lane) * 32;  // beyond the end the weights are 0, and the codes any
-                const int low = code < code_pitch ? code : 0, high = code + 16 < code_pitch ? code + 16 : 0;
-                int sum = dot_32_times_16(run, *reinterpret_cast<const int4*>(x.codes + low),
-                                          *reinterpret_cast<const int4*>(x.codes + high));
+                const int q =
+                    (step * 32 + lane) * 32;  // beyond the end the weights are 0, and the quantized values anything
+                const int low = q < x_pitch ? q : 0, high = q + 16 < x_pitch ? q + 16 : 0;
+                int sum = dot_32_times_16(run, *reinterpret_cast<const int4*>(x.quantized + low),
+                                          *reinterpret_cast<const int4*>(x.quantized + high));
 #pragma unroll
                 for (int distance = 1; distance < words; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
                 const int its_group = step * per_step + lane / words;
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
             for (int i = 0; i < 4; i++) {
                 const int its_group = lane + i * 32;
                 if (its_group < groups)
-                    scaled[done * pitch + its_group] = math::multiply(static_cast<float>(sums[its_group] >> 4), scale[i]);
+                    scaled[done * pitch + its_group] =
+                        math::multiply(static_cast<float>(sums[its_group] >> 4), scale[i]);
             }
             __syncwarp();
             feature += stream.stride;

@@ -1,6 +1,6 @@
-// int4 linear for up to 64 rows of x (decoding); see int8_skinny.cuh, from which it differs in this: the order of the fp32
-// additions is part of the contract, group after group. A warp multiplies whole groups and leaves their scaled sums in shared
-// memory; then every output adds up the groups of this turn in their order.
+// int4 linear for up to 64 rows of x (decoding); see int8_skinny.cuh, from which it differs in this: the order of the
+// fp32 additions is part of the contract, group after group. A warp multiplies whole groups and leaves their scaled
+// sums in shared memory; then every output adds up the groups of this turn in their order.
 #pragma once
 
 #include "epilogue.cuh"
@@ -27,8 +27,8 @@ struct Int4Skinny {
     static constexpr int ring_bytes = skinny_warps * stages * stage_bytes;
 };
 
-/// How many steps of a warp make a turn, and the floats of its parts. Where they are few there are two sets of them: while one
-/// turn is added up, the next is multiplied.
+/// How many steps of a warp make a turn, and the floats of its parts. Where they are few there are two sets of them:
+/// while one turn is added up, the next is multiplied.
 struct Turns {
     int steps, floats;
     bool twice;
@@ -39,13 +39,14 @@ struct Turns {
 /// Long turns have fewer barriers: as many steps as have 24 KB of parts, twice 12, but one step at least.
 __host__ __device__ constexpr Turns turns_of(int64_t count, int64_t k, int groups) {
     const int64_t per_step = skinny_warps * groups * count * skinny_pitch(16);
-    const int64_t all = (k + skinny_warps * 128 - 1) / (skinny_warps * 128), fitting = per_step > 0 ? 3072 / per_step : 1;
+    const int64_t all = (k + skinny_warps * 128 - 1) / (skinny_warps * 128),
+                  fitting = per_step > 0 ? 3072 / per_step : 1;
     const int64_t steps = fitting < 1 || all < 1 ? 1 : fitting < all ? fitting : all;
     return {static_cast<int>(steps), static_cast<int>(steps * per_step), steps * per_step <= 3072};
 }
 
-/// Grid: any number of blocks; they share out the tiles of 16 features. Dynamic shared memory: the rings, the parts, then the
-/// tokens.
+/// Grid: any number of blocks; they share out the tiles of 16 features. Dynamic shared memory: the rings, the parts,
+/// then the tokens.
 template <class Tile, class Given>
 __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     int4_skinny_kernel(Given given, const void* __restrict__ packed, int64_t k, Turns turns, Epilogue e) {
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     const int steps = (all_steps - warp + skinny_warps - 1) / skinny_warps;  // of this warp
     const int slot_floats = count * Tile::pitch;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * Tile::features;
-    const int64_t weight_pitch = int4_row_bytes(k), code_pitch = int8_row_bytes(k), scale_stride = int4_scale_stride(e.n);
+    const int64_t weight_pitch = int4_row_bytes(k), x_pitch = int8_row_bytes(k), scale_stride = int4_scale_stride(e.n);
     const float* const scales = int4_scales(packed, e.n, k);
     int8_t* const ring = shared + warp * Tile::stages * Tile::stage_bytes;
     int8_t* const own = shared + Tile::ring_bytes + turns.bytes();
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
     Cursor starting{static_cast<int64_t>(blockIdx.x) * Tile::features, 0};
     const auto start = [&](int stage) {
         if (starting.first >= e.n || steps == 0) return;
-        const int64_t index = static_cast<int64_t>(starting.step) * skinny_warps + warp, byte = index * 64 + quad_lane * 16;
+        const int64_t index = static_cast<int64_t>(starting.step) * skinny_warps + warp,
+                      byte = index * 64 + quad_lane * 16;
         const bool exists = byte < weight_pitch;
         int8_t* const to = ring + stage * Tile::stage_bytes;
 #pragma unroll
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
         const int64_t column = (static_cast<int64_t>(step) * skinny_warps + warp) * Tile::step_columns;
 #pragma unroll
         for (int g = 0; g < Tile::groups; g++) {
-            const int word = quad_lane * words;  // of the group: it has the codes first .. + 3 and those 16 further
+            const int word =
+                quad_lane * words;  // of the group: it has the quantized values first .. + 3 and those 16 further
             const int64_t low_at = column + g * group + word / 4 * 32 + word % 4 * 4, high_at = low_at + 16;
             const float* const scale = reinterpret_cast<const float*>(from + 1024) + g * Tile::features + row;
             const auto upper = *reinterpret_cast<const Words<words>*>(from + row * 64 + g * group / 2 + word * 4);
@@ -101,10 +104,10 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
             float* const to = parts_of_turn + (slot + g) * slot_floats + row;
 #pragma unroll
             for (int t = 0; t < Tile::token_tiles; t++) {
-                // Beyond the end the weights are 0, and the codes any that exist.
+                // Beyond the end the weights are 0, and the quantized values whatever exists.
                 const int8_t* const x = tokens.row(t * 8 + row);
-                const auto low = *reinterpret_cast<const Words<words>*>(x + (low_at < code_pitch ? low_at : 0));
-                const auto high = *reinterpret_cast<const Words<words>*>(x + (high_at < code_pitch ? high_at : 0));
+                const auto low = *reinterpret_cast<const Words<words>*>(x + (low_at < x_pitch ? low_at : 0));
+                const auto high = *reinterpret_cast<const Words<words>*>(x + (high_at < x_pitch ? high_at : 0));
                 int sums[4] = {};
 #pragma unroll
                 for (int j = 0; j < words; j++) {
@@ -136,18 +139,22 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
                 multiply(step, ((step - begin) * skinny_warps + warp) * Tile::groups, parts_of_turn);
             // The parts of this turn are all there; the other set, which was added up before, is free.
             __syncthreads();
-            const int left = groups - begin * skinny_warps * Tile::groups, most = turns.steps * skinny_warps * Tile::groups;
+            const int left = groups - begin * skinny_warps * Tile::groups,
+                      most = turns.steps * skinny_warps * Tile::groups;
             const int present = left < most ? left : most;
 #pragma unroll
             for (int i = 0; i < Tile::outputs; i++) {
                 const int output = i * skinny_threads + threadIdx.x;
                 if (output >= count * Tile::features) break;
-                const float* const from = parts_of_turn + output / Tile::features * Tile::pitch + output % Tile::features;
+                const float* const from =
+                    parts_of_turn + output / Tile::features * Tile::pitch + output % Tile::features;
 #pragma unroll 8
                 for (int slot = 0; slot < present; slot++) totals[i] = math::add(totals[i], from[slot * slot_floats]);
             }
-            if (turns.twice) is_second = !is_second;
-            else __syncthreads();
+            if (turns.twice)
+                is_second = !is_second;
+            else
+                __syncthreads();
         }
 #pragma unroll
         for (int i = 0; i < Tile::outputs; i++) {

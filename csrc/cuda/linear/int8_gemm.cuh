@@ -1,4 +1,4 @@
-// int8 codes (m, k) times int8 weights (n, k), both row-major with rows padded to 16 bytes: tensor cores (mma),
+// int8 values (m, k) times int8 weights (n, k), both row-major with rows padded to 16 bytes: tensor cores (mma),
 // a ring of asynchronous copies, int32 sums, which are exact; then the epilogue.
 #pragma once
 
@@ -25,8 +25,8 @@ struct Int8Tile {
 
 /// Adds one k-step from shared memory to a warp's sums.
 template <class Tile>
-DSC_DEVICE void multiply_step(int (&sums)[Tile::rows][Tile::columns][2][4], const int8_t* inputs,
-                              const int8_t* weights, int warp_m, int warp_n) {
+DSC_DEVICE void multiply_step(int (&sums)[Tile::rows][Tile::columns][2][4], const int8_t* inputs, const int8_t* weights,
+                              int warp_m, int warp_n) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t a[Tile::rows][4], b[Tile::columns][4];
@@ -67,14 +67,14 @@ DSC_DEVICE void write_sums(float* to, const Sum (&sums)[Tile::rows][Tile::column
 /// Grid: (tiles of m, tiles of n).
 template <class Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    int8_gemm_kernel(const int8_t* __restrict__ codes, const void* __restrict__ packed, int64_t k, Epilogue e) {
+    int8_gemm_kernel(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k, Epilogue e) {
     DSC_DYNAMIC_SHARED(int8_t, shared);
     const int warp = threadIdx.x / 32;
     const int warp_m = warp % Tile::warps_m * (Tile::rows * 16), warp_n = warp / Tile::warps_m * (Tile::columns * 16);
     const int64_t first_m = static_cast<int64_t>(blockIdx.x) * Tile::tile_m;
     const int64_t first_n = static_cast<int64_t>(blockIdx.y) * Tile::tile_n;
     const int64_t pitch = int8_row_bytes(k);
-    const TileLoader<Tile::tile_m, Tile::chunks, Tile::threads> inputs(codes, pitch, e.m, first_m);
+    const TileLoader<Tile::tile_m, Tile::chunks, Tile::threads> inputs(quantized, pitch, e.m, first_m);
     const TileLoader<Tile::tile_n, Tile::chunks, Tile::threads> weights(packed_body(packed), pitch, e.n, first_n);
 
     int sums[Tile::rows][Tile::columns][2][4] = {};

@@ -1,5 +1,6 @@
-// int8 linear for a single row of x: a warp takes one feature at a time, whole rows of weights in runs of 512 bytes, which memory
-// likes better than the 16 rows at once of int8_skinny.cuh. The block has quantized x, so this is all of the layer.
+// int8 linear for a single row of x: a warp takes one feature at a time, whole rows of weights in runs of 512 bytes,
+// which memory likes better than the 16 rows at once of int8_skinny.cuh. The block has quantized x, so this is all of
+// the layer.
 #pragma once
 
 #include "epilogue.cuh"
@@ -14,7 +15,7 @@ constexpr int row_stages = 13, row_blocks = 2;
 constexpr int row_step = 512;  // bytes of a row that a warp copies at once, 16 a lane
 constexpr int row_ring_bytes = skinny_warps * row_stages * row_step;
 
-/// sum + the products of two int4 vectors of sixteen codes.
+/// sum + the products of two int4 vectors of sixteen quantized values.
 DSC_DEVICE int dot_16(int4 a, int4 b, int sum) {
     return __dp4a(a.w, b.w, __dp4a(a.z, b.z, __dp4a(a.y, b.y, __dp4a(a.x, b.x, sum))));
 }
@@ -48,7 +49,8 @@ DSC_DEVICE RowStream row_stream(const int8_t* weights, int8_t* shared, int64_t p
             {static_cast<int64_t>(blockIdx.x) * skinny_warps + warp, 0}};
 }
 
-/// Grid: any number of blocks; their warps share out the features. Dynamic shared memory: the rings, then the codes of x.
+/// Grid: any number of blocks; their warps share out the features. Dynamic shared memory: the rings, then the quantized
+/// values of x.
 template <class Given>
 __global__ void __launch_bounds__(skinny_threads, row_blocks)
     int8_row_kernel(Given given, const void* __restrict__ packed, int64_t k, Epilogue e) {
@@ -69,8 +71,10 @@ __global__ void __launch_bounds__(skinny_threads, row_blocks)
 #pragma unroll 1
             for (int step = 0; step < stream.steps; step++) {
                 const int4 weight = *reinterpret_cast<const int4*>(stream.ring + copies.next(stream) * row_step);
-                const int byte = step * row_step + lane * 16;  // beyond the end the weights are 0, and the codes any
-                sum = dot_16(*reinterpret_cast<const int4*>(x.codes + (byte < stream.pitch ? byte : 0)), weight, sum);
+                const int byte =
+                    step * row_step + lane * 16;  // beyond the end the weights are 0, and the quantized values anything
+                sum =
+                    dot_16(*reinterpret_cast<const int4*>(x.quantized + (byte < stream.pitch ? byte : 0)), weight, sum);
             }
             sum = __reduce_add_sync(~0u, sum);
             if (lane == done) mine = sum;

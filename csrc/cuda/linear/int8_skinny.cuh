@@ -1,8 +1,8 @@
 // int8 linear for up to 32 rows of x (decoding): the weights are read once, at the speed of memory.
 //
-// A block owns 16 features per feature tile, its warps share out k. A lane copies 16 neighbouring codes of a row to shared
-// memory and reads those same back as operands of two products: the order of k within a product of integers is free, and the
-// lane with the same place in the other operand took the same columns.
+// A block owns 16 features per feature tile, its warps share out k. A lane copies 16 neighbouring values of a row to
+// shared memory and reads those same back as operands of two products: the order of k within a product of integers is
+// free, and the lane with the same place in the other operand took the same columns.
 #pragma once
 
 #include "epilogue.cuh"
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(skinny_threads, Tile::blocks)
             int4 weight[Tile::chunks];
 #pragma unroll
             for (int i = 0; i < Tile::chunks; i++) weight[i] = *reinterpret_cast<const int4*>(from + i * 512);
-            // Beyond the end the weights are 0, and the codes any that exist.
+            // Beyond the end the weights are 0, and the quantized values whatever exists.
             const int64_t byte = static_cast<int64_t>(step * skinny_warps + warp) * step_bytes + place;
 #pragma unroll
             for (int t = 0; t < Tile::token_tiles; t++) {

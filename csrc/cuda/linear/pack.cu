@@ -1,6 +1,6 @@
 #include "pack.cuh"
 
-#include "../launchers.h"
+#include "../dtypes.cuh"
 
 namespace ds_compress::linear {
 
@@ -20,42 +20,25 @@ static cudaError_t quantize_pack(const void* weight, const float* scale, bool on
 
 using namespace ds_compress::linear;
 
-extern "C" cudaError_t dsc_int8_pack(const int8_t* codes, int64_t n, int64_t k, void* packed, cudaStream_t stream) {
+extern "C" cudaError_t dsc_int8_pack(const int8_t* quantized, int64_t n, int64_t k, void* packed, cudaStream_t stream) {
     const Shape shape{n, k, 0};
-    return ds_compress::launch(int8_pack_kernel, pack_grid(n * int8_row_bytes(k) / 16), pack_threads, 0, stream, codes,
-                               shape, packed);
+    return ds_compress::launch(int8_pack_kernel, pack_grid(n * int8_row_bytes(k) / 16), pack_threads, 0, stream,
+                               quantized, shape, packed);
 }
 
 extern "C" cudaError_t dsc_int8_quantize_pack(const void* weight, int dtype, const float* scale, int one_scale,
                                               int64_t n, int64_t k, int steps, void* packed, cudaStream_t stream) {
     const Shape shape{n, k, 0};
     if (steps != 127 && steps != 128) return cudaErrorInvalidValue;
-    switch (dtype) {
-        case dsc_float32:
-            return quantize_pack<float>(weight, scale, one_scale != 0, shape, steps, packed, stream);
-        case dsc_bfloat16:
-            return quantize_pack<__nv_bfloat16>(weight, scale, one_scale != 0, shape, steps, packed, stream);
-        case dsc_float16:
-            return quantize_pack<__half>(weight, scale, one_scale != 0, shape, steps, packed, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return ds_compress::with_dtype(dtype, [&](auto t) {
+        return quantize_pack<decltype(t)>(weight, scale, one_scale != 0, shape, steps, packed, stream);
+    });
 }
 
-extern "C" cudaError_t dsc_int4_pack(const int8_t* codes, const float* scale, int64_t n, int64_t k, int group,
+extern "C" cudaError_t dsc_int4_pack(const int8_t* quantized, const float* scale, int64_t n, int64_t k, int group,
                                      void* packed, cudaStream_t stream) {
     const Shape shape{n, k, group};
     if (group != 32 && group != 64 && group != 128) return cudaErrorInvalidValue;
-    return ds_compress::launch(int4_pack_kernel, pack_grid(n * int4_row_bytes(k) / 16), pack_threads, 0, stream, codes,
-                               scale, shape, packed);
-}
-
-extern "C" cudaError_t dsc_sparse24_pack(const int8_t* codes, int64_t n, int64_t k, void* packed, int* invalid,
-                                         cudaStream_t stream) {
-    const Shape shape{n, k, 0};
-    if (k % 4 != 0) return cudaErrorInvalidValue;
-    const cudaError_t cleared = cudaMemsetAsync(invalid, 0, sizeof(int), stream);
-    if (cleared != cudaSuccess) return cleared;
-    return ds_compress::launch(sparse24_pack_kernel, pack_grid(rounded_up(n, 16) * sparse24_row_bytes(k) / 16),
-                               pack_threads, 0, stream, codes, shape, packed, invalid);
+    return ds_compress::launch(int4_pack_kernel, pack_grid(n * int4_row_bytes(k) / 16), pack_threads, 0, stream,
+                               quantized, scale, shape, packed);
 }

@@ -1,11 +1,9 @@
 // Where things lie in a packed weight on CUDA. All rows are output features; all parts begin on 16 bytes.
 //
-// int8      n rows of k codes, each padded with zeros to a multiple of 16 bytes.
-// int4      n rows of 16-byte runs; a run holds 32 codes: byte 4t + i has code 4t + i in its low and code
-//           16 + 4t + i in its high nibble, so that word t unpacks to the two registers that thread t of a quad
-//           feeds to mma. Then the fp32 scales, group by group: (groups, n padded to 8).
-// sparse24  n rows of the two kept codes of every four (k padded to 64, so k / 2 bytes). Then their places: for
-//           every 16 rows and every 64 columns the 32 words of mma.sp's operand, in the order of the lanes.
+// int8   n rows of k quantized values, each padded with zeros to a multiple of 16 bytes.
+// int4   n rows of 16-byte runs; a run holds 32 values: byte 4t + i has value 4t + i in its low and value
+//        16 + 4t + i in its high nibble, so that word t unpacks to the two registers that thread t of a quad
+//        feeds to mma. Then the fp32 scales, group by group: (groups, n padded to 8).
 #pragma once
 
 #include "ds_compress/device.h"
@@ -13,7 +11,7 @@
 
 namespace ds_compress::linear {
 
-enum CudaLayout : int64_t { kLayoutCudaInt8 = 16, kLayoutCudaInt4 = 17, kLayoutCudaSparse24 = 18 };
+enum CudaLayout : int64_t { kLayoutCudaInt8 = 16, kLayoutCudaInt4 = 17 };
 
 constexpr int64_t header_bytes = sizeof(PackedHeader);
 
@@ -25,18 +23,10 @@ __host__ __device__ constexpr int64_t rounded_up(int64_t value, int64_t multiple
 __host__ __device__ constexpr int64_t int8_row_bytes(int64_t k) { return rounded_up(k, 16); }
 __host__ __device__ constexpr int64_t int4_row_bytes(int64_t k) { return rounded_up(k, 32) / 2; }
 __host__ __device__ constexpr int64_t int4_scale_stride(int64_t n) { return rounded_up(n, 8); }
-__host__ __device__ constexpr int64_t sparse24_row_bytes(int64_t k) { return rounded_up(k, 64) / 2; }
-/// Bytes of the places of 16 rows.
-__host__ __device__ constexpr int64_t sparse24_places_bytes(int64_t k) { return rounded_up(k, 64) / 64 * 128; }
 
-DSC_DEVICE const int8_t* packed_body(const void* packed) {
-    return static_cast<const int8_t*>(packed) + header_bytes;
-}
+DSC_DEVICE const int8_t* packed_body(const void* packed) { return static_cast<const int8_t*>(packed) + header_bytes; }
 DSC_DEVICE const float* int4_scales(const void* packed, int64_t n, int64_t k) {
     return reinterpret_cast<const float*>(packed_body(packed) + n * int4_row_bytes(k));
-}
-DSC_DEVICE const int8_t* sparse24_places(const void* packed, int64_t n, int64_t k) {
-    return packed_body(packed) + n * sparse24_row_bytes(k);
 }
 
 }  // namespace ds_compress::linear

@@ -1,7 +1,7 @@
-// Rows of activations as int8 codes with one scale a row; the numerics are those of csrc/README.md.
+// Rows of activations as int8 values with one scale a row; the numerics are those of csrc/README.md.
 //
-// A row's largest magnitude, then its codes. Short rows take one warp each where there are many, else rows take a block. A
-// thread handles 16 columns at a time and stores them at once.
+// A row's largest magnitude, then its quantized values. Short rows take one warp each where there are many, else rows
+// take a block. A thread handles 16 columns at a time and stores them at once.
 #pragma once
 
 #include "ds_compress/device.h"
@@ -33,20 +33,20 @@ DSC_DEVICE void load_chunk(float (&values)[chunk], const T* row, int64_t column,
     }
 }
 
-/// The codes of sixteen values without a NaN, four to a word. `given`: quotients may be of any size, even infinite.
+/// Sixteen values without a NaN, quantized, four to a word. `given`: quotients may be of any size, even infinite.
 DSC_DEVICE uint4 encode_chunk(const float (&values)[chunk], const math::Divisor& scale, float low, bool given) {
-    unsigned codes[chunk];
+    unsigned quantized[chunk];
 #pragma unroll
     for (int i = 0; i < chunk; i++) {
-        const float code = given ? math::any_quotient(values[i], scale) : math::quotient(values[i], scale);
+        const float q = given ? math::any_quotient(values[i], scale) : math::quotient(values[i], scale);
         // Clamped first, since the bounds are whole; then the nearest integer is in the lowest bits of the sum.
-        codes[i] = math::bits_of(math::add(fminf(fmaxf(code, low), 127.0f), math::kRound));
+        quantized[i] = math::bits_of(math::add(fminf(fmaxf(q, low), 127.0f), math::kRound));
     }
     unsigned words[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const unsigned first = __byte_perm(codes[i * 4], codes[i * 4 + 1], 0x0040);
-        words[i] = __byte_perm(first, __byte_perm(codes[i * 4 + 2], codes[i * 4 + 3], 0x0040), 0x5410);
+        const unsigned first = __byte_perm(quantized[i * 4], quantized[i * 4 + 1], 0x0040);
+        words[i] = __byte_perm(first, __byte_perm(quantized[i * 4 + 2], quantized[i * 4 + 3], 0x0040), 0x5410);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -73,7 +73,8 @@ struct Row {
     bool whole;
     /// A row of a matrix that begins at `matrix`.
     DSC_DEVICE Row(const T* values, const T* matrix, int64_t columns)
-        : values(values), columns(columns),
+        : values(values),
+          columns(columns),
           whole(columns % chunk == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
 };
 
@@ -92,11 +93,11 @@ struct HeldChunks {
     }
 };
 
-/// The codes of a row, zeros from its end to `padded`, and its scale, by threads_per_row threads. What a thread's registers
-/// hold of the row is read once; the rest a second time, from L1 or L2.
+/// The quantized values of a row, zeros from its end to `padded`, and its scale, by threads_per_row threads. What a
+/// thread's registers hold of the row is read once; the rest a second time, from L1 or L2.
 template <class T, int threads_per_row, int held>
 DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_row, held>& early,
-                             const float* given_scale, int steps, int64_t padded, int8_t* codes, float* scale_to) {
+                             const float* given_scale, int steps, int64_t padded, int8_t* quantized, float* scale_to) {
     const int64_t first = threadIdx.x % threads_per_row * chunk;
     constexpr int64_t turn = threads_per_row * chunk;
     const auto& kept = early.values;
@@ -115,15 +116,17 @@ DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_
     }
     largest = row_maximum<threads_per_row>(largest);
     float scale;
-    if (given_scale == nullptr) scale = math::row_scale(largest, static_cast<float>(steps));
-    else scale = largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
+    if (given_scale == nullptr)
+        scale = math::row_scale(largest, static_cast<float>(steps));
+    else
+        scale = largest > math::kInfinityBits ? math::float_of(math::kNanBits) : *given_scale;
     if (threadIdx.x % threads_per_row == 0) *scale_to = scale;
 
     const math::Divisor divisor = math::divisor_of(scale);
     const float low = static_cast<float>(-steps);
-    const bool given = given_scale != nullptr, is_number = scale == scale;  // a row with a NaN has codes 0
+    const bool given = given_scale != nullptr, is_number = scale == scale;  // a row with a NaN has quantized values 0
     const auto encode = [&](const float (&from)[chunk], int64_t column) {
-        *reinterpret_cast<uint4*>(codes + column) =
+        *reinterpret_cast<uint4*>(quantized + column) =
             is_number ? encode_chunk(from, divisor, low, given) : make_uint4(0, 0, 0, 0);
     };
 #pragma unroll
@@ -135,18 +138,18 @@ DSC_DEVICE void quantize_row(const Row<T>& row, const HeldChunks<T, threads_per_
     }
 }
 
-/// x (rows, columns) -> codes (rows, padded_columns), scales (rows,).
+/// x (rows, columns) -> quantized (rows, padded_columns), scales (rows,).
 template <class T, int threads_per_row>
 __global__ void __launch_bounds__(quantize_threads)
-    quantize_rows_kernel(const T* __restrict__ x, const float* __restrict__ given_scale, int64_t rows,
-                         int64_t columns, int64_t padded_columns, int steps, int8_t* __restrict__ codes,
+    quantize_rows_kernel(const T* __restrict__ x, const float* __restrict__ given_scale, int64_t rows, int64_t columns,
+                         int64_t padded_columns, int steps, int8_t* __restrict__ quantized,
                          float* __restrict__ scales) {
     constexpr int rows_per_block = quantize_threads / threads_per_row;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;
     if (index >= rows) return;  // whole warps: every thread of a row leaves
     const Row<T> row(x + index * columns, x, columns);
     quantize_row(row, HeldChunks<T, threads_per_row, 2>(row), given_scale, steps, padded_columns,
-                 codes + index * padded_columns, scales + index);
+                 quantized + index * padded_columns, scales + index);
 }
 
 }  // namespace ds_compress::linear

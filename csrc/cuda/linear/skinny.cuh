@@ -1,8 +1,9 @@
 // What the products with few rows of x share: a stream of weights that never dries up.
 //
-// As many blocks as fit run until all features are done. Every warp has a ring of stages in shared memory; the copies of its
-// next tile of features start while the sums of this one are still finished, and those of the first tile before x is quantized.
-// So enough bytes are on their way whatever the compiler does with registers. A warp waits for its own copies alone.
+// As many blocks as fit run until all features are done. Every warp has a ring of stages in shared memory; the copies
+// of its next tile of features start while the sums of this one are still finished, and those of the first tile before
+// x is quantized. So enough bytes are on their way whatever the compiler does with registers. A warp waits for its own
+// copies alone.
 #pragma once
 
 #include "ds_compress/device.h"
@@ -45,7 +46,8 @@ struct WarpRing {
         }
     }
 
-    /// The stage of the next step, whose copies have all come. The stage before it is filled anew: no lane reads it any more.
+    /// The stage of the next step, whose copies have all come. The stage before it is filled anew: no lane reads it any
+    /// more.
     template <class Start>
     DSC_DEVICE int next(Start& start) {
         wait_copies<stages - 2>();

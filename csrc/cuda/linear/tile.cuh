@@ -12,8 +12,10 @@ namespace ds_compress::linear {
 template <int chunks>
 DSC_DEVICE int chunk_offset(int row, int chunk) {
     static_assert(chunks == 2 || chunks == 4 || chunks == 8 || chunks == 16);
-    if constexpr (chunks == 16) return (row * chunks + chunk) * 16;
-    else return (row * chunks + (chunk ^ (row / (8 / chunks) % chunks))) * 16;
+    if constexpr (chunks == 16)
+        return (row * chunks + chunk) * 16;
+    else
+        return (row * chunks + (chunk ^ (row / (8 / chunks) % chunks))) * 16;
 }
 
 /// Brings tiles of `rows` rows and 16 `chunks` bytes from a matrix to shared memory; zeros beyond its ends.

@@ -7,7 +7,7 @@
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)   returns the launch's cudaError_t
 //   DSC_SHARED(type, name, count)      a shared array of a block
 //   DSC_DYNAMIC_SHARED(type, name)     the launch's shared_bytes
-//   ldmatrix_x4, mma_s8_16x8x32, mma_sp_s8_16x8x64                    tensor cores, sm_80 and later
+//   ldmatrix_x4, mma_s8_16x8x32                                       tensor cores, sm_80 and later
 //   copy_async_16, commit_copies, wait_copies<pending>                global to shared without registers
 //   multiprocessors()                  on the host, for the size of a grid
 //   approximate_reciprocal             within a unit in the last place
@@ -29,6 +29,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "ds_compress/cuda_device.h"
+
 #define DSC_DEVICE __device__ __forceinline__
 #define DSC_SHARED(type, name, count) __shared__ type name[count]
 #define DSC_DYNAMIC_SHARED(type, name)                                          \
@@ -38,12 +40,12 @@
 namespace ds_compress {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
     if (shared_bytes > 16 * 1024) {  // with what a kernel declares itself, more than 48 KB have to be asked for
-        const cudaError_t refused = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        const cudaError_t refused =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
         if (refused != cudaSuccess) return refused;
     }
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
@@ -69,27 +71,11 @@ DSC_DEVICE void mma_s8_16x8x32(int (&sums)[4], const uint32_t (&a)[4], uint32_t 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/// sums (16x8, int32) += a (16x64, int8, 2 of every 4 along k stored, their places in `places`) . b (64x8).
-DSC_DEVICE void mma_sp_s8_16x8x64(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                  uint32_t places) {
-#if defined(__CUDACC_VER_MAJOR__) && (__CUDACC_VER_MAJOR__ > 12 || __CUDACC_VER_MINOR__ >= 5)
-#define DSC_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
-#else
-#define DSC_MMA_SP "mma.sp.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
-#endif
-    asm volatile(DSC_MMA_SP
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
-                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
-                   "r"(places));
-}
-
 /// Starts to copy 16 bytes, both ends 16-byte aligned; with `valid` false nothing is read and zeros arrive.
 DSC_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
 
 /// 1 / x within one unit in the last place; 0 where that is subnormal. Only where a bound is promised, not bits.
@@ -108,17 +94,10 @@ DSC_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-/// How many multiprocessors the current device has; asked for once per device.
+/// Of the current device.
 inline int multiprocessors() {
-    static int known[64];
     int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 1;
-    if (known[device] == 0) {  // threads that meet here write the same number
-        int count = 0;
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-        known[device] = count > 0 ? count : 1;
-    }
-    return known[device];
+    return cudaGetDevice(&device) == cudaSuccess ? multiprocessors(device) : 1;
 }
 
 /// uint32_t, uint2 or uint4 from an address that is a multiple of its size.
@@ -195,10 +174,16 @@ DSC_DEVICE float to_float(__half value) { return __half2float(value); }
 template <class T>
 DSC_DEVICE T from_float(float value);
 template <>
-DSC_DEVICE float from_float<float>(float value) { return value; }
+DSC_DEVICE float from_float<float>(float value) {
+    return value;
+}
 template <>
-DSC_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+DSC_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
 template <>
-DSC_DEVICE __half from_float<__half>(float value) { return __float2half_rn(value); }
+DSC_DEVICE __half from_float<__half>(float value) {
+    return __float2half_rn(value);
+}
 
 }  // namespace ds_compress

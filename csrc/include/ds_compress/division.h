@@ -1,5 +1,5 @@
-// Divisions of many numbers by one, for CUDA kernels that hold values in registers: the division of the compiler calls a
-// subroutine, around which all of them would be spilled, and costs several times as much. Where it matters, the same
+// Divisions of many numbers by one, for CUDA kernels that hold values in registers: the division of the compiler calls
+// a subroutine, around which all of them would be spilled, and costs several times as much. Where it matters, the same
 // bits as `math::divide` gives; tests/native/test_division.py tries it.
 #pragma once
 

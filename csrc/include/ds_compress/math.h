@@ -20,7 +20,7 @@ constexpr uint32_t kMagnitudeBits = 0x7fffffffu;  // all but the sign
 constexpr uint32_t kInfinityBits = 0x7f800000u;   // magnitudes from here on are Inf or NaN
 constexpr uint32_t kNanBits = 0x7fc00000u;
 constexpr float kLargestFloat = 0x1.fffffep127f, kLargestBf16 = 0x1.fep127f, kLargestFp16 = 65504.0f;
-constexpr float kShrink = 0.25f, kGrow = 4.0f;  // exact, both
+constexpr float kShrink = 0.25f, kGrow = 4.0f;        // exact, both
 constexpr uint32_t kSmallestScaleBits = 0x00800000u;  // 2^-126: below it x / scale loses its digits
 
 DSC_HD uint32_t bits_of(float value) {
@@ -43,7 +43,7 @@ DSC_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// --- one rounding each, whatever the compiler's flags -----------------------------------------------------------
+// --- one rounding each, whatever the compiler's flags --------------------------------------------------------------
 
 DSC_HD float add(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -101,7 +101,7 @@ DSC_HD float clamp(float value, float low, float high) {
 // value + kRound holds the nearest integer of |value| < 2^22, half to even, in its lowest bits, as two's complement.
 constexpr float kRound = 0x1.8p23f;
 
-// --- scales -------------------------------------------------------------------------------------------------------
+// --- scales --------------------------------------------------------------------------------------------------------
 
 // The scale of a row whose largest magnitude has these bits: at least 2^-126; NaN if any value was NaN or Inf.
 DSC_HD float row_scale(uint32_t largest_bits, float steps) {
@@ -130,21 +130,22 @@ DSC_HD ScaleAndOffset row_range(float lowest, float highest, float steps) {
     return {width, clamp(offset, -kLargestFloat, kLargestFloat)};
 }
 
-// Whether values of a row may overflow on the way to their code or back, or end beyond `limit`, the largest finite value
-// of their dtype. Such rows are quantized at a quarter of their size, and what is beyond the limit ends there.
+// Whether values of a row may overflow on the way to their quantized value or back, or end beyond `limit`, the largest
+// finite value of their dtype. Such rows are quantized at a quarter of their size, and what is beyond the limit ends
+// there.
 DSC_HD bool is_extreme(ScaleAndOffset range, float limit) {
     const float magnitude = float_of(bits_of(range.offset) & kMagnitudeBits);
     return add(multiply(512.0f, range.scale), magnitude) >= limit;
 }
 
-// The scale of a block of a message: 0 for a block that is as good as zero, NaN if any value was NaN or Inf.
-DSC_HD float block_scale(uint32_t largest_bits, float largest_code) {
+// The scale of a block of a payload: 0 for a block that is as good as zero, NaN if any value was NaN or Inf.
+DSC_HD float block_scale(uint32_t largest_bits, float quant_max) {
     if (largest_bits >= kInfinityBits) return float_of(kNanBits);
-    const float scale = divide(float_of(largest_bits), largest_code);
+    const float scale = divide(float_of(largest_bits), quant_max);
     return scale < float_of(kSmallestScaleBits) ? 0.0f : scale;
 }
 
-// --- 16-bit floats by their bits; half to even; every NaN becomes the quiet one --------------------------------------
+// --- 16-bit floats by their bits; half to even; every NaN becomes the quiet one ------------------------------------
 
 DSC_HD float float_of_bf16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 

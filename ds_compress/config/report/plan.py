@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ds_compress.config.resolve.structures import StructurePlan
+from ds_compress.config.schema.block import WeightBlock
 from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.config.structure_targets import StructurePlan
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ class Plan:
     """What each enabled block does to which weight; `str()` gives a plain table that fits the terminal
     (80 columns in a pipe), `rich.print` a coloured one.
 
-    techniques: only the enabled ones, by block key (sparse_pruning, weight_quantization,
-    activation_quantization); `structures` likewise for row, head, channel, depth and hidden pruning. weights: every
+    techniques: the enabled blocks that claim weights or inputs, by key; structures: likewise those that claim prunable
+    groups. weights: every
     parameter of the model. world_size: how many processes share the training state. notes: for the reader, such as in
     which formats the result can be exported. packs: stock transformers loads packed weights of this model.
     """
@@ -33,6 +34,12 @@ class Plan:
     world_size: int = 1
     notes: tuple[str, ...] = field(default=(), repr=False)
     packs: bool = True
+
+    def weight_block(self, key: str) -> WeightBlock:
+        """The block of `techniques[key]`."""
+        block = getattr(self.config, key)
+        assert isinstance(block, WeightBlock)
+        return block
 
     def __str__(self) -> str:
         from ds_compress.config.report.table import plain_text

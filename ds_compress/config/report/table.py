@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from ds_compress.config.report import size_estimate, words
+from ds_compress.config.report import size_estimate
 from ds_compress.config.report.coverage import left_out
-from ds_compress.config.report.size_estimate import Stored
-from ds_compress.config.report.stored_bytes import format_of
+from ds_compress.config.report.size_estimate import Stored, format_of
+from ds_compress.config.schema.block import WeightBlock
+from ds_compress.config.schema.compression_training import block_classes
+from ds_compress.config.schema.structured_pruning import StructuredPruningConfig
 from ds_compress.config.targets import Target
 from ds_compress.sheet import Sheet, folded, uncut, width_of
 
@@ -29,17 +31,16 @@ class LineItem:
     """What happens to the weight or the input of one module; lines with equal treatments may be collapsed."""
 
     shape: tuple[int, ...]
-    pruning: str
-    weight_bits: str
-    input_bits: str
+    cells: tuple[str, ...]
     tied_to: str
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: the modules it stands for, and what they are stored as together."""
+    """One line of the table: the modules it stands for, the first of them, and what they are stored as together."""
 
     name: str
+    first: str
     count: int
     treatment: LineItem
     stored: Stored
@@ -56,8 +57,7 @@ def plain_text(plan: Plan) -> str:
 
 def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
     """The parts of the report, for rich, on a console of `width` columns."""
-    counts = {key: len(technique.targets) for key, technique in plan.techniques.items()}
-    blocks = [*words.structure_lines(plan.structures), *words.block_lines(plan.config, counts)]
+    blocks = list(describe(plan))
     if not blocks:
         yield Text("compression_training: nothing is enabled")
         return
@@ -68,11 +68,20 @@ def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
     if plan.structures:
         yield _structure_table(plan)
     if plan.techniques:
-        yield _table(lines_of(plan))
+        yield _table(plan)
     if plan.techniques or plan.structures:
         yield from _folded(_totals(plan), width)
     yield from _folded(map(str, left_out(plan)), width)
     yield from _folded(plan.notes, width)
+
+
+def describe(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(key of the block, what it does) of each enabled block; those that remove structures come first."""
+    claims = {**plan.structures, **plan.techniques}
+    enabled = plan.config.enabled_blocks()
+    first = [key for key in enabled if key in plan.structures]
+    for key in (*first, *(key for key in enabled if key not in first)):
+        yield key, enabled[key].describe(claims.get(key))
 
 
 def _folded(texts: Iterable[str], width: int) -> Iterator[Text]:
@@ -96,7 +105,7 @@ def lines_of(plan: Plan) -> list[Line]:
     for name, members in collapse(treatments):
         treatment = treatments[members[0]]
         parts = [] if treatment.tied_to else [stored[parameter[member]] for member in members]
-        lines.append(Line(name, len(members), treatment, size_estimate.total(parts)))
+        lines.append(Line(name, members[0], len(members), treatment, size_estimate.total(parts)))
     return lines
 
 
@@ -148,44 +157,46 @@ def _treatments(plan: Plan) -> dict[str, LineItem]:
     for name, by_block in in_order:
         first = next(iter(by_block.values()))
         owner = shown.setdefault(first.param_name, name)
-        treatments[name] = LineItem(
-            first.shape, *_cells(plan, by_block), tied_to=owner if owner != name else ""
-        )
+        tied_to = owner if owner != name else ""
+        treatments[name] = LineItem(first.shape, _cells(plan, by_block), tied_to)
     return treatments
 
 
-def _cells(plan: Plan, by_block: dict[str, Target]) -> tuple[str, str, str]:
-    pruning = weight_bits = input_bits = "-"
-    if target := by_block.get("sparse_pruning"):
-        pruning = words.pruning_cell(target, plan.techniques["sparse_pruning"].shared)
-    if target := by_block.get("weight_quantization"):
-        weight_bits = words.weight_bits_cell(target, plan.techniques["weight_quantization"].shared)
-    if target := by_block.get("activation_quantization"):
-        offset = plan.techniques["activation_quantization"].shared.schedule_offset
-        input_bits = words.activation_bits_cell(target, offset)
-    return pruning, weight_bits, input_bits
+def _columns(plan: Plan) -> list[str]:
+    """Those of the blocks that claim weights, in the order of the schema, whether enabled or not."""
+    blocks = block_classes().values()
+    return list(dict.fromkeys(block.column for block in blocks if issubclass(block, WeightBlock)))
 
 
-def _table(lines: Iterable[Line]) -> Sheet:
+def _cells(plan: Plan, by_block: dict[str, Target]) -> tuple[str, ...]:
+    cells: dict[str, list[str]] = {column: [] for column in _columns(plan)}
+    for key, target in by_block.items():
+        block = plan.weight_block(key)
+        cells[block.column].append(block.describe_target(target))
+    return tuple("; ".join(found) or "-" for found in cells.values())
+
+
+def _table(plan: Plan) -> Sheet:
     sizes_of = ("stored", "after", "non-zeros", "as bitmask")
-    table = Sheet(("module", "shape", "pruning", "weights", "inputs", *sizes_of), sizes_of)
-    for line in lines:
+    table = Sheet(("module", "shape", *_columns(plan), *sizes_of), sizes_of)
+    sparse = {t.module_name for key in _removing(plan) for t in plan.techniques[key].targets}
+    for line in lines_of(plan):
         treatment, stored = line.treatment, line.stored
         sizes = [size_in_words(stored.before), size_in_words(stored.after), f"{stored.nonzeros:,}"]
-        is_pruned = treatment.pruning != "-"
-        numbers = [*sizes, size_in_words(stored.bitmask) if is_pruned else "-"]
+        numbers = [*sizes, size_in_words(stored.bitmask) if line.first in sparse else "-"]
         if treatment.tied_to:
             numbers = [f"tied to {treatment.tied_to}", "-", "-", "-"]
         shape = " x ".join(map(str, treatment.shape))
-        cells = [line.name, shape, treatment.pruning, treatment.weight_bits, treatment.input_bits, *numbers]
-        table.add(*cells)
+        table.add(line.name, shape, *treatment.cells, *numbers)
     return table
 
 
 def _structure_table(plan: Plan) -> Sheet:
     table = Sheet(("structure", "block", "kept"))
     for key, structures in plan.structures.items():
-        kept = {target.structure.name: words.units_cell(target, structures) for target in structures.targets}
+        block = plan.config.enabled_blocks()[key]
+        assert isinstance(block, StructuredPruningConfig)
+        kept = {target.structure.name: block.describe_target(target) for target in structures.targets}
         for name, members in collapse(kept):
             table.add(name, key, kept[members[0]])
     return table
@@ -196,7 +207,7 @@ def _totals(plan: Plan) -> Iterator[str]:
     everything = size_estimate.total(stored.values())
     claimed = {target.param_name for technique in plan.techniques.values() for target in technique.targets}
     structures = [target.structure for blocks in plan.structures.values() for target in blocks.targets]
-    claimed |= {member.tensor for structure in structures for member in structure.members}
+    claimed |= {member.tensor for structure in structures for member in structure.slices}
     layers = tuple(f"{layer}." for structure in structures for layer in structure.layers)
     claimed |= {weight.name for weight in plan.weights if weight.name.startswith(layers)}
     numel = sum(weight.numel for weight in plan.weights)
@@ -204,19 +215,19 @@ def _totals(plan: Plan) -> Iterator[str]:
     yield f"claimed: {claimed_numel:,} of {numel:,} parameters"
     ratio = everything.before / everything.after if everything.after else 1.0
     sizes = f"{size_in_words(everything.before)} -> {size_in_words(everything.after)} ({ratio:.2f}x smaller)"
-    sparse = f", {size_in_words(everything.bitmask)} as bitmask and non-zeros" if _prunes(plan) else ""
+    sparse = f", {size_in_words(everything.bitmask)} as bitmask and non-zeros" if _removing(plan) else ""
     yield f"stored: {sizes} as {format_of(plan)}, {everything.nonzeros:,} non-zeros{sparse}"
-    if _prunes(plan):
+    if _removing(plan):
         state = size_estimate.training_state(plan)
         processes = "1 process" if plan.world_size == 1 else f"each of {plan.world_size} processes"
         yield (
             f"training state of pruning in {processes}: masks {size_in_words(state.mask)}, "
-            f"hidden values {size_in_words(state.hidden)}, scores {size_in_words(state.scores)}"
+            f"latent weights {size_in_words(state.latent)}, scores {size_in_words(state.scores)}"
         )
 
 
-def _prunes(plan: Plan) -> bool:
-    return "sparse_pruning" in plan.techniques
+def _removing(plan: Plan) -> list[str]:
+    return [key for key in plan.techniques if plan.weight_block(key).removes_weights]
 
 
 def size_in_words(size: int) -> str:

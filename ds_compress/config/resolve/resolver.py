@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from ds_compress.config.report.plan import Plan
-from ds_compress.config.resolve.integer_products import integer_product_problems
-from ds_compress.config.resolve.limits import limits_of
-from ds_compress.config.resolve.pruned_grids import grid_problems, with_pruned_marked
-from ds_compress.config.resolve.structure_limits import structure_conflicts
+from ds_compress.config.resolve.pruned import with_pruned_marked
 from ds_compress.config.resolve.structures import resolve_structures
+from ds_compress.config.schema.block import WeightBlock
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
+from ds_compress.config.structure_targets import StructurePlan, shape_after
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.auxiliary import is_auxiliary
@@ -33,14 +32,6 @@ from ds_compress.modelinfo.layers import find_layers
 
 logger = logging.getLogger("ds_compress")
 
-LAYERS = frozenset({ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D, ModuleKind.LINEAR_ACTIVATION})
-KINDS = {
-    "sparse_pruning": LAYERS | {ModuleKind.EMBEDDING},
-    "weight_quantization": LAYERS | {ModuleKind.EMBEDDING},
-    # The input of an embedding is a list of indices.
-    "activation_quantization": LAYERS,
-}
-
 
 def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> Plan:
     """What `config` (the block, parsed or not) means for `model`.
@@ -56,31 +47,41 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
     entries = tuple(entry for entry in entries_of(model) if not f"{entry.name}.".startswith(removed))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     problems += _layer_reduction_problems(parsed, entries)
-    techniques = {}
-    for key, kinds in KINDS.items():
-        block = getattr(parsed, key)
-        if block is None or not block.shared_parameters.enabled:
-            continue
-        claims = TargetSelection(key, block, kinds, entries)
+    techniques, blocks = {}, weight_blocks(parsed)
+    for key, block in blocks.items():
+        claims = TargetSelection(key, block, block.layer_kinds, entries)
         claims.make()
         groups = block.groups
         targets = tuple(
             _target(entry, group, groups[group].params, names) for entry, group in claims.in_order()
         )
-        problems += [*claims.problems, *limits_of(key, block, targets)]
+        problems += [*claims.problems, *block.limits(targets)]
         techniques[key] = TechniquePlan(key, block.shared_parameters, targets)
-    problems += integer_product_problems(techniques)
     structures, structure_problems = resolve_structures(model, parsed, entries, removed)
-    techniques = with_pruned_marked(techniques, structures)
-    problems += [
-        *structure_problems,
-        *structure_conflicts(structures, techniques),
-        *grid_problems(techniques),
-    ]
+    removing = [key for key, block in blocks.items() if block.removes_weights]
+    techniques = with_pruned_marked(techniques, structures, removing)
+    problems += structure_problems
+    shapes = _shapes_after(techniques, structures)
+    for block in blocks.values():
+        problems += block.limits_beside(techniques, shapes)
     if problems:
         raise ConfigError(problems)
     weights = tuple(weight for weight in _weights_of(model) if not weight.name.startswith(removed))
     return Plan(parsed, techniques, weights, structures)
+
+
+def weight_blocks(config: CompressionConfig) -> dict[str, WeightBlock]:
+    """The enabled blocks that claim weights or inputs of layers, by key."""
+    return {key: block for key, block in config.enabled_blocks().items() if isinstance(block, WeightBlock)}
+
+
+def _shapes_after(
+    techniques: Mapping[str, TechniquePlan], structures: Mapping[str, StructurePlan]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the claimed weights that structured pruning will make smaller, by name."""
+    targets = (target for technique in techniques.values() for target in technique.targets)
+    after = {t.param_name: (t.shape, shape_after(structures, t.param_name, t.shape)) for t in targets}
+    return {name: shape for name, (before, shape) in after.items() if shape != before}
 
 
 def _target(entry: Entry, group: str, params: Any, names: Mapping[int, str]) -> Target:
@@ -246,7 +247,7 @@ class TargetSelection:
             )
 
     def _tied(self) -> Iterator[Problem]:
-        if self.key == "activation_quantization":
+        if self.block.claims_inputs:
             return
         users: dict[int, list[Entry]] = {}
         for entry, _ in self.in_order():
@@ -298,5 +299,4 @@ def _removed_layers(config: CompressionConfig, model: nn.Module, problems: list[
     except ConfigError as error:
         problems += error.problems
         return ()
-    kept = reduction.keep_number_layer or len(reduction.teacher_layer or ())
-    return tuple(f"{name}.{index}." for index in range(kept, len(layers)))
+    return tuple(f"{name}.{index}." for index in range(reduction.kept, len(layers)))

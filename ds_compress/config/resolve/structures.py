@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -16,25 +13,18 @@ from ds_compress.config.schema.fields import Group
 from ds_compress.config.schema.structured_pruning import (
     DepthPruningShared,
     HeadPruningShared,
-    StructuredPruning,
-    StructuredShared,
+    StructuredPruningConfig,
 )
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import EVERY_LAYER, Entry, exact_pattern, few, nearest_names
 from ds_compress.modelinfo.kinds import is_layer
-from ds_compress.structure.find import Found, find_structures
-from ds_compress.structure.related import explicit_structure, zero_only_structure
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.find import FoundGroups, find_groups
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+from ds_compress.structure.related import mask_only_group, stated_group
 
 logger = logging.getLogger("ds_compress")
 
-KIND_OF_BLOCK = {
-    "row_pruning": GroupKind.ROW,
-    "head_pruning": GroupKind.HEAD,
-    "channel_pruning": GroupKind.CHANNEL,
-    "depth_pruning": GroupKind.LAYER,
-    "hidden_pruning": GroupKind.HIDDEN,
-}
 _OF_KIND = {
     GroupKind.ROW: "feed-forward block",
     GroupKind.HEAD: "attention layer",
@@ -46,38 +36,6 @@ _LOOSE = (GroupKind.ROW, GroupKind.CHANNEL)
 """Kinds whose legacy blocks may zero the outputs of any layer, whoever reads them."""
 
 
-@dataclass(frozen=True)
-class StructureTarget:
-    """One structure that one group claims, and the fraction of its units that is kept."""
-
-    structure: PrunableGroup
-    group: str
-    dense_ratio: float
-
-
-@dataclass(frozen=True)
-class StructurePlan:
-    """One enabled structured-pruning block: its key, what holds for all its groups, and its structures."""
-
-    block: str
-    kind: GroupKind
-    shared: StructuredShared
-    targets: tuple[StructureTarget, ...]
-
-
-def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = False) -> int:
-    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one; `units` for a ratio of 1.
-
-    `rounds_up`: ceil(dense_ratio * units) instead, as single weights are counted and as the removed library did.
-    """
-    if dense_ratio == 1:
-        return units
-    multiples = Fraction(repr(dense_ratio)) * units / round_to
-    if rounds_up:
-        return math.ceil(Fraction(repr(dense_ratio)) * units)
-    return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
-
-
 def resolve_structures(
     model: nn.Module, config: CompressionConfig, entries: tuple[Entry, ...], removed: tuple[str, ...]
 ) -> tuple[dict[str, StructurePlan], list[Problem]]:
@@ -87,10 +45,10 @@ def resolve_structures(
     """
     plans: dict[str, StructurePlan] = {}
     problems: list[Problem] = []
-    for key, kind in KIND_OF_BLOCK.items():
-        block: StructuredPruning | None = getattr(config, key)
-        if block is None or not block.shared.enabled:
+    for key, block in config.enabled_blocks().items():
+        if not isinstance(block, StructuredPruningConfig):
             continue
+        kind = block.kind
         claims = GroupSelection(key, kind, block, model, entries, removed)
         claims.make()
         problems += claims.problems
@@ -105,7 +63,7 @@ class GroupSelection:
         self,
         key: str,
         kind: GroupKind,
-        block: StructuredPruning,
+        block: StructuredPruningConfig,
         model: nn.Module,
         entries: tuple[Entry, ...],
         removed: tuple[str, ...],
@@ -118,15 +76,15 @@ class GroupSelection:
         self._num_heads = shared.num_heads if isinstance(shared, HeadPruningShared) else None
         try:
             stack = shared.module_name_prefix if isinstance(shared, DepthPruningShared) else None
-            found = find_structures(model, kind, self._num_heads, stack=stack)
+            found = find_groups(model, kind, self._num_heads, stack=stack)
         except ConfigError as error:
             self.problems += error.problems
-            found = Found((), ())
+            found = FoundGroups((), ())
         except ImportError as error:
             self.problems.append(Problem(dotted(key), "a missing package", str(error)))
-            found = Found((), ())
-        here = [s for s in found.structures if not f"{s.name}.".startswith(removed)]
-        self.found = Found(tuple(here), found.unsupported)
+            found = FoundGroups((), ())
+        here = [s for s in found.groups if not f"{s.name}.".startswith(removed)]
+        self.found = FoundGroups(tuple(here), found.unsupported)
         self._excluded = {s.name for s in here if self._is_excluded(s)}
 
     def make(self) -> None:
@@ -150,7 +108,7 @@ class GroupSelection:
             if related:
                 yield from self._stated(group, position, pattern, related)
                 continue
-            reached = [s for s in self.found.structures if _reaches(pattern, claim_names(s))]
+            reached = [s for s in self.found.groups if _reaches(pattern, claim_names(s))]
             if reached:
                 left = [s for s in reached if s.name not in self._excluded]
                 yield from left
@@ -194,15 +152,15 @@ class GroupSelection:
     def _known(self, name: str, related: Sequence[str]) -> PrunableGroup | None:
         """The structure that was found with exactly these layers: it also knows what the config must say."""
         wanted = {name, *related}
-        for structure in self.found.structures:
-            layers = {member.tensor.rpartition(".")[0] for member in structure.members}
+        for structure in self.found.groups:
+            layers = {member.tensor.rpartition(".")[0] for member in structure.slices}
             if wanted == {layer for layer in layers if is_layer(self.model.get_submodule(layer))}:
                 return structure
         return None
 
     def _explicit(self, group: str, position: int, name: str, related: Sequence[str]) -> PrunableGroup:
         try:
-            return explicit_structure(self.model, self.kind, [name], related, self._num_heads)
+            return stated_group(self.model, self.kind, [name], related, self._num_heads)
         except ValueError as error:
             path = dotted(self.key, "different_groups", group, "related_modules", position)
             self.problems.append(
@@ -216,7 +174,7 @@ class GroupSelection:
         structures = []
         for name in self._layers_reached(pattern):
             try:
-                structures.append(zero_only_structure(self.model, self.kind, name, self._num_heads))
+                structures.append(mask_only_group(self.model, self.kind, name, self._num_heads))
             except ValueError as error:
                 self.problems.append(
                     Problem(
@@ -264,7 +222,7 @@ class GroupSelection:
     def _check_excluded(self) -> None:
         """An excluded_modules that reaches no module is a slip, as a regex of modules that reaches none."""
         known = [name for entry in self.entries for name in entry.names]
-        known += [name for structure in self.found.structures for name in structure.modules]
+        known += [name for structure in self.found.groups for name in structure.modules]
         for position, regex in enumerate(self.block.shared.excluded_modules):
             if not _reaches(regex, known):
                 path = dotted(self.key, "shared_parameters", "excluded_modules", position)
@@ -291,16 +249,16 @@ class GroupSelection:
     def _nothing_reached(self, group: str, position: int, pattern: str) -> None:
         what = _OF_KIND[self.kind]
         path = self._modules_path(group, position)
-        if self.problems and not self.found.structures:
+        if self.problems and not self.found.groups:
             return
-        if not self.found.structures:
+        if not self.found.groups:
             reasons = [f"{refusal.module}: {refusal.reason}" for refusal in self.found.unsupported]
             why = "; ".join(dict.fromkeys(reasons[:3])) or f"no {what} was recognised in this model"
             self.problems.append(
                 Problem(path, f"a {type(self.model).__name__}", f"a model with a {what}", why)
             )
             return
-        near = nearest_names(pattern, (name for s in self.found.structures for name in claim_names(s)))
+        near = nearest_names(pattern, (name for s in self.found.groups for name in claim_names(s)))
         self.problems.append(
             Problem(
                 path,
@@ -331,7 +289,7 @@ class GroupSelection:
             target.structure.name
             for target in self.targets.values()
             if self.kind in (GroupKind.ROW, GroupKind.HEAD, GroupKind.CHANNEL)
-            and any(m.masked and _is_frozen(parameters.get(m.tensor)) for m in target.structure.members)
+            and any(m.masked and _is_frozen(parameters.get(m.tensor)) for m in target.structure.slices)
         ]
         if frozen:
             yield Problem(
@@ -357,8 +315,8 @@ def claim_names(structure: PrunableGroup) -> list[str]:
     """The modules by which a regex may reach it: not the layers that only read rows or channels."""
     if structure.kind not in _LOOSE:
         return list(structure.modules)
-    owners = {member.tensor.rpartition(".")[0] for member in structure.members}
-    writers = {member.tensor.rpartition(".")[0] for member in structure.members if member.scored}
+    owners = {member.tensor.rpartition(".")[0] for member in structure.slices}
+    writers = {member.tensor.rpartition(".")[0] for member in structure.slices if member.scored}
     return [name for name in structure.modules if name in writers or name not in owners]
 
 
@@ -373,28 +331,3 @@ def _reaches(pattern: str, names: Sequence[str]) -> bool:
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and not parameter.requires_grad
-
-
-def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the parameter `name` once the units that its structures lose are removed."""
-    left = list(shape)
-    for plan in plans.values():
-        for target in plan.targets:
-            lost = target.structure.units - _kept_in_the_end(plan, target)
-            for member in target.structure.members:
-                if member.tensor == name and target.structure.removable:
-                    left[member.dim] -= lost * member.index.shape[1]
-    return tuple(left)
-
-
-def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
-    """The share of the layers that stay, for a parameter of a layer that may go; 1 for all others."""
-    for plan in plans.values():
-        for target in plan.targets:
-            if any(name.startswith(f"{layer}.") for layer in target.structure.layers):
-                return Fraction(_kept_in_the_end(plan, target), target.structure.units)
-    return Fraction(1)
-
-
-def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ds_compress.config.schema.block import ScheduleEnd, WeightBlock, steps
 from ds_compress.config.schema.fields import (
     Conflict,
     ExcludedModules,
@@ -18,6 +19,7 @@ from ds_compress.config.schema.fields import (
     StrictInt,
     StrictModel,
 )
+from ds_compress.config.targets import Target
 
 
 class ActivationQuantizationParams(StrictModel):
@@ -86,18 +88,19 @@ class ActivationQuantizationShared(StrictModel):
             )
 
 
-class ActivationQuantization(StrictModel):
+class ActivationQuantizationConfig(WeightBlock):
     """Trains a model so that it survives layer inputs with few bits."""
+
+    key = "activation_quantization"
+    uses_kernels = True
+    is_in_forward = True
+    claims_inputs = True
+    column = "inputs"
 
     shared_parameters: ActivationQuantizationShared = Field(
         default_factory=ActivationQuantizationShared, description="What holds for all groups."
     )
     different_groups: Groups[ActivationQuantizationGroup] = Field(default_factory=dict)
-
-    @property
-    def groups(self) -> dict[str, ActivationQuantizationGroup]:
-        """The groups, by name."""
-        return dict(self.different_groups)
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.shared_parameters.enabled and not self.different_groups:
@@ -107,3 +110,16 @@ class ActivationQuantization(StrictModel):
                 "at least one group with bits",
                 'for every layer in 8 bits: {"all": {"params": {"bits": 8}}}',
             )
+
+    def describe_settings(self) -> str:
+        shared = self.shared_parameters
+        grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+        ranges = f"{shared.range_calibration} ranges {shared.effective_granularity}"
+        return ", ".join([shared.quantization_type, grid, ranges])
+
+    def describe_target(self, target: Target) -> str:
+        return f"{target.params.bits} bits, {steps(self.shared_parameters.schedule_offset)}"
+
+    def schedule_ends(self) -> Iterator[ScheduleEnd]:
+        offset = self.shared_parameters.schedule_offset
+        yield ScheduleEnd(("shared_parameters", "schedule_offset"), offset, offset)

@@ -1,40 +1,41 @@
 """The whole `compression_training` block: its model, its parser, and the JSON schema for editors.
 
-`python -m ds_compress.config.schema.compression_training` writes the schema file that the package ships.
+`python -m ds_compress.config.schema` writes the schema file that the package ships.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, create_model
 
-from ds_compress.config.schema.activation_quantization import ActivationQuantization
-from ds_compress.config.schema.distillation import Distillation
+from ds_compress.config.schema.activation_quantization import ActivationQuantizationConfig
+from ds_compress.config.schema.block import Block
+from ds_compress.config.schema.distillation import DistillationConfig
 from ds_compress.config.schema.fields import Conflict, Seed, StrictModel
-from ds_compress.config.schema.gradient_compression import GradientCompression
-from ds_compress.config.schema.layer_reduction import LayerReduction
-from ds_compress.config.schema.parameter_compression import ParameterCompression
-from ds_compress.config.schema.robust_reduction import RobustReduction
-from ds_compress.config.schema.sparse_pruning import SparsePruning
+from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
+from ds_compress.config.schema.layer_reduction import LayerReductionConfig
+from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
+from ds_compress.config.schema.robust_reduction import RobustReductionConfig
+from ds_compress.config.schema.sparse_pruning import SparsePruningConfig
 from ds_compress.config.schema.structured_pruning import (
-    ChannelPruning,
-    DepthPruning,
-    HeadPruning,
-    HiddenPruning,
-    RowPruning,
+    ChannelPruningConfig,
+    DepthPruningConfig,
+    HeadPruningConfig,
+    HiddenPruningConfig,
+    RowPruningConfig,
 )
 from ds_compress.config.schema.translate import Where, translate
-from ds_compress.config.schema.weight_quantization import WeightQuantization
+from ds_compress.config.schema.weight_quantization import WeightQuantizationConfig
 from ds_compress.errors import ROOT, ConfigError, Problem, shown
 
 SCHEMA_FILE = Path(__file__).with_name("compression_training.schema.json")
-_QUANTIZER_KERNEL = "weight_quantization.shared_parameters.quantizer_kernel"
 AUTO = "auto"
 """Hugging Face's word for a value that is worked out elsewhere; in this block it means: left out."""
 
@@ -42,33 +43,37 @@ AUTO = "auto"
 class CompressionConfig(StrictModel):
     """The `compression_training` block of a DeepSpeed config; a block that is absent is None."""
 
-    sparse_pruning: SparsePruning | None = Field(default=None, description="Set single weights to zero.")
-    weight_quantization: WeightQuantization | None = Field(
+    sparse_pruning: SparsePruningConfig | None = Field(
+        default=None, description="Set single weights to zero."
+    )
+    weight_quantization: WeightQuantizationConfig | None = Field(
         default=None, description="Fewer bits for weights."
     )
-    activation_quantization: ActivationQuantization | None = Field(
+    activation_quantization: ActivationQuantizationConfig | None = Field(
         default=None, description="Fewer bits for the inputs of layers."
     )
-    row_pruning: RowPruning | None = Field(default=None, description="Remove neurons of feed-forward blocks.")
-    head_pruning: HeadPruning | None = Field(default=None, description="Remove attention heads.")
-    channel_pruning: ChannelPruning | None = Field(
+    row_pruning: RowPruningConfig | None = Field(
+        default=None, description="Remove neurons of feed-forward blocks."
+    )
+    head_pruning: HeadPruningConfig | None = Field(default=None, description="Remove attention heads.")
+    channel_pruning: ChannelPruningConfig | None = Field(
         default=None, description="Remove channels of Conv2d layers."
     )
-    depth_pruning: DepthPruning | None = Field(
+    depth_pruning: DepthPruningConfig | None = Field(
         default=None, description="Remove whole layers, by importance, while training."
     )
-    hidden_pruning: HiddenPruning | None = Field(default=None, description="Narrow the hidden size.")
-    layer_reduction: LayerReduction | None = Field(default=None, description="Remove whole layers.")
-    distillation: Distillation | None = Field(
+    hidden_pruning: HiddenPruningConfig | None = Field(default=None, description="Narrow the hidden size.")
+    layer_reduction: LayerReductionConfig | None = Field(default=None, description="Remove whole layers.")
+    distillation: DistillationConfig | None = Field(
         default=None, description="Learn from a teacher while compressing."
     )
-    gradient_compression: GradientCompression | None = Field(
-        default=None, description="Fewer bits for gradients on the wire."
+    gradient_compression: GradientCompressionConfig | None = Field(
+        default=None, description="Fewer bits for gradients between processes."
     )
-    parameter_compression: ParameterCompression | None = Field(
-        default=None, description="Fewer bits for weights on the wire."
+    parameter_compression: ParameterCompressionConfig | None = Field(
+        default=None, description="Fewer bits for weights between processes."
     )
-    robust_reduction: RobustReduction | None = Field(
+    robust_reduction: RobustReductionConfig | None = Field(
         default=None, description="Withstand bad gradients of a few workers."
     )
     seed: Seed = Field(default=0, description="Seed of everything random in this block.")
@@ -88,15 +93,32 @@ class CompressionConfig(StrictModel):
         ),
     )
 
+    def blocks(self) -> dict[str, Block]:
+        """The blocks that are there, enabled or not, by key."""
+        values = ((name, getattr(self, name)) for name in block_classes())
+        return {name: block for name, block in values if block is not None}
+
+    def enabled_blocks(self) -> dict[str, Block]:
+        """Those that do something."""
+        return {name: block for name, block in self.blocks().items() if block.is_enabled}
+
+    def without(self, *names: str) -> CompressionConfig:
+        """The same config, as if these blocks were absent."""
+        return self.model_copy(update=dict.fromkeys(names))
+
+    def after_shrink(self) -> CompressionConfig:
+        """What is left to do once a shrink has removed what is masked."""
+        return self.without(*(name for name, block in self.blocks().items() if block.done_after_shrink))
+
     @property
     def insists_on_native(self) -> str | None:
         """The path of the key that insists on native kernels, None when none does."""
-        quantization = self.weight_quantization
         if self.kernels == "native":
             return "kernels"
-        if quantization and quantization.shared_parameters.enabled:
-            return _QUANTIZER_KERNEL if quantization.shared_parameters.quantizer_kernel else None
-        return None
+        insisting = (
+            f"{name}.{keys}" for name, b in self.enabled_blocks().items() if (keys := b.insists_on_native)
+        )
+        return next(insisting, None)
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.kernels == "reference" and self.insists_on_native is not None:
@@ -106,83 +128,68 @@ class CompressionConfig(StrictModel):
                 f'"auto" or "native", because {self.insists_on_native} is true',
                 "remove one of the two",
             )
-        yield from self._reduction_conflicts()
-        yield from self._distillation_conflicts()
-        reduction, distillation = self.layer_reduction, self.distillation
-        if not (reduction and reduction.enabled and distillation and distillation.enabled):
-            return
-        kept = reduction.keep_number_layer or len(reduction.teacher_layer or ())
-        if distillation.layer_map is not None and len(distillation.layer_map) != kept:
-            yield Conflict(
-                ("distillation", "layer_map"),
-                distillation.layer_map,
-                f"{kept} entries, one for each layer that layer_reduction keeps",
-            )
+        enabled = self.enabled_blocks()
+        for block in enabled.values():
+            yield from block.conflicts_beside(enabled)
 
-    def _reduction_conflicts(self) -> Iterator[Conflict]:
-        gradients, robust = self.gradient_compression, self.robust_reduction
-        if gradients and gradients.enabled and robust and robust.enabled:
-            reasons = {
-                "hierarchical": "robust_reduction has to see every worker, not the sum of a host",
-                "error_feedback": "robust_reduction judges gradients, not gradients plus what was left of others",
-            }
-            for key, reason in reasons.items():
-                if getattr(gradients, key):
-                    yield Conflict(("gradient_compression", key), True, f"false, because {reason}")
 
-    def _distillation_conflicts(self) -> Iterator[Conflict]:
-        distillation = self.distillation
-        if distillation is None or not distillation.enabled:
-            return
-        own = distillation.self_teacher.weights if distillation.self_teacher else None
-        quantizers = self.weight_quantization, self.activation_quantization
-        if own == "current" and not any(q and q.shared_parameters.enabled for q in quantizers):
-            yield Conflict(
-                ("distillation", "self_teacher", "weights"),
-                own,
-                "an enabled weight_quantization or activation_quantization beside it: the teacher is the model "
-                "without its quantizers",
-                'for a pruned model use "initial" or "ema"',
-            )
-        structured = (
-            self.row_pruning,
-            self.head_pruning,
-            self.channel_pruning,
-            self.depth_pruning,
-            self.hidden_pruning,
-        )
-        shrinks = any(b and b.shared.enabled and b.shared.shrink_at_end_of_schedule for b in structured)
-        if own in ("ema", "current") and shrinks:
-            yield Conflict(
-                ("distillation", "self_teacher", "weights"),
-                own,
-                '"initial" where shrink_at_end_of_schedule is true: the average has the shape of the whole model',
-            )
-        narrows = self.hidden_pruning is not None and self.hidden_pruning.shared.enabled
-        if (
-            narrows
-            and self.hidden_pruning is not None
-            and self.hidden_pruning.shared.shrink_at_end_of_schedule
-        ):
-            for name in ("hidden", "embedding", "contrastive"):
-                if getattr(distillation.losses, name) is not None:
-                    yield Conflict(
-                        ("distillation", "losses", name),
-                        {},
-                        "no such loss while hidden_pruning shrinks the width that it compares",
-                        "set shrink_at_end_of_schedule to false, or use logits and attention",
-                    )
+_registered: dict[str, type[Block]] = {}
+
+
+def register_block(block: type[Block]) -> None:
+    """`compression_training` has one more block from now on, under `block.key`; again: nothing.
+
+    Raises:
+        ValueError: another block, or a setting, has that key already.
+    """
+    known = {**{name: None for name in CompressionConfig.model_fields}, **_registered}
+    if known.get(block.key, block) is not block:
+        raise ValueError(f"compression_training has a key {block.key!r} already")
+    _registered[block.key] = block
+    _model_of.cache_clear()
+
+
+def unregister_block(key: str) -> None:
+    """The block that `register_block` added is unknown again (for tests)."""
+    _registered.pop(key, None)
+    _model_of.cache_clear()
+
+
+def config_model() -> type[CompressionConfig]:
+    """The model of `compression_training`, with all blocks that were registered."""
+    return _model_of()
+
+
+@functools.cache
+def _model_of() -> type[CompressionConfig]:
+    if not _registered:
+        return CompressionConfig
+    fields: dict[str, Any] = {
+        key: (block | None, Field(default=None, description=(block.__doc__ or "").strip().split("\n")[0]))
+        for key, block in _registered.items()
+    }
+    return create_model("CompressionConfig", __base__=CompressionConfig, **fields)
+
+
+def block_classes() -> dict[str, type[Block]]:
+    """The model of every block that the config may have, by key."""
+    return {
+        name: kind
+        for name, field in config_model().model_fields.items()
+        for kind in get_args(field.annotation)
+        if isinstance(kind, type) and issubclass(kind, Block)
+    }
 
 
 def parse_config(block: Mapping[str, Any]) -> CompressionConfig:
     """Validates the value of `compression_training`; raises ConfigError with all problems in one pass."""
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(ROOT, shown(block), "an object")])
-    written = without_auto(block)
+    written, model = without_auto(block), config_model()
     try:
-        return CompressionConfig.model_validate(written)
+        return model.model_validate(written)
     except ValidationError as error:
-        problems = translate(error, CompressionConfig, block)
+        problems = translate(error, model, block)
         problems += _hidden_by_bad_groups(written, error, problems)
         raise ConfigError(problems) from None
 
@@ -216,11 +223,9 @@ def _hidden_by_bad_groups(written: Any, error: ValidationError, known: list[Prob
         return []
     sound = _without(written, bad_groups)
     try:
-        CompressionConfig.model_validate(sound)
+        config_model().model_validate(sound)
     except ValidationError as remaining:
-        return [
-            problem for problem in translate(remaining, CompressionConfig, written) if problem not in known
-        ]
+        return [problem for problem in translate(remaining, config_model(), written) if problem not in known]
     return []
 
 
@@ -242,7 +247,7 @@ def _without(written: Any, bad_groups: set[Where]) -> Any:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a DeepSpeed config file, of which it describes the `compression_training` key only."""
-    block = CompressionConfig.model_json_schema()
+    block = config_model().model_json_schema()
     definitions = block.pop("$defs")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

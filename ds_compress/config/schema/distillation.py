@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds_compress.config.schema.block import Block
 from ds_compress.config.schema.fields import (
     Choice,
     Conflict,
@@ -195,8 +196,11 @@ class SelfTeacher(StrictModel):
             yield Conflict(("decay",), self.decay, 'weights "ema" beside it', "remove it")
 
 
-class Distillation(StrictModel):
+class DistillationConfig(Block):
     """Adds to the task's loss what the student fails to imitate of a frozen teacher."""
+
+    key = "distillation"
+    done_after_shrink = True
 
     enabled: StrictBool = Field(default=False, description="Whether this block does anything.")
     teacher: str | None = Field(
@@ -291,3 +295,48 @@ class Distillation(StrictModel):
                 "nothing: the cache fixed it",
                 "remove it",
             )
+
+    def conflicts_beside(self, enabled: Mapping[str, Block]) -> Iterator[Conflict]:
+        weights = self.self_teacher.weights if self.self_teacher else None
+        where = (self.key, "self_teacher", "weights")
+        if weights == "current" and not any(block.is_in_forward for block in enabled.values()):
+            yield Conflict(
+                where,
+                weights,
+                "an enabled weight_quantization or activation_quantization beside it: the teacher is the model "
+                "without its quantizers",
+                'for a pruned model use "initial" or "ema"',
+            )
+        if weights in ("ema", "current") and any(block.shrinks for block in enabled.values()):
+            allowed = '"initial" where shrink_at_end_of_schedule is true: the average has the shape of the whole model'
+            yield Conflict(where, weights, allowed)
+        if any(getattr(block, "narrows_hidden_states", False) for block in enabled.values()):
+            for name in ("hidden", "embedding", "contrastive"):
+                if getattr(self.losses, name) is not None:
+                    yield Conflict(
+                        (self.key, "losses", name),
+                        {},
+                        "no such loss while hidden_pruning shrinks the width that it compares",
+                        "set shrink_at_end_of_schedule to false, or use logits and attention",
+                    )
+        kept = getattr(enabled.get("layer_reduction"), "kept", None)
+        if self.layer_map is not None and kept is not None and len(self.layer_map) != kept:
+            allowed = f"{kept} entries, one for each layer that layer_reduction keeps"
+            yield Conflict((self.key, "layer_map"), self.layer_map, allowed)
+
+    def describe(self, plan: Any = None) -> str:
+        losses = [f"task x {self.task_loss_weight:g}"]
+        for name, loss in self.losses.active().items():
+            end = "" if loss.final_weight is None else f" to {loss.final_weight:g}"
+            kind = getattr(loss, "kind", None)
+            losses.append(f"{name} x {loss.weight:g}{end}" + (f" ({kind})" if kind else ""))
+        return f"{self._describe_teacher()}; loss = {' + '.join(losses)}"
+
+    def _describe_teacher(self) -> str:
+        if self.self_teacher is not None:
+            return f"teacher: the model itself ({self.self_teacher.weights})"
+        if self.teacher_cache is not None:
+            return f"teacher: what {self.teacher_cache} stores"
+        teacher = self.teacher or "the model passed to ds_compress.initialize"
+        dtype = f" in {self.teacher_dtype}" if self.teacher_dtype else ""
+        return f"teacher {teacher}{dtype} at ZeRO stage {self.teacher_zero_stage}"

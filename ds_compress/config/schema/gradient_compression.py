@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds_compress.config.schema.block import Block, ScheduleEnd, steps
 from ds_compress.config.schema.fields import (
     Choice,
     Conflict,
@@ -14,7 +15,6 @@ from ds_compress.config.schema.fields import (
     Step,
     StrictBool,
     StrictInt,
-    StrictModel,
 )
 
 BLOCK_OF_BITS = {8: 512, 4: 128}
@@ -32,8 +32,10 @@ Rounding = Annotated[Literal["nearest", "stochastic"], Choice]
 MinElements = Annotated[StrictInt, Field(ge=0)]
 
 
-class Wire(StrictModel):
-    """What the blocks that send quantized messages have in common."""
+class QuantizedTransport(Block):
+    """What the blocks that send quantized values between processes have in common."""
+
+    uses_kernels = True
 
     enabled: StrictBool = Field(default=False, description="Whether this block does anything.")
     bits: Bits = Field(default=8, description="Bits of an element on the wire: 8 or 4.")
@@ -61,9 +63,21 @@ class Wire(StrictModel):
         """`block_size`, or what suits the bits."""
         return self.block_size or BLOCK_OF_BITS[self.bits]
 
+    def schedule_ends(self) -> Iterator[ScheduleEnd]:
+        yield ScheduleEnd(("warmup_steps",), self.warmup_steps, self.warmup_steps + 1)
 
-class GradientCompression(Wire):
-    """Sends gradients between processes as int8 or int4 codes with a scale per block, at every ZeRO stage."""
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.bits} bits on the wire in blocks of {self.effective_block_size}"
+        if self.warmup_steps:
+            yield steps(self.warmup_steps)
+        if self.measure_link:
+            yield "if the link is slow enough to gain"
+
+
+class GradientCompressionConfig(QuantizedTransport):
+    """Sends gradients between processes as int8 or int4 values with a scale per block, at every ZeRO stage."""
+
+    key = "gradient_compression"
 
     rounding: Rounding = Field(
         default="nearest",
@@ -108,3 +122,13 @@ class GradientCompression(Wire):
     def effective_error_feedback_bits(self) -> int | None:
         """Bits of the residuals; None without error feedback."""
         return (self.error_feedback_bits or 8) if self.error_feedback else None
+
+    def describe(self, plan: Any = None) -> str:
+        facts = ["gradients", *self._facts()]
+        if self.rounding == "stochastic":
+            facts.append("stochastic rounding")
+        if self.effective_error_feedback_bits:
+            facts.append(f"error feedback in {self.effective_error_feedback_bits} bits")
+        if self.hierarchical:
+            facts.append("full precision inside a host")
+        return ", ".join(facts)

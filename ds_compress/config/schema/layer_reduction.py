@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from ds_compress.config.schema.fields import Conflict, StrictBool, StrictInt, StrictModel
+from ds_compress.config.schema.block import Block, plural
+from ds_compress.config.schema.fields import Conflict, StrictBool, StrictInt
 
 LayerIndices = Annotated[tuple[Annotated[StrictInt, Field(ge=0)], ...], Field(min_length=1)]
 
 
-class LayerReduction(StrictModel):
+class LayerReductionConfig(Block):
     """Keeps some layers of the teacher: student layer i starts as teacher layer `teacher_layer[i]`."""
+
+    key = "layer_reduction"
+    done_after_shrink = True
 
     enabled: StrictBool = Field(default=False, description="Whether this block does anything.")
     keep_number_layer: Annotated[StrictInt, Field(ge=1)] | None = Field(
@@ -48,3 +52,18 @@ class LayerReduction(StrictModel):
                 f"{len(self.teacher_layer)}, as many as teacher_layer lists",
                 "remove one of the two, or make them agree",
             )
+
+    @property
+    def kept(self) -> int:
+        """How many layers the student has."""
+        return self.keep_number_layer or len(self.teacher_layer or ())
+
+    def describe(self, plan: Any = None) -> str:
+        where = f" under {self.module_name_prefix}" if self.module_name_prefix else ""
+        facts = f"keeps {plural(self.kept, 'layer')}{where}"
+        if self.teacher_layer:
+            facts = f"{facts}, from teacher layers {', '.join(map(str, self.teacher_layer))}"
+        else:
+            facts = f"{facts}, spread evenly over the teacher"
+        others = self.other_module_name
+        return f"{facts}; copies {', '.join(others) if others else 'all other modules that both have'}"

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
-from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.config.schema.compression_training import block_classes
 from ds_compress.errors import ROOT, ConfigError, Problem, shown
 
-_SETTINGS_OF_THE_BLOCK = ("seed", "kernels", "export_to")
-BLOCKS = tuple(name for name in CompressionConfig.model_fields if name not in _SETTINGS_OF_THE_BLOCK)
 _SURELY_MEANT = 0.85
 """Likeness of two keys (difflib's ratio); no key of DeepSpeed comes above 0.77 of one of ours."""
 _SHARED_WITH_DEEPSPEED = "weight_quantization"
@@ -59,7 +57,7 @@ def _is_root(key: str, outer: tuple[str, ...]) -> bool:
 def _block_meant(key: str, value: Any) -> str | None:
     plain = _plain(key)
     keys = set(value) if isinstance(value, Mapping) else set()
-    for block in BLOCKS:
+    for block in block_classes():
         if plain == block and block != _SHARED_WITH_DEEPSPEED:
             return block
         if (plain == block or _alike(plain, block)) and keys & _keys_of(block):
@@ -71,8 +69,7 @@ def _keys_of(block: str) -> frozenset[str]:
     """Keys by which an object shows that it is this block of ours."""
     if block == _SHARED_WITH_DEEPSPEED:
         return _LEGACY_LAYOUT
-    model, _ = get_args(CompressionConfig.model_fields[block].annotation)
-    return frozenset(model.model_fields)
+    return frozenset(block_classes()[block].model_fields)
 
 
 def _plain(key: str) -> str:

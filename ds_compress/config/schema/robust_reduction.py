@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ds_compress.config.schema.block import Block
 from ds_compress.config.schema.fields import (
     Conflict,
     StrictBool,
     StrictFloat,
     StrictInt,
-    StrictModel,
     without_effect,
 )
 
@@ -20,7 +20,7 @@ Rule = Literal["mean", "trimmed_mean", "median", "centered_clip", "norm_clip"]
 OnOutlier = Literal["report", "exclude", "abort"]
 
 
-class RobustReduction(StrictModel):
+class RobustReductionConfig(Block):
     """Replaces the mean over workers by a rule that a few bad contributions cannot move far.
 
     Workers are *named* by the length of their gradient, or NaN and Inf in it. An attack of ordinary length is withstood
@@ -28,6 +28,8 @@ class RobustReduction(StrictModel):
     (not longer), "a little is enough" (ALIE, Baruch et al. 2019) and inner-product manipulation (IPM, Xie et al. 2020)
     are named in 0 % of all steps.
     """
+
+    key = "robust_reduction"
 
     enabled: StrictBool = Field(default=False, description="Whether this block does anything.")
     rule: Rule = Field(
@@ -81,3 +83,20 @@ class RobustReduction(StrictModel):
                 self.rule != "mean" and not self.max_malicious,
                 "max_malicious is 1 or more",
             )
+
+    def conflicts_beside(self, enabled: Mapping[str, Block]) -> Iterator[Conflict]:
+        reasons = {
+            "hierarchical": "robust_reduction has to see every worker, not the sum of a host",
+            "error_feedback": "robust_reduction judges gradients, not gradients plus what was left of others",
+        }
+        for key, reason in reasons.items():
+            if getattr(enabled.get("gradient_compression"), key, False):
+                yield Conflict(("gradient_compression", key), True, f"false, because {reason}")
+
+    def describe(self, plan: Any = None) -> str:
+        what = f"momenta ({self.worker_momentum:g})" if self.worker_momentum else "gradients"
+        mixed = ", mixed with their nearest," if self.neighbor_mixing and self.rule != "mean" else ""
+        return (
+            f"{self.rule} of the {what} of all workers{mixed} up to {self.max_malicious} of them bad; outliers "
+            f"({self.outlier_ratio:g} times the median norm): {self.on_outlier}"
+        )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
+from ds_compress.config.schema.block import LAYERS, TrainingState, WeightBlock, WeightSize, plural, steps
 from ds_compress.config.schema.fields import (
     Conflict,
-    Description,
     ExcludedModules,
     Group,
     Groups,
@@ -25,64 +23,25 @@ from ds_compress.config.schema.fields import (
     StrictModel,
     without_effect,
 )
-from ds_compress.errors import listed
+from ds_compress.config.schema.patterns import UNSTRUCTURED, PatternText, density_conflict, parse_pattern
+from ds_compress.config.targets import Target, TechniquePlan, exact_ceil, inputs_of
+from ds_compress.errors import Problem, dotted, listed, shown
+from ds_compress.modelinfo.inventory import exact_pattern, few
+from ds_compress.modelinfo.kinds import ModuleKind
 
-UNSTRUCTURED = "unstructured"
 _LEGACY_SNIP_PATTERN = "4x1"
 _LEGACY_SNIP_DENSE_RATIO = 0.1
 METHODS_WITHOUT_TRAINING = ("l1", "random")
 _FREE_TO_REGROW = ("topk", "movement")
 _METHODS_WITH_SEED = ("topk", "random")
-_PATTERN = re.compile(r"(?:([1-9][0-9]{0,3})(x|:)([1-9][0-9]{0,3}))")
+
+_LATENT_BYTES = 4
+_SCORE_BYTES = {"topk": 12, "taylor": 4, "movement": 4, "snip_momentum": 4, "l1": 0, "random": 0}
+"""Per weight; topk learns its scores: the score and the two moments of its own Adam."""
 
 Method = Literal["l1", "topk", "taylor", "movement", "snip_momentum", "random"]
 Scope = Literal["layer", "group", "global"]
 Schedule = Literal["constant", "linear", "cubic"]
-
-
-class Pattern(NamedTuple):
-    """A parsed pattern: blocks of `rows` x `columns` that live or die whole, or `rows` kept of `columns`."""
-
-    kind: Literal["unstructured", "blocks", "n_of_m"]
-    rows: int = 1
-    columns: int = 1
-
-    @property
-    def density(self) -> float | None:
-        """The share of weights that an N:M pattern keeps; None when the pattern leaves it open."""
-        return self.rows / self.columns if self.kind == "n_of_m" else None
-
-
-def parse_pattern(text: str) -> Pattern:
-    """Reads "unstructured", "NxM" or "N:M" (N <= M); raises ValueError otherwise."""
-    if text == UNSTRUCTURED:
-        return Pattern("unstructured")
-    found = _PATTERN.fullmatch(text)
-    if found is None:
-        raise ValueError(f"not a pattern: {text!r}")
-    rows, columns = int(found[1]), int(found[3])
-    if found[2] == "x":
-        return Pattern("blocks", rows, columns)
-    if rows > columns:
-        raise ValueError(f"{text!r} keeps more weights than there are")
-    return Pattern("n_of_m", rows, columns)
-
-
-def _pattern(text: str) -> str:
-    try:
-        parse_pattern(text)
-    except ValueError:
-        raise PydanticCustomError("pattern", "a pattern") from None
-    return text
-
-
-PatternText = Annotated[
-    str,
-    AfterValidator(_pattern),
-    Description(
-        '"unstructured", blocks "NxM" such as "4x1", or "N:M" such as "2:4" (N kept of each M, N <= M)'
-    ),
-]
 
 
 class SparsePruningParams(StrictModel):
@@ -236,17 +195,13 @@ class SparsePruningShared(StrictModel):
         yield from density_conflict(("dense_ratio",), self.dense_ratio, pattern)
 
 
-def density_conflict(where: tuple[str, ...], ratio: float | None, pattern: str) -> Iterator[Conflict]:
-    """An N:M pattern leaves no choice of density: any ratio but N/M is a conflict."""
-    density = parse_pattern(pattern).density
-    if density is not None and ratio is not None and not math.isclose(ratio, density, rel_tol=1e-6):
-        yield Conflict(
-            where, ratio, f"{density:g}, which is what pattern {pattern} keeps", 'remove "dense_ratio"'
-        )
-
-
-class SparsePruning(StrictModel):
+class SparsePruningConfig(WeightBlock):
     """Sets single weights to zero while training; the mask is applied to the fp32 weights after each step."""
+
+    key = "sparse_pruning"
+    uses_kernels = True
+    layer_kinds = LAYERS | {ModuleKind.EMBEDDING}
+    removes_weights = True
 
     shared_parameters: SparsePruningShared = Field(
         default_factory=SparsePruningShared, description="What holds for all groups."
@@ -280,4 +235,95 @@ class SparsePruning(StrictModel):
                 None,
                 "a number > 0 and <= 1",
                 "without different_groups all layers are pruned: say to which density",
+            )
+
+    def meaning(self) -> dict[str, Any]:
+        shared = self.shared_parameters
+        effective = {"pattern": shared.effective_pattern, "dense_ratio": shared.effective_dense_ratio}
+        meant = self.model_dump()
+        meant["shared_parameters"] |= {**effective, "block_pattern": None}
+        return meant
+
+    def describe_settings(self) -> str:
+        shared = self.shared_parameters
+        scope = {
+            "layer": "each weight keeps its ratio",
+            "group": "one threshold per group",
+            "global": "one threshold over all groups",
+        }[shared.scope]
+        facts = [f"method {shared.method}", f"pattern {shared.effective_pattern}", scope]
+        if shared.effective_schedule != "constant":
+            facts.append(f"{shared.effective_schedule} schedule")
+        if shared.schedule_offset_end is not None or shared.effective_regrowth:
+            facts.append(f"a new mask every {plural(shared.schedule_offset_stride, 'step')}")
+        if shared.effective_regrowth:
+            facts.append("masked weights may come back")
+        return ", ".join(facts)
+
+    def describe_target(self, target: Target) -> str:
+        shared = self.shared_parameters
+        when = steps(shared.schedule_offset, shared.schedule_offset_end)
+        return f"{target.params.dense_ratio:.4g} kept, {when}"
+
+    def estimate(self, size: WeightSize, target: Target, format: str, packs: bool) -> WeightSize:
+        return size.with_(nonzeros=exact_ceil(target.params.dense_ratio, size.numel), is_sparse=True)
+
+    def training_state(self, targets: Sequence[Target], processes: int) -> TrainingState:
+        shared = self.shared_parameters
+        share = -(-sum(math.prod(target.shape) for target in targets) // processes)
+        return TrainingState(
+            mask=-(-share // 8),
+            latent=_LATENT_BYTES * share if shared.effective_regrowth else 0,
+            scores=_SCORE_BYTES[shared.method] * share,
+        )
+
+    # -- limits ----------------------------------------------------------------------------------------
+
+    def limits(self, targets: Sequence[Target]) -> Iterator[Problem]:
+        yield from self._frozen(targets)
+        yield from self._uneven_n_of_m(targets)
+
+    def _frozen(self, targets: Sequence[Target]) -> Iterator[Problem]:
+        shared = self.shared_parameters
+        if shared.method in METHODS_WITHOUT_TRAINING and not shared.effective_regrowth:
+            return
+        frozen = [target.module_name for target in targets if not target.param.requires_grad]
+        if frozen:
+            yield Problem(
+                dotted(self.key, "shared_parameters", "method"),
+                f"{shown(shared.method)}{' with regrowth' if shared.regrowth else ''} on {few(frozen)}, whose weight "
+                "is frozen (requires_grad is False)",
+                f"{listed(METHODS_WITHOUT_TRAINING)} without regrowth: a weight that does not train has no gradient to "
+                "score by",
+                "choose such a method, unfreeze these weights, or add them to shared_parameters.excluded_modules, "
+                f"e.g. {shown(exact_pattern(frozen[0]))}",
+            )
+
+    def _uneven_n_of_m(self, targets: Sequence[Target]) -> Iterator[Problem]:
+        text = self.shared_parameters.effective_pattern
+        pattern = parse_pattern(text)
+        if pattern.kind != "n_of_m":
+            return
+        uneven = [target for target in targets if inputs_of(target) % pattern.columns]
+        if uneven:
+            given = "pattern" if self.shared_parameters.pattern else "block_pattern"
+            names = few([f"{target.module_name} ({inputs_of(target)} inputs)" for target in uneven])
+            yield Problem(
+                dotted(self.key, "shared_parameters", given),
+                f'"{text}" with {names}',
+                f"layers whose number of inputs is a multiple of {pattern.columns}",
+                "exclude these layers in excluded_modules, or choose another pattern",
+            )
+
+    def limits_beside(
+        self, techniques: Mapping[str, TechniquePlan], shapes_after: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[Problem]:
+        pattern = self.shared_parameters.effective_pattern
+        cut = [t.module_name for t in techniques[self.key].targets if t.param_name in shapes_after]
+        if pattern != UNSTRUCTURED and cut:
+            yield Problem(
+                dotted(self.key, "shared_parameters", "pattern"),
+                f'"{pattern}" with {few(cut)}, which lose rows or columns',
+                f'"{UNSTRUCTURED}": what is left of a weight would be out of step with the pattern',
+                "exclude these layers in excluded_modules of one of the blocks",
             )

@@ -7,10 +7,11 @@ the first step on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ds_compress.config.schema.block import GroupedBlock, plural, steps
 from ds_compress.config.schema.fields import (
     Conflict,
     ExcludedModules,
@@ -25,7 +26,9 @@ from ds_compress.config.schema.fields import (
     without_effect,
 )
 from ds_compress.config.schema.sparse_pruning import Schedule
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, kept_units
 from ds_compress.errors import listed
+from ds_compress.structure.prunable_group import GroupKind
 
 Rounding = Annotated[StrictInt, Field(ge=1)]
 
@@ -193,8 +196,12 @@ class HiddenPruningShared(WholeModelShared):
     """What holds for `hidden_pruning`."""
 
 
-class StructuredPruning(StrictModel):
+class StructuredPruningConfig(GroupedBlock):
     """Removes structures; what kind is the block's."""
+
+    kind: ClassVar[GroupKind]
+    uses_kernels = True
+    done_after_shrink = True
 
     dense_ratio: Ratio | None = Field(
         default=None,
@@ -204,6 +211,23 @@ class StructuredPruning(StrictModel):
         default_factory=StructuredShared, description="What holds for all groups."
     )
     different_groups: Groups[StructuredPruningGroup] = Field(default_factory=dict)
+
+    @property
+    def settings(self) -> StructuredShared:
+        return self.shared
+
+    @property
+    def says_enabled(self) -> bool:
+        return super().says_enabled or self.dense_ratio is not None
+
+    @property
+    def shrinks(self) -> bool:
+        return self.shared.shrink_at_end_of_schedule
+
+    @property
+    def narrows_hidden_states(self) -> bool:
+        """Whether layers hand on fewer features once it has shrunk the model."""
+        return self.shrinks and self.kind is GroupKind.HIDDEN
 
     @property
     def shared(self) -> StructuredShared:
@@ -244,41 +268,75 @@ class StructuredPruning(StrictModel):
                 hint = "give it here or in shared_parameters.dense_ratio"
                 yield Conflict(where, None, "a number > 0 and <= 1", hint)
 
+    def describe(self, plan: StructurePlan | None = None) -> str:
+        shared = self.shared
+        facts = [f"method {shared.method}", steps(shared.schedule_offset, shared.schedule_offset_end)]
+        if shared.scope == "global":
+            facts.append("units of all structures compete")
+        if shared.effective_schedule != "constant":
+            facts.append(f"{shared.effective_schedule} schedule")
+        if shared.shrink_at_end_of_schedule:
+            facts.append("then removed from model and optimizer")
+        count = 0 if plan is None else len(plan.targets)
+        return f"{plural(count, 'structure')}: {', '.join(facts)}"
 
-class RowPruning(StructuredPruning):
+    def describe_target(self, target: StructureTarget) -> str:
+        """The cell of a plan's table, e.g. "768 of 1,536 rows"."""
+        units = target.structure.units
+        kept = kept_units(target.dense_ratio, units, self.shared.round_to, self.shared.rounds_up)
+        only_zeroed = "" if target.structure.removable else ", the others zero"
+        return f"{kept:,} of {plural(units, str(self.kind))}{only_zeroed}"
+
+
+class RowPruningConfig(StructuredPruningConfig):
     """Removes inner neurons of feed-forward blocks (output rows of Linear layers)."""
 
+    key = "row_pruning"
+    kind = GroupKind.ROW
+
     shared_parameters: RowPruningShared = Field(
         default_factory=RowPruningShared, description="What holds for all groups."
     )
 
 
-class ChannelPruning(StructuredPruning):
+class ChannelPruningConfig(StructuredPruningConfig):
     """Removes output channels of Conv2d layers."""
 
+    key = "channel_pruning"
+    kind = GroupKind.CHANNEL
+
     shared_parameters: RowPruningShared = Field(
         default_factory=RowPruningShared, description="What holds for all groups."
     )
 
 
-class HeadPruning(StructuredPruning):
+class HeadPruningConfig(StructuredPruningConfig):
     """Removes attention heads, whole key/value groups under grouped-query attention."""
+
+    key = "head_pruning"
+    kind = GroupKind.HEAD
 
     shared_parameters: HeadPruningShared = Field(
         default_factory=HeadPruningShared, description="What holds for all groups."
     )
 
 
-class DepthPruning(StructuredPruning):
+class DepthPruningConfig(StructuredPruningConfig):
     """Removes whole layers by importance, while training."""
+
+    key = "depth_pruning"
+    kind = GroupKind.LAYER
 
     shared_parameters: DepthPruningShared = Field(
         default_factory=DepthPruningShared, description="What holds for the stack."
     )
 
 
-class HiddenPruning(StructuredPruning):
+class HiddenPruningConfig(StructuredPruningConfig):
     """Narrows the hidden size of models whose normalizations allow it."""
+
+    key = "hidden_pruning"
+    kind = GroupKind.HIDDEN
 
     shared_parameters: HiddenPruningShared = Field(
         default_factory=HiddenPruningShared, description="What holds for the model."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ds_compress.config.schema import int8_limits, stored_bytes, weight_limits
+from ds_compress.config.schema.block import LAYERS, ScheduleEnd, WeightBlock, WeightSize, plural, steps
 from ds_compress.config.schema.fields import (
     Conflict,
     ExcludedModules,
@@ -20,6 +23,9 @@ from ds_compress.config.schema.fields import (
     StrictModel,
     without_effect,
 )
+from ds_compress.config.targets import Target, TechniquePlan
+from ds_compress.errors import Problem
+from ds_compress.modelinfo.kinds import ModuleKind
 
 Granularity = Literal["per_tensor", "per_group", "per_channel", "per_column_group"]
 QuantizationType = Literal["symmetric", "asymmetric"]
@@ -105,8 +111,8 @@ class WeightQuantizationShared(StrictModel):
     quantize_weight_in_forward: StrictBool = Field(
         default=False,
         description=(
-            "true: fake quantization in forward with a straight-through gradient; "
-            "false: the weight itself is rounded after each optimizer step."
+            "Weights are fake-quantized in forward, with a straight-through gradient. true: it is zero where a value "
+            "clips; false: it passes everywhere, as when the removed library rounded the weight after each step."
         ),
     )
     rounding: Literal["nearest", "stochastic"] = Field(
@@ -178,18 +184,19 @@ class WeightQuantizationShared(StrictModel):
             yield Conflict(("rounding",), self.rounding, '"nearest", because learned_scale is true')
 
 
-class WeightQuantization(StrictModel):
+class WeightQuantizationConfig(WeightBlock):
     """Trains weights so that they survive being stored with few bits."""
+
+    key = "weight_quantization"
+    uses_kernels = True
+    is_in_forward = True
+    layer_kinds = LAYERS | {ModuleKind.EMBEDDING}
+    column = "weights"
 
     shared_parameters: WeightQuantizationShared = Field(
         default_factory=WeightQuantizationShared, description="What holds for all groups."
     )
     different_groups: Groups[WeightQuantizationGroup] = Field(default_factory=dict)
-
-    @property
-    def groups(self) -> dict[str, WeightQuantizationGroup]:
-        """The groups, by name."""
-        return dict(self.different_groups)
 
     def conflicts(self) -> Iterator[Conflict]:
         shared = self.shared_parameters
@@ -223,3 +230,66 @@ class WeightQuantization(StrictModel):
         yield from without_effect(shared, "narrow_range", none_is_rounded, needed, path)
         if shared.rounding == "stochastic":
             yield from without_effect(shared, "rounding", none_is_rounded, needed, path)
+
+    @property
+    def insists_on_native(self) -> str | None:
+        return "shared_parameters.quantizer_kernel" if self.shared_parameters.quantizer_kernel else None
+
+    def describe_settings(self) -> str:
+        shared = self.shared_parameters
+        clips = shared.quantize_weight_in_forward or shared.learned_scale
+        gradient = "straight-through gradient" + (", zero where it clips" if clips else "")
+        grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+        if shared.quantization_type == "asymmetric" and shared.narrow_range is None and "legacy" in grid:
+            grid += ", narrow for pruned weights"
+        rounding = f"{shared.rounding} rounding"
+        facts = [shared.quantization_type, rounding, grid, f"fake quantization in forward, {gradient}"]
+        if shared.learned_scale:
+            facts.append("learned scales")
+        if shared.fp16_mixed_quantize.enabled:
+            facts.append(f"faded in by {shared.fp16_mixed_quantize.quantize_change_ratio:g} per step")
+        return ", ".join(facts)
+
+    def describe_target(self, target: Target) -> str:
+        params, shared = target.params, self.shared_parameters
+        first = f"{params.start_bits} -> " if params.first_bits != params.target_bits else ""
+        when = steps(shared.schedule_offset, params.last_drop(shared.schedule_offset))
+        return f"{first}{params.target_bits} bits, {self._granularity_of(target)}, {when}"
+
+    def _granularity_of(self, target: Target) -> str:
+        shared = self.shared_parameters
+        if shared.granularity == "per_column_group":
+            return f"per {shared.effective_group_size} columns"
+        if shared.granularity not in (None, "per_group"):
+            return str(shared.granularity)
+        if target.kind is ModuleKind.EMBEDDING:
+            return "per row"
+        return plural(shared.quantize_groups, "group")
+
+    def schedule_ends(self) -> Iterator[ScheduleEnd]:
+        shared = self.shared_parameters
+        for group, settings in self.different_groups.items():
+            last = settings.params.last_drop(shared.schedule_offset)
+            if settings.params.first_bits != settings.params.target_bits:
+                keys: tuple[str, ...] = ("different_groups", group, "params", "quantization_period")
+                yield ScheduleEnd(keys, settings.params.quantization_period, last)
+            else:
+                yield ScheduleEnd(("shared_parameters", "schedule_offset"), shared.schedule_offset, last)
+            if shared.fp16_mixed_quantize.enabled:
+                ratio = shared.fp16_mixed_quantize.quantize_change_ratio
+                keys = ("shared_parameters", "fp16_mixed_quantize", "quantize_change_ratio")
+                yield ScheduleEnd(keys, ratio, last + math.ceil(1 / ratio))
+
+    def estimate(self, size: WeightSize, target: Target, format: str, packs: bool) -> WeightSize:
+        return stored_bytes.quantized(size, target, self.shared_parameters, format, packs)
+
+    def limits(self, targets: Sequence[Target]) -> Iterator[Problem]:
+        yield from weight_limits.uneven_groups(self.key, self.shared_parameters, targets)
+        yield from weight_limits.unsuitable_embeddings(self.key, self.shared_parameters, targets)
+
+    def limits_beside(
+        self, techniques: Mapping[str, TechniquePlan], shapes_after: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[Problem]:
+        yield from int8_limits.problems(techniques)
+        yield from weight_limits.groups_that_a_cut_breaks(techniques[self.key], shapes_after)
+        yield from weight_limits.grids_without_zero(techniques[self.key])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ds_compress.config.schema.distillation import AttentionLoss
+from ds_compress.distill.activation_capture import AttentionScores, CapturedActivations
 from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair, mean_over_tokens
-from ds_compress.distill.record import AttentionScores, CapturedActivations
 
 
 class RelationDistillation(DistillationLoss):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.schema.distillation import EmbeddingLoss, HiddenLoss, Loss
-from ds_compress.distill.record import CapturedActivations
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.errors import ConfigError, Problem
 
 

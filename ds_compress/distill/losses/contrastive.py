@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_compress.config.schema.distillation import ContrastiveLoss
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.distill.losses.base import DistillationLoss, Pair
-from ds_compress.distill.record import CapturedActivations
 
 
 class ContrastiveDistillation(DistillationLoss):

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.distill.losses.base import StateDistillation
-from ds_compress.distill.record import CapturedActivations
 
 
 class EmbeddingDistillation(StateDistillation):

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from ds_compress.config.schema.distillation import LogitsLoss
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.distill.chunked_head import RowLosses
 from ds_compress.distill.divergence import divergence_of, log_probabilities, with_tail
 from ds_compress.distill.lazy_logits import Imitation, LazyLogits
 from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair
-from ds_compress.distill.record import CapturedActivations
 from ds_compress.distill.sparse_logits import SparseLogits
 
 

@@ -17,9 +17,11 @@ from torch import nn
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
+from ds_compress.techniques import TECHNIQUES
 
 KEY = "ds_compress"
-QUANTIZERS = ("weight_quantization", "activation_quantization")
+QUANTIZERS = tuple(name for name, technique in TECHNIQUES.items() if technique.is_in_forward)
+"""Blocks whose result stays on the modules, and is stored with them."""
 _PARAMETERS = "_ds_compress_parameters"
 
 
@@ -64,3 +66,13 @@ def mark(model: nn.Module, blocks: Sequence[str]) -> None:
 def _mark(model: nn.Module) -> Mapping[str, Any]:
     found = getattr(getattr(model, "config", None), KEY, None)
     return found if isinstance(found, Mapping) else {}
+
+
+def without(blocks: Sequence[str]) -> str:
+    """Why plain weights that were saved while these blocks were in force are not exported."""
+    return (
+        f"these are plain weights of a model that trained under {' and '.join(blocks)}, whose quantizers or masks they "
+        "do not have: export the engine, the Trainer or a checkpoint of the engine (ds_compress export CHECKPOINT "
+        "FOLDER), or call ds_compress.finalize(model, config) for masked structures; if you want them as they are, "
+        "delete ds_compress from the config"
+    )

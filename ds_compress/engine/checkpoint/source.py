@@ -12,16 +12,16 @@ from torch import nn
 
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
-from ds_compress.config.resolve.structures import KIND_OF_BLOCK
 from ds_compress.engine.checkpoint import model_file, origin
 from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques import TECHNIQUES
+from ds_compress.techniques.base import TechniqueContext
 
-_QUANTIZERS = ("weight_quantization", "activation_quantization")
 _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
@@ -75,9 +75,7 @@ def _of_transformers(folder: Path) -> ExportSource:
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"{folder} is quantized already")
     if blocks := (getattr(config, origin.KEY, None) or {}).get("unfinished"):
-        from ds_compress.engine.export_source import without
-
-        raise ExportError(f"{folder}: {without(blocks)}")
+        raise ExportError(f"{folder}: {origin.without(blocks)}")
     source = of_module(cls.from_pretrained(folder).eval())
     source.parameters = origin.began_with(source.model)
     source.description = f"folder {folder.name}"
@@ -166,8 +164,8 @@ def _compress(
     model: nn.Module, block: Mapping[str, Any], state: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> None:
     """Cuts what is masked, and attaches the quantizers in the state that they were saved in."""
-    done = ("distillation", "layer_reduction", *(KIND_OF_BLOCK if state["shrunk_units"] else ()))
-    config = parse_config({key: value for key, value in block.items() if key not in done})
+    given = parse_config(block).without("distillation", "layer_reduction")
+    config = given.after_shrink() if state["shrunk_units"] else given
     plan = resolve(model, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     structures = [
@@ -178,43 +176,42 @@ def _compress(
         for key in plan.structures
         for name, units in state["stages"].get(key, {}).get("kept", {}).items()
     }
-    cuts = PruningPlan.of(structures, kept, model)
-    if cuts.active():
-        cuts.rewrite(model)
-        plan = resolve(
-            model, parse_config({k: v for k, v in block.items() if k not in (*done, *KIND_OF_BLOCK)})
-        )
-    for key in _QUANTIZERS:
-        if key in plan.techniques:
-            technique = TECHNIQUES[key](plan.techniques[key], config.seed)
+    pruning_plan = PruningPlan.of(structures, kept, model)
+    if pruning_plan.active():
+        apply_pruning(model, pruning_plan)
+        plan = resolve(model, given.after_shrink())
+    context = TechniqueContext(plan.config, plan, model)
+    for cls in TECHNIQUES.values():
+        technique = cls.of(context) if cls.is_in_forward else None
+        if technique is not None:
             technique.prepare(model)
-            technique.load_state_dict(_renamed(state["stages"][key], cuts))
-    old_names = {renamed: name for name in shapes if (renamed := cuts.renamed(name)) is not None}
+            technique.load_state_dict(_renamed(state["stages"][technique.name], pruning_plan))
+    old_names = {renamed: name for name in shapes if (renamed := pruning_plan.renamed(name)) is not None}
     for name, parameter in model.named_parameters():
         if name.endswith(_STEP_SIZE_SUFFIX):
             weight = old_names[name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"]
             saved = weights[weight.removesuffix(".weight") + _STEP_SIZE_SUFFIX].contiguous()
             module = model.get_submodule(name.removesuffix(_STEP_SIZE_SUFFIX))
             axis = 1 if "Conv1D" in type(module).__name__ else 0
-            parameter.data.copy_(_left(saved, weight, shapes[weight], axis, cuts))
+            parameter.data.copy_(_left(saved, weight, shapes[weight], axis, pruning_plan))
 
 
-def _renamed(state: Mapping[str, Any], cuts: PruningPlan) -> dict[str, Any]:
+def _renamed(state: Mapping[str, Any], pruning_plan: PruningPlan) -> dict[str, Any]:
     """Ranges by the names that modules have after the cut."""
     if "ranges" not in state:
         return dict(state)
-    renamed = {cuts.renamed(f"{name}.weight"): values for name, values in state["ranges"].items()}
+    renamed = {pruning_plan.renamed(f"{name}.weight"): values for name, values in state["ranges"].items()}
     return {**state, "ranges": {n.removesuffix(".weight"): v for n, v in renamed.items() if n is not None}}
 
 
 def _left(
-    scale: torch.Tensor, weight: str, shape: tuple[int, ...], axis: int, cuts: PruningPlan
+    scale: torch.Tensor, weight: str, shape: tuple[int, ...], axis: int, pruning_plan: PruningPlan
 ) -> torch.Tensor:
     """The scales of the outputs that stay."""
-    if scale.dim() == 0 or scale.shape[0] != shape[axis] or not cuts.touches(weight):
+    if scale.dim() == 0 or scale.shape[0] != shape[axis] or not pruning_plan.touches(weight):
         return scale
     view = [1] * len(shape)
     view[axis] = shape[axis]
     outputs = torch.arange(shape[axis]).view(view).expand(shape)
-    left = cuts.apply(weight, outputs, is_weight=False).movedim(axis, 0).flatten(1)[:, 0]
+    left = pruning_plan.prune_tensor(weight, outputs, is_weight=False).movedim(axis, 0).flatten(1)[:, 0]
     return scale[left]

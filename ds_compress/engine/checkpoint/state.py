@@ -1,6 +1,6 @@
 """Compression state beside a DeepSpeed checkpoint, in global parameter coordinates.
 
-    <save_dir>/<tag>/ds_compress/fragments_00000.safetensors    one per process: masks (1 bit), scores, hidden values
+    <save_dir>/<tag>/ds_compress/fragments_00000.safetensors    one per process: masks (1 bit), scores, latent weights
     <save_dir>/<tag>/ds_compress/process_00000.pt               what only that process has: error feedback
     <save_dir>/<tag>/ds_compress/model.json                     class, config and block: see `checkpoint_model`
     <save_dir>/<tag>/ds_compress/state.pt                       counters, bits, ranges; written last, lists the files
@@ -12,7 +12,6 @@ them before DeepSpeed moves its `latest` pointer: a kill at any moment leaves th
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -25,9 +24,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ds_compress.engine import run_end
 from ds_compress.engine.checkpoint import model_file
-from ds_compress.engine.resize import grow
+from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.ops import bitmask
 
@@ -44,18 +42,15 @@ class CheckpointError(RuntimeError):
     """The compression state of a checkpoint is incomplete or does not fit the model."""
 
 
-def wrap(engine: Any, run: CompressionRun) -> None:
-    """`engine.save_checkpoint` and `engine.load_checkpoint` carry the state of `run` from now on."""
-    original_save, original_load = engine.save_checkpoint, engine.load_checkpoint
+def join_checkpoints(engine: Any, run: CompressionRun) -> None:
+    """`engine.save_checkpoint` and `engine.load_checkpoint` carry the state of `run` while it is attached."""
 
-    @functools.wraps(original_save)
     def save_checkpoint(save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         warn_if_unfinished(run)
         save(Path(save_dir) / tag / FOLDER, run)
         return original_save(save_dir, tag, *args, **kwargs)
 
-    @functools.wraps(original_load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         units = _shrunk_units(Path(load_dir), tag)
         # Where the weights that were saved have another shape: become that model first, then load into it.
@@ -63,22 +58,18 @@ def wrap(engine: Any, run: CompressionRun) -> None:
             grow.grow(engine)
             return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
         if units and not run.shrunk_units:
-            run.shrink_to(units)
+            shrink.shrink_to(run, units)
             return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
         before = run.applied_steps
         path, client_state = original_load(load_dir, tag, *args, **kwargs)
         if path is not None and not kwargs.get("load_module_only", False):
             load(_folder(Path(load_dir), tag), run)
             if run.applied_steps < before:
-                run_end.warn_if_unfinished(run)
+                warn_if_unfinished(run)
         return path, client_state
 
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
-
-
-def unwrap(engine: Any) -> None:
-    """Gives the engine its own methods back."""
-    del engine.save_checkpoint, engine.load_checkpoint
+    original_save = run.patches.install(engine, "save_checkpoint", save_checkpoint)
+    original_load = run.patches.install(engine, "load_checkpoint", load_checkpoint)
 
 
 def save(folder: Path, run: CompressionRun) -> None:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed reduces gradients, and how `GradientReduction` gets there.
+"""Where DeepSpeed reduces gradients, and how a `GradientReducer` of ours gets there.
 
 | ZeRO | place | form |
 |---|---|---|
@@ -17,26 +17,23 @@ global of its module, so there a switch is put in that is on only while our opti
 from __future__ import annotations
 
 import bisect
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_compress.engine.patches import Patches
+from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
-from ds_compress.reduce import link
-from ds_compress.reduce.exactness import travels_exactly
+from ds_compress.reduce import bandwidth
 from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
+from ds_compress.reduce.uncompressed import is_sent_uncompressed
+from ds_compress.techniques.training_engine import GradientReducer
 
-if TYPE_CHECKING:
-    from ds_compress.engine.comm.gradient_reduction import GradientReduction
 
-
-def connect(engine: Any, reduction: GradientReduction) -> Callable[[], None]:
+def connect(engine: Any, reduction: GradientReducer) -> Callable[[], None]:
     """Replaces the reductions of `engine`; returns what gives them back."""
     wrapper = engine.optimizer
     if internals.is_zero12(wrapper):
@@ -46,11 +43,11 @@ def connect(engine: Any, reduction: GradientReduction) -> Callable[[], None]:
     return _Whole(engine, reduction).undo
 
 
-def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
+def measure(engine: Any, quantized: QuantizedSum) -> bandwidth.Comparison:
     """Times one reduction of the engine's kind, plain and quantized."""
     wrapper, group, device = engine.optimizer, quantized.group, torch.device(engine.device)
     dtype = engine.communication_data_type
-    flat = torch.randn(link.PROBE_ELEMENTS, device=device).to(dtype)
+    flat = torch.randn(bandwidth.PROBE_ELEMENTS, device=device).to(dtype)
     size = dist.get_world_size(group)
     scatters = internals.is_zero3(wrapper) or (internals.is_zero12(wrapper) and wrapper.reduce_scatter)
 
@@ -69,7 +66,7 @@ def measure(engine: Any, quantized: QuantizedSum) -> link.Comparison:
             quantized.all_reduce([Segment(flat, 0)], 1 / size)
 
     sent = 2 * (size - 1) * flat.nbytes // size
-    return link.compare(plain, ours, group, device, sent)
+    return bandwidth.compare(plain, ours, group, device, sent)
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class _Known:
 def _known(module: torch.nn.Module) -> Mapping[int, _Known]:
     """By the id of the parameter."""
     return {
-        id(p): _Known(name, travels_exactly(getattr(p, "ds_shape", p.shape)))
+        id(p): _Known(name, is_sent_uncompressed(getattr(p, "ds_shape", p.shape)))
         for name, p in module.named_parameters()
     }
 
@@ -104,19 +101,19 @@ def _known(module: torch.nn.Module) -> Mapping[int, _Known]:
 class _Whole:
     """Stage 0 and BF16_Optimizer: every process needs every gradient."""
 
-    def __init__(self, engine: Any, reduction: GradientReduction) -> None:
+    def __init__(self, engine: Any, reduction: GradientReducer) -> None:
         self._engine, self._reduction = engine, reduction
         self._known = _known(engine.module)
-        replaced = Patches(engine)
-        self._original = replaced.put("allreduce_bucket", self._allreduce_bucket)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._original = self._patches.install(engine, "allreduce_bucket", self._allreduce_bucket)
+        self.undo = self._patches.close
 
     @torch.no_grad()
     def _allreduce_bucket(
         self, bucket: list[torch.Tensor], dp_group: Any, dp_world_size: Any = None
     ) -> torch.Tensor:
         numel = sum(tensor.numel() for tensor in bucket)
-        if not self._reduction.takes(numel, bucket[0].dtype):
+        if not self._reduction.handles(numel, bucket[0].dtype):
             return self._original(bucket, dp_group, dp_world_size)
         size = dist.get_world_size(dp_group) if dp_world_size is None else dp_world_size
         flat: torch.Tensor = self._engine.flatten(bucket)
@@ -159,16 +156,18 @@ class _Whole:
 class _Partitioned:
     """Stages 1 and 2: of each bucket a process needs the slices of its own partition."""
 
-    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReduction) -> None:
+    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReducer) -> None:
         self._wrapper, self._reduction = wrapper, reduction
         self._known = _known(engine.module)
         self._bucket: tuple[torch.Tensor, torch.dtype] | None = None
-        replaced = Patches(wrapper)
-        self._average = replaced.put("average_tensor", self._average_tensor)
-        self._scatter = replaced.put("allreduce_and_copy_with_multiple_ranks", self._reduce_slices)
-        self._predivide = replaced.put("gradient_reduction_w_predivide", self._reduce_whole)
-        self._allreduce = replaced.put("allreduce_bucket", self._allreduce_bucket)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._average = self._patches.install(wrapper, "average_tensor", self._average_tensor)
+        self._scatter = self._patches.install(
+            wrapper, "allreduce_and_copy_with_multiple_ranks", self._reduce_slices
+        )
+        self._predivide = self._patches.install(wrapper, "gradient_reduction_w_predivide", self._reduce_whole)
+        self._allreduce = self._patches.install(wrapper, "allreduce_bucket", self._allreduce_bucket)
+        self.undo = self._patches.close
 
     def _average_tensor(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
         self._bucket = (tensor, communication_data_type)
@@ -191,7 +190,7 @@ class _Partitioned:
         group = self._wrapper.dp_process_group if process_group is None else process_group
         owners = [_only_owner(ranks) for ranks in bucket_ranks]
         numel = sum(tensor.numel() for tensor in small_bucket)
-        if None in owners or not self._reduction.takes(numel, small_bucket[0].dtype):
+        if None in owners or not self._reduction.handles(numel, small_bucket[0].dtype):
             self._scatter(
                 small_bucket,
                 communication_data_type,
@@ -211,7 +210,7 @@ class _Partitioned:
                 place[segment] = (offset, output)
                 offset += segment.numel
 
-        def take(part: Part, values: torch.Tensor) -> None:
+        def deliver(part: Part, values: torch.Tensor) -> None:
             offset, output = place[part.segment]
             part.values.copy_(values)
             if output is not None:
@@ -219,11 +218,13 @@ class _Partitioned:
                     output.view(-1)[offset + part.begin : offset + part.end], values
                 )
 
-        self._reduction.reduce_scatter(group, list(place), take, self._multiplier(group) if divide else 1.0)
+        self._reduction.reduce_scatter(
+            group, list(place), deliver, self._multiplier(group) if divide else 1.0
+        )
 
     @torch.no_grad()
     def _reduce_whole(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> torch.Tensor:
-        if not tensor.numel() or not self._reduction.takes(tensor.numel(), tensor.dtype):
+        if not tensor.numel() or not self._reduction.handles(tensor.numel(), tensor.dtype):
             reduced: torch.Tensor = self._predivide(tensor, communication_data_type)
             return reduced
         group = self._wrapper.dp_process_group
@@ -241,7 +242,7 @@ class _Partitioned:
         process_group: Any = None,
     ) -> torch.Tensor:
         numel = sum(tensor.numel() for tensor in bucket)
-        if rank is not None or not self._reduction.takes(numel, bucket[0].dtype):
+        if rank is not None or not self._reduction.handles(numel, bucket[0].dtype):
             return self._allreduce(
                 bucket,
                 communication_data_type,
@@ -314,14 +315,14 @@ class _Sharded:
     _current: _Sharded | None = None
     """The optimizer that is averaging now; the switch of `reduce_scatter_coalesced`."""
 
-    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReduction) -> None:
+    def __init__(self, engine: Any, wrapper: Any, reduction: GradientReducer) -> None:
         self._reduction = reduction
         self._known = _known(engine.module)
         self._parameters: list[Any] = []
         _switch_reduce_scatter_coalesced()
-        replaced = Patches(wrapper)
-        self._average = replaced.put(internals.AVERAGE_OF_STAGE_3, self._avg_scatter_grads)
-        self.undo = replaced.undo
+        self._patches = Patches()
+        self._average = self._patches.install(wrapper, internals.AVERAGE_OF_STAGE_3, self._avg_scatter_grads)
+        self.undo = self._patches.close
 
     def _avg_scatter_grads(self, params_to_reduce: list[Any], communication_data_type: torch.dtype) -> Any:
         previous, _Sharded._current = _Sharded._current, self
@@ -336,7 +337,7 @@ class _Sharded:
         self, tensors: list[torch.Tensor], group: Any, original: Callable[..., list[torch.Tensor]]
     ) -> list[torch.Tensor]:
         """In place of `reduce_scatter_coalesced`: fp32 slices of the mean."""
-        if not self._reduction.takes(sum(tensor.numel() for tensor in tensors), tensors[0].dtype):
+        if not self._reduction.handles(sum(tensor.numel() for tensor in tensors), tensors[0].dtype):
             return original(tensors, group)
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         results: list[torch.Tensor] = []
@@ -353,10 +354,10 @@ class _Sharded:
                 else:
                     place[segment] = _NOT_OURS
 
-        def take(part: Part, values: torch.Tensor) -> None:
+        def deliver(part: Part, values: torch.Tensor) -> None:
             place[part.segment][part.begin : part.end] = values
 
-        self._reduction.reduce_scatter(group, list(place), take, 1 / size)
+        self._reduction.reduce_scatter(group, list(place), deliver, 1 / size)
         return results
 
 
@@ -368,8 +369,7 @@ def _switch_reduce_scatter_coalesced() -> None:
     """Once: the global of stage3.py asks whose turn it is, and is DeepSpeed's own when it is nobody's."""
     from deepspeed.runtime.zero import stage3
 
-    original = stage3.reduce_scatter_coalesced
-    if hasattr(original, "_switch_of_ds_compress"):
+    if GLOBALS.has(stage3, "reduce_scatter_coalesced"):
         return
 
     def reduce_scatter_coalesced(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
@@ -379,9 +379,7 @@ def _switch_reduce_scatter_coalesced() -> None:
             return scattered
         return current.reduce(tensors, group, original)
 
-    switch: Any = functools.wraps(original)(reduce_scatter_coalesced)
-    switch._switch_of_ds_compress = True
-    stage3.reduce_scatter_coalesced = switch
+    original = GLOBALS.install(stage3, "reduce_scatter_coalesced", reduce_scatter_coalesced)
 
 
 def _only_owner(ranks: Any) -> int | None:

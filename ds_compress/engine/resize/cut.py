@@ -11,17 +11,18 @@ from torch import nn
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.cut import PruningPlan
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.pruning_plan import PruningPlan
 
 
 @torch.no_grad()
 def cut_in_place(
     engine: Any,
-    cuts: PruningPlan,
+    pruning_plan: PruningPlan,
     device: torch.device | None = None,
     before_cut: Callable[[nn.Module], None] | None = None,
 ) -> dict[int, nn.Parameter | None]:
-    """Cuts `engine.module` as `cuts` says and takes the engine down; a collective.
+    """Cuts `engine.module` as `pruning_plan` says and takes the engine down; a collective.
 
     One module's parameters are whole at a time; what remains is the smaller model, whole in every process, with new
     Parameter objects. `before_cut` sees the whole structure with empty parameters. Returns {id of an old parameter:
@@ -35,8 +36,8 @@ def cut_in_place(
         own = [p for p in module._parameters.values() if p is not None and id(p) not in values]
         with full_parameters(own):
             for parameter in own:
-                if cuts.renamed(names[id(parameter)]) is not None:
-                    whole = cuts.apply(names[id(parameter)], parameter.detach())
+                if pruning_plan.renamed(names[id(parameter)]) is not None:
+                    whole = pruning_plan.prune_tensor(names[id(parameter)], parameter.detach())
                     values[id(parameter)] = whole.to(device or parameter.device, copy=True).contiguous()
                 else:
                     values[id(parameter)] = parameter.new_empty(0)
@@ -45,12 +46,12 @@ def cut_in_place(
     _replace(model, shells)
     if before_cut is not None:
         before_cut(model)
-    cuts.rewrite(model, skeleton=True)
+    apply_pruning(model, pruning_plan, meta=True)
     final = dict(model.named_parameters())
     made: dict[int, nn.Parameter | None] = dict.fromkeys(names)
     by_shell: dict[int, nn.Parameter] = {}
     for key, name in names.items():
-        renamed = cuts.renamed(name)
+        renamed = pruning_plan.renamed(name)
         if renamed is None:
             continue
         shell = final[renamed]

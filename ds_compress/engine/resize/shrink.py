@@ -9,27 +9,25 @@ training script or a Trainer, goes on without knowing. The next loss is that of 
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ds_compress.engine.resize.carried import Carried
 from ds_compress.engine.resize.cut import cut_in_place
-from ds_compress.engine.resize.grow import Uncut
+from ds_compress.engine.resize.rebuild import rebuild_smaller
 from ds_compress.engine.resize.snapshot import MASTER, Snapshot, optimizer_state, write_state
+from ds_compress.engine.resize.uncut import Uncut
+from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.zero import copies
-from ds_compress.engine.zero.shards import Shards
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
-from ds_compress.structure.cut import PruningPlan
-
-if TYPE_CHECKING:
-    from ds_compress.engine.run import CompressionRun
+from ds_compress.sharding.shards import Shards
+from ds_compress.structure.pruning_plan import PruningPlan
 
 logger = logging.getLogger("ds_compress")
 
@@ -39,19 +37,19 @@ _STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 def shrink(engine: Any) -> None:
     """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
     run: CompressionRun = engine.compression
-    cuts = run.cuts()
+    pruning_plan = run.pruning_plan()
     before = _total(engine.module)
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
     axes = _output_axes(engine.module)
     snapshot = Snapshot(engine, run.shards, run.techniques.values())
     carried = Carried(engine)
-    uncut = Uncut(engine, cuts)
+    uncut = Uncut(engine, pruning_plan)
     run.make_way()
-    made = cut_in_place(engine, cuts, before_cut=uncut.take)
+    made = cut_in_place(engine, pruning_plan, before_cut=uncut.take)
     fresh = object.__new__(type(engine))
-    successor = run.rebuild(fresh, made, cuts)
+    successor = rebuild_smaller(run, fresh, made, pruning_plan)
     successor.uncut = uncut
-    restored = _Restored(old, cuts, snapshot, axes)
+    restored = _Restored(old, pruning_plan, snapshot, axes)
     restored.optimizer(fresh, successor.shards)
     copies.refresh(fresh)
     restored.techniques(successor)
@@ -64,17 +62,25 @@ def shrink(engine: Any) -> None:
 
 def at_end_of_schedule(engine: Any, run: CompressionRun) -> None:
     """`engine.step` shrinks as soon as no mask will change any more."""
-    step = engine.step
 
-    @functools.wraps(step)
     def step_and_shrink(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        if run.structures_are_final:
+        if run.masks_are_final:
             shrink(engine)
             gc.collect()  # the old engine refers to itself: its weights and moments would stay for a while
         return result
 
-    engine.step = step_and_shrink
+    step = run.patches.install(engine, "step", step_and_shrink)
+
+
+def shrink_to(run: CompressionRun, units: Mapping[str, torch.Tensor]) -> None:
+    """Shrinks now, to these units, whatever the schedules say; for a checkpoint of a run that had shrunk.
+
+    Raises:
+        ValueError: the units are of other prunable groups than those of the JSON.
+    """
+    run.keep_units(units)
+    shrink(run.engine)
 
 
 def _total(model: nn.Module) -> str:
@@ -96,12 +102,12 @@ class _Restored:
     def __init__(
         self,
         old: Mapping[str, tuple[int, ...]],
-        cuts: PruningPlan,
+        pruning_plan: PruningPlan,
         snapshot: Snapshot,
         axes: Mapping[str, int],
     ) -> None:
-        self._old, self._cuts, self._snapshot, self._axes = old, cuts, snapshot, axes
-        renamed = {name: cuts.renamed(name) for name in old}
+        self._old, self._pruning_plan, self._snapshot, self._axes = old, pruning_plan, snapshot, axes
+        renamed = {name: pruning_plan.renamed(name) for name in old}
         self.origin = {new: name for name, new in renamed.items() if new is not None}
         """{name of a parameter now: before}."""
 
@@ -149,7 +155,7 @@ class _Restored:
 
     def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
         if not name.endswith(_STEP_SIZE_SUFFIX):
-            return self._cuts.apply(name, whole, is_weight)
+            return self._pruning_plan.prune_tensor(name, whole, is_weight)
         weight = name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"
         shape, axis = self._old[weight], self._axes[name]
         if whole.dim() == 0 or whole.shape[0] != shape[axis]:
@@ -157,5 +163,10 @@ class _Restored:
         # Which outputs are left shows in what the cut makes of their numbers.
         numbers = torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - 1))
         numbers = numbers.movedim(0, axis) if axis else numbers
-        left = self._cuts.apply(weight, numbers.expand(shape), False).movedim(axis, 0).flatten(1)[:, 0].long()
+        left = (
+            self._pruning_plan.prune_tensor(weight, numbers.expand(shape), False)
+            .movedim(axis, 0)
+            .flatten(1)[:, 0]
+            .long()
+        )
         return whole[left]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.fragments import Fragment
-from ds_compress.engine.zero.shards import Shards
+from ds_compress.sharding.fragment import Fragment
+from ds_compress.sharding.shards import Shards
 from ds_compress.techniques.base import Technique
 
 MASTER = "master"

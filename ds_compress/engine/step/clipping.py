@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.fragments import Fragment
-from ds_compress.engine.zero.shards import Shards
-from ds_compress.engine.zero.tensor_parallel import TensorParallel
+from ds_compress.engine.zero.tensor_parallel import layer_shards
 from ds_compress.ops import bitmask
+from ds_compress.sharding.fragment import Fragment
+from ds_compress.sharding.shards import Shards
 from ds_compress.techniques.base import Technique
 
 
@@ -36,20 +36,20 @@ class AppliedNorm:
 
     def __init__(self, engine: Any, techniques: Sequence[Technique]) -> None:
         self._engine, self._wrapper, self._techniques = engine, engine.optimizer, techniques
-        self._replaced = Patches(self._wrapper)
+        self._patches = Patches()
         self._is_zero = hasattr(self._wrapper, "get_grad_norm_direct")
         if self._is_zero:
-            self._direct = self._replaced.put("get_grad_norm_direct", self._norm)
-            self._offloaded = self._replaced.put(
-                "complete_grad_norm_calculation_for_cpu_offload", self._norm_of_offloaded
+            self._direct = self._patches.install(self._wrapper, "get_grad_norm_direct", self._norm)
+            self._offloaded = self._patches.install(
+                self._wrapper, "complete_grad_norm_calculation_for_cpu_offload", self._norm_of_offloaded
             )
 
     def use(self, shards: Shards) -> None:
-        self._shards, self._layers = shards, TensorParallel.of_engine(self._engine)
+        self._shards, self._layers = shards, layer_shards(self._engine)
         self._by_parameter = {id(f.parameter): f for f in shards.fragments.values() if f.has_optimizer}
 
     def remove(self) -> None:
-        self._replaced.undo()
+        self._patches.close()
 
     @property
     def _clears(self) -> bool:

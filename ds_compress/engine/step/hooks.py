@@ -17,19 +17,20 @@ for a skipped step is put back. A step that DeepSpeed applied past our hooks is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ds_compress.engine.patches import Patches
 from ds_compress.engine.step import monitoring
 from ds_compress.engine.step.clipping import AppliedNorm
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.fragments import Fragment
 from ds_compress.engine.zero.frozen import FrozenWeights
-from ds_compress.engine.zero.shards import Shards
 from ds_compress.engine.zero.tensor_parallel import any_in_group
 from ds_compress.modelinfo.inventory import few
+from ds_compress.sharding.fragment import Fragment
+from ds_compress.sharding.shards import Shards
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")
@@ -50,8 +51,8 @@ class StepHooks:
         for optimizer in internals.torch_optimizers(engine):
             self._handles.append(optimizer.register_step_pre_hook(self._on_gradients))
             self._handles.append(optimizer.register_step_post_hook(self._on_update))
-        self._original_step: Callable[..., Any] = engine._take_model_step
-        engine._take_model_step = self._take_model_step
+        self._patches = Patches()
+        self._original_step = self._patches.install(engine, "_take_model_step", self._take_model_step)
         self._guard = _overflow_guard(engine)
         self._norm = AppliedNorm(engine, techniques)
 
@@ -73,7 +74,7 @@ class StepHooks:
             handle.remove()
         self._handles = []
         self._norm.remove()
-        vars(self.engine).pop("_take_model_step", None)
+        self._patches.close()
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
         self._updated = set()

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ds_compress.engine.zero.fragments import Fragment
 from ds_compress.engine.zero.frozen import FrozenWeights
-from ds_compress.engine.zero.shards import Shards
+from ds_compress.sharding.fragment import Fragment
+from ds_compress.sharding.shards import Shards
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")

@@ -9,7 +9,7 @@ its layer, is an error. Later forwards cost nothing. The fused kernels of torch 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +54,12 @@ _PRODUCTS = frozenset(
 _COPIES = frozenset(["to", "type", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach"])
 
 
-def watch(engine: Any) -> Callable[[], None]:
-    """Watches the forwards of `engine`; returns what ends it."""
+def watch(engine: Any, patches: Patches) -> None:
+    """Watches the forwards of `engine` until `patches` are closed."""
     names = _quantized_weights(engine.module)
     if not names:
-        return lambda: None
+        return
     seen: set[tuple[bool, bool]] = set()
-    replaced = Patches(engine)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         kind = (engine.module.training, torch.is_grad_enabled())
@@ -70,8 +69,7 @@ def watch(engine: Any) -> Callable[[], None]:
         with _RawReads(names):
             return original(*args, **kwargs)
 
-    original = replaced.put("forward", forward)
-    return replaced.undo
+    original = patches.install(engine, "forward", forward)
 
 
 def _quantized_weights(model: nn.Module) -> dict[int, str]:

@@ -10,13 +10,13 @@ from torch import nn
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.cache_format import CacheError
 from ds_compress.distill.cache_read import TeacherCache
-from ds_compress.engine.teachers.sharded import Teacher
+from ds_compress.engine.teachers.sharded import ShardedTeacher
 from ds_compress.errors import ConfigError, Problem, shown
 
 _PATH = "compression_training.distillation"
 
 
-def cached_teacher(config: CompressionConfig, student: nn.Module) -> Teacher | None:
+def cached_teacher(config: CompressionConfig, student: nn.Module) -> ShardedTeacher | None:
     """The teacher of the JSON's `teacher_cache`, None when it has none.
 
     Raises:
@@ -46,7 +46,7 @@ def cached_teacher(config: CompressionConfig, student: nn.Module) -> Teacher | N
     return CachedTeacher(cache)
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher(ShardedTeacher):
     """Its output has `.logits` (SparseLogits) and nothing else."""
 
     def __init__(self, cache: TeacherCache) -> None:

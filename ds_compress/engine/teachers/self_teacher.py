@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig
-from ds_compress.engine.teachers.sharded import DTYPES, Teacher, evaluating, zero3_config
+from ds_compress.engine.teachers.sharded import DTYPES, ShardedTeacher, evaluating, zero3_config
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.parameters import full_parameters
-from ds_compress.engine.zero.shards import Shards
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
+from ds_compress.sharding.shards import Shards
 
 
-def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> Teacher | None:
+def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> ShardedTeacher | None:
     """The teacher that the JSON's `self_teacher` asks for, made from `model`; None when it asks for none.
 
     before: whether layer reduction is still to come: `initial` copies the model then, the others as it is afterwards.
@@ -35,12 +35,12 @@ def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> T
         return CurrentTeacher(model)
     dtype = None if block.teacher_dtype is None else DTYPES[block.teacher_dtype]
     if weights == "initial":
-        return Teacher(frozen_copy(model, block.teacher_zero_stage, dtype), block.teacher_zero_stage, None,
+        return ShardedTeacher(frozen_copy(model, block.teacher_zero_stage, dtype), block.teacher_zero_stage, None,
                        block.teacher_offload)  # fmt: skip
     return EmaTeacher(model, block.self_teacher.decay, block.teacher_offload)
 
 
-class CurrentTeacher(Teacher):
+class CurrentTeacher(ShardedTeacher):
     """The student as it is now, its quantizers off for the time of a forward; needs no memory."""
 
     def __init__(self, student: nn.Module) -> None:
@@ -52,7 +52,7 @@ class CurrentTeacher(Teacher):
             return self.model(*args, **kwargs)
 
 
-class EmaTeacher(Teacher):
+class EmaTeacher(ShardedTeacher):
     """After each step, average <- decay * average + (1 - decay) * student (Tarvainen & Valpola 2017, Mean Teacher).
 
     Kept in fp32, sharded as the student is; without communication. It averages the weights as the student's forward

@@ -13,14 +13,14 @@ from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.shards import Shards
 from ds_compress.errors import ConfigError, Problem, shown
+from ds_compress.sharding.shards import Shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PATH = "compression_training.distillation.teacher"
 
 
-class Teacher:
+class ShardedTeacher:
     """A model to learn from; its engine is made at the first forward, when the student's exists.
 
     Args:
@@ -51,7 +51,9 @@ class Teacher:
         self._engine: Any = None
 
     @classmethod
-    def of(cls, config: CompressionConfig, given: nn.Module | None, student: nn.Module) -> Teacher | None:
+    def of(
+        cls, config: CompressionConfig, given: nn.Module | None, student: nn.Module
+    ) -> ShardedTeacher | None:
         """The teacher that was given as an object, or the one the JSON names; None when there is neither.
 
         Raises:
@@ -79,7 +81,7 @@ class Teacher:
         return cls(_load(block.teacher, student, block.teacher_zero_stage, dtype), *settings)
 
     @classmethod
-    def _for_layers(cls, config: CompressionConfig, given: nn.Module, student: nn.Module) -> Teacher:
+    def _for_layers(cls, config: CompressionConfig, given: nn.Module, student: nn.Module) -> ShardedTeacher:
         if config.layer_reduction is None or not config.layer_reduction.enabled:
             raise _error(
                 "a teacher object", "a block with distillation or layer_reduction enabled, to use it"

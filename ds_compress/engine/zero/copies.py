@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.fragments import Fragment, all_fragments, check_fragments
+from ds_compress.engine.zero.fragments import all_fragments, check_fragments
+from ds_compress.sharding.fragment import Fragment
 
 
 @torch.no_grad()

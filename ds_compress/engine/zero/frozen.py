@@ -8,38 +8,17 @@ is the same code and a mask still lives on one owner; what the owner has cleared
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.fragments import Fragment
-from ds_compress.errors import ConfigError, Problem, dotted
-from ds_compress.modelinfo.inventory import few
+from ds_compress.sharding.fragment import Fragment
 from ds_compress.techniques.base import Technique
 
 logger = logging.getLogger("ds_compress")
-
-
-def refuse_learning(techniques: Iterable[Technique], names: Iterable[str]) -> None:
-    """Raises ConfigError for each stage whose masks need training of one of the weights `names`, which get none."""
-    frozen = set(names)
-    problems = []
-    for technique in techniques:
-        stuck = [name for name in technique.learning_weights() if name in frozen]
-        if stuck:
-            problems.append(
-                Problem(
-                    dotted(technique.name, "shared_parameters", "method"),
-                    f"masks that follow the training of {few(stuck)}, which no optimizer steps (frozen?)",
-                    "l1 or random, without regrowth, for weights that do not train",
-                    "choose such a method, train these weights, or leave them out by excluded_modules",
-                )
-            )
-    if problems:
-        raise ConfigError(problems)
 
 
 class FrozenWeights:

@@ -1,4 +1,7 @@
-"""Every op in plain torch: what runs where nothing is compiled, and what the tests hold the kernels against."""
+"""Every op in plain torch: what runs where nothing is compiled, and what the tests hold the kernels against.
+
+The signatures here are those of the ops: schemas are inferred from them (see `ds_compress.ops.schemas`).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,32 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_compress.ops.reference import block_quantize, fake_quantize, linear, mask
-from ds_compress.ops.schemas import SCHEMAS
 
-_MODULES = (linear, fake_quantize, mask, block_quantize)
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    name: next(getattr(module, name) for module in _MODULES if hasattr(module, name)) for name in SCHEMAS
+_OPS: tuple[Callable[..., Any], ...] = (
+    linear.int8_linear_pack,
+    linear.int8_linear_quantize_pack,
+    linear.int8_linear,
+    linear.int4_linear_pack,
+    linear.int4_linear,
+    fake_quantize.fake_quantize,
+    mask.mask_apply_,
+    mask.mask_apply_many_,
+    mask.mask_pack,
+    mask.mask_unpack,
+    mask.mask_n_of_m,
+    block_quantize.block_quantize,
+    block_quantize.block_dequantize,
+    block_quantize.block_reduce,
+    block_quantize.block_reduce_quantize,
+)
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {op.__name__: op for op in _OPS}
+
+MUTATED: dict[str, tuple[str, ...]] = {
+    "mask_apply_": ("weights",),
+    "mask_apply_many_": ("weights",),
+    "block_quantize": ("payloads", "residual"),
+    "block_dequantize": ("out",),
+    "block_reduce": ("out",),
+    "block_reduce_quantize": ("payload", "residual"),
 }
+"""The arguments that an op writes; the others write none."""

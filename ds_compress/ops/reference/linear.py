@@ -5,8 +5,8 @@ int32 sums are dequantized, biased and activated in fp32, cast last. Exactness c
 2^31. Without activation, or with relu, the kernels give the same bits; the other activations are computed here in
 float64 and rounded once.
 
-A packed weight of this module (layout 0) is the header, then for int8 and 2:4 weights the row-major codes; for int4
-weights the fp32 scales and then the codes in pairs, the even column in the low nibble.
+A packed weight of this module (layout 0) is the header, then for int8 weights the row-major quantized values; for int4
+weights the fp32 scales and then the values in pairs, the even column in the low nibble.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from ds_compress.ops.checks import (
+    check_groups,
+    check_int4_scale,
+    check_linear,
+    check_quantize_pack,
+    check_quantized,
+    check_weight_scale,
+    described,
+)
 from ds_compress.ops.reference.division import divided
-from ds_compress.ops.schemas import HEADER_BYTES, packed_bytes
+from ds_compress.ops.sizes import HEADER_BYTES, packed_bytes
 
 MAGIC = int.from_bytes(b"DSCPACK1", "little")
 LAYOUT = 0
 SMALLEST_SCALE = 2.0**-126
-LARGEST_SUM = 2**31 - 1
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Where the formula would multiply an infinity by 0, its limit; both activations are 0 in float64 long before.
 _DEEP = -1000.0
@@ -37,8 +44,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def int8_linear_pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes int8 (N, K) as a packed weight, uint8 (packed_bytes,).
+def int8_linear_pack(quantized: torch.Tensor) -> torch.Tensor:
+    """int8 values (N, K) as a packed weight, uint8 (packed_bytes,).
 
     Raises:
         ValueError: wrong dtype or shape.
@@ -46,13 +53,13 @@ def int8_linear_pack(codes: torch.Tensor) -> torch.Tensor:
     >>> F.int8_linear_pack(torch.ones(2, 4, dtype=torch.int8)).dtype
     torch.uint8
     """
-    _check_codes(codes)
-    rows, columns = codes.shape
-    return _pack(codes.contiguous().view(torch.uint8), rows, columns, packed_bytes(rows, columns))
+    check_quantized(quantized)
+    rows, columns = quantized.shape
+    return _pack(quantized.contiguous().view(torch.uint8), rows, columns, packed_bytes(rows, columns))
 
 
 def int8_linear_quantize_pack(weight: torch.Tensor, scale: torch.Tensor, steps: int) -> torch.Tensor:
-    """`int8_linear_pack` of clamp(rint(weight / scale), -steps, 127); a quotient that is NaN gives code 0.
+    """`int8_linear_pack` of clamp(rint(weight / scale), -steps, 127); a quotient that is NaN gives 0.
 
     weight (N, K) fp32, bf16 or fp16; scale fp32 (N,) or (1,).
 
@@ -64,14 +71,8 @@ def int8_linear_quantize_pack(weight: torch.Tensor, scale: torch.Tensor, steps: 
     >>> F.int8_linear(torch.tensor([[1.0, 0.0]]), packed, weight.abs().amax(1) / 127).round(decimals=2)
     tensor([[0.5000, 2.0000]])
     """
-    _check_steps(steps)
-    if weight.dim() != 2 or weight.dtype not in FLOATS:
-        raise ValueError(
-            f"weight is (out_features, in_features) in fp32, bf16 or fp16, got {_described(weight)}"
-        )
-    if scale.dtype is not torch.float32 or scale.dim() != 1 or scale.numel() not in (1, weight.shape[0]):
-        raise ValueError(f"scale is fp32 ({weight.shape[0]},) or (1,), got {_described(scale)}")
-    return int8_linear_pack(_codes(weight.float(), scale.unsqueeze(1), steps).to(torch.int8))
+    check_quantize_pack(weight, scale, steps)
+    return int8_linear_pack(_quantize(weight.float(), scale.unsqueeze(1), steps).to(torch.int8))
 
 
 def int8_linear(
@@ -85,7 +86,7 @@ def int8_linear(
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """activation(x @ weight.T + bias) with int8 codes on both sides.
+    """activation(x @ weight.T + bias) with int8 values on both sides.
 
     x (..., K) fp32, bf16 or fp16; packed from `int8_linear_pack`; weight_scale fp32 (N,); bias fp32 (N,);
     input_scale fp32 (1,), or None for one scale per row of x: max(amax / steps, 2^-126). A row with NaN, and with its
@@ -100,33 +101,31 @@ def int8_linear(
     tensor([[2., 0.]])
     """
     rows, columns, _ = _unpack_header(packed, int4=False)
-    if weight_scale.dtype is not torch.float32 or weight_scale.shape != (rows,):
-        raise ValueError(f"weight_scale is fp32 ({rows},), got {_described(weight_scale)}")
-    _check_call(x, rows, columns, bias, input_scale, steps, activation, out_dtype)
-    codes, scale = _quantize_rows(x, input_scale, steps)
+    check_weight_scale(weight_scale, rows)
+    check_linear(x, rows, columns, bias, input_scale, steps, activation, out_dtype)
+    quantized, scale = _quantize_rows(x, input_scale, steps)
     weight = packed[HEADER_BYTES : HEADER_BYTES + rows * columns].view(torch.int8).view(rows, columns)
-    y = _exact_product(codes, weight).mul_(scale.unsqueeze(1) * weight_scale)
+    y = _exact_product(quantized, weight).mul_(scale.unsqueeze(1) * weight_scale)
     return _finish(y, x, bias, activation, out_dtype)
 
 
-def int4_linear_pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes int8 (N, K) in [-8, 7] with their scales fp32 (N, groups) as a packed weight.
+def int4_linear_pack(quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 values (N, K) in [-8, 7] with their scales fp32 (N, groups) as a packed weight.
 
     Raises:
-        ValueError: wrong dtype, shape or a code out of range.
+        ValueError: wrong dtype, shape or a value out of range.
 
-    >>> codes = torch.full((2, 32), 7, dtype=torch.int8)
-    >>> F.int4_linear_pack(codes, torch.ones(2, 1)).dtype
+    >>> quantized = torch.full((2, 32), 7, dtype=torch.int8)
+    >>> F.int4_linear_pack(quantized, torch.ones(2, 1)).dtype
     torch.uint8
     """
-    _check_codes(codes)
-    rows, columns = codes.shape
-    if scale.dtype is not torch.float32 or scale.dim() != 2 or scale.shape[0] != rows:
-        raise ValueError(f"scale is fp32 ({rows}, groups), got {_described(scale)}")
-    if codes.numel() and not bool(((codes >= -8) & (codes <= 7)).all()):
-        raise ValueError("int4 codes lie in [-8, 7]")
+    check_quantized(quantized)
+    rows, columns = quantized.shape
+    check_int4_scale(scale, rows)
+    if quantized.numel() and not bool(((quantized >= -8) & (quantized <= 7)).all()):
+        raise ValueError("int4 values lie in [-8, 7]")
     groups = scale.shape[1]
-    even = functional.pad(codes, (0, columns % 2)).view(torch.uint8)
+    even = functional.pad(quantized, (0, columns % 2)).view(torch.uint8)
     nibbles = (even[:, 0::2] & 15) | (even[:, 1::2] << 4)
     body = torch.cat([scale.contiguous().view(-1).view(torch.uint8), nibbles.reshape(-1)])
     return _pack(body, rows, columns, packed_bytes(rows, columns, bits=4, groups=groups), groups)
@@ -158,87 +157,34 @@ def int4_linear(
     rows, columns, groups = _unpack_header(packed, int4=True)
     if out_features != rows:
         raise ValueError(f"this weight has {rows} out_features, got {out_features}")
-    if group_size < 32 or group_size % 32 or -(-columns // group_size) != groups:
-        raise ValueError(
-            f"group_size is a multiple of 32 that makes {groups} groups of {columns} columns, got {group_size}"
-        )
-    _check_call(x, rows, columns, bias, input_scale, steps, activation, out_dtype)
-    codes, input_scales = _quantize_rows(x, input_scale, steps)
+    check_groups(group_size, columns, groups)
+    check_linear(x, rows, columns, bias, input_scale, steps, activation, out_dtype)
+    quantized, input_scales = _quantize_rows(x, input_scale, steps)
     body = packed[HEADER_BYTES:]
     scale = body[: 4 * rows * groups].view(torch.float32).view(rows, groups)
     width = -(-columns // 2)
     pairs = body[4 * rows * groups :][: rows * width].view(rows, width)
     weight = torch.stack([pairs & 15, pairs >> 4], dim=2).view(rows, 2 * width)[:, :columns]
     weight = ((weight ^ 8).to(torch.int8) - 8).contiguous()
-    y = codes.new_zeros((codes.shape[0], rows))
+    y = quantized.new_zeros((quantized.shape[0], rows))
     for group in range(groups):
         part = slice(group * group_size, (group + 1) * group_size)
-        product = _exact_product(codes[:, part], weight[:, part]).mul_(scale[:, group])
+        product = _exact_product(quantized[:, part], weight[:, part]).mul_(scale[:, group])
         y = product if group == 0 else y.add_(product)
     return _finish(y.mul_(input_scales.unsqueeze(1)), x, bias, activation, out_dtype)
-
-
-def sparse24_linear_pack(codes: torch.Tensor) -> torch.Tensor:
-    """`int8_linear_pack` of codes (N, K) that have at most 2 non-zeros in every 4 neighbours of a row.
-
-    Raises:
-        ValueError: wrong dtype or shape, K is no multiple of 4, or a run of 4 has more non-zeros.
-
-    >>> F.sparse24_linear_pack(torch.tensor([[3, 0, 0, -5]], dtype=torch.int8)).dtype
-    torch.uint8
-    """
-    _check_codes(codes)
-    if codes.shape[1] % 4:
-        raise ValueError(f"2:4 weights have a multiple of 4 columns, got {codes.shape[1]}")
-    crowded = (codes != 0).reshape(codes.shape[0], codes.shape[1] // 4, 4).sum(dim=2) > 2
-    if bool(crowded.any()):
-        row, run = (int(i) for i in crowded.nonzero()[0])
-        raise ValueError(
-            f"2:4 weights have at most 2 non-zeros in 4 columns: row {row}, columns {4 * run} to {4 * run + 3}"
-        )
-    return int8_linear_pack(codes)
-
-
-def sparse24_linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    input_scale: torch.Tensor | None = None,
-    *,
-    steps: int = 127,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """`int8_linear` of a weight from `sparse24_linear_pack`; the zeros are multiplied like all others here.
-
-    >>> packed = F.sparse24_linear_pack(torch.tensor([[127, 0, 0, 127]], dtype=torch.int8))
-    >>> F.sparse24_linear(torch.ones(1, 4), packed, torch.tensor([1 / 127])).round()
-    tensor([[2.]])
-    """
-    return int8_linear(
-        x,
-        packed,
-        weight_scale,
-        bias,
-        input_scale,
-        steps=steps,
-        activation=activation,
-        out_dtype=out_dtype,
-    )
 
 
 # --- parts -------------------------------------------------------------------------------------------------
 
 
-def _codes(values: torch.Tensor, scale: torch.Tensor, steps: int) -> torch.Tensor:
+def _quantize(values: torch.Tensor, scale: torch.Tensor, steps: int) -> torch.Tensor:
     return values.div(scale).round_().clamp_(-steps, 127).nan_to_num_(0.0)
 
 
 def _quantize_rows(
     x: torch.Tensor, input_scale: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(whole codes as fp32 (M, K), scales fp32 (M,)) of x (..., K)."""
+    """(whole numbers as fp32 (M, K), scales fp32 (M,)) of x (..., K)."""
     values = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()
     if input_scale is not None:
         scale = torch.where(values.isnan().any(dim=1), torch.nan, input_scale)
@@ -247,12 +193,12 @@ def _quantize_rows(
     else:
         largest = values.abs().amax(dim=1)
         scale = torch.where(largest.isfinite(), divided(largest, steps).clamp_min(SMALLEST_SCALE), torch.nan)
-    return _codes(values, scale.unsqueeze(1), steps), scale
+    return _quantize(values, scale.unsqueeze(1), steps), scale
 
 
-def _exact_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """codes (M, K) @ weight (N, K).T, exact, rounded to fp32 once; sums that are zero are +0.0 as an integer's."""
-    return (codes.double() @ weight.double().T).add_(0.0).float()
+def _exact_product(quantized: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """quantized (M, K) @ weight (N, K).T, exact, rounded to fp32 once; sums that are zero are +0.0 as an integer's."""
+    return (quantized.double() @ weight.double().T).add_(0.0).float()
 
 
 def _finish(
@@ -278,7 +224,7 @@ def _pack(body: torch.Tensor, rows: int, columns: int, size: int, groups: int = 
 def _unpack_header(packed: torch.Tensor, int4: bool) -> tuple[int, int, int]:
     """(rows, columns, groups); raises ValueError for what this module did not pack."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() < HEADER_BYTES:
-        raise ValueError(f"a packed weight is uint8 (bytes,), got {_described(packed)}")
+        raise ValueError(f"a packed weight is uint8 (bytes,), got {described(packed)}")
     magic, layout, rows, columns, groups, *_ = packed[:HEADER_BYTES].view(torch.int64).tolist()
     if magic != MAGIC:
         raise ValueError("this is no packed weight: pack it with int8_linear_pack or its relatives")
@@ -294,44 +240,3 @@ def _unpack_header(packed: torch.Tensor, int4: bool) -> tuple[int, int, int]:
             f"a packed weight of ({rows}, {columns}) has another size than {packed.numel()} bytes"
         )
     return rows, columns, groups
-
-
-def _check_codes(codes: torch.Tensor) -> None:
-    if codes.dtype is not torch.int8 or codes.dim() != 2:
-        raise ValueError(f"codes are int8 (out_features, in_features), got {_described(codes)}")
-
-
-def _check_steps(steps: int) -> None:
-    if steps not in (127, 128):
-        raise ValueError(f"steps are 127 or 128, got {steps}")
-
-
-def _check_call(
-    x: torch.Tensor,
-    rows: int,
-    columns: int,
-    bias: torch.Tensor | None,
-    input_scale: torch.Tensor | None,
-    steps: int,
-    activation: str,
-    out_dtype: torch.dtype | None,
-) -> None:
-    if x.dim() == 0 or x.shape[-1] != columns or x.dtype not in FLOATS:
-        raise ValueError(f"x is (..., {columns}) in fp32, bf16 or fp16, got {_described(x)}")
-    if bias is not None and (bias.dtype is not torch.float32 or bias.shape != (rows,)):
-        raise ValueError(f"bias is fp32 ({rows},), got {_described(bias)}")
-    if input_scale is not None and (input_scale.dtype is not torch.float32 or input_scale.shape != (1,)):
-        raise ValueError(f"input_scale is fp32 (1,), got {_described(input_scale)}")
-    _check_steps(steps)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if out_dtype is not None and out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype is fp32, bf16 or fp16, got {out_dtype}")
-    if columns * steps * 128 > LARGEST_SUM:
-        raise ValueError(
-            f"{columns} columns may overflow an int32 sum: at most {LARGEST_SUM // (128 * steps)} with {steps} steps"
-        )
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -11,8 +11,9 @@ import struct
 
 import torch
 
+from ds_compress.ops.checks import check_all_masked, check_bits, check_masked, check_n_of_m, check_tensor
+
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Multiplying eight 0/1 bytes (one int64) by this constant collects them, in order, in the top byte.
 _COLLECT_BITS = 0x0102040810204080
 # Elements expanded at a time: the scratch of one chunk (1 MiB for fp32) stays in a core's L2 cache.
@@ -20,7 +21,6 @@ _CHUNK = 1 << 18
 # Up to here N:M ranks by comparing every pair of a group, which is many times faster than sorting tiny rows.
 _LARGEST_GROUP_BY_PAIRS = 16
 _LARGEST_KEY = 2**31 - 1
-LARGEST_BINS = 1 << 16
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def mask_apply_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0
     """Sets the elements whose bit is cleared to `fill`, in place.
 
     Args:
-        weights: (n,) contiguous, fp32, bf16, fp16 or fp64; element i is governed by bit `bit_offset + i`.
+        weights: (n,) contiguous, fp32, bf16, fp16 or fp64; element i belongs to bit `bit_offset + i`.
         packed: uint8 (at least ceil((bit_offset + n) / 8),) contiguous, on the same device.
 
     Raises:
@@ -39,7 +39,7 @@ def mask_apply_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0
     >>> weights
     tensor([1., 0., 1.])
     """
-    _check_governed("mask_apply_", weights, packed, bit_offset)
+    check_masked("mask_apply_", weights, packed, bit_offset)
     patterns = weights.view(_INTEGER_OF_SIZE[weights.element_size()])
     kept = _bits(patterns.dtype, patterns.device)
     filled = None
@@ -52,44 +52,6 @@ def mask_apply_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0
         chunk.bitwise_and_(kept.index_select(0, octets).view(-1)[: chunk.numel()])
         if filled is not None:
             chunk.bitwise_or_(filled.index_select(0, octets).view(-1)[: chunk.numel()])
-
-
-@torch.no_grad()
-def mask_apply_count_(weights: torch.Tensor, packed: torch.Tensor, bit_offset: int = 0) -> torch.Tensor:
-    """`mask_apply_`, and how many elements are not zero afterwards: int64 (). NaN counts, -0.0 does not.
-
-    >>> F.mask_apply_count_(torch.ones(3), F.mask_pack(torch.tensor([True, False, True])))
-    tensor(2)
-    """
-    _check_governed("mask_apply_count_", weights, packed, bit_offset)
-    mask_apply_(weights, packed, bit_offset)
-    return torch.count_nonzero(weights)
-
-
-@torch.no_grad()
-def mask_apply_adam_(
-    weights: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    packed: torch.Tensor,
-    bit_offset: int = 0,
-) -> None:
-    """`mask_apply_` of a weight and of both its Adam moments; all (n,), each of any dtype of `mask_apply_`.
-
-    >>> weights, exp_avg, exp_avg_sq = torch.ones(3), torch.ones(3), torch.ones(3)
-    >>> F.mask_apply_adam_(weights, exp_avg, exp_avg_sq, F.mask_pack(torch.tensor([True, False, True])))
-    >>> exp_avg_sq
-    tensor([1., 0., 1.])
-    """
-    parts = {"weights": weights, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name, part in parts.items():
-        _check_governed("mask_apply_adam_", part, packed, bit_offset, name)
-        if part.numel() != weights.numel():
-            raise ValueError(
-                f"mask_apply_adam_: {name} has {part.numel()} elements, weights {weights.numel()}"
-            )
-    for part in parts.values():
-        mask_apply_(part, packed, bit_offset)
 
 
 @torch.no_grad()
@@ -106,30 +68,23 @@ def mask_apply_many_(
     >>> weights
     [tensor([1., 0., 1.]), tensor([0., 1.])]
     """
-    if not len(weights) == len(packed) == len(bit_offsets):
-        raise ValueError(
-            f"mask_apply_many_: {len(weights)} weights, {len(packed)} masks and {len(bit_offsets)} bit_offsets"
-        )
-    for values, mask, bit_offset in zip(weights, packed, bit_offsets, strict=True):
-        _check_governed("mask_apply_many_", values, mask, bit_offset)
-        if values.device != weights[0].device:
-            raise ValueError("mask_apply_many_: weights is on another device than the other arguments")
+    check_all_masked("mask_apply_many_", weights, packed, bit_offsets)
     for values, mask, bit_offset in zip(weights, packed, bit_offsets, strict=True):
         mask_apply_(values, mask, bit_offset, fill)
 
 
-def mask_pack(keep: torch.Tensor) -> torch.Tensor:
+def mask_pack(mask: torch.Tensor) -> torch.Tensor:
     """Packs bool (n,) into uint8 (ceil(n / 8),); unused bits are zero.
 
     >>> F.mask_pack(torch.tensor([True, False, True]))
     tensor([5], dtype=torch.uint8)
     """
-    _check("mask_pack", "keep", keep, 1, (torch.bool,))
-    numel = keep.numel()
+    check_tensor("mask_pack", "mask", mask, 1, (torch.bool,))
+    numel = mask.numel()
     padded = -(-numel // 8) * 8
-    if padded != numel or keep.storage_offset() % 8:
-        keep = torch.nn.functional.pad(keep, (0, padded - numel)).clone()
-    octets = keep.view(torch.int64)
+    if padded != numel or mask.storage_offset() % 8:
+        mask = torch.nn.functional.pad(mask, (0, padded - numel)).clone()
+    octets = mask.view(torch.int64)
     return ((octets * _COLLECT_BITS) >> 56).to(torch.uint8)
 
 
@@ -139,7 +94,7 @@ def mask_unpack(packed: torch.Tensor, numel: int, bit_offset: int = 0) -> torch.
     >>> F.mask_unpack(torch.tensor([5], dtype=torch.uint8), 3)
     tensor([ True, False,  True])
     """
-    _check_bits("mask_unpack", packed, numel, bit_offset)
+    check_bits("mask_unpack", packed, numel, bit_offset)
     octets = _octets(packed, bit_offset, numel).int()
     return _bits(torch.bool, packed.device).index_select(0, octets).view(-1)[:numel].clone()
 
@@ -155,9 +110,7 @@ def mask_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     >>> F.mask_unpack(F.mask_n_of_m(torch.tensor([[3.0, 1.0, 4.0, 1.0]]), 2, 4), 4)
     tensor([ True, False,  True, False])
     """
-    _check("mask_n_of_m", "scores", scores, 2, (torch.float32,))
-    if not (0 <= n <= m and m >= 1):
-        raise ValueError(f"mask_n_of_m: 0 <= n <= m and m >= 1 are needed, got n = {n}, m = {m}")
+    check_n_of_m("mask_n_of_m", scores, n, m)
     rows, columns = scores.shape
     if scores.numel() == 0:
         return mask_pack(torch.zeros(0, dtype=torch.bool, device=scores.device))
@@ -168,57 +121,27 @@ def mask_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     # The padding ranks below -Inf, and behind it.
     keys = torch.nn.functional.pad(keys, (0, runs * m - columns), value=-_LARGEST_KEY - 1)
     groups = keys.view(rows * runs, m)
-    keep = _top_by_pairs(groups, n) if m <= _LARGEST_GROUP_BY_PAIRS else _top_by_sorting(groups, n)
-    return mask_pack(keep.reshape(rows, runs * m)[:, :columns].reshape(-1))
-
-
-def magnitude_histogram(
-    values: torch.Tensor, shift: int, bins: int, prefix_shift: int, prefix: int
-) -> torch.Tensor:
-    """int64 (bins,): how often each digit occurs in the magnitudes, as bit patterns, of `values`.
-
-    With b the 31 bits of |float32(v)|, the digit is `(b >> shift) & (bins - 1)`, and only values with
-    `b >> prefix_shift == prefix` count; prefix_shift 31 and prefix 0 count all.
-
-    Args:
-        values: (n,) contiguous, fp32, bf16, fp16 or fp64.
-        bins: a power of two up to 65536.
-
-    >>> # The exponents of 1.0, -1.0 and 2.0: bits 23 to 30.
-    >>> F.magnitude_histogram(torch.tensor([1.0, -1.0, 2.0]), 23, 256, 31, 0)[126:130]
-    tensor([0, 2, 1, 0])
-    """
-    _check("magnitude_histogram", "values", values, 1, _FLOATS)
-    if not (0 <= shift <= 31 and 0 <= prefix_shift <= 31):
-        raise ValueError(f"magnitude_histogram: shifts are 0 to 31, got {shift} and {prefix_shift}")
-    if not 1 <= bins <= LARGEST_BINS or bins & (bins - 1):
-        raise ValueError(f"magnitude_histogram: bins is a power of two up to {LARGEST_BINS}, got {bins}")
-    total = torch.zeros(bins, dtype=torch.int64, device=values.device)
-    for chunk in values.split(_CHUNK):
-        magnitudes = chunk.float().view(torch.int32) & _LARGEST_KEY
-        if prefix_shift < 31 or prefix != 0:
-            magnitudes = magnitudes[(magnitudes >> prefix_shift) == prefix]
-        total += torch.bincount((magnitudes >> shift) & (bins - 1), minlength=bins)
-    return total
+    mask = _top_by_pairs(groups, n) if m <= _LARGEST_GROUP_BY_PAIRS else _top_by_sorting(groups, n)
+    return mask_pack(mask.reshape(rows, runs * m)[:, :columns].reshape(-1))
 
 
 def _top_by_pairs(groups: torch.Tensor, n: int) -> torch.Tensor:
     """bool like `groups` (runs, m): the n largest keys of each row, ties to the lower index."""
     columns = groups.t().contiguous()
-    keep = torch.empty_like(columns, dtype=torch.bool)
+    mask = torch.empty_like(columns, dtype=torch.bool)
     for j, mine in enumerate(columns):
         rank = torch.zeros_like(mine, dtype=torch.uint8)
         for k, other in enumerate(columns):
             if k != j:
                 rank += (other >= mine) if k < j else (other > mine)
-        keep[j] = rank < n
-    return keep.t()
+        mask[j] = rank < n
+    return mask.t()
 
 
 def _top_by_sorting(groups: torch.Tensor, n: int) -> torch.Tensor:
     order = groups.argsort(dim=1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool)
-    return keep.scatter_(1, order[:, :n], True)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    return mask.scatter_(1, order[:, :n], True)
 
 
 def _octets(packed: torch.Tensor, bit: int, count: int) -> torch.Tensor:
@@ -237,32 +160,3 @@ def _bits(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     signed = dtype in (torch.int16, torch.int32, torch.int64)
     return (-bits if signed else bits).to(dtype).to(device)
-
-
-def _check_governed(
-    op: str, weights: torch.Tensor, packed: torch.Tensor, bit_offset: int, name: str = "weights"
-) -> None:
-    _check(op, name, weights, 1, _FLOATS)
-    if packed.device != weights.device:
-        raise ValueError(f"{op}: packed is on {packed.device}, {name} on {weights.device}")
-    _check_bits(op, packed, weights.numel(), bit_offset)
-
-
-def _check_bits(op: str, packed: torch.Tensor, count: int, bit_offset: int) -> None:
-    _check(op, "packed", packed, 1, (torch.uint8,))
-    if count < 0 or bit_offset < 0:
-        raise ValueError(f"{op}: a count of {count} or a bit_offset of {bit_offset} is negative")
-    if bit_offset + count > 8 * packed.numel():
-        raise ValueError(
-            f"{op}: bits {bit_offset} to {bit_offset + count} of a mask of {packed.numel()} bytes"
-        )
-
-
-def _check(op: str, name: str, tensor: torch.Tensor, dim: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{op}: {name} is {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.dim() != dim or not tensor.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} is a contiguous tensor of {dim} dimensions, got {tuple(tensor.shape)}"
-        )

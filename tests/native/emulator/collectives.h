@@ -7,7 +7,7 @@
 
 namespace ds_compress::emulator {
 
-enum Kind { shuffle = 1, reduction, sync_warp, load_matrix, multiply, multiply_sparse };
+enum Kind { shuffle = 1, reduction, sync_warp, load_matrix, multiply };
 
 template <class Work>
 DSC_UNWATCHED inline void meet(uint32_t mask, int kind, void* slot, Work work) {

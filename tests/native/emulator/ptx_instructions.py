@@ -287,37 +287,19 @@ def load_matrix(ins: Instruction) -> str:
 
 @opcode("mma")
 def multiply_matrices(ins: Instruction) -> str:
-    """Dense and 2:4. `satfinite` clamps sums at the ends of int32, which no test comes near."""
-    sparse = ins.take("sp", "sp::ordered_metadata")
-    for modifier in (
-        "sync",
-        "aligned",
-        "m16n8k64" if sparse else "m16n8k32",
-        "row",
-        "col",
-        "s32",
-        "s8",
-        "s8",
-        "s32",
-    ):
+    """`satfinite` clamps sums at the ends of int32, which no test comes near."""
+    for modifier in ("sync", "aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"):
         ins.need(modifier)
     ins.take("satfinite")
-    results, a, b, sums = (vector(operand) for operand in ins.operands[:4])
-    if sparse and ins.operands[5] not in ("0", "0x0"):
-        raise Untranslated(ins.text)
+    results, a, b, sums = (vector(operand) for operand in ins.operands)
 
     def words(names: list[str], type_: str) -> str:
         return ", ".join(value(name, type_, ins.kernel) for name in names)
 
-    call = (
-        f"mma_sp_s8_16x8x64(sums, a, b, {ins.value(4, 'b32')});"
-        if sparse
-        else "mma_s8_16x8x32(sums, a, b[0], b[1]);"
-    )
     moves = " ".join(f"set({register(r)}, sums[{i}]);" for i, r in enumerate(results))
     return (
         f"int sums[4] = {{{words(sums, 's32')}}}; const uint32_t a[4] = {{{words(a, 'b32')}}}; "
-        f"const uint32_t b[{len(b)}] = {{{words(b, 'b32')}}}; {call} {moves}"
+        f"const uint32_t b[2] = {{{words(b, 'b32')}}}; mma_s8_16x8x32(sums, a, b[0], b[1]); {moves}"
     )
 
 

@@ -38,60 +38,33 @@ DSC_UNWATCHED inline void distribute_rows(void** slots, uint32_t present) {
 struct Fragments {
     int* sums;
     const uint32_t *a, *b;
-    uint32_t places;
 };
 
 DSC_UNWATCHED inline void put_word(int8_t* to, uint32_t word) { std::memcpy(to, &word, 4); }
 
-DSC_UNWATCHED inline void add_product(void** slots, const int8_t (*a)[64], const int8_t (*b)[64], int depth) {
+DSC_UNWATCHED inline void add_product(void** slots, const int8_t (*a)[32], const int8_t (*b)[32]) {
     for (int lane = 0; lane < 32; lane++) {
         int* const sums = static_cast<Fragments*>(slots[lane])->sums;
         for (int i = 0; i < 4; i++) {
             const int8_t *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
             int sum = 0;
-            for (int k = 0; k < depth; k++) sum += row[k] * column[k];
+            for (int k = 0; k < 32; k++) sum += row[k] * column[k];
             sums[i] = static_cast<int>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(sum));
         }
     }
 }
 
 /// m16n8k32: a0, a1 hold rows g and g + 8 of the left half of k, a2, a3 of the right half; g = lane / 4.
-DSC_UNWATCHED inline void multiply_dense_fragments(void** slots, uint32_t present) {
+DSC_UNWATCHED inline void multiply_fragments(void** slots, uint32_t present) {
     if (present != ~0u) fail("mma needs the whole warp");
-    int8_t a[16][64], b[8][64];
+    int8_t a[16][32], b[8][32];
     for (int lane = 0; lane < 32; lane++) {
         const auto* const mine = static_cast<Fragments*>(slots[lane]);
         const int group = lane / 4, k = lane % 4 * 4;
         for (int i = 0; i < 4; i++) put_word(&a[group + i % 2 * 8][k + i / 2 * 16], mine->a[i]);
         for (int i = 0; i < 2; i++) put_word(&b[group][k + i * 16], mine->b[i]);
     }
-    add_product(slots, a, b, 32);
-}
-
-/// m16n8k64 with 2 of every 4 of a: the stored codes lie like those of m16n8k32, and each pair goes where its
-/// places say. Lane 4g + 2h + e holds the places of row g + 8e, columns 32h .. 32h + 31: four bits per four
-/// columns, the lower place in the lower two (CUTLASS, mma_traits_sm80_sparse.hpp, ELayout of 16x8x64).
-DSC_UNWATCHED inline void multiply_sparse_fragments(void** slots, uint32_t present) {
-    if (present != ~0u) fail("mma.sp needs the whole warp");
-    int8_t stored[16][32], a[16][64] = {}, b[8][64];
-    for (int lane = 0; lane < 32; lane++) {
-        const auto* const mine = static_cast<Fragments*>(slots[lane]);
-        const int group = lane / 4, k = lane % 4 * 4;
-        for (int i = 0; i < 4; i++) put_word(&stored[group + i % 2 * 8][k + i / 2 * 16], mine->a[i]);
-        for (int i = 0; i < 4; i++) put_word(&b[group][k + i * 16], mine->b[i]);
-    }
-    for (int lane = 0; lane < 32; lane++) {
-        const uint32_t places = static_cast<Fragments*>(slots[lane])->places;
-        const int row = lane / 4 + lane % 2 * 8, half = lane / 2 % 2;
-        for (int four = 0; four < 8; four++) {
-            const unsigned first = places >> 4 * four & 3, second = places >> (4 * four + 2) & 3;
-            if (first >= second) fail("mma.sp: the places of a pair are not in increasing order");
-            const int8_t* const pair = &stored[row][half * 16 + four * 2];
-            a[row][half * 32 + four * 4 + first] = pair[0];
-            a[row][half * 32 + four * 4 + second] = pair[1];
-        }
-    }
-    add_product(slots, a, b, 64);
+    add_product(slots, a, b);
 }
 
 }  // namespace ds_compress::emulator
@@ -107,13 +80,8 @@ inline void ldmatrix_x4(uint32_t (&rows)[4], const void* row) {
 
 inline void mma_s8_16x8x32(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
-    emulator::Fragments mine{sums, a, b, 0};
-    emulator::meet(~0u, emulator::multiply, &mine, emulator::multiply_dense_fragments);
-}
-
-inline void mma_sp_s8_16x8x64(int (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
-    emulator::Fragments mine{sums, a, b, places};
-    emulator::meet(~0u, emulator::multiply_sparse, &mine, emulator::multiply_sparse_fragments);
+    emulator::Fragments mine{sums, a, b};
+    emulator::meet(~0u, emulator::multiply, &mine, emulator::multiply_fragments);
 }
 
 }  // namespace ds_compress

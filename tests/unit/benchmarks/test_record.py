@@ -15,9 +15,9 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-class TestAppend:
+class TestWrite:
     def test_one_line_per_figure_with_its_conditions(self, tmp_path: Path) -> None:
-        path = record.append("thing", "--quick", {"plain": {"ratio": 1.0}, "l1": {"ratio": 1.25}}, tmp_path)
+        path = record.write("thing", "--quick", {"plain": {"ratio": 1.0}, "l1": {"ratio": 1.25}}, tmp_path)
         first, second = rows(path)
         assert path == tmp_path / "thing.csv"
         assert (second["variant"], second["figure"], second["value"]) == ("l1", "ratio", "1.25")
@@ -30,11 +30,28 @@ class TestAppend:
         monkeypatch.delenv("DS_COMPRESS_CPU_ISA")
         assert f", {record.instruction_set()}" in record.conditions()["cpu"]
 
-    def test_appends_below_one_header(self, tmp_path: Path) -> None:
-        for value in (1.0, 2.0):
-            path = record.append("thing", "", {"a": {"x": value}}, tmp_path)
-        assert [row["value"] for row in rows(path)] == ["1", "2"]
+    def test_a_figure_that_is_measured_again_takes_its_old_place(self, tmp_path: Path) -> None:
+        record.write("thing", "--rounds 3", {"a": {"x": 1.0}, "b": {"x": 2.0}}, tmp_path)
+        path = record.write("thing", "--json --rounds 9", {"a": {"x": 3.0}}, tmp_path)
+        assert [(row["variant"], row["value"]) for row in rows(path)] == [("a", "3"), ("b", "2")]
         assert path.read_text().count("variant") == 1
+
+    @pytest.mark.parametrize("changed", [{"cpu": "other"}, {"cores": "64"}, {"arguments": "--steps 9"}])
+    def test_another_machine_or_setting_is_another_figure(
+        self, changed: dict[str, str], tmp_path: Path
+    ) -> None:
+        (row,) = rows(record.write("thing", "--steps 8", {"a": {"x": 1.0}}, tmp_path))
+        assert record.thinned([row, row]) == [row]
+        assert record.thinned([row, row | changed]) == [row, row | changed]
+
+    def test_another_commit_is_not(self, tmp_path: Path) -> None:
+        (row,) = rows(record.write("thing", "", {"a": {"x": 1.0}}, tmp_path))
+        later = row | {"commit": "later", "time": "2100", "value": "2"}
+        assert record.thinned([row, later]) == [later]
+
+    def test_the_committed_files_repeat_nothing(self) -> None:
+        for path in record.RESULTS.glob("*.csv"):
+            assert len(record.thinned(rows(path))) == len(rows(path)), path.name
 
     def test_json_is_one_line_with_every_figure(self) -> None:
         line = record.json_line("thing", {"a": {"x": 1.5, "y": 2.0}})

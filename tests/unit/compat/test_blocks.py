@@ -61,7 +61,7 @@ def test_a_loop_and_an_engine_train_alike(name: str) -> None:
         losses.append(loss.item())
     assert losses == expected
     assert all(torch.equal(weight, trained[key]) for key, weight in full_weights(model).items())
-    session = scheduler._session
+    session = scheduler._run
     assert session is not None and session.metrics() == metrics
 
     size = sum(parameter.numel() for parameter in model.parameters())

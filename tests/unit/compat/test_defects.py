@@ -159,7 +159,9 @@ def test_06_the_scheduler_has_a_state() -> None:
     scheduler = compression_scheduler(resumed, config)
     scheduler.load_state_dict(state)
     assert scheduler.training_steps == 9
-    for got, expected in zip(run_of(resumed).techniques.values(), run_of(model).techniques.values(), strict=True):
+    for got, expected in zip(
+        run_of(resumed).techniques.values(), run_of(model).techniques.values(), strict=True
+    ):
         assert got.metrics() == expected.metrics() and got.metrics()["mean_bits"] < 9
 
 

@@ -87,7 +87,7 @@ def test_counts_of_rows_are_rounded_up_as_before() -> None:
     made, _ = of_block(block)
     assert made["row_pruning"]["shared_parameters"]["round_to"] == 1
     targets = plan(tiny_bert(), made).structures["row_pruning"]
-    from ds_compress.config.resolve.structures import kept_units
+    from ds_compress.config.structure_targets import kept_units
 
     assert targets.shared.rounds_up and kept_units(0.3, 96, 1, rounds_up=True) == 29  # ceil(28.8)
     assert kept_units(0.26, 96, 1, rounds_up=True) == 25  # ceil(24.96)

@@ -16,7 +16,7 @@ from ds_compress.config.schema.source import block_of
 from ds_compress.errors import Problem
 from ds_compress.modelinfo.inventory import covering_patterns
 from tests.multirank.common import tiny_bert
-from tests.unit.test_coverage import mixtral
+from tests.unit.config.report.test_coverage import mixtral
 
 SHARED = {"enabled": True, "dense_ratio": 0.5}
 _EXCLUDE = re.compile(r'add ("[^ ]*"(?:, "[^ ]*")*) (?:\(or .*?\) )?to (?:\S+ of )?\S*excluded_modules')

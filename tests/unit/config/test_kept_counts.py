@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import ds_compress
-from ds_compress.config.resolve.structures import kept_units
-from ds_compress.techniques.sparse_pruning import exact_ceil
+from ds_compress.config.structure_targets import kept_units
+from ds_compress.config.targets import exact_ceil
 from tests.multirank.common import ds_config, engine_of
 from tests.single import init_single_process
 

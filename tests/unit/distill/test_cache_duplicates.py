@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ds_compress.distill.cache_read import TeacherCache
 from ds_compress.distill.cache_write import cache_teacher
-from tests.unit.test_teacher_cache import TEMPERATURE, TOP_K, examples, llama, padded
+from tests.unit.distill.test_cache import TEMPERATURE, TOP_K, examples, llama, padded
 
 
 def rows_on_disk(folder: Path) -> tuple[int, int]:

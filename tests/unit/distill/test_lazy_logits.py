@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_compress
 from ds_compress.config.schema.distillation import LogitsLoss
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.distill.lazy_logits import LazyHead, LazyLogits
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.distill.losses.logits import LogitsDistillation
-from ds_compress.distill.record import CapturedActivations
 from tests.multirank.common import ds_config
 from tests.quantized import quantized
 from tests.single import init_single_process

@@ -15,14 +15,14 @@ from torch import nn
 import ds_compress
 from ds_compress.config import parse_config
 from ds_compress.config.schema.distillation import AttentionLoss, ContrastiveLoss, LogitsLoss
+from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
 from ds_compress.distill.attention_scores import hide_scores, show_scores
 from ds_compress.distill.losses.attention import MapDistillation
 from ds_compress.distill.losses.base import Pair
 from ds_compress.distill.losses.contrastive import ContrastiveDistillation
-from ds_compress.distill.record import ActivationCapture, CapturedActivations
 from tests.multirank.common import ds_config
 from tests.single import init_single_process
-from tests.unit.test_config_schema import only_problem_of
+from tests.unit.config.schema.test_compression_training import only_problem_of
 
 WIDTHS = (6, 10)
 SMALL = {"vocab_size": 61, "max_position_embeddings": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

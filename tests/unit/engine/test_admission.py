@@ -69,15 +69,17 @@ def test_a_compiled_model_under_zero3_is_refused() -> None:
 
 def test_weights_that_tensor_parallelism_does_not_shard_cannot_be_pruned() -> None:
     """Each process would count them as its own."""
-    from ds_compress.engine.zero.tensor_parallel import TensorParallel, refuse_replicated
+    from ds_compress.engine.admission import refuse_replicated
+    from ds_compress.sharding.layer_shards import LayerShards
 
     with engine_of(tiny_bert(), ds_config(0, pruning_block())) as engine:
         session = engine.compression
         places = {name: (0, math.prod(target.shape)) for name, target in targets_of(session).items()}
-        refuse_replicated(session, TensorParallel(None, places))
+        weights, techniques = session.plan.weights, session.techniques
+        refuse_replicated(weights, techniques, LayerShards(None, places))
         replicated = places.popitem()[0]
         with pytest.raises(ds_compress.ConfigError, match=replicated.replace(".", r"\.")):
-            refuse_replicated(session, TensorParallel(None, places))
+            refuse_replicated(weights, techniques, LayerShards(None, places))
 
 
 def targets_of(session: Any) -> dict[str, Any]:

@@ -98,9 +98,7 @@ class TestKeywords:
                 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(at))
                 engine.backward(engine(x).square().mean())
                 engine.step()
-            kept.append(
-                {name: units.tolist() for name, units in engine.compression.structured[0].kept.items()}
-            )
+            kept.append({name: units.tolist() for name, units in engine.compression.kept_units.items()})
         assert kept[0] == kept[1] and all(len(units) < 16 for units in kept[0].values())
 
 
@@ -208,7 +206,7 @@ class TestLearnedScores:
         engine.optimizer._optimizer_step_pre_hooks = {-1: look, **engine.optimizer._optimizer_step_pre_hooks}
         for at in range(6):
             x = torch.randn(4, 8, generator=torch.Generator().manual_seed(at))
-            hidden = stage.hidden.get("0.weight")
+            hidden = stage.latent.get("0.weight")
             weight = (model[0].weight.detach().flatten() if hidden is None else hidden).clone()
             engine.backward(engine(x).square().mean())
             engine.step()

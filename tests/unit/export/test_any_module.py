@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
-from ds_compress.export.api import export
 from ds_compress.export.inputs import run
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers

@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export import check
-from ds_compress.export.api import export
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.report import ExportReport
 from ds_compress.quant import layers
+from ds_compress.structure.apply_pruning import apply_pruning
 from tests.quantized import quantized
 from tests.zoo.models import ZOO, inputs_of
 
@@ -235,15 +236,16 @@ class TestCheck:
         assert all(m.input_quantizer.enabled for m in model.modules() if getattr(m, "input_quantizer", None))
 
     def test_cut_heads_are_for_our_loader_only(self, tmp_path: Path) -> None:
-        from ds_compress.structure.cut import PruningPlan
-        from ds_compress.structure.find import find_structures
-        from ds_compress.structure.structure import GroupKind
+        from ds_compress.structure.find import find_groups
+        from ds_compress.structure.prunable_group import GroupKind
+        from ds_compress.structure.pruning_plan import PruningPlan
 
         model = bert()
-        structures = find_structures(model, GroupKind.HEAD).structures
-        PruningPlan.of(
-            structures, {s.name: torch.arange(2 + n % 2) for n, s in enumerate(structures)}
-        ).rewrite(model)
+        structures = find_groups(model, GroupKind.HEAD).groups
+        apply_pruning(
+            model,
+            PruningPlan.of(structures, {s.name: torch.arange(2 + n % 2) for n, s in enumerate(structures)}),
+        )
         with pytest.raises(ExportError, match="stock transformers would load another model"):
             export(model, tmp_path / "out", "hf")
         assert export(model, tmp_path / "out", "torch", embeddings="float").check["max_difference"] < 1e-5

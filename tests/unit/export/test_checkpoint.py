@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
-from ds_compress.export.api import export
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train

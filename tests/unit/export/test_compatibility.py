@@ -12,9 +12,9 @@ from torch import nn
 
 import ds_compress
 from ds_compress import ConfigError
+from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export import compatibility
-from ds_compress.export.api import export
 from tests.quantized import quantized
 from tests.single import init_single_process
 from tests.zoo.models import ZOO, inputs_of

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export import check
-from ds_compress.export.api import export
 from tests.quantized import quantized
 from tests.zoo.models import ZOO, inputs_of
 

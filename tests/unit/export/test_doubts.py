@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+from ds_compress.api import export
 from ds_compress.errors import ExportError
-from ds_compress.export.api import export
 from ds_compress.export.inputs import run
 from tests.zoo.models import ZOO, inputs_of
 

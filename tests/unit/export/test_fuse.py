@@ -28,10 +28,10 @@ def layer(seed: int, outputs: int = 8, inputs: int = 16, bias: bool = True, **ch
     made = object.__new__(Int8Linear)
     nn.Module.__init__(made)
     made.out_features, made.in_features = outputs, inputs
-    made.codes = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    made.int_weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     made.scale = torch.rand(outputs, generator=generator) / 100
     made.bias = torch.randn(outputs, generator=generator) if bias else None
-    made.steps, made.activation, made.input_scale, made._packed = 127, "none", None, None
+    made.scale_divisor, made.activation, made.input_scale, made._packed = 127, "none", None, None
     for name, value in changed.items():
         setattr(made, name, value)
     return made
@@ -62,7 +62,7 @@ def test_one_product_gives_what_three_did(bias: bool) -> None:
     "changed",
     [
         {"input_scale": torch.tensor([0.02])},
-        {"steps": 128},
+        {"scale_divisor": 128},
         {"activation": "relu"},
     ],
 )

@@ -14,11 +14,12 @@ import transformers as hf
 from torch import nn
 
 import ds_compress
-from ds_compress.export.api import export
+from ds_compress.api import export
 from ds_compress.export.inputs import run
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.find import find_structures
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.find import find_groups
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
 from tests.quantized import quantized
 from tests.zoo.models import ZOO, inputs_of
 
@@ -43,9 +44,9 @@ def stored(tmp_path: Path, model: nn.Module, **options: Any) -> Path:
 
 def cut_heads() -> nn.Module:
     model = ZOO["bert_classifier"]()
-    structures = find_structures(model, GroupKind.HEAD).structures
-    PruningPlan.of(structures, {s.name: torch.arange(2 + n % 2) for n, s in enumerate(structures)}).rewrite(
-        model
+    groups = find_groups(model, GroupKind.HEAD).groups
+    apply_pruning(
+        model, PruningPlan.of(groups, {g.name: torch.arange(2 + n % 2) for n, g in enumerate(groups)})
     )
     return model
 

@@ -1,17 +1,21 @@
-"""The choice between native and reference kernels, each in a fresh process: it is made once per process."""
+"""The choice between native and reference kernels, most cases in a fresh process: the default is the process's."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
+
+from ds_compress.ops import Preference, kernel_preference, kernels, library
 
 TELL = """
 import logging; logging.basicConfig(level=logging.INFO, format="%(message)s")
 import torch
-from ds_compress.ops import Preference, kernels, library, prefer
+from ds_compress.ops import Preference, kernel_preference, kernels, library, prefer
 {setup}
 ops = kernels()
 packed = ops.mask_pack(torch.tensor([True, False, True]))
@@ -41,10 +45,10 @@ def test_auto_falls_back_with_one_line(no_compiler: dict[str, str]) -> None:
     assert "no C++ compiler" in done.stderr
 
 
-def test_a_wish_for_native_that_cannot_be_met_is_an_error(no_compiler: dict[str, str]) -> None:
+def test_asking_for_native_that_cannot_be_had_is_an_error(no_compiler: dict[str, str]) -> None:
     done = tell(DS_COMPRESS_KERNELS="native", **no_compiler)
     assert done.returncode != 0
-    assert "KernelsUnavailable" in done.stderr and "no C++ compiler" in done.stderr
+    assert "KernelsUnavailableError" in done.stderr and "no C++ compiler" in done.stderr
 
 
 def test_reference_loads_nothing() -> None:
@@ -71,3 +75,47 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     done = tell(DS_COMPRESS_CPU_ISA="sse9")
     assert done.returncode != 0
     assert "allowed are scalar, avx2 and avx512" in done.stderr
+
+
+@pytest.fixture
+def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+
+
+def is_native() -> bool:
+    return kernels() is torch.ops.ds_compress
+
+
+@pytest.mark.usefixtures("no_variable")
+class TestPreferenceOfABlock:
+    def test_the_innermost_block_holds_and_the_default_is_back_after_it(self) -> None:
+        default = is_native()
+        native, reference = kernel_preference(Preference.NATIVE), kernel_preference(Preference.REFERENCE)
+        seen = []
+        with native:
+            seen.append(is_native())
+            with reference, native, reference:
+                seen.append(is_native())
+            seen.append(is_native())
+        assert seen == [True, False, True]
+        assert is_native() == default
+
+    def test_an_error_leaves_it_too(self) -> None:
+        default = kernels()
+        with pytest.raises(KeyError), kernel_preference(Preference.REFERENCE):
+            raise KeyError
+        assert kernels() is default
+
+    def test_other_threads_keep_the_default(self) -> None:
+        default, seen = kernels(), []
+        with kernel_preference(Preference.REFERENCE if is_native() else Preference.NATIVE) as ops:
+            thread = threading.Thread(target=lambda: seen.append(kernels()))
+            thread.start()
+            thread.join()
+            assert kernels() is ops is not default
+        assert seen == [default]
+
+    def test_the_environment_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(library.VARIABLE, "reference")
+        with kernel_preference(Preference.NATIVE):
+            assert not is_native()

@@ -7,9 +7,10 @@ import torch
 
 from ds_compress.ops import reference as ops_reference
 from ds_compress.ops.library import native
-from ds_compress.quant import grid as grids
+from ds_compress.quant.arithmetic import working_dtype
+from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_input, fake_quantize_weight
 from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
-from ds_compress.quant.operands import FakeQuantConfig, quantize_input, quantize_weight
+from ds_compress.quant.weights import dequantize, fake_quantize, initial_scale, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHARES = [1.0, 0.999, 0.97, 0.5]
@@ -43,15 +44,15 @@ def test_weights_stay_finite_and_within_a_step_of_themselves() -> None:
     for dtype in DTYPES:
         for share in SHARES:
             weight = rows(dtype, share)
-            noise = torch.rand(weight.shape, dtype=grids.working_dtype(weight))
+            noise = torch.rand(weight.shape, dtype=working_dtype(weight))
             for grid in WEIGHT_GRIDS:
                 where = (dtype, share, grid)
-                quantized = grids.fake_quantize(weight, grid, noise if grid.stochastic else None)
+                quantized = fake_quantize(weight, grid, noise if grid.stochastic else None)
                 assert quantized.isfinite().all(), where
-                fused = quantize_weight(weight, FakeQuantConfig(grid, noise_key=1)).values
+                fused = fake_quantize_weight(weight, FakeQuantConfig(grid, noise_key=1)).values
                 assert fused.isfinite().all(), where
-                integers = grids.quantize(weight, grid, noise if grid.stochastic else None)
-                assert torch.equal(grids.dequantize(integers, dtype), quantized), where
+                integers = quantize(weight, grid, noise if grid.stochastic else None)
+                assert torch.equal(dequantize(integers, dtype), quantized), where
                 if grid.bits > 2:
                     if not grid.stochastic:
                         assert torch.equal(fused, quantized), where
@@ -67,7 +68,7 @@ def test_weights_stay_finite_and_within_a_step_of_themselves() -> None:
 def test_binary_and_ternary_scales_are_the_means_they_should_be(bits: int) -> None:
     weight = rows(torch.float32, 1.0)
     grid = WeightGrid(bits, granularity=Granularity.PER_CHANNEL)
-    found = grids.quantize(weight, grid).scale.double().view(-1)
+    found = quantize(weight, grid).scale.double().view(-1)
     exact = weight.double().abs()
     mean = exact.mean(1)
     if bits == 1:
@@ -81,7 +82,7 @@ def test_binary_and_ternary_scales_are_the_means_they_should_be(bits: int) -> No
 def test_learned_scales_begin_finite() -> None:
     for bits in (2, 4, 8):
         grid = WeightGrid(bits, learned=True, granularity=Granularity.PER_CHANNEL)
-        assert grids.initial_scale(rows(torch.float32, 1.0), grid).isfinite().all()
+        assert initial_scale(rows(torch.float32, 1.0), grid).isfinite().all()
 
 
 def test_inputs_stay_finite_on_every_grid() -> None:
@@ -92,12 +93,12 @@ def test_inputs_stay_finite_on_every_grid() -> None:
                 for symmetric in (True, False):
                     for granularity in TokenGranularity:
                         grid = ActivationGrid(bits, symmetric, granularity=granularity)
-                        assert quantize_input(x, grid).values.isfinite().all(), (dtype, share, grid)
+                        assert fake_quantize_input(x, grid).values.isfinite().all(), (dtype, share, grid)
                     static = ActivationGrid(
                         bits, symmetric, granularity=TokenGranularity.PER_TENSOR, static=True
                     )
                     ends = torch.stack([x.amin(), x.amax()]).float().clamp(-3.4028e38, 3.4028e38)
-                    assert quantize_input(x.float(), static, ends).values.isfinite().all()
+                    assert fake_quantize_input(x.float(), static, ends).values.isfinite().all()
 
 
 def test_native_and_reference_agree_to_the_bit() -> None:
@@ -106,13 +107,13 @@ def test_native_and_reference_agree_to_the_bit() -> None:
             x = rows(dtype, share)
             for grid in (g for g in WEIGHT_GRIDS if g.bits > 2 and not g.stochastic):
                 arguments = {
-                    "low": grid.low,
-                    "high": grid.high,
-                    "steps": grid.steps,
+                    "quant_min": grid.quant_min,
+                    "quant_max": grid.quant_max,
+                    "steps": grid.scale_divisor,
                     "symmetric": grid.symmetric,
                 }
-                mine = native().fake_quantize(x, **arguments, keep=True)
-                theirs = ops_reference.IMPLEMENTATIONS["fake_quantize"](x, **arguments, keep=True)
+                mine = native().fake_quantize(x, **arguments, with_mask=True)
+                theirs = ops_reference.IMPLEMENTATIONS["fake_quantize"](x, **arguments, with_mask=True)
                 for a, b in zip(mine, theirs, strict=True):
                     assert torch.equal(a, b), (dtype, share, grid)
 
@@ -123,6 +124,6 @@ def test_a_fault_among_huge_values_is_still_seen() -> None:
         weight[1, 3] = bad
         for bits, symmetric in ((1, True), (2, True), (4, True), (4, False), (8, True), (8, False)):
             grid = WeightGrid(bits, symmetric, granularity=Granularity.PER_CHANNEL)
-            quantized = grids.fake_quantize(weight, grid)
+            quantized = fake_quantize(weight, grid)
             assert quantized[1].isnan().all() and quantized[[0, 2]].isfinite().all(), (bad, grid)
-            assert quantize_weight(weight, FakeQuantConfig(grid)).values[1].isnan().all()
+            assert fake_quantize_weight(weight, FakeQuantConfig(grid)).values[1].isnan().all()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ds_compress.quant import grid as grids
+from ds_compress.quant.arithmetic import dequantize_, quantize_block, unclipped_interval
 from ds_compress.quant.grid import ActivationGrid, Granularity, WeightGrid
 from ds_compress.quant.layout import (
     check_shape,
@@ -17,6 +17,8 @@ from ds_compress.quant.layout import (
     split_weight,
     weights_per_scale,
 )
+from ds_compress.quant.qparams import qparams_from_range
+from ds_compress.quant.weights import dequantize, fake_quantize, initial_scale, quantize
 
 
 def formula(row: list[float], grid: WeightGrid) -> list[float]:
@@ -81,7 +83,7 @@ def make_grid(levels: tuple[int, bool, bool], layout: dict) -> WeightGrid:
 def test_equals_the_formula(levels, layout):
     grid = make_grid(levels, layout)
     weight = torch.randn(10, 7, generator=torch.Generator().manual_seed(sum(levels)))
-    got = grids.fake_quantize(weight, grid).flatten().double()
+    got = fake_quantize(weight, grid).flatten().double()
     for index in groups_of(weight, grid):
         expected = torch.tensor(formula(weight.flatten()[index].double().tolist(), grid), dtype=torch.float64)
         torch.testing.assert_close(got[index], expected, rtol=2e-6, atol=1e-6)
@@ -93,14 +95,14 @@ def test_integers_read_back_are_the_fake_quantized_weight(levels, layout):
     grid = make_grid(levels, layout)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         weight = torch.randn(10, 7).to(dtype)
-        stored = grids.quantize(weight, grid)
-        assert stored.codes.dtype is (torch.int8 if grid.symmetric else torch.uint8)
-        assert stored.codes.shape == weight.shape
+        stored = quantize(weight, grid)
+        assert stored.values.dtype is (torch.int8 if grid.symmetric else torch.uint8)
+        assert stored.values.shape == weight.shape
         assert stored.scale.shape == scale_shape(weight.shape, grid)
         assert stored.scale.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-        assert torch.equal(grids.dequantize(stored, dtype), grids.fake_quantize(weight, grid))
-        codes = stored.codes.to(torch.int32)
-        assert codes.min() >= grid.low and codes.max() <= grid.high
+        assert torch.equal(dequantize(stored, dtype), fake_quantize(weight, grid))
+        codes = stored.values.to(torch.int32)
+        assert codes.min() >= grid.quant_min and codes.max() <= grid.quant_max
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -109,11 +111,11 @@ def test_zero_groups_stay_zero(levels, layout):
     grid = make_grid(levels, layout)
     weight = torch.randn(10, 7)
     weight[3:6], weight[:, 2] = 0.0, 0.0
-    quantized = grids.fake_quantize(weight, grid)
+    quantized = fake_quantize(weight, grid)
     assert quantized.isfinite().all()
     if grid.symmetric:
         assert (quantized[weight == 0] == 0).all()
-    assert torch.equal(grids.fake_quantize(torch.zeros(10, 7), grid), torch.zeros(10, 7))
+    assert torch.equal(fake_quantize(torch.zeros(10, 7), grid), torch.zeros(10, 7))
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -121,15 +123,15 @@ def test_zero_groups_stay_zero(levels, layout):
 def test_constant_asymmetric_group_is_exact(constant, narrow):
     grid = WeightGrid(8, symmetric=False, narrow_range=narrow)
     weight = torch.full((3, 4), constant)
-    assert torch.equal(grids.fake_quantize(weight, grid), weight)
-    assert torch.equal(grids.dequantize(grids.quantize(weight, grid)), weight)
+    assert torch.equal(fake_quantize(weight, grid), weight)
+    assert torch.equal(dequantize(quantize(weight, grid)), weight)
 
 
 @pytest.mark.parametrize("levels", [(8, True, True), (3, True, False), (8, False, False)])
 def test_subnormal_groups_stay_near(levels):
     grid = make_grid(levels, {"granularity": Granularity.PER_CHANNEL})
     weight = torch.randn(4, 9) * 1e-40
-    quantized = grids.fake_quantize(weight, grid)
+    quantized = fake_quantize(weight, grid)
     assert quantized.isfinite().all()
     assert (quantized - weight).abs().max() <= 2.0**-126
 
@@ -140,10 +142,10 @@ def test_a_fault_makes_its_group_nan_and_no_other(levels, fault):
     grid = make_grid(levels, {"granularity": Granularity.PER_CHANNEL})
     weight = torch.randn(4, 9)
     weight[2, 5] = fault
-    quantized = grids.fake_quantize(weight, grid)
+    quantized = fake_quantize(weight, grid)
     assert quantized[2].isnan().all()
     assert quantized[[0, 1, 3]].isfinite().all()
-    assert torch.equal(grids.dequantize(grids.quantize(weight, grid)).isnan(), quantized.isnan())
+    assert torch.equal(dequantize(quantize(weight, grid)).isnan(), quantized.isnan())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -152,13 +154,13 @@ def test_a_fault_makes_its_group_nan_and_no_other(levels, fault):
 def test_empty(levels, layout, shape):
     grid = make_grid(levels, layout)
     if math.prod(scale_shape(shape, grid)) == 0 or grid.granularity is not Granularity.PER_GROUP:
-        assert grids.fake_quantize(torch.empty(shape), grid).shape == shape
+        assert fake_quantize(torch.empty(shape), grid).shape == shape
 
 
 def test_narrow_range_keeps_the_largest_value_and_legacy_does_not():
     weight = torch.tensor([[1.0, -1.0, 0.3]])
-    assert grids.fake_quantize(weight, WeightGrid(8))[0, 0] == 127 / 128
-    narrow = grids.fake_quantize(weight, WeightGrid(8, narrow_range=True))
+    assert fake_quantize(weight, WeightGrid(8))[0, 0] == 127 / 128
+    narrow = fake_quantize(weight, WeightGrid(8, narrow_range=True))
     torch.testing.assert_close(narrow[0, :2], torch.tensor([1.0, -1.0]))
 
 
@@ -166,9 +168,7 @@ def test_conv1d_channels_are_columns():
     weight = torch.randn(6, 4)
     grid = WeightGrid(8, narrow_range=True, granularity=Granularity.PER_CHANNEL)
     transposed = WeightGrid(8, narrow_range=True, granularity=Granularity.PER_CHANNEL, channel_axis=1)
-    assert torch.equal(
-        grids.fake_quantize(weight, transposed), grids.fake_quantize(weight.t().contiguous(), grid).t()
-    )
+    assert torch.equal(fake_quantize(weight, transposed), fake_quantize(weight.t().contiguous(), grid).t())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -195,9 +195,7 @@ def test_stochastic_rounding_is_unbiased_and_on_the_grid():
     grid = WeightGrid(4, granularity=Granularity.PER_TENSOR, narrow_range=True, stochastic=True)
     weight = torch.linspace(-1, 1, 201).view(3, 67)
     scale = 1 / 7
-    draws = torch.stack(
-        [grids.fake_quantize(weight, grid, noise=torch.rand(weight.shape)) for _ in range(4000)]
-    )
+    draws = torch.stack([fake_quantize(weight, grid, noise=torch.rand(weight.shape)) for _ in range(4000)])
     codes = draws / scale
     assert (codes - codes.round()).abs().max() < 1e-5
     error = draws.mean(0) - weight
@@ -211,19 +209,19 @@ def test_stochastic_rounding_is_unbiased_and_on_the_grid():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kept_interval_is_exactly_the_rounding_rule(bits, symmetric, narrow, dtype):
     grid = ActivationGrid(bits, symmetric, narrow)
-    low, high = grids.kept_interval(grid, dtype)
-    for edge in (grid.low - 0.5, grid.high + 0.5):
+    low, high = unclipped_interval(grid, dtype)
+    for edge in (grid.quant_min - 0.5, grid.quant_max + 0.5):
         exact = torch.tensor(edge, dtype=dtype)
         around = torch.stack([exact, *(torch.nextafter(exact, exact + way) for way in (-1, 1))])
-        by_rule = (around.round() >= grid.low) & (around.round() <= grid.high)
+        by_rule = (around.round() >= grid.quant_min) & (around.round() <= grid.quant_max)
         assert torch.equal((around > low) & (around < high), by_rule)
 
 
 def test_fixed_range_saturates_but_keeps_nan():
     grid = ActivationGrid(8, static=True)
-    ranges = grids.ranges_between(torch.tensor(-1.0), torch.tensor(2.0), grid)
+    qparams = qparams_from_range(torch.tensor(-1.0), torch.tensor(2.0), grid)
     x = torch.tensor([5.0, -5.0, math.inf, math.nan, 0.5])
-    y = grids.decode_(grids.encode(x, ranges, grid), ranges)
+    y = dequantize_(quantize_block(x, qparams, grid), qparams)
     torch.testing.assert_close(
         y, torch.tensor([127 / 64, -2.0, 127 / 64, math.nan, 0.5]), equal_nan=True, rtol=0, atol=1e-6
     )
@@ -258,4 +256,4 @@ def test_initial_scale_is_the_papers():
     weight = torch.randn(3, 10)
     grid = WeightGrid(4, narrow_range=True, learned=True, granularity=Granularity.PER_CHANNEL)
     expected = 2 * weight.abs().mean(1) / math.sqrt(7)
-    torch.testing.assert_close(grids.initial_scale(weight, grid), expected)
+    torch.testing.assert_close(initial_scale(weight, grid), expected)

@@ -13,9 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ds_compress.quant import layers
-from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid, fake_quantize
+from ds_compress.quant.fake_quant import FakeQuantConfig
+from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
 from ds_compress.quant.layers import InputQuantizer, WeightQuantizer
-from ds_compress.quant.operands import FakeQuantConfig
+from ds_compress.quant.weights import fake_quantize
 
 
 class Projection(nn.Linear):

@@ -70,15 +70,15 @@ def test_a_skipped_step_is_undone_an_applied_one_is_not(residuals: Residuals) ->
 
 def test_a_new_loss_scale_rescales_what_is_stored(residuals: Residuals) -> None:
     values = torch.randn(600)
-    residuals.store("w", 0, values, unit=1024.0)
-    assert close(residuals.load("w", 0, 600, CPU, unit=512.0), values / 2)
-    assert close(residuals.load("w", 10, 50, CPU, unit=2048.0) / 2, values[10:60])
-    assert close(residuals.load("w", 0, 600, CPU, unit=1024.0), values)
+    residuals.store("w", 0, values, loss_scale=1024.0)
+    assert close(residuals.load("w", 0, 600, CPU, loss_scale=512.0), values / 2)
+    assert close(residuals.load("w", 10, 50, CPU, loss_scale=2048.0) / 2, values[10:60])
+    assert close(residuals.load("w", 0, 600, CPU, loss_scale=1024.0), values)
 
 
 def test_a_checkpoint_has_the_same_bits(residuals: Residuals) -> None:
-    residuals.store("w", 3, torch.randn(700), unit=4.0)
-    residuals.store("w", 703, torch.randn(30), unit=2.0)
+    residuals.store("w", 3, torch.randn(700), loss_scale=4.0)
+    residuals.store("w", 703, torch.randn(30), loss_scale=2.0)
     restored = Residuals(residuals.bits)
     for run, stored in residuals.state():
         restored.restore(run, stored.clone())

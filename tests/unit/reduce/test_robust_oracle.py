@@ -11,9 +11,9 @@ import statistics
 import pytest
 import torch
 
-from ds_compress.reduce.robust import Policy, judge
+from ds_compress.reduce.outliers import MEMORY_STEPS, OutlierDetector, Report
+from ds_compress.reduce.robust import Policy, decide
 from ds_compress.reduce.rules import centered_clip_weights, median, mixing, norm_clip_weights, trimmed_mean
-from ds_compress.reduce.workers import MEMORY_STEPS, Report, Watch
 
 Rows = list[list[float]]
 CASES = [
@@ -96,17 +96,17 @@ class TestQuota:
     """At most max_malicious workers are dropped, and those with NaN are the first of them."""
 
     def keep(
-        self, nan: list[int], large: list[int], quota: int, suspects: tuple[int, ...] = ()
+        self, nan: list[int], large: list[int], quota: int, flagged: tuple[int, ...] = ()
     ) -> tuple[int, ...]:
         rows = attacked(9, 1, "none")
         for worker, factor in zip(large, (1e3, 1e4, 1e5), strict=False):
             rows[worker] *= factor
         rows[nan] = math.nan
         policy = Policy("trimmed_mean", max_malicious=quota, on_outlier="exclude")
-        verdict = judge(rows @ rows.T, nan, policy, suspects)
-        assert verdict.trim == max(0, quota - (9 - len(verdict.keep)))
-        assert not verdict.overflow
-        return verdict.keep
+        decision = decide(rows @ rows.T, nan, policy, flagged)
+        assert decision.trim == max(0, quota - (9 - len(decision.included)))
+        assert not decision.overflow
+        return decision.included
 
     def test_nan_takes_a_place_of_the_quota(self) -> None:
         assert self.keep([2], [4, 6], quota=1) == (0, 1, 3, 4, 5, 6, 7, 8), "none is left for the large ones"
@@ -115,9 +115,9 @@ class TestQuota:
         assert self.keep([2, 3], [4, 6], quota=3) == (0, 1, 4, 5, 7, 8)
 
     def test_a_suspect_with_nan_is_one_worker_and_not_two(self) -> None:
-        assert self.keep([2], [4], quota=2, suspects=(2,)) == (0, 1, 3, 5, 6, 7, 8)
-        assert self.keep([2], [4], quota=2, suspects=(2, 4)) == (0, 1, 3, 5, 6, 7, 8)
-        assert self.keep([2], [], quota=2, suspects=(0, 1)) in ((1, 3, 4, 5, 6, 7, 8), (0, 3, 4, 5, 6, 7, 8))
+        assert self.keep([2], [4], quota=2, flagged=(2,)) == (0, 1, 3, 5, 6, 7, 8)
+        assert self.keep([2], [4], quota=2, flagged=(2, 4)) == (0, 1, 3, 5, 6, 7, 8)
+        assert self.keep([2], [], quota=2, flagged=(0, 1)) in ((1, 3, 4, 5, 6, 7, 8), (0, 3, 4, 5, 6, 7, 8))
 
 
 class TestHistory:
@@ -128,24 +128,24 @@ class TestHistory:
         assert MEMORY_STEPS == 20
         ratio, kept = 5.0, 1 - 1 / 20
         for bad in (5, 20, 60):
-            watch, logs, counts = Watch(ratio), 0.0, 0.0
+            watch, logs, counts = OutlierDetector(ratio), 0.0, 0.0
             for step in range(bad + 60):
                 norms = torch.ones(5, dtype=torch.float64)
                 norms[1] = 10.0 if step < bad else 1.0
-                found = watch.judge(Report(norms, torch.zeros(5)))
+                found = watch.update(Report(norms, torch.zeros(5)))
                 logs, counts = kept * logs + math.log(float(norms[1])), kept * counts + 1
                 assert (found.outliers == (1,)) is (logs > counts * math.log(ratio)), (bad, step)
-            assert watch.suspects == ()
+            assert watch.flagged == ()
 
     def test_a_steady_worker_is_forgotten_after_some_steps_and_not_after_hundreds(self) -> None:
-        watch = Watch(5.0)
+        watch = OutlierDetector(5.0)
         norms = torch.ones(5, dtype=torch.float64)
         norms[1] = 10.0
         for _ in range(500):
-            watch.judge(Report(norms, torch.zeros(5)))
+            watch.update(Report(norms, torch.zeros(5)))
         quiet = 0
-        while watch.suspects:
-            watch.judge(Report(torch.ones(5, dtype=torch.float64), torch.zeros(5)))
+        while watch.flagged:
+            watch.update(Report(torch.ones(5, dtype=torch.float64), torch.zeros(5)))
             quiet += 1
         # log 10 * 0.95^q <= log 5: seven steps, however long it was bad before.
         assert quiet == 7

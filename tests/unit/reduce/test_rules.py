@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ds_compress.reduce.momentum import WorkerMomentum
-from ds_compress.reduce.robust import Policy, accusation, judge
+from ds_compress.reduce.outliers import OutlierDetector, Report, report
+from ds_compress.reduce.robust import Policy, decide, describe_flagged
 from ds_compress.reduce.rules import COORDINATES, WEIGHTS, centered_clip_weights, distances_to, mixing
 from ds_compress.reduce.slices import Segment
-from ds_compress.reduce.workers import Report, Watch, report
 
 
 def workers(n: int = 5, m: int = 300, seed: int = 0) -> torch.Tensor:
@@ -74,61 +74,63 @@ def test_one_worker_cannot_move_a_robust_rule_far(rule: str) -> None:
 
 
 class TestVerdict:
-    def verdict(self, rows: torch.Tensor, **policy: object) -> object:
+    def decision(self, rows: torch.Tensor, **policy: object) -> object:
         gram = rows @ rows.T
         bad = [i for i, row in enumerate(rows) if not bool(torch.isfinite(row).all())]
-        return judge(gram, bad, Policy(**policy))  # type: ignore[arg-type]
+        return decide(gram, bad, Policy(**policy))  # type: ignore[arg-type]
 
     def test_honest_workers_all_take_part(self) -> None:
-        verdict = self.verdict(workers())
-        assert verdict.keep == (0, 1, 2, 3, 4) and verdict.report.accused == () and not verdict.overflow
+        decision = self.decision(workers())
+        assert (
+            decision.included == (0, 1, 2, 3, 4) and decision.report.flagged == () and not decision.overflow
+        )
 
     def test_a_non_finite_worker_is_dropped_and_counts_as_a_bad_one(self) -> None:
         rows = workers()
         rows[2, 7] = torch.inf
-        verdict = self.verdict(rows, rule="trimmed_mean", max_malicious=2)
-        assert verdict.keep == (0, 1, 3, 4) and verdict.trim == 1
-        assert verdict.report.non_finite == (2,)
-        assert "worker 2" in accusation(verdict.report)
+        decision = self.decision(rows, rule="trimmed_mean", max_malicious=2)
+        assert decision.included == (0, 1, 3, 4) and decision.trim == 1
+        assert decision.report.non_finite == (2,)
+        assert "worker 2" in describe_flagged(decision.report)
 
     def test_an_outlier_is_only_reported_unless_told_otherwise(self) -> None:
         rows = workers()
         rows[1] *= 10
         rows[1] *= 10
-        reported = self.verdict(rows)
-        assert reported.keep == (0, 1, 2, 3, 4) and reported.report.outliers == (1,)
-        excluded = self.verdict(rows, on_outlier="exclude")
-        assert excluded.keep == (0, 2, 3, 4)
-        assert "worker 1: gradient norm" in accusation(excluded.report)
+        reported = self.decision(rows)
+        assert reported.included == (0, 1, 2, 3, 4) and reported.report.outliers == (1,)
+        excluded = self.decision(rows, on_outlier="exclude")
+        assert excluded.included == (0, 2, 3, 4)
+        assert "worker 1: gradient norm" in describe_flagged(excluded.report)
 
     def test_who_stood_out_before_is_excluded_and_no_longer_trimmed(self) -> None:
         rows = workers()
         rows[1] *= 10
-        suspected = judge(rows @ rows.T, [], Policy("trimmed_mean", on_outlier="exclude"), suspects=[1])
-        assert suspected.keep == (0, 2, 3, 4) and suspected.trim == 0
-        assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 2, 3, 4), (
+        suspected = decide(rows @ rows.T, [], Policy("trimmed_mean", on_outlier="exclude"), flagged=[1])
+        assert suspected.included == (0, 2, 3, 4) and suspected.trim == 0
+        assert self.decision(rows, on_outlier="exclude").included == (0, 1, 2, 3, 4), (
             "an honest one may do this once"
         )
-        assert judge(rows @ rows.T, [], Policy("trimmed_mean"), suspects=[1]).keep == (0, 1, 2, 3, 4)
+        assert decide(rows @ rows.T, [], Policy("trimmed_mean"), flagged=[1]).included == (0, 1, 2, 3, 4)
         rows[1] = torch.nan
-        assert judge(rows @ rows.T, [1], Policy(on_outlier="exclude"), suspects=[1]).keep == (0, 2, 3, 4)
+        assert decide(rows @ rows.T, [1], Policy(on_outlier="exclude"), flagged=[1]).included == (0, 2, 3, 4)
 
     def test_no_more_than_max_malicious_are_excluded_the_worst_first(self) -> None:
         rows = workers(7)
         rows[1] *= 100
         rows[2] *= 1000
-        assert self.verdict(rows, on_outlier="exclude").keep == (0, 1, 3, 4, 5, 6)
-        assert self.verdict(rows, on_outlier="exclude", max_malicious=3).keep == (0, 3, 4, 5, 6)
+        assert self.decision(rows, on_outlier="exclude").included == (0, 1, 3, 4, 5, 6)
+        assert self.decision(rows, on_outlier="exclude", max_malicious=3).included == (0, 3, 4, 5, 6)
 
     def test_more_non_finite_workers_than_can_be_bad_is_an_overflow(self) -> None:
         rows = workers()
         rows[0, 0] = rows[3, 1] = torch.nan
-        assert self.verdict(rows, max_malicious=1).overflow
-        assert not self.verdict(rows, max_malicious=2).overflow
+        assert self.decision(rows, max_malicious=1).overflow
+        assert not self.decision(rows, max_malicious=2).overflow
 
     def test_all_workers_non_finite(self) -> None:
-        verdict = self.verdict(torch.full((3, 4), torch.nan, dtype=torch.float64), max_malicious=3)
-        assert verdict.overflow and verdict.report.outliers == ()
+        decision = self.decision(torch.full((3, 4), torch.nan, dtype=torch.float64), max_malicious=3)
+        assert decision.overflow and decision.report.outliers == ()
 
 
 def test_the_report_has_norms_and_cosines_to_the_mean() -> None:
@@ -142,7 +144,7 @@ def test_the_report_has_norms_and_cosines_to_the_mean() -> None:
 
 
 def test_zero_gradients_accuse_nobody() -> None:
-    assert report(torch.zeros((4, 4), dtype=torch.float64), [], 5.0).accused == ()
+    assert report(torch.zeros((4, 4), dtype=torch.float64), [], 5.0).flagged == ()
 
 
 class TestMixing:
@@ -162,13 +164,15 @@ class TestMixing:
         rows[:2, 0] += 1
         seen = []
         for neighbor_mixing in (False, True):
-            verdict = judge(rows @ rows.T, [], Policy(rule, max_malicious=1, neighbor_mixing=neighbor_mixing))
-            taken = rows if verdict.mixing is None else verdict.mixing @ rows
-            if verdict.weights is None:
-                result = COORDINATES[rule](taken.clone(), verdict.trim)
+            decision = decide(
+                rows @ rows.T, [], Policy(rule, max_malicious=1, neighbor_mixing=neighbor_mixing)
+            )
+            taken = rows if decision.mixing is None else decision.mixing @ rows
+            if decision.weights is None:
+                result = COORDINATES[rule](taken.clone(), decision.trim)
             else:
-                assert verdict.mixing is None
-                result = verdict.weights @ rows
+                assert decision.mixing is None
+                result = decision.weights @ rows
             seen.append(float(result[0]))
         assert seen[1] > (0.2 if rule in COORDINATES else 0.1)
         if rule == "median":
@@ -176,9 +180,9 @@ class TestMixing:
 
     def test_the_mean_and_rules_with_nothing_left_to_outvote_are_not_mixed(self) -> None:
         rows = workers()
-        assert judge(rows @ rows.T, [], Policy("mean")).weights.unique().tolist() == [0.2]  # type: ignore[union-attr]
-        assert judge(rows @ rows.T, [], Policy("median", max_malicious=0)).mixing is None
-        assert judge(rows @ rows.T, [3], Policy("median", max_malicious=1)).mixing is None
+        assert decide(rows @ rows.T, [], Policy("mean")).weights.unique().tolist() == [0.2]  # type: ignore[union-attr]
+        assert decide(rows @ rows.T, [], Policy("median", max_malicious=0)).mixing is None
+        assert decide(rows @ rows.T, [3], Policy("median", max_malicious=1)).mixing is None
 
 
 class TestWorkerMomentum:
@@ -239,11 +243,11 @@ class TestWatch:
 
     def named(self, norms: torch.Tensor, ratio: float = 5.0) -> torch.Tensor:
         """norms (steps, n); bool (steps, n)."""
-        watch, result = Watch(ratio), torch.zeros(norms.shape, dtype=torch.bool)
+        watch, result = OutlierDetector(ratio), torch.zeros(norms.shape, dtype=torch.bool)
         for step, row in enumerate(norms.double()):
             non_finite = [i for i, norm in enumerate(row.tolist()) if norm != norm]
-            found = watch.judge(Report(row, torch.zeros_like(row), tuple(non_finite)))
-            result[step, list(found.accused)] = True
+            found = watch.update(Report(row, torch.zeros_like(row), tuple(non_finite)))
+            result[step, list(found.flagged)] = True
         return result
 
     def heavy_tailed(self, steps: int, n: int) -> torch.Tensor:
@@ -277,19 +281,19 @@ class TestWatch:
         assert not self.named(norms).any()
 
     def test_suspects_are_those_who_kept_standing_out_and_a_state_remembers_them(self) -> None:
-        watch = Watch(5.0)
-        assert watch.suspects == () and watch.state() == {}
+        watch = OutlierDetector(5.0)
+        assert watch.flagged == () and watch.state() == {}
         norms = torch.ones(5, dtype=torch.float64)
         for step in range(12):
             norms[2] = 10
             norms[3] = 1000 if step == 11 else 1
-            watch.judge(Report(norms, torch.zeros_like(norms)))
-        assert watch.suspects == (2,)
-        resumed = Watch(5.0)
+            watch.update(Report(norms, torch.zeros_like(norms)))
+        assert watch.flagged == (2,)
+        resumed = OutlierDetector(5.0)
         resumed.restore(watch.state())
-        assert resumed.suspects == (2,)
+        assert resumed.flagged == (2,)
         resumed.restore({})
-        assert resumed.suspects == ()
+        assert resumed.flagged == ()
 
     def test_nan_is_always_named_and_zeros_never(self) -> None:
         norms = torch.ones(3, 4)

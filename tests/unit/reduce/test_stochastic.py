@@ -1,4 +1,4 @@
-"""Stochastic rounding of messages: right on average, at most a step away, the same draw in every process."""
+"""Stochastic rounding of payloads: right on average, at most a step away, the same draw in every process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ds_compress.config import ConfigError, parse_config
-from ds_compress.config.report.words import block_lines
 from ds_compress.reduce.codec import BlockCodec
 from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
 
@@ -16,10 +15,10 @@ FORMATS = [(8, 512), (4, 128)]
 
 
 def sent(codec: BlockCodec, x: torch.Tensor) -> torch.Tensor:
-    message = torch.empty(codec.message_bytes(x.numel()), dtype=torch.uint8)
-    codec.encode(x, message)
+    payload = torch.empty(codec.payload_bytes(x.numel()), dtype=torch.uint8)
+    codec.encode(x, payload)
     read = torch.empty(x.numel())
-    codec.decode(message, read)
+    codec.decode(payload, read)
     return read
 
 
@@ -54,12 +53,12 @@ def test_codes_are_the_two_neighbours_and_scales_those_of_nearest(bits: int, blo
     dither = Dither()
     codec, plain = StochasticBlockCodec(bits, block, dither), BlockCodec(bits, block)
     scales = 4 * -(-x.numel() // block)
-    messages = []
+    payloads = []
     for coder in (codec, plain):
-        message = torch.empty(coder.message_bytes(x.numel()), dtype=torch.uint8)
-        coder.encode(x, message)
-        messages.append(message)
-    assert torch.equal(messages[0][:scales], messages[1][:scales])
+        payload = torch.empty(coder.payload_bytes(x.numel()), dtype=torch.uint8)
+        coder.encode(x, payload)
+        payloads.append(payload)
+    assert torch.equal(payloads[0][:scales], payloads[1][:scales])
     padded = torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
     step = (padded.abs().amax(1, keepdim=True) / (127 if bits == 8 else 7)).expand_as(padded)
     assert bool(((sent(codec, x) - x).abs() <= 1.0001 * step.reshape(-1)[: x.numel()]).all())
@@ -107,15 +106,15 @@ def test_zeros_stay_zeros_and_the_ends_of_the_range_stay_finite() -> None:
 
 def test_error_feedback_has_nothing_to_keep() -> None:
     codec = StochasticBlockCodec(8, 512, Dither())
-    message = torch.empty(codec.message_bytes(10), dtype=torch.uint8)
+    payload = torch.empty(codec.payload_bytes(10), dtype=torch.uint8)
     with pytest.raises(ValueError, match="no bias"):
-        codec.encode(torch.ones(10), message, torch.zeros(10))
+        codec.encode(torch.ones(10), payload, torch.zeros(10))
 
 
 def test_it_is_not_combined_with_error_feedback_and_the_plan_says_it() -> None:
     block = {"enabled": True, "rounding": "stochastic"}
     config = parse_config({"gradient_compression": block})
-    assert "stochastic rounding" in dict(block_lines(config, {}))["gradient_compression"]
+    assert "stochastic rounding" in config.enabled_blocks()["gradient_compression"].describe()
     with pytest.raises(ConfigError) as error:
         parse_config({"gradient_compression": {**block, "error_feedback": True}})
     (problem,) = error.value.problems

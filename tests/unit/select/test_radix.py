@@ -6,25 +6,25 @@ import pytest
 import torch
 
 from ds_compress.select import radix
-from tests.shard_group import RankShards, joined, run_ranks_of_shards
+from tests.shard_ranks import RankShards, joined, run_ranks_of_shards
 
 
 def keys_of(scores: torch.Tensor) -> torch.Tensor:
     return radix.sort_keys_(scores.clone())
 
 
-def candidates_of(shards: RankShards) -> dict[str, radix.Candidates]:
+def scores_of(shards: RankShards) -> dict[str, radix.ParameterScores]:
     return {
-        name: radix.Candidates(partial(keys_of, fragment.values))
+        name: radix.ParameterScores(partial(keys_of, fragment.values))
         for name, fragment in shards.fragments.items()
     }
 
 
 def select(
-    full: dict[str, torch.Tensor], cuts: list[int], pools: list[radix.Pool]
+    full: dict[str, torch.Tensor], cuts: list[int], groups: list[radix.SelectionGroup]
 ) -> dict[str, torch.Tensor]:
     def work(shards: RankShards) -> dict[str, torch.Tensor]:
-        return dict(radix.select(candidates_of(shards), pools, shards))
+        return dict(radix.select(scores_of(shards), groups, shards))
 
     return joined(full, run_ranks_of_shards(full, cuts, work))
 
@@ -51,13 +51,13 @@ def by_stable_sort(scores: torch.Tensor, keep: int) -> torch.Tensor:
 )
 def test_equals_a_stable_sort(scores: torch.Tensor, keep: int) -> None:
     full = {"w": scores}
-    mask = select(full, [300, 301, 777], [radix.Pool(("w",), keep)])["w"]
+    mask = select(full, [300, 301, 777], [radix.SelectionGroup(("w",), keep)])["w"]
     assert torch.equal(mask, by_stable_sort(scores, keep))
 
 
 def test_a_pool_spans_parameters_and_ties_go_to_the_first() -> None:
     full = {"a": torch.tensor([1.0, 2.0, 1.0]), "b": torch.tensor([1.0, 3.0])}
-    masks = select(full, [2, 4], [radix.Pool(("a", "b"), 3)])
+    masks = select(full, [2, 4], [radix.SelectionGroup(("a", "b"), 3)])
     assert masks["a"].tolist() == [True, True, False]
     assert masks["b"].tolist() == [False, True]
 
@@ -66,22 +66,22 @@ def test_a_pool_spans_parameters_and_ties_go_to_the_first() -> None:
 def test_scores_that_are_not_finite_are_an_error_everywhere(bad: float) -> None:
     full = {"a": torch.ones(10), "b": torch.ones(10)}
     full["b"][9] = bad
-    pools = [radix.Pool(("a",), 5), radix.Pool(("b",), 5)]
+    groups = [radix.SelectionGroup(("a",), 5), radix.SelectionGroup(("b",), 5)]
     with pytest.raises(radix.NonFiniteScoresError) as error:
-        select(full, [10], pools)
-    assert error.value.pools == (1,)
+        select(full, [10], groups)
+    assert error.value.groups == (1,)
 
 
 def test_the_largest_finite_score_is_not_taken_for_infinite() -> None:
     largest = torch.finfo(torch.float32).max
     full = {"w": torch.tensor([largest, -largest, 0.0])}
-    assert select(full, [1], [radix.Pool(("w",), 1)])["w"].tolist() == [True, False, False]
+    assert select(full, [1], [radix.SelectionGroup(("w",), 1)])["w"].tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("numel", [1000, 1_000_000])
 def test_traffic_is_five_small_reductions_whatever_the_size(numel: int) -> None:
     def work(shards: RankShards) -> tuple[int, int]:
-        radix.select(candidates_of(shards), [radix.Pool(("w",), numel // 3)], shards)
+        radix.select(scores_of(shards), [radix.SelectionGroup(("w",), numel // 3)], shards)
         return shards.sums, shards.bytes
 
     for sums, total in run_ranks_of_shards({"w": torch.randint(0, 9, (numel,)).float()}, [numel // 2], work):

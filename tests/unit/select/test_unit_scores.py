@@ -9,8 +9,8 @@ import torch
 
 from ds_compress.select import unit_scores
 from ds_compress.select.unit_scores import L2Norm, LearnedUnits, MeanActivation, TaylorUnits, UnitScore
-from ds_compress.select.units import shares
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.select.units import global_counts
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from ds_compress.techniques.depth_pruning import _HandOn
 
 STRUCTURE = PrunableGroup("s", GroupKind.ROW, ("s",), 4, ())
@@ -26,10 +26,10 @@ def seen(score: UnitScore, *values: float) -> None:
     """One step in which the units had these gathered sums."""
     part = torch.tensor(values, dtype=torch.float64)
     if isinstance(score, MeanActivation):
-        score.see("s", part, 1)
+        score.observe("s", part, 1)
     else:
-        score.gather("s", part, {"lr": 0.1})
-    score.fold(alone, alone)
+        score.accumulate("s", part, {"lr": 0.1})
+    score.reduce(alone, alone)
 
 
 @pytest.mark.parametrize("kind", [TaylorUnits, MeanActivation])
@@ -37,32 +37,32 @@ def test_scores_accumulate_since_the_last_mask(kind: Callable[..., UnitScore]) -
     score = kind([STRUCTURE], seed=0)
     seen(score, 1.0, 2.0, 3.0, 4.0)
     seen(score, 1.0, 0.0, 0.0, 0.0)
-    assert score.of("s", NOTHING).tolist() == [2.0, 2.0, 3.0, 4.0]
+    assert score.scores_of("s", NOTHING).tolist() == [2.0, 2.0, 3.0, 4.0]
     score.after_selection()
-    assert score.of("s", NOTHING).tolist() == [0.0] * 4
+    assert score.scores_of("s", NOTHING).tolist() == [0.0] * 4
     seen(score, 0.0, 1.0, 0.0, 0.0)
-    assert score.of("s", NOTHING).tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert score.scores_of("s", NOTHING).tolist() == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_taylor_takes_absolute_values_before_it_sums() -> None:
     weights, gradients = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([-1.0, -1.0, 1.0])
-    assert TaylorUnits([STRUCTURE], 0).of_gradient(weights, gradients).tolist() == [1.0, 2.0, 3.0]
+    assert TaylorUnits([STRUCTURE], 0).gradient_terms(weights, gradients).tolist() == [1.0, 2.0, 3.0]
 
 
 def test_topk_keeps_the_sign() -> None:
     weights, gradients = torch.tensor([1.0, -2.0]), torch.tensor([-1.0, -1.0])
-    assert LearnedUnits([STRUCTURE], 0).of_gradient(weights, gradients).tolist() == [-1.0, 2.0]
+    assert LearnedUnits([STRUCTURE], 0).gradient_terms(weights, gradients).tolist() == [-1.0, 2.0]
 
 
 def test_l2_is_a_norm() -> None:
     score = L2Norm([STRUCTURE], 0)
-    assert score.of_weights(torch.tensor([3.0, -4.0])).tolist() == [9.0, 16.0]
-    assert score.of("s", torch.tensor([25.0, 0.0, 1.0, 4.0])).tolist() == [5.0, 0.0, 1.0, 2.0]
+    assert score.weight_terms(torch.tensor([3.0, -4.0])).tolist() == [9.0, 16.0]
+    assert score.scores_of("s", torch.tensor([25.0, 0.0, 1.0, 4.0])).tolist() == [5.0, 0.0, 1.0, 2.0]
 
 
 def test_learned_scores_start_around_zero() -> None:
     many = PrunableGroup("s", GroupKind.ROW, ("s",), 10_000, ())
-    scores = LearnedUnits([many], seed=1).of("s", torch.zeros(10_000))
+    scores = LearnedUnits([many], seed=1).scores_of("s", torch.zeros(10_000))
     bound = 10_000**-0.5
     assert float(scores.min()) < -0.98 * bound and float(scores.max()) > 0.98 * bound
     assert bool((scores.abs() <= bound).all()) and abs(float(scores.mean())) < 0.05 * bound
@@ -76,15 +76,17 @@ def test_random_scores_depend_on_seed_and_name_alone() -> None:
     together = unit_scores.RandomUnits([one, other], seed=3)
     swapped = unit_scores.RandomUnits([other, one], seed=3)
     for name in ("a", "b"):
-        assert torch.equal(together.of(name, NOTHING), swapped.of(name, NOTHING))
-    assert not torch.equal(together.of("a", NOTHING), together.of("b", NOTHING))
-    assert not torch.equal(together.of("a", NOTHING), unit_scores.RandomUnits([one], seed=4).of("a", NOTHING))
+        assert torch.equal(together.scores_of(name, NOTHING), swapped.scores_of(name, NOTHING))
+    assert not torch.equal(together.scores_of("a", NOTHING), together.scores_of("b", NOTHING))
+    assert not torch.equal(
+        together.scores_of("a", NOTHING), unit_scores.RandomUnits([one], seed=4).scores_of("a", NOTHING)
+    )
 
 
 def test_structures_of_different_scale_compete_by_their_share_of_the_norm() -> None:
     """Without the norm, the larger weights of the first would take all places."""
     large, small = torch.tensor([100.0, 90.0, 80.0, 1.0]), torch.tensor([0.3, 0.2, 0.001, 0.0])
-    assert shares([large, small], 5, 1) == [3, 2]
+    assert global_counts([large, small], 5, 1) == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_shares_are_rounded_to_the_nearest_multiple(total: int, expected: list[i
     second = torch.tensor([0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]) + 1e-6
     if total == 16:
         second = first
-    assert shares([first, second], total, 4) == expected
+    assert global_counts([first, second], total, 4) == expected
 
 
 def test_a_bypassed_layer_gets_a_gradient_of_zeros() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_compress.select.units import best, shares, unit_mask, unit_sums
+from ds_compress.select.units import global_counts, top_indices, unit_mask, unit_sums
 
 
 def whole_sums(values: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
@@ -58,20 +58,20 @@ class TestUnits:
         assert torch.equal(joined.view(values.shape), expected)
 
     def test_equal_scores_keep_the_lower_index(self) -> None:
-        assert best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 2).tolist() == [1, 2]
+        assert top_indices(torch.tensor([1.0, 2.0, 2.0, 2.0]), 2).tolist() == [1, 2]
 
 
 class TestShares:
     def test_weak_structures_give_more(self) -> None:
         flat, peaked = torch.ones(8), torch.tensor([8.0, 8.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
-        assert shares([flat, peaked], 10, 1) == [8, 2]
+        assert global_counts([flat, peaked], 10, 1) == [8, 2]
 
     @pytest.mark.parametrize("round_to", [1, 2, 4])
     def test_counts_are_multiples_and_never_zero(self, round_to: int) -> None:
         torch.manual_seed(0)
-        counts = shares([torch.rand(8), torch.zeros(8), torch.rand(8) * 100], 12, round_to)
+        counts = global_counts([torch.rand(8), torch.zeros(8), torch.rand(8) * 100], 12, round_to)
         assert all(count >= round_to and count % round_to == 0 for count in counts)
 
     def test_what_is_gone_stays_below(self) -> None:
         gone = torch.tensor([torch.finfo(torch.float32).min, 1.0, 1.0, 1.0])
-        assert shares([gone, torch.ones(4)], 7, 1) == [3, 4]
+        assert global_counts([gone, torch.ones(4)], 7, 1) == [3, 4]

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.find import find_structures
-from ds_compress.structure.related import explicit_structure
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.find import find_groups
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.related import stated_group
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, ResidualCNN, logits_of
 
@@ -85,43 +86,43 @@ def _output(model: nn.Module, size: int = 32) -> torch.Tensor:
 def test_a_cut_network_computes_what_the_masked_one_does(build: Callable[[], nn.Module], groups: int) -> None:
     torch.manual_seed(0)
     model = build().eval()
-    found = find_structures(model, GroupKind.CHANNEL)
-    assert len(found.structures) == groups
-    kept = kept_units(found.structures)
-    masked = masked_copy(model, found.structures, kept)
+    found = find_groups(model, GroupKind.CHANNEL)
+    assert len(found.groups) == groups
+    kept = kept_units(found.groups)
+    masked = masked_copy(model, found.groups, kept)
     assert not torch.allclose(_output(masked), _output(model))
-    PruningPlan.of(found.structures, kept).rewrite(model)
+    apply_pruning(model, PruningPlan.of(found.groups, kept))
     torch.testing.assert_close(_output(model), _output(masked), rtol=1e-5, atol=1e-5)
 
 
 def test_channels_of_the_output_stay() -> None:
-    found = find_structures(Dense(), GroupKind.CHANNEL)
+    found = find_groups(Dense(), GroupKind.CHANNEL)
     assert [refusal.module for refusal in found.unsupported] == ["out"]
     assert "output of the network" in found.unsupported[0].reason
 
 
 def test_depthwise_convolutions_shrink_with_the_layer_before() -> None:
     model = InvertedResidual()
-    found = find_structures(model, GroupKind.CHANNEL)
-    widen = next(structure for structure in found.structures if structure.name == "widen")
-    PruningPlan.of([widen], {"widen": torch.arange(10)}).rewrite(model)
+    found = find_groups(model, GroupKind.CHANNEL)
+    widen = next(group for group in found.groups if group.name == "widen")
+    apply_pruning(model, PruningPlan.of([widen], {"widen": torch.arange(10)}))
     assert (model.depthwise.groups, model.depthwise.in_channels, model.depthwise.out_channels) == (10, 10, 10)
     assert model.norm1.num_features == model.excite.out_channels == model.squeeze.in_channels == 10
 
 
 def test_a_linear_behind_a_flattened_map_loses_all_positions_of_a_channel() -> None:
-    found = find_structures(ResidualCNN(), GroupKind.CHANNEL)
-    head = next(structure for structure in found.structures if structure.name == "head")
-    reader = next(member for member in head.members if member.tensor == "classifier.weight")
+    found = find_groups(ResidualCNN(), GroupKind.CHANNEL)
+    head = next(group for group in found.groups if group.name == "head")
+    reader = next(coupled for coupled in head.slices if coupled.tensor == "classifier.weight")
     assert reader.index.tolist() == [list(range(16 * c, 16 * (c + 1))) for c in range(16)]
 
 
 def test_a_residual_sum_is_one_structure_with_its_projection() -> None:
-    found = find_structures(ResidualCNN(), GroupKind.CHANNEL)
-    second = next(s for s in found.structures if s.name == "second.conv2")
+    found = find_groups(ResidualCNN(), GroupKind.CHANNEL)
+    second = next(s for s in found.groups if s.name == "second.conv2")
     assert {"second.conv2", "second.shortcut", "second.norm2", "head"} <= set(second.modules)
     assert second.observed == "head"
-    masked = {member.tensor: member.masked for member in second.members}
+    masked = {coupled.tensor: coupled.masked for coupled in second.slices}
     assert masked["second.norm2.weight"] and masked["second.norm2.bias"]
     assert not masked["second.norm2.running_mean"] and not masked["second.norm2.running_var"]
 
@@ -139,20 +140,20 @@ def test_a_residual_sum_is_one_structure_with_its_projection() -> None:
     ids=["group norm", "softmax", "pixel shuffle", "groups", "channel shuffle", "transposed"],
 )
 def test_what_mixes_channels_is_refused(between: Any, inputs: int, reason: str) -> None:
-    found = find_structures(Between(between, inputs), GroupKind.CHANNEL)
+    found = find_groups(Between(between, inputs), GroupKind.CHANNEL)
     refused = {refusal.module: refusal.reason for refusal in found.unsupported}
-    assert "first" not in [structure.name for structure in found.structures]
+    assert "first" not in [group.name for group in found.groups]
     assert reason in refused["first"]
     # What has nothing to do with it is still found.
-    assert "second" in [structure.name for structure in found.structures]
+    assert "second" in [group.name for group in found.groups]
 
 
 def test_partitioned_weights_are_refused_with_the_way_out() -> None:
     model = ResidualCNN()
     model.stem.weight.ds_shape = model.stem.weight.shape  # type: ignore[attr-defined]
     model.stem.weight.data = torch.empty(0)
-    found = find_structures(model, GroupKind.CHANNEL)
-    assert not found.structures
+    found = find_groups(model, GroupKind.CHANNEL)
+    assert not found.groups
     assert "related_modules" in found.unsupported[0].reason
 
 
@@ -162,19 +163,19 @@ def test_a_model_that_takes_no_usual_image_says_what_to_do() -> None:
             assert x.shape[2] == 31
             return super().forward(x)
 
-    found = find_structures(Odd(nn.Identity()), GroupKind.CHANNEL)
+    found = find_groups(Odd(nn.Identity()), GroupKind.CHANNEL)
     assert "dummy_inputs" in found.unsupported[0].reason
-    found = find_structures(
+    found = find_groups(
         Odd(nn.Identity()), GroupKind.CHANNEL, example_inputs={"x": torch.randn(1, 3, 31, 31)}
     )
-    assert [structure.name for structure in found.structures] == ["first", "second"]
+    assert [group.name for group in found.groups] == ["first", "second"]
 
 
 def test_finding_changes_nothing() -> None:
     model = ZOO["resnet"]()
     before = copy.deepcopy(model.state_dict())
     training = [module.training for module in model.modules()]
-    find_structures(model, GroupKind.CHANNEL)
+    find_groups(model, GroupKind.CHANNEL)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert training == [module.training for module in model.modules()]
     assert not any(module._forward_hooks for module in model.modules())
@@ -183,15 +184,15 @@ def test_finding_changes_nothing() -> None:
 def test_without_torch_pruning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'ds_compress\[prune\]'"):
-        find_structures(ResidualCNN(), GroupKind.CHANNEL)
-    assert not find_structures(nn.Linear(2, 2), GroupKind.CHANNEL).structures
+        find_groups(ResidualCNN(), GroupKind.CHANNEL)
+    assert not find_groups(nn.Linear(2, 2), GroupKind.CHANNEL).groups
 
 
 def test_stated_channels_with_a_normalization() -> None:
     torch.manual_seed(0)
     model = ZOO["cnn"]()
-    stated = explicit_structure(model, GroupKind.CHANNEL, ["first.conv1"], ["first.norm1", "first.conv2"])
+    stated = stated_group(model, GroupKind.CHANNEL, ["first.conv1"], ["first.norm1", "first.conv2"])
     kept = kept_units([stated])
     masked = masked_copy(model, [stated], kept)
-    PruningPlan.of([stated], kept).rewrite(model)
+    apply_pruning(model, PruningPlan.of([stated], kept))
     torch.testing.assert_close(logits_of(model), logits_of(masked), rtol=1e-5, atol=1e-5)

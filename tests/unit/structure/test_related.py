@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ds_compress.structure.cut import PruningPlan
-from ds_compress.structure.find import find_structures
-from ds_compress.structure.related import explicit_structure, zero_only_structure
-from ds_compress.structure.structure import GroupKind
+from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.find import find_groups
+from ds_compress.structure.prunable_group import GroupKind
+from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.related import mask_only_group, stated_group
 from tests.zoo.masked import kept_units, masked_copy
 from tests.zoo.models import ZOO, logits_of
 
@@ -31,17 +32,17 @@ def test_stated_is_the_same_as_found(
     kind: GroupKind, name: str, related: list[str], heads: int | None
 ) -> None:
     model: Any = ZOO["bert"]()
-    stated = explicit_structure(model, kind, [name], related, heads)
-    found = find_structures(model, kind).structures[0]
+    stated = stated_group(model, kind, [name], related, heads)
+    found = find_groups(model, kind).groups[0]
     assert stated.name == name and stated.units == found.units and stated.observed == found.observed
-    ours = {(m.tensor, m.dim): m for m in stated.members}
-    theirs = {(m.tensor, m.dim): m for m in found.members}
+    ours = {(m.tensor, m.dim): m for m in stated.slices}
+    theirs = {(m.tensor, m.dim): m for m in found.slices}
     assert ours.keys() == theirs.keys()
-    for key, member in ours.items():
-        assert torch.equal(member.index, theirs[key].index) and member.scored == theirs[key].scored
+    for key, coupled in ours.items():
+        assert torch.equal(coupled.index, theirs[key].index) and coupled.scored == theirs[key].scored
     kept = kept_units([stated])
     masked = masked_copy(model, [stated], kept)
-    PruningPlan.of([stated], kept).rewrite(model)
+    apply_pruning(model, PruningPlan.of([stated], kept))
     torch.testing.assert_close(logits_of(model), logits_of(masked), rtol=0, atol=1e-5)
     if kind is GroupKind.HEAD:
         assert model.get_submodule(_SELF).num_attention_heads == 2
@@ -50,15 +51,13 @@ def test_stated_is_the_same_as_found(
 def test_several_writers_share_their_units() -> None:
     mlp = "model.layers.0.mlp"
     model = ZOO["llama"]()
-    stated = explicit_structure(
-        model, GroupKind.ROW, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [f"{mlp}.down_proj"]
-    )
-    assert [m.scored for m in stated.members] == [True, True, False]
+    stated = stated_group(model, GroupKind.ROW, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [f"{mlp}.down_proj"])
+    assert [m.scored for m in stated.slices] == [True, True, False]
 
 
 def test_a_linear_behind_a_flattened_map() -> None:
-    stated = explicit_structure(ZOO["cnn"](), GroupKind.CHANNEL, ["head"], ["classifier"])
-    assert stated.members[-1].index[1].tolist() == list(range(16, 32))
+    stated = stated_group(ZOO["cnn"](), GroupKind.CHANNEL, ["head"], ["classifier"])
+    assert stated.slices[-1].index[1].tolist() == list(range(16, 32))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_a_linear_behind_a_flattened_map() -> None:
 )
 def test_rows_that_do_not_fit(name: str, related: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        explicit_structure(ZOO["bert"](), GroupKind.ROW, [name], [related])
+        stated_group(ZOO["bert"](), GroupKind.ROW, [name], [related])
 
 
 @pytest.mark.parametrize(
@@ -81,27 +80,27 @@ def test_rows_that_do_not_fit(name: str, related: str, message: str) -> None:
 )
 def test_heads_that_do_not_fit(heads: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        explicit_structure(ZOO["bert"](), GroupKind.HEAD, [_OUTPUT], [f"{_SELF}.query"], heads)
+        stated_group(ZOO["bert"](), GroupKind.HEAD, [_OUTPUT], [f"{_SELF}.query"], heads)
 
 
 def test_layers_have_no_related_modules() -> None:
     with pytest.raises(ValueError, match="no meaning for layer pruning"):
-        explicit_structure(ZOO["bert"](), GroupKind.LAYER, [_OUTPUT], [])
+        stated_group(ZOO["bert"](), GroupKind.LAYER, [_OUTPUT], [])
 
 
 def test_rows_that_are_only_zeroed() -> None:
     model = ZOO["bert"]()
-    structure = zero_only_structure(model, GroupKind.ROW, _OUTPUT)
-    assert not structure.removable and structure.units == 32
-    assert {m.tensor: m.dim for m in structure.members} == {f"{_OUTPUT}.weight": 0, f"{_OUTPUT}.bias": 0}
+    group = mask_only_group(model, GroupKind.ROW, _OUTPUT)
+    assert not group.removable and group.units == 32
+    assert {m.tensor: m.dim for m in group.slices} == {f"{_OUTPUT}.weight": 0, f"{_OUTPUT}.bias": 0}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    PruningPlan.of([structure], kept_units([structure])).rewrite(model)
+    apply_pruning(model, PruningPlan.of([group], kept_units([group])))
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
 
 
 def test_heads_that_are_only_zeroed() -> None:
-    structure = zero_only_structure(ZOO["bert"](), GroupKind.HEAD, _OUTPUT, num_heads=4)
-    (member,) = structure.members
-    assert (member.dim, member.scored, member.index.shape) == (1, True, (4, 8))
+    group = mask_only_group(ZOO["bert"](), GroupKind.HEAD, _OUTPUT, num_heads=4)
+    (coupled,) = group.slices
+    assert (coupled.dim, coupled.scored, coupled.index.shape) == (1, True, (4, 8))
     with pytest.raises(ValueError, match="num_heads"):
-        zero_only_structure(nn.Sequential(nn.Linear(4, 4)), GroupKind.HEAD, "0")
+        mask_only_group(nn.Sequential(nn.Linear(4, 4)), GroupKind.HEAD, "0")

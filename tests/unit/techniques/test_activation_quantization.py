@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ds_compress.config.resolve.resolver import resolve
+from ds_compress.quant.fake_quant import fake_quantize_input
 from ds_compress.quant.grid import TokenGranularity
-from ds_compress.quant.operands import quantize_input
 from ds_compress.techniques.activation_quantization import ActivationQuantization
 from ds_compress.techniques.weight_quantization import WeightQuantization
 
@@ -91,7 +91,7 @@ def test_dynamic_grid_by_kind_of_layer(quantization_type, granularity, conv, lin
         grid = module.input_quantizer.grid
         assert grid.granularity is TokenGranularity(name) and not grid.narrow_range
         assert grid.symmetric == (quantization_type == "symmetric")
-        quantized = quantize_input(x, grid).values
+        quantized = fake_quantize_input(x, grid).values
         expected = module._ds_compress_base_class.forward(module, quantized)
         torch.testing.assert_close(module(x), expected)
 

@@ -12,12 +12,12 @@ from torch import nn
 
 import ds_compress
 from ds_compress.config.schema.distillation import AttentionLoss, HiddenLoss, LogitsLoss
+from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
 from ds_compress.distill.losses.attention import RelationDistillation
 from ds_compress.distill.losses.base import Pair
 from ds_compress.distill.losses.hidden import HiddenDistillation
 from ds_compress.distill.losses.logits import LogitsDistillation
 from ds_compress.distill.projections import find_projections
-from ds_compress.distill.record import ActivationCapture, CapturedActivations
 from tests.multirank.common import batches, ds_config, tiny_bert
 from tests.single import init_single_process
 

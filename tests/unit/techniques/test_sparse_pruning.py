@@ -77,18 +77,18 @@ def test_topk_trains_as_trainable_scores_with_a_straight_through_mask_do() -> No
     scores = nn.Parameter(counter_rng.uniform((8, 12), key) * 2 * bound - bound)
     of_weight = torch.optim.AdamW([weight], lr=0.05, weight_decay=0.01)
     of_scores = torch.optim.AdamW([scores], lr=0.05, weight_decay=0.01)
-    in_force, next_mask = torch.ones(8, 12, dtype=torch.bool), None
+    is_active, next_mask = torch.ones(8, 12, dtype=torch.bool), None
     for index, (x, y) in enumerate(data(steps)):
-        masked = (weight * in_force).detach().requires_grad_()
+        masked = (weight * is_active).detach().requires_grad_()
         (x @ masked.t() - y).square().mean().backward()
         next_mask = keep_largest(scores.detach())
         if index > 0:
             scores.grad = masked.grad * weight.detach()
             of_scores.step()
-        weight.grad = masked.grad * in_force
+        weight.grad = masked.grad * is_active
         of_weight.step()
-        in_force = next_mask
-    torch.testing.assert_close(got, (weight * in_force).detach(), rtol=1e-4, atol=1e-6)
+        is_active = next_mask
+    torch.testing.assert_close(got, (weight * is_active).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_movement_is_the_sum_of_minus_w_times_g() -> None:
@@ -98,17 +98,17 @@ def test_movement_is_the_sum_of_minus_w_times_g() -> None:
     weight = model.layer.weight
     optimizer = torch.optim.AdamW([weight], lr=0.05, weight_decay=0.0)
     score = torch.zeros(8, 12)
-    in_force = torch.ones(8, 12, dtype=torch.bool)
+    is_active = torch.ones(8, 12, dtype=torch.bool)
     for index, (x, y) in enumerate(data(steps)):
-        masked = (weight * in_force).detach().requires_grad_()
+        masked = (weight * is_active).detach().requires_grad_()
         (x @ masked.t() - y).square().mean().backward()
-        next_mask = keep_largest(score) if index + 1 >= 3 else in_force
+        next_mask = keep_largest(score) if index + 1 >= 3 else is_active
         score = score - masked.grad * weight.detach()
-        weight.grad = masked.grad * in_force
+        weight.grad = masked.grad * is_active
         optimizer.step()
-        in_force = next_mask
+        is_active = next_mask
     torch.testing.assert_close(stage.score.tensors["layer.weight"], score.flatten(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(got, (weight * in_force).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got, (weight * is_active).detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["taylor", "snip_momentum"])
@@ -151,7 +151,7 @@ def test_after_the_last_mask_nothing_but_the_mask_is_kept(method: str) -> None:
     assert stage.score.tensors
     got, stage = run(method, 8, schedule_offset=2, schedule_offset_end=4)
     assert not stage.score.tensors
-    assert not stage.hidden
+    assert not stage.latent
     assert int(got.count_nonzero()) == 24
 
 
@@ -166,7 +166,7 @@ def test_nan_weights_keep_the_mask_and_are_named(caplog: pytest.LogCaptureFixtur
     before = {name: mask.clone() for name, mask in stage.masks.items()}
     broken = model.bert.encoder.layer[0].attention.self.key.weight
     broken.data.view(-1)[
-        stage.score.of(
+        stage.score.scores_of(
             stage._fragments["bert.encoder.layer.0.attention.self.key.weight"], broken.data.view(-1)
         ).argmax()
     ] = float("nan")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import ds_compress
-from ds_compress.engine.run import teacher_given
+from ds_compress.engine.build import teacher_given
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation
-from ds_compress.structure.structure import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
 from tests.multirank.structured import logits_of
 from tests.single import init_single_process
@@ -141,30 +141,30 @@ class TestScores:
     def test_a_state_comes_back(self) -> None:
         for name, cls in UNIT_SCORES.items():
             first = cls([self.STRUCTURE], seed=3)
-            first.gather("s", torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), {"lr": 0.1})
-            first.fold(lambda x: x, lambda x: x)
+            first.accumulate("s", torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), {"lr": 0.1})
+            first.reduce(lambda x: x, lambda x: x)
             second = cls([self.STRUCTURE], seed=3)
             second.load_state_dict(first.state_dict())
             for score in (first, second):
-                score.gather("s", torch.ones(4, dtype=torch.float64), {"lr": 0.1})
-                score.fold(lambda x: x, lambda x: x)
+                score.accumulate("s", torch.ones(4, dtype=torch.float64), {"lr": 0.1})
+                score.reduce(lambda x: x, lambda x: x)
             weights = torch.ones(4, dtype=torch.float64)
-            assert torch.equal(first.of("s", weights), second.of("s", weights)), name
+            assert torch.equal(first.scores_of("s", weights), second.scores_of("s", weights)), name
 
     def test_the_learned_score_goes_against_its_gradient(self) -> None:
         score = UNIT_SCORES["topk"]([self.STRUCTURE], seed=0)
-        before = score.of("s", torch.zeros(4)).clone()
-        score.gather("s", torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64), {"lr": 0.1})
-        score.fold(lambda x: x, lambda x: x)
-        change = score.of("s", torch.zeros(4)) - before
+        before = score.scores_of("s", torch.zeros(4)).clone()
+        score.accumulate("s", torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64), {"lr": 0.1})
+        score.reduce(lambda x: x, lambda x: x)
+        change = score.scores_of("s", torch.zeros(4)) - before
         assert change[0] < 0 < change[1]
 
     def test_activations_count_every_sample_alike(self) -> None:
         score = MeanActivation([self.STRUCTURE], seed=0)
-        score.see("s", torch.tensor([4.0, 0.0, 0.0, 2.0]), 4)
-        score.see("s", torch.tensor([0.0, 2.0, 0.0, 0.0]), 1)
-        score.fold(lambda x: x, lambda x: 2 * x)
-        assert score.of("s", torch.zeros(4)).tolist() == [2.0, 4.0, 0.0, 1.0]
+        score.observe("s", torch.tensor([4.0, 0.0, 0.0, 2.0]), 4)
+        score.observe("s", torch.tensor([0.0, 2.0, 0.0, 0.0]), 1)
+        score.reduce(lambda x: x, lambda x: 2 * x)
+        assert score.scores_of("s", torch.zeros(4)).tolist() == [2.0, 4.0, 0.0, 1.0]
 
 
 def test_nan_weights_keep_the_masks_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

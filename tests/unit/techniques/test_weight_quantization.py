@@ -13,7 +13,8 @@ from torch import nn
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.targets import TechniquePlan
 from ds_compress.quant import layers
-from ds_compress.quant.grid import Granularity, WeightGrid, fake_quantize, initial_scale
+from ds_compress.quant.grid import Granularity, WeightGrid
+from ds_compress.quant.weights import fake_quantize, initial_scale
 from ds_compress.techniques.weight_quantization import BitWidth, WeightQuantization, bit_width_at
 
 

@@ -172,7 +172,7 @@ class TestPrintedPlan:
     def test_totals(self, bert: nn.Module) -> None:
         text = str(plan(bert, pruning(["query"], method="topk"), world_size=2))
         assert line(text, f"claimed: 1,536 of {sum(p.numel() for p in bert.parameters()):,} parameters")
-        assert "masks 96 B, hidden values 3.07 kB, scores 9.22 kB" in line(
+        assert "masks 96 B, latent weights 3.07 kB, scores 9.22 kB" in line(
             text, "training state of pruning in each of 2 processes"
         )
 
@@ -221,7 +221,7 @@ class TestPrintedPlan:
         assert size_in_words(size) == text
 
     def test_numbers_are_joined_only_where_they_form_a_grid(self) -> None:
-        same = LineItem((2, 2), "x", "-", "-", "")
+        same = LineItem((2, 2), ("x", "-", "-"), "")
         grid = {f"stage.{i}.block.{j}": same for i in (0, 1) for j in (0, 1, 2)}
         assert collapse(grid) == [("stage.{0-1}.block.{0-2}", list(grid))]
         del grid["stage.1.block.2"]
@@ -307,12 +307,12 @@ class TestForecast:
         model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
         state = training_state(plan(model, pruning(["*"], method=method), world_size=4))
         share = 2 * 64 * 32 // 4
-        assert (state.mask, state.hidden, state.scores) == (share // 8, share * hidden, share * scores)
+        assert (state.mask, state.latent, state.scores) == (share // 8, share * hidden, share * scores)
         assert state.total == share // 8 + share * (hidden + scores)
 
     def test_regrowth_keeps_hidden_values(self) -> None:
         model = nn.Sequential(nn.Linear(8, 8))
-        assert training_state(plan(model, pruning(["*"], regrowth=True))).hidden == 4 * 64
+        assert training_state(plan(model, pruning(["*"], regrowth=True))).latent == 4 * 64
 
     def test_without_pruning_there_is_no_state(self, bert: nn.Module) -> None:
         assert training_state(plan(bert, bits(["query"]))).total == 0

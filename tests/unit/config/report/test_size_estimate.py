@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ds_compress
+from ds_compress.api import export
 from ds_compress.config.report.size_estimate import stored, total
-from ds_compress.export.api import export
 from ds_compress.quant import layers
 from tests.quantized import quantized
 

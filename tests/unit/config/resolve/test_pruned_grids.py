@@ -97,14 +97,15 @@ def test_embeddings_are_among_them() -> None:
 
 def test_stochastic_rounding_never_moves_a_zero() -> None:
     """The normalized zero of an asymmetric grid may be a hair below its whole number."""
-    from ds_compress.quant import grid as grids
+    from ds_compress.quant.grid import WeightGrid
+    from ds_compress.quant.weights import fake_quantize
 
-    grid = grids.WeightGrid(bits=8, symmetric=False, narrow_range=True, groups=4096, stochastic=True)
+    grid = WeightGrid(bits=8, symmetric=False, narrow_range=True, groups=4096, stochastic=True)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((4096, 16), generator=generator)
     weight[:, ::2] = 0
     lowest = torch.zeros(weight.shape)  # u = 0, which a draw of 24 bits is once in 16 million times
-    assert not grids.fake_quantize(weight, grid, lowest)[weight == 0].any()
+    assert not fake_quantize(weight, grid, lowest)[weight == 0].any()
 
 
 def test_rows_that_another_block_prunes_count_too() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from ds_compress import ConfigError, plan
-from ds_compress.config.resolve.structures import kept_units
+from ds_compress.config.structure_targets import kept_units
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ class TestClaims:
         model = nn.ModuleDict({n: nn.Linear(8, 8) for n in ("a_up", "a_down", "b_up", "b_down")})
         group = {"modules": ["a_up", "b_up"], "related_modules": [["a_down"], ["b_down"]]}
         found = claimed(model, block("row_pruning", group=group))
-        tensors = {name: {m.tensor for m in s.members} for name, s in found.items()}
+        tensors = {name: {m.tensor for m in s.slices} for name, s in found.items()}
         assert {frozenset(t) for t in tensors.values()} == {
             frozenset({"a_up.weight", "a_up.bias", "a_down.weight"}),
             frozenset({"b_up.weight", "b_up.bias", "b_down.weight"}),
@@ -92,7 +92,7 @@ class TestErrors:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, **sizes))
         (structure,) = claimed(model, {"head_pruning": {"dense_ratio": 0.5}}).values()
         assert structure.units == 4
-        assert not any("k_proj" in m.tensor or "v_proj" in m.tensor for m in structure.members)
+        assert not any("k_proj" in m.tensor or "v_proj" in m.tensor for m in structure.slices)
 
     def test_hidden_size_under_layer_norm(self, bert: nn.Module) -> None:
         found = problem(bert, {"hidden_pruning": {"dense_ratio": 0.5}})

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from ds_compress.config import CompressionConfig, ConfigError, Problem, parse_config
+from ds_compress.config.schema import __main__ as schema_program
 from ds_compress.config.schema import compression_training as schema_module
-from ds_compress.config.schema.sparse_pruning import Pattern, parse_pattern
+from ds_compress.config.schema.patterns import Pattern, parse_pattern
 
 
 def problems_of(block: Any) -> dict[str, Problem]:
@@ -660,11 +661,11 @@ class TestJsonSchema:
     ) -> None:
         path = tmp_path / "schema.json"
         monkeypatch.setattr(schema_module, "SCHEMA_FILE", path)
-        assert schema_module.main(["--check"]) == 1
+        assert schema_program.main(["--check"]) == 1
         path.write_text("stale")
-        assert schema_module.main(["--check"]) == 1
+        assert schema_program.main(["--check"]) == 1
         schema_module.write_schema(path)
-        assert schema_module.main(["--check"]) == 0
+        assert schema_program.main(["--check"]) == 0
         assert [file.name for file in tmp_path.iterdir()] == ["schema.json"]
 
     def test_an_interrupted_write_leaves_the_old_file(

@@ -24,7 +24,7 @@ def without_enabled(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(block: dict[str, Any]) -> list[str]:
-    return list(idle_lines(parse_config(block), block))
+    return list(idle_lines(parse_config(block)))
 
 
 def test_enabled_was_forgotten(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 import ds_compress
 from ds_compress.config import parse_config
-from ds_compress.config.schema.robust_reduction import RobustReduction
-from ds_compress.engine.comm.limits import refuse_unsupported_reductions
+from ds_compress.config.schema.robust_reduction import RobustReductionConfig
+from ds_compress.engine.admission import unsupported_beside
 from tests.multirank.common import ds_config, tiny_bert
 from tests.single import init_single_process
 
@@ -95,12 +95,10 @@ def test_the_refresh_of_copies_is_refused_where_there_are_none() -> None:
     zero = SimpleNamespace(stage=3, reduce_scatter=True, use_multi_rank_bucket_allreduce=True)
     settings = SimpleNamespace(zero_config=zero, sparse_gradients_enabled=False, torch_autocast_enabled=False)
     block = {"parameter_compression": {"enabled": True, "refresh_interval": 10}}
-    with pytest.raises(ds_compress.ConfigError) as error:
-        refuse_unsupported_reductions(parse_config(block), settings)
-    (problem,) = error.value.problems
+    (problem,) = unsupported_beside(parse_config(block), settings)
     assert problem.path == "compression_training.parameter_compression.refresh_interval"
     zero.stage = 2
-    refuse_unsupported_reductions(parse_config(block), settings)
+    assert not list(unsupported_beside(parse_config(block), settings))
 
 
 @pytest.mark.parametrize("name", ["gradient_compression", "robust_reduction", "parameter_compression"])
@@ -122,7 +120,7 @@ def test_a_reduction_of_one_process_says_that_it_does_nothing(
 
 
 def test_what_no_rule_names_is_said() -> None:
-    manual = RobustReduction.__doc__ or ""
+    manual = RobustReductionConfig.__doc__ or ""
     for attack in ("opposite sign", "ALIE", "IPM"):
         assert attack in manual
-    assert "not " in (RobustReduction.model_fields["on_outlier"].description or "")
+    assert "not " in (RobustReductionConfig.model_fields["on_outlier"].description or "")

@@ -8,7 +8,8 @@ import deepspeed
 import pytest
 
 from ds_compress import ConfigError, plan
-from ds_compress.config.schema.placement import BLOCKS, misplaced
+from ds_compress.config.schema.compression_training import block_classes
+from ds_compress.config.schema.placement import misplaced
 from tests.multirank.common import ds_config, pruning_block, tiny_bert
 from tests.single import init_single_process
 
@@ -72,7 +73,7 @@ def test_null_is_no_block(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_every_block_is_known_at_the_top_level() -> None:
-    for block in BLOCKS:
+    for block in block_classes():
         inner = {"shared_parameters": {}} if block == "weight_quantization" else {}
         (problem,) = misplaced({"train_batch_size": 1, block: inner})
         assert f'"{block}" inside' in problem.allowed

@@ -76,7 +76,7 @@ def masters(engine: Any) -> dict[str, torch.Tensor]:
     """What trains of each weight: its hidden value where it is masked and has one."""
     stages = engine.compression.techniques.values()
     return {
-        name: next((s.hidden[name] for s in stages if name in s.hidden), f.values).clone().float()
+        name: next((s.latent[name] for s in stages if name in s.latent), f.values).clone().float()
         for name, f in engine.compression.shards.fragments.items()
     }
 
@@ -117,7 +117,7 @@ def test_hidden_weights_train_and_count(name: str) -> None:
     engine = engine_of(sparse("l1", regrowth=True, schedule_offset_end=50, schedule="constant"), name)
     for at in range(5):
         step(engine, at)
-    assert engine.compression.techniques["sparse_pruning"].hidden
+    assert engine.compression.techniques["sparse_pruning"].latent
     assert update_norm(engine, 5) == pytest.approx(LIMIT, rel=1e-3)
 
 

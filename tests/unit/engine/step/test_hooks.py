@@ -14,7 +14,7 @@ from torch import nn
 import ds_compress  # noqa: F401 - registers the block
 from tests.single import init_single_process
 
-TECHNIQUES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
 LEARNED_SCALES = {
     "weight_quantization": {
         "shared_parameters": {"enabled": True, "learned_scale": True, "granularity": "per_channel"},
@@ -78,7 +78,7 @@ def adagrad(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class TestReplacedOptimizer:
-    @pytest.mark.parametrize("stage", TECHNIQUES)
+    @pytest.mark.parametrize("stage", STAGES)
     def test_from_json(self, stage: int) -> None:
         engine = engine_of(sparse(), stage, optimizer={"type": "Adagrad", "params": {"lr": 0.01}})
         for at in range(3):
@@ -89,7 +89,7 @@ class TestReplacedOptimizer:
     def test_groups_scales_and_schedules_give_the_same_weights_on_every_stage(self) -> None:
         """ZeRO makes its Adagrad with one group and the default rate: ours has a group more, for scales."""
         results = []
-        for stage in TECHNIQUES:
+        for stage in STAGES:
             model = net()
             given = adagrad(model)
             schedule = torch.optim.lr_scheduler.LambdaLR(given, lambda s: 1.0 if s < 2 else 0.0)
@@ -159,7 +159,7 @@ class TestStepPastTheHooks:
 class TestSkippedStep:
     """Each case: a mask (or range) is due in the step that is skipped; then the same batch again, without the flaw."""
 
-    @pytest.mark.parametrize("stage", TECHNIQUES)
+    @pytest.mark.parametrize("stage", STAGES)
     @pytest.mark.parametrize(
         "block",
         [

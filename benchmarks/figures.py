@@ -1,0 +1,367 @@
+"""Writes the tables of the docs from `benchmarks/results`, so that no page shows a figure that no run measured.
+
+    python -m benchmarks.figures                  # rewrites docs/*.md and the README between their markers
+    python -m benchmarks.figures --check          # changes nothing; fails where a page is behind its results
+    python -m benchmarks.figures --list           # every table there is, on standard output
+
+A page names a table and the generator fills in what lies between:
+
+    <!-- figures:step_overhead -->
+    <!-- end figures -->
+
+Each table ends in a line that says how it was measured: command, machine, versions, commit and day. A figure that
+several runs measured is the newest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from . import gpu_goals, record
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"<!-- figures:(?P<name>\w+) -->\n(?P<content>.*?)<!-- end figures -->", flags=re.DOTALL)
+AVX512, AVX2 = "avx512", "avx2"
+
+Lines = list[str]
+
+
+class FigureError(ValueError):
+    """A page asks for a table that there is not, or a table for a figure that was not measured."""
+
+
+class Results:
+    """The figures of one benchmark; `machine`: part of the CPU's label, `setting`: part of the arguments."""
+
+    def __init__(self, benchmark: str, machine: str = "", setting: str = "") -> None:
+        self.benchmark = benchmark
+        rows = record.read(record.RESULTS / f"{benchmark}.csv")
+        rows = [r for r in rows if machine in r["cpu"] and setting in r["arguments"]]
+        self.rows = sorted(rows, key=lambda row: row["time"])
+        self._used: dict[tuple[str, ...], None] = {}
+
+    def value(self, variant: str, figure: str) -> float:
+        """The newest one.
+
+        Raises:
+            FigureError: there is none.
+        """
+        for row in reversed(self.rows):
+            if (row["variant"], row["figure"]) == (variant, figure):
+                self._used[self._how(row)] = None
+                return float(row["value"])
+        raise FigureError(f"{self.benchmark}.csv has no {figure!r} of {variant!r}")
+
+    def variants(self, ending: str = "") -> list[str]:
+        return list(dict.fromkeys(row["variant"] for row in self.rows if row["variant"].endswith(ending)))
+
+    def sources(self, title: str = "") -> Lines:
+        """How the figures that were asked for were measured: the commands, then what they ran on."""
+        by_machine: dict[tuple[str, ...], list[str]] = {}
+        for command, *where in self._used:
+            by_machine.setdefault(tuple(where), []).append(f"`{command}`")
+        return [f"{title}{', '.join(commands)}; {'; '.join(where)}" for where, commands in by_machine.items()]
+
+    def _how(self, row: record.Row) -> tuple[str, ...]:
+        options = re.split(r" (?=--)", record.setting_of(row["arguments"]))
+        pairs = [part for option in options for part in option.split(" ", 1) if part]
+        command = f"python -m benchmarks.{self.benchmark} {shlex.join(pairs)}".strip()
+        versions = ", ".join(v for v in row["versions"].split(", ") if not v.startswith("python"))
+        day = row["time"].partition("T")[0]
+        return command, f"{row['cpu']}, {row['cores']} cores", versions, f"commit {row['commit']}, {day}"
+
+
+def markdown(
+    head: Sequence[str], rows: Iterable[Sequence[str]], sources: Callable[[], Iterable[str]]
+) -> Lines:
+    """A table, the first column to the left and numbers to the right; below it `sources`, once the rows are made."""
+    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    return [*lines, "", "<small>" + ".<br>\n".join(sources()) + ".</small>"]
+
+
+# --- one function a table -------------------------------------------------------------------
+
+
+def compression_curve() -> Lines:
+    r = Results("compression_curve")
+
+    def row(variant: str) -> list[str]:
+        return [
+            variant,
+            f"{100 * r.value(variant, 'accuracy'):.1f} %",
+            f"{r.value(variant, 'bytes') / 1e6:.1f}",
+            f"{r.value(variant, 'times smaller'):.2f}x",
+            f"{r.value(variant, 'latency ms'):.0f}",
+            f"{r.value(variant, 'times faster'):.1f}x",
+            f"{r.value(variant, 'latency ms of the cut alone, fp32'):.0f}",
+        ]
+
+    head = ["", "accuracy", "MB", "smaller", "ms", "faster", "pruned only, fp32 ms"]
+    return markdown(head, map(row, r.variants()), r.sources)
+
+
+def step_overhead() -> Lines:
+    r = Results("step_overhead", AVX512)
+    wanted = [v for v in r.variants() if v != "plain DeepSpeed"]
+
+    def row(variant: str) -> list[str]:
+        low, high = (r.value(variant, f"ratio, {which} quartile") for which in ("lower", "upper"))
+        return [variant, f"{r.value(variant, 'ratio'):.2f}", f"{low:.2f} to {high:.2f}"]
+
+    return markdown(["", "CPU time, ratio to plain DeepSpeed", "quartiles"], map(row, wanted), r.sources)
+
+
+def int8_linear() -> Lines:
+    machines = {"AVX-512 VNNI": Results("int8_linear", AVX512), "AVX2": Results("int8_linear", AVX2)}
+    peers = {
+        "the best 8-bit peer": "the best 8-bit peer, no activation",
+        "the same and its GELU, ours fused": "the best 8-bit peer, GELU",
+        "oneDNN packed fp32, 64 rows and more": "oneDNN packed fp32",
+    }
+
+    def cell(r: Results, peer: str) -> str:
+        variant = f"ours against {peer}, 1 thread"
+        return f"{r.value(variant, 'geometric mean'):.2f} ({r.value(variant, 'least'):.2f})"
+
+    rows = [[title, *(cell(r, peer) for r in machines.values())] for title, peer in peers.items()]
+    head = ["times as fast as", *(f"{name}: mean (least)" for name in machines)]
+    return markdown(head, rows, lambda: chain(*(r.sources(f"{name}: ") for name, r in machines.items())))
+
+
+ELEMENTWISE = {
+    "`mask_apply_`": ("mask_apply", "25165824 fp32", "mask_apply_", "mul_ by a bool mask"),
+    "`fake_quantize`, per channel": (
+        "fake_quantize",
+        "weight 3072 x 768, float32",
+        "fake_quantize",
+        "torch per channel, range measured",
+    ),
+    "`block_quantize`, int8": ("block_quantize", "int8 of fp32", "quantize", "quantize, naive eager"),
+    "`block_dequantize`, int8": ("block_quantize", "int8 of fp32", "dequantize", "dequantize, reference"),
+    "`block_reduce`, int8": ("block_quantize", "int8 of fp32", "reduce", "reduce, naive eager"),
+    "`mask_n_of_m`, 2:4": (
+        "mask_apply",
+        "selection, 4194304 fp32",
+        "mask_n_of_m 2:4",
+        "mask_n_of_m 2:4, reference",
+    ),
+}
+
+
+def elementwise() -> Lines:
+    """On one thread: of a copy's bandwidth, and how many times as fast as what torch offers for it."""
+    names = dict.fromkeys(benchmark for benchmark, *_ in ELEMENTWISE.values())
+    results = {(name, machine): Results(name, machine) for name in names for machine in (AVX512, AVX2)}
+    rows = []
+    for title, (benchmark, case, ours, peer) in ELEMENTWISE.items():
+        cells = [title, peer.removeprefix(f"{ours}, ")]
+        for machine in (AVX512, AVX2):
+            r, where = results[benchmark, machine], f"{case}, 1 thread: "
+            percent = r.value(where + ours, "percent of copy bandwidth")
+            cells += [f"{percent:.0f} %", f"{r.value(where + peer, f'times slower than {ours}'):.1f}x"]
+        rows.append(cells)
+    head = ["op", "the peer", "AVX-512: of a copy", "to the peer", "AVX2: of a copy", "to the peer"]
+    return markdown(head, rows, lambda: chain(*(r.sources() for r in results.values())))
+
+
+def memory() -> Lines:
+    r = Results("memory")
+
+    def row(variant: str) -> list[str]:
+        peak, ratio = r.value(variant, "peak MB"), r.value(variant, "peak to plain, without the interpreter")
+        return [variant, f"{peak:,.0f}", f"{ratio:.2f}"]
+
+    return markdown(["", "peak MB", "to plain ZeRO-3"], map(row, r.variants()), r.sources)
+
+
+def shrink() -> Lines:
+    r = Results("shrink")
+
+    def row(variant: str) -> list[str]:
+        before, after = (r.value(variant, f"tensors MB {when}") for when in ("before", "after"))
+        return [
+            variant,
+            f"{r.value(variant, 'step time to masked only'):.2f}",
+            f"{before:,.0f} -> {after:,.0f}",
+        ]
+
+    head = ["", "step time to masking only", "MB of tensors in a process"]
+    return markdown(head, map(row, r.variants()), r.sources)
+
+
+def distillation_quality() -> Lines:
+    half, few = (Results("distillation_quality", setting=s) for s in ("half", "few_labels --steps 240"))
+
+    def cell(r: Results, variant: str) -> str:
+        mean, spread = r.value(variant, "mean accuracy"), r.value(variant, "standard deviation")
+        return f"{100 * mean:.2f} ± {100 * spread:.2f}"
+
+    rows = [[v, cell(half, v), cell(few, v)] for v in half.variants() if v != "teacher"]
+    head = ["", "6 -> 3 layers, all labels, %", "6 -> 2 layers, a tenth of the labels, %"]
+    return markdown(head, rows, lambda: [*half.sources(), *few.sources()])
+
+
+def reduction_steps() -> Lines:
+    r = Results("reduction")
+    rates = {"1gbit": "1 Gbit/s", "200mbit": "200 Mbit/s", "none": "no limit"}
+    models = {"minilm": "23 M parameters", "bert-base": "110 M parameters"}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for variant in r.variants():
+        found = re.fullmatch(r"step of (\S+), stage 2, (\d nodes), (\w+): (.*)", variant)
+        if found and "stock" not in found[4]:
+            sent = found[4].replace("auto", "default")
+            job = cells.setdefault((f"{models[found[1]]}, {found[2]}", sent), {})
+            job[found[3]] = f"{r.value(variant, 'faster_x'):.2f}"
+    rows = [[*key, *(by_rate.get(rate, "") for rate in rates)] for key, by_rate in cells.items()]
+    return markdown(["times as fast as stock bf16", "sent as", *rates.values()], rows, r.sources)
+
+
+def reduction_convergence() -> Lines:
+    def row(stage: int, steps: int) -> list[str]:
+        r = results[f"--stages {stage} --steps {steps}"]
+        cells = [
+            f"ZeRO-{stage}, {steps} steps",
+            f"{100 * r.value(f'stage {stage}, stock bf16', 'mean accuracy'):.2f} %",
+        ]
+        for sent in ("int8", "int4"):
+            mean, spread = (
+                r.value(f"stage {stage}, {sent}", f"{what}, points")
+                for what in ("mean difference", "spread of differences")
+            )
+            cells.append(f"{mean:+.2f} ± {spread:.2f}")
+        return cells
+
+    jobs = [(2, 500), (3, 200), (2, 120), (3, 120)]
+    settings = [f"--stages {stage} --steps {steps}" for stage, steps in jobs]
+    results = {setting: Results("reduction_convergence", setting=setting) for setting in settings}
+    head = ["", "stock bf16", "int8, points to stock", "int4, points to stock"]
+    rows = [row(*job) for job in jobs]
+    return markdown(head, rows, lambda: chain(*(r.sources() for r in results.values())))
+
+
+ATTACKS = {"sign flip": "sign flipped", "sign flip x10": "sign flipped, x 10", "scale x100": "x 100"}
+ATTACKS |= {"stale": "gradients of 20 steps ago"}
+
+
+def robust() -> Lines:
+    r = Results("robust", setting="--stages 2")
+    jobs = [(n, f, shards) for n, f in ((5, 1), (8, 2)) for shards in ("iid", "skewed")]
+
+    def cell(n: int, f: int, shards: str, attack: str) -> str:
+        variant = f"digits, n {n}, f {f}, stage 2, {shards}, {attack}"
+        mean, rule = (100 * r.value(f"{variant}, {rule}", "accuracy") for rule in ("mean", "recommended"))
+        return f"{mean:.1f} -> {rule:.1f}"
+
+    names = [re.fullmatch(r"digits, n 5, f 1, stage 2, iid, (.*), mean", v) for v in r.variants()]
+    attacks = [found[1] for found in names if found]
+    rows = [[ATTACKS.get(name, name), *(cell(*job, name) for job in jobs)] for name in attacks]
+    head = ["attack", *(f"{n} workers, {f} bad{', skewed shards' * (s == 'skewed')}" for n, f, s in jobs)]
+    return markdown(head, rows, r.sources)
+
+
+def gpu_check() -> Lines:
+    """The newest check of a GPU against its goals; see docs/gpu-check.md."""
+    checks = [json.loads(path.read_text()) for path in (record.RESULTS / "gpu").glob("*.json")]
+    check = max(checks, key=lambda each: str(each["time"]))
+    rows = [
+        [
+            entry["goal"],
+            entry["bound"],
+            f"{entry['reached']} of {entry['figures']}",
+            f"{entry['median']:.3g}",
+            f"{entry['worst']:.3g}",
+        ]
+        for entry in gpu_goals.judge(check["parts"])
+        if entry["figures"]
+    ]
+    day = check["time"].partition("T")[0]
+    source = f"`make gpu-check`; {check['device']}; {check['versions']}; commit {check['commit']}, {day}"
+    return markdown(["figure", "goal", "reached", "median", "worst"], rows, lambda: [source])
+
+
+TABLES: dict[str, Callable[[], Lines]] = {
+    table.__name__: table
+    for table in (
+        compression_curve,
+        step_overhead,
+        int8_linear,
+        elementwise,
+        memory,
+        shrink,
+        distillation_quality,
+        reduction_steps,
+        reduction_convergence,
+        robust,
+        gpu_check,
+    )
+}
+
+
+# --- pages ----------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """`text` with every table between its markers as the results have it now.
+
+    Raises:
+        FigureError: no table of that name, or a marker without its end.
+    """
+    if len(BLOCK.findall(text)) != text.count("<!-- figures:"):
+        raise FigureError("a <!-- figures:NAME --> has no <!-- end figures --> behind it")
+
+    def block(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in TABLES:
+            raise FigureError(f"no table {name!r}: there are {', '.join(TABLES)}")
+        return "\n".join([f"<!-- figures:{name} -->", *TABLES[name](), "<!-- end figures -->"])
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> list[Path]:
+    """Those of the repository that show figures."""
+    found = [*ROOT.glob("README*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in found if "<!-- figures:" in path.read_text()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a page is behind")
+    parser.add_argument("--list", action="store_true", help="print every table")
+    parser.add_argument("pages", nargs="*", type=Path, help="instead of all pages of the repository")
+    args = parser.parse_args(arguments)
+    if args.list:
+        print("\n".join(line for name, table in TABLES.items() for line in (f"## {name}", "", *table(), "")))
+        return
+    behind = []
+    for path in args.pages or pages():
+        before = path.read_text()
+        try:
+            after = filled(before)
+        except FigureError as error:
+            raise SystemExit(f"{path}: {error}") from error
+        if after == before:
+            continue
+        behind.append(path)
+        if args.check:
+            sys.stdout.writelines(
+                difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), "results")
+            )
+        else:
+            path.write_text(after)
+            print(f"{path}: written")
+    if args.check and behind:
+        raise SystemExit("behind benchmarks/results; run `python -m benchmarks.figures`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What a config means for the prunable groups of one model: which are claimed, and how many units stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from ds_compress.config.targets import exact_ceil
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+
+
+@dataclass(frozen=True)
+class StructureTarget:
+    """One structure that one group claims, and the fraction of its units that is kept."""
+
+    structure: PrunableGroup
+    group: str
+    dense_ratio: float
+
+
+@dataclass(frozen=True)
+class StructurePlan:
+    """One enabled structured-pruning block: its key, what holds for all its groups, and its structures."""
+
+    block: str
+    kind: GroupKind
+    shared: Any
+    targets: tuple[StructureTarget, ...]
+
+
+def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = False) -> int:
+    """The multiple of `round_to` nearest to dense_ratio * units (halves up), at least one; `units` for a ratio of 1.
+
+    `rounds_up`: ceil(dense_ratio * units) instead, as single weights are counted and as the removed library did.
+    """
+    if dense_ratio == 1:
+        return units
+    multiples = Fraction(repr(dense_ratio)) * units / round_to
+    if rounds_up:
+        return exact_ceil(dense_ratio, units)
+    return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
+
+
+def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the parameter `name` once the units that its structures lose are removed."""
+    left = list(shape)
+    for plan in plans.values():
+        for target in plan.targets:
+            lost = target.structure.units - _kept_in_the_end(plan, target)
+            for member in target.structure.slices:
+                if member.tensor == name and target.structure.removable:
+                    left[member.dim] -= lost * member.index.shape[1]
+    return tuple(left)
+
+
+def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
+    """The share of the layers that stay, for a parameter of a layer that may go; 1 for all others."""
+    for plan in plans.values():
+        for target in plan.targets:
+            if any(name.startswith(f"{layer}.") for layer in target.structure.layers):
+                return Fraction(_kept_in_the_end(plan, target), target.structure.units)
+    return Fraction(1)
+
+
+def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
+    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up)

@@ -1,0 +1,104 @@
+"""From a config and a model to a run: layers reduced, techniques made, classes swapped; nothing is attached yet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from ds_compress.config.resolve.resolver import resolve
+from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.distill.teacher import Teacher
+from ds_compress.engine.checkpoint import origin
+from ds_compress.engine.run import CompressionRun
+from ds_compress.engine.teachers.cached import cached_teacher
+from ds_compress.engine.teachers.self_teacher import self_teacher
+from ds_compress.engine.teachers.sharded import ShardedTeacher
+from ds_compress.engine.zero import parameters
+from ds_compress.errors import ConfigError, Problem, dotted
+from ds_compress.export import compatibility
+from ds_compress.ops import KernelsUnavailable, Preference, prefer
+from ds_compress.techniques import TECHNIQUES
+from ds_compress.techniques.base import Technique, TechniqueContext
+from ds_compress.techniques.layer_reduction import reduce_layers
+
+_given_teacher: nn.Module | None = None
+
+
+@contextlib.contextmanager
+def teacher_given(teacher: nn.Module | None) -> Iterator[None]:
+    """The engine constructed inside this block distils from `teacher` (`ds_compress.initialize(teacher=)`)."""
+    global _given_teacher
+    previous, _given_teacher = _given_teacher, teacher
+    try:
+        yield
+    finally:
+        _given_teacher = previous
+
+
+def given_teacher() -> nn.Module | None:
+    """The model of the `teacher_given` around this call; None outside of one."""
+    return _given_teacher
+
+
+def prepare_model(
+    model: nn.Module, config: CompressionConfig, teacher: nn.Module | None = None
+) -> CompressionRun:
+    """All that can be done to `model` without an engine: layers cut or filled, classes swapped.
+
+    Raises:
+        ConfigError: with all problems of config and model.
+    """
+    _choose_kernels(config)
+    origin.remember(model)
+    known: Teacher | None = (
+        ShardedTeacher.of(config, teacher, model)
+        or cached_teacher(config, model)
+        or self_teacher(config, model, before=True)
+    )
+    removed = reduce_layers(model, config, known.model if known else None, parameters.copy_parameters)
+    run = with_techniques(model, config, config, known or self_teacher(config, model, before=False))
+    run.removed = removed
+    return run
+
+
+def with_techniques(
+    model: nn.Module, given: CompressionConfig, config: CompressionConfig, teacher: Teacher | None
+) -> CompressionRun:
+    """The run of a model whose layers are reduced already.
+
+    given: what the JSON says. config: what of it is still to be done.
+    """
+    plan = resolve(model, config)
+    compatibility.refuse_unfit(plan, model)
+    context = TechniqueContext(config, plan, model, teacher, parameters.all_gather_rows)
+    made = (_make(cls, context) for cls in TECHNIQUES.values())
+    run = CompressionRun(given, plan, {t.name: t for t in made if t is not None}, model, teacher)
+    for technique in run.techniques.values():
+        run.added += technique.prepare(model, parameters.full_parameters).values()
+    origin.mark(model, run.unfinished)
+    return run
+
+
+def _make(cls: type[Technique], context: TechniqueContext) -> Technique | None:
+    try:
+        return cls.of(context)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # What only the technique can judge, such as a grid that does not fit the shape of a weight.
+        problem = Problem(dotted(cls.name), "settings that do not fit this model", str(error))
+        raise ConfigError([problem]) from error
+
+
+def _choose_kernels(config: CompressionConfig) -> None:
+    """Before any weight is touched, so that a preference that cannot be met costs nothing."""
+    if not any(block.uses_kernels for block in config.enabled_blocks().values()):
+        return
+    insists = config.insists_on_native
+    try:
+        prefer(Preference.NATIVE if insists else Preference(config.kernels))
+    except KernelsUnavailable as error:
+        problem = Problem(dotted(insists or "kernels"), "native kernels", str(error))
+        raise ConfigError([problem]) from error

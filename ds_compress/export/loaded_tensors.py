@@ -1,0 +1,43 @@
+"""What a loaded model holds: fingerprints of its floats, scales of its static inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ds_compress.export.fingerprint import Fingerprint, fingerprint
+from ds_compress.export.read import InputScheme
+from ds_compress.export.serve import Int8Embedding, Int8Linear
+from ds_compress.quant.qparams import qparams_from_range
+
+
+def fingerprints_of(model: nn.Module) -> dict[str, Fingerprint]:
+    """Of all floats that the model holds, by every name that they have."""
+    held: list[tuple[str, torch.Tensor]] = []
+    held += [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    held += [
+        (f"{name}.weight", m.weight) for name, m in model.named_modules() if isinstance(m, Int8Embedding)
+    ]
+    return {name: fingerprint(value) for name, value in held if value.is_floating_point()}
+
+
+def input_scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{"<module>.input_scale": fp32 (1,)} of the layers whose inputs have a static range."""
+    found = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "input_quantizer", None)
+        scale = None
+        if isinstance(module, Int8Linear):
+            scale = module.input_scale
+        elif quantizer is not None and quantizer.input_range is not None:
+            scale = input_scale(InputScheme(quantizer.grid, quantizer.input_range))
+        if scale is not None:
+            found[f"{name}.input_scale"] = scale
+    return found
+
+
+def input_scale(used: InputScheme) -> torch.Tensor | None:
+    """fp32 (1,) of a static range."""
+    if used.input_range is None:
+        return None
+    return qparams_from_range(used.input_range[0], used.input_range[1], used.grid).scale.reshape(1)

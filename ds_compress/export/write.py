@@ -1,0 +1,350 @@
+"""Writing an export: a trained model as a folder that other programs load, checked by loading it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_compress.errors import ExportError
+from ds_compress.export import check as checking
+from ds_compress.export.attributes import fresh, unsaid
+from ds_compress.export.compressed_tensors import CompressedTensorsFormat
+from ds_compress.export.exact import in_fp32, is_sharded
+from ds_compress.export.fingerprint import Fingerprint, fingerprint
+from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
+from ds_compress.export.hf import HfFormat
+from ds_compress.export.inputs import checked_inputs, exact_activations, example_inputs, run, unknown_inputs
+from ds_compress.export.loaded_tensors import input_scale
+from ds_compress.export.onnx import OnnxFormat
+from ds_compress.export.read import Layer, read_layers
+from ds_compress.export.report import ExportReport
+from ds_compress.export.serving_format import ServingFormat
+from ds_compress.export.shards import ShardWriter
+from ds_compress.export.source import ExportSource
+from ds_compress.export.tokenizer import save_tokenizer
+from ds_compress.export.versions import versions
+from ds_compress.export.writing import UnfinishedFolder
+from ds_compress.modelinfo.adapters import has_adapters
+from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.kinds import ModuleKind, shape_of
+from ds_compress.quant import layers
+from ds_compress.structure.apply_pruning import apply_pruning
+
+_MANY_ZERO_UNITS = 0.1
+
+FORMATS: dict[str, type[Format]] = {
+    format.name: format for format in (HfFormat, CompressedTensorsFormat, ServingFormat, OnnxFormat)
+}
+
+
+@torch.no_grad()
+def write_export(
+    trained: ExportSource,
+    out_dir: str | PathLike[str],
+    format: str | None,
+    options: Options,
+    *,
+    tokenizer: Any,
+    inputs: Mapping[str, torch.Tensor] | None,
+    check: bool,
+    overwrite: bool,
+    shard_bytes: int,
+) -> ExportReport:
+    """`ds_compress.export` of what was loaded from its source; the arguments are those of that function."""
+    out = Path(out_dir)
+    failure: BaseException | None = None
+    unfinished = None
+    try:
+        if trained.writes:
+            unfinished = UnfinishedFolder(out, overwrite).__enter__()
+    except (OSError, ExportError) as error:
+        failure = error
+    try:
+        trained.broadcast_error(failure)
+        job = _Export(trained, format, options, inputs, check)
+        job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
+        try:
+            if unfinished is not None:
+                unfinished.finish()
+        except OSError as error:
+            failure = error
+        trained.broadcast_error(failure)
+        report: ExportReport = trained.share(job.report)
+        return report
+    finally:
+        if unfinished is not None:
+            unfinished.__exit__(None, None, None)
+
+
+class _Export:
+    """One export: what `export` was told, and the report that grows."""
+
+    def __init__(
+        self,
+        trained: ExportSource,
+        format: str | None,
+        options: Options,
+        inputs: Mapping[str, torch.Tensor] | None,
+        check: bool,
+    ) -> None:
+        self.trained = trained
+        if has_adapters(trained.model):
+            raise ExportError(
+                "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
+                "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
+            )
+        usual = "compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf"
+        name = format or trained.export_to or usual
+        if name not in FORMATS:
+            raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
+        self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)
+        self.final = _after_cuts(trained)
+        self.format.check_source(trained, self.final)
+        self.given = None if inputs is None else checked_inputs(trained.model, inputs)
+        self.inputs = (self.given or example_inputs(trained.model)) if check else None
+        self.masked: list[str] = []
+        self.fingerprints: dict[str, Fingerprint] = {}
+        self.report = ExportReport("", name, _class_name(trained.model), trained.description)
+
+    def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
+        trained, report = self.trained, self.report
+        report.folder = str(out)
+        report.steps = trained.steps
+        report.dense_bytes = 4 * (trained.parameters or sum(_sizes(trained.model)))
+        failure: BaseException | None = None
+        try:
+            if trained.writes:
+                self._write_config(folder)
+                save_tokenizer(tokenizer or trained.tokenizer, folder)
+        except Exception as error:
+            failure = error
+        failure = failure or self._write_tensors(folder, shard_bytes)
+        trained.broadcast_error(failure)
+        # The model runs in every process; only one compares.
+        expected = self._expected()
+        failure = None
+        try:
+            if trained.writes:
+                self._finish(folder, expected)
+        except Exception as error:
+            failure = (
+                error if isinstance(error, ExportError) else ExportError(f"{type(error).__name__}: {error}")
+            )
+        trained.broadcast_error(failure)
+
+    def _write_tensors(self, folder: Path, shard_bytes: int) -> BaseException | None:
+        failure: BaseException | None = None
+        writer = ShardWriter(folder, shard_bytes)
+        reading = read_layers(self.trained)
+        while True:
+            try:
+                layer = next(reading)
+                if self.trained.writes and failure is None:
+                    stored = self.format.tensors(layer)
+                    for name, tensor in stored.items():
+                        writer.add(name, tensor)
+                    self.report.count(layer, stored)
+                    self._note_zero_units(layer)
+                    if self.inputs is not None:
+                        self._remember(layer)
+            except StopIteration as end:
+                failure = failure or end.value
+                break
+            except (ExportError, OSError, ValueError) as error:
+                # Other processes go through all modules, and wait for this one at each.
+                failure = error
+        if self.trained.writes and failure is None and self.format.has_shards:
+            writer.close()
+        return failure
+
+    def _note_zero_units(self, layer: Layer) -> None:
+        weight = layer.tensors.get("weight") if layer.quantized is None else layer.quantized.dequantize()
+        if (
+            layer.kind in (None, ModuleKind.EMBEDDING)
+            or weight is None
+            or weight.dim() < 2
+            or not weight.numel()
+        ):
+            return
+        counts = weight.flatten(1).count_nonzero(1), weight.flatten(1).count_nonzero(0)
+        if max(float((count == 0).float().mean()) for count in counts) >= _MANY_ZERO_UNITS:
+            self.masked.append(layer.name)
+
+    def _remember(self, layer: Layer) -> None:
+        for name, value in self.format.values(layer).items():
+            self.fingerprints[name] = fingerprint(value)
+        if layer.input is not None and (scale := input_scale(layer.input)) is not None:
+            self.fingerprints[layer.full("input_scale")] = fingerprint(scale)
+
+    def _write_config(self, folder: Path) -> None:
+        config = self.trained.config
+        if config is None:
+            return
+        written: Any = copy.deepcopy(self.final.config)
+        vars(written).pop(
+            "ds_compress", None
+        )  # for folders that are not exported: see engine.checkpoint.origin
+        written.architectures = [self.report.model_class]
+        written.dtype = self.format.loaded_dtype(_dtype(self.trained.model))
+        written.save_pretrained(folder)
+        model: Any = self.trained.model
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and model.can_generate():
+            generation.save_pretrained(folder)
+
+    def _expected(self) -> checking.Expected | None:
+        if self.inputs is None:
+            return None
+        try:
+            return self._ran(self.inputs)
+        except Exception as error:
+            if self.given is not None:
+                raise ExportError(
+                    f"the model does not run on inputs=: {type(error).__name__}: {error}"
+                ) from error
+            raise ExportError(
+                f"{unknown_inputs(self.trained.model)} ({type(error).__name__}: {error})"
+            ) from error
+
+    def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
+        model, stored = self.trained.model, self.format.options.dtype
+        with in_fp32(model, stored), self.trained.changed(self.format.rounded):
+            logits = run(model, inputs, torch.float32)
+            with exact_activations(model):
+                exact = run(model, inputs, torch.float32)
+        rounding = 0.0
+        if is_sharded(model) and _dtype(model) is not torch.float32:
+            # A module may ask for the dtype of weights before they are converted, and round what it gives them.
+            with self.trained.changed(self.format.rounded), exact_activations(model):
+                rounding = float((run(model, inputs) - exact).abs().max())
+        return checking.Expected(
+            inputs,
+            exact if self.format.ignores_inputs else logits,
+            exact,
+            self._rounded_to(),
+            rounding,
+            fp8_products=len(self.format.schemes) if self.format.options.scheme == "fp8" else 0,
+            same_activations=self.format.name in ("torch", "onnx"),
+            fingerprints=self.fingerprints,
+        )
+
+    def _rounded_to(self) -> torch.dtype:
+        """The dtype to which the export rounds what the trained model was not given to compute with."""
+        format, dtype = self.format, _dtype(self.trained.model)
+        if format.rounded and is_sharded(self.trained.model):
+            return dtype
+        loaded = format.options.dtype or dtype
+        is_rounded = format.name == "hf" and is_quantized(self.trained.model)
+        return loaded if is_rounded or (format.options.dtype and self._quantizes_tables()) else torch.float32
+
+    def _quantizes_tables(self) -> bool:
+        return any(
+            isinstance(m, nn.Embedding) and layers.fake_quant_of(m) for m in self.trained.model.modules()
+        )
+
+    def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
+        report = self.report
+        self._add_config_entries(folder)
+        self.format.finish(folder, self.trained, self.final, self.inputs or self.given)
+        for name, stored in self.format.schemes.items():
+            report.modules.setdefault(name, {})["scheme"] = stored
+        report.notes = self.format.notes + _sparsity_notes(report)
+        if self.masked:
+            report.notes.append(
+                f"whole rows or columns of {self.masked[0]} are zero ({len(self.masked)} layers in all): units that "
+                "were masked and not removed; ds_compress.finalize removes them"
+            )
+        if self.trained.config is not None and self.format.name == "torch":
+            report.attributes = unsaid(self.final, self.final.config)
+        report.versions = versions()
+        report.write(folder)
+        if expected is not None:
+            answer = self._reloaded(folder, expected)
+            try:
+                report.check = checking.verdict(expected, answer)
+            except ExportError as error:
+                suspect = self._suspect()
+                raise ExportError(f"{suspect}{error}{')' if suspect.endswith('(') else ''}") from error
+            if self.format.doubts:
+                report.notes.append(f"{'; '.join(self.format.doubts)}: logits are the same")
+            report.write(folder)
+
+    def _suspect(self) -> str:
+        """What the export did that not every model class takes."""
+        if self.format.doubts:
+            return f"{another_model(self.format.name, self.format.doubts)}. {OTHER_FORMAT} ("
+        if not self.format.untied or not self.format.loads_in_vanilla_hf:
+            return ""
+        return (
+            f"{self.format.untied[0]}: the weight is tied, only one of them quantizes it, and this model is not the "
+            f"same when both are stored; quantize both or none, or {OTHER_FORMAT}: "
+        )
+
+    def _reloaded(self, folder: Path, expected: checking.Expected) -> checking.Answer:
+        answer = self.format.reload_here(folder, expected.inputs, self.final)
+        if answer is not None:
+            return answer
+        request = checking.Request(folder, self.report.model_class, expected.inputs, self.format.loader)
+        return checking.reload([request])[0]
+
+    def _add_config_entries(self, folder: Path) -> None:
+        if self.trained.config is None:
+            return
+        entries = self.format.config_entries(self.final)
+        if not entries:
+            return
+        import json
+
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a weight or an input of the model is quantized now."""
+    return any(
+        layers.fake_quant_of(module) is not None
+        or getattr(getattr(module, "input_quantizer", None), "enabled", False)
+        for module in model.modules()
+    )
+
+
+def _after_cuts(trained: ExportSource) -> nn.Module:
+    pruning_plan = trained.pruning_plan
+    if pruning_plan is None or not pruning_plan.active():
+        return trained.model
+    if trained.config is None:
+        raise ExportError(
+            "structures are masked and the model has no config: export what ds_compress.finalize returns"
+        )
+    meta_model = fresh(type(trained.model), trained.config)
+    apply_pruning(meta_model, pruning_plan, meta=True)
+    return meta_model
+
+
+def _sizes(model: nn.Module) -> Iterator[int]:
+    for name, parameter in model.named_parameters():
+        if not name.endswith(layers.STEP_SIZE) and not is_auxiliary(name):
+            yield math.prod(shape_of(parameter))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _class_name(model: nn.Module) -> str:
+    return getattr(type(model), "_ds_compress_base_class", type(model)).__name__
+
+
+def _sparsity_notes(report: ExportReport) -> list[str]:
+    if report.sparsity < 0.3:
+        return []
+    return [
+        "zeros are stored like all other weights: no format here is sparse, and neither is any served 2:4 format"
+    ]

@@ -1,0 +1,21 @@
+"""How many bytes packed weights and payloads have: what a trace must know before anything is computed."""
+
+from __future__ import annotations
+
+HEADER_BYTES = 64
+"""Packed weights begin with eight int64: magic, layout, rows N, columns K, groups, three spare."""
+
+
+def payload_bytes(numel: int, bits: int, block: int) -> int:
+    """Bytes of the payload of `numel` elements: one fp32 scale a block, then whole blocks of quantized values."""
+    blocks = -(-numel // block)
+    return blocks * 4 + blocks * block * bits // 8
+
+
+def packed_bytes(rows: int, columns: int, bits: int = 8, groups: int = 0) -> int:
+    """Bytes of a packed weight: enough for the layout of any instruction set, so that a trace knows the size.
+
+    Rows are padded to 48 and columns to 64; each row has 8 bytes to spare, and 8 more per group of int4 weights.
+    """
+    padded_rows = -(-rows // 48) * 48
+    return HEADER_BYTES + padded_rows * (-(-columns // 64) * 64 * bits // 8 + 8 + 8 * groups)

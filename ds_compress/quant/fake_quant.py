@@ -1,0 +1,152 @@
+"""Fake-quantized weights and inputs, as a layer computes with them now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ds_compress.ops.counter_rng import uniform
+from ds_compress.quant.arithmetic import (
+    clamp_to_dtype,
+    dequantize_,
+    normalize,
+    round_and_clamp_,
+    working_dtype,
+)
+from ds_compress.quant.fused import FakeQuantized, fake_quantize_rows, input_rows, weight_rows
+from ds_compress.quant.grid import ActivationGrid, TokenGranularity, WeightGrid
+from ds_compress.quant.layout import join_weight, split_weight
+from ds_compress.quant.qparams import QParams, choose_qparams, qparams_from_range
+from ds_compress.quant.weights import choose_weight_qparams, learned_qparams, quantize_blocks
+
+
+@dataclass(frozen=True)
+class FakeQuantConfig:
+    """How a weight is quantized now: y = blend_ratio * w + (1 - blend_ratio) * Q(w).
+
+    noise_key: the key of `counter_rng.uniform` for stochastic rounding. step_ratio: what a learned step size is
+    multiplied by where the grid has fewer or more values than the one that it was made for. clipped_ste: whether
+    clipped weights get no gradient (learned scales need that) or a plain straight-through one. integer: whether a
+    layer multiplies the integers themselves (see `integer_linear`) once its input is quantized too.
+    """
+
+    grid: WeightGrid
+    noise_key: int = 0
+    blend_ratio: float = 0.0
+    step_ratio: float = 1.0
+    clipped_ste: bool = True
+    integer: bool = False
+
+    @property
+    def changes_gradient(self) -> bool:
+        """Whether the gradient of the weight is not simply that of the quantized weight."""
+        return self.clipped_ste and self.grid.may_clip
+
+
+def weight_qparams(
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None = None
+) -> list[QParams]:
+    """QParams of each block of `layout.split_weight`: chosen from the values, or made from learned step sizes."""
+    if step_size is None:
+        return choose_weight_qparams(weight, fake_quant.grid)
+    scale = step_size.to(working_dtype(weight)) * fake_quant.step_ratio
+    return learned_qparams(scale, weight.shape, fake_quant.grid)
+
+
+def fake_quantize_weight(
+    weight: torch.Tensor,
+    fake_quant: FakeQuantConfig,
+    step_size: torch.Tensor | None = None,
+    qparams: list[QParams] | None = None,
+    with_unclipped: bool = False,
+) -> FakeQuantized:
+    """blend_ratio * w + (1 - blend_ratio) * Q(w) in the dtype and shape of the weight.
+
+    Args:
+        qparams: those of an earlier call; by default as `weight_qparams` makes them.
+        with_unclipped: also return which weights did not clip, where one pass can (else `unclipped` is None).
+    """
+    grid = fake_quant.grid
+    if qparams is None and step_size is not None:
+        qparams = weight_qparams(weight, fake_quant, step_size)
+    # A blend is computed in fp32 and cast last, which one pass over a 16-bit weight cannot do.
+    is_blended = bool(fake_quant.blend_ratio) and weight.dtype is not torch.float32
+    rows = None if is_blended else weight_rows(weight, grid)
+    if rows is not None:
+        one_pass = fake_quantize_rows(rows, grid, None if qparams is None else qparams[0], with_unclipped)
+        groups = split_weight(weight.contiguous(), grid)[0].shape[:-2]
+        shaped = [_broadcast(q, (*groups, 1, 1)) for q in one_pass.qparams]
+        values, unclipped = one_pass.values.view(weight.shape), one_pass.unclipped
+        qparams = qparams or shaped
+    else:
+        qparams = qparams or choose_weight_qparams(weight, grid)
+        blocks = quantize_blocks(weight, qparams, grid, rounding_noise(weight, fake_quant))
+        dequantized = [dequantize_(block, q) for block, q in zip(blocks, qparams, strict=True)]
+        values, unclipped = clamp_to_dtype(join_weight(dequantized, weight.shape, grid), weight.dtype), None
+    if fake_quant.blend_ratio:
+        values = values.mul_(1 - fake_quant.blend_ratio).add_(weight, alpha=fake_quant.blend_ratio)
+    return FakeQuantized(values.to(weight.dtype), qparams, unclipped)
+
+
+def rounding_noise(weight: torch.Tensor, fake_quant: FakeQuantConfig) -> torch.Tensor | None:
+    """The noise of stochastic rounding for each weight, a function of the config; None for rounding to nearest."""
+    if not fake_quant.grid.stochastic:
+        return None
+    return uniform(weight.shape, fake_quant.noise_key, device=weight.device).to(working_dtype(weight))
+
+
+def fake_quantize_input(
+    x: torch.Tensor,
+    grid: ActivationGrid,
+    fixed_range: torch.Tensor | None = None,
+    qparams: QParams | None = None,
+    with_unclipped: bool = False,
+) -> FakeQuantized:
+    """Q(x) in the dtype and shape of x.
+
+    Args:
+        fixed_range: the two numbers (min, max) of a static grid.
+        qparams: those of an earlier call; by default as `input_qparams` makes them.
+        with_unclipped: also return which values did not clip, where one pass can (else `unclipped` is None).
+    """
+    if qparams is None and (grid.static or grid.granularity is TokenGranularity.PER_TENSOR):
+        qparams = input_qparams(x, grid, fixed_range)
+    rows = input_rows(x, grid)
+    if rows is None:
+        qparams = qparams or input_qparams(x, grid, fixed_range)
+        quantized = round_and_clamp_(normalize(x.to(working_dtype(x)), qparams), grid)
+        values = clamp_to_dtype(dequantize_(quantized, qparams), x.dtype)
+        return FakeQuantized(values.to(x.dtype), [qparams])
+    one_pass = fake_quantize_rows(rows, grid, qparams, with_unclipped)
+    if qparams is None:
+        axes = 1 if grid.granularity is TokenGranularity.PER_TOKEN else x.dim() - 1
+        qparams = _broadcast(one_pass.qparams[0], (*x.shape[: x.dim() - axes], *[1] * axes))
+    return FakeQuantized(one_pass.values.view(x.shape), [qparams], one_pass.unclipped)
+
+
+def input_qparams(x: torch.Tensor, grid: ActivationGrid, fixed_range: torch.Tensor | None) -> QParams:
+    """QParams of x: chosen from its values or, static, for the two numbers (min, max) of `fixed_range`.
+
+    Raises:
+        ValueError: the grid is static and there is no `fixed_range`.
+    """
+    x = x.to(working_dtype(x))
+    if grid.static:
+        if fixed_range is None:
+            raise ValueError("a static activation grid needs a range")
+        lowest, highest = fixed_range.to(x.dtype).unbind()
+        return qparams_from_range(lowest, highest, grid)
+    match grid.granularity:
+        case TokenGranularity.PER_TOKEN:
+            return choose_qparams(x, (-1,), grid)
+        case TokenGranularity.PER_SAMPLE:
+            return choose_qparams(x, tuple(range(1, x.dim())), grid)
+        case TokenGranularity.PER_TENSOR:
+            return choose_qparams(x, tuple(range(x.dim())), grid)
+
+
+def _broadcast(qparams: QParams, shape: tuple[int, ...]) -> QParams:
+    """QParams of rows in the shape that broadcasts over the values."""
+    offset = None if qparams.offset is None else qparams.offset.view(shape)
+    return QParams(qparams.scale.view(shape), offset)

@@ -1,0 +1,1 @@
+"""What a technique sees of the distributed world. Knows torch.distributed, and no engine."""
