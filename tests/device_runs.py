@@ -301,14 +301,14 @@ def messages_of_quantized_reductions() -> None:
             codec, rows = make(), gradients.to(device)
             stochastic = isinstance(codec, StochasticBlockCodec)
             waits.clear()
-            sent = torch.empty((2, codec.message_bytes(1000)), dtype=torch.uint8, device=device)
+            sent = torch.empty((2, codec.payload_bytes(1000)), dtype=torch.uint8, device=device)
             residuals = None if stochastic else Residuals(8)
             for worker, row in enumerate(rows):
                 lost = None if residuals is None else residuals.load("w", 1000 * worker, 1000, row.device)
                 codec.encode(row, sent[worker], lost)
                 if residuals is not None and lost is not None:
                     residuals.store("w", 1000 * worker, lost)
-            answer = torch.empty(codec.message_bytes(1000), dtype=torch.uint8, device=device)
+            answer = torch.empty(codec.payload_bytes(1000), dtype=torch.uint8, device=device)
             codec.sum_and_encode(sent, answer, None, 1000, 0.5)
             out = torch.empty(1000, device=device)
             codec.decode(answer, out)
