@@ -351,11 +351,11 @@ def scales_are_those_of_the_cpu() -> None:
         grid = WeightGrid(8, symmetric, narrow_range=True, granularity=Granularity.PER_CHANNEL)
         assert torch.equal(fake_quantize(x.to(DEVICE), grid).cpu(), fake_quantize(x, grid))
         how = {
-            "low": grid.quant_min,
-            "high": grid.quant_max,
+            "quant_min": grid.quant_min,
+            "quant_max": grid.quant_max,
             "steps": grid.scale_divisor,
             "symmetric": symmetric,
-            "keep": True,
+            "with_mask": True,
         }
         results = (IMPLEMENTATIONS["fake_quantize"](values, **how) for values in (x.to(DEVICE), x))
         assert all(torch.equal(a.cpu(), b) for a, b in zip(*results, strict=True))
