@@ -75,7 +75,7 @@ def run_page(page: Path) -> list[tuple[Block, str]]:
         if _ANOTHER_SCRIPT in before.split("```")[-1]:
             forget_hugging_face()
         paper = io.StringIO()
-        code = compile("\n" * block.line + block.text, str(page), "exec")
+        code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
         with contextlib.redirect_stdout(paper), contextlib.redirect_stderr(paper), _log_lines(paper):
             exec(code, namespace)
         if output is not None:
