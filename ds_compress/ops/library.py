@@ -69,10 +69,22 @@ def kernels() -> Any:
         KernelsUnavailableError: native was asked for and cannot be had.
         ValueError: the environment names no preference.
     """
+    if torch.compiler.is_compiling():  # Dynamo traces no context variable
+        return _native if _is_native_here() else _reference
+    return _ops_here()
+
+
+def _ops_here() -> Any:
     chosen = _in_this_context.get()
     if chosen is not None:
         return chosen
     return _default if _default is not None else prefer(Preference.AUTO)
+
+
+@torch.compiler.assume_constant_result
+def _is_native_here() -> bool:
+    """The answer while a graph is traced, which keeps it."""
+    return _ops_here() is _native
 
 
 def prefer(preference: Preference) -> Any:
