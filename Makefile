@@ -38,7 +38,7 @@ help:
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
-	@echo "make lint       ruff, mypy, clang-format, typos, vulture, and whether tables and workflows are in order"
+	@echo "make lint       ruff, mypy, clang-format, typos, vulture, import-linter, and whether tables and workflows are in order"
 	@echo "make docs       build the documentation into site/, warnings are errors"
 	@echo "make clean      remove $(VENV) and .venv-gpu"
 
@@ -89,6 +89,7 @@ lint: $(LINTERS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/typos
 	$(BIN)/vulture
+	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/python -m benchmarks.figures --check
 	$(BIN)/mypy

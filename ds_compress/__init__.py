@@ -5,7 +5,7 @@ Importing this package is all that a training script needs; the rest is for thos
 
     plan(model, config)           what would happen to which weight, and the predicted bytes; trains nothing
     initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
-    engine.compression            the attached run: .plan, .stages, .applied_steps, .metrics(), .detach()
+    engine.compression            the attached run: .plan, .techniques, .applied_steps, .metrics(), .detach()
     export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
     from_pretrained(folder)       what format="torch" stores, on the int8 kernels; transformers' own loads it, too
     distill_layers(engine, ...)   post-training quantization: each layer learns to be what it was, without labels

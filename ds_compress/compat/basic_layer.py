@@ -29,7 +29,7 @@ _MARK = "_ds_compress_prepared"
 
 
 def mark_prepared(run: CompressionRun) -> None:
-    """Marks every module of which a stage of `run` changes a weight, an input, or units."""
+    """Marks every module of which a technique of `run` changes a weight, an input, or units."""
     names = {target.module_name for plan in run.plan.techniques.values() for target in plan.targets}
     for structures in run.plan.structures.values():
         for target in structures.targets:
@@ -106,7 +106,7 @@ class QuantAct(nn.Module):
 
     `forward(x, num_bits)` in the shape and dtype of `x`; in eval() the range stays. The range is a buffer, fp32
     (min, max). The layers of this library do not use it: their ranges are also reduced over processes
-    (`stages.activation_quantization`).
+    (`techniques.activation_quantization`).
     """
 
     def __init__(self, act_range_momentum: float = 0.95, quant_mode: str = "symmetric") -> None:

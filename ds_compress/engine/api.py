@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_compress.engine.build import teacher_given
+from ds_compress.engine.gather import full_modules
 from ds_compress.engine.zero import internals
-from ds_compress.engine.zero.gather import full_modules
 from ds_compress.errors import ConfigError, Problem
 from ds_compress.quant import layers
 

@@ -60,15 +60,31 @@ def attach(run: CompressionRun, engine: Any) -> None:
 
     engine.compression = run
     registry.keep(run.model, run)
-    run.connect(engine, StepHooks(engine, list(run.techniques.values())), find_shards)
     training = DeepSpeedTraining(engine)
-    for technique in run.techniques.values():
-        technique.attach_engine(training)
+    with run.kernels:
+        run.connect(engine, StepHooks(engine, list(run.techniques.values())), find_shards)
+        for technique in run.techniques.values():
+            technique.attach_engine(training)
+    _use_kernels(engine, run)
     run_end.watch(engine, run)
     raw_reads.watch(engine, run.patches)
     state.join_checkpoints(engine, run)
     if any(technique.shrinks for technique in run.techniques.values()):
         shrink.at_end_of_schedule(engine, run)
+
+
+def _use_kernels(engine: Any, run: CompressionRun) -> None:
+    """Whatever the engine's own steps call runs on this run's kernels, whatever other engines prefer."""
+
+    def replace(name: str) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with run.kernels:
+                return original(*args, **kwargs)
+
+        original = run.patches.install(engine, name, call)
+
+    for name in ("forward", "backward", "step"):
+        replace(name)
 
 
 def attach_to_loop(run: CompressionRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,12 @@ from ds_compress.engine.teachers.sharded import ShardedTeacher
 from ds_compress.engine.zero import parameters
 from ds_compress.errors import ConfigError, Problem, dotted
 from ds_compress.export import compatibility
-from ds_compress.ops import KernelsUnavailable, Preference, prefer
+from ds_compress.ops.library import (
+    KernelsUnavailableError,
+    Preference,
+    kernel_preference,
+    prefer_unless_chosen,
+)
 from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import Technique, TechniqueContext
 from ds_compress.techniques.layer_reduction import reduce_layers
@@ -50,7 +56,7 @@ def prepare_model(
     Raises:
         ConfigError: with all problems of config and model.
     """
-    _choose_kernels(config)
+    kernels = _kernels_of(config)
     origin.remember(model)
     known: Teacher | None = (
         ShardedTeacher.of(config, teacher, model)
@@ -58,8 +64,9 @@ def prepare_model(
         or self_teacher(config, model, before=True)
     )
     removed = reduce_layers(model, config, known.model if known else None, parameters.copy_parameters)
-    run = with_techniques(model, config, config, known or self_teacher(config, model, before=False))
-    run.removed = removed
+    with kernels:
+        run = with_techniques(model, config, config, known or self_teacher(config, model, before=False))
+    run.removed, run.kernels = removed, kernels
     return run
 
 
@@ -92,13 +99,18 @@ def _make(cls: type[Technique], context: TechniqueContext) -> Technique | None:
         raise ConfigError([problem]) from error
 
 
-def _choose_kernels(config: CompressionConfig) -> None:
-    """Before any weight is touched, so that a preference that cannot be met costs nothing."""
+def _kernels_of(config: CompressionConfig) -> contextlib.AbstractContextManager[Any]:
+    """The block of code in which ops are as the JSON says; made before any weight is touched, so that a preference
+    that cannot be met costs nothing. Where no block uses kernels, none are built.
+    """
     if not any(block.uses_kernels for block in config.enabled_blocks().values()):
-        return
+        return contextlib.nullcontext()
     insists = config.insists_on_native
+    preference = Preference.NATIVE if insists else Preference(config.kernels)
     try:
-        prefer(Preference.NATIVE if insists else Preference(config.kernels))
-    except KernelsUnavailable as error:
-        problem = Problem(dotted(insists or "kernels"), "native kernels", str(error))
+        # What is called outside of the engine's own steps, such as an export, goes by the first run of the process.
+        prefer_unless_chosen(preference)
+        return kernel_preference(preference)
+    except KernelsUnavailableError as error:
+        problem = Problem(dotted(*(insists or "kernels").split(".")), "native kernels", str(error))
         raise ConfigError([problem]) from error

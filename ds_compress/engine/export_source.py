@@ -14,9 +14,9 @@ from torch import nn
 from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.checkpoint.source import from_checkpoint
+from ds_compress.engine.gather import full_modules
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.run_end import warn_if_unfinished
-from ds_compress.engine.zero.gather import full_modules
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module

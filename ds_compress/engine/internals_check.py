@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from ds_compress.engine.zero.internals import missing_internals
+from ds_compress.engine.zero.internals_table import missing_internals
 
 logger = logging.getLogger("ds_compress")
 

@@ -6,15 +6,13 @@ weights and its quantizers, but is not in training and has no run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig, block_classes
+from ds_compress.engine.run import CompressionRun
 from ds_compress.errors import ROOT, ConfigError, Problem
-
-if TYPE_CHECKING:
-    from ds_compress.engine.run import CompressionRun
 
 _KEY = "_ds_compress_run"
 
@@ -33,19 +31,20 @@ class _Kept:
 
 
 def run_of(model: nn.Module) -> CompressionRun | None:
-    """The session that `model`, or what `torch.compile` made of it, is under; None: it is not compressed."""
+    """The run that `model`, or what `torch.compile` made of it, is under; None: it is not compressed."""
     kept = vars(getattr(model, "_orig_mod", model)).get(_KEY)
     return None if kept is None else kept.run
 
 
 def keep(model: nn.Module, run: CompressionRun) -> None:
-    """`model` is under `run` from now on."""
+    """`model` is under `run` from now on, until that is over."""
     model.__dict__[_KEY] = _Kept(run)
+    run.at_release.append(lambda: _forget(model, run))
 
 
-def forget(model: nn.Module) -> None:
-    """The session of `model` is over."""
-    model.__dict__.pop(_KEY, None)
+def _forget(model: nn.Module, run: CompressionRun) -> None:
+    if run_of(model) is run:
+        model.__dict__.pop(_KEY, None)
 
 
 def prepared_run(model: nn.Module, config: CompressionConfig) -> CompressionRun | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,6 @@ from torch import nn
 from ds_compress.config.report.plan import Plan
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.teacher import Teacher
-from ds_compress.engine import registry
 from ds_compress.engine.admission import refuse_learning_of_frozen
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.patches import Patches
@@ -38,6 +38,8 @@ class CompressionRun:
         removed, added: parameters that preparing the model took away, and new ones that an optimizer has to train.
         shrunk_units: what is left of the prunable groups that a shrink removed, by name; empty before.
         patches: what is replaced on the engine while the run is attached.
+        at_release: what is called once when the run is over, or goes on in another one.
+        kernels: a block of code in which ops run as the JSON's `kernels` says; entered around the engine's steps.
         construction: how the engine was constructed, for those who do it again (`engine.construction`).
         uncut: the model before a shrink, for the way back (`engine.resize.grow`).
     """
@@ -62,8 +64,10 @@ class CompressionRun:
         self.shrunk_units: dict[str, torch.Tensor] = {}
         self.ended_metrics: dict[str, float] = {}
         self.patches = Patches()
+        self.kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self.construction: Any = None
         self.uncut: Any = None
+        self.at_release: list[Callable[[], None]] = []
         self.warned_unfinished_at = self.logged_result_at = -1
         self._hooks: StepHooks | LoopHooks | None = None
         self._is_released = False
@@ -151,9 +155,9 @@ class CompressionRun:
         self._is_released = True
         if self._hooks is not None:
             self._hooks.remove()
-        if registry.run_of(self.model) is self:
-            registry.forget(self.model)
         self.patches.close()
+        while self.at_release:
+            self.at_release.pop()()
         if self.engine is not None and vars(self.engine).get("compression") is self:
             del self.engine.compression
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
-from ds_compress.engine.comm import reduction_points, weight_transport
+from ds_compress.engine.comm import measure, reduction_points, weight_transport
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.zero import internals
 from ds_compress.modelinfo.kinds import shape_of
@@ -66,10 +66,10 @@ class DeepSpeedTraining:
         return reduction_points.connect(self._engine, reducer)
 
     def compare_reductions(self, quantized: QuantizedSum) -> Comparison:
-        return reduction_points.measure(self._engine, quantized)
+        return measure.compare_reductions(self._engine, quantized)
 
     def compare_all_gathers(self, codec: BlockCodec) -> Comparison:
-        return weight_transport.measure(self._engine, codec)
+        return measure.compare_all_gathers(self._engine, codec)
 
     def quantize_weight_transport(
         self, block: ParameterCompressionConfig, codec: BlockCodec

@@ -163,10 +163,10 @@ def beside(folder: Path, name: str) -> Path:
 
 def stop_activation_quantization(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Leaves activations as they are from here on, as a stock model will; False if nothing quantized them."""
-    stages = engine.compression.techniques if hasattr(engine, "compression") else {}
-    if "activation_quantization" not in stages:
+    techniques = engine.compression.techniques if hasattr(engine, "compression") else {}
+    if "activation_quantization" not in techniques:
         return False
-    stages["activation_quantization"].detach()
+    techniques["activation_quantization"].detach()
     return True
 
 

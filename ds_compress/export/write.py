@@ -44,6 +44,16 @@ FORMATS: dict[str, type[Format]] = {
 }
 
 
+def register_format(format: type[Format]) -> None:
+    """`ds_compress.export(..., format=format.name)` writes it from now on.
+
+    Raises:
+        ValueError: another format has that name.
+    """
+    if FORMATS.setdefault(format.name, format) is not format:
+        raise ValueError(f"there is a format {format.name!r} already")
+
+
 @torch.no_grad()
 def write_export(
     trained: ExportSource,

@@ -19,7 +19,7 @@ PREFIX = "compression"
 class CompressionCallback(TrainerCallback):
     """Checks the schedules against the Trainer's `max_steps`, adds numbers to its logs, and says what was reached.
 
-    Each log of a training loss gets `compression/<stage>/<number>`, all of `engine.compression.metrics()`: on the
+    Each log of a training loss gets `compression/<technique>/<number>`, all of `engine.compression.metrics()`: on the
     console, in `trainer.state.log_history`, and in what `report_to` names (TensorBoard, W&B, ...), because a Trainer
     calls its default callbacks, of which `import ds_compress` makes this one, before those of `report_to`.
     DeepSpeed's own monitor gets the numbers in any case. Without a `compression_training` block it does nothing.

@@ -1,6 +1,6 @@
 """The argument checks of all ops in plain torch, for the reference and for tracing alike; the kernels have the same.
 
-Each raises ValueError. `torch._check_value` also takes conditions on symbolic sizes.
+Each raises ValueError; a condition on symbolic sizes is checked when they are known.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ LARGEST_BLOCK = 8192
 LARGEST_SUM = 2**31 - 1
 
 
-def require(condition: bool, message: Callable[[], str]) -> None:
-    torch._check_value(condition, message)
+def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    if isinstance(condition, torch.SymBool):
+        torch._check_value(condition, message)
+    elif not condition:  # so that torch.compile can trace the references, which `_check_value` would break
+        raise ValueError(message())
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, dim: int, dtypes: tuple[torch.dtype, ...]) -> None:

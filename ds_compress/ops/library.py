@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from enum import StrEnum
 from pathlib import Path
@@ -49,10 +50,33 @@ KernelsUnavailable = KernelsUnavailableError
 
 
 _registrations = torch.library.Library(schemas.NAMESPACE, "IMPL")
-for _name, _function in IMPLEMENTATIONS.items():
-    _registrations.impl(_name, _function, "CompositeExplicitAutograd")
+_reference = SimpleNamespace()
 
-_reference = SimpleNamespace(**IMPLEMENTATIONS)
+
+def _implement(function: Callable[..., Any]) -> None:
+    _registrations.impl(function.__name__, function, "CompositeExplicitAutograd")
+    setattr(_reference, function.__name__, function)
+
+
+for _function in IMPLEMENTATIONS.values():
+    _implement(_function)
+
+
+def register_op(function: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
+    """`function`, in plain torch, becomes an op of `kernels()` and of `torch.ops.ds_compress`, under its own name.
+
+    A compiled library may implement it for CPU and CUDA: `m.impl` of `csrc/bindings`, by the same name.
+
+    Args:
+        function: its signature, of tensors and plain values, is the op's (`torch.library.infer_schema`).
+        fake: takes the same arguments, checks them, and returns empty tensors of the results' shapes and dtypes.
+        mutates: names of arguments that it writes.
+    """
+    schemas.define(function, mutates)
+    torch.library.register_fake(f"{schemas.NAMESPACE}::{function.__name__}", fake)
+    _implement(function)
+
+
 _native = getattr(torch.ops, schemas.NAMESPACE)
 _loaded: Path | None = None
 _reason: str | None = None
@@ -95,6 +119,12 @@ def prefer(preference: Preference) -> Any:
     global _default
     _default = _ops_of(preference)
     return _default
+
+
+def prefer_unless_chosen(preference: Preference) -> None:
+    """As `prefer`, where this process has no default yet."""
+    if _default is None:
+        prefer(preference)
 
 
 class kernel_preference:

@@ -13,7 +13,7 @@ block         the parts of a quantized reduction: payloads of scales and int8 or
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,20 @@ from ds_compress.ops.sizes import packed_bytes
 NAMESPACE = "ds_compress"
 
 
-def _schema_of(name: str, implementation: Callable[..., Any]) -> str:
-    schema = torch.library.infer_schema(inspect.unwrap(implementation), mutates_args=MUTATED.get(name, ()))
-    return schema.replace("SymInt", "int")  # the kernels' stable ABI knows plain integers only
-
-
-SCHEMAS = {name: _schema_of(name, implementation) for name, implementation in IMPLEMENTATIONS.items()}
-
+SCHEMAS: dict[str, str] = {}
 _definitions = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in SCHEMAS.items():
-    _definitions.define(_name + _schema)
+
+
+def define(implementation: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
+    """`torch.ops.ds_compress.<name of the function>` has the signature of `implementation`; it writes `mutates`."""
+    schema = torch.library.infer_schema(inspect.unwrap(implementation), mutates_args=tuple(mutates))
+    schema = schema.replace("SymInt", "int")  # the kernels' stable ABI knows plain integers only
+    _definitions.define(implementation.__name__ + schema)
+    SCHEMAS[implementation.__name__] = schema
+
+
+for _name, _implementation in IMPLEMENTATIONS.items():
+    define(_implementation, MUTATED.get(_name, ()))
 
 
 # --- fake implementations: the checks of the kernels, then shapes and dtypes -----------------------------------------

@@ -17,7 +17,7 @@ class Fragment:
     """Elements [start, start + numel) of one flattened parameter, as owned by this process.
 
     `master` is the tensor that the optimizer updates; the fragment lies at `offset` in its flat view.
-    `group` is the process group over which the parameter's fragments are spread; None when every process
+    `group` is the process group over which the parameter is sharded; None when every process
     holds the whole parameter.
     """
 

@@ -63,14 +63,14 @@ class Shards:
         """False when every process holds every weight whole."""
         return self._group is not None
 
-    # -- reductions over the holders of the fragments ------------------------------------------------
+    # -- reductions over the shard group -----------------------------------------------------------
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum over all holders; unchanged when every process holds everything."""
+        """Element-wise sum over the shard group; unchanged when every process holds everything."""
         return self._reduce(tensor, dist.ReduceOp.SUM, self._group)
 
     def exclusive_prefix_sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """For each entry, the sum of `counts` over the holders of *earlier* elements; int64, same shape."""
+        """For each entry, the sum of `counts` over the ranks with *earlier* elements; int64, same shape."""
         if self._group is None:
             return torch.zeros_like(counts)
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
@@ -90,7 +90,7 @@ class Shards:
         return self._reduce(tensor, dist.ReduceOp.SUM, self._dp_group)
 
     def all_gather_object(self, own: Any) -> list[Any]:
-        """What each holder has to say, a small picklable object; only the own one when nothing is spread."""
+        """The objects of all ranks of the shard group, small and picklable; only the own one where nothing is."""
         if self._group is None:
             return [own]
         everyone: list[Any] = [None] * dist.get_world_size(self._group)

@@ -225,7 +225,7 @@ class StructuredPruning(MaskedTechnique):
         self._units_changed()
 
     def _scores(self) -> dict[str, torch.Tensor]:
-        """fp32-rounded scores: the last digits of their sums depend on how weights are spread."""
+        """fp32-rounded scores: the last digits of their sums depend on how weights are sharded."""
         sums = self._weight_sums()
         scores = {name: self.score.scores_of(name, sums[name]).float() for name in self.structures}
         if not self.score.may_change:

@@ -22,10 +22,12 @@ from tests.multirank.common import batches, tiny_bert
 
 UPDATE = "DS_COMPRESS_UPDATE_DOCS"
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-_OF_THE_LAUNCHER = re.compile(
-    r"^\[\d{4}-|^\[rank\d|^\s*$|Warning|warnings\.warn|^DeepSpeed |return func\(|train_runtime|it/s\]|\d+it \[|\?it"
+_OF_OTHERS = re.compile(
+    r"^\[\d{4}-|^\[rank\d|^\s*$|Warning|warnings\.warn|^DeepSpeed |return func\(|train_runtime"
 )
-"""Lines that others add: times, ports and process ids of DeepSpeed, warnings of torch, bars of transformers."""
+"""Lines that others add: times, ports and process ids of DeepSpeed, warnings of torch, times of the Trainer."""
+_BAR = re.compile(r"[^\r\n]*(?:\d+%\||\d+it )[^\r\n\]]*\]")
+"""A progress bar; what follows it on its line is another line."""
 _CLOSE = 0.2
 _ANOTHER_SCRIPT = "<!-- another script -->"
 """Before a block that belongs to another script than those above it."""
@@ -73,7 +75,7 @@ def run_page(page: Path) -> list[tuple[Block, str]]:
         if _ANOTHER_SCRIPT in before.split("```")[-1]:
             forget_hugging_face()
         paper = io.StringIO()
-        code = compile("\n" * block.line + block.text, str(page), "exec")
+        code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
         with contextlib.redirect_stdout(paper), contextlib.redirect_stderr(paper), _log_lines(paper):
             exec(code, namespace)
         if output is not None:
@@ -104,7 +106,8 @@ def forget_hugging_face() -> None:
 
 
 def without_launcher(text: str) -> str:
-    lines = [line.rstrip() for line in text.splitlines() if not _OF_THE_LAUNCHER.search(line)]
+    lines = _BAR.sub("\n", text).splitlines()
+    lines = [line.rstrip() for line in lines if not _OF_OTHERS.search(line)]
     return "\n".join(lines) + "\n"
 
 

@@ -43,8 +43,9 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Every page of the documentation, the two READMEs first."""
-    found = [README, README_ZH, *sorted(DOCS.rglob("*.md"))]
+    """Every page of the documentation, those at the root first."""
+    root = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md")]
+    found = [*root, *sorted(DOCS.rglob("*.md"))]
     return [page for page in found if page.is_file()]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
-from ds_compress.engine.comm import reduction_points
+from ds_compress.engine.comm import measure as measuring
 from ds_compress.engine.zero.internals import loss_scale
 from ds_compress.engine.zero.shards import shards_of
 from ds_compress.reduce.bandwidth import Comparison
@@ -229,14 +229,14 @@ def special_steps() -> dict[str, Any]:
         ("slow", Comparison(2.0, 1.0, 1)),
         ("fast", Comparison(1.0, 2.0, 1)),
     ):
-        measure = reduction_points.measure
+        measure = measuring.compare_reductions
         if comparison is not None:
-            reduction_points.measure = lambda engine, quantized, found=comparison: found
+            measuring.compare_reductions = lambda engine, quantized, found=comparison: found
         messages.clear()
         with engine_for({"stage": 2}, wire(measure_link=True, piece_elements=1 << 20)) as engine:
             train(engine, batches(1))
             quantized = engine.compression.metrics()["gradient_reduction/quantized_elements"]
-        reduction_points.measure = measure
+        measuring.compare_reductions = measure
         said = [message for message in messages if "gradient_compression is" in message]
         found[kind] = (quantized, "".join(said))
     logging.getLogger("ds_compress").removeHandler(handler)

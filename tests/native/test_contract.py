@@ -100,6 +100,15 @@ def test_it_compiles_without_a_graph_break(case: Case, ops: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_reference_is_traced_without_a_graph_break() -> None:
+    """Where a run prefers plain torch, its compiled layers hold the reference itself and not an op."""
+    torch._dynamo.reset()
+    packed = torch.randint(0, 256, (9,), dtype=torch.uint8)
+    unpack = IMPLEMENTATIONS["mask_unpack"]
+    compiled = torch.compile(lambda p: unpack(p, 65, 3), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(packed), unpack(packed, 65, 3))
+
+
 class References:
     """The reference implementations under the names of the ops."""
 

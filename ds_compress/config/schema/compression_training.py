@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, create_model
 
 from ds_compress.config.schema.activation_quantization import ActivationQuantizationConfig
 from ds_compress.config.schema.block import Block
-from ds_compress.config.schema.distillation import DistillationConfig
+from ds_compress.config.schema.distillation import DistillationConfig, LogitsLoss, Loss, Losses
 from ds_compress.config.schema.fields import Conflict, Seed, StrictModel
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.config.schema.layer_reduction import LayerReductionConfig
@@ -134,6 +134,7 @@ class CompressionConfig(StrictModel):
 
 
 _registered: dict[str, type[Block]] = {}
+_registered_losses: dict[str, type[Loss]] = {}
 
 
 def register_block(block: type[Block]) -> None:
@@ -146,6 +147,18 @@ def register_block(block: type[Block]) -> None:
     if known.get(block.key, block) is not block:
         raise ValueError(f"compression_training has a key {block.key!r} already")
     _registered[block.key] = block
+    _model_of.cache_clear()
+
+
+def register_loss_config(name: str, config: type[Loss]) -> None:
+    """`distillation.losses` has one more key from now on."""
+    _registered_losses[name] = config
+    _model_of.cache_clear()
+
+
+def unregister_loss_config(name: str) -> None:
+    """The loss that `register_loss_config` added is unknown again (for tests)."""
+    _registered_losses.pop(name, None)
     _model_of.cache_clear()
 
 
@@ -162,13 +175,26 @@ def config_model() -> type[CompressionConfig]:
 
 @functools.cache
 def _model_of() -> type[CompressionConfig]:
-    if not _registered:
+    if not _registered and not _registered_losses:
         return CompressionConfig
-    fields: dict[str, Any] = {
-        key: (block | None, Field(default=None, description=(block.__doc__ or "").strip().split("\n")[0]))
-        for key, block in _registered.items()
-    }
+    fields = {key: _optional(block) for key, block in _registered.items()}
+    if _registered_losses:
+        more = {key: _optional(loss) for key, loss in _registered_losses.items()}
+        losses = create_model("Losses", __base__=Losses, **more)
+        described = Field(
+            default_factory=lambda: losses(logits=LogitsLoss()),
+            description=DistillationConfig.model_fields["losses"].description,
+        )
+        distillation = create_model(
+            "DistillationConfig", __base__=DistillationConfig, losses=(losses, described)
+        )
+        fields["distillation"] = _optional(distillation)
     return create_model("CompressionConfig", __base__=CompressionConfig, **fields)
+
+
+def _optional(model: type[StrictModel]) -> Any:
+    """The field of a key that may be absent."""
+    return model | None, Field(default=None, description=(model.__doc__ or "").strip().split("\n")[0])
 
 
 def block_classes() -> dict[str, type[Block]]:

@@ -242,7 +242,7 @@ class DistillationConfig(Block):
         if not self.enabled:
             return
         if not self.losses.active():
-            names = ", ".join(f'"{name}"' for name in Losses.model_fields)
+            names = ", ".join(f'"{name}"' for name in type(self.losses).model_fields)
             yield Conflict(("losses",), {}, f"at least one of {names}", 'e.g. {"logits": {}}')
         sources = [
             key for key in ("teacher", "teacher_cache", "self_teacher") if getattr(self, key) is not None

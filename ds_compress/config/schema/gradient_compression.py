@@ -1,4 +1,4 @@
-"""`gradient_compression`: how many bits gradients have on the wire between processes."""
+"""`gradient_compression`: how many bits gradients have between processes."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class QuantizedTransport(Block):
     uses_kernels = True
 
     enabled: StrictBool = Field(default=False, description="Whether this block does anything.")
-    bits: Bits = Field(default=8, description="Bits of an element on the wire: 8 or 4.")
+    bits: Bits = Field(default=8, description="Bits of an element between processes: 8 or 4.")
     block_size: BlockSize | None = Field(
         default=None, description="Elements that share one fp32 scale; absent: 512 for 8 bits, 128 for 4."
     )
     piece_elements: PieceElements = Field(
         default=1 << 20,
-        description="Elements that travel together; while one piece is on the wire the next is quantized.",
+        description="Elements that are sent together; while one chunk is sent the next is quantized.",
     )
     warmup_steps: Step = Field(
         default=0, description="Applied optimizer steps that are sent as DeepSpeed does."
@@ -67,7 +67,7 @@ class QuantizedTransport(Block):
         yield ScheduleEnd(("warmup_steps",), self.warmup_steps, self.warmup_steps + 1)
 
     def _facts(self) -> Iterator[str]:
-        yield f"{self.bits} bits on the wire in blocks of {self.effective_block_size}"
+        yield f"{self.bits} bits in blocks of {self.effective_block_size}"
         if self.warmup_steps:
             yield steps(self.warmup_steps)
         if self.measure_link:

@@ -1,4 +1,4 @@
-"""`parameter_compression`: how many bits updated weights have on the wire between processes."""
+"""`parameter_compression`: how many bits updated weights have between processes."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.config.schema.compression_training import config_model
 from ds_compress.config.schema.placement import refuse_misplaced
 from ds_compress.errors import ROOT, ConfigError, Problem, nearest, shown
 
@@ -50,7 +50,7 @@ def block_of(config: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, An
     if not keys:
         return config
     if not _OF_DEEPSPEED.intersection(keys) and any(
-        nearest(key, CompressionConfig.model_fields) for key in keys
+        nearest(key, config_model().model_fields) for key in keys
     ):
         return config
     near = next((key for key in keys if nearest(key, [ROOT])), None)

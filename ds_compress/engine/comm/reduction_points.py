@@ -26,8 +26,6 @@ import torch.distributed as dist
 
 from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
-from ds_compress.reduce import bandwidth
-from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.slices import Part, Segment
 from ds_compress.reduce.uncompressed import is_sent_uncompressed
 from ds_compress.techniques.training_engine import GradientReducer
@@ -41,32 +39,6 @@ def connect(engine: Any, reduction: GradientReducer) -> Callable[[], None]:
     if internals.is_zero3(wrapper):
         return _Sharded(engine, wrapper, reduction).undo
     return _Whole(engine, reduction).undo
-
-
-def measure(engine: Any, quantized: QuantizedSum) -> bandwidth.Comparison:
-    """Times one reduction of the engine's kind, plain and quantized."""
-    wrapper, group, device = engine.optimizer, quantized.group, torch.device(engine.device)
-    dtype = engine.communication_data_type
-    flat = torch.randn(bandwidth.PROBE_ELEMENTS, device=device).to(dtype)
-    size = dist.get_world_size(group)
-    scatters = internals.is_zero3(wrapper) or (internals.is_zero12(wrapper) and wrapper.reduce_scatter)
-
-    def plain() -> None:
-        if internals.is_zero3(wrapper):
-            chunk = flat[: flat.numel() // size * size]
-            dist.reduce_scatter_tensor(torch.empty_like(chunk[: chunk.numel() // size]), chunk, group=group)
-        else:
-            dist.all_reduce(flat, group=group)
-
-    def ours() -> None:
-        if scatters:
-            segments = [Segment(values, owner) for owner, values in enumerate(flat.tensor_split(size))]
-            quantized.reduce_scatter(segments, lambda part, values: None, 1 / size)
-        else:
-            quantized.all_reduce([Segment(flat, 0)], 1 / size)
-
-    sent = 2 * (size - 1) * flat.nbytes // size
-    return bandwidth.compare(plain, ours, group, device, sent)
 
 
 @dataclass(frozen=True)

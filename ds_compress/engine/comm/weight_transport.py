@@ -17,7 +17,6 @@ import torch.distributed as dist
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
 from ds_compress.engine.patches import GLOBALS, Patches
 from ds_compress.engine.zero import internals
-from ds_compress.reduce import bandwidth
 from ds_compress.reduce.codec import BlockCodec, Codec, PlainCodec
 from ds_compress.reduce.uncompressed import is_sent_uncompressed
 from ds_compress.reduce.weight_deltas import ReplicatedWeights
@@ -200,23 +199,6 @@ class _Fetch:
             parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
             internals.mark_available(parameter)
         self._done = True
-
-
-def measure(engine: Any, codec: BlockCodec) -> bandwidth.Comparison:
-    """Times an all-gather of 16-bit (or fp32) weights, plain and quantized."""
-    group = internals.data_parallel_group(engine)
-    device, size = torch.device(engine.device), dist.get_world_size(group)
-    dtype = next(p.dtype for p in engine.module.parameters() if p.requires_grad)
-    shard = torch.randn(bandwidth.PROBE_ELEMENTS // size, device=device).to(dtype)
-    whole = torch.empty(shard.numel() * size, dtype=dtype, device=device)
-    copies = ReplicatedWeights(torch.zeros_like(whole), group, codec)
-    return bandwidth.compare(
-        lambda: dist.all_gather_into_tensor(whole, shard, group=group),
-        lambda: copies.update(shard.float()),
-        group,
-        device,
-        (size - 1) * shard.nbytes,
-    )
 
 
 def _switch_all_gather(module: Any) -> None:

@@ -25,7 +25,9 @@ def rebuild_smaller(
     """
     arguments = {**run.construction.arguments, "training_data": None}
     parameters.replace_parameters(arguments, run.construction.client_groups, made)
-    successor = with_techniques(arguments["model"], run.given, run.config.after_shrink(), None)
+    with run.kernels:
+        successor = with_techniques(arguments["model"], run.given, run.config.after_shrink(), None)
+    successor.kernels = run.kernels
     adopt(successor, arguments)
     successor.teacher = run.teacher
     successor.shrunk_units = run.kept_units
@@ -48,7 +50,9 @@ def rebuild_full(run: CompressionRun, engine: Any, uncut: Uncut) -> CompressionR
     arguments = {**run.construction.arguments, "training_data": None}
     model: nn.Module = arguments["model"]
     uncut.into(arguments, model)
-    successor = with_techniques(model, run.given, run.given, run.teacher)
+    with run.kernels:
+        successor = with_techniques(model, run.given, run.given, run.teacher)
+    successor.kernels = run.kernels
     adopt(successor, arguments)
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     return successor

@@ -2,7 +2,7 @@
 
 DeepSpeed cannot resize a parameter, so the engine is built anew around the smaller model, with the arguments that it
 was first built with, and everything that training has written is carried over: fp32 masters and optimizer moments
-(sliced like the weights), hyperparameters, schedules, loss scale, counters, and the state of the other stages. The
+(sliced like the weights), hyperparameters, schedules, loss scale, counters, and the state of the other techniques. The
 old engine, optimizer and scheduler objects then share the state of the new ones, so that whoever holds them, a
 training script or a Trainer, goes on without knowing. The next loss is that of the masked model.
 """

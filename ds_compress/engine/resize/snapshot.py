@@ -1,6 +1,6 @@
 """All that training has written for each weight, kept while the engine around it is taken down and built anew.
 
-Masters, the optimizer's moments and the stages' own tensors live on fragments. A snapshot keeps this process' parts
+Masters, the optimizer's moments and the techniques' own tensors live on fragments. A snapshot keeps this process' parts
 and, by a collective for each tensor, makes one of them whole at a time: no process ever holds the state of the model.
 """
 
@@ -49,7 +49,7 @@ class Scalar:
 
 
 class Snapshot:
-    """Parts of this process by (owner, kind) and parameter name; owner is a stage's name or "optimizer"."""
+    """Parts of this process by (owner, kind) and parameter name; owner is a technique's name or "optimizer"."""
 
     def __init__(self, engine: Any, shards: Shards, techniques: Iterable[Technique]) -> None:
         self._shards = shards

@@ -1,4 +1,4 @@
-"""Where in a DeepSpeed step the stages run.
+"""Where in a DeepSpeed step the techniques run.
 
     engine.step() -> _take_model_step ->            before_step   (every process, collectives allowed)
         wrapper.step() -> base optimizer: pre-hook   on_gradients  (unscaled, clipped gradients of the masters)

@@ -1,4 +1,4 @@
-"""Where in a training loop *without* a DeepSpeed engine the stages run.
+"""Where in a training loop *without* a DeepSpeed engine the techniques run.
 
     loss.backward()
     optimizer.step()      -> before_step, on_gradients | the update | on_update
@@ -53,7 +53,7 @@ class LoopHooks:
     """Runs `techniques` around the steps of whatever optimizers hold the weights of `use`; `end_step` counts them."""
 
     def __init__(self, techniques: Sequence[Technique], needs_gradients: bool) -> None:
-        """`needs_gradients`: some stage looks at, or changes, what a step starts from."""
+        """`needs_gradients`: some technique looks at, or changes, what a step starts from."""
         self.techniques = techniques
         self.applied_steps = 0
         self._needs_gradients = needs_gradients

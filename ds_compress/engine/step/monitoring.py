@@ -1,7 +1,7 @@
 """What compression has to say, in DeepSpeed's own monitor: TensorBoard, W&B, CSV, Comet.
 
-Tags are `Compress/<stage>/<name>`, e.g. `Compress/sparse_pruning/sparsity`; the x axis is samples, as for DeepSpeed's
-own events. Numbers may cost a wait for the device, so they are asked for on process 0 only, every `steps_per_print`
+Tags are `Compress/<technique>/<name>`, e.g. `Compress/sparse_pruning/sparsity`; the x axis is samples, as
+for DeepSpeed's own events. Numbers may cost a wait for the device, so they are asked for on process 0 only, every `steps_per_print`
 applied steps.
 """
 
@@ -32,7 +32,7 @@ def interval(steps_per_print: float | None) -> int:
 
 
 def write(engine: Any, metrics: Mapping[str, float]) -> None:
-    """Writes {"<stage>/<name>": value}."""
+    """Writes {"<technique>/<name>": value}."""
     if metrics:
         samples = engine.global_samples
         engine.monitor.write_events([(f"{PREFIX}/{name}", value, samples) for name, value in metrics.items()])

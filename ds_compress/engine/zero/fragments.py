@@ -13,7 +13,7 @@ At stages 1 and 2 a parameter is found by its *address* in the flat 16-bit buffe
 `_hp_mapping` points at the wrong parameter when `round_robin_gradients` is set.
 
 A weight that no optimizer steps (frozen, or left out of `model_parameters`) has no master. Its fragment is a part of
-the weight itself, spread over processes exactly where masters are spread: see `frozen`.
+the weight itself, sharded over processes exactly where masters are: see `frozen`.
 """
 
 from __future__ import annotations

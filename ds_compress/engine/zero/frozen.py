@@ -1,7 +1,7 @@
 """Masks on weights that no optimizer steps: the frozen base of LoRA, or what was left out of `model_parameters`.
 
 The optimizer's hooks never meet such a weight, and it does not change by itself: it is masked once for each new mask,
-right after the step that brought it. Where masters are spread over processes so are these fragments, so the selection
+right after the step that brought it. Where masters are sharded over processes so are these fragments, so the selection
 is the same code and a mask still lives on one owner; what the owner has cleared then goes to those who hold a copy.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("ds_compress")
 class FrozenWeights:
     """The weights without a master that `techniques` mask.
 
-    `apply` is a collective where masters are spread: every process calls it after the same steps.
+    `apply` is a collective where masters are sharded: every process calls it after the same steps.
     """
 
     def __init__(self, techniques: Sequence[Technique], frozen: Sequence[Fragment]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import ds_compress
 from ds_compress.ops import Preference, kernels, library, prefer
-from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, tiny_bert, train
 from tests.multirank.training import quantization_block
 from tests.single import init_single_process
 
@@ -56,10 +56,31 @@ def test_both_at_once_contradict_each_other() -> None:
         ds_compress.parse_config(block)
 
 
-@pytest.mark.parametrize("word", ["native", "reference"])
-def test_the_json_chooses(word: str) -> None:
-    with engine_of(tiny_bert(), ds_config(0, pruning_block() | {"kernels": word})):
-        assert (kernels() is torch.ops.ds_compress) == (word == "native")
+def test_each_engine_has_the_kernels_of_its_own_json() -> None:
+    """Two engines that take turns: the one started last does not decide for both."""
+    seen: dict[str, set[bool]] = {"native": set(), "reference": set()}
+
+    def step(engine: Any, word: str) -> None:
+        handle = engine.module.register_forward_hook(
+            lambda *_: seen[word].add(kernels() is torch.ops.ds_compress)
+        )
+        train(engine, batches(1))
+        handle.remove()
+
+    def config(word: str) -> dict[str, Any]:
+        return ds_config(0, pruning_block() | {"kernels": word})
+
+    with engine_of(tiny_bert(), config("native")) as one, engine_of(tiny_bert(), config("reference")) as two:
+        for engine, word in ((one, "native"), (two, "reference"), (one, "native")):
+            step(engine, word)
+    assert seen == {"native": {True}, "reference": {False}}
+
+
+def test_a_process_without_a_choice_goes_by_its_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an export calls after training needs no compiler where the JSON says `reference`."""
+    monkeypatch.setattr(library, "_default", None)
+    with engine_of(tiny_bert(), ds_config(0, pruning_block() | {"kernels": "reference"})):
+        assert kernels() is not torch.ops.ds_compress
 
 
 def test_a_run_without_kernels_does_not_build_any(monkeypatch: pytest.MonkeyPatch) -> None:
