@@ -5,6 +5,7 @@ They are SVG and not mermaid, so that a code host, the site and a reader without
 
 from __future__ import annotations
 
+import tomllib
 from html import escape
 from pathlib import Path
 
@@ -34,11 +35,12 @@ class Picture:
             self.text(x + width / 2, top + LINE * number, text, weight, size)
 
     def text(
-        self, x: float, y: float, text: str, weight: str = "400", size: int = 13, at: str = "middle"
+        self, x: float, y: float, text: str, weight: str = "400", size: int = 13, turned: bool = False
     ) -> None:
+        turn = f' transform="rotate(90 {x:g} {y:g})"' if turned else ""
         self.parts.append(
-            f'<text x="{x:g}" y="{y:g}" text-anchor="{at}" font-weight="{weight}" font-size="{size}" '
-            f'fill="#263238">{escape(text)}</text>'
+            f'<text x="{x:g}" y="{y:g}" text-anchor="middle" font-weight="{weight}" font-size="{size}" '
+            f'fill="#263238"{turn}>{escape(text)}</text>'
         )
 
     def arrow(self, *points: tuple[int, int]) -> None:
@@ -47,42 +49,64 @@ class Picture:
             f'<polyline points="{path}" fill="none" stroke="#455a64" stroke-width="1.6" marker-end="url(#tip)"/>'
         )
 
-    def save(self, name: str) -> None:
+    def svg(self) -> str:
         width, height = self.size
         body = "\n".join(self.parts)
-        (HERE / name).write_text(
+        return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
             f'height="{height}" font-family="system-ui, sans-serif">\n{body}\n</svg>\n'
         )
 
 
-def floors() -> None:
-    """An import goes down only."""
-    picture = Picture(760, 560, "The floors of the package: an import goes down only")
-    functions = [("sharding/", "fragments"), ("select/", "masks"), ("quant/", "grids")]
-    functions += [("structure/", "units"), ("distill/", "losses"), ("reduce/", "payloads")]
-    base = [("modelinfo/", "layer kinds, inventory"), ("ops/", "kernels and their twins; csrc/")]
-    outside = "folders that other programs load"
-    rows = [
-        (BLUE, [("cli  hf  compat  examples  run.py", "what a person or another library calls")]),
-        (BLUE, [("ds_compress, api.py", "the public names: plan, initialize, export, finalize")]),
-        (RED, [("engine/", "the only package that knows DeepSpeed"), ("export/", outside)]),
-        (GREEN, [("techniques/", "one file for each JSON block")]),
-        (YELLOW, [("config/", "schema, resolve, report: from JSON to a plan")]),
-        (GREEN, functions),
-        (GREY, [*base, ("errors.py", "one ConfigError for all problems")]),
+CAPTIONS = {
+    "cli": "commands",
+    "examples": "the demo",
+    "compat": "the old deepspeed.compression",
+    "hf": "the Trainer's callback",
+    "api": "the public names",
+    "engine": "the only package that knows DeepSpeed",
+    "export": "folders that other programs load",
+    "techniques": "one file for each JSON block",
+    "distill": "losses, teachers' caches",
+    "config": "schema, resolve, report: from JSON to a plan",
+    "select": "scores and masks",
+    "quant": "quantization grids",
+    "reduce": "payloads and robust rules",
+    "structure": "what belongs together",
+    "sharding": "fragments: what a technique sees",
+    "modelinfo": "kinds of layers, inventory",
+    "ops": "kernels, and their twins in torch",
+    "errors": "one ConfigError for all problems",
+}
+"""Of the packages in the picture; those of the contract that are not here are small helpers."""
+
+
+def floors() -> Picture:
+    """The contract of import-linter in pyproject.toml: an import goes down only."""
+    contracts = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
     ]
-    for number, (fill, boxes) in enumerate(rows):
-        y, gap = 14 + 78 * number, 10
-        width = (700 - gap * (len(boxes) - 1)) // len(boxes)
-        for column, (title, line) in enumerate(boxes):
-            picture.box(20 + column * (width + gap), y, width, 62, title, line, fill=fill)
-    picture.arrow((742, 20), (742, 540))
-    picture.text(736, 556, "imports", size=12, at="end")
-    picture.save("floors.svg")
+    layers = next(contract["layers"] for contract in contracts if contract["name"].startswith("Floors"))
+    rows = [[name.strip().removeprefix("ds_compress.") for name in layer.split("|")] for layer in layers]
+    rows = [[name for name in row if name in CAPTIONS] for row in rows]
+    rows = [row for row in rows if row]
+    picture = Picture(760, 24 + 60 * len(rows), "The floors of the package: an import goes down only")
+    colours = {"engine": RED, "techniques": GREEN, "config": YELLOW}
+    above = True
+    for number, row in enumerate(rows):
+        above = above and "engine" not in row
+        y, gap = 14 + 60 * number, 10
+        width = (690 - gap * (len(row) - 1)) // len(row)
+        for column, name in enumerate(row):
+            fill = colours.get(name, BLUE if above else GREY)
+            title = name if name in ("api", "errors") else f"{name}/"
+            picture.box(20 + column * (width + gap), y, width, 48, title, CAPTIONS[name], fill=fill)
+    picture.arrow((730, 20), (730, 60 * len(rows)))
+    picture.text(744, 30 * len(rows), "imports", size=12, turned=True)
+    return picture
 
 
-def step() -> None:
+def step() -> Picture:
     """One optimizer step."""
     picture = Picture(760, 470, "One optimizer step, and where techniques act in it")
     left, right = 30, 400
@@ -112,10 +136,10 @@ def step() -> None:
             y = 40 + 60 * (2 if number == 0 else number)  # new masks are made when the gradients are there
             picture.box(right, y, 330, 46, *ours[number], fill=GREEN)
             picture.arrow((left + 320, y + 23), (right - 2, y + 23))
-    picture.save("step.svg")
+    return picture
 
 
-def weight() -> None:
+def weight() -> Picture:
     """From a JSON key to a bit of the mask."""
     picture = Picture(760, 470, "The way of a weight from a JSON key to a mask bit")
     rows = [
@@ -136,10 +160,11 @@ def weight() -> None:
         picture.box(40, y, 680, 50, title, line, fill=fill)
         if number + 1 < len(rows):
             picture.arrow((380, y + 50), (380, y + 64))
-    picture.save("weight.svg")
+    return picture
 
+
+PICTURES = {"floors.svg": floors, "step.svg": step, "weight.svg": weight}
 
 if __name__ == "__main__":
-    floors()
-    step()
-    weight()
+    for name, draw in PICTURES.items():
+        (HERE / name).write_text(draw().svg())

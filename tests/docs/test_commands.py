@@ -33,6 +33,7 @@ KNOWN = {
     "python",
     "deepspeed",
     "mkdir",
+    "chmod",
 }
 """Programs of others, whose options are not ours to check (python and deepspeed have checks of their own)."""
 OF_TORCHRUN = {

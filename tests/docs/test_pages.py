@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,10 @@ def test_json_in_the_running_text_names_keys_that_exist(page: Path) -> None:
 
 
 OF_DEEPSPEED = {"stage", "torch_adam", "stage3_gather_16bit_weights_on_model_save"}
+
+
+def test_pictures_are_as_drawn() -> None:
+    """The floors come from the contract of imports in pyproject.toml, so a new floor changes the picture."""
+    drawing = runpy.run_path(str(DOCS / "pictures" / "draw.py"))
+    for name, draw in drawing["PICTURES"].items():
+        assert draw().svg() == (DOCS / "pictures" / name).read_text(), "run python docs/pictures/draw.py"
