@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_compress import plan
 from ds_compress.quant import layers
-from ds_compress.techniques import STAGES
+from ds_compress.techniques import TECHNIQUES
 
 
 def quantized(
@@ -36,7 +36,7 @@ def quantized(
             "different_groups": {"g": {"params": {"bits": 8}, "modules": list(modules)}},
         }
     for name, technique in plan(model, block).techniques.items():
-        STAGES[name](technique, 0).prepare(model)
+        TECHNIQUES[name](technique, 0).prepare(model)
     if run is not None:
         model.train()(**run)
         model.eval()
