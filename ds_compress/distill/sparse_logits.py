@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class SparseLogits:
-    """indices: int64 [rows, k]. log_probs: fp32 [rows, k], at the temperature of the loss. shape: of the full logits."""
+    """indices: int64 [rows, k]. log_probs: fp32 [rows, k], at the temperature of the loss. shape: of all logits."""
 
     indices: torch.Tensor
     log_probs: torch.Tensor
