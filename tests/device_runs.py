@@ -301,14 +301,14 @@ def messages_of_quantized_reductions() -> None:
             codec, rows = make(), gradients.to(device)
             stochastic = isinstance(codec, StochasticBlockCodec)
             waits.clear()
-            sent = torch.empty((2, codec.message_bytes(1000)), dtype=torch.uint8, device=device)
+            sent = torch.empty((2, codec.payload_bytes(1000)), dtype=torch.uint8, device=device)
             residuals = None if stochastic else Residuals(8)
             for worker, row in enumerate(rows):
                 lost = None if residuals is None else residuals.load("w", 1000 * worker, 1000, row.device)
                 codec.encode(row, sent[worker], lost)
                 if residuals is not None and lost is not None:
                     residuals.store("w", 1000 * worker, lost)
-            answer = torch.empty(codec.message_bytes(1000), dtype=torch.uint8, device=device)
+            answer = torch.empty(codec.payload_bytes(1000), dtype=torch.uint8, device=device)
             codec.sum_and_encode(sent, answer, None, 1000, 0.5)
             out = torch.empty(1000, device=device)
             codec.decode(answer, out)
@@ -351,11 +351,11 @@ def scales_are_those_of_the_cpu() -> None:
         grid = WeightGrid(8, symmetric, narrow_range=True, granularity=Granularity.PER_CHANNEL)
         assert torch.equal(fake_quantize(x.to(DEVICE), grid).cpu(), fake_quantize(x, grid))
         how = {
-            "low": grid.quant_min,
-            "high": grid.quant_max,
+            "quant_min": grid.quant_min,
+            "quant_max": grid.quant_max,
             "steps": grid.scale_divisor,
             "symmetric": symmetric,
-            "keep": True,
+            "with_mask": True,
         }
         results = (IMPLEMENTATIONS["fake_quantize"](values, **how) for values in (x.to(DEVICE), x))
         assert all(torch.equal(a.cpu(), b) for a, b in zip(*results, strict=True))

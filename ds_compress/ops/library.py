@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar, Token
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,7 +80,8 @@ _native = getattr(torch.ops, schemas.NAMESPACE)
 _loaded: Path | None = None
 _reason: str | None = None
 _default: Any = None
-_in_this_context: ContextVar[Any] = ContextVar("ds_compress_kernels", default=None)
+_in_block: Any = None
+"""The ops of the innermost `kernel_preference` block; a plain global, which torch.compile can read."""
 
 
 def kernels() -> Any:
@@ -93,22 +93,9 @@ def kernels() -> Any:
         KernelsUnavailableError: native was asked for and cannot be had.
         ValueError: the environment names no preference.
     """
-    if torch.compiler.is_compiling():  # Dynamo traces no context variable
-        return _native if _is_native_here() else _reference
-    return _ops_here()
-
-
-def _ops_here() -> Any:
-    chosen = _in_this_context.get()
-    if chosen is not None:
-        return chosen
+    if _in_block is not None:
+        return _in_block
     return _default if _default is not None else prefer(Preference.AUTO)
-
-
-@torch.compiler.assume_constant_result
-def _is_native_here() -> bool:
-    """The answer while a graph is traced, which keeps it."""
-    return _ops_here() is _native
 
 
 def prefer(preference: Preference) -> Any:
@@ -133,23 +120,25 @@ class kernel_preference:
     The library is found or built when the object is made, not at the first op; the object may then be entered any
     number of times, within itself too, at well under a microsecond. So two engines of one process can each have theirs.
 
-    Context-local, as `decimal.localcontext`: other threads do not see it. The threads on which torch runs the backward
-    of CUDA tensors are such: what is computed there uses the default, unless a hook enters the block there. Both
-    implementations give the same bits.
+    It holds for all threads, those too on which torch runs the backward of CUDA tensors. Both implementations give the
+    same bits.
 
     Raises: as `kernels`, when it is made.
     """
 
     def __init__(self, preference: Preference) -> None:
         self._ops = _ops_of(preference)
-        self._entered: list[Token[Any]] = []
+        self._before: list[Any] = []
 
     def __enter__(self) -> Any:
-        self._entered.append(_in_this_context.set(self._ops))
+        global _in_block
+        self._before.append(_in_block)
+        _in_block = self._ops
         return self._ops
 
     def __exit__(self, *error: object) -> None:
-        _in_this_context.reset(self._entered.pop())
+        global _in_block
+        _in_block = self._before.pop()
 
 
 def _ops_of(preference: Preference) -> Any:

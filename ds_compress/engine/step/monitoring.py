@@ -1,8 +1,8 @@
 """What compression has to say, in DeepSpeed's own monitor: TensorBoard, W&B, CSV, Comet.
 
 Tags are `Compress/<technique>/<name>`, e.g. `Compress/sparse_pruning/sparsity`; the x axis is samples, as
-for DeepSpeed's own events. Numbers may cost a wait for the device, so they are asked for on process 0 only, every `steps_per_print`
-applied steps.
+for DeepSpeed's own events. Numbers may cost a wait for the device, so they are asked for on process 0 only, every
+`steps_per_print` applied steps.
 """
 
 from __future__ import annotations

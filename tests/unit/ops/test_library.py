@@ -106,14 +106,14 @@ class TestPreferenceOfABlock:
             raise KeyError
         assert kernels() is default
 
-    def test_other_threads_keep_the_default(self) -> None:
-        default, seen = kernels(), []
-        with kernel_preference(Preference.REFERENCE if is_native() else Preference.NATIVE) as ops:
+    def test_threads_of_a_backward_see_it(self) -> None:
+        """torch computes the backward of CUDA tensors on threads of its own."""
+        seen: list[object] = []
+        with kernel_preference(Preference.REFERENCE) as ops:
             thread = threading.Thread(target=lambda: seen.append(kernels()))
             thread.start()
             thread.join()
-            assert kernels() is ops is not default
-        assert seen == [default]
+        assert seen == [ops]
 
     def test_the_environment_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(library.VARIABLE, "reference")
