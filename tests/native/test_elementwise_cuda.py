@@ -406,7 +406,7 @@ BUGS = {
         "mask", "ptx", Edit(DEVICE, "prmt.b32 %0, %1, 0, %2;", "prmt.b32 %0, 0, %1, %2;"),
     ),
     "partial spans are read before they are written": (
-        "fake_quantize", "tsan", edit_of("fake_quantize", "        __syncthreads();\n", ""),
+        "fake_quantize", "tsan", edit_of("quant_range", "        __syncthreads();\n", ""),
     ),
     "two blocks write a span without atomics": (
         "fake_quantize", "tsan",
@@ -419,11 +419,11 @@ BUGS = {
     ),
     "zeros lose their sign": (
         "fake_quantize", "plain",
-        edit_of("fake_quantize", "math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits)",
+        edit_of("quant_range", "math::bits_of(whole) | (math::bits_of(values[j]) & ~math::kMagnitudeBits)",
                 "math::bits_of(whole)"),
     ),
     "mask bits of neighbours overlap": (
-        "fake_quantize", "plain", edit_of("fake_quantize", "(~0u, bits, 1) << 4;", "(~0u, bits, 1) << 3;"),
+        "fake_quantize", "plain", edit_of("quant_range", "(~0u, bits, 1) << 4;", "(~0u, bits, 1) << 3;"),
     ),
     "short rows: the range of another row": (
         "fake_quantize", "plain", edit_of("fake_quantize", "= i / vectors_per_row;", "= i / (vectors_per_row + 1);"),
@@ -446,10 +446,10 @@ BUGS = {
         "block_quantize", "tsan", edit_of("block_quantize", "    __syncwarp();  // the", "    // the"),
     ),
     "a payload after the last is added": (
-        "block_quantize", "asan", edit_of("block_quantize", "pair < payload_count / 2;", "pair <= payload_count / 2;"),
+        "block_quantize", "asan", edit_of("payload", "pair < payload_count / 2;", "pair <= payload_count / 2;"),
     ),
     "int4 values keep the sign turned": (
-        "block_quantize", "plain", edit_of("block_quantize", "- constant) ^ 0x88888888u)", "- constant))"),
+        "block_quantize", "plain", edit_of("payload", "- constant) ^ 0x88888888u)", "- constant))"),
     ),
 }  # fmt: skip
 
