@@ -13,12 +13,13 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ds_compress.files import atomic_write
 
 from .record import Figures
 
@@ -72,9 +73,7 @@ def run_part(module: str, device: str, quick: bool, output: Path) -> None:
 def write_json(path: Path, content: object) -> None:
     """Replaces `path` by `content`: whoever reads it meanwhile, or after a kill, finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:

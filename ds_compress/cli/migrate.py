@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ds_compress.errors import ConfigError, Problem
+from ds_compress.files import atomic_write
 
 if TYPE_CHECKING:
     from ds_compress.compat.migrate import Note
@@ -35,7 +34,7 @@ def migrate(
         result = run(read_json(str(config)))
         text = json.dumps(result.config, indent=2, ensure_ascii=False) + "\n"
         if output is not None:
-            _write_whole(output, text)
+            atomic_write(output, text)
     except ConfigError as error:
         raise _refused("; ".join(_one_line(problem) for problem in error.problems)) from None
     except OSError as error:
@@ -65,15 +64,3 @@ def _one_line(problem: Problem) -> str:
 def _refused(message: str) -> typer.Exit:
     typer.echo(f"ds_compress: {' '.join(message.split())}", err=True)
     return typer.Exit(2)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from ds_compress.distill.cache_format import (
 from ds_compress.distill.divergence import log_probabilities
 from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.distill.lm_head import lazy_head
+from ds_compress.files import UnfinishedFolder
 
 _POSITIONS_PER_SHARD = 2**20
 
@@ -55,10 +54,8 @@ def cache_teacher(
     target = Path(folder)
     if target.exists() and not overwrite:
         raise CacheError(f"{target} exists: choose another folder, or overwrite it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        writer = _Writer(unfinished, top_k, temperature)
+    with UnfinishedFolder(target) as unfinished:
+        writer = _Writer(unfinished.path, top_k, temperature)
         head = lazy_head(model, None)
         try:
             for batch in batches:
@@ -68,13 +65,7 @@ def cache_teacher(
                 head.remove()
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         manifest = writer.finish(name, None if tokenizer is None else tokenizer_hash(tokenizer))
-        unfinished.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        unfinished.finish()
     return manifest
 
 

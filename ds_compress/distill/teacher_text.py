@@ -7,8 +7,6 @@ at temperature 1; no label is needed.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from ds_compress.distill.text_data import padded
+from ds_compress.files import atomic_write
 
 
 @torch.no_grad()
@@ -54,19 +53,17 @@ def teacher_text(
 
 
 def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """JSON lines, whole or not at all; returns how many."""
+    """Writes a file of JSON lines, complete or not at all; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     count = 0
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        with open(temporary, "w", encoding="utf-8") as file:
             for count, row in enumerate(rows, 1):  # noqa: B007
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    atomic_write(path, write)
     return count
 
 

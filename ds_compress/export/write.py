@@ -30,7 +30,7 @@ from ds_compress.export.shards import ShardWriter
 from ds_compress.export.source import ExportSource
 from ds_compress.export.tokenizer import save_tokenizer
 from ds_compress.export.versions import versions
-from ds_compress.export.writing import UnfinishedFolder
+from ds_compress.files import UnfinishedFolder
 from ds_compress.modelinfo.adapters import has_adapters
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
@@ -73,7 +73,9 @@ def write_export(
     unfinished = None
     try:
         if trained.writes:
-            unfinished = UnfinishedFolder(out, overwrite).__enter__()
+            if out.exists() and not overwrite and not _is_empty_folder(out):
+                raise ExportError(f"{out} exists: give another folder, or overwrite=True")
+            unfinished = UnfinishedFolder(out).__enter__()
     except (OSError, ExportError) as error:
         failure = error
     try:
@@ -314,6 +316,10 @@ class _Export:
 
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def is_quantized(model: nn.Module) -> bool:

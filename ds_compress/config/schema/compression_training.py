@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,6 +32,7 @@ from ds_compress.config.schema.structured_pruning import (
 from ds_compress.config.schema.translate import Where, translate
 from ds_compress.config.schema.weight_quantization import WeightQuantizationConfig
 from ds_compress.errors import ROOT, ConfigError, Problem, shown
+from ds_compress.files import atomic_write
 
 SCHEMA_FILE = Path(__file__).with_name("compression_training.schema.json")
 AUTO = "auto"
@@ -290,13 +289,5 @@ def schema_text() -> str:
 
 
 def write_schema(path: Path = SCHEMA_FILE) -> None:
-    """Writes the schema file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(schema_text())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Writes the schema file, complete or not at all."""
+    atomic_write(path, schema_text())

@@ -9,9 +9,10 @@ be given.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ds_compress.files import atomic_write
 
 if TYPE_CHECKING:
     from ds_compress.engine.run import CompressionRun
@@ -29,9 +30,7 @@ def write(folder: Path, run: CompressionRun) -> None:
         "dtype": str(next(p.dtype for p in run.model.parameters())).removeprefix("torch."),
         "compression_training": run.block,
     }
-    temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
-    os.replace(temporary, folder / FILE_NAME)
+    atomic_write(folder / FILE_NAME, json.dumps(data, indent=1, default=str) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

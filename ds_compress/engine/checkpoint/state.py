@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from ds_compress.engine.checkpoint import model_file
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run_end import warn_if_unfinished
+from ds_compress.files import atomic_write
 from ds_compress.ops import bitmask
 
 if TYPE_CHECKING:
@@ -87,9 +88,7 @@ def save(folder: Path, run: CompressionRun) -> None:
         model_file.write(folder, run)
         state = {"format": 1, "files": [_file_name(writer) for writer in writers]}
         state |= {"world_size": world_size, **run.state_dict()}
-        temporary = folder / f".{STATE}.{os.getpid()}"
-        torch.save(state, temporary)
-        os.replace(temporary, folder / STATE)
+        atomic_write(folder / STATE, partial(torch.save, state))
     _barrier()
 
 
@@ -122,9 +121,7 @@ def _write_process_state(path: Path, run: CompressionRun) -> None:
     if not own:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(own, temporary)
-    os.replace(temporary, path)
+    atomic_write(path, partial(torch.save, own))
 
 
 def _load_process_state(folder: Path, stored_world_size: int | None, run: CompressionRun) -> None:
@@ -157,9 +154,7 @@ def _write_fragments(path: Path, run: CompressionRun) -> None:
             {"key": key, "stage": technique, "kind": kind, "parameter": parameter, "start": start}
             | {"numel": values.numel(), "is_mask": is_mask}
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"index": json.dumps(index)})
-    os.replace(temporary, path)
+    atomic_write(path, partial(save_file, tensors, metadata={"index": json.dumps(index)}))
 
 
 def _parts(run: CompressionRun) -> Iterator[tuple[str, str, str, torch.Tensor]]:

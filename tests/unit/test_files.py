@@ -1,0 +1,54 @@
+"""Files and folders appear complete or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_compress.files import UnfinishedFolder, atomic_write
+
+
+@pytest.mark.parametrize(
+    "content", ["tür\n", "tür\n".encode(), lambda path: path.write_text("tür\n", "utf-8")]
+)
+def test_content_of_each_kind_replaces_the_file(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    atomic_write(path, content)  # type: ignore[arg-type]
+    assert path.read_text("utf-8") == "tür\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise error
+
+    with pytest.raises(error):
+        atomic_write(path, half)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_replaces_the_one_that_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    for text in ("first", "second"):
+        with UnfinishedFolder(out) as unfinished:
+            (unfinished.path / text).write_text(text)
+            assert not (out / text).exists()
+            unfinished.finish()
+        assert [path.name for path in out.iterdir()] == [text]
+    assert list(out.parent.iterdir()) == [out] and out.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_that_was_not_finished_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), UnfinishedFolder(tmp_path / "out") as unfinished:
+        (unfinished.path / "half").write_text("")
+        raise ValueError("stop")
+    assert not list(tmp_path.iterdir())
