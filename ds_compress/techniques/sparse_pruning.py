@@ -44,7 +44,7 @@ from ds_compress.select.scores import SCORES
 from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
 if TYPE_CHECKING:
-    from ds_compress.config.report.plan import Target, TechniquePlan
+    from ds_compress.config.targets import Target, TechniquePlan
     from ds_compress.sharding.fragment import Fragment
 
 logger = logging.getLogger("ds_compress")

@@ -9,13 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.targets import Weight
 from ds_compress.modelinfo.inventory import EVERY_LAYER
-
-if TYPE_CHECKING:
-    from ds_compress.config.report.plan import Plan
 
 _EMBEDDING = "Embedding"
 
@@ -52,7 +49,7 @@ class LeftOut:
         return f"{100 * elements / max(1, self.total):.3g} %"
 
 
-def left_out(plan: Plan) -> Iterator[LeftOut]:
+def left_out(plan: ResolvedPlan) -> Iterator[LeftOut]:
     """Of each enabled block with targets of its own that has a group with the default `modules`."""
     total = sum(weight.numel for weight in plan.weights)
     for key, technique in plan.techniques.items():

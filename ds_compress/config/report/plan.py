@@ -1,53 +1,22 @@
-"""A config resolved against a model: which weight gets what, from which step, and what it will cost."""
+"""A config resolved against a model, as its reader gets it: printed, it says what will happen and what it will cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ds_compress.config.schema.block import WeightBlock
-from ds_compress.config.schema.compression_training import CompressionConfig
-from ds_compress.config.structure_targets import StructurePlan
-from ds_compress.config.targets import Target, TechniquePlan, Weight
+from ds_compress.config.report.resolved import ResolvedPlan
+from ds_compress.config.report.table import plain_text, renderables
+from ds_compress.sheet import width_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Plan", "Target", "TechniquePlan", "Weight"]
 
-
-@dataclass
-class Plan:
-    """What each enabled block does to which weight; `str()` gives a plain table that fits the terminal
-    (80 columns in a pipe), `rich.print` a coloured one.
-
-    techniques: the enabled blocks that claim weights or inputs, by key; structures: likewise those that claim prunable
-    groups. weights: every
-    parameter of the model. world_size: how many processes share the training state. notes: for the reader, such as in
-    which formats the result can be exported. packs: stock transformers loads packed weights of this model.
-    """
-
-    config: CompressionConfig
-    techniques: dict[str, TechniquePlan]
-    weights: tuple[Weight, ...] = field(default=(), repr=False)
-    structures: dict[str, StructurePlan] = field(default_factory=dict, repr=False)
-    world_size: int = 1
-    notes: tuple[str, ...] = field(default=(), repr=False)
-    packs: bool = True
-
-    def weight_block(self, key: str) -> WeightBlock:
-        """The block of `techniques[key]`."""
-        block = getattr(self.config, key)
-        assert isinstance(block, WeightBlock)
-        return block
+class Plan(ResolvedPlan):
+    """`str()` gives a plain table that fits the terminal (80 columns in a pipe), `rich.print` a coloured one."""
 
     def __str__(self) -> str:
-        from ds_compress.config.report.table import plain_text
-
         return plain_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from ds_compress.config.report.table import renderables
-        from ds_compress.sheet import width_of
-
         yield from renderables(self, width_of(options))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.schema.block import TrainingState, WeightSize
 from ds_compress.config.schema.stored_bytes import plain_bytes
 from ds_compress.config.structure_targets import shape_after, share_after
 from ds_compress.config.targets import Target, Weight
 from ds_compress.modelinfo.kinds import ModuleKind
-
-if TYPE_CHECKING:
-    from ds_compress.config.report.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Stored:
         )
 
 
-def stored(plan: Plan) -> dict[str, Stored]:
+def stored(plan: ResolvedPlan) -> dict[str, Stored]:
     """Every parameter of the model by name, as it will be stored."""
     claims: dict[str, dict[str, Target]] = {}
     for key, technique in plan.techniques.items():
@@ -53,7 +50,7 @@ def total(parts: Iterable[Stored]) -> Stored:
     return sum(parts, Stored())
 
 
-def training_state(plan: Plan) -> TrainingState:
+def training_state(plan: ResolvedPlan) -> TrainingState:
     """What techniques keep in memory beside the weights, per process."""
     parts = (
         plan.weight_block(key).training_state(technique.targets, plan.world_size)
@@ -62,7 +59,7 @@ def training_state(plan: Plan) -> TrainingState:
     return sum(parts, TrainingState())
 
 
-def format_of(plan: Plan) -> str:
+def format_of(plan: ResolvedPlan) -> str:
     """The one that the block names, else the one that an export chooses, "torch" where that has no words."""
     named = plan.config.export_to
     if named is not None:
@@ -78,7 +75,7 @@ def format_of(plan: Plan) -> str:
     return "compressed-tensors" if fits else "torch"
 
 
-def _stored_weight(plan: Plan, weight: Weight, claims: dict[str, Target]) -> Stored:
+def _stored_weight(plan: ResolvedPlan, weight: Weight, claims: dict[str, Target]) -> Stored:
     shape = shape_after(plan.structures, weight.name, weight.shape)
     numel, share, format = math.prod(shape), share_after(plan.structures, weight.name), format_of(plan)
     plain = plain_bytes(weight, shape, format)

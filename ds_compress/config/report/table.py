@@ -6,22 +6,19 @@ import io
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from ds_compress.config.report import size_estimate
 from ds_compress.config.report.coverage import left_out
+from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.report.size_estimate import Stored, format_of
 from ds_compress.config.schema.block import WeightBlock
 from ds_compress.config.schema.compression_training import block_classes
 from ds_compress.config.schema.structured_pruning import StructuredPruningConfig
 from ds_compress.config.targets import Target
 from ds_compress.sheet import Sheet, folded, uncut, width_of
-
-if TYPE_CHECKING:
-    from ds_compress.config.report.plan import Plan
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -46,7 +43,7 @@ class Line:
     stored: Stored
 
 
-def plain_text(plan: Plan) -> str:
+def plain_text(plan: ResolvedPlan) -> str:
     """The report without colours, wherever it goes, for the width of the terminal, or 80 columns."""
     paper = io.StringIO()
     console = uncut(paper)
@@ -55,7 +52,7 @@ def plain_text(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in paper.getvalue().splitlines()).rstrip()
 
 
-def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
+def renderables(plan: ResolvedPlan, width: int) -> Iterator[RenderableType]:
     """The parts of the report, for rich, on a console of `width` columns."""
     blocks = list(describe(plan))
     if not blocks:
@@ -75,7 +72,7 @@ def renderables(plan: Plan, width: int) -> Iterator[RenderableType]:
     yield from _folded(plan.notes, width)
 
 
-def describe(plan: Plan) -> Iterator[tuple[str, str]]:
+def describe(plan: ResolvedPlan) -> Iterator[tuple[str, str]]:
     """(key of the block, what it does) of each enabled block; those that remove structures come first."""
     claims = {**plan.structures, **plan.techniques}
     enabled = plan.config.enabled_blocks()
@@ -92,7 +89,7 @@ def _line(text: str) -> Text:
     return Text(text, overflow="fold")
 
 
-def lines_of(plan: Plan) -> list[Line]:
+def lines_of(plan: ResolvedPlan) -> list[Line]:
     """The lines of the table, in model order."""
     treatments = _treatments(plan)
     stored = size_estimate.stored(plan)
@@ -145,7 +142,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return "{" + ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) + "}"
 
 
-def _treatments(plan: Plan) -> dict[str, LineItem]:
+def _treatments(plan: ResolvedPlan) -> dict[str, LineItem]:
     targets: dict[str, dict[str, Target]] = {}
     for key, technique in plan.techniques.items():
         for target in technique.targets:
@@ -162,13 +159,13 @@ def _treatments(plan: Plan) -> dict[str, LineItem]:
     return treatments
 
 
-def _columns(plan: Plan) -> list[str]:
+def _columns(plan: ResolvedPlan) -> list[str]:
     """Those of the blocks that claim weights, in the order of the schema, whether enabled or not."""
     blocks = block_classes().values()
     return list(dict.fromkeys(block.column for block in blocks if issubclass(block, WeightBlock)))
 
 
-def _cells(plan: Plan, by_block: dict[str, Target]) -> tuple[str, ...]:
+def _cells(plan: ResolvedPlan, by_block: dict[str, Target]) -> tuple[str, ...]:
     cells: dict[str, list[str]] = {column: [] for column in _columns(plan)}
     for key, target in by_block.items():
         block = plan.weight_block(key)
@@ -176,7 +173,7 @@ def _cells(plan: Plan, by_block: dict[str, Target]) -> tuple[str, ...]:
     return tuple("; ".join(found) or "-" for found in cells.values())
 
 
-def _table(plan: Plan) -> Sheet:
+def _table(plan: ResolvedPlan) -> Sheet:
     sizes_of = ("stored", "after", "non-zeros", "as bitmask")
     table = Sheet(("module", "shape", *_columns(plan), *sizes_of), sizes_of)
     sparse = {t.module_name for key in _removing(plan) for t in plan.techniques[key].targets}
@@ -191,7 +188,7 @@ def _table(plan: Plan) -> Sheet:
     return table
 
 
-def _structure_table(plan: Plan) -> Sheet:
+def _structure_table(plan: ResolvedPlan) -> Sheet:
     table = Sheet(("structure", "block", "kept"))
     for key, structures in plan.structures.items():
         block = plan.config.enabled_blocks()[key]
@@ -202,7 +199,7 @@ def _structure_table(plan: Plan) -> Sheet:
     return table
 
 
-def _totals(plan: Plan) -> Iterator[str]:
+def _totals(plan: ResolvedPlan) -> Iterator[str]:
     stored = size_estimate.stored(plan)
     everything = size_estimate.total(stored.values())
     claimed = {target.param_name for technique in plan.techniques.values() for target in technique.targets}
@@ -226,7 +223,7 @@ def _totals(plan: Plan) -> Iterator[str]:
         )
 
 
-def _removing(plan: Plan) -> list[str]:
+def _removing(plan: ResolvedPlan) -> list[str]:
     return [key for key in plan.techniques if plan.weight_block(key).removes_weights]
 
 
