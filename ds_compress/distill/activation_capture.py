@@ -1,4 +1,4 @@
-"""Records what a forward pass shows of its layers: hidden states, queries, keys and values, attention scores."""
+"""Captures activations of a forward pass: hidden states, queries, keys and values, attention scores."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.distill.attention_scores import AttentionScores, send_scores
+from ds_compress.distill.attention_scores import AttentionScores, subscribe_scores
 from ds_compress.distill.projections import find_projections
 
 if TYPE_CHECKING:
-    from ds_compress.distill.lazy_logits import Imitation, LazyLogits
+    from ds_compress.distill.lazy_logits import LazyLogits
+    from ds_compress.distill.pending_loss import PendingLoss
     from ds_compress.distill.sparse_logits import SparseLogits
 
 
 @dataclass
 class CapturedActivations:
-    """One forward pass; lists follow the layer map.
+    """The activations of one forward pass; lists follow the layer map.
 
-    hidden: (batch, tokens, width) after each mapped layer. relations: per mapped layer (q, k, v), each
+    hidden: (batch, tokens, width), output of each mapped layer. relations: per mapped layer (q, k, v), each
     (batch, tokens, width of its projection). maps: attention scores of each mapped layer. embedding: (batch, tokens,
-    width) that the first layer was given. last: (batch, tokens, width) after the last layer. logits: the model's
-    prediction, perhaps not computed yet. token_mask: bool (batch, tokens), False where the input is padding, or None.
-    imitation: the loss of the logits, when it may be computed beside the task's.
+    width), input of the first layer. last: (batch, tokens, width), output of the last layer. logits: the model's
+    logits, perhaps not computed yet. token_mask: bool (batch, tokens), False where the input is padding, or None.
+    pending_loss: the loss over the logits, when it may be computed beside the task's.
     """
 
     logits: torch.Tensor | LazyLogits | SparseLogits | None = None
@@ -35,19 +36,19 @@ class CapturedActivations:
     embedding: torch.Tensor | None = None
     last: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
-    imitation: Imitation | None = None
+    pending_loss: PendingLoss | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Everything that layers gave, which must carry a gradient in a student."""
+        """All outputs of layers, which must require a gradient in a student."""
         flat = [*self.hidden, *(tensor for layer in self.relations for tensor in layer)]
         flat += [tensor for layer in self.maps for tensor in (layer.query, layer.key)]
         return flat + ([] if self.last is None else [self.last])
 
 
 class ActivationCapture:
-    """Hooks on the layers of a model; records between `start` and `finish` only.
+    """Hooks on the layers of a model that capture between `start` and `finish`.
 
-    The window matters: activation checkpointing runs the layers once more in backward.
+    Not in between: activation checkpointing runs the layers once more in backward.
 
     Args:
         layers: the whole stack, first to last. mapped: the indices of those that are compared, in order.
@@ -70,7 +71,7 @@ class ActivationCapture:
                 for slot, module in enumerate(find_projections(layer)):
                     self._handles.append(module.register_forward_hook(self._output("relations", index, slot)))
             if "maps" in wanted:
-                self._handles.append(send_scores(layer, self._scores(index)))
+                self._handles.append(subscribe_scores(layer, self._scores(index)))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -94,7 +95,7 @@ class ActivationCapture:
         return record
 
     def _keep(self, kind: str, index: int, slot: int, value: Any) -> None:
-        # A layer that runs twice in a pass (shared weights) counts as it was the first time.
+        # Of a layer that runs twice in a pass (shared weights), the first output is captured.
         if self._recording:
             self._found.setdefault((kind, index, slot), value)
 

@@ -1,8 +1,8 @@
-"""Attention scores of models whose attention kernels never show them.
+"""Attention scores of models whose attention kernels do not return them.
 
-transformers looks attention kernels up by name. For models whose scores are wanted the name is changed to one that
-passes query and key on before it calls the kernel that the model had. Scores are computed from them only where
-they are compared, so rotary embeddings, grouped queries and any kernel are covered.
+transformers looks attention kernels up by name. For models whose scores are needed, the name is changed to that of a
+wrapper, which passes query and key to us before it calls the model's kernel. Scores are computed from them only where
+they are compared, so rotary embeddings, grouped queries and any kernel are supported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _receivers: weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionScores], Non
 
 @dataclass(frozen=True)
 class AttentionScores:
-    """query: (batch, heads, tokens, width of a head), rotated if the model does. key: so, perhaps of fewer heads."""
+    """query: (batch, heads, tokens, width of a head), rotated if the model does. key: likewise, perhaps fewer heads."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -48,16 +48,16 @@ class _Handle:
             _receivers.pop(module, None)
 
 
-def send_scores(layer: nn.Module, receive: Callable[[AttentionScores], None]) -> _Handle:
-    """Every attention module in `layer` tells `receive` its scores, once `show_scores` prepared its model."""
+def subscribe_scores(layer: nn.Module, receive: Callable[[AttentionScores], None]) -> _Handle:
+    """Every attention module in `layer` calls `receive` with its scores, once `expose_scores` prepared its model."""
     modules = list(layer.modules())
     for module in modules:
         _receivers[module] = receive
     return _Handle(modules)
 
 
-def show_scores(model: Any) -> None:
-    """Makes the attention of `model` pass its scores on; idempotent.
+def expose_scores(model: Any) -> None:
+    """Makes the attention of `model` pass its scores to their subscribers; idempotent.
 
     Raises:
         ConfigError: the model is not one of transformers with exchangeable attention kernels.
@@ -79,7 +79,7 @@ def show_scores(model: Any) -> None:
 
 
 def hide_scores(model: Any) -> None:
-    """Gives `model` its own kernel's name back."""
+    """Restores the name of the kernel of `model`."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
     if name.startswith(_PREFIX):
         model.set_attn_implementation(name.removeprefix(_PREFIX))
@@ -89,7 +89,7 @@ def _registered(name: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     kernels, masks = AttentionInterface(), AttentionMaskInterface()
-    # "eager" is no kernel of the library: each model's file brings one, with its own soft caps and sinks.
+    # "eager" is no kernel of the library: each model's file defines one, with its own soft caps and sinks.
     kernel = kernels[name] if name in kernels.valid_keys() else None
     AttentionInterface.register(_PREFIX + name, _passing_on(kernel))
     if name in masks.valid_keys():

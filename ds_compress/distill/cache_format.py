@@ -1,11 +1,11 @@
-"""How a teacher's likeliest tokens lie on disk.
+"""The format of a teacher cache: the likeliest tokens of a teacher, on disk.
 
-    <folder>/manifest.json                what made it: see `Manifest`; written last
+    <folder>/manifest.json                how it was made: see `Manifest`; written last
     <folder>/shard_00000.safetensors      some examples: key int64 [examples], start int64 [examples + 1],
                                           indices int32 [positions, k], log_probs fp32 [positions, k]
 
-An example is found by the hash of its token ids, so order, batches, padding and processes of the training do not
-matter, and an example that was tokenized otherwise is not found at all.
+An example is looked up by the hash of its token ids, so order, batches, padding and processes of the training do not
+matter, and an example that was tokenized differently is not found.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def key_of(tokens: torch.Tensor) -> int:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what a tokenizer does, wherever it was loaded from."""
+    """sha256 of the behaviour of a tokenizer, wherever it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # Padding and truncation are settings of a call, not of the tokenizer.

@@ -1,4 +1,4 @@
-"""Finds again what a teacher said of an example."""
+"""Reads the predictions of a teacher from a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from ds_compress.distill.cache_format import CacheError, Manifest, file_hash, key_of, real_tokens
 from ds_compress.distill.sparse_logits import SparseLogits
 
-# Of positions that are padding: any finite number will do, they have no weight.
+# At padding positions: any finite number, as they have no weight.
 _OF_PADDING = -1.0
 
 
@@ -36,7 +36,7 @@ class TeacherCache:
                 self._place[key] = (shard, starts[row], starts[row + 1])
 
     def logits(self, ids: torch.Tensor, mask: torch.Tensor | None) -> SparseLogits:
-        """What the teacher said of `ids` [examples, tokens].
+        """The teacher's predictions for `ids` [examples, tokens].
 
         Raises:
             CacheError: an example is not there.

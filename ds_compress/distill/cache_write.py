@@ -1,4 +1,4 @@
-"""Writes what a teacher says of a data set, once, for any number of trainings."""
+"""Writes the predictions of a teacher for a data set to a cache, once, for any number of trainings."""
 
 from __future__ import annotations
 
@@ -42,13 +42,12 @@ def cache_teacher(
 
     Args:
         model: the teacher, a model of transformers; it is put into eval mode.
-        batches: inputs as the training will give them: `input_ids` [examples, tokens] and, with padding,
-            `attention_mask`; everything else in them goes to the model, `labels` do not. An example that comes again
-            is stored once.
-        folder: appears when all is written.
+        batches: inputs as the training will have them: `input_ids` [examples, tokens] and, with padding,
+            `attention_mask`; everything else but `labels` is passed to the model. A repeated example is stored once.
+        folder: appears when everything is written.
         top_k: per position; all classes where there are fewer.
-        temperature: of the loss that will use it; it must be the same there.
-        tokenizer: its hash is stored, for those who want to compare.
+        temperature: that of the loss that will use the cache.
+        tokenizer: its hash is stored in the manifest.
 
     Raises:
         CacheError: the folder exists, or there was no batch.
@@ -63,7 +62,7 @@ def cache_teacher(
         head = lazy_head(model, None)
         try:
             for batch in batches:
-                writer.add(*_said(model.eval(), head, batch))
+                writer.add(*_predict(model.eval(), head, batch))
         finally:
             if head is not None:
                 head.remove()
@@ -79,7 +78,7 @@ def cache_teacher(
     return manifest
 
 
-def _said(model: Any, head: Any, batch: Mapping[str, torch.Tensor]) -> tuple[Any, torch.Tensor, Any]:
+def _predict(model: Any, head: Any, batch: Mapping[str, torch.Tensor]) -> tuple[Any, torch.Tensor, Any]:
     if head is not None:
         head.is_on = True
     try:

@@ -1,9 +1,9 @@
 """Sums of losses over logits, of which only a chunk exists at a time, forward and backward.
 
-A chunk of logits is computed, its losses and their gradients are taken, and it is forgotten; the memory is one chunk,
-whatever batch, sequence and vocabulary are. The gradient of several losses together is known in forward only if
-their factors are, so those of the last steps are tried (`Upstream`). Where they prove wrong, as while a weight moves,
-backward computes every chunk again: one more product with the head.
+A chunk of logits is computed, its losses and their gradients are taken, and it is freed; the memory is one chunk,
+whatever batch, sequence and vocabulary are. The gradient of several losses together is known in forward only if the
+upstream gradients are, so they are predicted from the last steps (`UpstreamPredictor`). Where the prediction is wrong,
+as while a loss weight changes, backward computes every chunk again: one more matrix product with the head.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 
-class RowLosses:
+class RowLoss:
     """A loss that is a sum over rows of logits.
 
     Args:
         of_rows: (logits of some rows, which rows) -> the sum over them, a scalar.
-        around: calls its argument while what `of_rows` needs is there, such as a sharded teacher's head.
+        around: calls its argument while what `of_rows` needs is available, such as a sharded teacher's head.
         averaged_over: by what number the sum will probably be divided.
     """
 
@@ -38,57 +38,66 @@ class RowLosses:
         self.averaged_over = averaged_over
 
 
-class Upstream:
-    """The gradients of a pass's sums, foretold from those of the passes before.
+class UpstreamPredictor:
+    """Predicts the upstream gradients of a pass's sums from those of the passes before.
 
-    Losses usually have the same factors at every step, once the number of rows that they are averaged over is
-    taken out. Two equal steps make a forecast.
+    Losses usually have the same factors at every step, apart from the number of rows that they are averaged over. After
+    two equal steps there is a prediction.
     """
 
     def __init__(self) -> None:
         self._last: torch.Tensor | None = None
         self._steady = False
 
-    def forecast(self, averaged_over: torch.Tensor) -> torch.Tensor | None:
-        """fp32 [losses], or None where it would be a guess."""
+    def predict(self, averaged_over: torch.Tensor) -> torch.Tensor | None:
+        """fp32 [losses], or None where the last steps differed."""
         if not self._steady or self._last is None:
             return None
         return self._last / averaged_over
 
-    def learn(self, gradient: torch.Tensor, averaged_over: torch.Tensor) -> None:
+    def update(self, gradient: torch.Tensor, averaged_over: torch.Tensor) -> None:
         now = gradient * averaged_over
         self._steady = self._last is not None and factor_between(self._last, now) is not None
         self._last = now
 
 
 def factor_between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
-    """The number that makes `other` of `one`, None where there is none."""
+    """The number that `one` is multiplied by to give `other`; None where there is none."""
     if one.shape != other.shape:
         return None
     factor = other[-1] / one[-1]
     alike = torch.isclose(one * factor, other, rtol=1e-5, atol=0.0).all()
-    # One question: on a GPU each is a wait, in the middle of backward.
+    # One question: on a GPU each is a synchronization, in the middle of backward.
     return factor if bool(alike & (one[-1] != 0) & torch.isfinite(one).all()) else None
 
 
 class Head(Protocol):
-    """What turns hidden states into logits: see `LazyHead`."""
+    """What computes logits from hidden states: see `lazy_head.LazyHead`."""
 
     chunk: int
-    upstream: dict[int, Upstream]
+    vocabulary: int
+    predictors: dict[int, UpstreamPredictor]
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
+    def plain(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
     def run(self, job: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def around(self, job: Callable[[], None]) -> None: ...
+
+    def dtype(self, hidden: torch.Tensor) -> torch.dtype: ...
+
+    def warn_materialized(self, shape: torch.Size) -> None: ...
 
 
 def chunked_sums(
     head: Head,
     hidden: torch.Tensor,
     operations: Callable[[torch.Tensor], torch.Tensor],
-    losses: Sequence[RowLosses],
+    losses: Sequence[RowLoss],
 ) -> torch.Tensor:
     """fp32 [len(losses)]: each of `losses` summed over all rows of `operations(head(hidden))`.
 
@@ -109,8 +118,8 @@ def chunked_sums(
 
     def job(hidden: torch.Tensor) -> torch.Tensor:
         divisors = torch.stack([_on(hidden.device, loss.averaged_over) for loss in losses])
-        upstream = head.upstream.setdefault(len(losses), Upstream())
-        work = _Pass(values, around, head.chunk, divisors, upstream)
+        predictor = head.predictors.setdefault(len(losses), UpstreamPredictor())
+        work = _Pass(values, around, head.chunk, divisors, predictor)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
             return work.forward(hidden)
@@ -121,7 +130,7 @@ def chunked_sums(
 
 
 def _on(device: torch.device, number: torch.Tensor | float) -> torch.Tensor:
-    """fp32 scalar; filled there, because a copy from here would wait for the device."""
+    """fp32 scalar; filled on the device, because a copy to it is a synchronization."""
     if isinstance(number, torch.Tensor):
         return number.to(device, torch.float32)
     return torch.full((), number, device=device)
@@ -135,7 +144,7 @@ class _Pass:
     around: Callable[[Callable[[], None]], None]
     chunk: int
     averaged_over: torch.Tensor
-    upstream: Upstream
+    predictor: UpstreamPredictor
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -182,22 +191,22 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: _Pass, hidden: torch.Tensor, *trained: nn.Parameter) -> torch.Tensor:
-        # Not save_for_backward: whoever shards the parameters changes their data in between.
+        # Not save_for_backward: what shards the parameters changes their data in between.
         ctx.work, ctx.trained = work, trained
         ctx.autocast = autocast_of_now(hidden.device.type)
         ctx.save_for_backward(hidden)
-        ctx.forecast = work.upstream.forecast(work.averaged_over)
-        if ctx.forecast is None:
+        ctx.predicted = work.predictor.predict(work.averaged_over)
+        if ctx.predicted is None:
             return work.forward(hidden)
-        total, *ctx.gradients = work.with_gradients(hidden, trained, ctx.forecast, ctx.needs_input_grad[1])
+        total, *ctx.gradients = work.with_gradients(hidden, trained, ctx.predicted, ctx.needs_input_grad[1])
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         (hidden,) = ctx.saved_tensors
         work: _Pass = ctx.work
-        work.upstream.learn(gradient, work.averaged_over)
-        factor = None if ctx.forecast is None else factor_between(ctx.forecast, gradient)
+        work.predictor.update(gradient, work.averaged_over)
+        factor = None if ctx.predicted is None else factor_between(ctx.predicted, gradient)
         if factor is None:
             with ctx.autocast():
                 _, of_hidden, of_trained = work.with_gradients(
@@ -208,13 +217,13 @@ class _ChunkedHead(torch.autograd.Function):
             for found in ([] if of_hidden is None else [of_hidden], of_trained):
                 for tensor in found:
                     tensor.mul_(factor)
-            # A second backward of the same graph finds them as they are now.
-            ctx.forecast = gradient.clone()
+            # A second backward of the same graph scales them from here.
+            ctx.predicted = gradient.clone()
         return None, of_hidden, *of_trained
 
 
 def autocast_of_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the autocast context that is in force here; backward runs outside of it."""
+    """Makes the autocast context that is active here; backward runs outside of it."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     # Its cache of cast weights would keep the graph of one chunk alive in the next.
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)

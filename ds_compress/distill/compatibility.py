@@ -1,4 +1,4 @@
-"""Whether a student can imitate a teacher, as far as their configs and their records tell."""
+"""Whether a student can learn from a teacher, as far as their configs and captured activations show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST_PADDING = 512
 
 
 def check_pair(config: schema.DistillationConfig, student: nn.Module, teacher: nn.Module | None) -> None:
-    """Raises ConfigError for a teacher that this student cannot imitate, as far as their configs tell."""
+    """Raises ConfigError for a teacher that this student cannot learn from, as far as their configs show."""
     if teacher is student and config.self_teacher is None:
         raise ConfigError(
             [
@@ -25,7 +25,7 @@ def check_pair(config: schema.DistillationConfig, student: nn.Module, teacher: n
                     f"{_PATH}.teacher",
                     "the student itself",
                     "another model object",
-                    'for a model that teaches itself say "self_teacher": {"weights": "ema"}',
+                    'for a model that teaches itself set "self_teacher": {"weights": "ema"}',
                 )
             ]
         )
@@ -37,7 +37,7 @@ def check_pair(config: schema.DistillationConfig, student: nn.Module, teacher: n
         problems.append(
             Problem(
                 f"{_PATH}.losses.contrastive",
-                "models that do not say how wide they are",
+                "models without a hidden_size in their config",
                 "models with a hidden_size in their config",
             )
         )
@@ -75,8 +75,8 @@ def check_pair(config: schema.DistillationConfig, student: nn.Module, teacher: n
         raise ConfigError(problems)
 
 
-def check_records(own: CapturedActivations, theirs: CapturedActivations) -> None:
-    """Raises for records that cannot be compared; only a forward pass shows them."""
+def check_captured(own: CapturedActivations, theirs: CapturedActivations) -> None:
+    """Raises for activations that cannot be compared, which only a forward pass shows."""
     if any(not tensor.requires_grad for tensor in own.tensors()):
         raise RuntimeError(
             "distillation: the student's hidden states carry no gradient; "
@@ -96,7 +96,7 @@ def check_records(own: CapturedActivations, theirs: CapturedActivations) -> None
 
 
 def hidden_widths(student: nn.Module, teacher: nn.Module | None) -> tuple[int, int] | None:
-    """Hidden sizes of both, None when one of them does not say."""
+    """Hidden sizes of both; None when one config has none."""
     widths = [getattr(_config_of(model), "hidden_size", None) for model in (student, teacher)]
     return (widths[0], widths[1]) if all(isinstance(width, int) for width in widths) else None  # type: ignore[return-value]
 
@@ -111,7 +111,7 @@ def common_heads(student: nn.Module, teacher: nn.Module | None) -> int:
 
 
 def _config_of(model: nn.Module | None) -> Any:
-    """Of the text part, where a model has several."""
+    """The config; of a composite one, that of the text model."""
     config: Any = getattr(model, "config", None)
     return getattr(config, "text_config", None) or config
 

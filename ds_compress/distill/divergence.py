@@ -1,8 +1,8 @@
 """Divergences between the predictions of a teacher and of a student, row by row.
 
-Both come as log-probabilities [rows, categories] in fp32. Where only the teacher's `k` largest are known, both
-sides are reduced to `k + 1` categories: those, and one for everything else. By the data-processing inequality
-the divergence then is a lower bound of the full one, and equal to it for `k` = all.
+Both are log-probabilities [rows, categories] in fp32. Where only the teacher's `k` largest are known, both sides are
+reduced to `k + 1` categories: those, and one for all others. By the data-processing inequality the divergence then is
+a lower bound of the full one, and equal to it for `k` = all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 # The smallest probability that is left for "everything else", so that its logarithm and gradient stay finite.
 _LEAST_TAIL = 1e-6
-# Of what a model forbids, whether it says -inf or the most negative number: a difference of two stays finite.
+# Of forbidden tokens, whether their logit is -inf or the most negative number: a difference of two stays finite.
 _LEAST_LOG_PROBABILITY = torch.finfo(torch.float32).min / 4
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -27,12 +27,12 @@ def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student), [rows]: the student covers all that the teacher may say (Hinton et al. 2015)."""
+    """KL(teacher || student), [rows]: mode-covering (Hinton et al. 2015)."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
 def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher), [rows]: the student says nothing that the teacher would not (Gu et al. 2024, MiniLLM)."""
+    """KL(student || teacher), [rows]: mode-seeking (Gu et al. 2024, MiniLLM)."""
     return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
 

@@ -1,30 +1,27 @@
-"""Logits that are not computed until something needs them, and then a few rows at a time.
+"""Logits that are computed when they are needed, a chunk of rows at a time.
 
-An LM head turns hidden states of width 576 into logits of width 49,152. A batch of them, their softmax and
-their gradients are most of the memory of a distillation step, and all that is ever wanted of them are a few
-sums. So while a student trains, `lazy_head` makes its head return `LazyLogits`: the hidden states, and the
-element-wise operations that a model applies to its logits (scaling, soft-capping, a cast), in a list. Taking rows
-and flattening act on the hidden states. `F.cross_entropy` of it, and the divergence from the teacher, go
-through `ChunkedHead`, in one pass over the rows when they can. Anything else gets the real logits.
+An LM head turns hidden states of width 576 into logits of width 49,152. A batch of them, their softmax and their
+gradients are most of the memory of a distillation step, and only a few sums of them are used. So while a student
+trains, its head returns `LazyLogits` (see `lazy_head`): the hidden states, and a list of the element-wise operations
+that a model applies to its logits (scaling, soft-capping, a cast). Taking rows and flattening act on the hidden states.
+`F.cross_entropy` of it, and the divergence from the teacher, are computed by `chunked_head`, in one pass over the rows
+where possible. Anything else materializes the logits, once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ds_compress.distill.chunked_head import RowLosses, Upstream, autocast_of_now, chunked_sums
-
-logger = logging.getLogger("ds_compress")
+from ds_compress.distill.chunked_head import Head, RowLoss, autocast_of_now, chunked_sums
+from ds_compress.distill.pending_loss import PendingLoss
 
 ElementWise = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,25 +29,26 @@ ElementWise = Callable[[torch.Tensor], torch.Tensor]
 class LazyLogits:
     """Logits [..., vocabulary] of `hidden` [..., width] under `head`, with `operations` applied one by one.
 
-    It stands in for a tensor: `torch` functions accept it. `Imitation`, when there is one, is computed in the same
-    pass as the cross entropy.
+    A stand-in for a tensor: `torch` functions accept it. `pending_loss`, if any, is computed in the same pass as the
+    cross entropy.
     """
 
     def __init__(
         self,
-        head: LazyHead,
+        head: Head,
         hidden: torch.Tensor,
         operations: tuple[ElementWise, ...] = (),
-        imitation: Imitation | None = None,
+        pending_loss: PendingLoss | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         is_detached: bool = False,
     ) -> None:
         self._head = head
         self._hidden = hidden
         self._operations = operations
-        self._imitation = imitation
+        self._pending_loss = pending_loss
         self._autocast = autocast or autocast_of_now(hidden.device.type)
         self._is_detached = is_detached
+        self._materialized: torch.Tensor | None = None
 
     # -- what is known without computing ---------------------------------------------------------------
 
@@ -86,12 +84,12 @@ class LazyLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
-    # -- operations that are put off -------------------------------------------------------------------
+    # -- deferred operations ---------------------------------------------------------------------------
 
     def _with(self, hidden: torch.Tensor | None = None, **changed: Any) -> LazyLogits:
         kept = {
             "operations": self._operations,
-            "imitation": self._imitation,
+            "pending_loss": self._pending_loss,
             "autocast": self._autocast,
             "is_detached": self._is_detached,
             **changed,
@@ -102,9 +100,9 @@ class LazyLogits:
         return self._with(operations=(*self._operations, operation))
 
     def _of(self, hidden: torch.Tensor) -> LazyLogits:
-        # The imitation covers every row, in order: it may join a pass over just those.
+        # The pending loss is over every row, in order: it may join a pass over exactly those.
         same_rows = hidden.numel() == self._hidden.numel()
-        return self._with(hidden, imitation=self._imitation if same_rows else None)
+        return self._with(hidden, pending_loss=self._pending_loss if same_rows else None)
 
     def float(self) -> LazyLogits:
         return self._then(_Cast((torch.float32,), {}))
@@ -116,7 +114,7 @@ class LazyLogits:
         return self
 
     def detach(self) -> LazyLogits:
-        return self._with(self._hidden.detach(), imitation=None, is_detached=True)
+        return self._with(self._hidden.detach(), pending_loss=None, is_detached=True)
 
     def view(self, *shape: Any) -> Any:
         return self.reshape(*shape)
@@ -136,7 +134,7 @@ class LazyLogits:
         return self._of(self._hidden[index])
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Of every row: a model that forbids some tokens does so."""
+        """Sets categories of every row to a number, as models do that forbid some tokens."""
         parts = index if isinstance(index, tuple) else (index,)
         every_row = all(part is Ellipsis or part == slice(None) for part in parts[:-1])
         if not every_row or not self._names_last(parts) or isinstance(value, torch.Tensor):
@@ -152,11 +150,12 @@ class LazyLogits:
             return changed
 
         self._operations = (*self._operations, with_value)
+        self._materialized = None
 
     def _names_last(self, parts: tuple[Any, ...]) -> bool:
-        """Whether the last of these indices is one of categories."""
-        spread = any(part is Ellipsis for part in parts[:-1])
-        return bool(parts) and parts[-1] is not Ellipsis and (spread or len(parts) == self.ndim)
+        """Whether the last of these indices selects categories."""
+        has_ellipsis = any(part is Ellipsis for part in parts[:-1])
+        return bool(parts) and parts[-1] is not Ellipsis and (has_ellipsis or len(parts) == self.ndim)
 
     def __mul__(self, other: Any) -> Any:
         return self._scaled(other, torch.mul)
@@ -167,7 +166,7 @@ class LazyLogits:
         return self._scaled(other, torch.div)
 
     def _scaled(self, other: Any, operation: Callable[..., torch.Tensor]) -> Any:
-        # A factor that is learned needs a gradient, which a pass in chunks has for the head only.
+        # A learned factor needs a gradient, which a pass in chunks computes for the head only.
         is_scalar = isinstance(other, torch.Tensor) and other.dim() == 0 and not other.requires_grad
         if isinstance(other, (int, float)) or is_scalar:
             return self._then(lambda logits: operation(logits, other))
@@ -176,10 +175,15 @@ class LazyLogits:
     # -- everything else -------------------------------------------------------------------------------
 
     def materialize(self) -> torch.Tensor:
-        """The real logits, whole."""
-        self._head.warn_that_whole(self.shape)
+        """All logits as a tensor. Computed by the first call, with a warning, and kept: loops over rows pay once."""
+        kept = self._materialized
+        # Without a graph, it serves as long as nobody wants one.
+        if kept is not None and (kept.requires_grad or not (torch.is_grad_enabled() and self.requires_grad)):
+            return kept
+        self._head.warn_materialized(self.shape)
         with self._autocast(), self._gradients():
-            return self._apply(self._head.plain(self._hidden))
+            self._materialized = self._apply(self._head.plain(self._hidden))
+        return self._materialized
 
     def _gradients(self) -> AbstractContextManager[Any]:
         return torch.no_grad() if self._is_detached else contextlib.nullcontext()
@@ -203,10 +207,10 @@ class LazyLogits:
         plain, named = tree_map_only(LazyLogits, LazyLogits.materialize, (tuple(args), kwargs))
         return function(*plain, **named)
 
-    def says_the_same_as(self, other: LazyLogits) -> bool:
-        """Whether the same was done to both but for casts. (A script may scale its logits for its own loss.)"""
-        own, theirs = ([op for op in x._operations if not isinstance(op, _Cast)] for x in (self, other))
-        return own == theirs
+    def has_same_values_as(self, other: LazyLogits) -> bool:
+        """Whether the same operations were applied to both, but for casts. (A script may scale logits for its loss.)"""
+        mine, others = ([op for op in x._operations if not isinstance(op, _Cast)] for x in (self, other))
+        return mine == others
 
     def _apply(self, logits: torch.Tensor) -> torch.Tensor:
         for operation in self._operations:
@@ -215,23 +219,23 @@ class LazyLogits:
 
     # -- sums over rows --------------------------------------------------------------------------------
 
-    def sums(self, losses: Sequence[RowLosses]) -> torch.Tensor:
+    def sums(self, losses: Sequence[RowLoss]) -> torch.Tensor:
         """fp32 [len(losses)]: each loss summed over all rows, a chunk of logits at a time."""
         rows = self._hidden.reshape(-1, self._hidden.shape[-1])
         with self._autocast(), self._gradients():
             return chunked_sums(self._head, rows, self._apply, losses)
 
     def chunk_of(self, rows: slice) -> torch.Tensor:
-        """Real logits of some rows of a teacher, without a graph; inside `around` only."""
+        """Logits of some rows of a teacher, without a graph; inside `around` only."""
         with torch.no_grad(), self._autocast():
             return self._apply(self._head.logits(self._hidden[rows]))
 
     def around(self, job: Callable[[], None]) -> None:
-        """Calls `job` while the head's weights are whole."""
+        """Calls `job` while the head's weights are gathered."""
         self._head.around(job)
 
     def each_chunk(self, use: Callable[[torch.Tensor], None]) -> None:
-        """Calls `use` with the real logits of all rows, a chunk [rows, vocabulary] at a time; without a graph."""
+        """Calls `use` with the logits of all rows, a chunk [rows, vocabulary] at a time; without a graph."""
         flat = self._of(self._hidden.reshape(-1, self._hidden.shape[-1]))
         rows, chunk = flat._hidden.shape[0], self._head.chunk
 
@@ -268,150 +272,13 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 
 @dataclass(frozen=True)
 class _Cast:
-    """`logits.to(*args, **kwargs)`, an operation that leaves the prediction what it is."""
+    """`logits.to(*args, **kwargs)`, an operation that does not change the values."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.to(*self.args, **self.kwargs)
-
-
-class Imitation:
-    """The divergence from the teacher that is waiting for a pass over the student's logits.
-
-    Args:
-        losses: its sum over rows of the student's logits, see `RowLosses`.
-    """
-
-    def __init__(self, losses: RowLosses) -> None:
-        self.losses = losses
-        self._value: torch.Tensor | None = None
-        self._of: LazyLogits | None = None
-
-    def found(self, value: torch.Tensor, of: LazyLogits) -> None:
-        """`value` was computed beside something else of these logits."""
-        self._value, self._of = value, of
-
-    @property
-    def is_pending(self) -> bool:
-        return self._value is None
-
-    def value(self, logits: LazyLogits) -> torch.Tensor:
-        """The scalar, from an earlier pass over logits that say the same or one of its own over `logits`."""
-        if self._value is None or (self._of is not None and not self._of.says_the_same_as(logits)):
-            self.found(logits.sums([self.losses])[0], logits)
-        assert self._value is not None
-        return self._value
-
-
-class LazyHead:
-    """Makes `module`, the LM head of a model, return `LazyLogits` while `is_on`.
-
-    By hooks alone: the module's own forward sees one row, so that class, weights and whatever shards them stay as
-    they are. Ours run last before it and first after it.
-
-    Args:
-        module: anything whose forward takes hidden states [..., width] and returns logits [..., vocabulary].
-        vocabulary: size of that last dimension.
-        chunk: rows of logits that exist at a time.
-    """
-
-    def __init__(self, module: nn.Module, vocabulary: int, chunk: int) -> None:
-        self.module = module
-        self.vocabulary = vocabulary
-        self.chunk = chunk
-        self.is_on = False
-        self.imitation: Imitation | None = None
-        self.upstream: dict[int, Upstream] = {}
-        self._warned = False
-        self._job: Callable[[torch.Tensor], Any] | None = None
-        self._given: list[torch.Tensor] = []
-        self._one_row = torch.empty(0)
-        self._handles = [
-            module.register_forward_pre_hook(torch.compiler.disable(self._take_input), with_kwargs=True),
-            module.register_forward_hook(torch.compiler.disable(self._give_output), prepend=True),
-            module.register_forward_hook(torch.compiler.disable(_unwrapped)),
-        ]
-
-    def remove(self) -> None:
-        """Takes the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.module.parameters()
-
-    def plain(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Real logits of `hidden`, whole."""
-        return self.run(self.logits, hidden)
-
-    def run(self, job: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """`job(hidden)`, as if it were this module's forward: what shards its weights makes them whole for it."""
-        before, self._job = self._job, job
-        try:
-            result: torch.Tensor = self.module(hidden)
-        finally:
-            self._job = before
-        return result
-
-    def around(self, job: Callable[[], None]) -> None:
-        """Calls `job` while the module's weights are whole."""
-        self.run(lambda _: _Placeholder(job()), self._one_row)  # type: ignore[arg-type, return-value, func-returns-value]
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Real logits of a chunk; inside `run` or `around` only."""
-        result: torch.Tensor = type(self.module).forward(self.module, hidden)
-        return result
-
-    def dtype(self, hidden: torch.Tensor) -> torch.dtype:
-        if torch.is_autocast_enabled(hidden.device.type):
-            return torch.get_autocast_dtype(hidden.device.type)
-        return hidden.dtype
-
-    def warn_that_whole(self, shape: torch.Size) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "ds_compress: logits of shape %s are computed whole, because something other than a cross entropy "
-                "asked for them",
-                tuple(shape),
-            )
-
-    def _take_input(
-        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
-    ) -> Any:
-        if self._job is None and not self.is_on:
-            return None
-        given = args[0] if args else next(iter(kwargs.values()))
-        self._given.append(given)
-        self._one_row = given.detach().flatten(0, -2)[:1]
-        return (self._one_row,), {}
-
-    def _give_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._job is None and not self.is_on:
-            return None
-        hidden, job = self._given.pop(), self._job
-        if job is None:
-            return _Placeholder(LazyLogits(self, hidden, imitation=self.imitation))
-        # What it calls in turn may come back to this module.
-        self._job = None
-        return job(hidden)
-
-
-class _Placeholder(dict[str, Any]):
-    """Carries something past hooks that look for tensors in what a module returns: it shows them none.
-
-    ZeRO-3 would otherwise make the head's weights whole once more in backward.
-    """
-
-    def __init__(self, content: Any) -> None:
-        super().__init__()
-        self.content = content
-
-
-def _unwrapped(module: nn.Module, args: Any, output: Any) -> Any:
-    return output.content if isinstance(output, _Placeholder) else None
 
 
 def _cross_entropy(
@@ -424,7 +291,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:
-    """The cross entropy in chunks; None for what only whole logits can answer."""
+    """The cross entropy in chunks; None where it needs all logits."""
     is_a_sum = reduction in ("mean", "sum") and size_average is None and reduce is None
     if (
         not is_a_sum
@@ -445,12 +312,12 @@ def _cross_entropy(
         )
 
     predicted = (target != ignore_index).sum()
-    task = RowLosses(of_rows, averaged_over=predicted.clamp(min=1))
-    imitation = input._imitation
-    if imitation is not None and imitation.is_pending:
-        total, imitated = input.sums([task, imitation.losses])
-        imitation.found(imitated, input)
+    task = RowLoss(of_rows, averaged_over=predicted.clamp(min=1))
+    pending = input._pending_loss
+    if pending is not None and pending.is_pending:
+        total, value = input.sums([task, pending.row_loss])
+        pending.resolve(value, input)
     else:
         (total,) = input.sums([task])
-    # As torch does it: nothing to predict is 0 / 0.
+    # As in torch, nothing to predict is 0 / 0.
     return total / predicted if reduction == "mean" else total

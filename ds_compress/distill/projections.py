@@ -1,4 +1,4 @@
-"""Where a layer makes its queries, keys and values."""
+"""The projections of a layer that compute its queries, keys and values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from ds_compress.errors import ConfigError, Problem
 
-# Names of the projections that make queries, keys and values, in the families of transformers.
+# Names of these projections in the model families of transformers.
 _SEPARATE = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
@@ -18,7 +18,7 @@ _FUSED = ("c_attn", "qkv", "Wqkv", "qkv_proj")
 
 
 def find_projections(layer: nn.Module) -> list[nn.Module]:
-    """The modules that make queries, keys and values in a layer: three, or one that makes all of them.
+    """The modules that compute queries, keys and values in a layer: three, or one for all of them.
 
     Raises:
         ConfigError: when none of the known names is in the layer.

@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens and their log-probabilities: all that a cache keeps of its logits."""
+"""A teacher's likeliest tokens and their log-probabilities: what a cache stores of its logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class SparseLogits:
-    """indices: int64 [rows, k]. log_probs: fp32 [rows, k], at the temperature of the loss. shape: of whole logits."""
+    """indices: int64 [rows, k]. log_probs: fp32 [rows, k], at the temperature of the loss. shape: of all logits."""
 
     indices: torch.Tensor
     log_probs: torch.Tensor

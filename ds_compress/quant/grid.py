@@ -102,6 +102,15 @@ class Grid:
             self.levels is Levels.UNIFORM and not (self.symmetric and self.narrow_range)
         )
 
+    def describe(self) -> str:
+        """A few words, e.g. "uint8 narrow"."""
+        kind = (
+            f"{'int' if self.symmetric else 'uint'}{self.bits}"
+            if self.levels is Levels.UNIFORM
+            else self.levels
+        )
+        return f"{kind} narrow" if self.narrow_range else str(kind)
+
     @property
     def quantized_dtype(self) -> torch.dtype:
         """Of stored values."""
@@ -134,6 +143,17 @@ class WeightGrid(Grid):
         if self.bits <= 2 and not self.learned and (not self.symmetric or self.stochastic):
             raise ValueError("1 bit (binary) and 2 bits (ternary) have no offset and no rounding to choose")
 
+    def describe(self) -> str:
+        """A few words, e.g. "int4 per_column_group of 128, learned scales"."""
+        size = {
+            Granularity.PER_GROUP: f" of {self.groups}",
+            Granularity.PER_COLUMN_GROUP: f" of {self.group_size}",
+        }
+        words = f"{super().describe()} {self.granularity}{size.get(self.granularity, '')}"
+        return (
+            words + (", stochastic" if self.stochastic else "") + (", learned scales" if self.learned else "")
+        )
+
     @property
     def levels(self) -> Levels:
         if self.learned or self.bits > 2:
@@ -163,6 +183,10 @@ class ActivationGrid(Grid):
     def __post_init__(self) -> None:
         if not 3 <= self.bits <= 8:
             raise ValueError(f"activations have 3 to 8 bits, got {self.bits}")
+
+    def describe(self) -> str:
+        """A few words, e.g. "int8 per_tensor static"."""
+        return f"{super().describe()} {self.granularity}" + (" static" if self.static else "")
 
     @property
     def range_is_given(self) -> bool:

@@ -1,14 +1,13 @@
 """Layers that quantize in forward, made from existing modules by changing their class.
 
-`attach` sets `module.__class__` and nothing else: parameters, buffers, hooks, `training`, `requires_grad`,
-ties and state-dict keys stay, also on a module whose weight is sharded and empty at the moment. The
-quantizers are plain attributes of the module, without parameters or buffers; only a learned step size is a
-new parameter, `weight_step_size`. With both quantizers off, forward is exactly the base class's.
+`attach` sets `module.__class__` and nothing else: parameters, buffers, hooks, `training`, `requires_grad`, ties and
+state-dict keys stay, also on a module whose weight is sharded and empty at the moment. The quantizers are plain
+attributes (see `quantizers`); only a learned step size is a new parameter, `weight_step_size`. With both quantizers
+off, forward is exactly the base class's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,65 +20,14 @@ from ds_compress.modelinfo.linear_activation import LINEAR, builtin_linear
 from ds_compress.quant.embedding import fake_quantized_embedding
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.fake_quantized_linear import fake_quantized_linear
-from ds_compress.quant.grid import ActivationGrid
 from ds_compress.quant.linear_ops import Conv1dOp, Conv2dOp, DenseOp, LinearOp
+from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
 
 STEP_SIZE = "weight_step_size"
 
 
-@dataclass
-class WeightQuantizer:
-    """`fake_quant` says how the weight is quantized now; None: not (yet)."""
-
-    fake_quant: FakeQuantConfig | None = None
-
-
-@dataclass
-class InputQuantizer:
-    """How the input is quantized, and for a static grid what was observed of it.
-
-    `enabled`: past its schedule offset; `input_range`: fp32 (min, max) of a static grid, None until a first
-    range exists: inputs then pass unquantized; `observed`: fp32 (-min, max) over the training forwards since
-    the stage last took it, None when there were none.
-    """
-
-    grid: ActivationGrid
-    enabled: bool = False
-    input_range: torch.Tensor | None = field(default=None, repr=False)
-    observed: torch.Tensor | None = field(default=None, repr=False)
-
-    @property
-    def is_active(self) -> bool:
-        """Whether inputs are quantized now: past the offset, and with a range where the grid needs one."""
-        return self.enabled and (not self.grid.static or self.input_range is not None)
-
-    def active(self, x: torch.Tensor, training: bool) -> tuple[ActivationGrid | None, torch.Tensor | None]:
-        """The grid and range for this input; observes a static grid's input in training."""
-        if not self.enabled:
-            return None, None
-        if not self.grid.static:
-            return self.grid, None
-        extremes = self._observe(x.detach()) if training and x.numel() else None
-        if self.input_range is None:
-            return None, None
-        if self.input_range.device != x.device:
-            self.input_range = self.input_range.to(x.device)
-        if extremes is None:
-            return self.grid, self.input_range
-        # An Inf would saturate unseen at the end of a fixed range: inf - inf makes the range NaN instead.
-        return self.grid, self.input_range + (extremes - extremes)
-
-    def _observe(self, x: torch.Tensor) -> torch.Tensor:
-        extremes = torch.stack([x.amin().neg(), x.amax()]).to(torch.float32)
-        if self.observed is None or self.observed.device != x.device:
-            self.observed = extremes
-        else:
-            self.observed = torch.maximum(self.observed, extremes)
-        return extremes
-
-
 class QATModule(nn.Module):
-    """What the quantizing classes share; always derived together with the class that it replaces."""
+    """The base of the quantized classes; each derives from it and from the class that it replaces."""
 
     _ds_compress_base_class: ClassVar[type[nn.Module]]
     weight_quantizer: WeightQuantizer | None
@@ -88,6 +36,18 @@ class QATModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Classes derived from a user's subclass are made at run time: pickle the base, not their name.
         return _rebuild, (self._ds_compress_base_class,), self.__dict__
+
+    def extra_repr(self) -> str:
+        """The base class's, and how weight and input are quantized now."""
+        parts = [self._sizes()]
+        if self.weight_quantizer is not None:
+            parts.append(f"weight={self.weight_quantizer.describe()}")
+        if self.input_quantizer is not None:
+            parts.append(f"input={self.input_quantizer.describe()}")
+        return ", ".join(part for part in parts if part)
+
+    def _sizes(self) -> str:
+        return self._ds_compress_base_class.extra_repr(self)
 
     def _fake_quant(self) -> FakeQuantConfig | None:
         return None if self.weight_quantizer is None else self.weight_quantizer.fake_quant
@@ -99,7 +59,7 @@ class QATModule(nn.Module):
 class _QATMatmul(QATModule):
     """A layer that multiplies its input by its weight.
 
-    `forward` of each has the argument names of the class that it stands for: who calls by keyword goes on.
+    `forward` of each has the argument names of the class that it replaces, for calls by keyword.
     """
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,17 +90,17 @@ class _QATLinear(_QATMatmul):
 
 
 class _QATLinearActivation(_QATMatmul):
-    """A module whose forward goes on after its product: the product alone is another one."""
+    """A module whose forward does more than its linear op: only that op is replaced."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._fake_quant() is None and self.input_quantizer is None:
             result: torch.Tensor = self._ds_compress_base_class.forward(self, *args, **kwargs)
             return result
-        with builtin_linear(), _FakeQuantizedMatmul(self) as linear_op:
+        with builtin_linear(), _FakeQuantizedMatmul(self) as matmul:
             result = self._ds_compress_base_class.forward(self, *args, **kwargs)
-        if linear_op.calls != 1:
+        if matmul.calls != 1:
             raise RuntimeError(
-                f"{self._ds_compress_base_class.__name__} multiplied {linear_op.calls} times by its weight where it "
+                f"{self._ds_compress_base_class.__name__} multiplied {matmul.calls} times by its weight where it "
                 "was seen to do so once: its quantizers were not active; exclude the module"
             )
         return result
@@ -150,7 +110,7 @@ class _QATLinearActivation(_QATMatmul):
 
 
 class _FakeQuantizedMatmul(TorchFunctionMode):
-    """F.linear by the weight of one module becomes the product with its quantized operands."""
+    """F.linear by the weight of one module becomes the linear op on fake-quantized input and weight."""
 
     def __init__(self, layer: _QATLinearActivation) -> None:
         super().__init__()
@@ -179,6 +139,11 @@ class _FakeQuantizedMatmul(TorchFunctionMode):
 
 
 class _QATConv1D(_QATMatmul):
+    __repr__ = nn.Module.__repr__  # Conv1D's own shows nothing else than its sizes
+
+    def _sizes(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._compute(x)
 
@@ -247,7 +212,7 @@ def fake_quant_of(module: nn.Module) -> FakeQuantConfig | None:
 
 
 def quantized_weight(module: nn.Module) -> torch.Tensor:
-    """The weight that forward computes with, in the dtype and shape of the weight, which must be whole."""
+    """The weight that forward computes with, in the dtype and shape of the weight, which must be gathered."""
     fake_quant, weight = fake_quant_of(module), cast(torch.Tensor, module.weight)
     if fake_quant is None:
         return weight
@@ -266,8 +231,8 @@ def __getattr__(name: str) -> Any:
 def qat_class(base: type[nn.Module], kind: ModuleKind | None = None) -> type[QATModule]:
     """The quantizing class for modules of class `base`, which may be a subclass that inherits its forward.
 
-    kind: what somebody has seen that its own forward does, LINEAR or LINEAR_ACTIVATION.
-    Raises TypeError for classes that we do not know or that have a forward of their own.
+    kind: what its own forward was seen to compute, LINEAR or LINEAR_ACTIVATION.
+    Raises TypeError for unknown classes, and for those that have a forward of their own.
     """
     if base not in _classes:
         of_kind = {ModuleKind.LINEAR: _QATLinear, ModuleKind.LINEAR_ACTIVATION: _QATLinearActivation}
@@ -288,7 +253,7 @@ def check(module: nn.Module, learned: bool = False) -> None:
     if module.max_norm is not None:
         raise ValueError("an embedding with max_norm rewrites its weight: build it without max_norm")
     if learned and module.scale_grad_by_freq:
-        raise ValueError("learned_scale does not know scale_grad_by_freq: build the embedding without it")
+        raise ValueError("learned_scale does not support scale_grad_by_freq: build the embedding without it")
 
 
 def attach(module: nn.Module) -> QATModule:
@@ -307,7 +272,7 @@ def attach(module: nn.Module) -> QATModule:
 
 
 def detach(module: nn.Module) -> None:
-    """Gives the module its own class back, once neither quantizer is set; keeps a learned step size out."""
+    """Restores the class of the module, once neither quantizer is set; removes a learned step size."""
     if not isinstance(module, QATModule) or module.weight_quantizer or module.input_quantizer:
         return
     del module.__dict__["weight_quantizer"], module.__dict__["input_quantizer"]
@@ -320,7 +285,7 @@ def _class_for(module: nn.Module) -> type[QATModule]:
 
 
 def _rebuild(base: type[nn.Module]) -> QATModule:
-    # It was swapped when it was pickled, so it is one of those that can be.
+    # It was swapped when it was pickled, so its class can be.
     kind = ModuleKind.LINEAR if issubclass(base, nn.Linear) else None
     try:
         made = qat_class(base, kind)

@@ -32,11 +32,11 @@ from torch import nn
 from ds_compress.config.schema import distillation as schema
 from ds_compress.config.schema.layer_reduction import LayerReductionConfig
 from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
-from ds_compress.distill.attention_scores import hide_scores, show_scores
-from ds_compress.distill.compatibility import check_pair, check_records, common_heads, hidden_widths
-from ds_compress.distill.lazy_logits import LazyHead
+from ds_compress.distill.attention_scores import expose_scores, hide_scores
+from ds_compress.distill.compatibility import check_captured, check_pair, common_heads, hidden_widths
+from ds_compress.distill.lazy_head import LazyHead
 from ds_compress.distill.lm_head import lazy_head
-from ds_compress.distill.losses import LOSSES, DistillationLoss, Pair
+from ds_compress.distill.losses import LOSSES, DistillationLoss, ModelPair
 from ds_compress.distill.losses.logits import LogitsDistillation
 from ds_compress.errors import ConfigError, Problem, shown
 from ds_compress.modelinfo.auxiliary import AUXILIARY
@@ -76,9 +76,9 @@ class Distillation(Technique):
         self.teacher = teacher
         self._student = student
         check_pair(config, student, teacher.model)
-        pair = Pair(hidden_widths(student, teacher.model), common_heads(student, teacher.model))
+        pair = ModelPair(hidden_widths(student, teacher.model), common_heads(student, teacher.model))
         if gather is not None:
-            pair = Pair(pair.widths, pair.heads, gather)
+            pair = ModelPair(pair.widths, pair.heads, gather)
         self.losses: dict[str, DistillationLoss] = {
             name: LOSSES[name](loss, pair) for name, loss in config.losses.active().items()
         }
@@ -131,8 +131,8 @@ class Distillation(Technique):
         self._restore_backward = engine.transform_loss(self._total)
 
     def _record_layers(self) -> None:
-        wanted = {record for loss in self.losses.values() for record in loss.records} - {"logits"}
-        self._student_records = self._teacher_records = ActivationCapture([], [], ())
+        wanted = {record for loss in self.losses.values() for record in loss.captures} - {"logits"}
+        self._student_capture = self._teacher_capture = ActivationCapture([], [], ())
         if not wanted:
             return
         assert self.teacher.model is not None
@@ -141,10 +141,10 @@ class Distillation(Technique):
         if not self._mapped:
             self._mapped = self._layer_map(len(own), len(theirs))
         if "maps" in wanted:
-            show_scores(self._student)
-            show_scores(self.teacher.model)
-        self._student_records = ActivationCapture(list(own), range(len(own)), wanted)
-        self._teacher_records = ActivationCapture(list(theirs), self._mapped, wanted)
+            expose_scores(self._student)
+            expose_scores(self.teacher.model)
+        self._student_capture = ActivationCapture(list(own), range(len(own)), wanted)
+        self._teacher_capture = ActivationCapture(list(theirs), self._mapped, wanted)
 
     def drop_layers(self, names: Collection[str]) -> None:
         """The student loses these of its layers: each of the others goes on imitating the layer that it did."""
@@ -155,8 +155,8 @@ class Distillation(Technique):
         """What was learned beside the model stays with it until `forget`."""
         for handle in self._handles:
             handle.remove()
-        self._student_records.remove()
-        self._teacher_records.remove()
+        self._student_capture.remove()
+        self._teacher_capture.remove()
         for head in self._heads:
             head.remove()
         self._handles, self._heads = [], ()
@@ -190,19 +190,19 @@ class Distillation(Technique):
         if not torch.is_grad_enabled():
             return None
         unlabelled = _without_labels(self._parameters, args, kwargs)
-        self._theirs = self._imitated(*unlabelled)
+        self._theirs = self._teacher_activations(*unlabelled)
         self._theirs.token_mask = _token_mask(self._parameters, args, kwargs)
         if self._heads:
             loss = self.losses["logits"]
             assert isinstance(loss, LogitsDistillation)
-            self._heads[0].imitation = loss.imitation_of(self._theirs, self._theirs.token_mask)
+            self._heads[0].pending_loss = loss.pending_loss(self._theirs, self._theirs.token_mask)
             self._heads[0].is_on = True
-        self._student_records.start()
+        self._student_capture.start()
         return unlabelled if self._is_label_free else None
 
-    def _imitated(self, args: Any, kwargs: Mapping[str, Any]) -> CapturedActivations:
+    def _teacher_activations(self, args: Any, kwargs: Mapping[str, Any]) -> CapturedActivations:
         """What the teacher says, and shows, of the same inputs."""
-        self._teacher_records.start()
+        self._teacher_capture.start()
         if len(self._heads) > 1:
             self._heads[1].is_on = True
         try:
@@ -210,23 +210,23 @@ class Distillation(Technique):
         finally:
             if len(self._heads) > 1:
                 self._heads[1].is_on = False
-        record = self._teacher_records.finish()
+        record = self._teacher_capture.finish()
         record.logits = _logits(output, has_labels=False) if "logits" in self.losses else None
         return record
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
-        own, theirs = self._student_records.finish(), self._theirs
+        own, theirs = self._student_capture.finish(), self._theirs
         assert theirs is not None
         own.token_mask = theirs.token_mask
         if "logits" in self.losses:
             own.logits = _logits(output, _named(self._parameters, args, kwargs).get("labels") is not None)
         if self._heads:
-            own.imitation = self._heads[0].imitation
+            own.pending_loss = self._heads[0].pending_loss
             self._close_head()
-        check_records(own, theirs)
-        total = self._imitation(own, theirs)
+        check_captured(own, theirs)
+        total = self._total_of(own, theirs)
         # An evaluation outside torch.no_grad() leaves a loss that nobody will ask for.
         self._pending = [(trained, earlier) for trained, earlier in self._pending if trained]
         self._pending.append((module.training, total))
@@ -237,15 +237,15 @@ class Distillation(Technique):
         if not torch.is_grad_enabled():
             return
         self._theirs = None
-        self._student_records.finish()
+        self._student_capture.finish()
         self._close_head()
 
     def _close_head(self) -> None:
         if self._heads:
-            self._heads[0].imitation = None
+            self._heads[0].pending_loss = None
             self._heads[0].is_on = False
 
-    def _imitation(self, own: CapturedActivations, theirs: CapturedActivations) -> Callable[[], torch.Tensor]:
+    def _total_of(self, own: CapturedActivations, theirs: CapturedActivations) -> Callable[[], torch.Tensor]:
         """The weighted sum of the losses; that of lazy logits waits, for the script's cross entropy may join it."""
         early = {
             name: self._value(name, own, theirs)

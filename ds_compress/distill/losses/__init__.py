@@ -8,13 +8,13 @@ from typing import Any
 from ds_compress.config.schema.compression_training import register_loss_config
 from ds_compress.config.schema.distillation import Loss
 from ds_compress.distill.losses.attention import attention_distillation
-from ds_compress.distill.losses.base import DistillationLoss, Pair
+from ds_compress.distill.losses.base import DistillationLoss, ModelPair
 from ds_compress.distill.losses.contrastive import ContrastiveDistillation
 from ds_compress.distill.losses.embedding import EmbeddingDistillation
 from ds_compress.distill.losses.hidden import HiddenDistillation
 from ds_compress.distill.losses.logits import LogitsDistillation
 
-LOSSES: dict[str, Callable[[Any, Pair], DistillationLoss]] = {
+LOSSES: dict[str, Callable[[Any, ModelPair], DistillationLoss]] = {
     "logits": LogitsDistillation,
     "hidden": HiddenDistillation,
     "attention": attention_distillation,
@@ -23,7 +23,7 @@ LOSSES: dict[str, Callable[[Any, Pair], DistillationLoss]] = {
 }
 
 
-def register_loss(name: str, loss: Callable[[Any, Pair], DistillationLoss], config: type[Loss]) -> None:
+def register_loss(name: str, loss: Callable[[Any, ModelPair], DistillationLoss], config: type[Loss]) -> None:
     """`distillation.losses` has one more key from now on: `config` says what may stand there, `loss` is made of it.
 
     Raises:

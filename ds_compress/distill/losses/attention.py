@@ -1,4 +1,4 @@
-"""`losses.attention`: what attends to what."""
+"""`losses.attention`: attention relations, or attention scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ds_compress.config.schema.distillation import AttentionLoss
 from ds_compress.distill.activation_capture import AttentionScores, CapturedActivations
-from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair, mean_over_tokens
+from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, ModelPair, mean_over_tokens
 
 
 class RelationDistillation(DistillationLoss):
@@ -20,9 +20,9 @@ class RelationDistillation(DistillationLoss):
     """
 
     name: ClassVar[str] = "attention"
-    records: ClassVar[frozenset[str]] = frozenset({"relations"})
+    captures: ClassVar[frozenset[str]] = frozenset({"relations"})
 
-    def __init__(self, config: AttentionLoss, pair: Pair = UNKNOWN) -> None:
+    def __init__(self, config: AttentionLoss, pair: ModelPair = UNKNOWN) -> None:
         super().__init__(config, pair)
         self.heads = config.relation_heads or pair.heads
 
@@ -54,7 +54,7 @@ class MapDistillation(DistillationLoss):
     """
 
     name: ClassVar[str] = "attention"
-    records: ClassVar[frozenset[str]] = frozenset({"maps"})
+    captures: ClassVar[frozenset[str]] = frozenset({"maps"})
 
     def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         errors = [
@@ -76,6 +76,6 @@ class MapDistillation(DistillationLoss):
         return (squares * counted).sum() / counted.sum().clamp_(min=1)
 
 
-def attention_distillation(config: AttentionLoss, pair: Pair) -> DistillationLoss:
+def attention_distillation(config: AttentionLoss, pair: ModelPair) -> DistillationLoss:
     """The loss of the kind that the JSON asks for."""
     return RelationDistillation(config, pair) if config.kind == "relation" else MapDistillation(config, pair)

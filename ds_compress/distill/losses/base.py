@@ -1,4 +1,4 @@
-"""What a distillation loss is. A new one is one subclass in one file here, and its keys in `config/distillation.py`."""
+"""The base of distillation losses. A new one is a subclass in a file here, and its keys in `schema/distillation.py`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ds_compress.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """What is known of student and teacher before training.
 
-    widths: hidden sizes of student and teacher, or None where a model does not say. heads: the largest number of
+    widths: hidden sizes of student and teacher, or None where a config has none. heads: the largest number of
     attention heads that divides every query, key and value of both. gather: [rows, ...] of this process -> those of
-    all, in the same order everywhere, without a gradient, and where those of this process begin.
+    all, in the same order everywhere, without a gradient, and the index of the first one of this process.
     """
 
     widths: tuple[int, int] | None = None
@@ -28,22 +28,22 @@ class Pair:
     gather: Callable[[torch.Tensor], tuple[torch.Tensor, int]] = lambda rows: (rows.detach(), 0)
 
 
-UNKNOWN = Pair()
-"""Two models that say nothing of themselves, in one process."""
+UNKNOWN = ModelPair()
+"""Two models without configs, in one process."""
 
 
 class DistillationLoss:
-    """A scalar for a pair of records: how far the student is from the teacher.
+    """A scalar from the captured activations of both models: the distance of the student from the teacher.
 
-    name: its key in the JSON. records: what it needs of a forward pass, see `ActivationCapture`. module: what it
-    learns beside the student, or None; made in the constructor, trained with the student, left out of what is exported.
+    name: its key in the JSON. captures: the activations that it needs, see `ActivationCapture`. module: what is trained
+    beside the student, or None; made in the constructor, trained with the student, not exported.
     """
 
     name: ClassVar[str]
-    records: ClassVar[frozenset[str]] = frozenset()
+    captures: ClassVar[frozenset[str]] = frozenset()
     module: nn.Module | None = None
 
-    def __init__(self, config: Loss, pair: Pair = Pair()) -> None:
+    def __init__(self, config: Loss, pair: ModelPair = ModelPair()) -> None:
         self._schedule = config
 
     def weight_at(self, step: int) -> float:
@@ -54,7 +54,7 @@ class DistillationLoss:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, equal in every process."""
+        """The state of the loss, equal in every process."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ def distance(kind: str, own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor
     return 1.0 - nn.functional.cosine_similarity(own, theirs, dim=-1)
 
 
-def projection(pair: Pair) -> nn.Linear | None:
+def projection(pair: ModelPair) -> nn.Linear | None:
     """The learned matrix from the student's width to the teacher's (Jiao et al. 2020, W_h); None for equal widths."""
     if pair.widths is None or pair.widths[0] == pair.widths[1]:
         return None
@@ -98,7 +98,7 @@ def projection(pair: Pair) -> nn.Linear | None:
 class StateDistillation(DistillationLoss):
     """A loss that compares states of the student, projected where the widths differ, with states of the teacher."""
 
-    def __init__(self, config: HiddenLoss | EmbeddingLoss, pair: Pair = UNKNOWN) -> None:
+    def __init__(self, config: HiddenLoss | EmbeddingLoss, pair: ModelPair = UNKNOWN) -> None:
         super().__init__(config, pair)
         self.kind = config.kind
         self.module = projection(pair)

@@ -1,4 +1,4 @@
-"""`losses.contrastive`: examples are told apart as the teacher tells them apart."""
+"""`losses.contrastive`: the student distinguishes examples as the teacher does."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import nn
 
 from ds_compress.config.schema.distillation import ContrastiveLoss
 from ds_compress.distill.activation_capture import CapturedActivations
-from ds_compress.distill.losses.base import DistillationLoss, Pair
+from ds_compress.distill.losses.base import DistillationLoss, ModelPair
 
 
 class ContrastiveDistillation(DistillationLoss):
-    """Each example's representation is to find the teacher's of the same example among those of others.
+    """The student's representation of an example is matched with the teacher's, among those of other examples.
 
     Negatives are the teacher's representations of the other examples of the batch, of all processes, and of a queue
-    of earlier ones. The queue holds what the teacher said, before the learned projection, so that it never ages.
+    of earlier ones. The queue holds the teacher's representations before the learned projection, so that they do not
+    become outdated.
 
     `infonce`: cross entropy of cosines / temperature (van den Oord et al. 2018, equation 4). `crd`: each pair is
     classified as the same example or not, with h = e^(cosine / temperature) / (e^(cosine / temperature) + N / M) for N
@@ -27,10 +28,10 @@ class ContrastiveDistillation(DistillationLoss):
     """
 
     name: ClassVar[str] = "contrastive"
-    records: ClassVar[frozenset[str]] = frozenset({"last"})
+    captures: ClassVar[frozenset[str]] = frozenset({"last"})
     module: nn.ModuleDict
 
-    def __init__(self, config: ContrastiveLoss, pair: Pair) -> None:
+    def __init__(self, config: ContrastiveLoss, pair: ModelPair) -> None:
         super().__init__(config, pair)
         assert pair.widths is not None
         self._config = config
@@ -85,7 +86,7 @@ class ContrastiveDistillation(DistillationLoss):
         if self._config.pooling == "mean":
             return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_(min=1.0)
         ends = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        # With padding on either side the first and the last real token are found alike.
+        # Finds the first and the last real token with padding on either side.
         at = ends.argmax(1) if self._config.pooling == "last" else mask.argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), at]
 

@@ -1,4 +1,4 @@
-"""`losses.embedding`: what the first layer is given."""
+"""`losses.embedding`: the inputs of the first layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EmbeddingDistillation(StateDistillation):
     """Mean squared error, or 1 - cosine, between the inputs of the first layers (Jiao et al. 2020, equation 9)."""
 
     name: ClassVar[str] = "embedding"
-    records: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    captures: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         assert student.embedding is not None and teacher.embedding is not None

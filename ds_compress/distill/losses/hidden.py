@@ -18,7 +18,7 @@ class HiddenDistillation(StateDistillation):
     """
 
     name: ClassVar[str] = "hidden"
-    records: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    captures: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         pairs = zip(student.hidden, teacher.hidden, strict=True)

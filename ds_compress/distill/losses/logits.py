@@ -9,10 +9,11 @@ import torch
 
 from ds_compress.config.schema.distillation import LogitsLoss
 from ds_compress.distill.activation_capture import CapturedActivations
-from ds_compress.distill.chunked_head import RowLosses
+from ds_compress.distill.chunked_head import RowLoss
 from ds_compress.distill.divergence import divergence_of, log_probabilities, with_tail
-from ds_compress.distill.lazy_logits import Imitation, LazyLogits
-from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, Pair
+from ds_compress.distill.lazy_logits import LazyLogits
+from ds_compress.distill.losses.base import UNKNOWN, DistillationLoss, ModelPair
+from ds_compress.distill.pending_loss import PendingLoss
 from ds_compress.distill.sparse_logits import SparseLogits
 
 
@@ -23,9 +24,9 @@ class LogitsDistillation(DistillationLoss):
     """
 
     name: ClassVar[str] = "logits"
-    records: ClassVar[frozenset[str]] = frozenset({"logits"})
+    captures: ClassVar[frozenset[str]] = frozenset({"logits"})
 
-    def __init__(self, config: LogitsLoss, pair: Pair = UNKNOWN) -> None:
+    def __init__(self, config: LogitsLoss, pair: ModelPair = UNKNOWN) -> None:
         super().__init__(config, pair)
         self.temperature = config.temperature
         self.top_k = config.top_k
@@ -34,18 +35,18 @@ class LogitsDistillation(DistillationLoss):
     def __call__(self, student: CapturedActivations, teacher: CapturedActivations) -> torch.Tensor:
         logits = student.logits
         assert logits is not None and not isinstance(logits, SparseLogits)
-        imitation = student.imitation or self.imitation_of(teacher, student.token_mask, logits.shape)
+        pending = student.pending_loss or self.pending_loss(teacher, student.token_mask, logits.shape)
         if isinstance(logits, LazyLogits):
-            return imitation.value(logits)
+            return pending.value(logits)
         rows = logits.reshape(-1, logits.shape[-1])
-        return imitation.losses.of_rows(rows, slice(0, rows.shape[0]))
+        return pending.row_loss.of_rows(rows, slice(0, rows.shape[0]))
 
-    def imitation_of(
+    def pending_loss(
         self, teacher: CapturedActivations, token_mask: torch.Tensor | None, shape: torch.Size | None = None
-    ) -> Imitation:
-        """The loss of a student whose logits are still to come, [batch, (tokens,) categories].
+    ) -> PendingLoss:
+        """The loss of a student whose logits, [batch, (tokens,) categories], are not computed yet.
 
-        `shape`: of the student's logits, absent: as the teacher's.
+        shape: of the student's logits; by default that of the teacher's.
         """
         theirs = teacher.logits
         assert theirs is not None
@@ -58,13 +59,13 @@ class LogitsDistillation(DistillationLoss):
         if isinstance(theirs, LazyLogits):
             flat = theirs.reshape(-1, theirs.shape[-1])
             predictions: Callable[[slice], torch.Tensor | SparseLogits] = flat.chunk_of
-            return Imitation(RowLosses(of_rows, flat.around))
+            return PendingLoss(RowLoss(of_rows, flat.around))
         if isinstance(theirs, SparseLogits):
             predictions = theirs.rows
         else:
             whole = theirs.reshape(-1, theirs.shape[-1])
             predictions = whole.__getitem__
-        return Imitation(RowLosses(of_rows))
+        return PendingLoss(RowLoss(of_rows))
 
     def _rows(self, student: torch.Tensor, teacher: torch.Tensor | SparseLogits) -> torch.Tensor:
         """Divergence of each row, fp32 [rows]."""

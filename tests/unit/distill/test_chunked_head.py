@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.distill.chunked_head import RowLosses, Upstream, chunked_sums, factor_between
+from ds_compress.distill.chunked_head import RowLoss, UpstreamPredictor, chunked_sums, factor_between
 
 ROWS, WIDTH, VOCABULARY, CHUNK = 11, 5, 7, 4
 
@@ -20,7 +20,7 @@ class CountingHead:
     def __init__(self) -> None:
         self.module = nn.Linear(WIDTH, VOCABULARY)
         self.chunk = CHUNK
-        self.upstream: dict[int, Upstream] = {}
+        self.predictors: dict[int, UpstreamPredictor] = {}
         self.rows = 0
 
     def parameters(self) -> Any:
@@ -35,7 +35,7 @@ class CountingHead:
         return job(hidden)
 
 
-def losses(target: torch.Tensor, wanted: torch.Tensor) -> list[RowLosses]:
+def losses(target: torch.Tensor, wanted: torch.Tensor) -> list[RowLoss]:
     def task(logits: torch.Tensor, rows: slice) -> torch.Tensor:
         return F.cross_entropy(logits, target[rows], reduction="sum")
 
@@ -44,7 +44,7 @@ def losses(target: torch.Tensor, wanted: torch.Tensor) -> list[RowLosses]:
             logits.log_softmax(-1), wanted[rows].log_softmax(-1), reduction="sum", log_target=True
         )
 
-    return [RowLosses(task, averaged_over=len(target)), RowLosses(imitation)]
+    return [RowLoss(task, averaged_over=len(target)), RowLoss(imitation)]
 
 
 def gradients_of(total: torch.Tensor, hidden: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:

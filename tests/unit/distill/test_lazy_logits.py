@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ds_compress
 from ds_compress.config.schema.distillation import LogitsLoss
 from ds_compress.distill.activation_capture import CapturedActivations
-from ds_compress.distill.lazy_logits import LazyHead, LazyLogits
+from ds_compress.distill.lazy_head import LazyHead
+from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.distill.losses.logits import LogitsDistillation
 from tests.multirank.common import ds_config
@@ -133,7 +134,7 @@ def lazy(model: nn.Module, chunk: int, theirs: torch.Tensor | None = None) -> It
     head = lazy_head(model, chunk)
     assert head is not None
     head.is_on = True
-    head.imitation = None if theirs is None else KD.imitation_of(CapturedActivations(logits=theirs), None)
+    head.pending_loss = None if theirs is None else KD.pending_loss(CapturedActivations(logits=theirs), None)
     try:
         yield head
     finally:
@@ -169,9 +170,9 @@ def test_loss_imitation_and_every_gradient(name: str, chunk: int) -> None:
     with lazy(model, chunk, theirs) as head:
         # From the third step on, forward takes the gradients of the steps before for granted.
         for factor in (1.0, 1.0, 1.0, 4.0):
-            head.imitation = KD.imitation_of(CapturedActivations(logits=theirs), None)
+            head.pending_loss = KD.pending_loss(CapturedActivations(logits=theirs), None)
             output = model(**batch)
-            own = CapturedActivations(logits=output.logits, imitation=head.imitation)
+            own = CapturedActivations(logits=output.logits, pending_loss=head.pending_loss)
             assert name == "bart" or isinstance(output.logits, LazyLogits)
             got = KD(own, CapturedActivations(logits=theirs))
             (factor * (output.loss + 0.7 * got)).backward()
@@ -192,7 +193,7 @@ def test_in_float64_too() -> None:
     with lazy(model, 7, theirs) as head:
         output = model(**batch)
         total = output.loss + KD(
-            CapturedActivations(logits=output.logits, imitation=head.imitation),
+            CapturedActivations(logits=output.logits, pending_loss=head.pending_loss),
             CapturedActivations(logits=theirs),
         )
         total.backward()
@@ -248,7 +249,7 @@ def test_cross_entropies_of_a_script(reduction: str, label_smoothing: float, ign
 
     def loss_of(head: LazyHead | None = None) -> torch.Tensor:
         logits = model(input_ids=batch["input_ids"]).logits
-        imitation = None if head is None else head.imitation
+        imitation = None if head is None else head.pending_loss
         task = F.cross_entropy(
             logits[..., :-1, :].contiguous().view(-1, VOCABULARY),
             labels[:, 1:].reshape(-1),
@@ -257,7 +258,7 @@ def test_cross_entropies_of_a_script(reduction: str, label_smoothing: float, ign
             ignore_index=ignore_index,
         )
         return task + KD(
-            CapturedActivations(logits=logits, imitation=imitation), CapturedActivations(logits=theirs)
+            CapturedActivations(logits=logits, pending_loss=imitation), CapturedActivations(logits=theirs)
         )
 
     expected_loss = loss_of()
@@ -308,10 +309,10 @@ def test_other_factors_and_batches_than_those_of_the_steps_before() -> None:
     with lazy(model, 7, theirs) as head:
         steps = [(0.7, batch_of())] * 3 + [(0.7, few), (0.2, few), (0.2, few), (0.0, few), (0.2, nothing)]
         for weight, batch in steps + [(0.7, batch_of())] * 3:
-            head.is_on, head.imitation = True, KD.imitation_of(CapturedActivations(logits=theirs), None)
+            head.is_on, head.pending_loss = True, KD.pending_loss(CapturedActivations(logits=theirs), None)
             output = model(**batch)
             kd = KD(
-                CapturedActivations(logits=output.logits, imitation=head.imitation),
+                CapturedActivations(logits=output.logits, pending_loss=head.pending_loss),
                 CapturedActivations(logits=theirs),
             )
             (output.loss + weight * kd).backward()
@@ -332,14 +333,16 @@ def test_nothing_to_predict_is_nan_and_the_imitation_is_still_learned(label_smoo
         loss = F.cross_entropy(logits.view(-1, VOCABULARY), nothing, label_smoothing=label_smoothing)
         (
             loss
-            + KD(CapturedActivations(logits=logits, imitation=imitation), CapturedActivations(logits=theirs))
+            + KD(
+                CapturedActivations(logits=logits, pending_loss=imitation), CapturedActivations(logits=theirs)
+            )
         ).backward()
         return loss
 
     assert torch.isnan(run(model(input_ids=batch["input_ids"]).logits, None))
     expected = gradients(model)
     with lazy(model, 7, theirs) as head:
-        assert torch.isnan(run(model(input_ids=batch["input_ids"]).logits, head.imitation))
+        assert torch.isnan(run(model(input_ids=batch["input_ids"]).logits, head.pending_loss))
     assert_same_gradients(gradients(model), expected)
 
 
@@ -354,9 +357,9 @@ def test_whichever_is_asked_for_first(first: str) -> None:
     ).backward()
     expected = gradients(model)
     with lazy(model, 7, theirs) as head:
-        logits, imitation = model(input_ids=batch["input_ids"]).logits, head.imitation
+        logits, imitation = model(input_ids=batch["input_ids"]).logits, head.pending_loss
         assert imitation is not None
-        own = CapturedActivations(logits=logits, imitation=imitation)
+        own = CapturedActivations(logits=logits, pending_loss=imitation)
         if first == "imitation":
             total = KD(own, CapturedActivations(logits=theirs))
             total = total + F.cross_entropy(logits.view(-1, VOCABULARY), labels)
@@ -384,7 +387,9 @@ def test_a_script_that_scales_logits_for_its_loss_leaves_the_imitation_alone(own
 
     def run(logits: Any, imitation: Any) -> tuple[float, float]:
         task = F.cross_entropy(own_view(logits).view(-1, VOCABULARY), labels)
-        kd = KD(CapturedActivations(logits=logits, imitation=imitation), CapturedActivations(logits=theirs))
+        kd = KD(
+            CapturedActivations(logits=logits, pending_loss=imitation), CapturedActivations(logits=theirs)
+        )
         (task + kd).backward()
         return float(task), float(kd)
 
@@ -392,7 +397,7 @@ def test_a_script_that_scales_logits_for_its_loss_leaves_the_imitation_alone(own
     expected = gradients(model)
     with lazy(model, 7, theirs) as head:
         logits = model(input_ids=batch["input_ids"]).logits
-        assert run(logits, head.imitation) == pytest.approx(values, rel=1e-5)
+        assert run(logits, head.pending_loss) == pytest.approx(values, rel=1e-5)
     assert_same_gradients(gradients(model), expected)
 
 
@@ -477,6 +482,50 @@ def test_anything_else_gets_the_real_logits(use: str) -> None:
             assert got == expected
 
 
+class RowsOfLogits(TorchDispatchMode):
+    """Counts the rows of logits that the head computes: results of its matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.rows += result.shape[0] if result.shape[-1] == VOCABULARY else 0
+        return result
+
+
+def test_a_loop_over_logits_computes_the_head_once() -> None:
+    model, batch = made("llama"), batch_of(6)
+    expected = model(input_ids=batch["input_ids"]).logits
+    with lazy(model, 7):
+        logits = model(input_ids=batch["input_ids"]).logits
+        with RowsOfLogits() as counted:
+            rows = list(logits)
+            again = logits.argmax(-1)
+        assert counted.rows == 6 * TOKENS + 1, (
+            "all rows once, and the one row that the module's own forward sees"
+        )
+        torch.testing.assert_close(torch.stack(rows), expected)
+        assert torch.equal(again, expected.argmax(-1))
+        sum(row.sum() for row in rows).backward()
+    expected_gradients = gradients(model)
+    expected.sum().backward()
+    assert_same_gradients(expected_gradients, gradients(model))
+
+
+def test_logits_that_were_kept_without_a_graph_are_computed_again_for_a_gradient() -> None:
+    real, late, stack = plain_and_lazy()
+    with stack:
+        with torch.no_grad():
+            assert not late[0].requires_grad
+        assert late[0].requires_grad
+        late[..., [3]] = -50.0
+        assert bool((late[0][:, 3] == -50.0).all()), "an assignment drops what was kept"
+        torch.testing.assert_close(late[0][:, 4:], real[0][:, 4:])
+
+
 def test_forbidden_tokens_are_set_as_models_do_it() -> None:
     real, late, stack = plain_and_lazy()
     changed = real.clone()
@@ -502,7 +551,7 @@ def test_detached_logits_take_no_gradient_and_no_imitation() -> None:
         assert isinstance(detached, LazyLogits) and not detached.requires_grad
         loss = F.cross_entropy(detached.view(-1, VOCABULARY), batch["labels"].view(-1))
         assert not loss.requires_grad and not detached.cpu().requires_grad
-        assert head.imitation is not None and head.imitation.is_pending
+        assert head.pending_loss is not None and head.pending_loss.is_pending
 
 
 def test_a_class_weight_needs_whole_logits_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -558,7 +607,7 @@ def test_autocast() -> None:
             assert output.logits.dtype is torch.bfloat16
             assert output.logits.float().dtype is torch.float32
         # As in an engine, outside of the context.
-        own = CapturedActivations(logits=output.logits, imitation=head.imitation)
+        own = CapturedActivations(logits=output.logits, pending_loss=head.pending_loss)
         assert output.logits.materialize().dtype is torch.bfloat16
         got = KD(own, CapturedActivations(logits=theirs))
         (output.loss + got).backward()

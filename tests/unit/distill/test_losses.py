@@ -16,9 +16,9 @@ import ds_compress
 from ds_compress.config import parse_config
 from ds_compress.config.schema.distillation import AttentionLoss, ContrastiveLoss, LogitsLoss
 from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
-from ds_compress.distill.attention_scores import hide_scores, show_scores
+from ds_compress.distill.attention_scores import expose_scores, hide_scores
 from ds_compress.distill.losses.attention import MapDistillation
-from ds_compress.distill.losses.base import Pair
+from ds_compress.distill.losses.base import ModelPair
 from ds_compress.distill.losses.contrastive import ContrastiveDistillation
 from tests.multirank.common import ds_config
 from tests.single import init_single_process
@@ -34,7 +34,7 @@ SMALL = {"vocab_size": 61, "max_position_embeddings": 32, "num_hidden_layers": 2
 def contrastive(**settings: Any) -> ContrastiveDistillation:
     torch.manual_seed(0)
     return ContrastiveDistillation(
-        ContrastiveLoss(**{"dimension": 5, "temperature": 0.2, **settings}), Pair(WIDTHS)
+        ContrastiveLoss(**{"dimension": 5, "temperature": 0.2, **settings}), ModelPair(WIDTHS)
     )
 
 
@@ -219,7 +219,7 @@ def test_scores_are_those_behind_the_models_own_probabilities(make: Any) -> None
     model.set_attn_implementation("eager")
     probabilities = model(**tokens(), output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    show_scores(model)
+    expose_scores(model)
     record = recorded(model)
     assert len(record.maps) == len(probabilities) == 2
     allowed = tokens()["attention_mask"].bool()[:, None, None, :].expand(2, 1, 7, 7)
@@ -239,8 +239,8 @@ def test_a_model_whose_scores_are_shown_says_what_it_said(make: Any, kernel: str
     model = make()
     model.set_attn_implementation(kernel)
     expected = model(**tokens()).last_hidden_state
-    show_scores(model)
-    show_scores(model)
+    expose_scores(model)
+    expose_scores(model)
     real = tokens()["attention_mask"].bool()
     torch.testing.assert_close(model(**tokens()).last_hidden_state[real], expected[real])
 
@@ -250,9 +250,9 @@ def test_map_loss_is_the_mean_square_over_pairs_that_may_attend() -> None:
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        show_scores(teacher)
+        expose_scores(teacher)
         theirs = recorded(teacher)
-    show_scores(model)
+    expose_scores(model)
     own = recorded(model)
     own.token_mask = tokens()["attention_mask"].bool()
     squares = []
@@ -280,7 +280,7 @@ def test_the_config_of_a_model_never_mentions_us(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)  # it puts the name of the class and the dtype into the config
     before = model.config.to_dict()
     kernel = model.config._attn_implementation
-    show_scores(model)
+    expose_scores(model)
     model.save_pretrained(tmp_path)
     assert "ds_compress" not in (tmp_path / "config.json").read_text()
     hide_scores(model)
@@ -320,7 +320,7 @@ def test_unequal_heads_are_refused_with_what_to_do() -> None:
 
 def test_a_model_without_exchangeable_kernels_is_refused() -> None:
     with pytest.raises(ds_compress.ConfigError, match='"maps" with a Linear'):
-        show_scores(nn.Linear(2, 2))
+        expose_scores(nn.Linear(2, 2))
 
 
 # --- schedules ----------------------------------------------------------------------------------------------

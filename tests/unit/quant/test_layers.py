@@ -271,3 +271,36 @@ def test_a_fault_in_the_input_is_seen_in_the_output(fault):
     assert dynamic[1, 2].isnan().all() and dynamic[0].isfinite().all()
     layers.attach(module).input_quantizer = static(enabled=True, input_range=torch.tensor([-1.0, 1.0]))
     assert module(x)[1, 2].isnan().all()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_print_shows_how_a_layer_is_quantized(name):
+    module, _ = build(name)
+    plain = module.extra_repr()
+    quantize(module, bits=4)
+    shown = repr(module)
+    assert shown.startswith("QAT") and plain in shown and "weight=int4 narrow per_channel" in shown
+    assert isinstance(module, nn.Embedding) or "input=int8 narrow per_" in shown
+    module.weight_quantizer = module.input_quantizer = None
+    assert "weight=" not in repr(module) and "input=" not in repr(module)
+    layers.detach(module)
+    assert module.extra_repr() == plain
+
+
+def test_print_shows_the_state_of_quantizers():
+    module = layers.attach(nn.Linear(8, 4))
+    module.weight_quantizer = WeightQuantizer()
+    static = ActivationGrid(8, False, granularity=TokenGranularity.PER_TENSOR, static=True)
+    module.input_quantizer = InputQuantizer(static)
+    assert module.extra_repr().endswith("weight=off, input=uint8 per_tensor static, off")
+    columns = WeightGrid(bits=2, granularity=Granularity.PER_COLUMN_GROUP, group_size=4)
+    module.weight_quantizer.fake_quant = FakeQuantConfig(columns, blend_ratio=0.25)
+    module.input_quantizer.enabled = True
+    assert module.extra_repr().endswith(
+        "weight=ternary per_column_group of 4, blend 25%, input=uint8 per_tensor static, no range yet"
+    )
+    module.weight_quantizer.fake_quant = FakeQuantConfig(WeightGrid(bits=3, groups=2, learned=True))
+    module.input_quantizer.input_range = torch.tensor([-1.0, 1.0])
+    assert module.extra_repr().endswith(
+        "weight=int3 per_group of 2, learned scales, input=uint8 per_tensor static"
+    )

@@ -14,7 +14,7 @@ import ds_compress
 from ds_compress.config.schema.distillation import AttentionLoss, HiddenLoss, LogitsLoss
 from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
 from ds_compress.distill.losses.attention import RelationDistillation
-from ds_compress.distill.losses.base import Pair
+from ds_compress.distill.losses.base import ModelPair
 from ds_compress.distill.losses.hidden import HiddenDistillation
 from ds_compress.distill.losses.logits import LogitsDistillation
 from ds_compress.distill.projections import find_projections
@@ -77,7 +77,7 @@ def test_attention_loss_compares_relations_of_any_width() -> None:
     expected = (
         sum(kl(relation(b, 2), relation(a, 2)).mean() for a, b in zip(own[0], theirs[0], strict=True)) / 3
     )
-    got = RelationDistillation(AttentionLoss(), Pair(heads=2))(
+    got = RelationDistillation(AttentionLoss(), ModelPair(heads=2))(
         CapturedActivations(relations=own), CapturedActivations(relations=theirs)
     )
     assert float(got) == pytest.approx(float(expected), rel=1e-4)
@@ -88,7 +88,7 @@ def test_attention_to_padding_does_not_count() -> None:
     own, theirs = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     changed = own.clone()
     changed[:, 2] += 100.0
-    loss = RelationDistillation(AttentionLoss(), Pair(heads=2))
+    loss = RelationDistillation(AttentionLoss(), ModelPair(heads=2))
     a, b = (
         loss(
             CapturedActivations(relations=[(x,) * 3], token_mask=mask),
@@ -105,7 +105,7 @@ def test_identical_models_lose_nothing() -> None:
     for loss in (
         LogitsDistillation(LogitsLoss()),
         HiddenDistillation(HiddenLoss()),
-        RelationDistillation(AttentionLoss(), Pair(heads=2)),
+        RelationDistillation(AttentionLoss(), ModelPair(heads=2)),
     ):
         assert abs(float(loss(record, record))) < 1e-6
 
