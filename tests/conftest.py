@@ -23,6 +23,14 @@ settings.register_profile("ds_compress", deadline=None, derandomize=True)
 settings.load_profile("ds_compress")
 
 
+@pytest.fixture(scope="module")
+def single_process() -> None:
+    """DeepSpeed in this process: `pytestmark = pytest.mark.usefixtures("single_process")`."""
+    from tests.single import init_single_process
+
+    init_single_process()
+
+
 @pytest.fixture(autouse=True)
 def no_autocast_of_an_earlier_test() -> Iterator[None]:
     """DeepSpeed keeps the settings of torch_autocast in its module: every later engine would scale its losses."""

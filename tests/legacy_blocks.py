@@ -1,6 +1,6 @@
 """`compression_training` blocks in the shape of the removed library's documentation: one per technique, and all.
 
-They are written for `tests.multirank.common.tiny_bert` (4 heads) and for `convnet`; offsets are small enough for 20
+They are written for `tests.models.tiny_bert` (4 heads) and for `convnet`; offsets are small enough for 20
 steps to see every technique at work.
 """
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.docs.pages import Block, blocks_of, given
-from tests.multirank.common import batches, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import batches
 
 UPDATE = "DS_COMPRESS_UPDATE_DOCS"
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")

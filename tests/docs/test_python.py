@@ -12,7 +12,7 @@ import torch
 from tests.docs import execution
 from tests.docs.pages import ROOT, blocks_of, pages
 from tests.docs.training import save_teacher
-from tests.multirank.common import tiny_bert
+from tests.models import tiny_bert
 from tests.single import init_single_process
 
 RUN_ELSEWHERE = {

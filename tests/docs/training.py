@@ -13,7 +13,9 @@ from torch import nn
 
 import ds_compress  # noqa: F401
 from tests.docs.pages import DOCS, blocks_of
-from tests.multirank.common import batches, engine_of, tiny_bert
+from tests.models import tiny_bert
+from tests.models import tiny_llama as tiny_llama_of
+from tests.multirank.common import batches, engine_of
 
 STEPS = 5
 _LAST_STEP = 3
@@ -76,20 +78,7 @@ class _Output:
 
 
 def tiny_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=128,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=64,
-            pad_token_id=0,
-        )
-    )
+    return tiny_llama_of(intermediate=64, head="ForSequenceClassification", tied=False, pad_token_id=0)
 
 
 def model_for(block: str) -> nn.Module:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.e2e.test_launcher import launch
 from tests.legacy_blocks import ENCODER_BLOCKS
-from tests.multirank.common import ds_config, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config
 
 
 def test_one_replacement_and_the_old_script_runs(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.multirank.common import ds_config, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config
 from tests.multirank.training import everything_block
 
 _HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
-from tests.multirank.combinations import tiny_llama
-from tests.multirank.common import engine_of, tiny_bert
+from tests.models import tiny_bert, tiny_llama
+from tests.multirank.common import engine_of
 from tests.multirank.training import quantization_block
 
 STAGES = (0, 2, 3)

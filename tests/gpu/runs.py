@@ -14,7 +14,8 @@ import torch
 import ds_compress  # noqa: F401  (registers)
 from ds_compress.engine.zero.fragments import check_fragments
 from ds_compress.engine.zero.internals import loss_scale
-from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, full_weights, pruning_block
 from tests.multirank.training import QUANTIZATIONS, quantization_block
 
 STEPS = 8

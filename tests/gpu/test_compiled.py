@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.gpu.runs import BLOCKS, assert_same_zeros, engine_of
-from tests.multirank.common import batches, full_weights, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, full_weights, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 

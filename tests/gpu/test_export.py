@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import ds_compress
 from tests.gpu.runs import engine_of, everything, structures
-from tests.multirank.common import batches, device, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, device, train
 from tests.multirank.exporting import SCENARIOS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]

@@ -11,7 +11,8 @@ import torch
 import ds_compress
 from tests.gpu.runs import engine_of, structures
 from tests.gpu.where import ON
-from tests.multirank.common import batches, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, train
 from tests.multirank.structured import QUANTIZED, SPARSE, logits_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]

@@ -10,7 +10,8 @@ import torch
 
 from tests.gpu.runs import everything
 from tests.gpu.where import ON, ON_CUDA
-from tests.multirank.common import batches, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.gpu.runs import BLOCKS, assert_close, assert_density, cached, run, structures
 from tests.gpu.where import ON_CUDA
-from tests.multirank.common import tiny_bert
+from tests.models import tiny_bert
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(170)]
 PARAMETERS = {"lr": 1e-3} if ON_CUDA else {"lr": 1e-3, "torch_adam": True}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ds_compress
+from tests.models import tiny_gpt2, tiny_llama
 from tests.multirank.common import ds_config, engine_of, full_weights
 
 STAGES = (0, 2, 3)
@@ -29,21 +30,11 @@ class ConvNet(nn.Module):
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    options = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, **options)
-    )
+    return tiny_gpt2(seed=None)
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(
-        LlamaConfig(**shape, num_key_value_heads=2, vocab_size=40, tie_word_embeddings=True)
-    )
+    return tiny_llama(seed=None, hidden=16, intermediate=20, vocab_size=40)
 
 
 MODELS: dict[str, tuple[Any, list[str], list[str]]] = {

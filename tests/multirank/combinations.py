@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 import ds_compress
 from ds_compress.hf import merge_and_unload
-from tests.multirank.common import VOCAB, batches, ds_config, engine_of, full_weights, tiny_bert, train
+from tests.models import tiny_bert, tiny_llama
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, train
 from tests.multirank.training import quantization_block
 
 STAGES = (0, 2, 3)
@@ -32,23 +33,6 @@ def block(modules: tuple[str, ...] = (ENCODER,), quantized: bool = True, **share
         for key in ("weight_quantization", "activation_quantization"):
             result[key]["different_groups"]["all"]["modules"] = list(modules)
     return result
-
-
-def tiny_llama(seed: int = 0) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def text(steps: int, seed: int = 1) -> Iterator[dict[str, torch.Tensor]]:

@@ -11,32 +11,14 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-VOCAB = 128
+from tests.models import VOCABULARY
+
+VOCAB = VOCABULARY
 
 
 def device() -> torch.device:
     """Where this process trains: see `launch`."""
     return torch.device(get_accelerator().current_device_name())
-
-
-def tiny_bert(
-    seed: int = 0, layers: int = 2, hidden: int = 32, labels: int = 2, heads: int = 4
-) -> torch.nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=3 * hidden,
-        max_position_embeddings=32,
-        num_labels=labels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config)
 
 
 def ds_config(

@@ -13,7 +13,8 @@ from torch import nn
 from ds_compress.compat import compression_scheduler, init_compression, redundancy_clean
 from ds_compress.compat.compress import student_initialization
 from tests.legacy_blocks import CHANNELS, ENCODER_BLOCKS, HEADS, REDUCTION, ConvNet, images, row_pruning
-from tests.multirank.common import batches, ds_config, engine_of, full_weights, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, train
 
 STAGES = (0, 2, 3)
 STEPS = 20

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_compress
+from tests.models import tiny_llama
 from tests.multirank.common import device, ds_config, engine_of, full_weights
 
 STAGES = (0, 1, 2, 3)
@@ -34,21 +35,7 @@ LANGUAGE_LOSSES: dict[str, dict[str, Any]] = {
 
 
 def llama(hidden: int = 16, layers: int = 2, seed: int = 0, tied: bool = True, heads: int = 4) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-            tie_word_embeddings=tied,
-            max_position_embeddings=32,
-        )
-    )
+    return tiny_llama(seed, layers, hidden, heads, intermediate=24, tied=tied, vocab_size=VOCABULARY)
 
 
 def token_batches(

@@ -7,15 +7,8 @@ from typing import Any
 import torch
 
 import ds_compress
-from tests.multirank.common import (
-    batches,
-    ds_config,
-    engine_of,
-    full_weights,
-    pruning_block,
-    tiny_bert,
-    train,
-)
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CASES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from ds_compress.api import export
 from ds_compress.errors import ExportError
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, train
 
 
 def _quantized(bits: int, **shared: Any) -> dict[str, Any]:

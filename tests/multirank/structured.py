@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, train
 
 STAGES = (0, 1, 2, 3)
 

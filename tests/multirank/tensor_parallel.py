@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 import ds_compress
-from tests.multirank.combinations import block, text, tiny_llama
+from tests.models import tiny_llama
+from tests.multirank.combinations import block, text
 from tests.multirank.common import ds_config, engine_of, full_weights, train
 
 STEPS = 5

@@ -9,15 +9,8 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
-from tests.multirank.common import (
-    batches,
-    ds_config,
-    engine_of,
-    full_weights,
-    pruning_block,
-    tiny_bert,
-    train,
-)
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
 
 STAGES = (0, 1, 2, 3)
 

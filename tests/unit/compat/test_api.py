@@ -29,15 +29,12 @@ from ds_compress.compat.basic_layer import (
 )
 from ds_compress.quant.layers import QATModule
 from tests.legacy_blocks import CHANNELS, ENCODER_BLOCKS, HEADS, REDUCTION, ConvNet, sparse_pruning
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, train
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 STEPS = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
 
 
 def in_loop(

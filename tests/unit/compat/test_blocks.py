@@ -10,15 +10,12 @@ from torch import nn
 
 from ds_compress.compat import compression_scheduler, init_compression, redundancy_clean
 from tests.legacy_blocks import CHANNELS, ENCODER_BLOCKS, ConvNet, images
-from tests.multirank.common import batches, ds_config, engine_of, full_weights, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, full_weights
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 STEPS = 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
 
 
 def model_and_data(name: str) -> tuple[nn.Module, list[Any]]:

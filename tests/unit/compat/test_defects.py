@@ -25,7 +25,8 @@ from tests.legacy_blocks import (
     sparse_pruning,
     weight_quantization,
 )
-from tests.multirank.common import batches, ds_config, engine_of, full_weights, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, train
 from tests.single import init_single_process
 
 

@@ -24,7 +24,8 @@ from tests.legacy_blocks import (
     images,
     sparse_pruning,
 )
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, train
 from tests.single import init_single_process
 from tests.unit.compat.test_defects import loop, of_bert, one_group
 

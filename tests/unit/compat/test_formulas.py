@@ -22,7 +22,7 @@ from ds_compress.compat.utils import (
 )
 from ds_compress.engine.registry import run_of
 from tests.legacy_blocks import CHANNELS, HEADS, ConvNet, row_pruning
-from tests.multirank.common import tiny_bert
+from tests.models import tiny_bert
 
 # -- the formulas ------------------------------------------------------------------------------------------------
 

@@ -28,14 +28,11 @@ from ds_compress.compat.helper import (
 )
 from ds_compress.quant.layers import QATModule
 from tests.legacy_blocks import CHANNELS, ENCODER_BLOCKS, REDUCTION, ConvNet, images, sparse_pruning
-from tests.multirank.common import batches, ds_config, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config
 from tests.unit.compat.test_api import in_loop, training_bert
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def test_student_initialization_copies_and_does_not_ask_whether_it_is_enabled() -> None:

@@ -26,7 +26,8 @@ from tests.legacy_blocks import (
     row_pruning,
     sparse_pruning,
 )
-from tests.multirank.common import ds_config, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config
 
 BLOCKS = {**ENCODER_BLOCKS, "channel_pruning": CHANNELS}
 

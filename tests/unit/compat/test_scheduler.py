@@ -17,14 +17,11 @@ from ds_compress.compat import (
 )
 from ds_compress.engine.step import loop
 from tests.legacy_blocks import ENCODER_BLOCKS, sparse_pruning
-from tests.multirank.common import batches, ds_config, engine_of, full_weights, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, full_weights, train
 from tests.unit.compat.test_api import STEPS, in_loop, training_bert
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 @pytest.mark.parametrize("name", ["sparse_pruning_topk", "sparse_pruning_snip_momentum", "head_pruning"])

@@ -15,7 +15,7 @@ from ds_compress import ConfigError, parse_config, plan
 from ds_compress.config.schema.source import block_of
 from ds_compress.errors import Problem
 from ds_compress.modelinfo.inventory import covering_patterns
-from tests.multirank.common import tiny_bert
+from tests.models import tiny_bert
 from tests.unit.config.report.test_coverage import mixtral
 
 SHARED = {"enabled": True, "dense_ratio": 0.5}

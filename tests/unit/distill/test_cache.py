@@ -20,35 +20,19 @@ import ds_compress
 from ds_compress.distill.cache_format import MANIFEST, CacheError, Manifest, key_of, tokenizer_hash
 from ds_compress.distill.cache_read import TeacherCache
 from ds_compress.distill.cache_write import cache_teacher
-from tests.multirank.common import ds_config, full_weights, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert, tiny_llama
+from tests.multirank.common import ds_config, full_weights
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 VOCABULARY = 61
 LENGTHS = (9, 4, 7, 1, 6, 9)
 TEMPERATURE, TOP_K = 2.0, 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
-
-
 def llama(seed: int = 0, vocabulary: int = VOCABULARY, hidden: int = 16) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-            tie_word_embeddings=False,
-        )
-    )
+    sizes = {"layers": 1, "hidden": hidden, "heads": 2, "key_value_heads": 1, "intermediate": 24}
+    return tiny_llama(seed, **sizes, tied=False, vocab_size=vocabulary)
 
 
 def examples() -> list[torch.Tensor]:

@@ -20,41 +20,30 @@ from ds_compress.distill.lazy_head import LazyHead
 from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.distill.losses.logits import LogitsDistillation
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 from tests.multirank.common import ds_config
 from tests.quantized import quantized
-from tests.single import init_single_process
 
 VOCABULARY = 61
 BATCH, TOKENS = 3, 9
 ROWS = BATCH * TOKENS
 ALL_IN_ONE = 1000
 TINY = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
+NO_PADDING = {"intermediate_size": 24, "pad_token_id": None}
 SMALL = {**TINY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 def llama(tied: bool = False, **changed: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(**SMALL, num_key_value_heads=1, tie_word_embeddings=tied, pad_token_id=None, **changed)
-    )
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "key_value_heads": 1, "intermediate": 24}
+    return tiny_llama(None, **sizes, tied=tied, vocab_size=VOCABULARY, pad_token_id=None, **changed)
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=1, n_head=2, **still)
-    )
+    return tiny_gpt2(None, layers=1, vocab_size=VOCABULARY, n_positions=32)
 
 
 def bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    model = BertForMaskedLM(
-        BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=None)
-    )
+    model = tiny_bert(None, head="ForMaskedLM", layers=1, hidden=16, heads=2, **TINY, **NO_PADDING)
     nn.init.normal_(model.cls.predictions.decoder.bias)
     return model
 
@@ -656,11 +645,6 @@ class LargestLogits(TorchDispatchMode):
             if VOCABULARY in shape and 16 not in shape:
                 self.rows = max(self.rows, value.numel() // VOCABULARY)
         return result
-
-
-@pytest.fixture(scope="module")
-def single_process() -> None:
-    init_single_process()
 
 
 def taught(**logits: Any) -> Any:

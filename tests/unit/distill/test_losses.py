@@ -20,6 +20,7 @@ from ds_compress.distill.attention_scores import expose_scores, hide_scores
 from ds_compress.distill.losses.attention import MapDistillation
 from ds_compress.distill.losses.base import ModelPair
 from ds_compress.distill.losses.contrastive import ContrastiveDistillation
+from tests.models import tiny_bert, tiny_llama
 from tests.multirank.common import ds_config
 from tests.single import init_single_process
 from tests.unit.config.schema.test_compression_training import only_problem_of
@@ -150,25 +151,11 @@ def test_padding_on_either_side_represents_the_same_example(pooling: str, side: 
 
 
 def bert(heads: int = 4) -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    return BertModel(
-        BertConfig(
-            **{**SMALL, "num_attention_heads": heads},
-            hidden_size=16,
-            intermediate_size=24,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
+    return tiny_bert(hidden=16, heads=heads, head="Model", intermediate_size=24, vocab_size=61)
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    torch.manual_seed(0)
-    return LlamaModel(LlamaConfig(**SMALL, hidden_size=16, intermediate_size=24, num_key_value_heads=2))
+    return tiny_llama(hidden=16, intermediate=24, tied=False, head="Model", vocab_size=61)
 
 
 def gemma2() -> nn.Module:

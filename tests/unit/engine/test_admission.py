@@ -10,13 +10,10 @@ import pytest
 import torch
 
 import ds_compress
-from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config, engine_of, pruning_block
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 @pytest.mark.parametrize(

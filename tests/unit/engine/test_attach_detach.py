@@ -10,35 +10,15 @@ import torch
 from torch import nn
 
 import ds_compress
-from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert, train
+from tests.models import tiny_bert, tiny_llama
+from tests.multirank.common import batches, ds_config, full_weights, pruning_block, train
 from tests.multirank.training import quantization_block
-from tests.single import init_single_process
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def block() -> dict[str, Any]:
     return {**pruning_block(), **quantization_block()}
-
-
-def tiny_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

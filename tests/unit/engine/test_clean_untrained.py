@@ -11,13 +11,10 @@ from torch import nn
 
 import ds_compress
 from ds_compress.compat import compression_scheduler, init_compression, redundancy_clean
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def rows(method: str = "l1", ratio: float = 0.5) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ds_compress.engine import internals_check
 from ds_compress.engine.internals_check import TESTED_VERSIONS, require_known_internals
 from ds_compress.engine.zero import internals_table
 from ds_compress.engine.zero.internals_table import Internal
-from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config, engine_of, pruning_block
 from tests.single import init_single_process
 
 

@@ -11,7 +11,8 @@ import torch
 
 import ds_compress
 from ds_compress.ops import Preference, kernels, library, prefer
-from tests.multirank.common import batches, ds_config, engine_of, pruning_block, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
 from tests.multirank.training import quantization_block
 from tests.single import init_single_process
 

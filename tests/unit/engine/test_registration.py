@@ -16,13 +16,10 @@ import pytest
 
 import ds_compress
 from ds_compress.engine import registration
-from tests.multirank.common import batches, ds_config, pruning_block, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, pruning_block, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def as_config(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ds_compress.config.schema.compression_training import CompressionConfig
-from tests.multirank.common import batches, ds_config, engine_of, pruning_block, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
 from tests.multirank.training import quantization_block
 from tests.single import init_single_process
 

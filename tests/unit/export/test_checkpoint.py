@@ -14,7 +14,8 @@ from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, train
 from tests.multirank.exporting import SCENARIOS
 from tests.single import init_single_process
 

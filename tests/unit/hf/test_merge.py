@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 import ds_compress
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.hf import merge_and_unload
-from tests.multirank.combinations import adapted_llama, block, tiny_llama
+from tests.models import tiny_llama
+from tests.multirank.combinations import adapted_llama, block
 from tests.multirank.common import ds_config, engine_of
 from tests.single import init_single_process
 

@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ds_compress
 from ds_compress.engine.registry import keep
-from tests.multirank.common import batches, ds_config, pruning_block, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, pruning_block
 from tests.single import init_single_process
 
 

@@ -18,12 +18,8 @@ from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.modelinfo.linear_activation import computes_linear_activation
 from ds_compress.quant import layers
 from tests.multirank.common import ds_config, engine_of, full_weights
-from tests.single import init_single_process
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 class LinearActivation(nn.Module):

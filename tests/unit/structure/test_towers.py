@@ -17,14 +17,10 @@ from ds_compress import ConfigError, plan
 from ds_compress.modelinfo.layers import find_layers
 from ds_compress.structure.model_config import configs_of_stack
 from tests.multirank.common import ds_config
-from tests.single import init_single_process
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 DEPTH = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
 
 
 def clip() -> Any:

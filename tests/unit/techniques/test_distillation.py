@@ -18,13 +18,10 @@ from ds_compress.distill.losses.base import ModelPair
 from ds_compress.distill.losses.hidden import HiddenDistillation
 from ds_compress.distill.losses.logits import LogitsDistillation
 from ds_compress.distill.projections import find_projections
-from tests.multirank.common import batches, ds_config, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

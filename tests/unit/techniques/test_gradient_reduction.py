@@ -12,13 +12,10 @@ import torch
 import ds_compress
 from ds_compress.reduce.slices import Segment
 from ds_compress.techniques.gradient_compression import is_lopsided
-from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, full_weights, pruning_block, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def traffic_block() -> dict[str, Any]:

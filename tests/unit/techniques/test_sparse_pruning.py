@@ -11,13 +11,10 @@ from torch import nn
 
 from ds_compress.ops import counter_rng
 from ds_compress.techniques.sparse_pruning import SparsePruning
-from tests.multirank.common import batches, ds_config, pruning_block, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, pruning_block, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 class Toy(nn.Module):

@@ -12,7 +12,8 @@ import ds_compress
 from ds_compress.engine.build import teacher_given
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation
 from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
-from tests.multirank.common import batches, ds_config, engine_of, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, train
 from tests.multirank.structured import logits_of
 from tests.single import init_single_process
 
@@ -37,10 +38,7 @@ class TestFinalize:
         assert all(type(m._parameters) is dict for m in model.modules())
 
     def test_flags_ties_and_dtypes_stay(self) -> None:
-        from transformers import BertConfig, BertForMaskedLM
-
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-        model = BertForMaskedLM(BertConfig(vocab_size=128, max_position_embeddings=32, **sizes))
+        model = tiny_bert(head="ForMaskedLM")
         frozen = model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
         trainable = [p for p in model.parameters() if p.requires_grad]
         with engine_of(

@@ -7,15 +7,12 @@ import torch
 
 import ds_compress
 from ds_compress.config.report.coverage import left_out
-from tests.multirank.common import ds_config, engine_of, full_weights, pruning_block, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config, engine_of, full_weights, pruning_block
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 EVERYTHING = {"sparse_pruning": {"shared_parameters": {"enabled": True, "dense_ratio": 0.5}}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
 
 
 def mixtral() -> torch.nn.Module:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,29 +14,19 @@ import ds_compress
 from ds_compress.api import export
 from ds_compress.config.report.size_estimate import stored, total
 from ds_compress.quant import layers
+from tests.models import tiny_bert, tiny_gpt2
 from tests.quantized import quantized
 
 _NAME_AND_SHAPE_IN_THE_HEADER = 130
 
 
 def bert() -> nn.Module:
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        vocab_size=500,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=64,
-    )
-    return hf.BertForMaskedLM(config).eval()
+    sizes = {"vocab_size": 500, "intermediate_size": 512, "max_position_embeddings": 64}
+    return tiny_bert(layers=3, hidden=128, head="ForMaskedLM", **sizes).eval()
 
 
 def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=500, n_embd=128, n_layer=3, n_head=4, n_positions=64)
-    ).eval()
+    return tiny_gpt2(layers=3, hidden=128, heads=4, vocab_size=500, n_positions=64).eval()
 
 
 GRIDS: dict[str, dict[str, Any]] = {

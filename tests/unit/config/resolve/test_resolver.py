@@ -8,57 +8,30 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from ds_compress.config import ConfigError, Problem
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.targets import Target
 from ds_compress.modelinfo.inventory import nearest_names
 from ds_compress.modelinfo.kinds import ModuleKind
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            vocab_size=40,
-            max_position_embeddings=8,
-        )
+    return tiny_bert(
+        layers=3, hidden=16, heads=2, intermediate_size=32, vocab_size=40, max_position_embeddings=8
     )
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> nn.Module:
-    config = GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, vocab_size=40, n_positions=8, bos_token_id=0, eos_token_id=0
-    )
-    return GPT2LMHeadModel(config)
+    return tiny_gpt2(n_positions=8, bos_token_id=0, eos_token_id=0)
 
 
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            intermediate_size=24,
-            vocab_size=40,
-            tie_word_embeddings=True,
-        )
-    )
+    return tiny_llama(hidden=16, heads=2, key_value_heads=1, intermediate=24, vocab_size=40)
 
 
 class TinyNet(nn.Module):

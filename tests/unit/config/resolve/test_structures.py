@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_compress import ConfigError, plan
 from ds_compress.config.structure_targets import kept_units
+from tests.models import tiny_bert
 
 
 @pytest.fixture
 def bert() -> nn.Module:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
+    return tiny_bert(intermediate_size=64, vocab_size=50, max_position_embeddings=16)
 
 
 def block(key: str, ratio: float = 0.5, group: dict[str, Any] | None = None, **shared: Any) -> dict[str, Any]:

@@ -8,13 +8,10 @@ import pytest
 
 from ds_compress import parse_config
 from ds_compress.config.schema.enabled import idle_lines
-from tests.multirank.common import ds_config, engine_of, pruning_block, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config, engine_of, pruning_block
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def without_enabled(block: dict[str, Any]) -> dict[str, Any]:

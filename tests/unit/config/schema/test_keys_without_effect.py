@@ -13,7 +13,8 @@ import ds_compress
 from ds_compress.config import parse_config
 from ds_compress.config.schema.robust_reduction import RobustReductionConfig
 from ds_compress.engine.admission import unsupported_beside
-from tests.multirank.common import ds_config, tiny_bert
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config
 from tests.single import init_single_process
 
 UNITS = ("row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning")

@@ -10,16 +10,13 @@ import pytest
 from ds_compress import ConfigError, plan
 from ds_compress.config.schema.compression_training import block_classes
 from ds_compress.config.schema.placement import misplaced
-from tests.multirank.common import ds_config, pruning_block, tiny_bert
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import ds_config, pruning_block
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 BLOCK = pruning_block()
 PRUNING = BLOCK["sparse_pruning"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
 
 
 MISTAKES = [

@@ -13,13 +13,10 @@ import ds_compress
 from ds_compress import ConfigError, parse_config
 from ds_compress.config.schema.run_length import schedule_ends, unfinished, unfinished_line
 from ds_compress.engine import run_end
-from tests.multirank.common import batches, ds_config, engine_of, pruning_block, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def bits(start: int, target: int, period: int, **shared: Any) -> dict[str, Any]:

@@ -11,13 +11,10 @@ import pytest
 import torch
 
 from ds_compress.engine.checkpoint import state
-from tests.multirank.common import batches, ds_config, full_weights, pruning_block, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, full_weights, pruning_block, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def make_engine(stage: int = 2, method: str = "topk", seed: int = 0) -> Any:

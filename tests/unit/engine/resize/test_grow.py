@@ -11,9 +11,10 @@ import deepspeed
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import ds_compress
+from tests.models import tiny_llama
 from tests.single import init_single_process
 
 CUT_AT = 4
@@ -46,9 +47,7 @@ def cut(*kinds: str, **shared: Any) -> dict[str, Any]:
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, intermediate_size=48, **sizes))
+    return tiny_llama(layers=4, tied=False, vocab_size=40)
 
 
 def engine_of(block: dict[str, Any], stage: int, **given: Any) -> Any:

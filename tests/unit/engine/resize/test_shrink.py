@@ -12,19 +12,14 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 import ds_compress
+from tests.models import tiny_bert
 from tests.single import init_single_process
 
 SHRINK_AT = 3
 
 
 def bert(layers: int = 4) -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(num_hidden_layers=layers, max_position_embeddings=32, **sizes, **dropout)
-    return BertForSequenceClassification(config)
+    return tiny_bert(layers=layers, hidden=16, heads=2, intermediate_size=32, vocab_size=64)
 
 
 def layerwise(model: nn.Module) -> list[dict[str, Any]]:

@@ -10,14 +10,11 @@ import pytest
 
 import ds_compress  # noqa: F401
 from ds_compress.engine.step import monitoring
-from tests.multirank.common import batches, ds_config, engine_of, pruning_block, tiny_bert, train
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
 from tests.multirank.training import quantization_block
-from tests.single import init_single_process
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def logged(folder: Path, tag: str) -> list[tuple[int, float]]:

@@ -19,12 +19,8 @@ from ds_compress.quant import layers
 from tests.multirank.common import ds_config, full_weights, pruning_block
 from tests.multirank.distilling import llama, token_batches
 from tests.quantized import quantized
-from tests.single import init_single_process
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def distillation(losses: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:

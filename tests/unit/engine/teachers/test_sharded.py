@@ -15,12 +15,8 @@ from torch import nn
 import ds_compress
 from tests.multirank.common import ds_config
 from tests.multirank.distilling import llama, token_batches
-from tests.single import init_single_process
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 @contextlib.contextmanager

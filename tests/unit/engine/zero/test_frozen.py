@@ -7,13 +7,10 @@ import torch
 
 import ds_compress
 from ds_compress.compat import compression_scheduler, init_compression
-from tests.multirank.common import batches, ds_config, engine_of, pruning_block, tiny_bert, train
-from tests.single import init_single_process
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_process() -> None:
-    init_single_process()
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
