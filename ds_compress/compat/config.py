@@ -28,7 +28,7 @@ from ds_compress.compat.constants import (
     WEIGHT_QUANTIZE_CHANGE_RATIO,
     WEIGHT_QUANTIZE_FP16_MIXED_QUANTIZE,
 )
-from ds_compress.config.schema.compression_training import CompressionConfig, parse_config, without_auto
+from ds_compress.config.schema.compression_training import block_classes, parse_config, without_auto
 from ds_compress.config.schema.source import read_json
 from ds_compress.errors import ConfigError, Problem, nearest, shown
 
@@ -80,7 +80,7 @@ def block_of_config(config: Mapping[str, Any] | str | PathLike[str]) -> dict[str
     whole = deepspeed_config(config)
     if COMPRESSION_TRAINING in whole:
         block = whole[COMPRESSION_TRAINING]
-    elif whole.keys() & (CompressionConfig.model_fields.keys() - {"seed", "kernels", "export_to"}):
+    elif whole.keys() & block_classes().keys():
         block = whole
     else:
         near = next((key for key in map(str, whole) if nearest(key, [COMPRESSION_TRAINING], 0.8)), None)
@@ -95,14 +95,7 @@ def block_of_config(config: Mapping[str, Any] | str | PathLike[str]) -> dict[str
 
 def enabled_blocks(block: Mapping[str, Any]) -> list[str]:
     """The keys of the blocks that do something; raises ConfigError for a bad block."""
-    config = parse_config(block)
-    enabled = []
-    for key in CompressionConfig.model_fields:
-        part = getattr(config, key)
-        settings = getattr(part, "shared", getattr(part, SHARED_PARAMETERS, part))
-        if getattr(settings, TECHNIQUE_ENABLED, False):
-            enabled.append(key)
-    return enabled
+    return list(parse_config(block).enabled_blocks())
 
 
 def get_compression_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:

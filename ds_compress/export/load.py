@@ -18,7 +18,7 @@ from ds_compress.export.fuse import fuse
 from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
-from ds_compress.export.serving_format import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_weight
+from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_weight
 
 _OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset")
 

@@ -27,16 +27,15 @@ from ds_compress.export.check import Answer
 from ds_compress.export.fingerprint import fingerprint
 from ds_compress.export.format import Format, emptied
 from ds_compress.export.inputs import run
-from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
+from ds_compress.export.load import from_pretrained
+from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
+from ds_compress.export.quantized_matrix import quantize_rows
 from ds_compress.export.read import Layer
+from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_weight
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind
 
-_BYTE = 8
 QUANT_METHOD = "ds_compress"
-PLAIN_VALUES = "weight_values"
-INSTEAD_OF_WEIGHT = ("weight_codes", "weight_packed", PLAIN_VALUES)
-"""Beside which `weight` is empty."""
 
 
 @dataclass
@@ -67,8 +66,6 @@ class ServingFormat(Format):
         """Of a model that only its own code can build, a copy of it is filled in this very process."""
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
-        from ds_compress.export.load import from_pretrained
-        from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
 
         exact = from_pretrained(folder, emptied(final), fused=False, activations=False)
         fingerprints = fingerprints_of(exact)
@@ -125,40 +122,3 @@ class ServingFormat(Format):
                 "shapes": self.reshaped,
             }
         }
-
-
-def stored_weight(quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    """`loaded_weight` reads it back."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    stored = {"weight_scale": quantized.scale}
-    if quantized.offset is not None:
-        stored["weight_offset"] = quantized.offset
-    if quantized.bits == _BYTE:
-        return {**stored, "weight_codes": quantized.values}
-    values, bits = quantized.values, quantized.bits
-    if bits == 1:  # -1 and 1 as -1 and 0, which one bit holds
-        values = values.clamp_max(0)
-    if quantized.offset is not None:  # packing is for signed integers
-        values = (values.to(torch.int16) - 2 ** (quantized.bits - 1)).to(torch.int8)
-    return {**stored, "weight_packed": pack_to_int32(values, bits)}
-
-
-def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> QuantizedMatrix:
-    """The weight from its tensors by local name, and the "weight" entry of its scheme."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    shape, transposed, scale = tuple(scheme["shape"]), scheme["transposed"], stored["weight_scale"]
-    offset = stored.get("weight_offset")
-    if "weight_codes" in stored:
-        values = stored["weight_codes"]
-    else:
-        columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
-        values = unpack_from_int32(
-            stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns))
-        )
-        if scheme["bits"] == 1:
-            values = 2 * values + 1
-        if offset is not None:
-            values = (values.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
-    return QuantizedMatrix(values, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)

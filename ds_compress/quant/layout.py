@@ -42,11 +42,6 @@ def scale_shape(shape: Sequence[int], grid: WeightGrid) -> tuple[int, ...]:
             return (groups, channels) if grid.channel_axis else (channels, groups)
 
 
-def weights_per_scale(shape: Sequence[int], grid: WeightGrid) -> int:
-    """The size of a (full) group: how many weights one scale serves."""
-    return max(1, math.prod(shape) // max(1, math.prod(scale_shape(shape, grid))))
-
-
 def split_weight(weight: torch.Tensor, grid: WeightGrid) -> list[torch.Tensor]:
     """Views of a contiguous weight, `[..., group, inner]`; a second one only for shorter last groups."""
     match grid.granularity:

@@ -89,20 +89,3 @@ class ReplicatedWeights:
 
         pipelined(range(-(-self.slice_numel // self._chunk_numel)), start, finish)
         self._own.copy_(self._last_sent)
-
-
-@torch.no_grad()
-def all_gather_quantized(
-    shards: list[torch.Tensor], group: Any, codec: BlockCodec
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Starts an all-gather of the encoded shards, one payload each; (work, received (W, bytes), sent).
-
-    shards: flat, of equal sizes in every process.
-    """
-    sizes = [codec.payload_bytes(shard.numel()) for shard in shards]
-    sent = torch.empty(sum(sizes), dtype=torch.uint8, device=shards[0].device)
-    for shard, payload in zip(shards, sent.split(sizes), strict=True):
-        codec.encode(shard, payload)
-    received = sent.new_empty((dist.get_world_size(group), sent.numel()))
-    work = dist.all_gather_into_tensor(received.view(-1), sent, group=group, async_op=True)
-    return work, received, sent

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_compress.export.quantized_matrix import quantize_matrix, quantize_rows
-from ds_compress.export.serving_format import loaded_weight, stored_weight
+from ds_compress.export.serving_tensors import loaded_weight, stored_weight
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.grid import Granularity, WeightGrid
 from ds_compress.quant.weights import initial_scale

@@ -15,7 +15,6 @@ from ds_compress.quant.layout import (
     scale_shape,
     split_scale,
     split_weight,
-    weights_per_scale,
 )
 from ds_compress.quant.qparams import qparams_from_range
 from ds_compress.quant.weights import dequantize, fake_quantize, initial_scale, quantize
@@ -188,7 +187,6 @@ def test_layout_takes_apart_and_joins(layout):
         assert {tuple(owner[index].unique().tolist()) for index in groups} == {
             (float(i),) for i in range(len(groups))
         }
-        assert weights_per_scale(shape, grid) <= max(len(index) for index in groups)
 
 
 def test_stochastic_rounding_is_unbiased_and_on_the_grid():
