@@ -1,12 +1,13 @@
 """From a trained model to a folder that other programs load.
 
-api         `export`: reads the source, lets a format write it, has it checked, renames it into place
+write       reads the source, lets a format write it, checks the result, renames it into place
 source      a model to export, wherever its weights are
-read        its modules one by one: integer codes, scales, what else is stored
-encoded     a weight as integers, exactly those that training computed with
+read        its modules one by one: quantized values, scales, and what else is stored
+quantized_matrix    a weight as integers, exactly those that training computed with
 hf, compressed_tensors, serving_format, onnx    one format each
-shards      safetensors files of bounded size, written as tensors come
-check       the folder is loaded by a fresh process, and its logits compared
+shards      safetensors files of bounded size, written tensor by tensor
+compatibility, trial_load    which formats a plan can be exported in, asked before training
+check       the folder is loaded by a fresh process (reload_*), and its logits compared
 report      `ds_compress.json`
 load        `from_pretrained`, for the `torch` format; serve, fuse: the modules that it runs
 """

@@ -1,4 +1,4 @@
-"""What a cut model has and its config cannot say: numbers that modules keep, such as heads per layer, and shapes."""
+"""What the config of a pruned model cannot express: attributes of modules, such as heads per layer, and shapes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _NUMBERS = (int, float)
 _RESTORED_WITH_WEIGHTS = ("in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx")
 
 
-def fresh(cls: type[nn.Module], config: Any) -> nn.Module:
+def built_from_config(cls: type[nn.Module], config: Any) -> nn.Module:
     """`cls(config)` without weights, from the config as it comes back from `config.json`."""
     loaded = type(config).from_dict(json.loads(json.dumps(config.to_dict(), default=str)))
     with torch.device("meta"):
         return cls(loaded).eval()
 
 
-def unsaid(final: nn.Module, config: Any) -> dict[str, dict[str, float]]:
+def attribute_overrides(final: nn.Module, config: Any) -> dict[str, dict[str, float]]:
     """{module: {attribute: value}} of `final` where a model built from its config has another number."""
-    built = dict(fresh(type(final), config).named_modules())
+    built = dict(built_from_config(type(final), config).named_modules())
     differences: dict[str, dict[str, float]] = {}
     for name, module in final.named_modules():
         other = built.get(name)
         if other is None or "drop" in type(module).__name__.lower():
-            continue  # dropout is of no matter to a trained model
+            continue  # dropout does not affect a trained model
         for key, value in vars(module).items():
             theirs = getattr(other, key, value)
             is_number = type(value) in _NUMBERS and type(theirs) in _NUMBERS
@@ -39,9 +39,9 @@ def unsaid(final: nn.Module, config: Any) -> dict[str, dict[str, float]]:
     return differences
 
 
-def reshaped(final: nn.Module, config: Any) -> dict[str, list[int]]:
+def shape_overrides(final: nn.Module, config: Any) -> dict[str, list[int]]:
     """{parameter: its shape in `final`} where a model built from its config has another one."""
-    built = dict(fresh(type(final), config).named_parameters(remove_duplicate=False))
+    built = dict(built_from_config(type(final), config).named_parameters(remove_duplicate=False))
     return {
         name: list(shape_of(parameter))
         for name, parameter in final.named_parameters(remove_duplicate=False)
@@ -50,7 +50,7 @@ def reshaped(final: nn.Module, config: Any) -> dict[str, list[int]]:
 
 
 def restore(model: nn.Module, differences: dict[str, dict[str, float]]) -> None:
-    """Sets what `unsaid` found."""
+    """Sets the attributes that `attribute_overrides` found."""
     for name, values in differences.items():
         module = model.get_submodule(name)
         for key, value in values.items():

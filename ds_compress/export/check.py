@@ -1,13 +1,12 @@
-"""The check of an export: a process that has never seen the model loads the folder, and must have got the same model.
+"""The check of an export: a fresh process loads the folder, and the model that it gets must be the trained one.
 
 Three comparisons, the first two without any rounding between the two sides. What was trained in 16 bits runs in fp32
 with its weights, see `exact`, and so does what was loaded.
 
-- tensor by tensor: the weights and static input scales that the loader holds, after its own decoding, are those of
-  training, by their fingerprints. This is where a wrong code or scale shows, also one that no input of the check
-  touches.
+- tensor by tensor: the weights and static input scales that the loader holds, after dequantizing them, are those of
+  training, by their fingerprints. This detects a wrong value or scale, also one that no input of the check uses.
 - with no activation quantized, both compute with the same weights, so that only the order of sums differs: 1e-4 of the
-  largest logit. This is where a layer shows that is loaded and not used as it was.
+  largest logit. This detects a layer that is loaded and used differently.
 - with quantized activations, where the format's own rounding of them is not quite that of training, the root mean
   square of the difference is at most four times what quantizing the activations changes in the trained model itself:
   two roundings to nearly equal grids (max / 127.5 against max / 127) differ by about sqrt(2) times one rounding, and
@@ -44,14 +43,14 @@ _FP8_ROUNDING = 0.036
 
 @dataclass(frozen=True)
 class Expected:
-    """What the trained model says: logits, and exact_logits with no activation quantized.
+    """The trained model's logits, and exact_logits with no activation quantized.
 
-    dtype: fp32, or the one to which values are rounded that the trained model cannot be given to compute with.
-    rounding: what computing in 16 bits changes of a logit at most, where the trained model could not do all in fp32.
-    fp8_products: whose inputs are rounded where training's were not.
-    same_activations: the format quantizes activations as training did, but for the order of sums: now and then a code
-    falls on the other side of a rounding, which is at most like rounding all of them anew.
-    fingerprints: of what is stored, by the name that it has when it is loaded.
+    dtype: fp32, or the one to which values are rounded where the trained model cannot compute with the rounded ones.
+    rounding: the largest change of a logit by computing in 16 bits, where the trained model could not compute in fp32.
+    fp8_products: the number of layers whose inputs are rounded only by the export.
+    same_activations: the format quantizes activations as training did, but for the order of sums: a value may be
+    rounded to the other side now and then, which changes at most as much as rounding all of them anew.
+    fingerprints: of what is stored, by its name when it is loaded.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -76,9 +75,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """logits, and exact_logits of a process that can compute them; loaded: by what; error: why not.
+    """logits, and exact_logits of a process that can compute them. loaded: by what. error: why not.
 
-    fingerprints: of what was loaded, of all that the format knows by name.
+    fingerprints: of all loaded tensors that have a name in the format.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -102,7 +101,7 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
             save_file({key: value.contiguous() for key, value in request.inputs.items()}, files["inputs"])
             listed.append({"folder": str(request.folder), "class": request.model_class, **files})
         (folder / "requests.json").write_text(json.dumps(listed))
-        # -P: beside the script lie files that are named like the libraries that it imports.
+        # -P: files beside the script have names of libraries that it imports.
         program = ["-P", str(Path(__file__).with_name(f"reload_{loader}.py"))]
         if loader == "ours":
             program = ["-m", "ds_compress.export.reload_ours"]
@@ -117,7 +116,7 @@ def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:
     """The `check` of the report.
 
     Raises:
-        ExportError: the folder did not load, or its logits are others.
+        ExportError: the folder did not load, or its logits differ.
     """
     if answer.error:
         raise ExportError(f"the exported folder does not load: {answer.error}")

@@ -1,6 +1,6 @@
-"""Whether a format can say what a plan will make of a model: asked at start, so that no training ends in a refusal.
+"""Whether a format can represent the result of a plan: checked at start, so that no training ends with an error.
 
-What only the trained numbers decide is left to the export, such as a static input range that does not contain 0.
+What depends on trained values is left to the export, such as a static input range that does not contain 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ds_compress.config.report.size_estimate import format_of
 from ds_compress.config.structure_targets import StructurePlan, kept_units, shape_after
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.export import trial_load
-from ds_compress.export.format import is_of_transformers
+from ds_compress.export.format import is_hf_model
 from ds_compress.export.onnx import generates
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.structure.pruning_plan import PruningPlan
@@ -31,7 +31,7 @@ _VANILLA_HF = ("hf", "compressed-tensors")
 
 
 def refuse_unfit(plan: Plan, model: nn.Module) -> None:
-    """Raises ConfigError where the block's `export_to` cannot be written of this model under this plan."""
+    """Raises ConfigError where the block's `export_to` cannot represent the result of this plan."""
     format = plan.config.export_to
     if format is None:
         return
@@ -44,12 +44,12 @@ def refuse_unfit(plan: Plan, model: nn.Module) -> None:
         if fitting
         else "change what they name"
     )
-    path, allowed = f"{ROOT}.export_to", "a format that can say it"
+    path, allowed = f"{ROOT}.export_to", "a format that can represent it"
     raise ConfigError([Problem(path, f"{shown(format)}: {reason}", allowed, hint) for reason in reasons])
 
 
 def notes(plan: Plan, model: nn.Module) -> Iterator[str]:
-    """For whoever reads the plan: which formats the result can be written in."""
+    """For the reader of the plan: which formats the result can be exported in."""
     reasons = {format: misfits(plan, model, format) for format in FORMATS}
     fitting = [format for format, found in reasons.items() if not found]
     yield f"exports as {listed(fitting) if fitting else 'nothing'}"
@@ -61,7 +61,7 @@ def notes(plan: Plan, model: nn.Module) -> Iterator[str]:
 def loads_packed(plan: Plan, model: nn.Module) -> bool:
     """Whether stock transformers loads packed weights of this model, where the plan has any for it."""
     targets = [t for t in _targets(plan, "weight_quantization") if t.kind is ModuleKind.LINEAR]
-    if not targets or not is_of_transformers(model) or format_of(plan) != "compressed-tensors":
+    if not targets or not is_hf_model(model) or format_of(plan) != "compressed-tensors":
         return True
     claimed = {target.param_name for target in targets}
     untied = any(len(weight.users) > 1 and weight.name in claimed for weight in plan.weights)
@@ -69,7 +69,7 @@ def loads_packed(plan: Plan, model: nn.Module) -> bool:
 
 
 def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
-    """Sentences that name the module; empty: the format has words for all of it."""
+    """Sentences that name the module; empty: the format can represent all of it."""
     return [
         *_scales(plan),
         *_of_model(model, format),
@@ -79,7 +79,7 @@ def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
 
 
 def _of_model(model: nn.Module, format: str) -> Iterator[str]:
-    if format in _VANILLA_HF and not is_of_transformers(model):
+    if format in _VANILLA_HF and not is_hf_model(model):
         yield f"a {type(model).__name__} is no model of transformers"
     if format == "onnx" and generates(model):
         yield f"a {type(model).__name__} generates, with a cache, and the format is for encoders"
@@ -150,7 +150,7 @@ def _matrix(target: Target, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _of_cuts(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
-    if format not in _VANILLA_HF or not plan.structures or not is_of_transformers(model):
+    if format not in _VANILLA_HF or not plan.structures or not is_hf_model(model):
         return
     structures = [target.structure for block in plan.structures.values() for target in block.targets]
     kept = {name: units for block in plan.structures.values() for name, units in _kept(block)}

@@ -1,12 +1,12 @@
-"""`compressed-tensors`: integers that stock transformers and vLLM load.
+"""`compressed-tensors`: integers that vanilla HF transformers and vLLM load.
 
-    8-bit weights with 8-bit inputs     int-quantized   codes int8; all weights of T5 and other classes that do not
-                                                        load packed ones, see `trial_load`
-    other weights of 2 to 8 bits        pack-quantized  codes packed into int32
-    scheme="fp8"                        float-quantized codes float8_e4m3fn; weights are rounded here, per channel
+    8-bit weights with 8-bit inputs     int-quantized   int8; all weights of T5 and other classes that do not load
+                                                        packed ones, see `trial_load`
+    other weights of 2 to 8 bits        pack-quantized  packed into int32
+    scheme="fp8"                        float-quantized float8_e4m3fn; weights are rounded here, per channel
 
-Scales are those of training. Binary and ternary weights are 2-bit codes -1, 0, 1. What the library (0.20) cannot
-load back is refused with its reason: asymmetric weights, and layers that are no nn.Linear. Quantized embeddings are
+Scales are those of training. Binary and ternary weights are the 2-bit values -1, 0, 1. What the library (0.20) cannot
+load back is refused with the reason: asymmetric weights, and layers other than nn.Linear. Quantized embeddings are
 written as floats on their grid. Its emulation rounds dynamic inputs with scale max / 127.5, training with max / 127
 (narrow) or max / 128, so logits agree to the size of one rounding and not to the bit; see `check`.
 """
@@ -47,11 +47,11 @@ class CompressedTensorsFormat(Format):
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
-        super().check_source(trained, final)
+    def check_source(self, source: ExportSource, final: nn.Module) -> None:
+        super().check_source(source, final)
         if self.options.scheme not in (None, "fp8"):
             raise ExportError(f'scheme is None or "fp8", got {self.options.scheme!r}')
-        self.packs = _loads_packed(trained, final)
+        self.packs = _loads_packed(source, final)
         self.note(
             "config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them"
         )
@@ -122,11 +122,11 @@ class CompressedTensorsFormat(Format):
 
         if quantized.offset is not None:
             raise ExportError(
-                f"{layer.name}: its weight is asymmetric (code * scale + offset), which compressed-tensors 0.20 does "
+                f"{layer.name}: its weight is asymmetric (q * scale + offset), which compressed-tensors 0.20 does "
                 f"not load back; train with quantization_type symmetric, or {OTHER_FORMAT}"
             )
         grouped = quantized.groups > 1
-        bits = max(2, quantized.bits)  # in one bit its codes are -1 and 0
+        bits = max(2, quantized.bits)  # in one bit its values would be -1 and 0
         scheme["weights"] = _arguments(bits, "group" if grouped else "channel", False)
         if grouped:
             scheme["weights"]["group_size"] = quantized.group_size
@@ -135,7 +135,7 @@ class CompressedTensorsFormat(Format):
         if in_bytes:
             if quantized.bits < _INT8:
                 self.note(
-                    "codes take a byte each: the initialisation of this model class reads the weights that packing "
+                    "each value takes a byte: the initialisation of this model class reads the weights that packing "
                     f"would replace; {OTHER_FORMAT} in fewer bits"
                 )
             scheme["format"] = "int-quantized"
@@ -201,24 +201,24 @@ def _arguments(bits: int, strategy: str, dynamic: bool) -> dict[str, Any]:
     return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
 
 
-def _loads_packed(trained: ExportSource, final: nn.Module) -> bool:
-    """Whether the class gets through its loading without the weights that would be packed."""
-    fake_quants = {name: layers.fake_quant_of(module) for name, module in trained.model.named_modules()}
+def _loads_packed(source: ExportSource, final: nn.Module) -> bool:
+    """Whether the model class loads without the weights that would be packed."""
+    fake_quants = {name: layers.fake_quant_of(module) for name, module in source.model.named_modules()}
     renamed = (
         {}
-        if trained.pruning_plan is None
-        else {name: trained.pruning_plan.renamed(f"{name}.weight") for name in fake_quants}
+        if source.pruning_plan is None
+        else {name: source.pruning_plan.renamed(f"{name}.weight") for name in fake_quants}
     )
     targets = [
         str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
         for name, fake_quant in fake_quants.items()
-        if fake_quant is not None and kind_of(trained.model.get_submodule(name)) is ModuleKind.LINEAR
+        if fake_quant is not None and kind_of(source.model.get_submodule(name)) is ModuleKind.LINEAR
         if renamed.get(name, "") is not None
     ]
     if not targets:
         return True
     users: dict[int, list[bool]] = {}
-    for name, module in trained.model.named_modules():
+    for name, module in source.model.named_modules():
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
             users.setdefault(id(weight), []).append(fake_quants[name] is not None)
     return loads_packed(final, targets, any(len(set(quantize)) > 1 for quantize in users.values()))

@@ -1,7 +1,7 @@
-"""A 16-bit model computing in fp32, with the weights that it has: what an export of it is compared with.
+"""A 16-bit model that computes in fp32 with its own weights, for the comparison with its export.
 
 In 16 bits the order of two sums may change a logit by several percent, which would hide a lost layer; in fp32 two loads
-of the same weights agree to 1e-5. Whole parameters are converted for the time being; of sharded ones, each module's own
+of the same weights agree to 1e-5. Parameters are converted inside the context; sharded ones, those of each module
 around its forward, so that no more than one module is in fp32.
 """
 
@@ -62,7 +62,7 @@ def _is_converted(parameter: torch.Tensor, stored: torch.dtype | None) -> bool:
 
 @contextlib.contextmanager
 def _buffers_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Those that are not stored are computed anew, as a loader does: rounded frequencies turn by other angles."""
+    """Buffers that are not stored are computed anew, as a loader does: rounded frequencies give other angles."""
     changed: list[tuple[nn.Module, str, torch.Tensor]] = []
     fresh: dict[str, torch.Tensor] | None = None
     for prefix, module in model.named_modules():
@@ -101,7 +101,7 @@ def _fresh_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _modules_in_fp32(model: nn.Module, value: Callable[[torch.Tensor, bool], torch.Tensor]) -> Iterator[None]:
-    """By hooks inside of those that make a module's parameters whole and let them go again."""
+    """By hooks that run after a module's parameters are gathered and before they are released."""
     handles = []
     for name, module in model.named_modules():
         if not is_auxiliary(name):

@@ -1,4 +1,4 @@
-"""What a format of the export is."""
+"""The base class of export formats."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can sto
 
 @dataclass
 class Options:
-    """dtype: of tensors that are not quantized, None: as they are. embeddings: "int8" or "float" for tables that
-    were not trained in integers (None: as the format likes). scheme: "fp8" rounds an unquantized model."""
+    """dtype: of tensors that are not quantized; None: as they are. embeddings: "int8" or "float" for tables that
+    were not trained in integers; None: the format's default. scheme: "fp8" rounds an unquantized model."""
 
     dtype: torch.dtype | None = None
     embeddings: str | None = None
@@ -36,7 +36,7 @@ class Options:
 
 @dataclass
 class Format(ABC):
-    """Turns layers into tensors of a file, and says what `config.json` must know of them.
+    """Converts layers to tensors of a file and entries of `config.json`.
 
     loads_in_stock: transformers does. loader: who checks, see `check`. has_shards: tensors are written one by one.
 
@@ -60,20 +60,20 @@ class Format(ABC):
     ignores_inputs: bool = False
     trained_dtype: torch.dtype = torch.float32
     checked: bool = True
-    doubts: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
 
     @abstractmethod
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What is stored of a layer, by full name.
 
         Raises:
-            ExportError: this format has no words for it; names the module.
+            ExportError: this format cannot represent it; names the module.
         """
 
-    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
-        """Raises ExportError before anything is read; `final` is the model after its cuts, shapes only."""
+    def check_source(self, source: ExportSource, final: nn.Module) -> None:
+        """Raises ExportError before anything is read; `final` is the pruned model, on the meta device."""
         if self.loads_in_vanilla_hf:
-            self.doubts = refuse_unless_vanilla_hf(trained, final, self.name, self.checked)
+            self.differences = refuse_unless_vanilla_hf(source, final, self.name, self.checked)
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         """In which a loader should hold the model: `dtype` of `config.json`."""
@@ -84,18 +84,18 @@ class Format(ABC):
         return {"tie_word_embeddings": False} if self.untied else {}
 
     def finish(  # noqa: B027
-        self, folder: Path, trained: ExportSource, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
+        self, folder: Path, source: ExportSource, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
     ) -> None:
-        """After all tensors were written. final: the model after its cuts; inputs: those of the check, if any."""
+        """Called after all tensors were written. final: the pruned model. inputs: those of the check, if any."""
 
     def reload_here(
         self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module
     ) -> Answer | None:
-        """What the folder computes, where that needs no loader of a fresh process; None: ask one."""
+        """What the folder computes, where no fresh process can load it; None: a fresh process does."""
         return None
 
     def untie(self, layer: Layer) -> None:
-        """Of a tied weight that only one user quantizes, both values are stored, and the config says so."""
+        """Stores both values of a tied weight that only one of its layers quantizes, and unties it in the config."""
         if layer.split_from:
             self.untied.append(f"{layer.name} from {layer.split_from}")
             self.note(f"{layer.name} is untied from {layer.split_from}: only one of them is quantized")
@@ -124,21 +124,21 @@ class Format(ABC):
         return tensor.to(self.options.dtype) if is_float else tensor
 
 
-def refuse_unless_vanilla_hf(trained: ExportSource, final: nn.Module, name: str, checked: bool) -> list[str]:
-    """Where stock transformers would build another model than `final` from its config, and it may not matter.
+def refuse_unless_vanilla_hf(source: ExportSource, final: nn.Module, name: str, checked: bool) -> list[str]:
+    """Differences between `final` and the model that vanilla HF builds from its config, which may not affect logits.
 
-    checked: the exported folder will be loaded, so that the logits decide what is returned here.
+    checked: the exported folder will be loaded, so that logits show whether they do.
 
     Raises:
-        ExportError: it is sure to matter, or nothing will decide.
+        ExportError: they surely do, or the folder will not be checked.
     """
-    if trained.config is None:
+    if source.config is None:
         raise ExportError(
-            f'format "{name}" is for models of transformers, and a {type(trained.model).__name__} has no config; '
+            f'format "{name}" is for models of transformers, and a {type(source.model).__name__} has no config; '
             + OTHER_FORMAT
         )
     obstacles = vanilla_hf_obstacles(final)
-    is_open = checked and (trained.pruning_plan is None or not trained.pruning_plan.active())
+    is_open = checked and (source.pruning_plan is None or not source.pruning_plan.active())
     if obstacles and (not is_open or differing_shapes(final)):
         raise ExportError(f"{another_model(name, obstacles)}. {OTHER_FORMAT}")
     return obstacles
@@ -152,11 +152,11 @@ _HOOKS = (
 )
 
 
-def emptied(model: nn.Module) -> nn.Module:
+def empty_copy(model: nn.Module) -> nn.Module:
     """A copy without quantizers and without values, of a model that only its own code can build.
 
-    Its parameters are whole and plain, also where those of the model are sharded, and hooks of a training engine stay
-    behind.
+    Its parameters are plain and of full shape, also where those of the model are sharded; hooks of a training engine
+    are not copied.
     """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty(shape_of(p), dtype=p.dtype), requires_grad=False)
@@ -167,7 +167,7 @@ def emptied(model: nn.Module) -> nn.Module:
             hooks = vars(module).get(kind)
             if hooks:
                 memo[id(hooks)] = type(hooks)(
-                    (k, hook) for k, hook in hooks.items() if not _is_of_training(hook)
+                    (k, hook) for k, hook in hooks.items() if not _is_training_hook(hook)
                 )
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
@@ -178,12 +178,12 @@ def emptied(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _is_of_training(hook: Any) -> bool:
+def _is_training_hook(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # a functools.partial has its function's
     return str(getattr(function, "__module__", "")).startswith(("deepspeed.", "ds_compress."))
 
 
-def is_of_transformers(model: nn.Module) -> bool:
+def is_hf_model(model: nn.Module) -> bool:
     """Whether it has a config that could rebuild it."""
     return hasattr(getattr(model, "config", None), "to_diff_dict")
 

@@ -1,4 +1,4 @@
-"""Layers that run as one kernel: an activation behind a product, and products that share their input.
+"""Layers that run as one kernel: an activation behind a linear layer, and linear layers that share their input.
 
 Both compute what the separate layers do. Patterns are attributes of one module, by the names that transformers uses;
 `export` checks the loaded, fused model, and `tests/zoo` every architecture fused against not fused.
@@ -39,7 +39,7 @@ def fuse(model: nn.Module) -> None:
             _fuse_activation(module, product, activation)
         if not any(word in name.lower() for word in _OTHER_INPUTS):
             for members in _SHARING:
-                _fuse_products(module, members)
+                _fuse_linears(module, members)
 
 
 def _fuse_activation(module: nn.Module, product: str, activation: str) -> None:
@@ -71,8 +71,8 @@ def _word_for(activation: Any) -> str:
     return names.get(type(activation).__name__, "")
 
 
-class _Together:
-    """Several Int8Linear with one input as one product; remembers the last result until all have taken their part."""
+class _FusedLinear:
+    """Several Int8Linear with one input as one matrix product; holds the result until each has taken its part."""
 
     def __init__(self, members: list[Int8Linear]) -> None:
         first = members[0]
@@ -97,10 +97,10 @@ class _Together:
         return last[1][number]
 
 
-class PartOfProduct(nn.Module):
-    """One of the layers that `_Together` computes."""
+class FusedPart(nn.Module):
+    """One of the layers that a `_FusedLinear` computes."""
 
-    def __init__(self, together: _Together, number: int, layer: Int8Linear) -> None:
+    def __init__(self, together: _FusedLinear, number: int, layer: Int8Linear) -> None:
         super().__init__()
         self._together, self._number = together, number
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -115,17 +115,17 @@ class PartOfProduct(nn.Module):
         return self._together.part(input, self._number)
 
 
-def _fuse_products(module: nn.Module, names: tuple[str, ...]) -> None:
+def _fuse_linears(module: nn.Module, names: tuple[str, ...]) -> None:
     members = [module._modules.get(name) for name in names]
     layers = [member for member in members if type(member) is Int8Linear]
-    if len(layers) != len(names) or not _alike(layers):
+    if len(layers) != len(names) or not _can_fuse(layers):
         return
-    together = _Together(layers)
+    together = _FusedLinear(layers)
     for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        module._modules[name] = PartOfProduct(together, number, layer)
+        module._modules[name] = FusedPart(together, number, layer)
 
 
-def _alike(layers: list[Int8Linear]) -> bool:
+def _can_fuse(layers: list[Int8Linear]) -> bool:
     first = layers[0]
 
     def same_scale(layer: Int8Linear) -> bool:

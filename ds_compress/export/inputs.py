@@ -1,4 +1,4 @@
-"""Small fixed inputs that any model of transformers takes, and what it answers."""
+"""Small fixed inputs for any model of transformers, and the logits that it gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Two random sequences (the second with three masked tokens), images or spectrograms.
 
     Raises:
-        ExportError: nothing is known of what the model takes.
+        ExportError: the inputs of the model are not known.
     """
     try:
         return _example_inputs(model)
@@ -44,8 +44,8 @@ def unknown_inputs(model: nn.Module) -> str:
     """A sentence for errors: the user has to say what the model takes."""
     taken = ", ".join(inspect.signature(model.forward).parameters)
     return (
-        f"no inputs for a {type(model).__name__} could be made up: pass inputs={{name: tensor}} to check it with (its "
-        f"forward takes {taken}), or check=False"
+        f"no inputs for a {type(model).__name__} could be generated: pass inputs={{name: tensor}} to check it with "
+        f"(its forward takes {taken}), or check=False"
     )
 
 

@@ -36,7 +36,7 @@ def from_pretrained(
         folder: with `ds_compress.json`.
         model: a new instance to load into, for models that transformers cannot build from `config.json`.
         fused: whether layers that share an input or feed an activation run as one kernel.
-        activations: False leaves inputs as they are and computes in floats, with the same values of weights.
+        activations: False does not quantize inputs and computes in floats, with the same values of weights.
 
     Raises:
         ExportError: the folder is incomplete, or of another format.
@@ -81,7 +81,7 @@ def serve(
 
 
 class Stored:
-    """Tensors by name, from one file or several. Of a weight that is stored in codes there is none of its own name.
+    """Tensors by name, from one file or several. A weight that is stored in integers is not among them.
 
     renamed: the name in the files for that of a module, where they differ.
     """
@@ -97,8 +97,8 @@ class Stored:
         for file in files:
             if not (folder / file).exists():
                 raise ExportError(f"{folder} lacks {file}: the export is incomplete")
-            with safe_open(folder / file, framework="pt") as load_source:
-                self._where |= dict.fromkeys(load_source.keys(), folder / file)
+            with safe_open(folder / file, framework="pt") as opened:
+                self._where |= dict.fromkeys(opened.keys(), folder / file)
         self._by_module: dict[str, list[str]] = {}
         for name in self._where:
             self._by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -107,8 +107,8 @@ class Stored:
         """By local name."""
         found = {}
         for name in self._by_module.get(self._renamed(module) if self._renamed else module, ()):
-            with safe_open(self._where[name], framework="pt") as load_source:
-                found[name.rpartition(".")[2]] = load_source.get_tensor(name)
+            with safe_open(self._where[name], framework="pt") as opened:
+                found[name.rpartition(".")[2]] = opened.get_tensor(name)
         if any(name in found for name in INSTEAD_OF_WEIGHT):
             found.pop("weight", None)
             if (values := found.pop(PLAIN_VALUES, None)) is not None:
@@ -117,7 +117,7 @@ class Stored:
 
 
 def meta_model(folder: Path, model_class: str) -> nn.Module:
-    """The stock class without weights; buffers are computed, as they are not all stored."""
+    """The vanilla HF class without weights; buffers are computed, as they are not all stored."""
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
@@ -134,7 +134,7 @@ def meta_model(folder: Path, model_class: str) -> nn.Module:
 
 
 def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
-    """Sets parameters (floats as fp32) and buffers by local name, whatever their size was."""
+    """Sets parameters (floats as fp32) and buffers by local name, whatever their size is."""
     for name, tensor in stored.items():
         if name in module._parameters:
             is_whole = tensor.is_floating_point()

@@ -1,4 +1,4 @@
-"""What a loaded model holds: fingerprints of its floats, scales of its static inputs."""
+"""The tensors of a loaded model: fingerprints of its floats, and scales of its static inputs."""
 
 from __future__ import annotations
 

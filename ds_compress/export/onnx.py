@@ -1,8 +1,8 @@
-"""`onnx`: quantize/dequantize pairs around the products of an encoder, for onnxruntime and its relatives.
+"""`onnx`: quantize/dequantize pairs around the linear layers of an encoder, for onnxruntime and other runtimes.
 
-The float model is exported, and each weight that has codes is replaced by them with a DequantizeLinear (int4 where
-4 bits suffice); a static input range becomes QuantizeLinear and DequantizeLinear. Per-token ranges have no operator:
-such inputs stay floats, which the report says. Tables with one scale per row are looked up as codes.
+The float model is exported, and each quantized weight is replaced by its integers with a DequantizeLinear (int4 where
+4 bits suffice); a static input range becomes QuantizeLinear and DequantizeLinear. Per-token scales have no operator:
+such inputs stay floats, which the report notes. Tables with one scale per row are looked up as integers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.attributes import restore, unsaid
-from ds_compress.export.format import OTHER_FORMAT, Format, emptied, is_of_transformers
+from ds_compress.export.attributes import attribute_overrides, restore
+from ds_compress.export.format import OTHER_FORMAT, Format, empty_copy, is_hf_model
 from ds_compress.export.inputs import example_inputs
 from ds_compress.export.load import fill, meta_model
 from ds_compress.export.quantized_matrix import quantize_rows
@@ -40,15 +40,15 @@ class OnnxFormat(Format):
 
     layers: list[Layer] = field(default_factory=list)
 
-    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
+    def check_source(self, source: ExportSource, final: nn.Module) -> None:
         try:
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ExportError(f'format "onnx" needs {error.name}: pip install "ds_compress[onnx]"') from error
-        if generates(trained.model):
-            kind = type(trained.model).__name__
+        if generates(source.model):
+            kind = type(source.model).__name__
             raise ExportError(
                 f'format "onnx" is for encoders, and a {kind} generates, with a cache; {OTHER_FORMAT}'
             )
@@ -84,7 +84,7 @@ class OnnxFormat(Format):
 
     @torch.no_grad()
     def finish(
-        self, folder: Path, trained: ExportSource, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
+        self, folder: Path, source: ExportSource, final: nn.Module, inputs: Mapping[str, torch.Tensor] | None
     ) -> None:
         from ds_compress.export.onnx_graph import quantize_graph
 
@@ -93,7 +93,7 @@ class OnnxFormat(Format):
         unquantized = quantize_graph(graph, [layer for layer in self.layers if layer.quantized is not None])
         if unquantized:
             raise ExportError(
-                f"{unquantized[0]}: its product was not found in the exported graph; {OTHER_FORMAT}"
+                f"{unquantized[0]}: its node was not found in the exported graph; {OTHER_FORMAT}"
             )
         import onnx
 
@@ -101,11 +101,11 @@ class OnnxFormat(Format):
         onnx.checker.check_model(str(folder / FILE_NAME))
 
     def _float_model(self, folder: Path, final: nn.Module) -> nn.Module:
-        if is_of_transformers(final):
+        if is_hf_model(final):
             model = meta_model(folder, type(final).__name__)
-            restore(model, unsaid(final, json_config(folder, final)))
+            restore(model, attribute_overrides(final, json_config(folder, final)))
         else:
-            model = emptied(final)
+            model = empty_copy(final)
         for layer in self.layers:
             values = dict(layer.tensors)
             if layer.quantized is not None:
@@ -120,7 +120,7 @@ class OnnxFormat(Format):
 
 
 class _Affine(nn.Module):
-    """What a BatchNorm2d computes in a trained model."""
+    """A BatchNorm2d of a trained model."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _Affine(nn.Module):
 
 
 def _keep_normalizations(model: nn.Module) -> None:
-    """The exporter would multiply a BatchNorm into the convolution before it, whose codes are then lost."""
+    """The exporter would fold a BatchNorm into the convolution before it, which would then not be quantized."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d) and child.running_mean is not None:
@@ -157,7 +157,7 @@ def json_config(folder: Path, final: nn.Module) -> Any:
 
 
 class _Positional(nn.Module):
-    """The exporter wants positions, and one tensor back."""
+    """The exporter needs positional arguments, and one tensor as the result."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()

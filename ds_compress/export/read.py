@@ -1,4 +1,4 @@
-"""The modules of a trained model, one by one, as what is to be stored of them."""
+"""The modules of a trained model, one by one, as what an export stores of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 
 @dataclass(frozen=True)
 class InputScheme:
-    """How a layer's input is quantized when it is served; input_range: fp32 (min, max) of a static grid."""
+    """How a layer's input is quantized in inference; input_range: fp32 (min, max) of a static grid."""
 
     grid: ActivationGrid
     input_range: torch.Tensor | None = None
@@ -50,9 +50,9 @@ class InputScheme:
 class Layer:
     """What one module stores.
 
-    name: after the cut, if there is one. encoded: its weight, where that is quantized. tensors: everything else by
-    its name in the module; CPU. ties: those that are the tensors of an earlier module, by that one's full name.
-    split_from: the tied weight's other name where only one of its users quantizes it, so that it has two values.
+    name: after pruning. quantized: its weight, where that is quantized. tensors: everything else by its name in the
+    module; CPU. ties: those that are tensors of an earlier module, by their full name there. split_from: the tied
+    weight's other name where only one of its layers quantizes it, so that it has two values.
     """
 
     name: str
@@ -67,21 +67,21 @@ class Layer:
         return f"{self.name}.{name}" if self.name else name
 
 
-def read_layers(trained: ExportSource) -> Generator[Layer, None, ExportError | None]:
+def read_layers(source: ExportSource) -> Generator[Layer, None, ExportError | None]:
     """Every module that stores something. A collective where weights are sharded.
 
-    In processes that do not write, the layers are empty. Goes through all modules whatever happens, because other
-    processes do, and returns the first failure, named by its module: a weight that has no integers.
+    In processes that do not write, the layers are empty. Iterates over all modules whatever happens, because other
+    processes do, and returns the first failure, with the name of its module: a weight that has no integers.
     """
     failure: ExportError | None = None
     seen: dict[int, tuple[str, tuple[Any, ...]]] = {}
-    tied = _with_several_users(trained.model)
-    for name, module in trained.modules():
-        if not trained.writes:
+    tied = _with_several_users(source.model)
+    for name, module in source.modules():
+        if not source.writes:
             yield Layer(name, None)
         elif failure is None:
             try:
-                layer = _read(trained, name, module, seen, tied)
+                layer = _read(source, name, module, seen, tied)
             except (ExportError, ValueError) as error:
                 failure = error if isinstance(error, ExportError) else ExportError(f"{name}: {error}")
                 continue
@@ -91,13 +91,13 @@ def read_layers(trained: ExportSource) -> Generator[Layer, None, ExportError | N
 
 
 def _read(
-    trained: ExportSource,
+    source: ExportSource,
     name: str,
     module: nn.Module,
     seen: dict[int, tuple[str, tuple[Any, ...]]],
     tied: set[int],
 ) -> Layer | None:
-    pruning_plan = trained.pruning_plan
+    pruning_plan = source.pruning_plan
 
     def cut(full: str) -> Callable[[torch.Tensor], torch.Tensor]:
         return (
@@ -129,7 +129,7 @@ def _read(
                 if how == how_first and not split_from:
                     ties[local] = first if pruning_plan is None else str(pruning_plan.renamed(first))
                     continue
-                # What goes with it (BERT's decoder and its bias) is untied together.
+                # Its other tensors (BERT's decoder has a tied bias, too) are untied with it.
                 split_from = split_from or first
         if is_quantized and fake_quant is not None:
             used = step_size if fake_quant.grid.learned else None

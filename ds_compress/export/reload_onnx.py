@@ -1,4 +1,4 @@
-"""`reload_stock`, for `model.onnx`: onnxruntime runs it. Started as a script; knows nothing of us, or of transformers.
+"""`reload_vanilla_hf`, for `model.onnx`: onnxruntime runs it. A script without ds_compress and transformers.
 
 python -P reload_onnx.py REQUESTS.json
 """

@@ -1,4 +1,4 @@
-"""`reload_stock`, for folders of the `torch` format: `ds_compress.from_pretrained` loads them.
+"""`reload_vanilla_hf`, for folders of the `torch` format: `ds_compress.from_pretrained` loads them.
 
 python -m ds_compress.export.reload_ours REQUESTS.json
 """
@@ -25,7 +25,7 @@ def main() -> None:
         tensors: dict[str, torch.Tensor] = {}
         try:
             inputs = load_file(request["inputs"])
-            # The same codes as floats: without the rounding of activations, any difference is a mistake.
+            # The same weights as floats: without the rounding of activations, any difference is an error.
             exact = from_pretrained(request["folder"], fused=False, activations=False)
             tensors["exact_logits"] = run(exact, inputs)
             fingerprints = fingerprints_of(exact)

@@ -1,6 +1,6 @@
-"""Loads exported folders as anybody would, and runs each on given inputs. Started as a script; knows nothing of us.
+"""Loads exported folders with vanilla HF transformers, and runs each on given inputs. A script without ds_compress.
 
-    python -P reload_stock.py REQUESTS.json
+    python -P reload_vanilla_hf.py REQUESTS.json
 
 REQUESTS: a list of {"folder", "class", "inputs", "outputs"}; inputs and outputs are safetensors files. Written are
 `logits`, and `exact_logits` with no activation quantized; as metadata the fingerprints of what was loaded, and the
@@ -59,7 +59,7 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
     for module in model.modules():
         module.quantization_enabled = False
     found["exact_logits"] = logits(model, inputs)
-    # After a forward, which decodes what was compressed.
+    # After a forward, which dequantizes the compressed weights.
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return found, {name: fingerprint(value) for name, value in held if value.is_floating_point()}
 

@@ -1,4 +1,4 @@
-"""What an export did and how it was checked: `ds_compress.json` beside the weights."""
+"""The report of an export and of its check: `ds_compress.json` beside the weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
 
 @dataclass
 class ExportReport:
-    """bytes: of the weight files; dense_bytes: of the parameters that the model had when training began, before any
-    cut, in fp32; ratio: how many times smaller. nonzeros: of the parameters that are left. modules: how each module
-    that holds parameters is stored. steps: optimizer steps that the training had applied, if known.
-    check: how the folder was loaded and how far its logits are from the trained model's; empty without a check.
+    """bytes: of the weight files. dense_bytes: of the parameters of the model at the start of training, before any
+    pruning, in fp32. ratio: how many times smaller. nonzeros: of the parameters that are left. modules: how each module
+    with parameters is stored. steps: optimizer steps that the training had applied, if known. check: how the folder was
+    loaded, and the difference of its logits from the trained model's; empty without a check.
     """
 
     folder: str

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.attributes import reshaped, unsaid
+from ds_compress.export.attributes import attribute_overrides, shape_overrides
 from ds_compress.export.check import Answer
 from ds_compress.export.fingerprint import fingerprint
-from ds_compress.export.format import Format, emptied
+from ds_compress.export.format import Format, empty_copy
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
@@ -46,18 +46,21 @@ class ServingFormat(Format):
     loads_in_vanilla_hf: ClassVar[bool] = False
     loader: ClassVar[str] = "ours"
 
-    unsaid: dict[str, dict[str, float]] = field(default_factory=dict)
-    reshaped: dict[str, list[int]] = field(default_factory=dict)
+    attribute_overrides: dict[str, dict[str, float]] = field(default_factory=dict)
+    shape_overrides: dict[str, list[int]] = field(default_factory=dict)
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def check_source(self, trained: ExportSource, final: nn.Module) -> None:
-        if trained.config is not None:
-            self.unsaid, self.reshaped = unsaid(final, final.config), reshaped(final, final.config)
+    def check_source(self, source: ExportSource, final: nn.Module) -> None:
+        if source.config is not None:
+            self.attribute_overrides, self.shape_overrides = (
+                attribute_overrides(final, final.config),
+                shape_overrides(final, final.config),
+            )
         if self.options.embeddings not in (None, "int8", "float"):
             raise ExportError(f'embeddings is "int8" or "float", got {self.options.embeddings!r}')
-        if trained.config is None:
+        if source.config is None:
             self.note("no config: load it with ds_compress.from_pretrained(folder, model=<a new instance>)")
 
     def reload_here(
@@ -67,12 +70,12 @@ class ServingFormat(Format):
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
 
-        exact = from_pretrained(folder, emptied(final), fused=False, activations=False)
+        exact = from_pretrained(folder, empty_copy(final), fused=False, activations=False)
         fingerprints = fingerprints_of(exact)
-        served = from_pretrained(folder, emptied(final), fused=False)
+        served = from_pretrained(folder, empty_copy(final), fused=False)
         fingerprints |= {name: fingerprint(scale) for name, scale in input_scales(served).items()}
         logits = {
-            "logits": run(from_pretrained(folder, emptied(final)), inputs),
+            "logits": run(from_pretrained(folder, empty_copy(final)), inputs),
             "exact_logits": run(exact, inputs),
         }
         loaded = "ds_compress.from_pretrained(model=), in the process that wrote it"
@@ -88,7 +91,7 @@ class ServingFormat(Format):
             self.rounded[layer.full("weight")] = quantized.dequantize()
             self.note("embeddings that were not trained in integers are rounded to int8, one scale per row")
         scheme: dict[str, Any] = {}
-        if self.unsaid and quantized is None and "weight" in layer.tensors and not self.schemes:
+        if self.attribute_overrides and quantized is None and "weight" in layer.tensors and not self.schemes:
             # Nothing else would keep transformers from loading a model without these numbers.
             stored[layer.full(PLAIN_VALUES)] = stored.pop(layer.full("weight"))
             scheme["plain"] = True
@@ -112,13 +115,13 @@ class ServingFormat(Format):
         return stored
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
-        if not self.schemes and not self.unsaid and not self.reshaped:
+        if not self.schemes and not self.attribute_overrides and not self.shape_overrides:
             return {}
         return {
             "quantization_config": {
                 "quant_method": QUANT_METHOD,
                 "modules": self.schemes,
-                "attributes": self.unsaid,
-                "shapes": self.reshaped,
+                "attributes": self.attribute_overrides,
+                "shapes": self.shape_overrides,
             }
         }

@@ -1,4 +1,4 @@
-"""Safetensors files of bounded size, written while tensors come."""
+"""Safetensors files of bounded size, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULT_SHARD_BYTES = 2 * 2**30
 
 
 class ShardWriter:
-    """Keeps at most one shard in memory; `close` gives the files their names, as transformers expects them."""
+    """Holds at most one shard in memory; `close` renames the files as transformers expects them."""
 
     def __init__(self, folder: Path, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class ShardWriter:
         self.total_bytes += tensor.nbytes
 
     def close(self) -> None:
-        """Writes what is left, and the index where there are several files."""
+        """Writes the last shard, and the index where there are several files."""
         if self._waiting or not self._files:
             self._flush()
         count = len(self._files)

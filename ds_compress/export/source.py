@@ -1,4 +1,4 @@
-"""A trained model to export, wherever its weights are; the engine package opens sharded ones."""
+"""A trained model to export, wherever its weights are; sources of sharded models are made by the engine package."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ def _itself(value: Any) -> Any:
 
 @dataclass
 class ExportSource:
-    """model: for its modules, quantizers and config; its parameters may be in other places.
+    """model: for its modules, quantizers and config; its parameters may be sharded.
 
-    modules: (name, module) of every module, whose own parameters are whole until the next one is asked for. A
-    collective where weights are sharded, as are `logits` and `broadcast_error`: every process runs through all of it.
-    writes: whether this process writes; the others only take part. cuts: structures that are masked, and must go.
-    agree: raises, in every process, the failure that the writing one had. logits: of the model as it was trained.
-    changed: a context in which parameters have other values, by name. steps: applied optimizer steps, if known.
-    export_to: the format that the training's block names.
-    parameters: of the model that the training began with, if known. tokenizer: that of a Trainer. share: gives every
-    process what the writing one has.
+    modules: yields (name, module) of every module, whose own parameters are gathered until the next one. A collective
+    where weights are sharded, as is `broadcast_error`: every process iterates over all of it. writes: whether this
+    process writes. pruning_plan: masked units, which the export removes. broadcast_error: raises, in every process, the
+    error of the writing one. changed: a context in which parameters have other values, by name. steps: applied
+    optimizer steps, if known. export_to: the format that the block names. parameters: of the model at the start of
+    training, if known. tokenizer: that of a Trainer. share: broadcasts an object of the writing process. description:
+    what the source is, for the report.
     """
 
     model: nn.Module
@@ -62,7 +61,7 @@ class ExportSource:
 
 
 def of_module(model: nn.Module) -> ExportSource:
-    """A model that is whole in this process."""
+    """A model that is not sharded."""
 
     @contextlib.contextmanager
     def changed(values: Mapping[str, torch.Tensor]) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Whether stock transformers would load packed weights of a model class, found out by letting it, without weights."""
+"""Whether vanilla HF transformers loads packed weights of a model class: tried, without weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied: bool = False) -> bool:
-    """Whether `from_pretrained` gets through with this `quantization_config`, on the meta device.
+    """Whether `from_pretrained` succeeds with this `quantization_config`, on the meta device.
 
     Classes whose initialisation reads the weight of a layer (T5's scales it by its width) fail where packing has
     put another tensor in its place, and so do those with a tied head that is packed.
@@ -37,7 +37,7 @@ def loads_with(model: nn.Module, quantization_config: Mapping[str, Any], untied:
     except Exception:  # as many kinds of errors as model classes
         return False
     finally:
-        # compressed-tensors would share the work with processes that are not here.
+        # compressed-tensors would divide the work among processes that do not take part.
         torch.distributed.is_initialized = is_initialized
         # Under ZeRO-3 transformers would partition the model.
         integration._hf_deepspeed_config_weak_ref = reference

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
-from ds_compress.export.attributes import fresh, unsaid
+from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors import CompressedTensorsFormat
 from ds_compress.export.exact import in_fp32, is_sharded
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
@@ -56,7 +56,7 @@ def register_format(format: type[Format]) -> None:
 
 @torch.no_grad()
 def write_export(
-    trained: ExportSource,
+    source: ExportSource,
     out_dir: str | PathLike[str],
     format: str | None,
     options: Options,
@@ -72,23 +72,23 @@ def write_export(
     failure: BaseException | None = None
     unfinished = None
     try:
-        if trained.writes:
+        if source.writes:
             if out.exists() and not overwrite and not _is_empty_folder(out):
                 raise ExportError(f"{out} exists: give another folder, or overwrite=True")
             unfinished = UnfinishedFolder(out).__enter__()
     except (OSError, ExportError) as error:
         failure = error
     try:
-        trained.broadcast_error(failure)
-        job = _Export(trained, format, options, inputs, check)
+        source.broadcast_error(failure)
+        job = _Export(source, format, options, inputs, check)
         job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
         try:
             if unfinished is not None:
                 unfinished.finish()
         except OSError as error:
             failure = error
-        trained.broadcast_error(failure)
-        report: ExportReport = trained.share(job.report)
+        source.broadcast_error(failure)
+        report: ExportReport = source.share(job.report)
         return report
     finally:
         if unfinished is not None:
@@ -100,65 +100,65 @@ class _Export:
 
     def __init__(
         self,
-        trained: ExportSource,
+        source: ExportSource,
         format: str | None,
         options: Options,
         inputs: Mapping[str, torch.Tensor] | None,
         check: bool,
     ) -> None:
-        self.trained = trained
-        if has_adapters(trained.model):
+        self.source = source
+        if has_adapters(source.model):
             raise ExportError(
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
                 "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
             )
-        usual = "compressed-tensors" if is_quantized(trained.model) or options.scheme else "hf"
-        name = format or trained.export_to or usual
+        usual = "compressed-tensors" if is_quantized(source.model) or options.scheme else "hf"
+        name = format or source.export_to or usual
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
-        self.format = FORMATS[name](options, trained_dtype=_dtype(trained.model), checked=check)
-        self.final = _after_cuts(trained)
-        self.format.check_source(trained, self.final)
-        self.given = None if inputs is None else checked_inputs(trained.model, inputs)
-        self.inputs = (self.given or example_inputs(trained.model)) if check else None
+        self.format = FORMATS[name](options, trained_dtype=_dtype(source.model), checked=check)
+        self.final = _after_cuts(source)
+        self.format.check_source(source, self.final)
+        self.given = None if inputs is None else checked_inputs(source.model, inputs)
+        self.inputs = (self.given or example_inputs(source.model)) if check else None
         self.masked: list[str] = []
         self.fingerprints: dict[str, Fingerprint] = {}
-        self.report = ExportReport("", name, _class_name(trained.model), trained.description)
+        self.report = ExportReport("", name, _class_name(source.model), source.description)
 
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
-        trained, report = self.trained, self.report
+        source, report = self.source, self.report
         report.folder = str(out)
-        report.steps = trained.steps
-        report.dense_bytes = 4 * (trained.parameters or sum(_sizes(trained.model)))
+        report.steps = source.steps
+        report.dense_bytes = 4 * (source.parameters or sum(_sizes(source.model)))
         failure: BaseException | None = None
         try:
-            if trained.writes:
+            if source.writes:
                 self._write_config(folder)
-                save_tokenizer(tokenizer or trained.tokenizer, folder)
+                save_tokenizer(tokenizer or source.tokenizer, folder)
         except Exception as error:
             failure = error
         failure = failure or self._write_tensors(folder, shard_bytes)
-        trained.broadcast_error(failure)
+        source.broadcast_error(failure)
         # The model runs in every process; only one compares.
         expected = self._expected()
         failure = None
         try:
-            if trained.writes:
+            if source.writes:
                 self._finish(folder, expected)
         except Exception as error:
             failure = (
                 error if isinstance(error, ExportError) else ExportError(f"{type(error).__name__}: {error}")
             )
-        trained.broadcast_error(failure)
+        source.broadcast_error(failure)
 
     def _write_tensors(self, folder: Path, shard_bytes: int) -> BaseException | None:
         failure: BaseException | None = None
         writer = ShardWriter(folder, shard_bytes)
-        reading = read_layers(self.trained)
+        reading = read_layers(self.source)
         while True:
             try:
                 layer = next(reading)
-                if self.trained.writes and failure is None:
+                if self.source.writes and failure is None:
                     stored = self.format.tensors(layer)
                     for name, tensor in stored.items():
                         writer.add(name, tensor)
@@ -172,7 +172,7 @@ class _Export:
             except (ExportError, OSError, ValueError) as error:
                 # Other processes go through all modules, and wait for this one at each.
                 failure = error
-        if self.trained.writes and failure is None and self.format.has_shards:
+        if self.source.writes and failure is None and self.format.has_shards:
             writer.close()
         return failure
 
@@ -196,7 +196,7 @@ class _Export:
             self.fingerprints[layer.full("input_scale")] = fingerprint(scale)
 
     def _write_config(self, folder: Path) -> None:
-        config = self.trained.config
+        config = self.source.config
         if config is None:
             return
         written: Any = copy.deepcopy(self.final.config)
@@ -204,9 +204,9 @@ class _Export:
             "ds_compress", None
         )  # for folders that are not exported: see engine.checkpoint.origin
         written.architectures = [self.report.model_class]
-        written.dtype = self.format.loaded_dtype(_dtype(self.trained.model))
+        written.dtype = self.format.loaded_dtype(_dtype(self.source.model))
         written.save_pretrained(folder)
-        model: Any = self.trained.model
+        model: Any = self.source.model
         generation = getattr(model, "generation_config", None)
         if generation is not None and model.can_generate():
             generation.save_pretrained(folder)
@@ -222,19 +222,19 @@ class _Export:
                     f"the model does not run on inputs=: {type(error).__name__}: {error}"
                 ) from error
             raise ExportError(
-                f"{unknown_inputs(self.trained.model)} ({type(error).__name__}: {error})"
+                f"{unknown_inputs(self.source.model)} ({type(error).__name__}: {error})"
             ) from error
 
     def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
-        model, stored = self.trained.model, self.format.options.dtype
-        with in_fp32(model, stored), self.trained.changed(self.format.rounded):
+        model, stored = self.source.model, self.format.options.dtype
+        with in_fp32(model, stored), self.source.changed(self.format.rounded):
             logits = run(model, inputs, torch.float32)
             with exact_activations(model):
                 exact = run(model, inputs, torch.float32)
         rounding = 0.0
         if is_sharded(model) and _dtype(model) is not torch.float32:
             # A module may ask for the dtype of weights before they are converted, and round what it gives them.
-            with self.trained.changed(self.format.rounded), exact_activations(model):
+            with self.source.changed(self.format.rounded), exact_activations(model):
                 rounding = float((run(model, inputs) - exact).abs().max())
         return checking.Expected(
             inputs,
@@ -249,22 +249,22 @@ class _Export:
 
     def _rounded_to(self) -> torch.dtype:
         """The dtype to which the export rounds what the trained model was not given to compute with."""
-        format, dtype = self.format, _dtype(self.trained.model)
-        if format.rounded and is_sharded(self.trained.model):
+        format, dtype = self.format, _dtype(self.source.model)
+        if format.rounded and is_sharded(self.source.model):
             return dtype
         loaded = format.options.dtype or dtype
-        is_rounded = format.name == "hf" and is_quantized(self.trained.model)
+        is_rounded = format.name == "hf" and is_quantized(self.source.model)
         return loaded if is_rounded or (format.options.dtype and self._quantizes_tables()) else torch.float32
 
     def _quantizes_tables(self) -> bool:
         return any(
-            isinstance(m, nn.Embedding) and layers.fake_quant_of(m) for m in self.trained.model.modules()
+            isinstance(m, nn.Embedding) and layers.fake_quant_of(m) for m in self.source.model.modules()
         )
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
         self._add_config_entries(folder)
-        self.format.finish(folder, self.trained, self.final, self.inputs or self.given)
+        self.format.finish(folder, self.source, self.final, self.inputs or self.given)
         for name, stored in self.format.schemes.items():
             report.modules.setdefault(name, {})["scheme"] = stored
         report.notes = self.format.notes + _sparsity_notes(report)
@@ -273,8 +273,8 @@ class _Export:
                 f"whole rows or columns of {self.masked[0]} are zero ({len(self.masked)} layers in all): units that "
                 "were masked and not removed; ds_compress.finalize removes them"
             )
-        if self.trained.config is not None and self.format.name == "torch":
-            report.attributes = unsaid(self.final, self.final.config)
+        if self.source.config is not None and self.format.name == "torch":
+            report.attributes = attribute_overrides(self.final, self.final.config)
         report.versions = versions()
         report.write(folder)
         if expected is not None:
@@ -282,16 +282,16 @@ class _Export:
             try:
                 report.check = checking.verdict(expected, answer)
             except ExportError as error:
-                suspect = self._suspect()
+                suspect = self._likely_cause()
                 raise ExportError(f"{suspect}{error}{')' if suspect.endswith('(') else ''}") from error
-            if self.format.doubts:
-                report.notes.append(f"{'; '.join(self.format.doubts)}: logits are the same")
+            if self.format.differences:
+                report.notes.append(f"{'; '.join(self.format.differences)}: logits are the same")
             report.write(folder)
 
-    def _suspect(self) -> str:
+    def _likely_cause(self) -> str:
         """What the export did that not every model class takes."""
-        if self.format.doubts:
-            return f"{another_model(self.format.name, self.format.doubts)}. {OTHER_FORMAT} ("
+        if self.format.differences:
+            return f"{another_model(self.format.name, self.format.differences)}. {OTHER_FORMAT} ("
         if not self.format.untied or not self.format.loads_in_vanilla_hf:
             return ""
         return (
@@ -307,7 +307,7 @@ class _Export:
         return checking.reload([request])[0]
 
     def _add_config_entries(self, folder: Path) -> None:
-        if self.trained.config is None:
+        if self.source.config is None:
             return
         entries = self.format.config_entries(self.final)
         if not entries:
@@ -331,15 +331,15 @@ def is_quantized(model: nn.Module) -> bool:
     )
 
 
-def _after_cuts(trained: ExportSource) -> nn.Module:
-    pruning_plan = trained.pruning_plan
+def _after_cuts(source: ExportSource) -> nn.Module:
+    pruning_plan = source.pruning_plan
     if pruning_plan is None or not pruning_plan.active():
-        return trained.model
-    if trained.config is None:
+        return source.model
+    if source.config is None:
         raise ExportError(
             "structures are masked and the model has no config: export what ds_compress.finalize returns"
         )
-    meta_model = fresh(type(trained.model), trained.config)
+    meta_model = built_from_config(type(source.model), source.config)
     apply_pruning(meta_model, pruning_plan, meta=True)
     return meta_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_compress.export.fuse import PartOfProduct, fuse
+from ds_compress.export.fuse import FusedPart, fuse
 from ds_compress.export.serve import Int8Linear
 
 
@@ -44,7 +44,7 @@ def fused(*layers: Int8Linear) -> Attention:
 
 
 def is_fused(attention: Attention) -> bool:
-    return isinstance(attention.q_proj, PartOfProduct)
+    return isinstance(attention.q_proj, FusedPart)
 
 
 @pytest.mark.parametrize("bias", [True, False])
