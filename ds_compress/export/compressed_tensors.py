@@ -135,7 +135,7 @@ class CompressedTensorsFormat(Format):
         if in_bytes:
             if quantized.bits < _INT8:
                 self.note(
-                    "each value takes a byte: the initialisation of this model class reads the weights that packing "
+                    "values take a byte each: the initialisation of this model class reads the weights that packing "
                     f"would replace; {OTHER_FORMAT} in fewer bits"
                 )
             scheme["format"] = "int-quantized"
