@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -43,6 +44,29 @@ def ds_config(
     if block is not None:
         config["compression_training"] = block
     return config
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """One of DeepSpeed's optimizer wrappers. zero, extra: keys of the JSON. groups: two parameter groups."""
+
+    stage: int
+    dtype: str = "fp32"
+    zero: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    groups: bool = False
+
+    def config(self, block: dict[str, Any], **extra: Any) -> dict[str, Any]:
+        return ds_config(self.stage, block, self.dtype, self.zero, **self.extra, **extra)
+
+    def parameters(self, model: torch.nn.Module) -> Any:
+        """What `deepspeed.initialize` gets as model_parameters."""
+        if not self.groups:
+            return model.parameters()
+        return [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
 
 
 def batches(

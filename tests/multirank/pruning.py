@@ -10,48 +10,45 @@ import torch.distributed as dist
 
 import ds_compress  # noqa: F401  (registers)
 from tests.models import tiny_bert
-from tests.multirank.common import batches, ds_config, engine_of, full_weights, pruning_block, train
+from tests.multirank.common import Wrapper, batches, ds_config, engine_of, full_weights, pruning_block, train
 
 STAGES = (0, 1, 2, 3)
 
+# The names are for people; what they mean is in the blocks and in `Wrapper`.
 METHODS: dict[str, dict[str, Any]] = {
-    "l1": {},
-    "l1-cubic-global": {
-        "scope": "global",
-        "schedule_offset": 2,
-        "schedule_offset_end": 8,
-        "schedule_offset_stride": 2,
-    },
-    "l1-regrowth": {"regrowth": True, "scope": "group", "schedule_offset_end": 8},
-    "l1-4x3": {"pattern": "4x3", "scope": "global"},
-    "l1-2:4": {"pattern": "2:4"},
-    "topk": {},
-    "taylor-global": {"scope": "global", "schedule_offset_end": 8, "schedule_offset_stride": 3},
-    "movement": {"scope": "group"},
-    "snip_momentum-4x1": {"pattern": "4x1", "schedule_offset_end": 8, "schedule_offset_stride": 2},
-    "random": {"seed": 7},
+    "l1": pruning_block("l1"),
+    "l1-cubic-global": pruning_block(
+        "l1", scope="global", schedule_offset=2, schedule_offset_end=8, schedule_offset_stride=2
+    ),
+    "l1-regrowth": pruning_block("l1", regrowth=True, scope="group", schedule_offset_end=8),
+    "l1-4x3": pruning_block("l1", pattern="4x3", scope="global"),
+    "l1-2:4": pruning_block("l1", density=0.5, pattern="2:4"),
+    "topk": pruning_block("topk"),
+    "taylor-global": pruning_block("taylor", scope="global", schedule_offset_end=8, schedule_offset_stride=3),
+    "movement": pruning_block("movement", scope="group"),
+    "snip_momentum-4x1": pruning_block(
+        "snip_momentum", pattern="4x1", schedule_offset_end=8, schedule_offset_stride=2
+    ),
+    "random": pruning_block("random", seed=7),
 }
 
-WRAPPERS: dict[str, dict[str, Any]] = {
-    "fp32-0": {"stage": 0},
-    "bf16-0": {"stage": 0, "dtype": "bf16"},
-    "bf16-1": {"stage": 1, "dtype": "bf16"},
-    "bf16-1-BF16_Optimizer": {"stage": 1, "dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
-    "bf16-2-round-robin": {"stage": 2, "dtype": "bf16", "zero": {"round_robin_gradients": True}},
-    "bf16-2-offload": {"stage": 2, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
-    "fp32-2-offload": {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
-    "bf16-2-accumulate-clip": {
-        "stage": 2,
-        "dtype": "bf16",
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1.0,
-        "groups": True,
-    },
-    "bf16-3": {"stage": 3, "dtype": "bf16"},
-    "bf16-3-offload": {"stage": 3, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
-    "bf16-3-sub-groups": {"stage": 3, "dtype": "bf16", "zero": {"sub_group_size": 5000}},
-    "bf16-3-persistent": {"stage": 3, "dtype": "bf16", "zero": {"stage3_param_persistence_threshold": 4000}},
-    "fp32-3-groups": {"stage": 3, "groups": True, "gradient_clipping": 0.5},
+_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+WRAPPERS: dict[str, Wrapper] = {
+    "fp32-0": Wrapper(0),
+    "bf16-0": Wrapper(0, "bf16"),
+    "bf16-1": Wrapper(1, "bf16"),
+    "bf16-1-BF16_Optimizer": Wrapper(1, "bf16", extra={"data_types": {"grad_accum_dtype": "fp32"}}),
+    "bf16-2-round-robin": Wrapper(2, "bf16", {"round_robin_gradients": True}),
+    "bf16-2-offload": Wrapper(2, "bf16", _OFFLOAD),
+    "fp32-2-offload": Wrapper(2, zero=_OFFLOAD),
+    "bf16-2-accumulate-clip": Wrapper(
+        2, "bf16", extra={"gradient_accumulation_steps": 2, "gradient_clipping": 1.0}, groups=True
+    ),
+    "bf16-3": Wrapper(3, "bf16"),
+    "bf16-3-offload": Wrapper(3, "bf16", _OFFLOAD),
+    "bf16-3-sub-groups": Wrapper(3, "bf16", {"sub_group_size": 5000}),
+    "bf16-3-persistent": Wrapper(3, "bf16", {"stage3_param_persistence_threshold": 4000}),
+    "fp32-3-groups": Wrapper(3, extra={"gradient_clipping": 0.5}, groups=True),
 }
 
 
@@ -61,11 +58,9 @@ def masks_of_methods(
     """{(method, stage): final weights, losses, kept counts} of each pruning method on each ZeRO stage."""
     results = {}
     for name in methods:
-        shared = METHODS[name]
         for stage in stages:
-            block = pruning_block(name.split("-")[0], **({"density": 0.5} if ":" in name else {}), **shared)
             model = tiny_bert()
-            with engine_of(model, ds_config(stage, block)) as engine:
+            with engine_of(model, ds_config(stage, METHODS[name])) as engine:
                 losses = train(engine, batches(steps))
                 stage_object = engine.compression.techniques["sparse_pruning"]
                 results[name, stage] = {
@@ -95,18 +90,11 @@ def fifty_steps() -> dict[tuple[str, int], dict[str, Any]]:
 def wrappers(steps: int = 6) -> dict[str, dict[str, Any]]:
     """Each optimizer wrapper of DeepSpeed keeps exactly the density, at every step, in the 16-bit weights."""
     results = {}
-    for name, options in WRAPPERS.items():
-        options = dict(options)
+    for name, wrapper in WRAPPERS.items():
         model = tiny_bert()
-        parameters: Any = model.parameters()
-        if options.pop("groups", False):
-            parameters = [
-                {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-                {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-        config = ds_config(block=pruning_block(density=0.3), **options)
+        config = wrapper.config(pruning_block(density=0.3))
         accumulate = config.get("gradient_accumulation_steps", 1)
-        with engine_of(model, config, model_parameters=parameters) as engine:
+        with engine_of(model, config, model_parameters=wrapper.parameters(model)) as engine:
             kept = []
             targets = engine.compression.techniques["sparse_pruning"].targets
             for _ in range(steps):

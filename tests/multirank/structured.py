@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import ds_compress
 from tests.models import tiny_bert
-from tests.multirank.common import batches, ds_config, engine_of, train
+from tests.multirank.common import Wrapper, batches, ds_config, engine_of, train
 
 STAGES = (0, 1, 2, 3)
 
@@ -113,20 +113,17 @@ SHRINKING: dict[str, dict[str, Any]] = {
     },
     "rows+sparse+w8a8": {"row_pruning": shared(dense_ratio=0.5), **SPARSE, **QUANTIZED},
 }
-WRAPPERS: dict[str, dict[str, Any]] = {
-    "fp32-0": {"stage": 0},
-    "fp32-1": {"stage": 1},
-    "fp32-2": {"stage": 2},
-    "fp32-3": {"stage": 3},
-    "bf16-0": {"stage": 0, "dtype": "bf16"},
-    "bf16-1": {"stage": 1, "dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
-    "bf16-2-offload-groups": {
-        "stage": 2,
-        "dtype": "bf16",
-        "zero": {"offload_optimizer": {"device": "cpu"}, "round_robin_gradients": True},
-        "groups": True,
-    },
-    "bf16-3-sub-groups": {"stage": 3, "dtype": "bf16", "zero": {"sub_group_size": 5000}},
+WRAPPERS: dict[str, Wrapper] = {
+    "fp32-0": Wrapper(0),
+    "fp32-1": Wrapper(1),
+    "fp32-2": Wrapper(2),
+    "fp32-3": Wrapper(3),
+    "bf16-0": Wrapper(0, "bf16"),
+    "bf16-1": Wrapper(1, "bf16", extra={"data_types": {"grad_accum_dtype": "fp32"}}),
+    "bf16-2-offload-groups": Wrapper(
+        2, "bf16", {"offload_optimizer": {"device": "cpu"}, "round_robin_gradients": True}, groups=True
+    ),
+    "bf16-3-sub-groups": Wrapper(3, "bf16", {"sub_group_size": 5000}),
 }
 SCHEDULER = {
     "type": "WarmupLR",
@@ -134,24 +131,14 @@ SCHEDULER = {
 }
 
 
-def _config(wrapper: str, block: dict[str, Any], shrinks: bool) -> tuple[dict[str, Any], bool]:
-    options = dict(WRAPPERS[wrapper])
-    groups = options.pop("groups", False)
+def _config(wrapper: str, block: dict[str, Any], shrinks: bool) -> dict[str, Any]:
     marked = {
         key: {"shared_parameters": {**value["shared_parameters"], "shrink_at_end_of_schedule": True}}
         if shrinks and key in ("row_pruning", "head_pruning", "depth_pruning")
         else value
         for key, value in block.items()
     }
-    return ds_config(block=marked, scheduler=SCHEDULER, **options), groups
-
-
-def _arguments(net: torch.nn.Module, groups: bool) -> dict[str, Any]:
-    if not groups:
-        return {}
-    decayed = [p for p in net.parameters() if p.dim() > 1]
-    others = [p for p in net.parameters() if p.dim() <= 1]
-    return {"model_parameters": [{"params": decayed}, {"params": others, "weight_decay": 0.0}]}
+    return WRAPPERS[wrapper].config(marked, scheduler=SCHEDULER)
 
 
 def shrunk_and_masked(cases: list[tuple[str, str]], steps: int = 8) -> dict[Any, Any]:
@@ -160,8 +147,9 @@ def shrunk_and_masked(cases: list[tuple[str, str]], steps: int = 8) -> dict[Any,
     for name, wrapper in cases:
         for shrinks in (True, False):
             net = model()
-            config, groups = _config(wrapper, SHRINKING[name], shrinks)
-            with engine_of(net, config, **_arguments(net, groups)) as engine:
+            config = _config(wrapper, SHRINKING[name], shrinks)
+            parameters = WRAPPERS[wrapper].parameters(net)
+            with engine_of(net, config, model_parameters=parameters) as engine:
                 optimizer, scheduler = engine.optimizer, engine.lr_scheduler
                 losses = train(engine, batches(steps))
                 results[name, wrapper, shrinks] = {
@@ -180,7 +168,7 @@ def shrunk_and_masked(cases: list[tuple[str, str]], steps: int = 8) -> dict[Any,
 def resumed_after_shrink(wrapper: str, folder: str | None = None) -> dict[str, Any]:
     """Losses of an unbroken run, and of one that was saved after shrinking and resumed from the full model."""
     name = "rows+sparse+w8a8"
-    config, _ = _config(wrapper, SHRINKING[name], True)
+    config = _config(wrapper, SHRINKING[name], True)
     data = list(batches(8))
     paths: list[Any] = [folder or tempfile.mkdtemp()]
     dist.broadcast_object_list(paths)

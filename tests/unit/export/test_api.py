@@ -284,10 +284,11 @@ class TestDamage:
     def test_a_kill_while_writing_leaves_no_folder(self, tmp_path: Path) -> None:
         program = (
             "import os, signal\n"
-            "from ds_compress.export import api, shards\n"
+            "import ds_compress\n"
+            "from ds_compress.export import shards\n"
             "from tests.zoo.models import ZOO\n"
             "shards.ShardWriter.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"api.export(ZOO['bert'](), {str(tmp_path / 'out')!r}, shard_bytes=1000)\n"
+            f"ds_compress.export(ZOO['bert'](), {str(tmp_path / 'out')!r}, shard_bytes=1000)\n"
         )
         process = subprocess.run([sys.executable, "-c", program], capture_output=True, env=dict(os.environ))
         assert process.returncode == -signal.SIGKILL
