@@ -182,10 +182,10 @@ class CompressedTensorsFormat(Format):
             return stored
         weight = layer.tensors["weight"].float()
         scale = (weight.abs().amax(1, keepdim=True) / _LARGEST_FP8).clamp_min(2.0**-126)
-        codes = (weight / scale).to(torch.float8_e4m3fn)
-        stored[layer.full("weight")] = codes
+        values = (weight / scale).to(torch.float8_e4m3fn)
+        stored[layer.full("weight")] = values
         stored[layer.full("weight_scale")] = scale
-        self.rounded[layer.full("weight")] = codes.float() * scale
+        self.rounded[layer.full("weight")] = values.float() * scale
         floats = {"type": "float"}
         scheme = {
             "weights": _arguments(8, "channel", False) | floats,

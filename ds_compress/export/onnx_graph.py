@@ -58,7 +58,7 @@ def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
     outputs_first = any(
         a.name == "transB" and a.i for a in node.attribute
     )  # [out, in]; a MatMul's is [in, out]
-    codes, scale, offset = quantized.values, quantized.scale, quantized.offset
+    values, scale, offset = quantized.values, quantized.scale, quantized.offset
     zero = None
     if offset is not None:
         zero = -torch.round(offset / scale)
@@ -66,9 +66,9 @@ def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
     if is_convolution and quantized.groups > 1:
         return  # the float values are on the grid
     if is_convolution:
-        codes = codes.reshape(quantized.shape)
+        values = values.reshape(quantized.shape)
     elif not outputs_first:
-        codes, scale = codes.t(), scale.t()
+        values, scale = values.t(), scale.t()
         zero = None if zero is None else zero.t()
     axis = 0 if outputs_first or is_convolution else 1
     attributes: dict[str, Any] = {"axis": axis}
@@ -86,7 +86,7 @@ def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
         (False, False): TensorProto.UINT8,
     }[signed, packs]
     inputs = [f"{name}_codes", f"{name}_scale"]
-    graph.initializer.append(_integers(inputs[0], codes.contiguous(), kind))
+    graph.initializer.append(_integers(inputs[0], values.contiguous(), kind))
     graph.initializer.append(_floats(inputs[1], scale))
     if zero is not None:
         inputs.append(f"{name}_zero_point")
@@ -96,7 +96,7 @@ def _replace_weight(graph: Any, node: Any, layer: Layer) -> None:
 
 
 def _replace_table(graph: Any, node: Any, layer: Layer) -> None:
-    """Codes and scales of the rows that are looked up, and no others, are read."""
+    """Only the integers and scales of the rows that are looked up are read."""
     assert layer.quantized is not None
     quantized, name = layer.quantized, layer.full("weight")
     if quantized.groups > 1 or quantized.offset is not None:
@@ -134,15 +134,15 @@ def _round_input(graph: Any, node: Any, layer: Layer, used: InputScheme) -> None
     node.input[0] = f"{name}_values"
 
 
-def _integers(name: str, codes: torch.Tensor, kind: int) -> Any:
+def _integers(name: str, values: torch.Tensor, kind: int) -> Any:
     if kind not in (TensorProto.INT4, TensorProto.UINT4):
-        return numpy_helper.from_array(codes.contiguous().numpy(), name)
-    nibbles = (codes.flatten().to(torch.int16) & 15).to(torch.uint8)
+        return numpy_helper.from_array(values.contiguous().numpy(), name)
+    nibbles = (values.flatten().to(torch.int16) & 15).to(torch.uint8)
     if len(nibbles) % 2:
         nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
     # As raw bytes: in the field for numbers each takes one or two.
     raw = (nibbles[::2] | nibbles[1::2] << 4).numpy().tobytes()
-    return helper.make_tensor(name, kind, codes.shape, raw, raw=True)
+    return helper.make_tensor(name, kind, values.shape, raw, raw=True)
 
 
 def _floats(name: str, values: torch.Tensor) -> Any:

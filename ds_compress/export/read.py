@@ -138,8 +138,8 @@ def _read(
             except ValueError as error:
                 raise ExportError(f"{name}: {error}") from error
         else:
-            whole = parameter.detach()
-            left = whole if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, whole)
+            full = parameter.detach()
+            left = full if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, full)
             tensors[local] = left.to("cpu", copy=True).contiguous()
     for local, buffer in module.named_buffers(recurse=False):
         if local not in module._non_persistent_buffers_set:

@@ -40,7 +40,7 @@ QUANT_METHOD = "ds_compress"
 
 @dataclass
 class ServingFormat(Format):
-    """The only format for Conv1D, Conv2d, asymmetric grids, and cuts that stock configs cannot express."""
+    """The only format for Conv1D, Conv2d, asymmetric grids, and models that vanilla HF configs cannot express."""
 
     name: ClassVar[str] = "torch"
     loads_in_vanilla_hf: ClassVar[bool] = False
@@ -66,7 +66,7 @@ class ServingFormat(Format):
     def reload_here(
         self, folder: Path, inputs: Mapping[str, torch.Tensor], final: nn.Module
     ) -> Answer | None:
-        """Of a model that only its own code can build, a copy of it is filled in this very process."""
+        """Of a model that only its own code can build, a copy of it is filled in this process."""
         if hasattr(getattr(final, "config", None), "to_diff_dict"):
             return None
 

@@ -199,20 +199,20 @@ class QuantizedSum:
             return
         exact = _ExactSum([s for s in segments if s.exact], self.group, multiplier)
         quantized = [Segment(s.values, 0, s.key, s.start) for s in segments if not s.exact]
-        whole = Slices(quantized, 1, self.chunk_numel * self.world_size, self.codec.block)
+        bucket = Slices(quantized, 1, self.chunk_numel * self.world_size, self.codec.block)
         gathers: dict[int, tuple[Any, torch.Tensor, torch.Tensor]] = {}
         scattered: dict[int, _InFlight] = {}
-        chunks = whole.chunks
+        chunks = bucket.chunks
         # Two stages: while the all-to-all of a chunk is in flight, the chunk before it is summed and sent back.
         for step in range(chunks + 2):
             if step < chunks:
-                scattered[step] = self._scatter(whole, step, feedback)
+                scattered[step] = self._scatter(bucket, step, feedback)
             if 0 <= step - 1 < chunks:
                 gathers[step - 1] = self._sum_and_gather(
-                    whole, step - 1, scattered.pop(step - 1), multiplier, feedback
+                    bucket, step - 1, scattered.pop(step - 1), multiplier, feedback
                 )
             if step >= 2:
-                self._scatter_back(whole, step - 2, gathers.pop(step - 2))
+                self._scatter_back(bucket, step - 2, gathers.pop(step - 2))
         for segment, values in exact.wait():
             segment.values.copy_(values)
 
@@ -224,8 +224,8 @@ class QuantizedSum:
         """The index of our shard; shards are in the order of (local rank, node)."""
         return self.rank if self.nodes is None else self.nodes.local_rank * self._peers + self._me
 
-    def _scatter(self, whole: Slices, chunk: int, feedback: Feedback | None) -> _InFlight:
-        parts = whole.parts(0, chunk)
+    def _scatter(self, bucket: Slices, chunk: int, feedback: Feedback | None) -> _InFlight:
+        parts = bucket.parts(0, chunk)
         values = packed(parts)
         shard = self._shard_numel(values.numel())
         if self.nodes is not None:
@@ -234,7 +234,7 @@ class QuantizedSum:
             values = self._sum_in_node(
                 [values[rank * of_rank : (rank + 1) * of_rank] for rank in local_ranks]
             )
-            parts = list(_within(whole, chunk, self.nodes.local_rank * self._peers * shard, values.numel()))
+            parts = list(_within(bucket, chunk, self.nodes.local_rank * self._peers * shard, values.numel()))
         residual = None if feedback is None else _load(feedback.sent, parts, values, feedback.loss_scale)
         size = self.codec.payload_bytes(shard)
         sent = torch.empty((self._peers, size), dtype=torch.uint8, device=values.device)
@@ -246,15 +246,15 @@ class QuantizedSum:
         return _InFlight(work, received, sent)
 
     def _sum_and_gather(
-        self, whole: Slices, chunk: int, in_flight: _InFlight, multiplier: float, feedback: Feedback | None
+        self, bucket: Slices, chunk: int, in_flight: _InFlight, multiplier: float, feedback: Feedback | None
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        numel = packed_numel(whole.parts(0, chunk))
+        numel = packed_numel(bucket.parts(0, chunk))
         shard = self._shard_numel(numel)
         own = torch.empty(in_flight.received.shape[1], dtype=torch.uint8, device=in_flight.received.device)
         residual = None
         parts: list[Part] = []
         if feedback is not None:
-            parts = list(_within(whole, chunk, self._first_shard() * shard, shard))
+            parts = list(_within(bucket, chunk, self._first_shard() * shard, shard))
             residual = _load(
                 feedback.summed, parts, torch.empty(shard, device=own.device), feedback.loss_scale
             )
@@ -267,7 +267,7 @@ class QuantizedSum:
         return work, gathered, own
 
     def _scatter_back(
-        self, whole: Slices, chunk: int, gather: tuple[Any, torch.Tensor, torch.Tensor]
+        self, bucket: Slices, chunk: int, gather: tuple[Any, torch.Tensor, torch.Tensor]
     ) -> None:
         work, gathered, _ = gather
         work.wait()
@@ -275,7 +275,7 @@ class QuantizedSum:
             of_all = gathered.new_empty((self.world_size, gathered.shape[1]))
             dist.all_gather_into_tensor(of_all.view(-1), gathered.view(-1), group=self.nodes.intra_node)
             gathered = of_all
-        parts = whole.parts(0, chunk)
+        parts = bucket.parts(0, chunk)
         numel = packed_numel(parts)
         shard = self._shard_numel(numel)
         if len(parts) == 1:
@@ -305,11 +305,11 @@ class _ExactSum:
             yield from zip(self._segments, sums, strict=True)
 
 
-def _within(whole: Slices, chunk: int, begin: int, numel: int) -> Sequence[Part]:
+def _within(bucket: Slices, chunk: int, begin: int, numel: int) -> Sequence[Part]:
     """The parts at positions [begin, begin + numel) of a chunk."""
-    first = chunk * whole.chunk_numel
-    end = min(first + begin + numel, (chunk + 1) * whole.chunk_numel)
-    return list(whole.of[0].parts(first + begin, end))
+    first = chunk * bucket.chunk_numel
+    end = min(first + begin + numel, (chunk + 1) * bucket.chunk_numel)
+    return list(bucket.of[0].parts(first + begin, end))
 
 
 def _load(residuals: Residuals, parts: Sequence[Part], like: torch.Tensor, loss_scale: float) -> torch.Tensor:

@@ -176,9 +176,9 @@ class RobustSum:
 
         self.reduce_scatter(shards, deliver, multiplier)
         if shard:
-            whole = torch.empty(shard * self.world_size, dtype=flat.dtype, device=flat.device)
-            dist.all_gather_into_tensor(whole, own, group=self.group)
-            sums = whole[: flat.numel()].split([segment.numel for segment in segments])
+            gathered = torch.empty(shard * self.world_size, dtype=flat.dtype, device=flat.device)
+            dist.all_gather_into_tensor(gathered, own, group=self.group)
+            sums = gathered[: flat.numel()].split([segment.numel for segment in segments])
             for segment, values in zip(segments, sums, strict=True):
                 segment.values.copy_(values)
 

@@ -46,7 +46,7 @@ _FUSED = {
     "GPTNeoXAttention": ("query_key_value", True),
     "PersimmonAttention": ("query_key_value", True),
 }
-"""Class -> projection of q, k and v in one; True: head by head [head, 3, dim], False: whole [q | k | v]."""
+"""Class -> projection of q, k and v in one; True: head by head [head, 3, dim], False: one by one [q | k | v]."""
 _FUSED_NAMES = (
     "c_attn",
     "Wqkv",
@@ -197,7 +197,7 @@ def _from_three(
     num_heads: int | None,
 ) -> Attention:
     q, k, v = qkv
-    whole, output = _output(inventory, name, qkv, q.outputs)
+    container, output = _output(inventory, name, qkv, q.outputs)
     head_dim = _head_dim(inventory, name, module, q.outputs, num_heads)
     heads, key_values = q.outputs // head_dim, k.outputs // head_dim
     if k.outputs != v.outputs or output.inputs != q.outputs or k.outputs % head_dim or heads % key_values:
@@ -211,13 +211,13 @@ def _from_three(
         inputs: tuple[Rows, ...] = (Rows(q, head_dim),)
     else:
         inputs = (Rows(q, heads // key_values * head_dim), Rows(k, head_dim), Rows(v, head_dim))
-    return Attention(whole, name, inputs, output, heads, key_values, head_dim, vectors, table)
+    return Attention(container, name, inputs, output, heads, key_values, head_dim, vectors, table)
 
 
 def _from_fused(
     inventory: Inventory, name: str, module: nn.Module, fused: Projection, interleaved: bool
 ) -> Attention:
-    whole, output = _output(inventory, name, (fused,), None)
+    container, output = _output(inventory, name, (fused,), None)
     head_dim = _head_dim(inventory, name, module, output.inputs, None)
     heads = output.inputs // head_dim
     key_values = (fused.outputs // head_dim - heads) // 2
@@ -234,7 +234,7 @@ def _from_fused(
     else:
         values = keys + key_values * head_dim
         inputs = (Rows(fused, group), Rows(fused, head_dim, keys), Rows(fused, head_dim, values))
-    return Attention(whole, name, inputs, output, heads, key_values, head_dim, vectors, table)
+    return Attention(container, name, inputs, output, heads, key_values, head_dim, vectors, table)
 
 
 def _output(
@@ -244,10 +244,10 @@ def _output(
     parent = inventory.parent(name)
     candidates = [(name, inventory.child(name, path)) for path in _OUTPUT]
     candidates += [(parent, inventory.child(parent, path)) for path in _OUTPUT_BESIDE]
-    for whole, path in candidates:
+    for container, path in candidates:
         output = inventory.projection(path)
         if output is not None and output not in inputs and width in (None, output.inputs):
-            return whole, output
+            return container, output
     raise Unclear(
         "the projection that reads its heads was not found; name it in modules, and q, k, v as related_modules"
     )

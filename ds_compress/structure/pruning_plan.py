@@ -48,9 +48,9 @@ class PruningPlan:
         Raises:
             ValueError: `kept` names a group that is not there, or its units are none, unknown or unsorted.
         """
-        whole = tuple(groups)
-        known = {group.name: group for group in whole}
-        if len(known) != len(whole):
+        all_groups = tuple(groups)
+        known = {group.name: group for group in all_groups}
+        if len(known) != len(all_groups):
             raise ValueError("two prunable groups have the same name")
         indices: dict[str, torch.Tensor] = {}
         for name, units in kept.items():
@@ -59,7 +59,7 @@ class PruningPlan:
             indices[name] = _checked(known[name], units)
         for name, group in known.items():
             indices.setdefault(name, torch.arange(group.units))
-        return cls(whole, indices, {} if model is None else second_names(model))
+        return cls(all_groups, indices, {} if model is None else second_names(model))
 
     def active(self) -> tuple[PrunableGroup, ...]:
         """Groups that lose units: removable, and not all of their units kept."""

@@ -63,8 +63,8 @@ class LogitsDistillation(DistillationLoss):
         if isinstance(theirs, SparseLogits):
             predictions = theirs.rows
         else:
-            whole = theirs.reshape(-1, theirs.shape[-1])
-            predictions = whole.__getitem__
+            full = theirs.reshape(-1, theirs.shape[-1])
+            predictions = full.__getitem__
         return PendingLoss(RowLoss(of_rows))
 
     def _rows(self, student: torch.Tensor, teacher: torch.Tensor | SparseLogits) -> torch.Tensor:
