@@ -132,3 +132,11 @@ def pruning_block(method: str = "l1", density: float = 0.3, **shared: Any) -> di
             },
         }
     }
+
+
+def weight_quantization(bits: int, modules: str, **shared: Any) -> dict[str, Any]:
+    """`modules` fake-quantized in forward, a scale for each output channel."""
+    keys = {"enabled": True, "quantize_weight_in_forward": True, "granularity": "per_channel", **shared}
+    params = {"start_bits": bits, "target_bits": bits}
+    groups = {"all": {"params": params, "modules": [modules]}}
+    return {"weight_quantization": {"shared_parameters": keys, "different_groups": groups}}

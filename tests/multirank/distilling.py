@@ -12,7 +12,7 @@ from torch import nn
 
 import ds_compress
 from tests.models import tiny_llama
-from tests.multirank.common import device, ds_config, engine_of, full_weights
+from tests.multirank.common import device, ds_config, engine_of, full_weights, weight_quantization
 
 STAGES = (0, 1, 2, 3)
 VOCABULARY = 61
@@ -114,16 +114,7 @@ def languages() -> dict[Any, Any]:
 def quantized(losses: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {
         **block(losses, **settings),
-        "weight_quantization": {
-            "shared_parameters": {
-                "enabled": True,
-                "quantize_weight_in_forward": True,
-                "granularity": "per_channel",
-            },
-            "different_groups": {
-                "all": {"params": {"start_bits": 3, "target_bits": 3}, "modules": ["layers"]}
-            },
-        },
+        **weight_quantization(3, "layers"),
     }
 
 

@@ -12,23 +12,11 @@ from safetensors.torch import load_file
 from ds_compress.api import export
 from ds_compress.errors import ExportError
 from tests.models import tiny_bert
-from tests.multirank.common import batches, ds_config, engine_of, train
+from tests.multirank.common import batches, ds_config, engine_of, train, weight_quantization
 
 
 def _quantized(bits: int, **shared: Any) -> dict[str, Any]:
-    return {
-        "weight_quantization": {
-            "shared_parameters": {
-                "enabled": True,
-                "quantize_weight_in_forward": True,
-                "granularity": "per_channel",
-                **shared,
-            },
-            "different_groups": {
-                "e": {"params": {"start_bits": bits, "target_bits": bits}, "modules": ["encoder.layer"]}
-            },
-        }
-    }
+    return weight_quantization(bits, "encoder.layer", **shared)
 
 
 _INPUTS = {

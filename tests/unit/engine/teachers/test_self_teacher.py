@@ -16,7 +16,7 @@ from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.engine.teachers.self_teacher import CurrentTeacher
 from ds_compress.modelinfo.auxiliary import AUXILIARY
 from ds_compress.quant import layers
-from tests.multirank.common import ds_config, full_weights, pruning_block
+from tests.multirank.common import ds_config, full_weights, pruning_block, weight_quantization
 from tests.multirank.distilling import llama, token_batches
 from tests.quantized import quantized
 
@@ -28,19 +28,7 @@ def distillation(losses: dict[str, Any] | None = None, **settings: Any) -> dict[
 
 
 def quantization(bits: int = 3, **shared: Any) -> dict[str, Any]:
-    return {
-        "weight_quantization": {
-            "shared_parameters": {
-                "enabled": True,
-                "quantize_weight_in_forward": True,
-                "granularity": "per_channel",
-                **shared,
-            },
-            "different_groups": {
-                "all": {"params": {"start_bits": bits, "target_bits": bits}, "modules": ["layers"]}
-            },
-        }
-    }
+    return weight_quantization(bits, "layers", **shared)
 
 
 @contextlib.contextmanager
