@@ -22,13 +22,13 @@ LARGEST = {"int8": 0.02, "feedback": 0.02, "int4": 0.3, "mean": 0.01}
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(2, "tests.multirank.reduction:run_two", folder=folder)
+    return run_ranks(2, "tests.multirank.reduction_runs:run_two", folder=folder)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(4, "tests.multirank.reduction:run_four", folder=folder)
+    return run_ranks(4, "tests.multirank.reduction_runs:run_four", folder=folder)
 
 
 def check_gradients(ranks: Results, name: str) -> None:
