@@ -40,7 +40,7 @@ def train(block: dict[str, Any] | None, device: Any, steps: int = 9) -> dict[str
     from ds_compress.config import parse_config
     from ds_compress.engine.attach import attach_to_loop
     from ds_compress.engine.build import prepare_model
-    from tests.multirank.common import tiny_bert
+    from tests.models import tiny_bert
     from tests.simulated_device import waits
 
     model = tiny_bert().to(device).train()
@@ -187,7 +187,7 @@ def clipping_at_stage_0_waits_once() -> None:
 def finalize_a_model_on_a_device() -> None:
     import ds_compress
     from tests.gpu.runs import structures
-    from tests.multirank.common import tiny_bert
+    from tests.models import tiny_bert
     from tests.simulated_device import DEVICE
 
     block = {**structures(method="l1"), **_half_of_all()}

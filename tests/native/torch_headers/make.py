@@ -23,16 +23,16 @@ INCLUDE = re.compile(rb'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 
 def main(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as load_source:
-        names = set(load_source.namelist())
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
         wanted = sorted(
-            f"torch/include/{name}" for name in closure(load_source, names) | {"torch/headeronly/version.h"}
+            f"torch/include/{name}" for name in closure(opened, names) | {"torch/headeronly/version.h"}
         )
         licence = next(
             name for name in names if re.fullmatch(r"torch-[^/]+\.dist-info(/licenses)?/LICENSE", name)
         )
-        parts = {"LICENSE": load_source.read(licence)} | {
-            name: load_source.read(name) for name in ["torch/version.py", *wanted]
+        parts = {"LICENSE": opened.read(licence)} | {
+            name: opened.read(name) for name in ["torch/version.py", *wanted]
         }
     version = wheel.name.split("-")[1].split("+")[0]
     target = FOLDER / f"torch-{version}.tar.xz"

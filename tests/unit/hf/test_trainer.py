@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -166,6 +166,7 @@ def test_a_forgotten_use_cpu_is_said(
 
 class Attached:
     engine = None
+    at_release: ClassVar[list[Any]] = []
 
 
 def test_the_callback_is_silent_without_a_block(tmp_path: Path) -> None:

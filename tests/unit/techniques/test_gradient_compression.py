@@ -111,7 +111,7 @@ def test_the_plan_says_what_travels() -> None:
     )
     described = {name: block.describe() for name, block in config.enabled_blocks().items()}
     assert described == {
-        "gradient_compression": "gradients, 4 bits on the wire in blocks of 128, from step 10, "
+        "gradient_compression": "gradients, 4 bits in blocks of 128, from step 10, "
         "if the link is slow enough to gain, error feedback in 8 bits",
-        "parameter_compression": "weights, 8 bits on the wire in blocks of 512, exact every 100 steps",
+        "parameter_compression": "weights, 8 bits in blocks of 512, exact every 100 steps",
     }
