@@ -134,6 +134,11 @@ def pruning_block(method: str = "l1", density: float = 0.3, **shared: Any) -> di
     }
 
 
+def structured_block(**shared: Any) -> dict[str, Any]:
+    """The value of any structured block: half of all units, from step 1 on."""
+    return {"shared_parameters": {"enabled": True, "schedule_offset": 1, "dense_ratio": 0.5, **shared}}
+
+
 def weight_quantization(bits: int, modules: str, **shared: Any) -> dict[str, Any]:
     """`modules` fake-quantized in forward, a scale for each output channel."""
     keys = {"enabled": True, "quantize_weight_in_forward": True, "granularity": "per_channel", **shared}

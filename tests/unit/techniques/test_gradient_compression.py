@@ -6,10 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import ds_compress
 from ds_compress.config import parse_config
 from ds_compress.engine.admission import unsupported_beside
+from ds_compress.reduce.slices import Segment
+from ds_compress.techniques.gradient_compression import is_lopsided
 
 
 def test_defaults_are_those_that_the_lab_found() -> None:
@@ -115,3 +118,18 @@ def test_the_plan_says_what_travels() -> None:
         "if the link is slow enough to gain, error feedback in 8 bits",
         "parameter_compression": "weights, 8 bits in blocks of 512, exact every 100 steps",
     }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lopsided"),
+    [
+        ([10, 10, 10, 10], False),
+        ([20, 10, 10, 0], False),
+        ([21, 10, 9, 0], True),
+        ([40, 0, 0, 0], True),
+        ([9, 0], False),
+    ],
+)
+def test_a_bucket_of_one_owner_is_lopsided_unless_there_are_two(sizes: list[int], lopsided: bool) -> None:
+    segments = [Segment(torch.zeros(size), owner) for owner, size in enumerate(sizes)]
+    assert is_lopsided(segments, len(sizes)) is lopsided

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 
-import ds_compress
-from ds_compress.reduce.slices import Segment
-from ds_compress.techniques.gradient_compression import is_lopsided
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, full_weights, pruning_block, train
 
@@ -76,37 +72,3 @@ def test_a_shrunk_engine_goes_on_reducing(stage: int) -> None:
     reduction = engine.compression.techniques["gradient_reduction"]
     assert reduction.flag_counts.steps > 0, "the new engine's steps"
     engine.destroy()
-
-
-def test_the_monitor_gets_every_worker(tmp_path: Path) -> None:
-    monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
-    engine = engine_on(2, {"robust_reduction": {"enabled": True, "max_malicious": 0}}, csv_monitor=monitor)
-    train(engine, batches(2))
-    engine.destroy()
-    for number in ("norm", "cosine", "accused"):
-        (file,) = tmp_path.rglob(f"*robust_reduction_worker_0_{number}.csv")
-        rows = file.read_text().splitlines()[1:]
-        assert len(rows) == 2
-        assert float(rows[0].split(",")[1]) == pytest.approx(
-            {"cosine": 1.0, "accused": 0.0}.get(number, 2.0), abs=2.0
-        )
-
-
-def test_rules_that_outvote_need_enough_workers() -> None:
-    with pytest.raises(ds_compress.ConfigError, match="at most 0 with 1 data-parallel processes"):
-        engine_on(0, {"robust_reduction": {"enabled": True}})
-
-
-@pytest.mark.parametrize(
-    ("sizes", "lopsided"),
-    [
-        ([10, 10, 10, 10], False),
-        ([20, 10, 10, 0], False),
-        ([21, 10, 9, 0], True),
-        ([40, 0, 0, 0], True),
-        ([9, 0], False),
-    ],
-)
-def test_a_bucket_of_one_owner_is_lopsided_unless_there_are_two(sizes: list[int], lopsided: bool) -> None:
-    segments = [Segment(torch.zeros(size), owner) for owner, size in enumerate(sizes)]
-    assert is_lopsided(segments, len(sizes)) is lopsided
