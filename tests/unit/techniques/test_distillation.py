@@ -1,8 +1,7 @@
-"""Distillation losses against their definitions in float64, and the seam of the loss."""
+"""How a teacher joins the loss of a training step, and which teachers are refused at start."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import deepspeed
@@ -12,88 +11,16 @@ from torch import nn
 
 import ds_compress
 from ds_compress.config.schema.distillation import AttentionLoss, HiddenLoss, LogitsLoss
-from ds_compress.distill.activation_capture import ActivationCapture, CapturedActivations
+from ds_compress.distill.activation_capture import CapturedActivations
 from ds_compress.distill.losses.attention import RelationDistillation
 from ds_compress.distill.losses.base import ModelPair
 from ds_compress.distill.losses.hidden import HiddenDistillation
 from ds_compress.distill.losses.logits import LogitsDistillation
-from ds_compress.distill.projections import find_projections
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config
+from tests.unit.distill.oracle import kl
 
 pytestmark = pytest.mark.usefixtures("single_process")
-
-
-def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) over the last axis of two tensors of probabilities."""
-    return (p * (p.log() - q.log())).sum(-1)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_logits_loss_is_hintons(temperature: float) -> None:
-    own, theirs = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    expected = kl((theirs / temperature).softmax(-1), (own / temperature).softmax(-1)).mean() * temperature**2
-    got = LogitsDistillation(LogitsLoss(temperature=temperature))(
-        CapturedActivations(logits=own), CapturedActivations(logits=theirs)
-    )
-    assert float(got) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_logits_of_padding_do_not_count_and_padded_vocabularies_are_cut() -> None:
-    own, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 8)
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    got = LogitsDistillation(LogitsLoss())(
-        CapturedActivations(logits=own, token_mask=mask), CapturedActivations(logits=theirs)
-    )
-    rows = kl(theirs[..., :5].double().softmax(-1), own.double().softmax(-1))[mask]
-    assert float(got) == pytest.approx(float(rows.mean()), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_hidden_loss(kind: Any) -> None:
-    own, theirs = [torch.randn(2, 3, 4) for _ in range(2)], [torch.randn(2, 3, 4) for _ in range(2)]
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    expected = []
-    for a, b in zip(own, theirs, strict=True):
-        a, b = a.double()[mask], b.double()[mask]
-        cosine = (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
-        expected.append(((a - b) ** 2).mean() if kind == "mse" else (1 - cosine).mean())
-    loss = HiddenDistillation(HiddenLoss(kind=kind))
-    got = loss(CapturedActivations(hidden=own, token_mask=mask), CapturedActivations(hidden=theirs))
-    assert float(got) == pytest.approx(float(sum(expected) / 2), rel=1e-5)
-
-
-def test_attention_loss_compares_relations_of_any_width() -> None:
-    own = [tuple(torch.randn(1, 4, 6) for _ in range(3))]
-    theirs = [tuple(torch.randn(1, 4, 10) for _ in range(3))]
-
-    def relation(x: torch.Tensor, heads: int) -> torch.Tensor:
-        split = x.double().view(1, 4, heads, -1).transpose(1, 2)
-        return (split @ split.transpose(2, 3) / math.sqrt(split.shape[-1])).softmax(-1)
-
-    expected = (
-        sum(kl(relation(b, 2), relation(a, 2)).mean() for a, b in zip(own[0], theirs[0], strict=True)) / 3
-    )
-    got = RelationDistillation(AttentionLoss(), ModelPair(heads=2))(
-        CapturedActivations(relations=own), CapturedActivations(relations=theirs)
-    )
-    assert float(got) == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_attention_to_padding_does_not_count() -> None:
-    mask = torch.tensor([[True, True, False]])
-    own, theirs = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
-    changed = own.clone()
-    changed[:, 2] += 100.0
-    loss = RelationDistillation(AttentionLoss(), ModelPair(heads=2))
-    a, b = (
-        loss(
-            CapturedActivations(relations=[(x,) * 3], token_mask=mask),
-            CapturedActivations(relations=[(theirs,) * 3]),
-        )
-        for x in (own, changed)
-    )
-    torch.testing.assert_close(a, b)
 
 
 def test_identical_models_lose_nothing() -> None:
@@ -105,32 +32,6 @@ def test_identical_models_lose_nothing() -> None:
         RelationDistillation(AttentionLoss(), ModelPair(heads=2)),
     ):
         assert abs(float(loss(record, record))) < 1e-6
-
-
-def test_projections_are_found_by_family() -> None:
-    import transformers
-
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    bert = transformers.BertModel(transformers.BertConfig(**small, vocab_size=9)).encoder.layer[0]
-    assert find_projections(bert)[0] is bert.attention.self.query
-    llama = transformers.LlamaModel(
-        transformers.LlamaConfig(**small, num_key_value_heads=1, vocab_size=9)
-    ).layers[0]
-    assert find_projections(llama)[2] is llama.self_attn.v_proj
-    gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9)).h[0]
-    assert find_projections(gpt2) == [gpt2.attn.c_attn]
-    with pytest.raises(ds_compress.ConfigError, match="Sequential"):
-        find_projections(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_nothing_is_recorded_outside_the_window() -> None:
-    layer = nn.Linear(2, 2)
-    recorder = ActivationCapture([layer], [0], {"hidden"})
-    recorder.start()
-    layer(torch.ones(1, 2))
-    assert len(recorder.finish().hidden) == 1
-    layer(torch.ones(1, 2))
-    assert recorder.finish().hidden == []
 
 
 def engine_with_teacher(
