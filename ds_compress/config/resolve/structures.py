@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.config.schema.depth_pruning import DepthPruningShared
 from ds_compress.config.schema.fields import Group
-from ds_compress.config.schema.structured_pruning import (
-    DepthPruningShared,
-    HeadPruningShared,
-    StructuredPruningConfig,
-)
+from ds_compress.config.schema.head_pruning import HeadPruningShared
+from ds_compress.config.schema.structured_pruning import StructuredPruningConfig
 from ds_compress.config.structure_targets import StructurePlan, StructureTarget
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import EVERY_LAYER, Entry, exact_pattern, few, nearest_names

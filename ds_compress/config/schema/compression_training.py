@@ -15,20 +15,18 @@ from pydantic import Field, ValidationError, create_model
 
 from ds_compress.config.schema.activation_quantization import ActivationQuantizationConfig
 from ds_compress.config.schema.block import Block
+from ds_compress.config.schema.channel_pruning import ChannelPruningConfig
+from ds_compress.config.schema.depth_pruning import DepthPruningConfig
 from ds_compress.config.schema.distillation import DistillationConfig, LogitsLoss, Loss, Losses
 from ds_compress.config.schema.fields import Conflict, Seed, StrictModel
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
+from ds_compress.config.schema.head_pruning import HeadPruningConfig
+from ds_compress.config.schema.hidden_pruning import HiddenPruningConfig
 from ds_compress.config.schema.layer_reduction import LayerReductionConfig
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
 from ds_compress.config.schema.robust_reduction import RobustReductionConfig
+from ds_compress.config.schema.row_pruning import RowPruningConfig
 from ds_compress.config.schema.sparse_pruning import SparsePruningConfig
-from ds_compress.config.schema.structured_pruning import (
-    ChannelPruningConfig,
-    DepthPruningConfig,
-    HeadPruningConfig,
-    HiddenPruningConfig,
-    RowPruningConfig,
-)
 from ds_compress.config.schema.translate import Where, translate
 from ds_compress.config.schema.weight_quantization import WeightQuantizationConfig
 from ds_compress.errors import ROOT, ConfigError, Problem, shown

@@ -1,4 +1,4 @@
-"""`row_pruning`, `head_pruning`, `channel_pruning`, `depth_pruning`, `hidden_pruning`: what removes whole structures.
+"""What the blocks that remove whole structures share: row, head, channel, depth and hidden pruning.
 
 The short form of a block is one number, `"head_pruning": {"dense_ratio": 0.5}`: all structures of the model, from
 the first step on.
@@ -139,25 +139,6 @@ class StructuredShared(StrictModel):
             )
 
 
-class RowPruningShared(StructuredShared):
-    """What holds for all groups of `row_pruning` or `channel_pruning`."""
-
-
-class HeadPruningShared(StructuredShared):
-    """What holds for all groups of `head_pruning`."""
-
-    method: Literal["l1", "l2", "topk", "taylor", "activation", "random"] = Field(
-        default="topk", description="Score of a head; see row_pruning."
-    )
-    round_to: Rounding = Field(
-        default=1,
-        description="Kept heads (key/value groups) are multiples of this; 1: ceil(dense_ratio * heads).",
-    )
-    num_heads: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        default=None, description="Attention heads of a layer; absent: as the model says."
-    )
-
-
 class WholeModelShared(StructuredShared):
     """What `depth_pruning` and `hidden_pruning` share: one structure, and weights that cannot learn a score."""
 
@@ -173,27 +154,6 @@ class WholeModelShared(StructuredShared):
             # A layer that is bypassed, or a width that nothing reads, has no gradient to learn a score from.
             allowed = '"l1", "l2", "taylor", "activation" or "random"'
             yield Conflict(("method",), "topk", allowed, "a removed unit of this block gets no gradient")
-
-
-class DepthPruningShared(WholeModelShared):
-    """What holds for `depth_pruning`."""
-
-    method: Literal["l1", "l2", "topk", "taylor", "activation", "random"] = Field(
-        default="activation",
-        description="Score of a layer; activation: 1 - cosine of its input and output (Men et al. 2024).",
-    )
-    round_to: Rounding = Field(default=1, description="The number of kept layers is a multiple of this.")
-    module_name_prefix: str | None = Field(
-        default=None,
-        description=(
-            "Module that holds the layers, e.g. vision_model.encoder.layers; absent: found automatically, which a "
-            "model of several towers leaves open."
-        ),
-    )
-
-
-class HiddenPruningShared(WholeModelShared):
-    """What holds for `hidden_pruning`."""
 
 
 class StructuredPruningConfig(GroupedBlock):
@@ -286,58 +246,3 @@ class StructuredPruningConfig(GroupedBlock):
         kept = kept_units(target.dense_ratio, units, self.shared.round_to, self.shared.rounds_up)
         only_zeroed = "" if target.structure.removable else ", the others zero"
         return f"{kept:,} of {plural(units, str(self.kind))}{only_zeroed}"
-
-
-class RowPruningConfig(StructuredPruningConfig):
-    """Removes inner neurons of feed-forward blocks (output rows of Linear layers)."""
-
-    key = "row_pruning"
-    kind = GroupKind.ROW
-
-    shared_parameters: RowPruningShared = Field(
-        default_factory=RowPruningShared, description="What holds for all groups."
-    )
-
-
-class ChannelPruningConfig(StructuredPruningConfig):
-    """Removes output channels of Conv2d layers."""
-
-    key = "channel_pruning"
-    kind = GroupKind.CHANNEL
-
-    shared_parameters: RowPruningShared = Field(
-        default_factory=RowPruningShared, description="What holds for all groups."
-    )
-
-
-class HeadPruningConfig(StructuredPruningConfig):
-    """Removes attention heads, whole key/value groups under grouped-query attention."""
-
-    key = "head_pruning"
-    kind = GroupKind.HEAD
-
-    shared_parameters: HeadPruningShared = Field(
-        default_factory=HeadPruningShared, description="What holds for all groups."
-    )
-
-
-class DepthPruningConfig(StructuredPruningConfig):
-    """Removes whole layers by importance, while training."""
-
-    key = "depth_pruning"
-    kind = GroupKind.LAYER
-
-    shared_parameters: DepthPruningShared = Field(
-        default_factory=DepthPruningShared, description="What holds for the stack."
-    )
-
-
-class HiddenPruningConfig(StructuredPruningConfig):
-    """Narrows the hidden size of models whose normalizations allow it."""
-
-    key = "hidden_pruning"
-    kind = GroupKind.HIDDEN
-
-    shared_parameters: HiddenPruningShared = Field(
-        default_factory=HiddenPruningShared, description="What holds for the model."
-    )
