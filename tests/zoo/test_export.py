@@ -85,7 +85,7 @@ class TestZoo:
     def test_own_format(self, outcomes: dict[tuple[str, str], Outcome], name: str, scheme: str) -> None:
         outcome = outcomes[name, scheme]
         if outcome.torch_logits is None:
-            pytest.skip("no config to build it from: see tests/unit/test_export_torch.py")
+            pytest.skip("no config to build it from: see tests/unit/export/test_any_module.py")
         assert outcome.expected is not None
         difference = (outcome.torch_logits - outcome.expected.logits).square().mean().sqrt()
         rounding = (outcome.expected.logits - outcome.expected.exact_logits).square().mean().sqrt()

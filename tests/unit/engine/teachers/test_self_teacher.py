@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.engine.teachers.self_teacher import CurrentTeacher
 from ds_compress.modelinfo.auxiliary import AUXILIARY
 from ds_compress.quant import layers
-from tests.multirank.common import ds_config, full_weights, pruning_block, weight_quantization
+from tests.multirank.common import full_weights, pruning_block, weight_quantization
 from tests.multirank.distilling import llama, token_batches
 from tests.quantized import quantized
+from tests.unit.engine.teachers.engines import engine_of
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -29,20 +28,6 @@ def distillation(losses: dict[str, Any] | None = None, **settings: Any) -> dict[
 
 def quantization(bits: int = 3, **shared: Any) -> dict[str, Any]:
     return weight_quantization(bits, "layers", **shared)
-
-
-@contextlib.contextmanager
-def engine_of(
-    model: nn.Module, block: dict[str, Any], teacher: nn.Module | None = None, stage: int = 0
-) -> Iterator[Any]:
-    config = {**ds_config(stage, block), "train_micro_batch_size_per_gpu": 8}
-    engine, *_ = ds_compress.initialize(
-        model=model, model_parameters=model.parameters(), config=config, teacher=teacher
-    )
-    try:
-        yield engine
-    finally:
-        engine.destroy()
 
 
 def kl(theirs: torch.Tensor, own: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

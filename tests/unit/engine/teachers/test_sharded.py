@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,24 +11,10 @@ import torch
 from torch import nn
 
 import ds_compress
-from tests.multirank.common import ds_config
 from tests.multirank.distilling import llama, token_batches
+from tests.unit.engine.teachers.engines import engine_of
 
 pytestmark = pytest.mark.usefixtures("single_process")
-
-
-@contextlib.contextmanager
-def engine_of(
-    model: nn.Module, block: dict[str, Any], teacher: nn.Module | None = None, stage: int = 0
-) -> Iterator[Any]:
-    config = {**ds_config(stage, block), "train_micro_batch_size_per_gpu": 8}
-    engine, *_ = ds_compress.initialize(
-        model=model, model_parameters=model.parameters(), config=config, teacher=teacher
-    )
-    try:
-        yield engine
-    finally:
-        engine.destroy()
 
 
 def distillation(**settings: Any) -> dict[str, Any]:
