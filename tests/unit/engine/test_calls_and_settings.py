@@ -6,32 +6,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import deepspeed
 import pytest
 import torch
 from torch import nn
 
 from ds_compress.quant import layers
 from ds_compress.select.score_training import adamw_settings
-from tests.single import init_single_process
-
-
-def engine_of(
-    model: nn.Module, block: dict[str, Any], stage: int = 0, given: Any = None, **config: Any
-) -> Any:
-    init_single_process()
-    settings = {
-        "train_micro_batch_size_per_gpu": 4,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "compression_training": block,
-        **config,
-    }
-    if given is None:
-        settings.setdefault("optimizer", {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}})
-    listed = model.parameters() if given is None else None
-    return deepspeed.initialize(model=model, model_parameters=listed, optimizer=given, config=settings)[0]
+from tests.unit.engine.engines import engine_of
 
 
 def block_of(technique: str, params: dict[str, Any], **shared: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ds_compress  # noqa: F401 - registers the block
-from tests.single import init_single_process
+from tests.unit.engine.engines import engine_of
 
 STAGES = (0, 1, 2, 3)
 LEARNED_SCALES = {
@@ -31,25 +31,6 @@ def sparse(**shared: Any) -> dict[str, Any]:
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
-
-
-def engine_of(
-    block: dict[str, Any], stage: int, given: Any = None, model: nn.Module | None = None, **config: Any
-) -> Any:
-    init_single_process()
-    model = net() if model is None else model
-    settings = {
-        "train_micro_batch_size_per_gpu": 4,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "compression_training": block,
-        **config,
-    }
-    if given is None:
-        settings.setdefault("optimizer", {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}})
-    listed = model.parameters() if given is None else None
-    return deepspeed.initialize(model=model, model_parameters=listed, optimizer=given, config=settings)[0]
 
 
 def step(engine: Any, at: int, factor: float = 1.0) -> None:
@@ -80,7 +61,7 @@ def adagrad(model: nn.Module) -> torch.optim.Optimizer:
 class TestReplacedOptimizer:
     @pytest.mark.parametrize("stage", STAGES)
     def test_from_json(self, stage: int) -> None:
-        engine = engine_of(sparse(), stage, optimizer={"type": "Adagrad", "params": {"lr": 0.01}})
+        engine = engine_of(net(), sparse(), stage, optimizer={"type": "Adagrad", "params": {"lr": 0.01}})
         for at in range(3):
             step(engine, at)
         assert engine.compression.applied_steps == 3
@@ -93,7 +74,7 @@ class TestReplacedOptimizer:
             model = net()
             given = adagrad(model)
             schedule = torch.optim.lr_scheduler.LambdaLR(given, lambda s: 1.0 if s < 2 else 0.0)
-            engine = engine_of({**sparse(), **LEARNED_SCALES}, stage, given, model)
+            engine = engine_of(model, {**sparse(), **LEARNED_SCALES}, stage, given)
             engine.lr_scheduler = schedule
             for at in range(2):
                 step(engine, at)
@@ -113,12 +94,12 @@ class TestReplacedOptimizer:
 
     def test_checkpoint_continues(self, tmp_path: Any) -> None:
         config = {"optimizer": {"type": "Adagrad", "params": {"lr": 0.01}}}
-        whole = engine_of(sparse(schedule_offset_end=9), 2, **config)
+        whole = engine_of(net(), sparse(schedule_offset_end=9), 2, **config)
         for at in range(4):
             step(whole, at)
             if at == 1:
                 whole.save_checkpoint(str(tmp_path))
-        again = engine_of(sparse(schedule_offset_end=9), 2, **config)
+        again = engine_of(net(), sparse(schedule_offset_end=9), 2, **config)
         again.load_checkpoint(str(tmp_path))
         for at in range(2, 4):
             step(again, at)
@@ -151,7 +132,7 @@ class TestStepPastTheHooks:
     def test_is_an_error_at_the_first_step(self, stage: int, hooked: int) -> None:
         model = net()
         groups = [{"params": list(model[i].parameters())} for i in (0, 2)]
-        engine = engine_of(sparse(), stage, _Past(groups, hooked), model)
+        engine = engine_of(model, sparse(), stage, _Past(groups, hooked))
         with pytest.raises(RuntimeError, match=r"compression did not see, of (0\.weight|2\.weight).*_Past"):
             step(engine, 0)
 
@@ -194,7 +175,7 @@ class TestSkippedStep:
         assert_as_if_never_taken(block, 0)
 
     def test_metrics_say_what_is_in_the_weights(self) -> None:
-        engine = engine_of(sparse(schedule_offset=3), 0)
+        engine = engine_of(net(), sparse(schedule_offset=3), 0)
         for at in range(2):
             step(engine, at)
         step(engine, 2, float("nan"))
@@ -205,7 +186,7 @@ class TestSkippedStep:
 
 
 def assert_as_if_never_taken(block: dict[str, Any], stage: int) -> None:
-    plain, with_skip = engine_of(block, stage, model=net()), engine_of(block, stage, model=net())
+    plain, with_skip = engine_of(net(), block, stage), engine_of(net(), block, stage)
     for at in range(6):
         step(plain, at)
         if at == 2:
@@ -227,7 +208,7 @@ def test_static_inputs_have_no_bits_before_the_first_range() -> None:
             "different_groups": {"g": {"params": {"bits": 8}}},
         }
     }
-    engine = engine_of(block, 0)
+    engine = engine_of(net(), block, 0)
     assert engine.compression.metrics()["activation_quantization/mean_bits"] == 0.0
     step(engine, 0)
     assert engine.compression.metrics()["activation_quantization/mean_bits"] == 8.0
@@ -239,7 +220,7 @@ def test_weights_that_come_without_our_state_begin_anew(method: str, tmp_path: A
     schedule = {"schedule_offset": 3, "schedule_offset_end": 5}
     rows = {"enabled": True, "method": method, "dense_ratio": 0.5, **schedule}
     block = {**sparse(method=method, **schedule), "row_pruning": {"shared_parameters": rows}}
-    engine = engine_of(block, 2)
+    engine = engine_of(net(), block, 2)
     engine.save_checkpoint(str(tmp_path))
     shutil.rmtree(next(tmp_path.glob("*/ds_compress")))
     first = [_loss_and_step(engine, at) for at in range(6)]
@@ -263,7 +244,7 @@ def test_a_checkpoint_from_within_the_schedule_loads_after_its_end(method: str, 
     block: dict[str, Any] = {"row_pruning": {"shared_parameters": shared}}
     if method != "activation":
         block |= sparse(method=method, schedule_offset=1, schedule_offset_end=5)
-    engine = engine_of(block, 1)
+    engine = engine_of(net(), block, 1)
     for at in range(3):
         _loss_and_step(engine, at)
     engine.save_checkpoint(str(tmp_path))
