@@ -129,6 +129,49 @@ def check_fake_quantize(
         require(scale.numel() == offset.numel(), lambda: f"{op}: scale and offset have the same length")
 
 
+def check_fake_quantize_float(
+    x: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    exponent_bits: int,
+    mantissa_bits: int,
+    largest: float,
+    scale_kind: int,
+    block: int,
+) -> None:
+    op = "fake_quantize_float"
+    check_tensor(op, "x", x, 2, FLOATS)
+    require(
+        2 <= exponent_bits <= 5 and 1 <= mantissa_bits <= 3 and 0.0 < largest <= 2.0**16,
+        lambda: (
+            f"{op}: a number has 2 to 5 exponent bits, 1 to 3 mantissa bits and a largest value up to 2^16, got "
+            f"{exponent_bits}, {mantissa_bits} and {largest}"
+        ),
+    )
+    require(scale_kind in (0, 1, 2), lambda: f"{op}: scale_kind is 0, 1 or 2, got {scale_kind}")
+    rows, columns = x.shape
+    require(
+        block >= 1 and columns % block == 0,
+        lambda: f"{op}: block divides the {columns} columns, got {block}",
+    )
+    if scale is not None:
+        check_tensor(op, "scale", scale, 2, (torch.float32,))
+        check_device(op, "scale", scale, x)
+        shape = (rows, columns // block)
+        require(
+            scale.numel() == 1 or tuple(scale.shape) == shape,
+            lambda: f"{op}: scale is {shape} or (1, 1), got {tuple(scale.shape)}",
+        )
+    require(
+        (global_scale is not None) == (scale is None and scale_kind == 2),
+        lambda: f"{op}: a global_scale belongs to scales of kind 2 that are to be chosen",
+    )
+    if global_scale is not None:
+        check_tensor(op, "global_scale", global_scale, 1, (torch.float32,))
+        check_device(op, "global_scale", global_scale, x)
+        require(global_scale.numel() == 1, lambda: f"{op}: global_scale is one number")
+
+
 def _check_range_values(op: str, name: str, values: Tensor, device: torch.device, rows: int) -> None:
     require(
         values.dtype is torch.float32 and values.is_contiguous() and values.device == device,

@@ -7,7 +7,7 @@
 
 Integer linear layers    int8_linear, int4_linear, and a `_pack` for the weight of each: layouts differ between CPUs, so
                          pack where you multiply, and store the quantized values
-Fake quantization        fake_quantize
+Fake quantization        fake_quantize (integers), fake_quantize_float
 Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_apply_, mask_apply_many_: bit i of byte j is element
                          8 j + i; a trailing underscore writes in place
 Quantized payloads       block_quantize, block_dequantize, block_reduce, block_reduce_quantize: a payload is one fp32
@@ -46,6 +46,7 @@ int8_linear = _preferred(reference.linear.int8_linear)
 int4_linear_pack = _preferred(reference.linear.int4_linear_pack)
 int4_linear = _preferred(reference.linear.int4_linear)
 fake_quantize = _preferred(reference.fake_quantize.fake_quantize)
+fake_quantize_float = _preferred(reference.fake_quantize_float.fake_quantize_float)
 mask_apply_ = _preferred(reference.mask.mask_apply_)
 mask_apply_many_ = _preferred(reference.mask.mask_apply_many_)
 mask_pack = _preferred(reference.mask.mask_pack)

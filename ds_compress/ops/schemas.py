@@ -5,7 +5,7 @@ op its signature and an implementation in plain torch, the compiled library (see
 CUDA. The numerics that all of them share, bit for bit, are stated in `csrc/README.md`.
 
 linear        int8_linear and int4_linear: quantize the rows of x, multiply integers, dequantize, add, activate
-fake_quantize quantize and read back in one pass, with the mask of what was not clipped
+fake_quantize quantize and read back in one pass, with the mask of what was not clipped; _float: to small floats
 mask          bit-packed masks on flat tensors of any float dtype, in place
 block         the parts of a quantized reduction: payloads of scales and int8 or int4 values
 """
@@ -114,6 +114,16 @@ def _(
     ranges = x.new_empty((x.shape[0],) if scale is None else scale.shape, dtype=torch.float32)
     offsets = x.new_empty((0,) if symmetric else ranges.shape, dtype=torch.float32)
     return torch.empty_like(x), ranges, offsets, _bytes(x, -(-x.numel() // 8) if with_mask else 0)
+
+
+@_fake("fake_quantize_float")
+def _(
+    x: Tensor, scale: Tensor | None, *, block: int, with_mask: bool, **rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_fake_quantize_float(x, scale, block=block, **rest)
+    chosen = (x.shape[0], x.shape[1] // block)
+    scales = x.new_empty(chosen if scale is None else scale.shape, dtype=torch.float32)
+    return torch.empty_like(x), scales, _bytes(x, -(-x.numel() // 8) if with_mask else 0)
 
 
 @_fake("mask_apply_")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ds_compress.ops.reference import block_quantize, fake_quantize, linear, mask
+from ds_compress.ops.reference import block_quantize, fake_quantize, fake_quantize_float, linear, mask
 
 _OPS: tuple[Callable[..., Any], ...] = (
     linear.int8_linear_pack,
@@ -17,6 +17,7 @@ _OPS: tuple[Callable[..., Any], ...] = (
     linear.int4_linear_pack,
     linear.int4_linear,
     fake_quantize.fake_quantize,
+    fake_quantize_float.fake_quantize_float,
     mask.mask_apply_,
     mask.mask_apply_many_,
     mask.mask_pack,
