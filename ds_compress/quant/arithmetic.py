@@ -7,6 +7,8 @@ import math
 import torch
 
 from ds_compress.ops.reference.fake_quantize import SHRINK, SMALLEST_SCALE, is_extreme
+from ds_compress.ops.reference.float_formats import FloatFormat, round_to_format
+from ds_compress.quant.formats import nf4_codes, nf4_values
 from ds_compress.quant.grid import Grid, Levels
 from ds_compress.quant.qparams import QParams, signs_beyond
 
@@ -36,7 +38,12 @@ def _shrink(qparams: QParams) -> torch.Tensor | None:
 
 
 def round_and_clamp_(normalized: torch.Tensor, grid: Grid, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Normalized values to whole numbers on the grid, in place; `noise` in [0, 1) makes the rounding stochastic."""
+    """Normalized values to those of the grid, in place for integers; `noise` in [0, 1) makes rounding stochastic."""
+    if grid.levels is Levels.CODEBOOK:
+        rounded = nf4_values(nf4_codes(normalized), normalized.dtype)
+        return torch.where(normalized.isnan(), normalized, rounded)
+    if grid.levels is Levels.FLOAT:
+        return round_to_format(normalized, _number(grid), noise).clamp_(grid.quant_min, grid.quant_max)
     quantized = normalized.round_() if noise is None else normalized.add_(noise).floor_()
     if grid.may_clip or noise is not None:
         quantized.clamp_(grid.quant_min, grid.quant_max)
@@ -54,6 +61,8 @@ def quantize_block(
             return values.sign()
         case Levels.UNIFORM:
             return round_and_clamp_(normalize(values, qparams), grid, zero_preserving(noise, values))
+        case Levels.FLOAT | Levels.CODEBOOK:
+            return round_and_clamp_(normalize(values, qparams), grid, noise)
 
 
 def zero_preserving(noise: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor | None:
@@ -86,6 +95,13 @@ def clamp_to_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def unclipped_interval(grid: Grid, dtype: torch.dtype, stochastic: bool = False) -> tuple[float, float]:
     """The open interval of normalized values that are rounded to the grid without clipping, ends exact in `dtype`."""
+    if grid.format != "int":
+        end = grid.quant_max
+        if grid.levels is Levels.FLOAT and not stochastic:
+            end = _rounded_beyond(_number(grid), dtype)
+        else:
+            end = _next_away(end, dtype)
+        return -end, end
     if stochastic:  # floor(v): the integer `quant_min` itself does not clip
         return _next_away(grid.quant_min, dtype) if grid.quant_min else -SMALLEST_SCALE, float(
             grid.quant_max + 1
@@ -96,6 +112,21 @@ def unclipped_interval(grid: Grid, dtype: torch.dtype, stochastic: bool = False)
         low if grid.quant_min % 2 else _next_away(low, dtype),
         high if grid.quant_max % 2 else _next_away(high, dtype),
     )
+
+
+def _rounded_beyond(number: FloatFormat, dtype: torch.dtype) -> float:
+    """The least value that would be rounded to the next number after `largest`, were there one."""
+    step = 2.0 ** (number.largest_exponent - number.mantissa_bits)
+    is_even = number.largest / step % 2 == 0
+    middle = number.largest + step / 2
+    return _next_away(middle, dtype) if is_even else middle
+
+
+def _number(grid: Grid) -> FloatFormat:
+    known = grid.number_format
+    if known is None or known.number is None:
+        raise ValueError(f"{grid.describe()} is no grid of floating-point numbers")
+    return known.number
 
 
 def _next_away(value: float, dtype: torch.dtype) -> float:

@@ -27,7 +27,12 @@ from ds_compress.quant.gradients import (
 from ds_compress.quant.grid import Granularity
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
 from ds_compress.quant.qparams import QParams
-from ds_compress.quant.weights import choose_weight_qparams, learned_qparams, quantize_blocks
+from ds_compress.quant.weights import (
+    choose_weight_qparams,
+    learned_qparams,
+    own_global_scale,
+    quantize_blocks,
+)
 
 
 def fake_quantized_embedding(
@@ -41,9 +46,9 @@ def fake_quantized_embedding(
     """`[..., dim]` in the weight's dtype for int32 or int64 `indices` `[...]` into `weight` `[rows, dim]`.
 
     The grid is per channel (a scale per row), per column group, or per tensor; `padding_idx` is not negative.
-    Raises ValueError for groups of the flattened table, which cut across rows.
+    Raises ValueError for groups of the flattened table and for square blocks, which cut across rows.
     """
-    if fake_quant.grid.granularity is Granularity.PER_GROUP:
+    if fake_quant.grid.granularity in (Granularity.PER_GROUP, Granularity.PER_BLOCK):
         raise ValueError("an embedding is quantized per_channel (per row), per_column_group or per_tensor")
     padding = -1 if padding_idx is None else padding_idx
     return _FakeQuantizedEmbedding.apply(indices, weight, step_size, fake_quant, padding, scale_grad_by_freq)
@@ -94,6 +99,9 @@ def _looked_up(
 ) -> tuple[torch.Tensor, list[QParams], torch.Tensor | None]:
     """The rows `[N, dim]` of all indices in the working dtype, their QParams, their rounding noise."""
     flat, grid = indices.reshape(-1), fake_quant.grid
+    shared = (
+        fake_quant.global_scale if fake_quant.global_scale is not None else own_global_scale(weight, grid)
+    )
     rows = F.embedding(flat, weight).to(working_dtype(weight))
     noise = None
     if grid.stochastic:
@@ -103,10 +111,10 @@ def _looked_up(
     if step_size is not None:
         scale = step_size.to(rows.dtype) * fake_quant.step_ratio
         of_rows = scale if grid.granularity is Granularity.PER_TENSOR else scale[flat]
-        return rows, learned_qparams(of_rows, rows.shape, grid), noise
+        return rows, learned_qparams(of_rows, rows.shape, grid, shared), noise
     if grid.granularity is Granularity.PER_TENSOR:
-        return rows, choose_weight_qparams(weight, grid), noise
-    return rows, choose_weight_qparams(rows, grid), noise
+        return rows, choose_weight_qparams(weight, grid, shared), noise
+    return rows, choose_weight_qparams(rows, grid, shared), noise
 
 
 def _rows_backward(

@@ -27,6 +27,7 @@ from ds_compress.quant.fake_quant import (
     FakeQuantConfig,
     fake_quantize_input,
     fake_quantize_weight,
+    in_groups,
     weight_qparams,
 )
 from ds_compress.quant.fused import FakeQuantized
@@ -87,6 +88,7 @@ class _FakeQuantizedLinear(Function):
             x if needs_weight or needs_step or (needs_x and input_clips) else None,
             weight if needs_x or needs_weight or needs_step else None,
             step_size,
+            input_range if input_grid is not None and input_grid.has_global_scale else None,
             *(saved_qparams(x_qparams, x) if x_qparams else [None] * _FIELDS),
             *saved_qparams(w_qparams, weight),
         )
@@ -95,7 +97,7 @@ class _FakeQuantizedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, step_size, *saved = ctx.saved_tensors
+        x, weight, step_size, input_range, *saved = ctx.saved_tensors
         linear_op, fake_quant, input_grid = ctx.linear_op, ctx.fake_quant, ctx.input_grid
         needs_x, needs_weight, needs_bias, needs_step = ctx.needs_input_grad[:4]
         x_qparams, w_qparams = restored_qparams(saved[:_FIELDS]), restored_qparams(saved[_FIELDS:])
@@ -115,7 +117,7 @@ class _FakeQuantizedLinear(Function):
         if x is not None:
             used_x = x
             if input_grid is not None:
-                grad_x, used_x = _input_backward(grad_x, x, input_grid, x_qparams)
+                grad_x, used_x = _input_backward(grad_x, x, input_grid, x_qparams, input_range)
             if needs_weight or needs_step:
                 grad_weight = linear_op.weight_gradient(grad, used_x.to(grad.dtype), weight).to(weight.dtype)
             del used_x
@@ -182,11 +184,17 @@ def restored_qparams(saved: Sequence[torch.Tensor | None]) -> list[QParams]:
 
 
 def _input_backward(
-    grad_x: torch.Tensor | None, x: torch.Tensor, grid: ActivationGrid, qparams: list[QParams]
+    grad_x: torch.Tensor | None,
+    x: torch.Tensor,
+    grid: ActivationGrid,
+    qparams: list[QParams],
+    fixed_range: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The input's gradient with clipped values zeroed, and Q(x)."""
     masks = grad_x is not None and grid.may_clip
-    quantized = fake_quantize_input(x, grid, qparams=qparams[0] if qparams else None, with_unclipped=masks)
+    quantized = fake_quantize_input(
+        x, grid, fixed_range, qparams[0] if qparams else None, with_unclipped=masks
+    )
     if grad_x is not None and masks:
         grad_x = _without_clipped(grad_x, x, grid, quantized)
     return grad_x, quantized.values
@@ -196,7 +204,8 @@ def _without_clipped(
     grad: torch.Tensor, x: torch.Tensor, grid: ActivationGrid, quantized: FakeQuantized
 ) -> torch.Tensor:
     if quantized.unclipped is None:
-        return straight_through(grad, normalize(x.to(working_dtype(x)), quantized.qparams[0]), grid)
+        normalized = normalize(in_groups(x.to(working_dtype(x)), grid), quantized.qparams[0])
+        return straight_through(grad, normalized.view(x.shape), grid)
     grad = grad.contiguous()
     bitmask.apply_(grad.view(-1), quantized.unclipped)
     return grad

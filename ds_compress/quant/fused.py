@@ -1,7 +1,7 @@
 """Fake quantization in one pass over memory: the rows of a matrix through the fused kernel.
 
-What the kernel cannot do (ternary and binary grids, stochastic rounding, fp64, groups that are not contiguous in
-memory) takes the several passes of `arithmetic`; the numbers are the same, to the last bit.
+What the kernels cannot do (ternary and binary grids, nf4, stochastic rounding, fp64, square blocks, groups that are not
+contiguous in memory) takes the several passes of `arithmetic`; the numbers are the same, to the last bit.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from ds_compress.ops import kernels
-from ds_compress.quant.grid import ActivationGrid, Grid, Levels, TokenGranularity, WeightGrid
+from ds_compress.quant.grid import ActivationGrid, Granularity, Grid, Levels, TokenGranularity, WeightGrid
 from ds_compress.quant.layout import GROUP_AXIS, split_weight
 from ds_compress.quant.qparams import QParams
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEVELS = (Levels.UNIFORM, Levels.FLOAT)
 
 
 @dataclass(frozen=True)
@@ -28,47 +29,97 @@ class FakeQuantized:
     unclipped: torch.Tensor | None = None
 
 
-def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor | None:
-    """The weight as `[groups, group]`, one scale each; None where the kernel does not apply."""
-    if (
-        weight.dtype not in _DTYPES
-        or grid.levels is not Levels.UNIFORM
-        or grid.stochastic
-        or not weight.numel()
-    ):
+@dataclass(frozen=True)
+class Rows:
+    """A matrix of which each row, or each run of `block` columns of a row, has one scale."""
+
+    values: torch.Tensor
+    block: int
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1] // self.block
+
+
+def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> Rows | None:
+    """The weight as rows; None where the kernel does not apply."""
+    if weight.dtype not in _DTYPES or grid.levels not in _LEVELS or grid.stochastic or not weight.numel():
+        return None
+    if grid.granularity is Granularity.PER_BLOCK:
         return None
     blocks = split_weight(weight.contiguous(), grid)
     if len(blocks) > 1 or blocks[0].shape[-1] != 1:
         return None
-    return blocks[0].reshape(-1, blocks[0].shape[GROUP_AXIS])
+    group = blocks[0].shape[GROUP_AXIS]
+    if grid.levels is Levels.FLOAT and grid.granularity is Granularity.PER_COLUMN_GROUP:
+        return Rows(weight.contiguous().view(weight.shape[0], -1), group)
+    return Rows(blocks[0].reshape(-1, group), group)
 
 
-def input_rows(x: torch.Tensor, grid: ActivationGrid) -> torch.Tensor | None:
-    """x as rows that share one scale; None where the kernel does not apply."""
-    if x.dtype not in _DTYPES or not x.numel():
+def input_rows(x: torch.Tensor, grid: ActivationGrid) -> Rows | None:
+    """x as rows; None where the kernel does not apply."""
+    if x.dtype not in _DTYPES or grid.levels not in _LEVELS or not x.numel():
         return None
     if grid.granularity is TokenGranularity.PER_SAMPLE:
-        return x.reshape(x.shape[0], -1)
-    return x.reshape(-1, x.shape[-1])
+        return Rows(x.reshape(x.shape[0], -1), x.numel() // x.shape[0])
+    columns = x.shape[-1]
+    in_groups = grid.granularity is TokenGranularity.PER_TOKEN_GROUP
+    if in_groups and grid.levels is Levels.UNIFORM:
+        return Rows(x.reshape(-1, grid.group_size), grid.group_size)
+    if grid.granularity is TokenGranularity.PER_TENSOR:
+        return (
+            Rows(x.reshape(1, -1), x.numel())
+            if grid.levels is Levels.FLOAT
+            else Rows(x.reshape(-1, columns), columns)
+        )
+    return Rows(x.reshape(-1, columns), grid.group_size if in_groups else columns)
 
 
 def fake_quantize_rows(
-    rows: torch.Tensor, grid: Grid, qparams: QParams | None, with_unclipped: bool
+    rows: Rows,
+    grid: Grid,
+    qparams: QParams | None,
+    with_unclipped: bool,
+    global_scale: torch.Tensor | None = None,
 ) -> FakeQuantized:
-    """Q of a contiguous `[R, C]`, with qparams (fp32 `[R]`) chosen from each row when none are given."""
+    """Q of the rows, with qparams (fp32, one for each scale) chosen from them when none are given.
+
+    global_scale: fp32 (1,), of grids that have one and when qparams are to be chosen.
+    """
+    known = grid.number_format
+    if known is not None and known.number is not None:
+        given = None if qparams is None else _given(qparams.scale, rows)
+        values, scale, unclipped = kernels().fake_quantize_float(
+            rows.values.contiguous(),
+            given,
+            global_scale if given is None and known.has_global_scale else None,
+            exponent_bits=known.number.exponent_bits,
+            mantissa_bits=known.number.mantissa_bits,
+            largest=known.number.largest,
+            scale_kind=int(known.scale),
+            block=rows.block,
+            with_mask=with_unclipped,
+        )
+        return FakeQuantized(values, [QParams(scale)], unclipped if with_unclipped else None)
     scale = offset = None
     if qparams is not None:
         scale = qparams.scale.reshape(-1)
         offset = None if qparams.offset is None else qparams.offset.reshape(-1)
     values, scale, offset, unclipped = kernels().fake_quantize(
-        rows.contiguous(),
+        rows.values.contiguous(),
         scale,
         offset,
-        quant_min=grid.quant_min,
-        quant_max=grid.quant_max,
+        quant_min=int(grid.quant_min),
+        quant_max=int(grid.quant_max),
         steps=grid.scale_divisor,
         symmetric=grid.symmetric,
         with_mask=with_unclipped,
     )
     used = QParams(scale, None if grid.symmetric else offset)
     return FakeQuantized(values, [used], unclipped if with_unclipped else None)
+
+
+def _given(scale: torch.Tensor, rows: Rows) -> torch.Tensor:
+    if scale.numel() == 1:
+        return scale.float().reshape(1, 1)
+    return scale.float().reshape(rows.scales).contiguous()

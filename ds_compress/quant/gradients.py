@@ -7,7 +7,7 @@ import math
 import torch
 
 from ds_compress.ops import bitmask
-from ds_compress.quant.arithmetic import normalize, unclipped_interval, working_dtype
+from ds_compress.quant.arithmetic import normalize, round_and_clamp_, unclipped_interval, working_dtype
 from ds_compress.quant.fake_quant import FakeQuantConfig, rounding_noise
 from ds_compress.quant.grid import Grid, WeightGrid
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_weight
@@ -61,10 +61,11 @@ def weight_backward(
 def normalized_blocks(
     weight: torch.Tensor, fake_quant: FakeQuantConfig, qparams: list[QParams], noise: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """The quantized values before rounding (stochastic: before flooring) of each block of `layout.split_weight`."""
+    """The quantized values before rounding of each block of `layout.split_weight`; of integers that are rounded
+    stochastically, those that are floored."""
     blocks = split_weight(weight.to(working_dtype(weight)).contiguous(), fake_quant.grid)
     normalized = [normalize(block, q) for block, q in zip(blocks, qparams, strict=True)]
-    if noise is not None:
+    if noise is not None and fake_quant.grid.format == "int":
         for block, noise_block in zip(normalized, split_weight(noise, fake_quant.grid), strict=True):
             block.add_(noise_block)
     return normalized
@@ -80,7 +81,7 @@ def mix_gradient(masked: torch.Tensor, grad: torch.Tensor, fake_quant: FakeQuant
 def step_terms(grad: torch.Tensor, normalized: torch.Tensor, grid: WeightGrid, count: int) -> torch.Tensor:
     """What each weight adds to its scale's gradient (Esser et al. 2020, "Learned step size quantization",
     eq. 3), with its gradient scale 1 / sqrt(count * quant_max), `count` the weights that share one scale."""
-    quantized = normalized.round().clamp_(grid.quant_min, grid.quant_max)
+    quantized = round_and_clamp_(normalized.clone(), grid)
     low, high = unclipped_interval(grid, normalized.dtype)
     inside = torch.ops.aten.hardtanh_backward(normalized, normalized, low, high)
     return quantized.sub_(inside).mul_(grad).mul_(1 / math.sqrt(count * grid.quant_max))

@@ -1,4 +1,4 @@
-"""The integer grids of fake quantization: their formulas, and one small class for each kind.
+"""The grids of fake quantization, integers and small floats: their formulas, and one small class for each kind.
 
 A value x in a group that shares one scale is stored as an integer q and read back as
 
@@ -10,15 +10,18 @@ A value x in a group that shares one scale is stored as an integer q and read ba
                 scale = mean of the |x| > t                (2 bits; Li & Liu 2016, "Ternary weight networks")
     binary      scale = mean|x|                  q = sign(x)   (1 bit; Rastegari et al. 2016, "XNOR-Net")
 
+    float       scale of `ops.reference.float_formats`       q = the nearest number of the format, ties to even
+    nf4         scale = max|x|                   q = the nearest of 16 quantiles of a normal distribution
+
 and y = q * scale (+ offset). `offset` is -zero_point * scale: a float, because that is what the arithmetic adds.
-These are the formulas of `deepspeed.compression`; `narrow` is ours: the legacy symmetric grid cannot represent +max
-(1.0 becomes 0.992 at 8 bits), the narrow one can.
+Those of integers are the formulas of `deepspeed.compression`; `narrow` is ours: the legacy symmetric grid cannot
+represent +max (1.0 becomes 0.992 at 8 bits), the narrow one can.
 
 Numerics that hold everywhere in the library:
 - Divisions are true divisions and rounding is half to even, so q is the formula's, not that of a multiplied
   reciprocal. All arithmetic is fp32 (fp64 for fp64 input) whatever the dtype of the tensor; the result is cast last.
-- A scale is at least 2^-126, so that a group of zeros reads back as zeros and never gives NaN. Asymmetric, a
-  group whose scale would be smaller (all values equal) reads back as its constant.
+- A scale of integers is at least 2^-126, so that a group of zeros reads back as zeros and never gives NaN. Asymmetric,
+  a group whose scale would be smaller (all values equal) reads back as its constant.
 - A zero reads back as zero on every grid but the legacy asymmetric one, where that needs a positive weight of half a
   scale in its group.
 - A NaN or Inf makes every value of its group NaN: a fault is visible, not masked. With a *fixed* range only the
@@ -33,10 +36,13 @@ weight, and `layout` says which weights share a scale.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+
+from ds_compress.ops.reference.float_formats import ScaleKind
+from ds_compress.quant.formats import FORMATS, NumberFormat
 
 
 class Granularity(StrEnum):
@@ -46,6 +52,7 @@ class Granularity(StrEnum):
     PER_GROUP = "per_group"  # equal runs of the flattened weight, the legacy `quantize_groups`
     PER_CHANNEL = "per_channel"  # an output channel; a row of an embedding
     PER_COLUMN_GROUP = "per_column_group"  # `group_size` inputs of one output channel
+    PER_BLOCK = "per_block"  # a square of `group_size` outputs and as many inputs
 
 
 class Levels(StrEnum):
@@ -54,30 +61,54 @@ class Levels(StrEnum):
     UNIFORM = "uniform"
     TERNARY = "ternary"
     BINARY = "binary"
+    FLOAT = "float"
+    CODEBOOK = "codebook"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the grids of weights and of activations have in common; see the module for the formulas."""
+    """What the grids of weights and of activations have in common; see the module for the formulas.
+
+    format: "int", or a name of `formats.FORMATS`, which fixes `bits`.
+    """
 
     bits: int
     symmetric: bool = True
     narrow_range: bool = False
+    format: str = field(default="int", kw_only=True)
+
+    @property
+    def number_format(self) -> NumberFormat | None:
+        """The floats or the codebook that a value is rounded to; None: integers."""
+        return FORMATS.get(self.format)
 
     @property
     def levels(self) -> Levels:
-        return Levels.UNIFORM
+        known = FORMATS.get(self.format)
+        if known is None:
+            return Levels.UNIFORM
+        return Levels.CODEBOOK if known.number is None else Levels.FLOAT
 
     @property
-    def quant_min(self) -> int:
-        """The smallest quantized value."""
+    def has_global_scale(self) -> bool:
+        """Whether scales are stored relative to one more, of the whole tensor (nvfp4)."""
+        known = FORMATS.get(self.format)
+        return known is not None and known.scale is ScaleKind.E4M3
+
+    @property
+    def quant_min(self) -> float:
+        """The smallest quantized value; a whole number on integer grids."""
+        if self.format != "int":
+            return -FORMATS[self.format].largest
         if self.levels is not Levels.UNIFORM:
             return -1
         return 0 if not self.symmetric else -(2 ** (self.bits - 1)) + int(self.narrow_range)
 
     @property
-    def quant_max(self) -> int:
-        """The largest quantized value."""
+    def quant_max(self) -> float:
+        """The largest quantized value; a whole number on integer grids."""
+        if self.format != "int":
+            return FORMATS[self.format].largest
         if self.levels is not Levels.UNIFORM:
             return 1
         return 2**self.bits - 1 if not self.symmetric else 2 ** (self.bits - 1) - 1
@@ -98,12 +129,16 @@ class Grid:
     def may_clip(self) -> bool:
         """Whether a value may lie beyond `quant_min` or `quant_max`."""
         # Not an override that calls super(): compiled code (Dynamo of torch 2.10) takes such a property for a tensor.
-        return self.range_is_given or (
-            self.levels is Levels.UNIFORM and not (self.symmetric and self.narrow_range)
+        return (
+            self.range_is_given
+            or self.has_global_scale  # rounded to E4M3, a scale may be too small for its block
+            or (self.levels is Levels.UNIFORM and not (self.symmetric and self.narrow_range))
         )
 
     def describe(self) -> str:
-        """A few words, e.g. "uint8 narrow"."""
+        """A few words, e.g. "uint8 narrow" or "mxfp4"."""
+        if self.format != "int":
+            return self.format
         kind = (
             f"{'int' if self.symmetric else 'uint'}{self.bits}"
             if self.levels is Levels.UNIFORM
@@ -113,7 +148,9 @@ class Grid:
 
     @property
     def quantized_dtype(self) -> torch.dtype:
-        """Of stored values."""
+        """Of stored values; floats are stored as their codes."""
+        if self.format != "int":
+            return torch.uint8
         return torch.int8 if self.symmetric else torch.uint8
 
 
@@ -134,6 +171,8 @@ class WeightGrid(Grid):
     learned: bool = False
 
     def __post_init__(self) -> None:
+        if (known := self.number_format) is not None and (self.bits != known.bits or not self.symmetric):
+            raise ValueError(f"{self.format} has {known.bits} bits and is symmetric")
         if not 1 <= self.bits <= 8:
             raise ValueError(f"weights have 1 to 8 bits, got {self.bits}")
         if self.groups < 1 or self.group_size < 1:
@@ -148,6 +187,7 @@ class WeightGrid(Grid):
         size = {
             Granularity.PER_GROUP: f" of {self.groups}",
             Granularity.PER_COLUMN_GROUP: f" of {self.group_size}",
+            Granularity.PER_BLOCK: f" of {self.group_size} x {self.group_size}",
         }
         words = f"{super().describe()} {self.granularity}{size.get(self.granularity, '')}"
         return (
@@ -156,6 +196,8 @@ class WeightGrid(Grid):
 
     @property
     def levels(self) -> Levels:
+        if (known := FORMATS.get(self.format)) is not None:
+            return Levels.CODEBOOK if known.number is None else Levels.FLOAT
         if self.learned or self.bits > 2:
             return Levels.UNIFORM
         return Levels.TERNARY if self.bits == 2 else Levels.BINARY
@@ -171,22 +213,30 @@ class TokenGranularity(StrEnum):
     PER_TOKEN = "per_token"  # the last axis
     PER_SAMPLE = "per_sample"  # everything but the first axis: an image
     PER_TENSOR = "per_tensor"
+    PER_TOKEN_GROUP = "per_token_group"  # `group_size` neighbours on the last axis
 
 
 @dataclass(frozen=True)
 class ActivationGrid(Grid):
-    """The grid of an activation; a static grid is per tensor and its range is given, not measured."""
+    """The grid of an activation; of a static grid the range is given, not measured.
+
+    That range makes the one scale of the tensor; of nvfp4 the global one, while scales of blocks are measured.
+    """
 
     granularity: TokenGranularity = TokenGranularity.PER_TOKEN
     static: bool = False
+    group_size: int = 128
 
     def __post_init__(self) -> None:
+        if (known := self.number_format) is not None and (self.bits != known.bits or not self.symmetric):
+            raise ValueError(f"{self.format} has {known.bits} bits and is symmetric")
         if not 3 <= self.bits <= 8:
             raise ValueError(f"activations have 3 to 8 bits, got {self.bits}")
 
     def describe(self) -> str:
         """A few words, e.g. "int8 per_tensor static"."""
-        return f"{super().describe()} {self.granularity}" + (" static" if self.static else "")
+        size = f" of {self.group_size}" if self.granularity is TokenGranularity.PER_TOKEN_GROUP else ""
+        return f"{super().describe()} {self.granularity}{size}" + (" static" if self.static else "")
 
     @property
     def range_is_given(self) -> bool:

@@ -1,7 +1,8 @@
 """Which weights share a scale: a weight seen as one or two views whose second-last axis is one scale's group.
 
 Every granularity is a view `[..., group, inner]`; the scales of a view are its reduction over axis -2. Only
-columns that do not divide by `group_size` need a second view, for the shorter last group of each channel.
+columns that do not divide by `group_size` need a second view, for the shorter last group of each channel. Square blocks
+(`per_block`) are the exception: they are copied, with zeros where the last ones reach beyond the matrix.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def check_shape(shape: Sequence[int], grid: WeightGrid) -> None:
             f"quantize_groups {grid.groups} does not divide the {math.prod(shape)} weights of shape "
             f"{tuple(shape)}; choose a divisor, or granularity per_channel"
         )
-    if grid.granularity in (Granularity.PER_CHANNEL, Granularity.PER_COLUMN_GROUP) and len(shape) < 2:
+    by_channel = (Granularity.PER_CHANNEL, Granularity.PER_COLUMN_GROUP, Granularity.PER_BLOCK)
+    if grid.granularity in by_channel and len(shape) < 2:
         raise ValueError(f"{grid.granularity} needs a weight of 2 or more axes, got {tuple(shape)}")
 
 
@@ -40,6 +42,8 @@ def scale_shape(shape: Sequence[int], grid: WeightGrid) -> tuple[int, ...]:
         case Granularity.PER_COLUMN_GROUP:
             groups = max(1, math.ceil(_columns(shape, grid) / grid.group_size))
             return (groups, channels) if grid.channel_axis else (channels, groups)
+        case Granularity.PER_BLOCK:
+            return tuple(math.ceil(size / grid.group_size) for size in _matrix_shape(shape))
 
 
 def split_weight(weight: torch.Tensor, grid: WeightGrid) -> list[torch.Tensor]:
@@ -55,10 +59,14 @@ def split_weight(weight: torch.Tensor, grid: WeightGrid) -> list[torch.Tensor]:
             return [weight.view(weight.shape[0], _columns(weight.shape, grid), 1)]
         case Granularity.PER_COLUMN_GROUP:
             return _split_columns(weight, grid)
+        case Granularity.PER_BLOCK:
+            return [_squares(weight.view(_matrix_shape(weight.shape)), grid.group_size)]
 
 
 def join_weight(blocks: list[torch.Tensor], shape: Sequence[int], grid: WeightGrid) -> torch.Tensor:
     """The inverse of `split_weight`, for blocks that were changed."""
+    if grid.granularity is Granularity.PER_BLOCK:
+        return _from_squares(blocks[0], _matrix_shape(shape), grid.group_size).view(shape)
     if len(blocks) == 1:
         return blocks[0].view(shape)
     if grid.channel_axis:
@@ -102,3 +110,21 @@ def _split_columns(weight: torch.Tensor, grid: WeightGrid) -> list[torch.Tensor]
     matrix = weight.view(weight.shape[0], columns)
     blocks = [matrix[:, :end].unflatten(1, (whole, grid.group_size)).unsqueeze(-1)] if whole else []
     return blocks if blocks and end == columns else [*blocks, matrix[:, end:, None].unsqueeze(1)]
+
+
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _squares(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """`[blocks, size * size, 1]`, row after row of blocks."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % size, 0, -rows % size))
+    down, across = padded.shape[0] // size, padded.shape[1] // size
+    return padded.view(down, size, across, size).transpose(1, 2).reshape(-1, size * size, 1)
+
+
+def _from_squares(blocks: torch.Tensor, shape: tuple[int, int], size: int) -> torch.Tensor:
+    down, across = math.ceil(shape[0] / size), math.ceil(shape[1] / size)
+    padded = blocks.view(down, across, size, size).transpose(1, 2).reshape(down * size, across * size)
+    return padded[: shape[0], : shape[1]].contiguous()

@@ -9,6 +9,13 @@ import torch
 
 from ds_compress.ops.reference.division import divided
 from ds_compress.ops.reference.fake_quantize import SMALLEST_SCALE, asymmetric_range
+from ds_compress.ops.reference.float_formats import (
+    ScaleKind,
+    block_scale,
+    global_scale_of,
+    power_of_two,
+    stored_e4m3,
+)
 from ds_compress.quant.grid import Grid, Levels
 
 
@@ -24,10 +31,17 @@ class QParams:
     threshold: torch.Tensor | None = None
 
 
-def choose_qparams(values: torch.Tensor, axes: tuple[int, ...], grid: Grid) -> QParams:
-    """The qparams of groups that lie along `axes` (kept as size 1) of an fp32 or fp64 tensor."""
+def choose_qparams(
+    values: torch.Tensor, axes: tuple[int, ...], grid: Grid, global_scale: torch.Tensor | None = None
+) -> QParams:
+    """The qparams of groups that lie along `axes` (kept as size 1) of an fp32 or fp64 tensor.
+
+    global_scale: one fp32 number, for grids that have one; by default that of these values.
+    """
     if values.numel() == 0:
         nothing = values.sum(axes, keepdim=True)
+        if grid.format != "int":
+            return QParams(torch.ones_like(nothing))
         return qparams_from_range(nothing, nothing, grid)
     match grid.levels:
         case Levels.TERNARY:
@@ -39,10 +53,46 @@ def choose_qparams(values: torch.Tensor, axes: tuple[int, ...], grid: Grid) -> Q
             # Twice faster than aminmax or a vector norm, which are not vectorised along an axis.
             lowest, highest = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
             return qparams_from_range(lowest, highest, grid)
+        case Levels.FLOAT | Levels.CODEBOOK:
+            return QParams(_float_scale(values.abs().amax(axes, keepdim=True), grid, global_scale))
+
+
+def _float_scale(amax: torch.Tensor, grid: Grid, global_scale: torch.Tensor | None) -> torch.Tensor:
+    known = grid.number_format
+    assert known is not None
+    if known.number is None:
+        scale = torch.where(amax == 0, 1.0, amax)
+        return _nan_unless_finite(scale, amax)
+    if known.has_global_scale and global_scale is None:
+        global_scale = global_scale_of(amax.amax(), known.number)
+    return block_scale(amax, known.number, known.scale, global_scale)
+
+
+def stored_scale(scale: torch.Tensor, grid: Grid, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """The nearest scale that the format can store, for a wanted one; positive, of the same shape."""
+    known = grid.number_format
+    wanted = scale.abs().clamp_min(SMALLEST_SCALE)
+    if known is None or known.scale is ScaleKind.FP32:
+        return wanted
+    if known.scale is ScaleKind.E8M0:
+        return power_of_two(wanted.log2().round().clamp_(-127, 127).to(torch.int32), wanted.dtype)
+    if global_scale is None:
+        raise ValueError(f"scales of {grid.format} need the global scale of their tensor")
+    return stored_e4m3(wanted * global_scale) / global_scale
+
+
+def global_scale_for(amax: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """fp32 (1,): the global scale of a tensor with this largest magnitude, for grids that have one."""
+    known = grid.number_format
+    if known is None or known.number is None:
+        raise ValueError(f"{grid.describe()} has no global scale")
+    return global_scale_of(amax, known.number).reshape(1)
 
 
 def qparams_from_range(lowest: torch.Tensor, highest: torch.Tensor, grid: Grid) -> QParams:
-    """The qparams of a uniform grid over values from `lowest` to `highest` (same shape)."""
+    """The qparams of a uniform grid or of floats over values from `lowest` to `highest` (same shape)."""
+    if grid.format != "int":
+        return QParams(_float_scale(torch.maximum(highest, lowest.neg()), grid, None))
     if grid.levels is not Levels.UNIFORM:
         return QParams(scale=torch.ones_like(lowest), threshold=torch.zeros_like(lowest))
     if grid.symmetric:

@@ -8,33 +8,52 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_compress.ops.reference.fake_quantize import SMALLEST_SCALE
+from ds_compress.ops.reference.float_formats import decode, encode
 from ds_compress.quant.arithmetic import clamp_to_dtype, dequantize_, quantize_block, working_dtype
+from ds_compress.quant.formats import nf4_codes, nf4_values
 from ds_compress.quant.grid import WeightGrid
 from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_scale, split_weight
-from ds_compress.quant.qparams import QParams, choose_qparams, mean_magnitude
+from ds_compress.quant.qparams import QParams, choose_qparams, global_scale_for, mean_magnitude, stored_scale
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as integers: `values` (int8, uint8 when asymmetric) in its shape, fp32 `scale` and `offset` of
-    `layout.scale_shape`."""
+    """A weight as stored: `values` (int8, uint8 when asymmetric, uint8 codes of floats) in its shape, fp32 `scale` and
+    `offset` of `layout.scale_shape`, what values are multiplied by; fp32 `global_scale` (1,) of grids that have one."""
 
     values: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor | None
     grid: WeightGrid
+    global_scale: torch.Tensor | None = None
 
 
-def choose_weight_qparams(weight: torch.Tensor, grid: WeightGrid) -> list[QParams]:
-    """QParams of each block of `layout.split_weight`, from its values; arithmetic in `working_dtype`."""
+def choose_weight_qparams(
+    weight: torch.Tensor, grid: WeightGrid, global_scale: torch.Tensor | None = None
+) -> list[QParams]:
+    """QParams of each block of `layout.split_weight`, from its values; arithmetic in `working_dtype`.
+
+    global_scale: of grids that have one; by default that of this weight.
+    """
+    if grid.has_global_scale and global_scale is None:
+        global_scale = own_global_scale(weight, grid)
     exact = weight.to(working_dtype(weight)).contiguous()
-    return [choose_qparams(block, (GROUP_AXIS,), grid) for block in split_weight(exact, grid)]
+    return [choose_qparams(block, (GROUP_AXIS,), grid, global_scale) for block in split_weight(exact, grid)]
 
 
-def learned_qparams(scale: torch.Tensor, shape: Sequence[int], grid: WeightGrid) -> list[QParams]:
-    """QParams from given scales of `layout.scale_shape`: |scale|, and at least 2^-126."""
-    exact = scale.to(working_dtype(scale)).abs().clamp_min(SMALLEST_SCALE)
+def own_global_scale(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor | None:
+    """fp32 (1,), from the largest magnitude of the weight; None for grids without."""
+    if not grid.has_global_scale:
+        return None
+    lowest, highest = weight.detach().aminmax()
+    return global_scale_for(torch.maximum(highest, lowest.neg()), grid)
+
+
+def learned_qparams(
+    scale: torch.Tensor, shape: Sequence[int], grid: WeightGrid, global_scale: torch.Tensor | None = None
+) -> list[QParams]:
+    """QParams from given scales of `layout.scale_shape`: |scale|, at least 2^-126, as the format can store it."""
+    exact = stored_scale(scale.to(working_dtype(scale)), grid, global_scale)
     return [QParams(scale=block) for block in split_scale(exact, shape, grid)]
 
 
@@ -56,14 +75,16 @@ def fake_quantize(
     grid: WeightGrid,
     noise: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weight quantized and dequantized, in its dtype and shape.
 
-    noise: see `quantize_blocks`. scale: given scales of `layout.scale_shape` (LSQ); by default chosen from the values.
+    Args:
+        noise: see `quantize_blocks`.
+        scale: given scales of `layout.scale_shape` (LSQ); by default chosen from the values.
+        global_scale: of grids that have one; by default that of this weight.
     """
-    qparams = (
-        choose_weight_qparams(weight, grid) if scale is None else learned_qparams(scale, weight.shape, grid)
-    )
+    qparams = _qparams(weight, grid, scale, global_scale)
     blocks = quantize_blocks(weight, qparams, grid, noise)
     dequantized = [dequantize_(block, q) for block, q in zip(blocks, qparams, strict=True)]
     return clamp_to_dtype(join_weight(dequantized, weight.shape, grid), weight.dtype).to(weight.dtype)
@@ -74,19 +95,45 @@ def quantize(
     grid: WeightGrid,
     noise: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """The integers behind `fake_quantize` of the same arguments. The values of a NaN group mean nothing."""
-    qparams = (
-        choose_weight_qparams(weight, grid) if scale is None else learned_qparams(scale, weight.shape, grid)
-    )
+    """The integers or codes behind `fake_quantize` of the same arguments. The values of a NaN group mean nothing."""
+    global_scale = own_global_scale(weight, grid) if global_scale is None else global_scale
+    qparams = _qparams(weight, grid, scale, global_scale)
     values = join_weight(quantize_blocks(weight, qparams, grid, noise), weight.shape, grid)
     offsets = [r.offset for r in qparams if r.offset is not None]
     return QuantizedWeight(
-        values=values.nan_to_num_(0.0).to(grid.quantized_dtype),
+        values=to_codes(values.nan_to_num_(0.0), grid),
         scale=join_scale([r.scale for r in qparams], weight.shape, grid),
         offset=join_scale(offsets, weight.shape, grid) if offsets else None,
         grid=grid,
+        global_scale=global_scale,
     )
+
+
+def to_codes(quantized: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
+    """Quantized values in floating point as they are stored: whole numbers, or the codes of floats."""
+    known = grid.number_format
+    if known is None:
+        return quantized.to(grid.quantized_dtype)
+    codes = nf4_codes(quantized) if known.number is None else encode(quantized, known.number)
+    return codes.to(grid.quantized_dtype)
+
+
+def from_codes(codes: torch.Tensor, grid: WeightGrid, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The inverse of `to_codes`."""
+    known = grid.number_format
+    if known is None:
+        return codes.to(dtype)
+    return nf4_values(codes, dtype) if known.number is None else decode(codes, known.number).to(dtype)
+
+
+def _qparams(
+    weight: torch.Tensor, grid: WeightGrid, scale: torch.Tensor | None, global_scale: torch.Tensor | None
+) -> list[QParams]:
+    if scale is None:
+        return choose_weight_qparams(weight, grid, global_scale)
+    return learned_qparams(scale, weight.shape, grid, global_scale)
 
 
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -96,14 +143,21 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
     offsets: Sequence[torch.Tensor | None] = [None] * len(scales)
     if quantized.offset is not None:
         offsets = split_scale(quantized.offset, shape, grid)
-    blocks = split_weight(quantized.values.to(quantized.scale.dtype), grid)
+    blocks = split_weight(from_codes(quantized.values, grid, quantized.scale.dtype), grid)
     qparams = [QParams(scale, offset) for scale, offset in zip(scales, offsets, strict=True)]
     dequantized = [dequantize_(block, q) for block, q in zip(blocks, qparams, strict=True)]
     return clamp_to_dtype(join_weight(dequantized, shape, grid), dtype).to(dtype)
 
 
 def initial_scale(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
-    """2 mean|w| / sqrt(quant_max) per group, fp32 of `layout.scale_shape` (Esser 2020, section 2.1)."""
+    """Where a learned scale begins, fp32 of `layout.scale_shape`.
+
+    Integers: 2 mean|w| / sqrt(quant_max) per group (Esser 2020, section 2.1). Floats, whose steps are not equal: the
+    scale that is chosen from the values.
+    """
+    if grid.format != "int":
+        chosen = choose_weight_qparams(weight.detach(), grid)
+        return join_scale([q.scale for q in chosen], weight.shape, grid)
     exact = weight.detach().to(working_dtype(weight)).contiguous()
     means = [mean_magnitude(block, (GROUP_AXIS,)) for block in split_weight(exact, grid)]
     largest = torch.finfo(exact.dtype).max

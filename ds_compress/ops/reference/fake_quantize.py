@@ -74,8 +74,8 @@ def fake_quantize(
         row_offset = None if used_offset is None else _of_rows(used_offset, part)
         exact = x[part].float()
         extreme = is_extreme(row_scale, row_offset, torch.finfo(x.dtype).max)
-        # On a GPU the question would wait for all that runs before.
-        ask = x.device.type == "cpu"
+        # On a GPU the question would wait for all that runs before, and tracing cannot answer it.
+        ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
         shrink = None if ask and not bool(extreme.any()) else torch.where(extreme, SHRINK, 1.0)
         if shrink is not None:
             exact, row_scale = exact * shrink, row_scale * shrink

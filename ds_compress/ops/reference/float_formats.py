@@ -7,8 +7,8 @@ Formats: OCP "8-bit floating point" 1.0 (E4M3, E5M2), OCP "Microscaling formats 
 Scales of a block whose largest magnitude is amax, each as `compressed_tensors` 0.20 computes them:
 
     fp32    amax / largest                                       2^-23 where that is zero
-    e8m0    2^(e - emax), e the exponent of amax after its mantissa was rounded up where amax would lie beyond `largest`;
-            emax that of `largest`. Stored as e - emax + 127, 0 to 254.
+    e8m0    2^(e - emax), e the exponent of amax after its mantissa was rounded, so that amax does not lie beyond
+            `largest`; emax that of `largest`. Stored as e - emax + 127, 0 to 254.
     e4m3    E4M3(g * (amax / largest)) / g, g the global scale of the whole tensor: 448 * largest / amax of the tensor.
             0.125 / g where E4M3 gives zero.
 
@@ -60,7 +60,9 @@ class FloatFormat:
         So many as make an amax count for the next power where it would round beyond `largest`; for E4M3
         `compressed_tensors` takes one bit, with which nothing above 448 * 7/8 is ever reached.
         """
-        return 1 if self.mantissa_bits == E4M3.mantissa_bits and self.exponent_bits == 4 else self.mantissa_bits
+        return (
+            1 if self.mantissa_bits == E4M3.mantissa_bits and self.exponent_bits == 4 else self.mantissa_bits
+        )
 
 
 E2M1 = FloatFormat("e2m1", 2, 1, 6.0)
@@ -79,17 +81,17 @@ class ScaleKind(IntEnum):
     E4M3 = 2
 
 
-def round_to_format(values: torch.Tensor, number: FloatFormat, noise: torch.Tensor | None = None) -> torch.Tensor:
+def round_to_format(
+    values: torch.Tensor, number: FloatFormat, noise: torch.Tensor | None = None
+) -> torch.Tensor:
     """The nearest number of an unlimited exponent upwards: what lies beyond `largest` is still to be clamped.
 
     Exact in fp32 and fp64; keeps the sign of zero; Inf and NaN stay. noise: in [0, 1) for each value, for stochastic
     rounding: up where the part that rounding cuts off, as a share of the step, plus the noise reaches 1.
     """
     step = _steps(values, number)
-    if noise is None:
-        rounded = torch.round(values / step) * step
-    else:
-        rounded = torch.floor(values / step + noise) * step
+    in_steps = values / step
+    rounded = (in_steps.round() if noise is None else (in_steps + noise).floor()) * step
     # An infinite value has an infinite quotient and a step; a subnormal result keeps its sign.
     return torch.copysign(rounded, values)
 
@@ -174,4 +176,3 @@ def decode(codes: torch.Tensor, number: FloatFormat) -> torch.Tensor:
     exponent = field.clamp(min=1) - 1 + number.smallest_exponent - number.mantissa_bits
     magnitude = torch.ldexp(in_steps.to(torch.float32), exponent)
     return torch.copysign(magnitude, sign.to(torch.float32))
-
