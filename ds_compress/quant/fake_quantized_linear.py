@@ -6,10 +6,10 @@ between forward and backward, and a saved quantized copy would bring back the me
 recomputation is elementwise, and cheap beside the matrix products.
 
 Gradients are straight through: as if the quantizer were the identity, but zero where a value clips (torch's rule:
-passed on where quant_min <= round(x / scale) <= quant_max). Ternary and binary weights never clip. With
-`FakeQuantConfig.integer`, forward multiplies the integers themselves (`integer_linear`); backward is the same. Under
-autocast the quantizer reads input and weight in their own precision and computes in fp32; the linear op runs in the
-autocast dtype.
+passed on where quant_min <= round(x / scale) <= quant_max). Ternary and binary weights never clip. With a
+`FakeQuantConfig.kernel` of "int8" or "fp8", forward multiplies the codes themselves (`integer_linear`, `fp8_linear`);
+backward is the same. Under autocast the quantizer reads input and weight in their own precision and computes in fp32;
+the linear op runs in the autocast dtype.
 """
 
 from __future__ import annotations

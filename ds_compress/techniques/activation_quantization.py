@@ -1,4 +1,4 @@
-"""`activation_quantization`: the inputs of Linear, Conv1D and Conv2d layers are rounded to 4-8 bits.
+"""`activation_quantization`: the inputs of Linear, Conv1D and Conv2d layers are rounded to integers or small floats.
 
 - **dynamic**: the range is that of the input itself: of each token (the last axis), of each image for a
   Conv2d, or of the whole tensor (`per_tensor`: a process then sees the range of its own micro-batch).
@@ -7,6 +7,9 @@
   every process has the same range. Until a layer has a first range its input passes unquantized. `eval()`
   neither observes nor changes ranges. A step whose extremes are not finite leaves the range as it was (and
   makes the output NaN: see `quant.layers`).
+
+- Block formats have a dynamic scale for each block; nvfp4 one for the whole input besides, which is observed as a
+  static range is: servers read that one from the checkpoint.
 
 Before `schedule_offset` applied steps nothing is quantized or observed. Gradients are straight through, zero
 where a value clips.
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ds_compress.config.schema.formats import INTEGERS, stretch_at
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.quant import fast_paths, layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
@@ -42,9 +46,21 @@ class ActivationQuantization(Technique):
         """`seed` is not used: ranges have no randomness."""
         self._shared = technique.shared
         self._targets = technique.targets
-        self._static = self._shared.range_calibration == "static"
-        self._quantizers = {
-            target.module_name: layers.InputQuantizer(self._grid(target)) for target in self._targets
+        self._grids = {
+            target.module_name: [
+                *(
+                    self._grid(target, _as_params(target.params, stretch))
+                    for stretch in target.params.earlier_formats
+                ),
+                self._grid(target, target.params),
+            ]
+            for target in self._targets
+        }
+        self._quantizers = {name: layers.InputQuantizer(grids[-1]) for name, grids in self._grids.items()}
+        self._observing = {
+            name: quantizer
+            for name, quantizer in self._quantizers.items()
+            if any(grid.static for grid in self._grids[name])
         }
         self._step = 0
         self._shards: Shards | None = None
@@ -64,7 +80,7 @@ class ActivationQuantization(Technique):
 
     def before_step(self, step: int) -> None:
         self._undo = {name: quantizer.input_range for name, quantizer in self._quantizers.items()}
-        if self._static and self._enabled and self._targets:
+        if self._observing and self._enabled:
             self._update_ranges()
 
     def on_skipped_step(self) -> None:
@@ -109,14 +125,15 @@ class ActivationQuantization(Technique):
         quantizers = self._quantizers.values()
         count = max(1, len(quantizers))
         numbers = {"mean_bits": sum(q.grid.bits for q in quantizers if q.is_active) / count}
-        if self._static:
-            numbers["layers_with_range"] = float(sum(q.input_range is not None for q in quantizers))
+        if self._observing:
+            observing = self._observing.values()
+            numbers["layers_with_range"] = float(sum(q.input_range is not None for q in observing))
         return numbers
 
     @property
     def lacks_ranges(self) -> bool:
         """Whether a layer still waits for its static range, and does not quantize its input until then."""
-        return self._static and any(q.input_range is None for q in self._quantizers.values())
+        return any(q.grid.static and q.input_range is None for q in self._observing.values())
 
     @property
     def _enabled(self) -> bool:
@@ -124,31 +141,39 @@ class ActivationQuantization(Technique):
 
     def _use_schedule_at(self, step: int) -> None:
         self._step = step
-        for quantizer in self._quantizers.values():
+        elapsed = max(0, step - self._shared.schedule_offset)
+        for target in self._targets:
+            quantizer = self._quantizers[target.module_name]
             quantizer.enabled = self._enabled
+            stretch, _ = stretch_at(target.params, elapsed)
+            number = -1 if stretch is None else target.params.earlier_formats.index(stretch)
+            quantizer.grid = self._grids[target.module_name][number]
+            # An earlier format may need no range that the last one needs from its first step on.
+            quantizer.observes = target.module_name in self._observing
 
-    def _grid(self, target: Target) -> ActivationGrid:
+    def _grid(self, target: Target, params: Any) -> ActivationGrid:
         if target.kind == ModuleKind.EMBEDDING:
             raise ValueError(f"activation_quantization of {target.module_name!r}: indices have no precision")
         try:
             layers.check(target.module)
         except (ValueError, TypeError) as error:
             raise ValueError(f"activation_quantization of {target.module_name!r}: {error}") from error
-        granularity = TokenGranularity.PER_TENSOR
-        if not self._static and self._shared.granularity != "per_tensor":
-            is_image = target.kind == ModuleKind.CONV2D
-            granularity = TokenGranularity.PER_SAMPLE if is_image else TokenGranularity.PER_TOKEN
+        granularity = TokenGranularity(self._shared.granularity_of(params))
+        if granularity is TokenGranularity.PER_TOKEN and target.kind == ModuleKind.CONV2D:
+            granularity = TokenGranularity.PER_SAMPLE
         return ActivationGrid(
-            bits=target.params.bits,
+            bits=params.final_bits,
             symmetric=self._shared.quantization_type == "symmetric",
-            narrow_range=bool(self._shared.narrow_range),
+            narrow_range=params.format == INTEGERS and bool(self._shared.narrow_range),
             granularity=granularity,
-            static=self._static,
+            static=self._shared.observes(params),
+            group_size=self._shared.group_size_of(params),
+            format=params.format,
         )
 
     def _update_ranges(self) -> None:
         """All layers at once: one reduction, and no look at the values once every layer has a range."""
-        quantizers = list(self._quantizers.values())
+        quantizers = list(self._observing.values())
         device = self._targets[0].param.device
         nothing = torch.full((2,), -torch.inf, device=device)
         observed = torch.stack([nothing if q.observed is None else q.observed.to(device) for q in quantizers])
@@ -168,6 +193,12 @@ class ActivationQuantization(Technique):
             if is_known:
                 quantizer.input_range = new_range
             quantizer.observed = None
+
+
+def _as_params(params: Any, stretch: Any) -> Any:
+    """The params of a group while an earlier format lasts."""
+    changes = {"format": stretch.format, "bits": stretch.bits, "group_size": None, "granularity": None}
+    return params.model_copy(update=changes)
 
 
 def _on(device: torch.device, given: torch.Tensor | None, otherwise: torch.Tensor) -> torch.Tensor:
