@@ -38,6 +38,10 @@ class ActivationQuantizationParams(FormatParams):
         description="What shares a dynamic range in this group; absent: as the format or shared_parameters say.",
     )
 
+    range_calibration: Literal["dynamic", "static"] | None = Field(
+        default=None, description="Where ranges of this group come from; absent: as shared_parameters say."
+    )
+
     @property
     def final_bits(self) -> int:
         """Of one quantized value."""
@@ -48,7 +52,7 @@ class ActivationQuantizationParams(FormatParams):
         yield from self.format_conflicts(("bits",))
         known = self.number_format
         if known is None and self.bits is None:
-            yield Conflict(("bits",), None, "a whole number from 4 to 8", "add it, or a float format")
+            yield Conflict(("bits",), None, "a whole number >= 4 and <= 8", "add it, or a float format")
         if self.format == "nf4":
             yield Conflict(
                 ("format",), "nf4", "another format: nf4 is for weights", 'use "nvfp4" or "fp8_e4m3"'
@@ -110,12 +114,16 @@ class ActivationQuantizationShared(StrictModel):
             return "per_tensor"
         return self.granularity or "per_token"
 
+    def calibration_of(self, params: ActivationQuantizationParams) -> Literal["dynamic", "static"]:
+        """Where the ranges of a group come from."""
+        return params.range_calibration or self.range_calibration
+
     def granularity_of(self, params: ActivationQuantizationParams) -> Granularity:
         """What shares a range in a group."""
         known = params.number_format
         if known is not None and known.block is not None:
             return "per_token_group"
-        if self.range_calibration == "static":
+        if self.calibration_of(params) == "static":
             return "per_tensor"
         return params.granularity or self.granularity or "per_token"
 
@@ -127,7 +135,7 @@ class ActivationQuantizationShared(StrictModel):
     def observes(self, params: ActivationQuantizationParams) -> bool:
         """Whether a range is observed in training: of static ranges, and for the global scale of nvfp4."""
         known = params.number_format
-        return self.range_calibration == "static" or (known is not None and known.has_global_scale)
+        return self.calibration_of(params) == "static" or (known is not None and known.has_global_scale)
 
     @property
     def effective_narrow_range(self) -> bool:
@@ -186,14 +194,17 @@ class ActivationQuantizationConfig(WeightBlock):
                 ("shared_parameters", "quantization_type"), shared.quantization_type, '"symmetric" for floats'
             )
         has_block_scales = known is not None and known.block is not None and not known.has_global_scale
-        if has_block_scales and shared.range_calibration == "static":
+        if has_block_scales and shared.calibration_of(params) == "static":
             yield Conflict(
                 (*where, "format"),
                 params.format,
                 'one without block scales where range_calibration is "static": those are always dynamic',
                 'set range_calibration to "dynamic"',
             )
-        if shared.range_calibration == "static" and params.granularity in ("per_token", "per_token_group"):
+        if shared.calibration_of(params) == "static" and params.granularity in (
+            "per_token",
+            "per_token_group",
+        ):
             yield Conflict(
                 (*where, "granularity"),
                 params.granularity,

@@ -8,7 +8,7 @@ from typing import Any
 from ds_compress.config.schema.formats import INTEGERS
 from ds_compress.config.targets import Target, TechniquePlan, inputs_of
 from ds_compress.errors import Problem, dotted, shown
-from ds_compress.modelinfo.inventory import exact_pattern, few
+from ds_compress.modelinfo.inventory import covering_patterns, few
 from ds_compress.modelinfo.kinds import ModuleKind
 
 _WEIGHTS, _INPUTS = "weight_quantization", "activation_quantization"
@@ -53,12 +53,13 @@ def _uneven(key: str, grouped: Sequence[tuple[Target, int]]) -> Iterator[Problem
     uneven = [(t, size) for t, size in grouped if inputs_of(t) % size and t.kind is not ModuleKind.CONV2D]
     if uneven:
         target, size = uneven[0]
+        excluded = ", ".join(shown(p) for p in covering_patterns(t.module_name for t, _ in uneven))
         names = few([f"{t.module_name} ({inputs_of(t)} inputs)" for t, _ in uneven])
         yield Problem(
             dotted(key, "different_groups", target.group, "params", "format"),
             f"{shown(target.params.format)} with {names}",
             f"layers whose inputs are a multiple of {size}: so many share a scale",
-            f"add {shown(exact_pattern(target.module_name))} to shared_parameters.excluded_modules, or give such "
+            f"add {excluded} to shared_parameters.excluded_modules, or give such "
             'layers a group with "fp8_e4m3"',
         )
 

@@ -80,7 +80,9 @@ class WeightQuantizationParams(FormatParams):
         if self.format != INTEGERS:
             return
         if self.target_bits is None:
-            yield Conflict(("target_bits",), None, "a whole number from 1 to 8", "add it, or a float format")
+            yield Conflict(
+                ("target_bits",), None, "a whole number >= 1 and <= 8", "add it, or a float format"
+            )
         elif self.start_bits < self.target_bits:
             yield Conflict(
                 ("start_bits",),
