@@ -41,7 +41,7 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         return written, []
     problems = list(_problems(written))
     if problems:
-        return {key: value for key, value in written.items() if key != KEY}, problems
+        return _without_blocks(written), problems
     chosen = _by_scheme(written[KEY])
     for key, attribute in ((_WEIGHTS, "weights"), (_INPUTS, "inputs")):
         specs = {
@@ -51,7 +51,7 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             written[key] = _block(key, specs, written.get(key) or {})
         elif written.get(key):
             path = dotted(KEY)
-            return written, [
+            return _without_blocks(written), [
                 Problem(
                     path,
                     shown(written[KEY]),
@@ -62,6 +62,11 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return written, []
 
 
+def _without_blocks(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What can still be checked when the scheme is wrong."""
+    return {key: value for key, value in written.items() if key not in (KEY, _WEIGHTS, _INPUTS)}
+
+
 def _by_scheme(value: Any) -> list[tuple[Scheme, list[str] | None]]:
     if isinstance(value, str):
         return [(SCHEMES[value.upper()], None)]
@@ -69,7 +74,7 @@ def _by_scheme(value: Any) -> list[tuple[Scheme, list[str] | None]]:
 
 
 def _problems(written: Mapping[str, Any]) -> Iterator[Problem]:
-    value = written[KEY]
+    value: Any = written[KEY]
     is_map = isinstance(value, Mapping)
     allowed = (
         f'a name such as "NVFP4", or {{name: [regexes of modules]}}; names are {listed(list(SCHEMES), "and")}'
@@ -77,13 +82,14 @@ def _problems(written: Mapping[str, Any]) -> Iterator[Problem]:
     if not isinstance(value, str) and not (is_map and value):
         yield Problem(dotted(KEY), shown(value), allowed)
         return
-    for name in value if is_map else [value]:
+    by_name: Mapping[Any, Any] = value if isinstance(value, Mapping) else {value: ["every"]}
+    for name, modules in by_name.items():
         path = dotted(KEY, name) if is_map else dotted(KEY)
         if not isinstance(name, str) or name.upper() not in SCHEMES:
             close = nearest(str(name).upper(), list(SCHEMES))
             yield Problem(path, shown(name), allowed, f'did you mean "{close}"?' if close else "")
-        elif is_map and not _is_list_of_regexes(value[name]):
-            yield Problem(path, shown(value[name]), "a list of regexes of module names, not empty")
+        elif not _is_list_of_regexes(modules):
+            yield Problem(path, shown(modules), "a list of regexes of module names, not empty")
     for key in (_WEIGHTS, _INPUTS):
         block = written.get(key)
         if isinstance(block, Mapping) and block.get("different_groups"):
