@@ -23,6 +23,10 @@ def nvfp4(scales: str, **shared: Any) -> dict[str, Any]:
 BLOCKS: dict[str, dict[str, Any]] = {
     **{scheme: {"scheme": scheme} for scheme in SCHEMES},
     "mixed": {"scheme": {"FP8_DYNAMIC": ["self_attn"], "NVFP4": ["mlp"]}},
+    "fp8 product": {
+        "scheme": "FP8_DYNAMIC",
+        "weight_quantization": {"shared_parameters": {"kernel": "fp8"}},
+    },
     "static": nvfp4("static"),
     "searched": nvfp4("searched"),
     "learned": nvfp4("learned"),
