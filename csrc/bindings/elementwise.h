@@ -190,12 +190,13 @@ struct Elementwise {
                                                                   double largest, int64_t scale_kind, int64_t block,
                                                                   bool with_mask) {
         check_fake_quantize_float(x, scale, global_scale, exponent_bits, mantissa_bits, largest, scale_kind, block);
-        const math::FloatFormat format = float_format_of(exponent_bits, mantissa_bits, largest, scale_kind);
+        const SmallFloat number{static_cast<int>(exponent_bits), static_cast<int>(mantissa_bits),
+                                static_cast<float>(largest), static_cast<int>(scale_kind)};
         const std::vector<int64_t> scales =
             scale ? std::vector{scale->size(0), scale->size(1)} : std::vector{x.size(0), x.size(1) / block};
         const FakeQuantizedFloat to{new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type()),
                                     new_tensor(x, scales, kFp32), new_bits(x, with_mask ? x.numel() : 0)};
-        Device::fake_quantize_float(x, scale, global_scale, format, block, with_mask, to);
+        Device::fake_quantize_float(x, scale, global_scale, number, block, with_mask, to);
         return {to.y, to.scale, to.mask};
     }
 

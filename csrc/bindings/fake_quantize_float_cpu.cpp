@@ -23,7 +23,7 @@ struct Call {
     uint8_t* mask;  // of what does not saturate, or null
     int64_t element_size;
     cpu::Float type;
-    const math::FloatFormat& format;
+    math::FloatFormat format;
     float global_scale;
     float* scales;  // one for each block, whether given or chosen
     bool given;
@@ -69,7 +69,7 @@ void long_block(const Call& call, int64_t number, int64_t block) {
 }  // namespace
 
 void Cpu::fake_quantize_float(const Tensor& x, const std::optional<Tensor>& scale,
-                              const std::optional<Tensor>& global_scale, const math::FloatFormat& format, int64_t block,
+                              const std::optional<Tensor>& global_scale, const SmallFloat& number, int64_t block,
                               bool with_mask, const FakeQuantizedFloat& to) {
     // Results do not alias arguments.
     if (scale) memcpy(data<float>(to.scale), const_data<float>(*scale), 4 * static_cast<size_t>(scale->numel()));
@@ -82,7 +82,7 @@ void Cpu::fake_quantize_float(const Tensor& x, const std::optional<Tensor>& scal
         .mask = with_mask ? data<uint8_t>(to.mask) : nullptr,
         .element_size = static_cast<int64_t>(x.element_size()),
         .type = float_of(x),
-        .format = format,
+        .format = math::float_format(number.exponent_bits, number.mantissa_bits, number.largest, number.scale_kind),
         .global_scale = global_scale ? *const_data<float>(*global_scale) : 1.0f,
         .scales = data<float>(to.scale),
         .given = scale.has_value(),

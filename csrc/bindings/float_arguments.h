@@ -1,12 +1,17 @@
-// The arguments of fake_quantize_float: their checks, and the format that they name.
+// The arguments of fake_quantize_float: their checks, and its results.
 #pragma once
-
-#include <cmath>
 
 #include "ds_compress/float_format.h"
 #include "tensors.h"
 
 namespace ds_compress::bindings {
+
+/// The format of a number, and how the scale of a block of them is stored.
+struct SmallFloat {
+    int exponent_bits, mantissa_bits;
+    float largest;
+    int scale_kind;
+};
 
 /// What fake_quantize_float returns; `mask` is empty where none is wanted.
 struct FakeQuantizedFloat {
@@ -38,15 +43,6 @@ inline void check_fake_quantize_float(const Tensor& x, const std::optional<Tenso
         check_same_device(op, "global_scale", *global_scale, x);
         require(global_scale->numel() == 1, op, ": global_scale is one number");
     }
-}
-
-inline math::FloatFormat float_format_of(int64_t exponent_bits, int64_t mantissa_bits, double largest,
-                                         int64_t scale_kind) {
-    // With a mantissa of three bits an amax of E4M3 would need as many; compressed_tensors takes one for it.
-    const int64_t rounding_bits = exponent_bits == 4 && mantissa_bits == 3 ? 1 : mantissa_bits;
-    return {math::float_steps(static_cast<int>(exponent_bits), static_cast<int>(mantissa_bits)),
-            static_cast<float>(largest), static_cast<int>(scale_kind), std::ilogb(largest),
-            1u << (23 - rounding_bits - 1)};
 }
 
 }  // namespace ds_compress::bindings

@@ -39,13 +39,18 @@ def arguments_of(number: FloatFormat, kind: ScaleKind, block: int) -> dict[str, 
 
 
 def hard_blocks(
-    rows: int, columns: int, block: int, dtype: torch.dtype, seed: int, specials: float = 0.003
+    rows: int,
+    columns: int,
+    block: int,
+    dtype: torch.dtype,
+    seed: int,
+    specials: float = 0.003,
+    offset: int = 0,
 ) -> torch.Tensor:
     """Blocks of very different size; some zero, subnormal, up to the largest float of the dtype, on numbers and ties of
-    a grid, or with a value that is not finite. The data begins at any address."""
+    a grid, or with a value that is not finite. The data begins `offset` elements into its allocation."""
     generator = torch.Generator().manual_seed(seed)
-    flat = random_values(rows * columns, torch.float32, seed, specials, offset=3)
-    blocks = flat.view(-1, block)
+    blocks = random_values(rows * columns, torch.float32, seed, specials).view(-1, block)
     shape = (len(blocks), 1)
     sizes = torch.tensor([1.0, 1e-3, 300.0, 1e-30, 1e-38, 1e-41, 0.0, 3e37])
     x = blocks * sizes[torch.randint(len(sizes), shape, generator=generator)]
@@ -55,7 +60,7 @@ def hard_blocks(
     largest = torch.finfo(dtype).max
     ends = torch.where(blocks > 0, largest, -largest) * torch.rand(blocks.shape, generator=generator)
     x = torch.where(torch.rand(shape, generator=generator) < 0.1, ends, x)
-    return x.to(dtype).view(rows, columns)
+    return torch.cat([torch.zeros(offset), x.view(-1)]).to(dtype)[offset:].view(rows, columns)
 
 
 def global_scale_for(x: torch.Tensor, number: FloatFormat, kind: ScaleKind) -> torch.Tensor | None:
@@ -106,7 +111,7 @@ def test_any_block(
     dtype: torch.dtype,
     keep: bool,
 ) -> None:
-    x = hard_blocks(rows, blocks * block, block, dtype, seed)
+    x = hard_blocks(rows, blocks * block, block, dtype, seed, offset=seed % 4)
     arguments = arguments_of(number, kind, block) | {"with_mask": keep}
     assert equal_results(native_ops(), x, None, global_scale_for(x, number, kind), **arguments)
 
@@ -211,7 +216,7 @@ def test_given_scales(
     dtype: torch.dtype,
     shared: bool,
 ) -> None:
-    x = hard_blocks(rows, blocks * block, block, dtype, seed, specials=0.1)
+    x = hard_blocks(rows, blocks * block, block, dtype, seed, specials=0.1, offset=seed % 4)
     shape = (1, 1) if shared else (rows, blocks)
     # Zero, subnormal, infinite and negative scales, too.
     scale = hard_blocks(shape[0], shape[1], 1, torch.float32, seed + 1, specials=0.2)

@@ -28,6 +28,24 @@ constexpr FloatSteps float_steps(int exponent_bits, int mantissa_bits) {
     return {static_cast<uint32_t>(127 + smallest_exponent) << 23, static_cast<uint32_t>(23 - mantissa_bits) << 23};
 }
 
+// The exponent of a positive number, which may be subnormal as a float.
+inline int exponent_of(float value) {
+    int exponent = -127;
+    uint32_t bits = bits_of(value);
+    if (bits < kSmallestScaleBits) {
+        bits = bits_of(value * 0x1p23f);
+        exponent -= 23;
+    }
+    return exponent + static_cast<int>(bits >> 23);
+}
+
+inline FloatFormat float_format(int exponent_bits, int mantissa_bits, float largest, int scale_kind) {
+    // With a mantissa of three bits an amax of E4M3 would need as many; compressed_tensors takes one for it.
+    const int rounding_bits = exponent_bits == 4 && mantissa_bits == 3 ? 1 : mantissa_bits;
+    return {float_steps(exponent_bits, mantissa_bits), largest, scale_kind, exponent_of(largest),
+            1u << (23 - rounding_bits - 1)};
+}
+
 constexpr FloatSteps kE4m3 = float_steps(4, 3);
 constexpr float kLargestE4m3 = 448.0f, kZeroInE4m3 = 0.125f;
 constexpr float kScaleOfZeros = 0x1p-23f;
@@ -36,11 +54,10 @@ constexpr uint32_t kSmallestE8m0Bits = 0x00400000u;  // 2^-127
 // Beyond every `largest`, and far enough from the end of fp32 for the constant that rounds.
 constexpr float kBeyondFormats = 0x1p100f;
 
-// The nearest number of an unlimited exponent upwards, half to even, of a value >= 0; NaN stays, and what is beyond
-// 2^100 becomes that. Next to the constant 2^(e + 23 - mantissa_bits), e the exponent of the value, an fp32 number has
-// exactly the steps that are wanted, so that adding it rounds and subtracting it is exact.
+// The nearest number of an unlimited exponent upwards, half to even, of a value from 0 to 2^100; NaN stays. Next to the
+// constant 2^(e + 23 - mantissa_bits), e the exponent of the value, an fp32 number has exactly the steps that are
+// wanted, so that adding it rounds and subtracting it is exact.
 DSC_HD float round_magnitude(float magnitude, FloatSteps steps) {
-    magnitude = kBeyondFormats < magnitude ? kBeyondFormats : magnitude;
     uint32_t exponent = bits_of(magnitude) & kInfinityBits;
     if (exponent < steps.smallest_bits) exponent = steps.smallest_bits;
     const float constant = float_of(exponent + steps.shift);
@@ -58,9 +75,18 @@ DSC_HD float float_scale(uint32_t largest_bits, const FloatFormat& format, float
     }
     const float scale = divide(float_of(largest_bits), format.largest);
     if (format.scale_kind == kScaleFp32) return scale == 0.0f ? kScaleOfZeros : scale;
-    const float stored = round_magnitude(multiply(global_scale, scale), kE4m3);
+    const float wanted = multiply(global_scale, scale);
+    const float stored = round_magnitude(kBeyondFormats < wanted ? kBeyondFormats : wanted, kE4m3);
     const float limited = kLargestE4m3 < stored ? kLargestE4m3 : stored;
     return divide(limited == 0.0f ? kZeroInE4m3 : limited, global_scale);
+}
+
+// 1 / scale of one of kScaleE8m0, exactly: every such reciprocal is a float, too. NaN stays.
+DSC_HD float reciprocal_of_power(float scale) {
+    const uint32_t bits = bits_of(scale);
+    if (bits > kInfinityBits) return scale;
+    const uint32_t reciprocal = (254u << 23) - (bits & kInfinityBits);
+    return float_of(reciprocal == 0 ? kSmallestE8m0Bits : reciprocal);
 }
 
 }  // namespace ds_compress::math
