@@ -74,3 +74,23 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_resumed_run_ends_bit_equal(resumed: Any, name: str, stage: int) -> None:
     assert resumed[name, stage] == {"losses": True, "weights": True, "exported": True}
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(2, "tests.multirank.floats:lora", folder=str(tmp_path_factory.mktemp("lora")))[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_packed_base_trains_its_adapters_as_a_rounded_one_does(lora: Any, stage: int) -> None:
+    full, packed = lora["full", stage], lora["packed", stage]
+    assert packed["losses"] == full["losses"] == pytest.approx(lora["full", 0]["losses"], abs=1e-5)
+    assert packed["resumed"] == packed["losses"][2:] and full["resumed"] == full["losses"][2:]
+    weights = sum(v.numel() for name, v in packed["merged"].items() if "_proj" in name)
+    assert packed["resident"] * 8 / weights < 4.6  # 4.5 bits, and the global scales of tiny layers
+    for name, value in packed["merged"].items():
+        if "o_proj" in name:  # without an adapter: what forward computed with
+            assert len(value.view(-1, 16)[3].abs().unique()) <= 8
+    adapted_weight = "model.layers.0.mlp.up_proj.weight"
+    difference = packed["merged"][adapted_weight] - full["merged"][adapted_weight]
+    assert 0 < difference.abs().max() < 0.05  # the merge adds to the rounded base, or to the exact one
