@@ -36,6 +36,7 @@ class OnnxFormat(Format):
 
     name: ClassVar[str] = "onnx"
     loader: ClassVar[str] = "onnx"
+    same_activations: bool = True
     has_shards: ClassVar[bool] = False
 
     layers: list[Layer] = field(default_factory=list)

@@ -59,12 +59,7 @@ class ExportReport:
         nonzeros = sum(int(t.count_nonzero()) for t in weights.values())
         if layer.quantized is not None:
             numbers += layer.quantized.values.numel()
-            found = (
-                layer.quantized.values
-                if layer.quantized.offset is None
-                else layer.quantized.dequantize_matrix()
-            )
-            nonzeros += int(found.count_nonzero())
+            nonzeros += layer.quantized.count_nonzero()
         self.parameters += numbers
         self.nonzeros += nonzeros
         if numbers:

@@ -45,6 +45,7 @@ class ServingFormat(Format):
     name: ClassVar[str] = "torch"
     loads_in_vanilla_hf: ClassVar[bool] = False
     loader: ClassVar[str] = "ours"
+    same_activations: bool = True
 
     attribute_overrides: dict[str, dict[str, float]] = field(default_factory=dict)
     shape_overrides: dict[str, list[int]] = field(default_factory=dict)
