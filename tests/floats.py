@@ -18,14 +18,16 @@ from ds_compress.quant.schemes import QuantizerSpec, scheme_named
 _TEXT = {
     "vocab_size": 61,
     "hidden_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 256,
     "max_position_embeddings": 64,
 }
 _DECODER = {**_TEXT, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, tie_word_embeddings=False)),
+    "llama": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**{**_DECODER, "num_hidden_layers": 2}, tie_word_embeddings=False)
+    ),
     "llama_tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, head_dim=32)),
     "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(

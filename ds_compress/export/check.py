@@ -59,12 +59,16 @@ class Expected:
 
 @dataclass(frozen=True)
 class Request:
-    """A folder to load in a fresh process. loader: "vanilla_hf" (transformers), "ours" (`from_pretrained`), "onnx"."""
+    """A folder to load in a fresh process. loader: "vanilla_hf" (transformers), "ours" (`from_pretrained`), "onnx".
+
+    unread: tensors that the loader may leave unread.
+    """
 
     folder: Path
     model_class: str
     inputs: Mapping[str, torch.Tensor]
     loader: str = "vanilla_hf"
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
         for number, request in enumerate(requests):
             files = {"inputs": str(folder / f"in{number}"), "outputs": str(folder / f"out{number}")}
             save_file({key: value.contiguous() for key, value in request.inputs.items()}, files["inputs"])
-            listed.append({"folder": str(request.folder), "class": request.model_class, **files})
+            what = {"folder": str(request.folder), "class": request.model_class, "unread": request.unread}
+            listed.append(what | files)
         (folder / "requests.json").write_text(json.dumps(listed))
         # -P: files beside the script have names of libraries that it imports.
         program = ["-P", str(Path(__file__).with_name(f"reload_{loader}.py"))]

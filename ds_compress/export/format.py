@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export import kv_cache
 from ds_compress.export.check import Answer
 from ds_compress.export.loaded_tensors import input_scale
 from ds_compress.export.quantized_matrix import QuantizedMatrix
@@ -49,7 +50,7 @@ class Format(ABC):
     trained_dtype: of the trained model. checked: what is written will be loaded and compared. doubts: how a model that
     is built from the config differs, where only logits can tell whether it matters. scheme: to which the export rounds
     weights. rounds_weights: a loader rounds quantized weights. same_activations: what is loaded rounds activations as
-    training did.
+    training did. kv_cache: its observed scales.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class Format(ABC):
     checked: bool = True
     differences: list[str] = field(default_factory=list)
     scheme: Scheme | None = None
+    kv_cache: kv_cache.Scales = field(default_factory=dict)
     rounds_weights: bool = False
     same_activations: bool = False
 
@@ -127,6 +129,19 @@ class Format(ABC):
         if layer.quantized is not None:
             values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
+
+    def cache_tensors(self) -> dict[str, torch.Tensor]:
+        """Scales of a quantized KV cache, by full name."""
+        if self.kv_cache:
+            self.note(
+                f'the scales of the KV cache are not stored: format "{self.name}" has no word for them, '
+                '"compressed-tensors" has'
+            )
+        return {}
+
+    def loaded_scale(self, name: str, scale: torch.Tensor) -> torch.Tensor:
+        """A stored fp32 scale as a loader must hold it."""
+        return scale
 
     def loaded_input_scales(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Of a static range, by full name, as a loader must hold it."""

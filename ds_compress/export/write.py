@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
-from ds_compress.export import ptq
+from ds_compress.export import kv_cache, ptq
 from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
 from ds_compress.export.exact import in_fp32, is_sharded
@@ -118,6 +118,7 @@ class _Export:
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
         self.format = FORMATS[name](options, trained_dtype=_dtype(source.model), checked=check)
+        self.format.kv_cache = kv_cache.kv_cache_scales(source)
         self.format.scheme = ptq.scheme_to_round_to(options.scheme, source)
         self.final = _after_cuts(source)
         self.format.check_source(source, self.final)
@@ -178,6 +179,9 @@ class _Export:
                 # Other processes go through all modules, and wait for this one at each.
                 failure = error
         if self.source.writes and failure is None and self.format.has_shards:
+            for name, tensor in self.format.cache_tensors().items():
+                writer.add(name, tensor)
+                self.fingerprints[name] = fingerprint(self.format.loaded_scale(name, tensor))
             writer.close()
         return failure
 
@@ -267,9 +271,11 @@ class _Export:
             return dtype
         loaded = format.rounds_plain_to or dtype
         is_rounded = is_quantized(self.source.model) and (format.name == "hf" or format.rounds_weights)
-        return (
-            loaded if is_rounded or (format.rounds_plain_to and self._quantizes_tables()) else torch.float32
+        # Values of a weight that is stored twice, once rounded, are one in the trained model.
+        is_rounded = is_rounded or bool(
+            format.rounds_plain_to and (format.untied or self._quantizes_tables())
         )
+        return loaded if is_rounded else torch.float32
 
     def _quantizes_tables(self) -> bool:
         return any(
@@ -318,7 +324,10 @@ class _Export:
         answer = self.format.reload_here(folder, expected.inputs, self.final)
         if answer is not None:
             return answer
-        request = checking.Request(folder, self.report.model_class, expected.inputs, self.format.loader)
+        unread = tuple(self.format.cache_tensors())
+        request = checking.Request(
+            folder, self.report.model_class, expected.inputs, self.format.loader, unread
+        )
         return checking.reload([request])[0]
 
     def _add_config_entries(self, folder: Path) -> None:

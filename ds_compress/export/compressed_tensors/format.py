@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export import kv_cache
 from ds_compress.export.compressed_tensors import floats, inputs, integers
 from ds_compress.export.compressed_tensors.arguments import preset_of
 from ds_compress.export.compressed_tensors.fused import ScalesOfTensors
@@ -36,6 +37,7 @@ from ds_compress.quant import layers
 
 _INT8 = 8
 _AS_TRAINED = ("group", "tensor_group")
+_MAY_BE_PACKED = ("int", *floats.PACKED)
 
 
 @dataclass
@@ -135,18 +137,27 @@ class CompressedTensorsFormat(Format):
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
         return {name: value.to(self.computes_in) for name, value in super().values(layer).items()}
 
-    def loaded_input_scales(self, layer: Layer) -> dict[str, torch.Tensor]:
-        if layer.input is None:
-            return {}
-        scales = {layer.full(name): scale for name, scale in inputs.stored_inputs(layer.input).items()}
-        scales = {name: scale for name, scale in scales.items() if scale.is_floating_point()}
+    def cache_tensors(self) -> dict[str, torch.Tensor]:
+        if self.kv_cache:
+            self.note(
+                "scales of the KV cache are k_scale and v_scale of each attention module, as vLLM reads them; "
+                "transformers 5.24 with compressed-tensors 0.20 calls them unexpected and leaves its cache unquantized"
+            )
+        return kv_cache.stored(self.kv_cache)
+
+    def loaded_scale(self, name: str, scale: torch.Tensor) -> torch.Tensor:
         # A global scale is fp32 in a model of any dtype.
-        return {n: s if n.endswith("global_scale") else s.to(self.computes_in) for n, s in scales.items()}
+        return scale if name.endswith("global_scale") else scale.to(self.computes_in)
+
+    def loaded_input_scales(self, layer: Layer) -> dict[str, torch.Tensor]:
+        stored = {} if layer.input is None else inputs.stored_inputs(layer.input)
+        scales = {layer.full(name): scale for name, scale in stored.items() if scale.is_floating_point()}
+        return {name: self.loaded_scale(name, scale) for name, scale in scales.items()}
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         import compressed_tensors
 
-        if not self.groups:
+        if not self.groups and not self.kv_cache:
             raise ExportError('nothing is quantized: use format="hf", or scheme="FP8_DYNAMIC"')
         for text in self.of_tensors.notes():
             self.note(text)
@@ -161,11 +172,11 @@ class CompressedTensorsFormat(Format):
             "quantization_config": {
                 "quant_method": "compressed-tensors",
                 "version": compressed_tensors.__version__,
-                "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+                "format": _format_of(formats),
                 "quantization_status": "compressed",
                 "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
                 "ignore": sorted(linears - quantized),
-                "kv_cache_scheme": None,
+                "kv_cache_scheme": kv_cache.scheme() if self.kv_cache else None,
                 "global_compression_ratio": None,
             }
         }
@@ -228,6 +239,11 @@ class CompressedTensorsFormat(Format):
         return found if rounded is None else found | {rounded.format}
 
 
+def _format_of(formats: set[str]) -> str:
+    """Of the whole model."""
+    return "mixed-precision" if len(formats) > 1 else next(iter(formats), "dense")
+
+
 def _way_out(layer: Layer) -> str:
     """For errors."""
     quantized = layer.quantized
@@ -248,7 +264,8 @@ def _loads_packed(source: ExportSource, final: nn.Module) -> bool:
     targets = [
         str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
         for name, fake_quant in fake_quants.items()
-        if fake_quant is not None and kind_of(source.model.get_submodule(name)) is ModuleKind.LINEAR
+        if fake_quant is not None and fake_quant.grid.format in _MAY_BE_PACKED
+        if kind_of(source.model.get_submodule(name)) is ModuleKind.LINEAR
         if renamed.get(name, "") is not None
     ]
     if not targets:
