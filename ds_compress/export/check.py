@@ -97,8 +97,8 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
         for number, request in enumerate(requests):
             files = {"inputs": str(folder / f"in{number}"), "outputs": str(folder / f"out{number}")}
             save_file({key: value.contiguous() for key, value in request.inputs.items()}, files["inputs"])
-            what = {"folder": str(request.folder), "class": request.model_class, "unread": request.unread}
-            listed.append(what | files)
+            what = {"folder": str(request.folder), "class": request.model_class, **files}
+            listed.append({**what, "unread": request.unread})
         (folder / "requests.json").write_text(json.dumps(listed))
         # -P: files beside the script have names of libraries that it imports.
         program = ["-P", str(Path(__file__).with_name(f"reload_{loader}.py"))]

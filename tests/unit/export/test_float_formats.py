@@ -439,9 +439,7 @@ class TestOurs:
     def test_what_no_stock_tool_reads(self, tmp_path: Path) -> None:
         model = model_of("llama")
         for grid in GRIDS[-4:]:
-            export(
-                one_layer(model, grid), tmp_path / grid.format, "torch", embeddings="float", check=False
-            )
+            export(one_layer(model, grid), tmp_path / grid.format, "torch", embeddings="float", check=False)
             assert torch.equal(run(from_pretrained(tmp_path / grid.format), tokens()), run(model, tokens()))
 
     def test_tables_of_floats(self, tmp_path: Path) -> None:
