@@ -29,6 +29,7 @@ from ds_compress.compat.constants import (
     WEIGHT_QUANTIZE_FP16_MIXED_QUANTIZE,
 )
 from ds_compress.config.schema.compression_training import block_classes, parse_config, without_auto
+from ds_compress.config.schema.formats import FormatParams
 from ds_compress.config.schema.source import read_json
 from ds_compress.errors import ConfigError, Problem, nearest, shown
 
@@ -153,7 +154,7 @@ def _technique(key: str, written: Mapping[str, Any]) -> dict[str, Any]:
     groups = {}
     for name, group in parsed.different_groups.items():
         groups[name] = {
-            "params": group.params.model_dump(mode="json", exclude_none=True),
+            "params": _params(group.params),
             "modules": list(group.modules),
             "related_modules": None
             if group.related_modules is None
@@ -164,6 +165,12 @@ def _technique(key: str, written: Mapping[str, Any]) -> dict[str, Any]:
         SHARED_PARAMETERS: shared,
         DIFFERENT_GROUPS: groups,
     }
+
+
+def _params(params: Any) -> dict[str, Any]:
+    """All that the removed library had, defaults too, and of newer keys those that were given."""
+    old = set(type(params).model_fields) - set(FormatParams.model_fields) - {"granularity"}
+    return params.model_dump(mode="json", include=old | params.model_fields_set, exclude_none=True)
 
 
 def _schema_form(block: Mapping[str, Any]) -> dict[str, Any]:

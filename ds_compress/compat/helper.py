@@ -35,7 +35,7 @@ from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 
 Techniques = Mapping[str, Mapping[str, Any]]
-_PARAMS = ("start_bits", "target_bits", "quantization_period", "bits")
+_PARAMS = ("start_bits", "target_bits", "quantization_period", "bits", "format", "earlier_formats")
 _DIMENSION_OF_OUTPUTS = 0
 
 

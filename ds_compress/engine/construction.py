@@ -31,7 +31,7 @@ def adopt(run: CompressionRun, arguments: dict[str, Any]) -> None:
     """Edits the constructor's arguments for the model that `run` has prepared."""
     internals.reduce_in_autocast_dtype(arguments["config_class"], run.model)
     internals.tag_parameters(arguments["config_class"], run.model, run.added)
-    parameters.adopt_parameters(arguments, run.removed, run.added)
+    parameters.adopt_parameters(arguments, [*run.removed, *run.frozen], run.added)
 
 
 def construct(

@@ -35,7 +35,8 @@ class CompressionRun:
         model, teacher: what trains, and whom it learns from.
         engine: the DeepSpeed engine; None before it exists, and in a loop without one.
         shards: this process' fragments of the masters, once attached.
-        removed, added: parameters that preparing the model took away, and new ones that an optimizer has to train.
+        removed, added, frozen: parameters that preparing the model took away, new ones that an optimizer has to train,
+            and those that it has to train no longer.
         shrunk_units: what is left of the prunable groups that a shrink removed, by name; empty before.
         patches: what is replaced on the engine while the run is attached.
         at_release: what is called once when the run is over, or goes on in another one.
@@ -61,6 +62,7 @@ class CompressionRun:
         self.shards: Shards
         self.removed: list[nn.Parameter] = []
         self.added: list[nn.Parameter] = []
+        self.frozen: list[nn.Parameter] = []
         self.shrunk_units: dict[str, torch.Tensor] = {}
         self.ended_metrics: dict[str, float] = {}
         self.patches = Patches()

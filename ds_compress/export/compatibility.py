@@ -99,7 +99,7 @@ def _of_quantizers(plan: Plan, format: str) -> Iterator[str]:
         technique = plan.techniques.get("weight_quantization")
         linears = [target for target in weights if target.kind is ModuleKind.LINEAR]
         if technique is not None and linears and technique.shared.quantization_type == "asymmetric":
-            asymmetric = [t for t in linears if t.params.target_bits > 2]
+            asymmetric = [t for t in linears if t.params.final_bits > 2]
             if asymmetric:
                 yield f"{asymmetric[0].module_name} has asymmetric weights, which do not load back"
 
@@ -114,11 +114,14 @@ def _scales(plan: Plan) -> Iterator[str]:
         after = shape_after(plan.structures, target.param_name, target.shape)
         columns = _matrix(target, after)[1]
         before = _matrix(target, target.shape)[1]
-        grouped = shared.granularity == "per_column_group"
-        groups = shared.quantize_groups if shared.granularity in (None, "per_group") else 1
-        if target.kind is ModuleKind.EMBEDDING and shared.granularity in (None, "per_group"):
+        granularity = shared.granularity_of(target.params)
+        grouped = granularity == "per_column_group"
+        groups = shared.quantize_groups if granularity in (None, "per_group") else 1
+        if granularity == "per_block" or (
+            target.kind is ModuleKind.EMBEDDING and granularity in (None, "per_group")
+        ):
             continue
-        size = shared.effective_group_size if grouped else before
+        size = shared.group_size_of(target.params) if grouped else before
         if grouped and before > size and before % size:
             yield f"{target.module_name}: its {before} columns are no multiple of group_size {size}"
             return

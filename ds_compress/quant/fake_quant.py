@@ -32,9 +32,10 @@ class FakeQuantConfig:
 
     noise_key: the key of `counter_rng.uniform` for stochastic rounding. step_ratio: what a learned step size is
     multiplied by where the grid has fewer or more values than the one that it was made for. clipped_ste: whether
-    clipped weights get no gradient (learned scales need that) or a plain straight-through one. integer: whether a
-    layer multiplies the integers themselves (see `integer_linear`) once its input is quantized too. global_scale: fp32
-    (1,) of a grid that has one; None: that of the weight at hand.
+    clipped weights get no gradient (learned scales need that) or a plain straight-through one. kernel: what a layer
+    multiplies once its input is quantized too: "float" numbers on their grids, or the codes themselves, "int8"
+    (`integer_linear`) or "fp8" (`fp8_linear`). global_scale: fp32 (1,) of a grid that has one; None: that of the weight
+    at hand.
     """
 
     grid: WeightGrid
@@ -42,7 +43,7 @@ class FakeQuantConfig:
     blend_ratio: float = 0.0
     step_ratio: float = 1.0
     clipped_ste: bool = True
-    integer: bool = False
+    kernel: str = "float"
     global_scale: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property

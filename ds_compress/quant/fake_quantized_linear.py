@@ -6,10 +6,10 @@ between forward and backward, and a saved quantized copy would bring back the me
 recomputation is elementwise, and cheap beside the matrix products.
 
 Gradients are straight through: as if the quantizer were the identity, but zero where a value clips (torch's rule:
-passed on where quant_min <= round(x / scale) <= quant_max). Ternary and binary weights never clip. With
-`FakeQuantConfig.integer`, forward multiplies the integers themselves (`integer_linear`); backward is the same. Under
-autocast the quantizer reads input and weight in their own precision and computes in fp32; the linear op runs in the
-autocast dtype.
+passed on where quant_min <= round(x / scale) <= quant_max). Ternary and binary weights never clip. With a
+`FakeQuantConfig.kernel` of "int8" or "fp8", forward multiplies the codes themselves (`integer_linear`, `fp8_linear`);
+backward is the same. Under autocast the quantizer reads input and weight in their own precision and computes in fp32;
+the linear op runs in the autocast dtype.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ds_compress.quant.fake_quant import (
     in_groups,
     weight_qparams,
 )
+from ds_compress.quant.fp8_linear import fp8_linear, runs_on_fp8
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import straight_through, weight_backward
 from ds_compress.quant.grid import ActivationGrid
@@ -150,6 +151,8 @@ def _forward(
         return integer_linear(
             x, weight, bias, fake_quant, input_grid, step_size, input_range, dtype or x.dtype
         )
+    if fake_quant is not None and input_grid is not None and runs_on_fp8(fake_quant, input_grid, x):
+        return fp8_linear(x, weight, bias, fake_quant, input_grid, step_size, input_range, dtype or x.dtype)
     x_qparams: list[QParams] = []
     w_qparams: list[QParams] = []
     if input_grid is not None:

@@ -19,7 +19,7 @@ from ds_compress.quant.weights import quantize_blocks
 
 def runs_on_integers(fake_quant: FakeQuantConfig, x: torch.Tensor) -> bool:
     """Whether a forward that quantizes input and weight multiplies integers: nothing unquantized is blended in."""
-    return fake_quant.integer and not fake_quant.blend_ratio and x.dtype is not torch.float64
+    return fake_quant.kernel == "int8" and not fake_quant.blend_ratio and x.dtype is not torch.float64
 
 
 def integer_linear(

@@ -30,13 +30,15 @@ class InputQuantizer:
 
     enabled: past its schedule offset. input_range: fp32 (min, max) of a static grid; None until there is a first
     range, and inputs are not quantized until then. observed: fp32 (-min, max) over the training forwards since the
-    technique last read it; None when there were none.
+    technique last read it; None when there were none. observes: whether to observe although the grid of the moment is
+    not static.
     """
 
     grid: ActivationGrid
     enabled: bool = False
     input_range: torch.Tensor | None = field(default=None, repr=False)
     observed: torch.Tensor | None = field(default=None, repr=False)
+    observes: bool = False
 
     @property
     def is_active(self) -> bool:
@@ -53,9 +55,10 @@ class InputQuantizer:
         """The grid and range for this input; observes a static grid's input in training."""
         if not self.enabled:
             return None, None
+        observes = (self.grid.static or self.observes) and training and x.numel()
+        extremes = self._observe(x.detach()) if observes else None
         if not self.grid.static:
             return self.grid, None
-        extremes = self._observe(x.detach()) if training and x.numel() else None
         if self.input_range is None:
             return None, None
         if self.input_range.device != x.device:

@@ -18,6 +18,7 @@ from ds_compress.config.structure_targets import StructurePlan, shape_after
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.head import output_head
 from ds_compress.modelinfo.inventory import (
     EVERY_LAYER,
     Entry,
@@ -51,6 +52,8 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
     for key, block in blocks.items():
         claims = TargetSelection(key, block, block.layer_kinds, entries)
         claims.make()
+        if parsed.scheme is not None:
+            claims.spare(output_head(model))
         groups = block.groups
         targets = tuple(
             _target(entry, group, groups[group].params, names) for entry, group in claims.in_order()
@@ -132,6 +135,14 @@ class TargetSelection:
             self._claim_group(group, settings.modules)
         self.problems += [*self._contested(), *self._tied()]
         self._say_what_is_left_out()
+
+    def spare(self, head: nn.Module | None) -> None:
+        """The output head is not claimed by a group for every layer, only by a regex that names it."""
+        for entry, groups in list(self._groups_of.items()):
+            patterns = [p for group in groups for p in self.block.groups[group].modules]
+            if entry.module is head and EVERY_LAYER in patterns:
+                del self._groups_of[entry]
+                logger.info("%s: the output head %s stays as it is", self.key, entry.name)
 
     def in_order(self) -> Iterator[tuple[Entry, str]]:
         """(module, group that claims it), in model order."""

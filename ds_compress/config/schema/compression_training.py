@@ -9,23 +9,26 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import Field, ValidationError, WithJsonSchema, create_model
 
+from ds_compress.config.schema import qad
 from ds_compress.config.schema.activation_quantization import ActivationQuantizationConfig
 from ds_compress.config.schema.block import Block
 from ds_compress.config.schema.channel_pruning import ChannelPruningConfig
 from ds_compress.config.schema.depth_pruning import DepthPruningConfig
 from ds_compress.config.schema.distillation import DistillationConfig, LogitsLoss, Loss, Losses
-from ds_compress.config.schema.fields import Conflict, Seed, StrictModel
+from ds_compress.config.schema.fields import Conflict, Description, Seed, StrictModel
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.config.schema.head_pruning import HeadPruningConfig
 from ds_compress.config.schema.hidden_pruning import HiddenPruningConfig
+from ds_compress.config.schema.kv_cache import KvCache, takes_the_word_too
 from ds_compress.config.schema.layer_reduction import LayerReductionConfig
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
 from ds_compress.config.schema.robust_reduction import RobustReductionConfig
 from ds_compress.config.schema.row_pruning import RowPruningConfig
+from ds_compress.config.schema.scheme import SCHEMA_OF_SCHEME, expanded
 from ds_compress.config.schema.sparse_pruning import SparsePruningConfig
 from ds_compress.config.schema.translate import Where, translate
 from ds_compress.config.schema.weight_quantization import WeightQuantizationConfig
@@ -48,6 +51,11 @@ class CompressionConfig(StrictModel):
     )
     activation_quantization: ActivationQuantizationConfig | None = Field(
         default=None, description="Fewer bits for the inputs of layers."
+    )
+    kv_cache: KvCache = Field(
+        default=None,
+        description='Fewer bits for the keys and values that a decoder keeps; "fp8" in short.',
+        json_schema_extra=takes_the_word_too,
     )
     row_pruning: RowPruningConfig | None = Field(
         default=None, description="Remove neurons of feed-forward blocks."
@@ -82,6 +90,17 @@ class CompressionConfig(StrictModel):
         ),
     )
 
+    scheme: Annotated[
+        Any, WithJsonSchema(SCHEMA_OF_SCHEME), Description("the name of a scheme, or {name: [regexes]}")
+    ] = Field(
+        default=None,
+        description=(
+            'How weights and inputs are quantized, in one word that compressed-tensors and vLLM know: "W8A8", "W4A16", '
+            '"FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4", ...; or {name: [regexes of modules]}, a scheme for each set '
+            "of modules. It makes the groups of weight_quantization and activation_quantization; an output head stays "
+            "as it is unless a regex names it."
+        ),
+    )
     export_to: Literal["hf", "compressed-tensors", "torch", "onnx"] | None = Field(
         default=None,
         description=(
@@ -208,13 +227,17 @@ def parse_config(block: Mapping[str, Any]) -> CompressionConfig:
     """Validates the value of `compression_training`; raises ConfigError with all problems in one pass."""
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(ROOT, shown(block), "an object")])
-    written, model = without_auto(block), config_model()
+    model = config_model()
+    written, problems = expanded(without_auto(block))
+    written = qad.with_defaults(written)
     try:
-        return model.model_validate(written)
+        parsed = model.model_validate(written)
     except ValidationError as error:
-        problems = translate(error, model, block)
+        problems += translate(error, model, block)
         problems += _hidden_by_bad_groups(written, error, problems)
-        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return parsed
 
 
 def without_auto(block: Any) -> Any:

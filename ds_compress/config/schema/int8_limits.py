@@ -36,6 +36,15 @@ def problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
                 '"symmetric", because weight_quantization has kernel "int8"',
             )
     layers = [target for target in weights.targets if target.kind is not ModuleKind.EMBEDDING]
+    floats = [t for t in (*layers, *inputs.targets) if t.params.format != "int"]
+    if floats:
+        yield Problem(
+            _PATH,
+            f'"int8" with {few([t.module_name for t in floats])}, in {floats[0].params.format}',
+            '"float" or "fp8" where a format is not "int"',
+            'set kernel to "float"',
+        )
+        return
     yield from _not_matrices(layers)
     yield from _inputs_not_in_codes([t for t in layers if t.kind is not ModuleKind.CONV2D], inputs)
     yield from _scales_inside_channels(layers, weights)
@@ -65,17 +74,25 @@ def _inputs_not_in_codes(layers: list[Target], inputs: TechniquePlan) -> Iterato
         )
     others = {claims[t.module_name].group: claims[t.module_name] for t in layers if t.module_name in claims}
     for group, target in others.items():
-        if target.params.bits != _BITS_OF_CODES:
+        if target.params.final_bits != _BITS_OF_CODES:
             yield Problem(
                 dotted(_INPUTS, "different_groups", group, "params", "bits"),
-                str(target.params.bits),
+                str(target.params.final_bits),
                 f'{_BITS_OF_CODES}, because weight_quantization has kernel "int8"',
             )
 
 
 def _scales_inside_channels(layers: list[Target], weights: TechniquePlan) -> Iterator[Problem]:
     shared = weights.shared
+    grouped = [t for t in layers if t.params.granularity == "per_column_group"]
     one_channel = "one scale for each output channel, or for several: the int8 product scales whole sums"
+    if grouped:
+        yield Problem(
+            dotted(_WEIGHTS, "different_groups", grouped[0].group, "params", "granularity"),
+            '"per_column_group"',
+            one_channel,
+            'set granularity to "per_channel"',
+        )
     if shared.granularity == "per_column_group":
         yield Problem(
             dotted(_WEIGHTS, "shared_parameters", "granularity"),

@@ -30,10 +30,13 @@ def quantized(size: WeightSize, target: Target, shared: Any, format: str, packs:
     """The size of a weight that is quantized, scales included; `shared`: of the block that does."""
     per_scale = _FP32 * (2 if shared.quantization_type == "asymmetric" else 1)
     cut = replace(target, shape=size.shape)
+    known = target.params.number_format
+    if known is not None:
+        per_scale = known.scale_bits // 8
     stored = _bytes(size, cut, shared, format, packs)
     # A tied weight that only one of its users quantizes is stored for the other, too.
     total = stored + (size.bytes if size.users > 1 else 0)
-    bits, scales = target.params.target_bits, per_scale * scales_of(cut, shared)
+    bits, scales = target.params.final_bits, per_scale * scales_of(cut, shared)
     return size.with_(bits=bits, scale_bytes=scales, bytes=total)
 
 
@@ -42,8 +45,11 @@ def _bytes(size: WeightSize, target: Target, shared: Any, format: str, packs: bo
     if format == "hf" or (format == "compressed-tensors" and target.kind is ModuleKind.EMBEDDING):
         return size.numel * (itemsize if format == "hf" else _FP32)
     rows, columns = _matrix(target.kind, size.shape)
+    if (known := target.params.number_format) is not None:
+        scales = scales_of(target, shared) * known.scale_bits // 8
+        return -(-rows * columns * known.bits // 8) + scales + (_FP32 if known.has_global_scale else 0)
     groups = _groups(target, shared, rows, columns)
-    bits = target.params.target_bits
+    bits = target.params.final_bits
     if bits == 1 and (size.is_sparse or format != "torch"):
         bits = 2  # for -1, 0 and 1
     has_offset = shared.quantization_type == "asymmetric" and bits > 2
@@ -60,7 +66,7 @@ def _bytes(size: WeightSize, target: Target, shared: Any, format: str, packs: bo
 def scales_of(target: Target, shared: Any) -> int:
     """How many scales one weight has."""
     outputs = target.shape[1] if target.kind is ModuleKind.CONV1D else target.shape[0]
-    match shared.granularity:
+    match shared.granularity_of(target.params):
         case None | "per_group" if target.kind is ModuleKind.EMBEDDING:
             return target.shape[0]
         case None | "per_group":
@@ -69,9 +75,10 @@ def scales_of(target: Target, shared: Any) -> int:
             return 1
         case "per_channel":
             return outputs
-        case _:
-            inputs = math.prod(target.shape) // outputs
-            return outputs * math.ceil(inputs / shared.effective_group_size)
+        case granularity:
+            inputs, size = math.prod(target.shape) // outputs, shared.group_size_of(target.params)
+            rows = math.ceil(outputs / size) if granularity == "per_block" else outputs
+            return rows * math.ceil(inputs / size)
 
 
 def _matrix(kind: ModuleKind, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -82,7 +89,7 @@ def _matrix(kind: ModuleKind, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _groups(target: Target, shared: Any, rows: int, columns: int) -> int:
     """Scales of one output."""
-    match shared.granularity:
+    match shared.granularity_of(target.params):
         case None | "per_group" if target.kind is ModuleKind.EMBEDDING:
             return 1
         case None | "per_group":
@@ -92,4 +99,4 @@ def _groups(target: Target, shared: Any, rows: int, columns: int) -> int:
         case "per_tensor" | "per_channel":
             return 1
         case _:
-            return math.ceil(columns / shared.effective_group_size)
+            return math.ceil(columns / shared.group_size_of(target.params))

@@ -18,6 +18,7 @@ from ds_compress.errors import Problem, dotted, listed, nearest, shown
 Where = tuple[str | int, ...]
 NOTHING = "nothing"
 _KEY_OF_OBJECT = "[key]"
+_AUTO_IS_NO_VALUE = '"auto" counts as left out, and there is no default: give a value'
 
 
 class Slot(NamedTuple):
@@ -39,7 +40,7 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
             suggested.add((*_where(detail)[:-1], instead) if instead else ())
     for detail in details:
         if detail["type"] == CONFLICTS:
-            problems.extend(_conflicts(detail))
+            problems.extend(_conflicts(detail, raw))
         elif detail["type"] == "missing":
             # A misspelt required key is one mistake, not two.
             if _where(detail) not in suggested:
@@ -116,14 +117,17 @@ def _models_below(
 def _missing(detail: ErrorDetails, root: type[BaseModel], raw: Any) -> Problem:
     where = _where(detail)
     was_auto = _value_at(raw, where) == "auto"
-    hint = '"auto" counts as left out, and there is no default: give a value' if was_auto else "add it"
+    hint = _AUTO_IS_NO_VALUE if was_auto else "add it"
     return Problem(dotted(*where), '"auto"' if was_auto else NOTHING, in_words(slot_at(root, where)), hint)
 
 
-def _conflicts(detail: ErrorDetails) -> Iterator[Problem]:
+def _conflicts(detail: ErrorDetails, raw: Any) -> Iterator[Problem]:
     for conflict in detail["ctx"][CONFLICTS]:
-        got = NOTHING if conflict.got is None else shown(conflict.got)
-        yield Problem(dotted(*_where(detail), *conflict.where), got, conflict.allowed, conflict.hint)
+        where = (*_where(detail), *conflict.where)
+        got, hint = NOTHING if conflict.got is None else shown(conflict.got), conflict.hint
+        if conflict.got is None and _value_at(raw, where) == "auto":
+            got, hint = '"auto"', _AUTO_IS_NO_VALUE
+        yield Problem(dotted(*where), got, conflict.allowed, hint)
 
 
 def _bad_value(detail: ErrorDetails, root: type[BaseModel]) -> Problem:

@@ -15,10 +15,13 @@ from ds_compress.modelinfo.kinds import ModuleKind
 
 def uneven_groups(key: str, shared: Any, targets: Sequence[Target]) -> Iterator[Problem]:
     """Weights that `quantize_groups` does not divide."""
-    if shared.granularity not in (None, "per_group"):
-        return
     # An embedding has one scale per row, whatever quantize_groups says.
-    counted = [target for target in targets if target.kind is not ModuleKind.EMBEDDING]
+    counted = [
+        target
+        for target in targets
+        if target.kind is not ModuleKind.EMBEDDING
+        and shared.granularity_of(target.params) in (None, "per_group")
+    ]
     uneven = [target for target in counted if math.prod(target.shape) % shared.quantize_groups]
     if uneven:
         names = few([f"{target.module_name} {list(target.shape)}" for target in uneven])
@@ -36,8 +39,8 @@ def unsuitable_embeddings(key: str, shared: Any, targets: Sequence[Target]) -> I
         "sparse": "sparse=True has no gradient for the whole weight",
         "max_norm": "max_norm rewrites the weight in forward",
     }
-    if shared.learned_scale:
-        obstacles["scale_grad_by_freq"] = "learned_scale does not know scale_grad_by_freq"
+    if shared.effective_scales == "learned":
+        obstacles["scale_grad_by_freq"] = "learned scales do not know scale_grad_by_freq"
     for target in targets:
         for option, why in obstacles.items():
             if target.kind is ModuleKind.EMBEDDING and getattr(target.module, option) not in (None, False):
@@ -61,19 +64,30 @@ def groups_that_a_cut_breaks(
         if t.param_name in shapes_after
     ]
     counted = [(target, after) for target, after in cut if target.kind is not ModuleKind.EMBEDDING]
-    if shared.granularity == "per_column_group":
-        group, key = shared.effective_group_size, "group_size"
-        uneven = [(t, after) for t, after in counted if inputs_of(after) % group and not inputs_of(t) % group]
-    elif shared.granularity in (None, "per_group"):
-        group, key = shared.quantize_groups, "quantize_groups"
-        uneven = [(t, after) for t, after in counted if math.prod(after.shape) % group]
-    else:
-        return
+    uneven: list[tuple[Target, Target]] = []
+    group, key = 0, ""
+    for target, after in counted:
+        granularity = shared.granularity_of(target.params)
+        if granularity == "per_column_group":
+            size, name = shared.group_size_of(target.params), "group_size"
+            fits = not inputs_of(after) % size or bool(inputs_of(target) % size)
+        elif granularity in (None, "per_group"):
+            size, name = shared.quantize_groups, "quantize_groups"
+            fits = not math.prod(after.shape) % size
+        else:
+            continue
+        if not fits:
+            uneven.append((target, after))
+            group, key = size, name
     if uneven:
         shapes = [f"{target.module_name} (then {list(after.shape)})" for target, after in uneven]
+        format = uneven[-1][0].params.format
+        where = ("shared_parameters", key)
+        if format != "int":
+            where = ("different_groups", f"{uneven[-1][0].group}.params.format")
         yield Problem(
-            dotted(technique.block, "shared_parameters", key),
-            f"{group} with {few(shapes)}",
+            dotted(technique.block, *where),
+            f"{group if format == 'int' else shown(format)} with {few(shapes)}",
             "a size that fits the weights that structured pruning will leave",
             "choose a dense_ratio or round_to that leaves a multiple of it, or another group size",
         )

@@ -16,8 +16,8 @@ from ds_compress.engine.teachers.sharded import DTYPES, ShardedTeacher, evaluati
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.quant import layers
 from ds_compress.sharding.shards import Shards
+from ds_compress.techniques.kv_cache import KEYS, VALUES
 
 
 def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> ShardedTeacher | None:
@@ -31,13 +31,27 @@ def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> S
     weights = block.self_teacher.weights
     if before != (weights == "initial"):
         return None
-    if weights == "current":
+    if weights == "current" or _stays_as_it_is(config):
         return CurrentTeacher(model)
     dtype = None if block.teacher_dtype is None else DTYPES[block.teacher_dtype]
     if weights == "initial":
         return ShardedTeacher(frozen_copy(model, block.teacher_zero_stage, dtype), block.teacher_zero_stage, None,
                        block.teacher_offload)  # fmt: skip
     return EmaTeacher(model, block.self_teacher.decay, block.teacher_offload)
+
+
+def _stays_as_it_is(config: CompressionConfig) -> bool:
+    """Whether the model without its quantizers is what it was: only scales train, and nothing is cut."""
+    quantization = config.weight_quantization
+    if quantization is None or not quantization.is_enabled or quantization.settings.train != "scales":
+        return False
+    changing = [name for name, block in config.enabled_blocks().items() if not block.is_in_forward]
+    return not set(changing) - {
+        "distillation",
+        "gradient_compression",
+        "parameter_compression",
+        "robust_reduction",
+    }
 
 
 class CurrentTeacher(ShardedTeacher):
@@ -177,17 +191,17 @@ def _aligned(average: Any, own: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextlib.contextmanager
 def quantizers_off(
-    model: nn.Module, kinds: Sequence[str] = ("weight_quantizer", "input_quantizer")
+    model: nn.Module, kinds: Sequence[str] = ("weight_quantizer", "input_quantizer", KEYS, VALUES)
 ) -> Iterator[None]:
     """Inside, the layers of `model` compute as they do without quantization; `kinds`: without which of them."""
     switched: list[tuple[Any, str, Any]] = []
     for module in model.modules():
-        if isinstance(module, layers.QATModule):
-            for attribute in kinds:
-                switched.append((module, attribute, getattr(module, attribute, None)))
-                setattr(module, attribute, None)
+        for attribute in kinds:
+            if attribute in vars(module):
+                switched.append((module, attribute, vars(module)[attribute]))
+                vars(module)[attribute] = None
     try:
         yield
     finally:
         for module, attribute, quantizer in switched:
-            setattr(module, attribute, quantizer)
+            vars(module)[attribute] = quantizer

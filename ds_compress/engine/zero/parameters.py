@@ -77,8 +77,8 @@ def adopt_parameters(
 ) -> None:
     """Edits what the caller listed for the optimizer before we changed the model.
 
-    `arguments` are those of the engine's constructor; `removed` parameters no longer belong to the model,
-    `added` are new ones (learned scales), which join without weight decay.
+    `arguments` are those of the engine's constructor; `removed` parameters no longer belong to the model or train no
+    longer, `added` are new ones (learned scales), which join without weight decay.
     """
     # A generator that the caller passed is read only now and may list the added ones already.
     elsewhere = {id(parameter) for parameter in (*removed, *added)}
@@ -97,8 +97,9 @@ def adopt_parameters(
     made: list[dict[str, Any]] = [dict(group) for group in listed] if grouped else [{"params": listed}]
     for group in made:
         group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+    made = [group for group in made if group["params"]] or made[:1]
     if added:
-        made.append({"params": list(added), "weight_decay": 0.0})
+        made = [*(group for group in made if group["params"]), {"params": list(added), "weight_decay": 0.0}]
     arguments["model_parameters"] = made if grouped or added else made[0]["params"]
 
 

@@ -48,7 +48,7 @@ def twins(
     made = []
     for integer in (False, True):
         twin = layers.attach(copy.deepcopy(module))
-        fake_quant = FakeQuantConfig(grid, noise_key=5, integer=integer, **extra)
+        fake_quant = FakeQuantConfig(grid, noise_key=5, kernel="int8" if integer else "float", **extra)
         twin.weight_quantizer = layers.WeightQuantizer(fake_quant)
         twin.input_quantizer = layers.InputQuantizer(input_grid, enabled=True)
         if input_grid.static:

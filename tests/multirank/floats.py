@@ -1,0 +1,135 @@
+"""Scenarios: float formats on every stage: losses, what is exported, global scales, and resumed runs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ds_compress
+from tests.models import tiny_llama
+from tests.multirank.common import ds_config, engine_of, full_weights, train
+
+STAGES = (0, 1, 2, 3)
+SCHEMES = ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8", "NVFP4", "MXFP4", "MXFP4XFP8", "MXFP6A8", "MXFP8")
+
+
+def nvfp4(scales: str, **shared: Any) -> dict[str, Any]:
+    return {"scheme": "NVFP4A16", "weight_quantization": {"shared_parameters": {"scales": scales, **shared}}}
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    **{scheme: {"scheme": scheme} for scheme in SCHEMES},
+    "mixed": {"scheme": {"FP8_DYNAMIC": ["self_attn"], "NVFP4": ["mlp"]}},
+    "fp8 product": {
+        "scheme": "FP8_DYNAMIC",
+        "weight_quantization": {"shared_parameters": {"kernel": "fp8"}},
+    },
+    "kv cache": {"scheme": "FP8_DYNAMIC", "kv_cache": "fp8"},
+    "static": nvfp4("static"),
+    "searched": nvfp4("searched"),
+    "learned": nvfp4("learned"),
+    "learned mx": {
+        "scheme": "MXFP4A16",
+        "weight_quantization": {"shared_parameters": {"scales": "learned"}},
+    },
+    "scales only": nvfp4("learned", train="scales"),
+    "schedule": {
+        "weight_quantization": {
+            "shared_parameters": {"enabled": True, "schedule_offset": 1},
+            "different_groups": {
+                "all": {
+                    "params": {
+                        "format": "nvfp4",
+                        "earlier_formats": [
+                            {"format": "int", "bits": 8, "steps": 1},
+                            {"format": "fp8_e4m3", "steps": 1},
+                        ],
+                    },
+                    "modules": ["layers"],
+                }
+            },
+        },
+        "activation_quantization": {
+            "shared_parameters": {"enabled": True, "schedule_offset": 1},
+            "different_groups": {
+                "all": {
+                    "params": {"format": "nvfp4", "earlier_formats": [{"format": "fp8_e4m3", "steps": 2}]},
+                    "modules": ["layers"],
+                }
+            },
+        },
+    },
+    "pruned": {
+        "scheme": "NVFP4",
+        "sparse_pruning": {
+            "shared_parameters": {"enabled": True, "method": "l1", "schedule_offset": 1},
+            "different_groups": {"all": {"params": {"dense_ratio": 0.5}, "modules": ["layers"]}},
+        },
+    },
+}
+
+
+def small_llama(seed: int = 0) -> torch.nn.Module:
+    return tiny_llama(seed, hidden=128, intermediate=256, heads=2, key_value_heads=1)
+
+
+def texts(steps: int, rank: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7 + rank)
+    return [
+        {"input_ids": (ids := torch.randint(0, 128, (2, 8), generator=generator)), "labels": ids}
+        for _ in range(steps)
+    ]
+
+
+def trained(steps: int = 5, names: tuple[str, ...] = tuple(BLOCKS), dtype: str = "fp32") -> dict[Any, Any]:
+    """Losses, exported weights and global scales by (block, stage); "plain": DeepSpeed alone."""
+    results: dict[Any, Any] = {}
+    for name in ("plain", *names):
+        for stage in STAGES:
+            model = small_llama()
+            with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS.get(name)), dtype)) as engine:
+                losses = train(engine, iter(texts(steps, dist.get_rank())))
+                found: dict[str, Any] = {"losses": losses}
+                if name != "plain":
+                    found["exported"] = ds_compress.export_state_dict(engine)
+                    found["final"] = full_weights(model)
+                    found["global"] = {
+                        module_name: float(fake_quant.global_scale)
+                        for module_name, module in model.named_modules()
+                        if (fake_quant := ds_compress.quant.layers.fake_quant_of(module)) is not None
+                        and fake_quant.global_scale is not None
+                    }
+                results[name, stage] = found
+    return results
+
+
+def resumed(folder: str, steps: int = 6) -> dict[Any, Any]:
+    """Whether a run that goes on from a checkpoint ends as the unbroken one, by (block, stage)."""
+    results = {}
+    for name in ("FP8", "NVFP4", "kv cache", "learned", "searched", "schedule", "pruned"):
+        for stage in (0, 2, 3):
+            data, finals = texts(steps, dist.get_rank()), []
+            where = f"{folder}/{name}-{stage}"
+            for seed in (0, 7):
+                model = small_llama(seed)
+                with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS[name]))) as engine:
+                    if seed == 0:
+                        train(engine, iter(data[:2]))
+                        engine.save_checkpoint(where)
+                    else:
+                        engine.load_checkpoint(where)
+                    losses = train(engine, iter(data[2:]))
+                    finals.append((losses, full_weights(model), ds_compress.export_state_dict(engine)))
+            results[name, stage] = _equal(*finals)
+    return results
+
+
+def _equal(one: Any, other: Any) -> dict[str, bool]:
+    return {
+        "losses": one[0] == other[0],
+        "weights": all(torch.equal(other[1][key], value) for key, value in one[1].items()),
+        "exported": all(torch.equal(other[2][key], value) for key, value in one[2].items()),
+    }
