@@ -93,7 +93,7 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
     loader = requests[0].loader
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        listed = []
+        listed: list[dict[str, Any]] = []
         for number, request in enumerate(requests):
             files = {"inputs": str(folder / f"in{number}"), "outputs": str(folder / f"out{number}")}
             save_file({key: value.contiguous() for key, value in request.inputs.items()}, files["inputs"])

@@ -9,17 +9,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export.quantized_matrix import quantize_matrix
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.export.source import ExportSource
-from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.fake_quant import FakeQuantConfig
 from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
+from ds_compress.quant.qparams import global_scale_for
 from ds_compress.quant.schemes import SCHEMES, QuantizerSpec, Scheme, scheme_named
+from ds_compress.techniques.global_scales import fused_families
 
 _HEADS = ("lm_head", "embed_out", "decoder")
 _FP8 = "FP8"
@@ -48,7 +51,28 @@ def scheme_to_round_to(name: str | None, source: ExportSource) -> Scheme | None:
     return scheme
 
 
-def rounded(layer: Layer, scheme: Scheme, note: Callable[[str], None]) -> Layer:
+def global_scales(source: ExportSource, scheme: Scheme | None) -> dict[str, torch.Tensor]:
+    """fp32 (1,) by the name of the layer, for formats that have one: the same for layers that servers join.
+
+    A collective where weights are sharded.
+    """
+    if scheme is None or scheme.weights is None or not _weight_grid(scheme.weights).has_global_scale:
+        return {}
+    largest = {
+        name: module.get_parameter("weight").detach().float().abs().amax().cpu()
+        for name, module in source.modules()
+        if kind_of(module) is ModuleKind.LINEAR
+    }
+    grid, found = _weight_grid(scheme.weights), {}
+    for members in fused_families(list(largest)):
+        together = torch.stack([largest[name] for name in members]).amax()
+        found.update(dict.fromkeys(members, global_scale_for(together, grid)))
+    return found
+
+
+def rounded(
+    layer: Layer, scheme: Scheme, note: Callable[[str], None], global_scale: torch.Tensor | None = None
+) -> Layer:
     """The layer on the grids of the scheme, where that has any for it: heads, tables and Conv1D stay as they are.
 
     Raises:
@@ -76,7 +100,8 @@ def rounded(layer: Layer, scheme: Scheme, note: Callable[[str], None]) -> Layer:
     tensors = {name: tensor for name, tensor in layer.tensors.items() if name != "weight"}
     quantized = None
     if scheme.weights is not None:
-        quantized = quantize_matrix(weight.float(), FakeQuantConfig(_weight_grid(scheme.weights)))
+        fake_quant = FakeQuantConfig(_weight_grid(scheme.weights), global_scale=global_scale)
+        quantized = quantize_matrix(weight.float(), fake_quant)
     inputs = None if scheme.inputs is None else InputScheme(_input_grid(scheme.inputs))
     return replace(layer, quantized=quantized, tensors=tensors, input=inputs)
 

@@ -164,6 +164,7 @@ def quantize_matrix(
     scale = None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
     noise = rounding_noise(weight, fake_quant)
     stored = quantize(weight.detach(), grid, noise, scale, fake_quant.global_scale)
+    shared = stored.global_scale
     transposed = grid.channel_axis == 1
     columns = _columns(tuple(weight.shape), transposed)
     matrix = (stored.values.t() if transposed else stored.values).reshape(-1, columns)
@@ -179,7 +180,8 @@ def quantize_matrix(
         transposed=transposed,
         format=grid.format,
         granularity=_granularity(grid, scales),
-        global_scale=None if stored.global_scale is None else stored.global_scale.detach().float().cpu(),
+        # A copy: layers that servers join share it, and no two tensors of a file may share memory.
+        global_scale=shared if shared is None else shared.detach().to("cpu", torch.float32, copy=True),
     )
     trained = fake_quantize_weight(weight.detach(), fake_quant, step_size).values
     if not torch.equal(quantized.dequantize().to(trained.dtype), trained.cpu()):

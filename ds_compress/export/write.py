@@ -120,6 +120,7 @@ class _Export:
         self.format = FORMATS[name](options, trained_dtype=_dtype(source.model), checked=check)
         self.format.kv_cache = kv_cache.kv_cache_scales(source)
         self.format.scheme = ptq.scheme_to_round_to(options.scheme, source)
+        self.global_scales = ptq.global_scales(source, self.format.scheme)
         self.final = _after_cuts(source)
         self.format.check_source(source, self.final)
         self.given = None if inputs is None else checked_inputs(source.model, inputs)
@@ -186,7 +187,7 @@ class _Export:
         return failure
 
     def _rounded(self, layer: Layer, scheme: Scheme) -> Layer:
-        rounded = ptq.rounded(layer, scheme, self.format.note)
+        rounded = ptq.rounded(layer, scheme, self.format.note, self.global_scales.get(layer.name))
         if rounded.quantized is not None:
             self.format.rounded[layer.full("weight")] = self.format.dequantized(rounded, rounded.quantized)
             if rounded.input is not None:
@@ -244,7 +245,8 @@ class _Export:
 
     def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
         model, stored = self.source.model, self.format.rounds_plain_to
-        with in_fp32(model, stored), self.source.changed(self.format.rounded):
+        changed = self.source.changed(self.format.rounded)
+        with kv_cache.full_precision_cache(model), in_fp32(model, stored), changed:
             with ptq.inputs_rounded(model, self.source.share(self.rounded_inputs), self.format.scheme):
                 logits = run(model, inputs, torch.float32)
             with exact_activations(model):
@@ -252,7 +254,8 @@ class _Export:
         rounding = 0.0
         if is_sharded(model) and _dtype(model) is not torch.float32:
             # A module may ask for the dtype of weights before they are converted, and round what it gives them.
-            with self.source.changed(self.format.rounded), exact_activations(model):
+            exact_cache = kv_cache.full_precision_cache(model)
+            with exact_cache, self.source.changed(self.format.rounded), exact_activations(model):
                 rounding = float((run(model, inputs) - exact).abs().max())
         return checking.Expected(
             inputs,

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+from ds_compress.techniques.global_scales import fused_families
+
 _OF_TENSOR = ("weight_global_scale", "input_global_scale", "weight_scale", "input_scale")
 
 
@@ -31,20 +32,15 @@ class ScalesOfTensors:
     def notes(self) -> Iterator[str]:
         for name in _OF_TENSOR:
             different = [
-                members for members in self._joined() if len({self._of(m, name) for m in members}) > 1
+                members
+                for members in fused_families(list(self._scales))
+                if len({self._of(m, name) for m in members}) > 1
             ]
             if different:
                 yield (
                     f"{', '.join(different[0])} have different {name}s ({len(different)} such places): stock "
                     f"transformers reads them as they were trained, vLLM joins these layers and {_what(name)}"
                 )
-
-    def _joined(self) -> Iterator[list[str]]:
-        for parent in dict.fromkeys(module.rpartition(".")[0] for module in self._scales):
-            for group in _JOINED:
-                members = [f"{parent}.{local}" for local in group if f"{parent}.{local}" in self._scales]
-                if len(members) > 1:
-                    yield members
 
     def _of(self, module: str, name: str) -> float | None:
         return self._scales[module].get(name)

@@ -18,20 +18,25 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ds_compress.api import export
+from ds_compress.config.schema.compression_training import parse_config
+from ds_compress.engine.attach import attach_to_loop
+from ds_compress.engine.build import prepare_model
 from ds_compress.errors import ExportError
-from ds_compress.export import check, kv_cache, write
+from ds_compress.export import check, write
 from ds_compress.export.compressed_tensors import floats
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.quantized_matrix import quantize_matrix
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serving_tensors import loaded_weight, stored_weight, weight_scheme
+from ds_compress.modelinfo.decoder_attention import decoder_attentions
 from ds_compress.quant import layers
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.formats import FORMATS
 from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
 from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
 from ds_compress.quant.schemes import SCHEMES
+from ds_compress.techniques.kv_cache import KEYS, VALUES
 from tests.floats import BODY, model_of, quantized_to, tokens, weight_grid
 
 OF_FLOATS = [
@@ -277,6 +282,37 @@ class TestMixed:
         assert sum("none of compressed-tensors' presets" in note for note in report.notes) == 1
 
 
+def trained(model: nn.Module, block: dict[str, Any]) -> nn.Module:
+    """Three steps under a block of the JSON."""
+    run_of_training = prepare_model(model.train(), parse_config(block))
+    attach_to_loop(run_of_training)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        model(**tokens(), labels=tokens()["input_ids"], use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run_of_training.end_step()
+    return model.eval()
+
+
+class TestTrainedByConfig:
+    def test_schemes_learned_scales_and_a_cache(self, exported: Exported) -> None:
+        learned = {"shared_parameters": {"scales": "learned"}}
+        searched = {"shared_parameters": {"scales": "searched"}}
+        for name, block in {
+            "NVFP4": {"scheme": "NVFP4", "kv_cache": "fp8"},
+            "NVFP4-learned": {"scheme": "NVFP4", "weight_quantization": learned},
+            "NVFP4-searched": {"scheme": "NVFP4A16", "weight_quantization": searched},
+            "MXFP4-learned": {"scheme": "MXFP4", "weight_quantization": learned},
+            "FP8_BLOCK-learned": {"scheme": "FP8_BLOCK", "weight_quantization": learned},
+            "FP8": {"scheme": "FP8"},
+            "rounded-mixed": {"scheme": {"FP8_DYNAMIC": ["self_attn"], "NVFP4": ["mlp"]}},
+        }.items():
+            report = exported.add(trained(model_of("llama"), block), f"{name}-by-config")
+            assert not any("wrong for the others" in note for note in report.notes), name
+            assert config_of(report)["quantization_config"]["ignore"] == ["lm_head"]
+
+
 class TestAfterTraining:
     def test_every_scheme_without_calibration(self, exported: Exported) -> None:
         names = [name for name in OF_FLOATS if not (SCHEMES[name].inputs and SCHEMES[name].inputs.static)]
@@ -285,6 +321,13 @@ class TestAfterTraining:
             config = config_of(report)["quantization_config"]
             assert config["ignore"] == ["lm_head"]
             assert any("rounded after training" in note for note in report.notes)
+
+    def test_layers_that_servers_join_get_one_global_scale(self, tmp_path: Path) -> None:
+        report = export(model_of("qwen3"), tmp_path / "out", scheme="NVFP4A16", check=False)
+        assert not any("wrong for the others" in note for note in report.notes)
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        scales = {n.split(".")[-2]: float(t) for n, t in stored.items() if n.endswith("weight_global_scale")}
+        assert scales["q_proj"] == scales["k_proj"] == scales["v_proj"] != scales["o_proj"]
 
     def test_other_formats_take_it_too(self, tmp_path: Path) -> None:
         trained = quantized_to(model_of("llama"), "MXFP4A16")
@@ -392,20 +435,23 @@ def test_layers_that_vllm_joins(tmp_path: Path) -> None:
     assert not any("wrong for the others" in note for note in report.notes)
 
 
-class TestCache:
-    @staticmethod
-    def of_all(source: Any) -> kv_cache.Scales:
-        scales = torch.tensor([0.01]), torch.tensor([0.02])
-        return {name: scales for name, _ in source.model.named_modules() if name.endswith("self_attn")}
+def cached(model: nn.Module) -> nn.Module:
+    """With the quantizers of a cache, as `techniques.kv_cache` leaves them: only to be seen by the export."""
+    grid = ActivationGrid(8, format="fp8_e4m3", granularity=TokenGranularity.PER_TENSOR, static=True)
+    for module in decoder_attentions(model).values():
+        for kind, ends in ((KEYS, [-4.48, 1.0]), (VALUES, [-2.0, 8.96])):
+            vars(module)[kind] = InputQuantizer(grid, enabled=True, input_range=torch.tensor(ends))
+    return model
 
-    def test_scales_are_stored_as_servers_read_them(
-        self, exported: Exported, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(kv_cache, "kv_cache_scales", self.of_all)
+
+class TestCache:
+    def test_scales_are_stored_as_servers_read_them(self, exported: Exported) -> None:
         for scheme in ("FP8_DYNAMIC", "NVFP4"):
-            report = exported.add(quantized_to(model_of("llama"), scheme), f"cache-{scheme}")
+            report = exported.add(cached(quantized_to(model_of("llama"), scheme)), f"cache-{scheme}")
             stored = load_file(Path(report.folder) / "model.safetensors")
-            assert torch.equal(stored["model.layers.1.self_attn.v_scale"], torch.tensor([0.02]))
+            scales = [stored[f"model.layers.1.self_attn.{kind}_scale"] for kind in "kv"]
+            assert torch.equal(scales[0], torch.tensor([4.48]) / 448)
+            assert torch.equal(scales[1], torch.tensor([8.96]) / 448)
             used = config_of(report)["quantization_config"]["kv_cache_scheme"]
             wanted = {
                 "num_bits": 8,
@@ -416,15 +462,18 @@ class TestCache:
             }
             assert {key: used[key] for key in wanted} == wanted
             assert any("k_scale" in note for note in report.notes)
-        report = exported.add(model_of("llama"), "cache-only", format="compressed-tensors")
+        report = exported.add(cached(model_of("llama")), "cache-only", format="compressed-tensors")
         assert config_of(report)["quantization_config"]["config_groups"] == {}
 
-    def test_other_formats_say_that_they_leave_them_out(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(kv_cache, "kv_cache_scales", self.of_all)
-        report = export(model_of("llama"), tmp_path / "out", "hf", check=False)
+    def test_other_formats_say_that_they_leave_them_out(self, tmp_path: Path) -> None:
+        report = export(cached(model_of("llama")), tmp_path / "out", "hf", check=False)
         assert any("KV cache are not stored" in note for note in report.notes)
+
+    def test_a_cache_that_was_never_observed(self, tmp_path: Path) -> None:
+        model = cached(model_of("llama"))
+        vars(model.get_submodule("model.layers.1.self_attn"))[VALUES].input_range = None
+        with pytest.raises(ExportError, match=r"layers\.1\.self_attn: its keys and values.*never observed"):
+            export(model, tmp_path / "out", "compressed-tensors")
 
 
 class TestOurs:
