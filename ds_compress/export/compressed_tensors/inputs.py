@@ -13,7 +13,7 @@ from ds_compress.quant.formats import FORMATS
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 from ds_compress.quant.qparams import qparams_from_range
 
-_FLOATS = ("fp8_e4m3", "mxfp8", "mxfp6_e2m3", "mxfp4", "nvfp4")
+FLOATS = ("fp8_e4m3", "mxfp8", "mxfp6_e2m3", "mxfp4", "nvfp4")
 _STRATEGIES = {TokenGranularity.PER_TOKEN: "token", TokenGranularity.PER_TENSOR: "tensor"}
 
 
@@ -37,9 +37,9 @@ def input_arguments(used: InputScheme, columns: int) -> dict[str, Any]:
 def _check_floats(grid: ActivationGrid, columns: int) -> None:
     known = FORMATS[grid.format]
     in_groups = grid.granularity is TokenGranularity.PER_TOKEN_GROUP
-    if grid.format not in _FLOATS:
+    if grid.format not in FLOATS:
         raise ValueError(
-            f"its inputs are {grid.format}, and compressed-tensors 0.20 has of floats {', '.join(_FLOATS)}"
+            f"its inputs are {grid.format}, and compressed-tensors 0.20 has of floats {', '.join(FLOATS)}"
         )
     if grid.granularity is TokenGranularity.PER_SAMPLE:
         raise ValueError(f"its inputs are {grid.describe()}, which compressed-tensors has no word for")
