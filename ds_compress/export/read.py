@@ -19,14 +19,18 @@ from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 
 @dataclass(frozen=True)
 class InputScheme:
-    """How a layer's input is quantized in inference; input_range: fp32 (min, max) of a static grid."""
+    """How a layer's input is quantized in inference; input_range: fp32 (min, max) of a static grid.
+
+    Integers have no "format" in JSON, as in folders that were written before there were floats.
+    """
 
     grid: ActivationGrid
     input_range: torch.Tensor | None = None
 
     def as_json(self) -> dict[str, Any]:
         grid = self.grid
-        return {
+        floats = {} if grid.format == "int" else {"format": grid.format, "group_size": grid.group_size}
+        return floats | {
             "bits": grid.bits,
             "symmetric": grid.symmetric,
             "narrow_range": grid.narrow_range,
@@ -42,6 +46,8 @@ class InputScheme:
             narrow_range=data["narrow_range"],
             granularity=TokenGranularity(data["granularity"]),
             static=data["range"] is not None,
+            format=data.get("format", "int"),
+            group_size=data.get("group_size", ActivationGrid.group_size),
         )
         return cls(grid, None if data["range"] is None else torch.tensor(data["range"]))
 
@@ -156,6 +162,11 @@ def _input_scheme(module: nn.Module) -> InputScheme | None:
     if quantizer is None or not quantizer.enabled:
         return None
     if quantizer.grid.static and quantizer.input_range is None:
+        if quantizer.grid.format != "int":
+            raise ValueError(
+                f"its input is to be quantized to {quantizer.grid.describe()} and was never observed: run forwards in "
+                "training mode first"
+            )
         return None  # nothing was seen yet: inputs pass as they are
     static = quantizer.input_range.detach().float().cpu() if quantizer.grid.static else None
     return InputScheme(quantizer.grid, static)
