@@ -234,6 +234,23 @@ def test_a_given_scale_saturates_and_a_nan_stays_alone() -> None:
             assert equal_results(native_ops(), x, scale, **arguments)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_nan_stays_one(dtype: torch.dtype) -> None:
+    """Whatever its digits: rounding them must not carry into the sign."""
+    for bits in (0x7FFFFFFF, 0x7F800001, -1, 0x7FC0FFFF):
+        scale = torch.tensor([[bits]], dtype=torch.int64).to(torch.int32).view(torch.float32)
+        for block in (16, 32, 40):
+            x = torch.ones(3, block, dtype=dtype)
+            arguments = arguments_of(E2M1, ScaleKind.FP32, block) | {"with_mask": True}
+            y, _, kept = native_ops().fake_quantize_float(x, scale.expand(3, 1).contiguous(), **arguments)
+            assert y.isnan().all() and not kept.any()
+            x[1, 5] = scale.view(-1)
+            if dtype is not torch.float32:
+                x.view(torch.int16)[1, 6] = -1  # every digit of a NaN
+            assert equal_results(native_ops(), x, torch.ones(3, 1), **arguments)
+            assert equal_results(native_ops(), x, **arguments)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 ONE = torch.ones(1, 1)
