@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "halves.h"
 #include "simd.h"
 
 namespace ds_compress::cpu {

@@ -7,6 +7,7 @@
 #include "ds_compress/float_format.h"
 #include "float_scales.h"
 #include "kernels.h"
+#include "halves.h"
 #include "simd.h"
 
 namespace ds_compress::cpu {
