@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, WithJsonSchema, create_model
 
+from ds_compress.config.schema import qad
 from ds_compress.config.schema.activation_quantization import ActivationQuantizationConfig
 from ds_compress.config.schema.block import Block
 from ds_compress.config.schema.channel_pruning import ChannelPruningConfig
@@ -222,6 +223,7 @@ def parse_config(block: Mapping[str, Any]) -> CompressionConfig:
         raise ConfigError([Problem(ROOT, shown(block), "an object")])
     model = config_model()
     written, problems = expanded(without_auto(block))
+    written = qad.with_defaults(written)
     try:
         parsed = model.model_validate(written)
     except ValidationError as error:

@@ -231,7 +231,10 @@ class DistillationConfig(Block):
     )
     task_loss_weight: LossWeight = Field(
         default=1.0,
-        description="Factor of the training script's own loss; 0: no labels are needed, and those there are unused.",
+        description=(
+            "Factor of the training script's own loss; 0: no labels are needed, and those there are unused. Absent "
+            'beside quantization and self_teacher "initial" (QAD): 0.'
+        ),
     )
     losses: Losses = Field(
         default_factory=lambda: Losses(logits=LogitsLoss()),

@@ -31,13 +31,27 @@ def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> S
     weights = block.self_teacher.weights
     if before != (weights == "initial"):
         return None
-    if weights == "current":
+    if weights == "current" or _stays_as_it_is(config):
         return CurrentTeacher(model)
     dtype = None if block.teacher_dtype is None else DTYPES[block.teacher_dtype]
     if weights == "initial":
         return ShardedTeacher(frozen_copy(model, block.teacher_zero_stage, dtype), block.teacher_zero_stage, None,
                        block.teacher_offload)  # fmt: skip
     return EmaTeacher(model, block.self_teacher.decay, block.teacher_offload)
+
+
+def _stays_as_it_is(config: CompressionConfig) -> bool:
+    """Whether the model without its quantizers is what it was: only scales train, and nothing is cut."""
+    quantization = config.weight_quantization
+    if quantization is None or not quantization.is_enabled or quantization.settings.train != "scales":
+        return False
+    changing = [name for name, block in config.enabled_blocks().items() if not block.is_in_forward]
+    return not set(changing) - {
+        "distillation",
+        "gradient_compression",
+        "parameter_compression",
+        "robust_reduction",
+    }
 
 
 class CurrentTeacher(ShardedTeacher):

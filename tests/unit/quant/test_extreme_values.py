@@ -92,9 +92,7 @@ def test_inputs_stay_finite_on_every_grid() -> None:
             for bits in (3, 4, 8):
                 for symmetric in (True, False):
                     for granularity in TokenGranularity:
-                        grid = ActivationGrid(
-                            bits, symmetric, granularity=granularity, group_size=x.shape[1]
-                        )
+                        grid = ActivationGrid(bits, symmetric, granularity=granularity, group_size=x.shape[1])
                         assert fake_quantize_input(x, grid).values.isfinite().all(), (dtype, share, grid)
                     static = ActivationGrid(
                         bits, symmetric, granularity=TokenGranularity.PER_TENSOR, static=True

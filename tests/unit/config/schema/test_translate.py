@@ -285,7 +285,7 @@ class TestAllAtOnce:
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
             '"row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
             '"layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
-            '"robust_reduction", "seed", "kernels" and "export_to"\n'
+            '"robust_reduction", "seed", "kernels", "scheme" and "export_to"\n'
             '  hint:    did you mean "seed"?\n'
             "\n"
             "compression_training.distillation.enabled\n"
