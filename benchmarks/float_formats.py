@@ -128,9 +128,15 @@ def print_result(result: Result) -> None:
     table = Table(title="SmolLM2-135M on held-out Python documentation")
     for column in ("", "perplexity", "recovered", "KL", "KL recovered", "CPU s a step", "seeds"):
         table.add_column(column, justify="right" if column else "left")
+    keys = [
+        "perplexity",
+        "perplexity, percent recovered",
+        "KL to the unquantized model",
+        "KL to the unquantized model, percent recovered",
+        "CPU seconds per step",
+        "seeds",
+    ]
     for variant, figures in result.items():
-        keys = ("perplexity", "perplexity, percent recovered", "KL to the unquantized model")
-        keys += ("KL to the unquantized model, percent recovered", "CPU seconds per step", "seeds")
         table.add_row(variant, *(f"{figures[key]:.4g}" if key in figures else "" for key in keys))
     Console(width=130).print(table)
 
