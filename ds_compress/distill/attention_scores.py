@@ -1,14 +1,11 @@
 """Attention scores of models whose attention kernels do not return them.
 
-transformers looks attention kernels up by name. For models whose scores are needed, the name is changed to that of a
-wrapper, which passes query and key to us before it calls the model's kernel. Scores are computed from them only where
-they are compared, so rotary embeddings, grouped queries and any kernel are supported.
+Query and key are taken before the kernel (`modelinfo.attention_kernels`); scores are computed from them only where they
+are compared.
 """
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +14,13 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ConfigError, Problem
-
-_PREFIX = "ds_compress_shows_scores_of_"
-_receivers: weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionScores], None]] = (
-    weakref.WeakKeyDictionary()
+from ds_compress.modelinfo.attention_kernels import (
+    Handle,
+    KernelInputs,
+    add_hook,
+    can_open,
+    close_kernels,
+    open_kernels,
 )
 
 
@@ -39,31 +39,32 @@ class AttentionScores:
         return self.query.float() @ key.float().transpose(2, 3) * self.scaling
 
 
-class _Handle:
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
+class _Handles:
+    def __init__(self, handles: list[Handle]) -> None:
+        self._handles = handles
 
     def remove(self) -> None:
-        for module in self._modules:
-            _receivers.pop(module, None)
+        for handle in self._handles:
+            handle.remove()
 
 
-def subscribe_scores(layer: nn.Module, receive: Callable[[AttentionScores], None]) -> _Handle:
+def subscribe_scores(layer: nn.Module, receive: Callable[[AttentionScores], None]) -> _Handles:
     """Every attention module in `layer` calls `receive` with its scores, once `expose_scores` prepared its model."""
-    modules = list(layer.modules())
-    for module in modules:
-        _receivers[module] = receive
-    return _Handle(modules)
+
+    def hook(given: KernelInputs) -> None:
+        is_causal = bool(getattr(given.module, "is_causal", False))
+        receive(AttentionScores(given.query, given.key, given.scaling, is_causal))
+
+    return _Handles([add_hook(module, hook) for module in layer.modules()])
 
 
 def expose_scores(model: Any) -> None:
-    """Makes the attention of `model` pass its scores to their subscribers; idempotent.
+    """Makes the attention of `model` pass its scores to their subscribers.
 
     Raises:
         ConfigError: the model is not one of transformers with exchangeable attention kernels.
     """
-    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if name is None or not hasattr(model, "set_attn_implementation"):
+    if not can_open(model):
         raise ConfigError(
             [
                 Problem(
@@ -74,51 +75,10 @@ def expose_scores(model: Any) -> None:
                 )
             ]
         )
-    if not name.startswith(_PREFIX):
-        model.set_attn_implementation(_registered(name))
+    open_kernels(model)
 
 
 def hide_scores(model: Any) -> None:
-    """Restores the name of the kernel of `model`."""
-    name = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
-    if name.startswith(_PREFIX):
-        model.set_attn_implementation(name.removeprefix(_PREFIX))
-
-
-def _registered(name: str) -> str:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    kernels, masks = AttentionInterface(), AttentionMaskInterface()
-    # "eager" is no kernel of the library: each model's file defines one, with its own soft caps and sinks.
-    kernel = kernels[name] if name in kernels.valid_keys() else None
-    AttentionInterface.register(_PREFIX + name, _passing_on(kernel))
-    if name in masks.valid_keys():
-        AttentionMaskInterface.register(_PREFIX + name, masks[name])
-    return _PREFIX + name
-
-
-def _passing_on(kernel: Callable[..., Any] | None) -> Callable[..., Any]:
-    def attention(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        receive = _receivers.get(module)
-        if receive is not None:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            receive(AttentionScores(query, key, scaling, bool(getattr(module, "is_causal", False))))
-        return (kernel or _eager_kernel(type(module)))(module, query, key, value, *args, **kwargs)
-
-    return attention
-
-
-def _eager_kernel(of: type[nn.Module]) -> Callable[..., Any]:
-    from transformers import AttentionInterface
-
-    files = (vars(sys.modules[base.__module__]) for base in of.__mro__)
-    found = (file["eager_attention_forward"] for file in files if "eager_attention_forward" in file)
-    kernel: Callable[..., Any] = next(found, AttentionInterface()["sdpa"])
-    return kernel
+    """Restores the kernel of `model`."""
+    if model is not None:
+        close_kernels(model)

@@ -30,6 +30,7 @@ from ds_compress.quant.fake_quant import (
     in_groups,
     weight_qparams,
 )
+from ds_compress.quant.fp8_linear import fp8_linear, runs_on_fp8
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import straight_through, weight_backward
 from ds_compress.quant.grid import ActivationGrid
@@ -150,6 +151,8 @@ def _forward(
         return integer_linear(
             x, weight, bias, fake_quant, input_grid, step_size, input_range, dtype or x.dtype
         )
+    if fake_quant is not None and input_grid is not None and runs_on_fp8(fake_quant, input_grid, x):
+        return fp8_linear(x, weight, bias, fake_quant, input_grid, step_size, input_range, dtype or x.dtype)
     x_qparams: list[QParams] = []
     w_qparams: list[QParams] = []
     if input_grid is not None:

@@ -12,6 +12,7 @@ from ds_compress.techniques.distillation import Distillation
 from ds_compress.techniques.gradient_reduction import GradientReduction
 from ds_compress.techniques.head_pruning import HeadPruning
 from ds_compress.techniques.hidden_pruning import HiddenPruning
+from ds_compress.techniques.kv_cache import KvCacheQuantization
 from ds_compress.techniques.parameter_compression import ParameterCompression
 from ds_compress.techniques.row_pruning import RowPruning
 from ds_compress.techniques.sparse_pruning import SparsePruning
@@ -26,6 +27,7 @@ _BUILT_IN: tuple[type[Technique], ...] = (
     SparsePruning,
     WeightQuantization,
     ActivationQuantization,
+    KvCacheQuantization,
     GradientReduction,
     ParameterCompression,
     Distillation,

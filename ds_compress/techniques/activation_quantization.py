@@ -21,13 +21,12 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from ds_compress.config.schema.formats import INTEGERS, stretch_at
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.quant import fast_paths, layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 from ds_compress.techniques.base import Technique
+from ds_compress.techniques.observed_ranges import ObservedRanges, renamed_ranges
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,13 +56,13 @@ class ActivationQuantization(Technique):
             for target in self._targets
         }
         self._quantizers = {name: layers.InputQuantizer(grids[-1]) for name, grids in self._grids.items()}
-        self._observing = {
+        observing = {
             name: quantizer
             for name, quantizer in self._quantizers.items()
             if any(grid.static for grid in self._grids[name])
         }
+        self._ranges = ObservedRanges(observing, self._shared.range_momentum)
         self._step = 0
-        self._shards: Shards | None = None
 
     def prepare(
         self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
@@ -76,16 +75,15 @@ class ActivationQuantization(Technique):
         return {}
 
     def attach(self, shards: Shards) -> None:
-        self._shards = shards
+        self._ranges.attach(shards)
 
     def before_step(self, step: int) -> None:
-        self._undo = {name: quantizer.input_range for name, quantizer in self._quantizers.items()}
-        if self._observing and self._enabled:
-            self._update_ranges()
+        self._ranges.remember()
+        if self._ranges.quantizers and self._enabled:
+            self._ranges.update(self._targets[0].param.device)
 
     def on_skipped_step(self) -> None:
-        for name, quantizer in self._quantizers.items():
-            quantizer.input_range, quantizer.observed = self._undo[name], None
+        self._ranges.put_back()
 
     def after_step(self, step: int) -> None:
         self._use_schedule_at(step)
@@ -99,25 +97,14 @@ class ActivationQuantization(Technique):
 
     def state_dict(self) -> dict[str, Any]:
         """`ranges`: fp32 (min, max) on the CPU by module name, for the layers that have one."""
-        return {
-            "step": self._step,
-            "ranges": {
-                name: quantizer.input_range.detach().cpu().clone()
-                for name, quantizer in self._quantizers.items()
-                if quantizer.input_range is not None
-            },
-        }
+        return {"step": self._step, "ranges": self._ranges.state()}
 
     def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
         state = self.state_dict()
-        ranges = {renamed(name): input_range for name, input_range in state["ranges"].items()}
-        return {**state, "ranges": {name: r for name, r in ranges.items() if name is not None}}
+        return {**state, "ranges": renamed_ranges(state["ranges"], renamed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, quantizer in self._quantizers.items():
-            saved = state["ranges"].get(name)
-            quantizer.input_range = None if saved is None else saved.to(torch.float32).clone()
-            quantizer.observed = None
+        self._ranges.load(state["ranges"])
         self._use_schedule_at(int(state["step"]))
 
     def metrics(self) -> dict[str, float]:
@@ -125,15 +112,14 @@ class ActivationQuantization(Technique):
         quantizers = self._quantizers.values()
         count = max(1, len(quantizers))
         numbers = {"mean_bits": sum(q.grid.bits for q in quantizers if q.is_active) / count}
-        if self._observing:
-            observing = self._observing.values()
-            numbers["layers_with_range"] = float(sum(q.input_range is not None for q in observing))
+        if self._ranges.quantizers:
+            numbers["layers_with_range"] = float(len(self._ranges.quantizers) - self._ranges.missing)
         return numbers
 
     @property
     def lacks_ranges(self) -> bool:
         """Whether a layer still waits for its static range, and does not quantize its input until then."""
-        return any(q.grid.static and q.input_range is None for q in self._observing.values())
+        return any(q.grid.static and q.input_range is None for q in self._ranges.quantizers.values())
 
     @property
     def _enabled(self) -> bool:
@@ -149,7 +135,7 @@ class ActivationQuantization(Technique):
             number = -1 if stretch is None else target.params.earlier_formats.index(stretch)
             quantizer.grid = self._grids[target.module_name][number]
             # An earlier format may need no range that the last one needs from its first step on.
-            quantizer.observes = target.module_name in self._observing
+            quantizer.observes = target.module_name in self._ranges.quantizers
 
     def _grid(self, target: Target, params: Any) -> ActivationGrid:
         if target.kind == ModuleKind.EMBEDDING:
@@ -171,35 +157,8 @@ class ActivationQuantization(Technique):
             format=params.format,
         )
 
-    def _update_ranges(self) -> None:
-        """All layers at once: one reduction, and no look at the values once every layer has a range."""
-        quantizers = list(self._observing.values())
-        device = self._targets[0].param.device
-        nothing = torch.full((2,), -torch.inf, device=device)
-        observed = torch.stack([nothing if q.observed is None else q.observed.to(device) for q in quantizers])
-        if self._shards is not None:
-            observed = self._shards.reduce_max(observed)
-        # Observed is (-min, max), so that one maximum serves both.
-        fresh = torch.stack([observed[:, 0].neg(), observed[:, 1]], dim=1)
-        finite = torch.isfinite(fresh).all(dim=1, keepdim=True)
-        old = torch.stack([_on(device, q.input_range, f) for q, f in zip(quantizers, fresh, strict=True)])
-        momentum = self._shared.range_momentum
-        ranges = torch.where(finite, torch.lerp(fresh, old, momentum), old).unbind()
-        if all(quantizer.input_range is not None for quantizer in quantizers):
-            known = [True] * len(quantizers)
-        else:
-            known = finite.flatten().tolist()
-        for quantizer, new_range, is_known in zip(quantizers, ranges, known, strict=True):
-            if is_known:
-                quantizer.input_range = new_range
-            quantizer.observed = None
-
 
 def _as_params(params: Any, stretch: Any) -> Any:
     """The params of a group while an earlier format lasts."""
     changes = {"format": stretch.format, "bits": stretch.bits, "group_size": None, "granularity": None}
     return params.model_copy(update=changes)
-
-
-def _on(device: torch.device, given: torch.Tensor | None, otherwise: torch.Tensor) -> torch.Tensor:
-    return otherwise if given is None else given.to(device)

@@ -34,6 +34,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from ds_compress.config.schema.formats import INTEGERS, stretch_at
@@ -41,6 +42,7 @@ from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.ops.counter_rng import stream_key
 from ds_compress.quant import fast_paths, layers
 from ds_compress.quant.fake_quant import FakeQuantConfig
+from ds_compress.quant.fp8_linear import FIRST_CAPABILITY
 from ds_compress.quant.grid import Granularity, WeightGrid
 from ds_compress.quant.layout import check_shape
 from ds_compress.quant.search import largest_scale, searched_scale
@@ -85,6 +87,8 @@ class WeightQuantization(Technique):
         self._shared = technique.shared
         self._targets = technique.targets
         self._seed = seed if self._shared.seed is None else self._shared.seed
+        if self._shared.kernel == "fp8":
+            _check_device()
         self._step = 0
         self._quantizers: dict[str, layers.WeightQuantizer] = {}
         self._grids = {
@@ -266,6 +270,15 @@ class WeightQuantization(Technique):
         if not fake_quant.grid.has_global_scale:
             return fake_quant
         return replace(fake_quant, global_scale=self._global.of(target.param_name))
+
+
+def _check_device() -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FIRST_CAPABILITY:
+        needed = ".".join(map(str, FIRST_CAPABILITY))
+        raise ValueError(
+            f'kernel "fp8" needs a GPU of compute capability {needed} or above, and this one has '
+            f'{".".join(map(str, torch.cuda.get_device_capability()))}: set shared_parameters.kernel to "float"'
+        )
 
 
 def _as_params(params: Any, stretch: Any) -> Any:

@@ -23,6 +23,11 @@ def nvfp4(scales: str, **shared: Any) -> dict[str, Any]:
 BLOCKS: dict[str, dict[str, Any]] = {
     **{scheme: {"scheme": scheme} for scheme in SCHEMES},
     "mixed": {"scheme": {"FP8_DYNAMIC": ["self_attn"], "NVFP4": ["mlp"]}},
+    "fp8 product": {
+        "scheme": "FP8_DYNAMIC",
+        "weight_quantization": {"shared_parameters": {"kernel": "fp8"}},
+    },
+    "kv cache": {"scheme": "FP8_DYNAMIC", "kv_cache": "fp8"},
     "static": nvfp4("static"),
     "searched": nvfp4("searched"),
     "learned": nvfp4("learned"),
@@ -104,7 +109,7 @@ def trained(steps: int = 5, names: tuple[str, ...] = tuple(BLOCKS), dtype: str =
 def resumed(folder: str, steps: int = 6) -> dict[Any, Any]:
     """Whether a run that goes on from a checkpoint ends as the unbroken one, by (block, stage)."""
     results = {}
-    for name in ("FP8", "NVFP4", "learned", "searched", "schedule", "pruned"):
+    for name in ("FP8", "NVFP4", "kv cache", "learned", "searched", "schedule", "pruned"):
         for stage in (0, 2, 3):
             data, finals = texts(steps, dist.get_rank()), []
             where = f"{folder}/{name}-{stage}"

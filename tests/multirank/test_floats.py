@@ -70,7 +70,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_ranks(2, "tests.multirank.floats:resumed", folder=str(tmp_path_factory.mktemp("resumed")))[0]
 
 
-@pytest.mark.parametrize("name", ["FP8", "NVFP4", "learned", "searched", "schedule", "pruned"])
+@pytest.mark.parametrize("name", ["FP8", "NVFP4", "kv cache", "learned", "searched", "schedule", "pruned"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_resumed_run_ends_bit_equal(resumed: Any, name: str, stage: int) -> None:
     assert resumed[name, stage] == {"losses": True, "weights": True, "exported": True}

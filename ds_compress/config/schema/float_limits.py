@@ -10,6 +10,7 @@ from ds_compress.config.targets import Target, TechniquePlan, inputs_of
 from ds_compress.errors import Problem, dotted, shown
 from ds_compress.modelinfo.inventory import covering_patterns, few
 from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.quant.fp8_linear import MULTIPLE
 
 _WEIGHTS, _INPUTS = "weight_quantization", "activation_quantization"
 _KERNEL = dotted(_WEIGHTS, "shared_parameters", "kernel")
@@ -101,7 +102,8 @@ def of_fp8_products(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem
         yield Problem(
             _KERNEL,
             f'"fp8" with {layer.module_name}, whose {what} has no codes for it',
-            'Linear layers with "fp8_e4m3" weights per channel or tensor and "fp8_e4m3" inputs per token or tensor',
+            'Linear layers with "fp8_e4m3" weights per channel or tensor, "fp8_e4m3" inputs per token or '
+            f"tensor, and sizes that are multiples of {MULTIPLE}",
             'set kernel to "float", or exclude the layer from both blocks',
         )
         return
@@ -111,6 +113,7 @@ def _multiplies(block: str, shared: Any, target: Target) -> bool:
     allowed = ("per_channel", "per_tensor") if block == _WEIGHTS else ("per_token", "per_tensor")
     return (
         target.kind is ModuleKind.LINEAR
+        and not any(size % MULTIPLE for size in target.shape)
         and target.params.format == _CODES
         and shared.granularity_of(target.params) in allowed
     )

@@ -16,8 +16,8 @@ from ds_compress.engine.teachers.sharded import DTYPES, ShardedTeacher, evaluati
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.quant import layers
 from ds_compress.sharding.shards import Shards
+from ds_compress.techniques.kv_cache import KEYS, VALUES
 
 
 def self_teacher(config: CompressionConfig, model: nn.Module, before: bool) -> ShardedTeacher | None:
@@ -191,17 +191,17 @@ def _aligned(average: Any, own: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextlib.contextmanager
 def quantizers_off(
-    model: nn.Module, kinds: Sequence[str] = ("weight_quantizer", "input_quantizer")
+    model: nn.Module, kinds: Sequence[str] = ("weight_quantizer", "input_quantizer", KEYS, VALUES)
 ) -> Iterator[None]:
     """Inside, the layers of `model` compute as they do without quantization; `kinds`: without which of them."""
     switched: list[tuple[Any, str, Any]] = []
     for module in model.modules():
-        if isinstance(module, layers.QATModule):
-            for attribute in kinds:
-                switched.append((module, attribute, getattr(module, attribute, None)))
-                setattr(module, attribute, None)
+        for attribute in kinds:
+            if attribute in vars(module):
+                switched.append((module, attribute, vars(module)[attribute]))
+                vars(module)[attribute] = None
     try:
         yield
     finally:
         for module, attribute, quantizer in switched:
-            setattr(module, attribute, quantizer)
+            vars(module)[attribute] = quantizer
