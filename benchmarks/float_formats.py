@@ -1,9 +1,9 @@
 """What a 135 M language model loses to each number format, and what training with it gives back.
 
-    python -m benchmarks.float_formats [--formats NVFP4 MXFP4 ...] [--seeds 0 1 2] [--steps 60] [--output DIR]
+    python -m benchmarks.float_formats [--formats NVFP4 MXFP4 ...] [--seeds 0 1 2] [--steps 48] [--output DIR]
                                        [--measure-only] [--picture] [--json] [--record]
 
-SmolLM2-135M-Instruct reads the Python documentation (see `smollm2`), one process under ZeRO-2, 2 sequences of 256
+SmolLM2-135M-Instruct reads the Python documentation (see `smollm2`), one process under ZeRO-2, 4 sequences of 256
 tokens a step. Every Linear but the head, which is tied to the embeddings, is quantized: rounded (PTQ), trained on the
 text (QAT) or towards its unquantized self (QAD), at equal steps and tokens. Perplexity of 24 held-out sequences, and KL
 to the unquantized model. The text itself teaches under QAT: "unquantized, qat" is the model that learns from it without
@@ -32,7 +32,7 @@ from . import record, smollm2
 from .float_formats_picture import draw
 from .float_formats_runs import METHODS, PLAIN, PRUNED, SCHEMES, Run, finished, train
 
-STEPS, SEEDS = 60, (0, 1, 2)
+STEPS, SEEDS = 48, (0, 1, 2)
 PICTURE = record.RESULTS / "float_formats.png"
 
 
