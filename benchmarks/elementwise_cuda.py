@@ -27,10 +27,12 @@ import torch
 from .elementwise_runs import (
     ASYMMETRIC,
     BLOCK,
+    FLOATS,
     SYMMETRIC,
     Run,
     block_runs,
     fake_quantize_runs,
+    float_runs,
     many_runs,
     mask_runs,
     peers,
@@ -125,6 +127,7 @@ def groups(ops: Any, payload_bytes: Any, numel: int, device: torch.device) -> It
     """Groups of runs whose memory is taken at a time."""
     yield mask_runs(ops, numel, device)
     yield fake_quantize_runs(ops, numel, device)
+    yield float_runs(ops, numel, device)
     yield block_runs(ops, payload_bytes, numel, device)
     yield many_runs(ops, device)
 
@@ -216,6 +219,16 @@ def wrong(ops: Any, reference: Any, payload_bytes: Any, device: torch.device) ->
                 )
                 for part, a, b in zip(("y", "scale", "offset or mask", "mask"), got, expected, strict=False):
                     same(f"fake_quantize {rows}x{columns} {dtype} {grid['symmetric']}: {part}", a, b)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(333, 4096, device=device).to(dtype)
+        for title, block, form in FLOATS:
+            wanted = torch.full((1,), 500.0, device=device) if form["scale_kind"] == 2 else None
+            got, expected = (
+                f(x, None, wanted, **form, block=block or 4096, with_mask=True)
+                for f in (ops.fake_quantize_float, implementations["fake_quantize_float"])
+            )
+            for part, a, b in zip(("y", "scale", "mask"), got, expected, strict=True):
+                same(f"fake_quantize_float {dtype} {title}: {part}", a, b)
     scores = torch.randn(64, 4096, device=device)
     same("mask_n_of_m", ops.mask_n_of_m(scores, 2, 4), implementations["mask_n_of_m"](scores, 2, 4))
     return found

@@ -32,6 +32,15 @@ SYMMETRIC = {"quant_min": -127, "quant_max": 127, "steps": 127, "symmetric": Tru
 ASYMMETRIC = {"quant_min": 0, "quant_max": 255, "steps": 256, "symmetric": False}
 
 
+# Floats in blocks: name, block (0: the whole row), arguments. NVFP4 needs a global scale, too.
+FLOATS: list[tuple[str, int, dict[str, Any]]] = [
+    ("MXFP4", 32, {"exponent_bits": 2, "mantissa_bits": 1, "largest": 6.0, "scale_kind": 1}),
+    ("NVFP4", 16, {"exponent_bits": 2, "mantissa_bits": 1, "largest": 6.0, "scale_kind": 2}),
+    ("FP8, blocks of 128", 128, {"exponent_bits": 4, "mantissa_bits": 3, "largest": 448.0, "scale_kind": 0}),
+    ("FP8, rows of 4096", 0, {"exponent_bits": 4, "mantissa_bits": 3, "largest": 448.0, "scale_kind": 0}),
+]
+
+
 def peers(numel: int, device: torch.device) -> Iterator[Run]:
     """Copies, of all elements first and of fewer, and what torch itself offers for a mask."""
 
@@ -132,6 +141,32 @@ def fake_quantize_runs(ops: Any, numel: int, device: torch.device) -> Iterator[R
             return lambda: ops.fake_quantize(x, scale, **grid, with_mask=keep)
 
         yield rotated(f"fake_quantize {str(dtype)[6:]}, {title}", moved, make)
+
+
+def float_runs(ops: Any, numel: int, device: torch.device) -> Iterator[Run]:
+    columns = min(4096, numel)
+    rows = numel // columns
+    for dtype in (torch.float32, torch.bfloat16):
+        size, name = torch.empty(0, dtype=dtype).element_size(), str(dtype)[6:]
+        cases = [(title, block, form, False) for title, block, form in FLOATS]
+        for title, block, form, keep in (*cases, ("MXFP4, mask", 32, FLOATS[0][2], True)):
+            scales = rows * columns // (block or columns)
+            moved = 2 * size * rows * columns + 4 * scales + (rows * columns / 8 if keep else 0)
+
+            def make(
+                i: int,
+                dtype: torch.dtype = dtype,
+                block: int = block,
+                form: dict[str, Any] = form,
+                keep: bool = keep,
+            ) -> Callable[[], object]:
+                x = torch.randn(rows, columns, device=device).to(dtype)
+                wanted = torch.full((1,), 500.0, device=device) if form["scale_kind"] == 2 else None
+                return lambda: ops.fake_quantize_float(
+                    x, None, wanted, **form, block=block or columns, with_mask=keep
+                )
+
+            yield rotated(f"fake_quantize_float {name}, {title}", moved, make)
 
 
 def block_runs(ops: Any, payload_bytes: Any, numel: int, device: torch.device) -> Iterator[Run]:

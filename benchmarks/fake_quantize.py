@@ -5,7 +5,8 @@
 Activations of a batch of 32 x 40 tokens (per token) and weights of BERT-base's size (per channel), 8 bits, ranges
 measured in the same call, with and without the bits of what was not clipped. The peers are `quant.grid` (what layers
 ran on before), the reference, and `torch.fake_quantize_per_channel_affine`, once with its ranges given, which is less
-work, and once with a scale measured first. The result is allocated in all of them, as a layer does.
+work, and once with a scale measured first. Floats of 4 and 8 bits have the reference and the fake_quantize of
+compressed_tensors for peers. The result is allocated in all of them, as a layer does.
 
 On CUDA the same runs are timed between events; that has never been tried on a GPU.
 """
@@ -24,6 +25,7 @@ from ds_compress.quant.grid import Grid
 from ds_compress.quant.qparams import choose_qparams
 
 from .bandwidth import COPY, Run, run_benchmark
+from .float_quantize import float_peers, float_runs
 
 SHAPES = {
     "activation 1280 x 384": (1280, 384),
@@ -71,6 +73,7 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
             ),
             moved,
         ),
+        **float_runs(x),
         "quant.grid, eager": Run(lambda: eager(SYMMETRIC), moved, peer_of=ours),
         "quant.grid, eager, asymmetric": Run(lambda: eager(ASYMMETRIC), moved, peer_of=f"{ours}, asymmetric"),
         "the reference in torch": Run(
@@ -86,6 +89,7 @@ def runs_of(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) ->
         "torch per channel, range measured": Run(
             lambda: per_channel(x.abs().amax(1).float().div_(127).clamp_min_(2.0**-126)), moved, peer_of=ours
         ),
+        **float_peers(x),
     }
     return runs
 

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "ds_compress/math.h"
+#include "float_arguments.h"
 #include "tensors.h"
 
 namespace ds_compress::bindings {
@@ -183,6 +184,22 @@ struct Elementwise {
         return {to.y, to.scale, to.offset, to.mask};
     }
 
+    static std::tuple<Tensor, Tensor, Tensor> fake_quantize_float(const Tensor& x, const std::optional<Tensor>& scale,
+                                                                  const std::optional<Tensor>& global_scale,
+                                                                  int64_t exponent_bits, int64_t mantissa_bits,
+                                                                  double largest, int64_t scale_kind, int64_t block,
+                                                                  bool with_mask) {
+        check_fake_quantize_float(x, scale, global_scale, exponent_bits, mantissa_bits, largest, scale_kind, block);
+        const SmallFloat number{static_cast<int>(exponent_bits), static_cast<int>(mantissa_bits),
+                                static_cast<float>(largest), static_cast<int>(scale_kind)};
+        const std::vector<int64_t> scales =
+            scale ? std::vector{scale->size(0), scale->size(1)} : std::vector{x.size(0), x.size(1) / block};
+        const FakeQuantizedFloat to{new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type()),
+                                    new_tensor(x, scales, kFp32), new_bits(x, with_mask ? x.numel() : 0)};
+        Device::fake_quantize_float(x, scale, global_scale, number, block, with_mask, to);
+        return {to.y, to.scale, to.mask};
+    }
+
     static void block_quantize(const Tensor& x, const Tensor& payloads, const std::optional<Tensor>& residual,
                                int64_t chunk, int64_t bits, int64_t block) {
         const char* op = "block_quantize";
@@ -236,6 +253,7 @@ struct Elementwise {
         m.impl("mask_unpack", TORCH_BOX(&mask_unpack));
         m.impl("mask_n_of_m", TORCH_BOX(&mask_n_of_m));
         m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
+        m.impl("fake_quantize_float", TORCH_BOX(&fake_quantize_float));
         m.impl("block_quantize", TORCH_BOX(&block_quantize));
         m.impl("block_dequantize", TORCH_BOX(&block_dequantize));
         m.impl("block_reduce", TORCH_BOX(&block_reduce));

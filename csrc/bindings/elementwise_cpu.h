@@ -16,6 +16,9 @@ struct Cpu {
     static void mask_n_of_m(const Tensor& scores, int64_t n, int64_t m, const Tensor& packed);
     static void fake_quantize(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& offset,
                               QuantRange range, bool with_mask, const FakeQuantized& to);
+    static void fake_quantize_float(const Tensor& x, const std::optional<Tensor>& scale,
+                                    const std::optional<Tensor>& global_scale, const SmallFloat& number, int64_t block,
+                                    bool with_mask, const FakeQuantizedFloat& to);
     static void block_quantize(const Tensor& x, const Tensor& payloads, const std::optional<Tensor>& residual,
                                int64_t chunk, PayloadFormat format);
     static void block_dequantize(const Tensor& payloads, const Tensor& out, int64_t chunk, PayloadFormat format);

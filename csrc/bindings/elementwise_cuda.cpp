@@ -73,6 +73,20 @@ struct Cuda {
             "fake_quantize");
     }
 
+    static void fake_quantize_float(const Tensor& x, const std::optional<Tensor>& scale,
+                                    const std::optional<Tensor>& global_scale, const SmallFloat& number, int64_t block,
+                                    bool with_mask, const FakeQuantizedFloat& to) {
+        const OnDevice on(x);
+        copy(scale, to.scale, on.stream);
+        if (x.numel() == 0) return;
+        check_launch(dsc_fake_quantize_float(
+                         x.const_data_ptr(), to.y.mutable_data_ptr(), dtype_of(x), x.numel() / block, block,
+                         scale.has_value(), to.scale.numel(), data<float>(to.scale),
+                         const_data_or_null<float>(global_scale), number.exponent_bits, number.mantissa_bits,
+                         number.largest, number.scale_kind, with_mask ? data<uint8_t>(to.mask) : nullptr, on.stream),
+                     "fake_quantize_float");
+    }
+
     static void block_quantize(const Tensor& x, const Tensor& payloads, const std::optional<Tensor>& residual,
                                int64_t chunk, PayloadFormat format) {
         const OnDevice on(x);

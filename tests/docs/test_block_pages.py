@@ -22,6 +22,7 @@ REACHED: dict[str, dict[str, float]] = {
     "sparse_pruning": {"sparse_pruning/sparsity": 0.5},
     "weight_quantization": {"weight_quantization/mean_bits": 8},
     "activation_quantization": {"activation_quantization/mean_bits": 8},
+    "kv_cache": {"kv_cache/layers_with_range": 2.0, "weight_quantization/mean_bits": 8},
     "row_pruning": {"row_pruning/density": 0.5},
     "head_pruning": {"head_pruning/density": 0.5},
     "channel_pruning": {"channel_pruning/density": 0.5},

@@ -84,7 +84,7 @@ def tiny_llama() -> nn.Module:
 def model_for(block: str) -> nn.Module:
     if block == "channel_pruning":
         return TinyConvNet()
-    if block == "hidden_pruning":
+    if block in ("hidden_pruning", "kv_cache"):
         return tiny_llama()
     return tiny_bert(layers=6)
 

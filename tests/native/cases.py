@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_compress.ops.reference import IMPLEMENTATIONS
+from ds_compress.ops.reference.float_formats import E2M1, E4M3, FloatFormat, ScaleKind
 from ds_compress.ops.sizes import payload_bytes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -104,6 +105,23 @@ def _fake_quantize(rows: int, columns: int, symmetric: bool, dtype: torch.dtype)
 
     kind = "symmetric" if symmetric else "asymmetric"
     return Case("fake_quantize", f"{rows}x{columns}-{kind}-{str(dtype)[6:]}", make)
+
+
+def _fake_quantize_float(
+    title: str, number: FloatFormat, kind: ScaleKind, shape: tuple[int, int], block: int, dtype: torch.dtype
+) -> Case:
+    def make() -> Arguments:
+        wanted = torch.full((1,), 500.0) if kind is ScaleKind.E4M3 else None
+        return (torch.randn(shape).to(dtype), None, wanted), {
+            "exponent_bits": number.exponent_bits,
+            "mantissa_bits": number.mantissa_bits,
+            "largest": number.largest,
+            "scale_kind": int(kind),
+            "block": block,
+            "with_mask": True,
+        }
+
+    return Case("fake_quantize_float", f"{title}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}", make)
 
 
 def _bits(numel: int) -> torch.Tensor:
@@ -202,6 +220,9 @@ CASES = [
     _int4(1, 50, 256, 128),
     _fake_quantize(7, 33, True, torch.float32),
     _fake_quantize(7, 33, False, torch.bfloat16),
+    _fake_quantize_float("mxfp4", E2M1, ScaleKind.E8M0, (7, 96), 32, torch.bfloat16),
+    _fake_quantize_float("nvfp4", E2M1, ScaleKind.E4M3, (7, 64), 16, torch.float32),
+    _fake_quantize_float("fp8", E4M3, ScaleKind.FP32, (7, 33), 33, torch.float16),
     *_mask_cases(1003, 5, torch.float32),
     *_mask_cases(77, 0, torch.bfloat16),
     _mask_many(0),

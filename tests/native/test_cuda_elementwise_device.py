@@ -14,10 +14,18 @@ import pytest
 import torch
 
 from ds_compress.ops import library
+from ds_compress.ops.reference.float_formats import FloatFormat, ScaleKind
 from ds_compress.ops.sizes import payload_bytes
 from tests.native.cases import CASES, Case
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
 from tests.native.test_contract import as_list, tensors
+from tests.native.test_fake_quantize_float import (
+    FORMATS,
+    KINDS,
+    arguments_of,
+    global_scale_for,
+    hard_blocks,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -118,6 +126,38 @@ def test_fake_quantization(ops: Any, dtype: torch.dtype, grid: str) -> None:
             scale = random_values(count, torch.float32, number).abs() * 0.02 + 1e-3
             offset = None if GRIDS[grid]["symmetric"] else random_values(count, torch.float32, number + 1)
             check(lambda x, s, o: ops.fake_quantize(x, s, o, **GRIDS[grid], with_mask=True), x, scale, offset)
+
+
+# Blocks in vectors of neighbouring lanes, in registers of a warp or more, odd ones, and long ones.
+BLOCKS = ((20_001, 16), (9_000, 32), (3_000, 128), (999, 256), (999, 8), (999, 96), (300, 768), (70, 4096))
+ODD_BLOCKS = ((5_000, 17), (300, 1000), (7, 50_001), (1, 3_000_001))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", FORMATS, ids=lambda number: number.name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fake_quantization_to_small_floats(
+    ops: Any, dtype: torch.dtype, number: FloatFormat, kind: ScaleKind
+) -> None:
+    for seed, (blocks, block) in enumerate(BLOCKS + ODD_BLOCKS):
+        x = hard_blocks(blocks, block, block, dtype, seed, specials=0.1 / block, offset=3 * (seed % 5 == 4))
+        arguments = arguments_of(number, kind, block)
+        wanted = global_scale_for(x, number, kind)
+        for keep in (False, True):
+            check(
+                lambda x, g, arguments=arguments, keep=keep: ops.fake_quantize_float(
+                    x, None, g, **arguments, with_mask=keep
+                ),
+                x,
+                wanted,
+            )
+        for count in {1, blocks}:
+            scale = random_values(count, torch.float32, seed, specials=0.1).view(-1, 1) * 0.02
+            check(
+                lambda x, s, arguments=arguments: ops.fake_quantize_float(x, s, **arguments, with_mask=True),
+                x,
+                scale,
+            )
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -25,7 +25,10 @@ from ds_compress.ops.library import wanted_build
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KERNELS = CSRC / "cpu" / "elementwise"
-FILES = [f"tests/native/test_{name}.py" for name in ("mask", "fake_quantize", "block_quantize")]
+FILES = [
+    f"tests/native/test_{name}.py"
+    for name in ("mask", "fake_quantize", "fake_quantize_float", "block_quantize")
+]
 FIRST_OP = (
     "import torch; from tests.native.elementwise import native_ops;"
     "native_ops().mask_pack(torch.ones(9, dtype=torch.bool))"
@@ -168,6 +171,13 @@ HOT = {
         r"^v(round|rndscale)ps .*%R",
         r"^vminps .*%R",
         r"^vmulps .*%R",
+    ),
+    r"fake_quantize_float_as<.*Fp32, .*Lengths\)1>": (  # blocks of whole vectors
+        r"^v(div|mul)ps .*%R",
+        r"^vpmaxsd .*%R",
+        r"^vaddps .*%R",
+        r"^vsubps .*%R",
+        r"^vminps .*%R",
     ),
     "measure_as<.*Fp32, true>": (r"^vpmax[su]d .*%R", r"^vpand\w* .*%R"),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,40 +17,20 @@ from ds_compress.ops.reference import block_quantize, fake_quantize, mask
 from ds_compress.ops.sizes import payload_bytes
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
 from tests.native.emulator import harness, machine_code, nvcc
-from tests.native.emulator.harness import Edit, Library, Program
+from tests.native.emulator.harness import Edit, Library
+from tests.native.float_cases import float_cases
+from tests.native.programs import DTYPE_NUMBER, INTEGER_OF_SIZE, Case, program, shifted
 from tests.native.test_block_quantize import hard_values, random_payloads
 from tests.native.test_cuda_machine_code import violations
 from tests.native.test_fake_quantize import hard_rows
 
 FOLDER = "csrc/cuda/elementwise"
 RUNS = [("plain", 0), ("plain", -1), ("plain", 7), ("asan", 3), ("tsan", 4)]
-DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Expected = dict[str, torch.Tensor]
-Case = tuple[Program, Expected]
 
 
 @functools.cache
 def library(name: str, mode: str) -> Library:
     return harness.build(f"{FOLDER}/{name}.cu", mode)
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's bytes, as integers: numpy has no bf16."""
-    return tensor.contiguous().view(_INTEGER_OF_SIZE[tensor.element_size()]).numpy().copy()
-
-
-def program(
-    inputs: dict[str, torch.Tensor], calls: list[tuple[str, tuple[Any, ...]]], expected: Expected
-) -> Case:
-    """A call on `inputs`; what of `expected` is not among them is an output, first full of garbage."""
-    garbage = {
-        name: torch.full((t.numel() * t.element_size(),), 0xA5, dtype=torch.uint8)
-        for name, t in expected.items()
-    }
-    buffers = {name: to_numpy(t) for name, t in (garbage | inputs).items()}
-    return Program(buffers, calls, tuple(expected)), expected
 
 
 def check(built: Library, cases: list[Case], schedule: int) -> None:
@@ -67,11 +46,6 @@ def check(built: Library, cases: list[Case], schedule: int) -> None:
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
-def shifted(tensor: torch.Tensor, elements: int) -> torch.Tensor:
-    """`tensor` behind `elements` more, so that at a multiple of 16 bytes it does not begin."""
-    return torch.cat([torch.full((elements,), 7, dtype=tensor.dtype), tensor])
-
-
 def mask_cases() -> Iterator[Case]:
     for number, (dtype, numel) in enumerate(
         (dtype, numel) for dtype in DTYPE_NUMBER for numel in (0, 1, 7, 9, 65, 1000, 2113)
@@ -82,9 +56,7 @@ def mask_cases() -> Iterator[Case]:
         for fill in (0.0, -1.5):
             wanted = weights.clone()
             mask.mask_apply_(wanted, packed, bit, fill)
-            pattern = int(torch.tensor(fill, dtype=dtype).view(_INTEGER_OF_SIZE[size])) & (
-                2 ** (8 * size) - 1
-            )
+            pattern = int(torch.tensor(fill, dtype=dtype).view(INTEGER_OF_SIZE[size])) & (2 ** (8 * size) - 1)
             arguments = ("weights", size, numel, "packed", bit, pattern, None)
             yield program(
                 {"weights": weights, "packed": packed}, [("dsc_mask_apply", arguments)], {"weights": wanted}
@@ -352,7 +324,12 @@ def sum_cases(numel: int, bits: int, block: int, seed: int) -> Iterator[Case]:
         )
 
 
-CASES = {"mask": mask_cases, "fake_quantize": fake_quantize_cases, "block_quantize": block_cases}
+CASES = {
+    "mask": mask_cases,
+    "fake_quantize": fake_quantize_cases,
+    "fake_quantize_float": float_cases,
+    "block_quantize": block_cases,
+}
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from tests.native.emulator.harness import Edit
 from tests.native.test_elementwise_cuda import CASES, FOLDER, check
 
 DEVICE = "csrc/include/ds_compress/device.h"
+FORMAT = "csrc/include/ds_compress/float_format.h"
 
 
 def edit_of(name: str, old: str, new: str) -> Edit:
@@ -42,7 +43,7 @@ BUGS = {
         "mask", "ptx", Edit(DEVICE, "prmt.b32 %0, %1, 0, %2;", "prmt.b32 %0, 0, %1, %2;"),
     ),
     "partial spans are read before they are written": (
-        "fake_quantize", "tsan", edit_of("quant_range", "        __syncthreads();\n", ""),
+        "fake_quantize", "tsan", edit_of("span", "        __syncthreads();\n", ""),
     ),
     "two blocks write a span without atomics": (
         "fake_quantize", "tsan",
@@ -59,10 +60,45 @@ BUGS = {
                 "math::bits_of(whole)"),
     ),
     "mask bits of neighbours overlap": (
-        "fake_quantize", "plain", edit_of("quant_range", "(~0u, bits, 1) << 4;", "(~0u, bits, 1) << 3;"),
+        "fake_quantize", "plain", edit_of("span", "(~0u, bits, 1) << 4;", "(~0u, bits, 1) << 3;"),
     ),
     "short rows: the range of another row": (
         "fake_quantize", "plain", edit_of("fake_quantize", "= i / vectors_per_row;", "= i / (vectors_per_row + 1);"),
+    ),
+    "small floats: a block's maximum leaves out half of its lanes": (
+        "fake_quantize_float", "plain", edit_of("small_blocks", "distance = sharing / 2;", "distance = sharing / 4;"),
+    ),
+    "small floats: lanes without a vector do not come to the shuffles": (
+        "fake_quantize_float", "plain",
+        edit_of("small_blocks", "        Span<true> span;\n",
+                "        if (i >= vectors) continue;\n        Span<true> span;\n"),
+    ),
+    "small floats: a vector beyond the last block is read": (
+        "fake_quantize_float", "asan",
+        edit_of("small_blocks", "if (begin + u * threads < vectors)", "if (begin + u * threads <= vectors)"),
+    ),
+    "small floats: all lanes of a block write its scale": (
+        "fake_quantize_float", "tsan",
+        edit_of("small_blocks", "if (i < vectors && i % static_cast<unsigned>(sharing) == 0)", "if (i < vectors)"),
+    ),
+    "small floats: no subnormal numbers": (
+        "fake_quantize_float", "plain",
+        Edit(FORMAT, "    if (exponent < steps.smallest_bits) exponent = steps.smallest_bits;\n", ""),
+    ),
+    "small floats: the constant that rounds overflows": (
+        "fake_quantize_float", "plain",
+        edit_of("small_floats", "smaller(magnitude, math::kBeyondFormats)", "magnitude"),
+    ),
+    "small floats: zeros lose their sign": (
+        "fake_quantize_float", "plain",
+        edit_of("small_floats", "math::with_sign_of(smaller(read_back, work.limit), value)",
+                "value < 0.0f ? -smaller(read_back, work.limit) : smaller(read_back, work.limit)"),
+    ),
+    "small floats: an amax that would saturate keeps its power of two": (
+        "fake_quantize_float", "plain", Edit(FORMAT, "(largest_bits + format.scale_rounding)", "largest_bits"),
+    ),
+    "min.NaN: without its NaN": (
+        "fake_quantize_float", "ptx", Edit(DEVICE, "min.NaN.f32 %0, %1, %2;", "min.f32 %0, %1, %2;"),
     ),
     "a block's maximum leaves out half of its lanes": (
         "block_quantize", "plain", edit_of("block_quantize", "distance = sharing / 2;", "distance = sharing / 4;"),

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "ds_compress/float_format.h"
+
 namespace ds_compress::cpu {
 
 enum class Float { fp32, bf16, fp16 };
@@ -61,6 +63,13 @@ struct ElementwiseKernels {
     Span (*measure)(const void* values, Float type, int64_t count, bool symmetric);
     // `mask` may be null; its bits begin at `bit`, and what precedes them in their first byte is left as it is.
     void (*fake_quantize)(const void* x, void* y, Float type, int64_t count, Grid grid, uint8_t* mask, int64_t bit);
+
+    // The scales of `blocks` blocks of `block` values, which lie one after the other.
+    void (*float_scales)(const void* x, Float type, int64_t blocks, int64_t block, const math::FloatFormat& format,
+                         float global_scale, float* scales);
+    // By these scales; `chosen`: by float_scales, from these values. `mask` and `bit` as above.
+    void (*fake_quantize_float)(const void* x, void* y, Float type, int64_t blocks, int64_t block, const float* scales,
+                                bool chosen, const math::FloatFormat& format, uint8_t* mask, int64_t bit);
 
     // Blocks [first, last) of `payload` from the values of these blocks, of which `count` exist (the others are 0).
     // `values` and `residual` (or null) begin at block `first`.

@@ -158,6 +158,8 @@ struct Fp32 {
     static constexpr float kLargest = math::kLargestFloat;
     static DSC_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
     static DSC_INLINE void save(float* to, Floats value) { store(to, value); }
+    // Of a value that is not Inf, nor a NaN with bits that this format cannot hold.
+    static DSC_INLINE void save_tame(float* to, Floats value) { store(to, value); }
     static DSC_INLINE float widen(float value) { return value; }
 };
 
@@ -174,10 +176,21 @@ struct Bf16 {
 #endif
     }
     static DSC_INLINE void save(uint16_t* to, Floats value) {
-        const Ints bits = bits_of(value);
         const Ints is_nan = (Ints)(value != value);
-        const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
-        const Ints result = (((rounded & ~is_nan) | (is_nan & 0x7fc00000)) >> 16) & 0xffff;
+        store_upper_halves(to, (rounded_in_upper_half(value) & ~is_nan) | (is_nan & 0x7fc00000));
+    }
+    static DSC_INLINE void save_tame(uint16_t* to, Floats value) {
+        store_upper_halves(to, rounded_in_upper_half(value));
+    }
+    static DSC_INLINE float widen(uint16_t value) { return math::float_of_bf16(value); }
+
+private:
+    static DSC_INLINE Ints rounded_in_upper_half(Floats value) {
+        const Ints bits = bits_of(value);
+        return bits + 0x7fff + ((bits >> 16) & 1);
+    }
+    static DSC_INLINE void store_upper_halves(uint16_t* to, Ints bits) {
+        const Ints result = (bits >> 16) & 0xffff;
 #if defined(DSC_AVX512)
         store(to, _mm512_cvtepi32_epi16((__m512i)result));
 #elif defined(DSC_AVX2)
@@ -187,7 +200,6 @@ struct Bf16 {
         store(to, __builtin_convertvector(result, Shorts));
 #endif
     }
-    static DSC_INLINE float widen(uint16_t value) { return math::float_of_bf16(value); }
 };
 
 struct Fp16 {
@@ -213,6 +225,7 @@ struct Fp16 {
         for (int i = 0; i < kLanes; i++) to[i] = math::fp16_of_float(value[i]);
 #endif
     }
+    static DSC_INLINE void save_tame(uint16_t* to, Floats value) { save(to, value); }
     static DSC_INLINE float widen(uint16_t value) { return math::float_of_fp16(value); }
 };
 

@@ -3,6 +3,7 @@
 
 #include "block.h"
 #include "fake_quantize.h"
+#include "fake_quantize_float.h"
 #include "kernels.h"
 #include "mask.h"
 #include "select.h"
@@ -11,8 +12,8 @@ namespace ds_compress::cpu {
 namespace {
 
 constexpr ElementwiseKernels kTable = {
-    mask_apply,    mask_pack,      mask_unpack,      mask_n_of_m,  measure,
-    fake_quantize, block_quantize, block_dequantize, block_reduce, block_reduce_quantize,
+    mask_apply,   mask_pack,           mask_unpack,    mask_n_of_m,      measure,      fake_quantize,
+    float_scales, fake_quantize_float, block_quantize, block_dequantize, block_reduce, block_reduce_quantize,
 };
 
 }  // namespace

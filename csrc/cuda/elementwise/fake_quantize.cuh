@@ -1,9 +1,10 @@
-// Fake quantization of the rows of a matrix. A row that fits into the registers of some lanes, a warp or a block is
-// read once. The pieces of longer rows are measured by many blocks, which meet in the row's scale and offset, and then
-// read again. Rows that do not lie on vectors of 16 bytes go the loose way, element by element.
+// Fake quantization of the rows of a matrix, to what a `Quantizer` makes of them: see quant_range.cuh. A row that fits
+// into the registers of some lanes, a warp or a block is read once. The pieces of longer rows are measured by many
+// blocks, which meet in the row's scale and offset, and then read again. Rows that do not lie on vectors of 16 bytes go
+// the loose way, element by element.
 #pragma once
 
-#include "quant_range.cuh"
+#include "span.cuh"
 
 namespace ds_compress::elementwise {
 
@@ -14,11 +15,12 @@ constexpr int threads_for = sharing > 32 ? sharing : threads;
 
 /// Measures and quantizes rows of whole vectors, each by `sharing` threads with `depth` vectors in registers: lanes of
 /// a warp, or a block. kept: null, or for rows of whole bytes of it.
-template <class T, int sharing, int depth, bool symmetric>
+template <class T, int sharing, int depth, class Quantizer>
 __global__ void __launch_bounds__(threads_for<sharing>, 1)
     fake_quantize_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int columns,
-                              float* __restrict__ scale, float* __restrict__ offset, QuantRange quant,
-                              math::Divisor steps, uint8_t* __restrict__ mask) {
+                              float* __restrict__ scale, float* __restrict__ offset, Quantizer quantizer,
+                              uint8_t* __restrict__ mask) {
+    constexpr bool symmetric = Quantizer::symmetric;
     constexpr int width = Vector<T>::count;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (threads_for<sharing> / sharing) + threadIdx.x / sharing;
     const int member = static_cast<int>(threadIdx.x) % sharing;
@@ -38,18 +40,18 @@ __global__ void __launch_bounds__(threads_for<sharing>, 1)
 #pragma unroll
         for (int j = 0; j < width; j++) span.add(values[j]);
     }
-    const math::ScaleAndOffset range = join<sharing>(span).range(columns, steps);
+    const math::ScaleAndOffset range = quantizer.range(join<sharing>(span), columns);
     if (member == 0 && row < rows) {
         scale[row] = range.scale;
         if (!symmetric) offset[row] = range.offset;
     }
-    const Working work = working<T>(range);
+    const auto work = quantizer.template working<T>(range);
 #pragma unroll
     for (int d = 0; d < depth; d++) {
         const int i = d * sharing + member;
         unsigned bits = 0;
         if (i < vectors) {
-            bits = quantize_measured<symmetric>(held[d], work, quant, mask != nullptr);
+            bits = quantizer.quantize_measured(held[d], work, mask != nullptr);
             store_vector(to + d * sharing * width, held[d]);
         }
         if (mask != nullptr) store_mask<width>(mask, row * (columns / width) + i, i < vectors, bits);
@@ -58,26 +60,25 @@ __global__ void __launch_bounds__(threads_for<sharing>, 1)
 
 // --- rows that are not whole vectors: a warp each, element by element ----------------------------------------------
 
-template <class T, bool symmetric>
+template <class T, class Quantizer>
 __global__ void __launch_bounds__(threads)
     fake_quantize_loose_rows_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
-                                    float* __restrict__ scale, float* __restrict__ offset, QuantRange quant,
-                                    math::Divisor steps) {
+                                    float* __restrict__ scale, float* __restrict__ offset, Quantizer quantizer) {
+    constexpr bool symmetric = Quantizer::symmetric;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
     if (row >= rows) return;  // whole warps
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const T* const from = x + row * columns;
     Span<symmetric> span;
     for (int64_t i = lane; i < columns; i += 32) span.add(to_float(from[i]));
-    const math::ScaleAndOffset range = join_warp<32>(span).range(columns, steps);
+    const math::ScaleAndOffset range = quantizer.range(join_warp<32>(span), columns);
     if (lane == 0) {
         scale[row] = range.scale;
         if (!symmetric) offset[row] = range.offset;
     }
-    const Working work = working<T>(range);
+    const auto work = quantizer.template working<T>(range);
     for (int64_t i = lane; i < columns; i += 32)
-        y[row * columns + i] =
-            from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, quant));
+        y[row * columns + i] = from_float<T>(quantizer.quantize_one(to_float(from[i]), work).value);
 }
 
 // --- long rows: until its range is known, a row's highest or largest lies in its scale, its lowest in its offset ---
@@ -141,9 +142,10 @@ __global__ void __launch_bounds__(threads) join_spans_kernel(const T* __restrict
     }
 }
 
-template <bool symmetric>
+template <class Quantizer>
 __global__ void __launch_bounds__(threads)
-    finish_spans_kernel(int64_t rows, int64_t columns, float* scale, float* offset, math::Divisor steps) {
+    finish_spans_kernel(int64_t rows, int64_t columns, float* scale, float* offset, Quantizer quantizer) {
+    constexpr bool symmetric = Quantizer::symmetric;
     for (int64_t row = first_item(); row < rows; row += stride()) {
         Span<symmetric> span;
         if constexpr (symmetric) {
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(threads)
         } else {
             span = {unordered(reinterpret_cast<int*>(offset)[row]), unordered(reinterpret_cast<int*>(scale)[row])};
         }
-        const math::ScaleAndOffset range = span.range(columns, steps);
+        const math::ScaleAndOffset range = quantizer.range(span, columns);
         scale[row] = range.scale;
         if (!symmetric) offset[row] = range.offset;
     }
@@ -159,17 +161,18 @@ __global__ void __launch_bounds__(threads)
 
 /// With ranges that are known, one for each row. `measured`: they were measured just now, so that the last pieces,
 /// which come first, may still be in the cache.
-template <class T, bool symmetric, bool measured>
+template <class T, class Quantizer, bool measured>
 __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas chooses it spills
     quantize_pieces_kernel(const T* __restrict__ x, T* __restrict__ y, int64_t rows, int64_t columns,
                            unsigned pieces_per_row, const float* __restrict__ scale, const float* __restrict__ offset,
-                           QuantRange quant, uint8_t* __restrict__ mask) {
+                           Quantizer quantizer, uint8_t* __restrict__ mask) {
+    constexpr bool symmetric = Quantizer::symmetric;
     constexpr int width = Vector<T>::count;
     const unsigned piece = measured ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t row = piece / pieces_per_row, begin = piece % pieces_per_row * piece_columns<T>;
     const T* const from = x + row * columns;
     T* const to = y + row * columns;
-    const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
+    const auto work = quantizer.template working<T>({scale[row], symmetric ? 0.0f : offset[row]});
     if (has_whole_vectors<T>(x, y, rows, columns) && begin + piece_columns<T> <= columns) {
         Vector<T> held[piece_vectors];
 #pragma unroll
@@ -178,8 +181,8 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
 #pragma unroll
         for (int u = 0; u < piece_vectors; u++) {
             const int i = u * threads + static_cast<int>(threadIdx.x);
-            const unsigned bits = measured ? quantize_measured<symmetric>(held[u], work, quant, mask != nullptr)
-                                           : quantize_vector<symmetric>(held[u], work, quant, mask != nullptr);
+            const unsigned bits = measured ? quantizer.quantize_measured(held[u], work, mask != nullptr)
+                                           : quantizer.quantize(held[u], work, mask != nullptr);
             store_passing_vector(to + begin + i * width, held[u]);
             if (mask != nullptr) store_mask<width>(mask, (row * columns + begin) / width + i, true, bits);
         }
@@ -190,7 +193,7 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
     if (mask == nullptr) {
 #pragma unroll 1
         for (int64_t i = begin + threadIdx.x; i < end; i += threads)
-            to[i] = from_float<T>(read_back<symmetric>(rounded<symmetric>(to_float(from[i]), work), work, quant));
+            to[i] = from_float<T>(quantizer.quantize_one(to_float(from[i]), work).value);
         return;
     }
 #pragma unroll 1
@@ -198,9 +201,9 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
         unsigned bits = 0;
 #pragma unroll 1
         for (int j = 0; j < 8 && i + j < end; j++) {
-            const float q = rounded<symmetric>(to_float(from[i + j]), work);
-            to[i + j] = from_float<T>(read_back<symmetric>(q, work, quant));
-            if (is_unclipped(q, quant)) bits |= 1u << j;
+            const Quantized one = quantizer.quantize_one(to_float(from[i + j]), work);
+            to[i + j] = from_float<T>(one.value);
+            if (one.is_inside) bits |= 1u << j;
         }
         mask[(row * columns + i) / 8] = static_cast<uint8_t>(bits);
     }
@@ -208,11 +211,12 @@ __global__ void __launch_bounds__(threads, 4)  // with the registers that ptxas 
 
 /// Many short rows of whole vectors and of whole bytes of bits, with a given range each: the vectors of the matrix one
 /// after another.
-template <class T, bool symmetric>
+template <class T, class Quantizer>
 __global__ void __launch_bounds__(threads)
     quantize_short_rows_kernel(const T* __restrict__ x, T* __restrict__ y, unsigned vectors, unsigned vectors_per_row,
-                               const float* __restrict__ scale, const float* __restrict__ offset, QuantRange quant,
+                               const float* __restrict__ scale, const float* __restrict__ offset, Quantizer quantizer,
                                uint8_t* __restrict__ mask) {
+    constexpr bool symmetric = Quantizer::symmetric;
     constexpr int width = Vector<T>::count;
     const unsigned begin = blockIdx.x * (threads * unroll) + threadIdx.x;
     Vector<T> held[unroll];
@@ -225,8 +229,8 @@ __global__ void __launch_bounds__(threads)
         unsigned bits = 0;
         if (i < vectors) {
             const unsigned row = i / vectors_per_row;
-            const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
-            bits = quantize_vector<symmetric>(held[u], work, quant, mask != nullptr);
+            const auto work = quantizer.template working<T>({scale[row], symmetric ? 0.0f : offset[row]});
+            bits = quantizer.quantize(held[u], work, mask != nullptr);
             store_vector(y + static_cast<int64_t>(i) * width, held[u]);
         }
         if (mask != nullptr) store_mask<width>(mask, i, i < vectors, bits);
@@ -234,17 +238,18 @@ __global__ void __launch_bounds__(threads)
 }
 
 /// A thread makes one byte of the kept bits of any rows.
-template <class T, bool symmetric>
+template <class T, class Quantizer>
 __global__ void __launch_bounds__(threads, 4)  // 64 registers: with fewer, ptxas spills
     mask_bits_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, const float* __restrict__ scale,
-                     const float* __restrict__ offset, QuantRange quant, uint8_t* __restrict__ mask) {
+                     const float* __restrict__ offset, Quantizer quantizer, uint8_t* __restrict__ mask) {
+    constexpr bool symmetric = Quantizer::symmetric;
     const int64_t count = rows * columns;
     for (int64_t byte = first_item(); byte * 8 < count; byte += stride()) {
         unsigned bits = 0;
         int64_t row = byte * 8 / columns, column = byte * 8 % columns;
         for (int j = 0; j < 8 && byte * 8 + j < count; j++) {
-            const Working work = working<T>({scale[row], symmetric ? 0.0f : offset[row]});
-            if (is_unclipped(rounded<symmetric>(to_float(x[byte * 8 + j]), work), quant)) bits |= 1u << j;
+            const auto work = quantizer.template working<T>({scale[row], symmetric ? 0.0f : offset[row]});
+            if (quantizer.quantize_one(to_float(x[byte * 8 + j]), work).is_inside) bits |= 1u << j;
             if (++column == columns) {
                 column = 0;
                 row++;

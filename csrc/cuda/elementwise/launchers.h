@@ -33,6 +33,14 @@ cudaError_t dsc_fake_quantize(const void* x, void* y, int dtype, int64_t rows, i
                               int64_t ranges, float* scale, float* offset, int quant_min, int quant_max, int steps,
                               uint8_t* mask, cudaStream_t stream);
 
+// The same to small floats, of `blocks` blocks of x and y that lie one after the other. scale: fp32 (scales,), scales =
+// blocks or 1; read when `given`, else scales = blocks and they are chosen and written. global_scale: null, or one fp32
+// number for chosen scales of kind 2. mask: null, or ceil(blocks * block / 8) bytes.
+cudaError_t dsc_fake_quantize_float(const void* x, void* y, int dtype, int64_t blocks, int64_t block, int given,
+                                    int64_t scales, float* scale, const float* global_scale, int exponent_bits,
+                                    int mantissa_bits, float largest, int scale_kind, uint8_t* mask,
+                                    cudaStream_t stream);
+
 // --- payloads of a quantized reduction; bits 8 or 4, block a multiple of 32 up to 8192 -----------------------------
 
 cudaError_t dsc_block_quantize(const void* x, int dtype, int64_t numel, float* residual, uint8_t* payloads,

@@ -1,7 +1,8 @@
-// Fake quantization of single values: the range of a row, its scale and offset, and what becomes of a vector.
+// Fake quantization of single values to integers: the range of a row, its scale and offset, and what becomes of a
+// vector.
 #pragma once
 
-#include "grid.cuh"
+#include "span.cuh"
 
 namespace ds_compress::elementwise {
 
@@ -12,120 +13,33 @@ struct QuantRange {
 
 // --- ranges --------------------------------------------------------------------------------------------------------
 
-/// What values span: their largest magnitude, or the least and the greatest. NaN wins.
-template <bool symmetric>
-struct Span;
-
-template <>
-struct Span<true> {
-    float largest = 0.0f;
-
-    DSC_DEVICE void add(float value) { largest = larger(largest, fabsf(value)); }
-    DSC_DEVICE math::ScaleAndOffset range(int64_t, const math::Divisor& steps) const {
-        if (math::bits_of(largest) >= math::kInfinityBits) return {math::float_of(math::kNanBits), 0.0f};
-        const float scale = math::scale_or_zero(largest, steps);
-        return {scale == 0.0f ? math::float_of(math::kSmallestScaleBits) : scale, 0.0f};
-    }
-};
-
-template <>
-struct Span<false> {
-    float lowest = math::float_of(math::kInfinityBits), highest = -math::float_of(math::kInfinityBits);
-
-    DSC_DEVICE void add(float value) {
-        lowest = smaller(lowest, value);
-        highest = larger(highest, value);
-    }
-    DSC_DEVICE math::ScaleAndOffset range(int64_t columns, const math::Divisor& steps) const {
-        const float not_a_number = math::float_of(math::kNanBits), smallest = math::float_of(math::kSmallestScaleBits);
-        if (columns == 0) return {smallest, 0.0f};
-        if (!(fabsf(lowest) <= math::kLargestFloat && fabsf(highest) <= math::kLargestFloat))
-            return {not_a_number, not_a_number};
-        const float low = math::add(lowest, 0.0f);  // of the two zeros, one
-        float span = math::subtract(highest, low);
-        const bool overflows = span > math::kLargestFloat;
-        if (overflows)
-            span = math::subtract(math::multiply(highest, math::kShrink), math::multiply(low, math::kShrink));
-        float width = math::scale_or_zero(span, steps);
-        if (width == 0.0f) return {smallest, low};
-        if (overflows) width = math::multiply(width, math::kGrow);
-        if (width > math::kLargestFloat) return {not_a_number, not_a_number};
-        // A zero has the sign of what it was.
-        const float steps_below = math::with_sign_of(math::quotient(low, math::divisor_of(width)), low);
-        const float offset = math::multiply(math::round_half_even(steps_below), width);
-        return {width, math::clamp(offset, -math::kLargestFloat, math::kLargestFloat)};
-    }
-};
-
-/// Integers in the order of floats, and back: its own inverse. Positive NaNs are the largest.
-DSC_DEVICE int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
-DSC_DEVICE int ordered(float value) { return ordered(static_cast<int>(math::bits_of(value))); }
-DSC_DEVICE float unordered(int key) { return math::float_of(static_cast<uint32_t>(ordered(key))); }
-
-/// The largest key among `sharing` (up to 32) neighbouring lanes.
-template <int sharing>
-DSC_DEVICE unsigned largest_key(unsigned key) {
-    if constexpr (sharing >= 32) {
-        return __reduce_max_sync(~0u, key);
-    } else {
-#pragma unroll
-        for (int distance = sharing / 2; distance > 0; distance /= 2)
-            key = max(key, __shfl_xor_sync(~0u, key, distance));
-        return key;
-    }
+DSC_DEVICE math::ScaleAndOffset range_of(const Span<true>& span, int64_t, const math::Divisor& steps) {
+    if (math::bits_of(span.largest) >= math::kInfinityBits) return {math::float_of(math::kNanBits), 0.0f};
+    const float scale = math::scale_or_zero(span.largest, steps);
+    return {scale == 0.0f ? math::float_of(math::kSmallestScaleBits) : scale, 0.0f};
 }
 
-/// The span over lanes of a warp. A NaN is in both ends, and found in the highest.
-template <int sharing, bool symmetric>
-DSC_DEVICE Span<symmetric> join_warp(const Span<symmetric>& span) {
-    if constexpr (symmetric) {
-        return {math::float_of(largest_key<sharing>(math::bits_of(span.largest)))};
-    } else {
-        // With the sign bit turned, unsigned integers have the order of signed ones; all bits turned, the reverse of
-        // it.
-        constexpr unsigned turn = 0x80000000u, reverse = 0x7fffffffu;
-        const unsigned low = largest_key<sharing>(static_cast<unsigned>(ordered(span.lowest)) ^ reverse) ^ reverse;
-        const unsigned high = largest_key<sharing>(static_cast<unsigned>(ordered(span.highest)) ^ turn) ^ turn;
-        return {unordered(static_cast<int>(low)), unordered(static_cast<int>(high))};
-    }
-}
-
-DSC_DEVICE Span<true> both(const Span<true>& a, const Span<true>& b) { return {larger(a.largest, b.largest)}; }
-DSC_DEVICE Span<false> both(const Span<false>& a, const Span<false>& b) {
-    return {smaller(a.lowest, b.lowest), larger(a.highest, b.highest)};
-}
-
-/// The span over the threads that share a row: lanes of a warp, or the whole block, to which all threads then come.
-template <int sharing, bool symmetric>
-DSC_DEVICE Span<symmetric> join(Span<symmetric> span) {
-    span = join_warp<sharing>(span);
-    if constexpr (sharing > 32) {
-        DSC_SHARED(Span<symmetric>, parts, sharing / 32);
-        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = span;
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < sharing / 32; i++) span = both(span, parts[i]);
-    }
-    return span;
+DSC_DEVICE math::ScaleAndOffset range_of(const Span<false>& ends, int64_t columns, const math::Divisor& steps) {
+    const float not_a_number = math::float_of(math::kNanBits), smallest = math::float_of(math::kSmallestScaleBits);
+    if (columns == 0) return {smallest, 0.0f};
+    if (!(fabsf(ends.lowest) <= math::kLargestFloat && fabsf(ends.highest) <= math::kLargestFloat))
+        return {not_a_number, not_a_number};
+    const float low = math::add(ends.lowest, 0.0f);  // of the two zeros, one
+    float span = math::subtract(ends.highest, low);
+    const bool overflows = span > math::kLargestFloat;
+    if (overflows)
+        span = math::subtract(math::multiply(ends.highest, math::kShrink), math::multiply(low, math::kShrink));
+    float width = math::scale_or_zero(span, steps);
+    if (width == 0.0f) return {smallest, low};
+    if (overflows) width = math::multiply(width, math::kGrow);
+    if (width > math::kLargestFloat) return {not_a_number, not_a_number};
+    // A zero has the sign of what it was.
+    const float steps_below = math::with_sign_of(math::quotient(low, math::divisor_of(width)), low);
+    const float offset = math::multiply(math::round_half_even(steps_below), width);
+    return {width, math::clamp(offset, -math::kLargestFloat, math::kLargestFloat)};
 }
 
 // --- values --------------------------------------------------------------------------------------------------------
-
-/// The largest finite value of a dtype.
-template <class T>
-struct Largest;
-template <>
-struct Largest<float> {
-    static constexpr float value = math::kLargestFloat;
-};
-template <>
-struct Largest<__nv_bfloat16> {
-    static constexpr float value = math::kLargestBf16;
-};
-template <>
-struct Largest<__half> {
-    static constexpr float value = math::kLargestFp16;
-};
 
 /// A row's range as its values are worked on: at a quarter of their size where they are extreme (see math.h).
 struct Working {
@@ -220,16 +134,34 @@ DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, co
     return mask;
 }
 
-/// Stores the bits of vector `i` of the matrix, where the rows are whole bytes of them. Lanes 2 i and 2 i + 1 have
-/// neighbouring vectors, or neither has one; all lanes of the warp come here.
-template <int width>
-DSC_DEVICE void store_mask(uint8_t* mask, int64_t i, bool exists, unsigned bits) {
-    if constexpr (width == 4) {
-        bits |= __shfl_xor_sync(~0u, bits, 1) << 4;
-        exists = exists && threadIdx.x % 2 == 0;
-        i /= 2;
+/// Rows of integers. A `Quantizer` of the kernels has all of this: `quantize_measured` is for what the range of was
+/// measured, `quantize` for any range; both say of each element whether it is kept, as bits.
+template <bool is_symmetric>
+struct Integers {
+    static constexpr bool symmetric = is_symmetric;
+    static constexpr bool has_small_blocks = false;
+    QuantRange quant;
+    math::Divisor steps;
+
+    DSC_DEVICE math::ScaleAndOffset range(const Span<symmetric>& span, int64_t columns) const {
+        return range_of(span, columns, steps);
     }
-    if (exists) mask[i] = static_cast<uint8_t>(bits);
-}
+    template <class T>
+    DSC_DEVICE Working working(math::ScaleAndOffset range) const {
+        return elementwise::working<T>(range);
+    }
+    template <class T>
+    DSC_DEVICE unsigned quantize(Vector<T>& vector, const Working& work, bool wants_mask) const {
+        return quantize_vector<symmetric>(vector, work, quant, wants_mask);
+    }
+    template <class T>
+    DSC_DEVICE unsigned quantize_measured(Vector<T>& vector, const Working& work, bool wants_mask) const {
+        return elementwise::quantize_measured<symmetric>(vector, work, quant, wants_mask);
+    }
+    DSC_DEVICE Quantized quantize_one(float value, const Working& work) const {
+        const float q = rounded<symmetric>(value, work);
+        return {read_back<symmetric>(q, work, quant), is_unclipped(q, quant)};
+    }
+};
 
 }  // namespace ds_compress::elementwise

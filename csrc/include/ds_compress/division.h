@@ -52,14 +52,16 @@ DSC_HD float lifted_quotient(float value, const Divisor& d) {
 
 DSC_HD float quotient(float value, const Divisor& d) { return lifted_quotient(multiply(value, d.lift), d); }
 
-// The same for any value, with the sign of a zero; from 2^22 on it is only about right, Inf and NaN stay.
+// The same for any lifted value, but for the sign of a zero; from 2^22 on it is only about right, Inf and NaN stay.
+DSC_HD float any_lifted_quotient(float value, const Divisor& d) {
+    const float rough = multiply(value, d.high);
+    const float better = lifted_quotient(value, d);
+    return float_of(bits_of(rough) & kMagnitudeBits) < 0x1p22f ? better : rough;
+}
+
 DSC_HD float any_quotient(float value, const Divisor& d) {
     value = multiply(value, d.lift);
-    const float rough = multiply(value, d.high);
-    const float estimate = fused(value, d.high, multiply(value, d.low));
-    const float better = fused(fused(-estimate, d.value, value), d.high, estimate);
-    const float result = float_of(bits_of(rough) & kMagnitudeBits) < 0x1p22f ? better : rough;
-    return with_sign_of(result, value);
+    return with_sign_of(any_lifted_quotient(value, d), value);
 }
 
 // value / steps of a finite value >= 0, or 0 where that is below 2^-126; `steps` is 1 to 2^24.

@@ -23,7 +23,7 @@ from ds_compress.config.schema.fields import Conflict, Description, Seed, Strict
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.config.schema.head_pruning import HeadPruningConfig
 from ds_compress.config.schema.hidden_pruning import HiddenPruningConfig
-from ds_compress.config.schema.kv_cache import KvCache
+from ds_compress.config.schema.kv_cache import KvCache, takes_the_word_too
 from ds_compress.config.schema.layer_reduction import LayerReductionConfig
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
 from ds_compress.config.schema.robust_reduction import RobustReductionConfig
@@ -53,7 +53,9 @@ class CompressionConfig(StrictModel):
         default=None, description="Fewer bits for the inputs of layers."
     )
     kv_cache: KvCache = Field(
-        default=None, description='Fewer bits for the keys and values that a decoder keeps; "fp8" in short.'
+        default=None,
+        description='Fewer bits for the keys and values that a decoder keeps; "fp8" in short.',
+        json_schema_extra=takes_the_word_too,
     )
     row_pruning: RowPruningConfig | None = Field(
         default=None, description="Remove neurons of feed-forward blocks."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field
 
 from ds_compress.config.schema.block import Block, steps
 from ds_compress.config.schema.fields import Step, StrictBool, StrictFloat
@@ -40,16 +40,9 @@ def _in_full(value: Any) -> Any:
     return {"enabled": True, "format": value} if isinstance(value, str) else value
 
 
-KvCache = Annotated[
-    KvCacheConfig | None,
-    BeforeValidator(_in_full),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": list(FORMATS_OF_A_CACHE)},
-                {"$ref": "#/$defs/KvCacheConfig"},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
+def takes_the_word_too(schema: dict[str, Any]) -> None:
+    """The JSON schema of the key: the format alone, or the object."""
+    schema["anyOf"].insert(0, {"type": "string", "enum": list(FORMATS_OF_A_CACHE)})
+
+
+KvCache = Annotated[KvCacheConfig | None, BeforeValidator(_in_full)]

@@ -6,11 +6,11 @@ Formats: OCP "8-bit floating point" 1.0 (E4M3, E5M2), OCP "Microscaling formats 
 
 Scales of a block whose largest magnitude is amax, each as `compressed_tensors` 0.20 computes them:
 
-    fp32    amax / largest                                       2^-23 where that is zero
-    e8m0    2^(e - emax), e the exponent of amax after its mantissa was rounded, so that amax does not lie beyond
+    fp32    amax / largest, 2^-23 where that is zero
+    e8m0    2^(e - emax), e the exponent of amax after its mantissa was rounded up where amax would lie beyond
             `largest`; emax that of `largest`. Stored as e - emax + 127, 0 to 254.
-    e4m3    E4M3(g * (amax / largest)) / g, g the global scale of the whole tensor: 448 * largest / amax of the tensor.
-            0.125 / g where E4M3 gives zero.
+    e4m3    E4M3(g * (amax / largest)) / g, g the global scale of the whole tensor: 448 * largest / amax of the
+            tensor. 0.125 / g where E4M3 gives zero.
 
 A block with a NaN or Inf has the scale NaN: a fault is visible (compressed_tensors gives most such blocks a number).
 """
@@ -58,11 +58,10 @@ class FloatFormat:
         """An amax is rounded to so many mantissa bits before its exponent becomes an E8M0 scale.
 
         So many as make an amax count for the next power where it would round beyond `largest`; for E4M3
-        `compressed_tensors` takes one bit, with which nothing above 448 * 7/8 is ever reached.
+        `compressed_tensors` takes one bit, with which the very amax that would become 448 does so, too.
         """
-        return (
-            1 if self.mantissa_bits == E4M3.mantissa_bits and self.exponent_bits == 4 else self.mantissa_bits
-        )
+        is_e4m3 = (self.exponent_bits, self.mantissa_bits) == (4, 3)
+        return 1 if is_e4m3 else self.mantissa_bits
 
 
 E2M1 = FloatFormat("e2m1", 2, 1, 6.0)
@@ -91,9 +90,14 @@ def round_to_format(
     """
     step = _steps(values, number)
     in_steps = values / step
-    rounded = (in_steps.round() if noise is None else (in_steps + noise).floor()) * step
+    if noise is None:
+        rounded = torch.round(in_steps)
+    else:
+        rounded = torch.floor(in_steps)
+        # Their sum would round where the value has digits before the point, and so move numbers of the format.
+        rounded = rounded + (in_steps - rounded + noise >= 1)
     # An infinite value has an infinite quotient and a step; a subnormal result keeps its sign.
-    return torch.copysign(rounded, values)
+    return torch.copysign(rounded * step, values)
 
 
 def _steps(values: torch.Tensor, number: FloatFormat) -> torch.Tensor:
@@ -148,9 +152,12 @@ def stored_e4m3(wanted: torch.Tensor) -> torch.Tensor:
 
 
 def global_scale_of(amax: torch.Tensor, number: FloatFormat) -> torch.Tensor:
-    """448 * largest / amax of a whole tensor, 1 where that overflows; fp32, NaN where amax is not finite."""
+    """448 * largest / amax of a whole tensor, 1 where that overflows; fp32, NaN where amax is not finite.
+
+    A number divided by a tensor is for torch, and so for `compressed_tensors`, a product with the rounded reciprocal.
+    """
     exact = amax.to(torch.float32)
-    wanted = torch.full_like(exact, E4M3.largest * number.largest) / exact.clamp(min=SMALLEST_NORMAL)
+    wanted = exact.clamp(min=SMALLEST_NORMAL).reciprocal() * (E4M3.largest * number.largest)
     return torch.where(exact.isfinite(), torch.where(wanted.isinf(), 1.0, wanted), math.nan)
 
 

@@ -283,7 +283,7 @@ class TestAllAtOnce:
             "compression_training.sed\n"
             '  got:     the unknown key "sed"\n'
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
-            '"row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
+            '"kv_cache", "row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
             '"layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
             '"robust_reduction", "seed", "kernels", "scheme" and "export_to"\n'
             '  hint:    did you mean "seed"?\n'
