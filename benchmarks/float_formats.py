@@ -9,9 +9,10 @@ text (QAT) or towards its unquantized self (QAD), at equal steps and tokens. Per
 to the unquantized model. The text itself teaches under QAT: "unquantized, qat" is the model that learns from it without
 any format.
 
-NVFP4 is trained with every seed, the others with the first. Each finished run is kept in DIR/runs, and a run that is
-there is not done again: the command goes on where it was cut off, and reports all that is finished. --measure-only
-trains nothing and reports.
+"half the FFN" prunes it in the first third of the steps (row_pruning, taylor) and removes it, with or without NVFP4.
+NVFP4 is trained with every seed, the others with the first. Each finished run is kept in DIR/runs, and a run that is there is
+not done again: the command goes on where it was cut off, and reports all that is finished. --measure-only trains
+nothing and reports.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ def all_runs(seeds: Sequence[int], steps: int) -> list[Run]:
     first, *others = seeds
     runs = [Run(PLAIN, "ptq", first, steps)]
     for scheme in SCHEMES:
-        if scheme not in (PLAIN, PRUNED):
+        if scheme != PLAIN and scheme not in PRUNED:
             runs += [Run(scheme, method, first, steps) for method in ("ptq", "qad", "qat")]
-    runs += [Run(PLAIN, "qat", first, steps), Run(PRUNED, "qad", first, steps)]
-    return [*runs, *(Run("NVFP4", method, seed, steps) for seed in others for method in ("qad", "qat"))]
+    runs += [Run(PLAIN, "qat", first, steps), Run(PRUNED[0], "qad", first, steps)]
+    runs += [Run("NVFP4", method, seed, steps) for seed in others for method in ("qad", "qat")]
+    return [*runs, Run(PRUNED[1], "qad", first, steps)]
 
 
 def do(runs: Sequence[Run], folder: Path) -> None:

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from . import smollm2
 
-PLAIN, PRUNED = "unquantized", "half the FFN, NVFP4"
+PLAIN = "unquantized"
+PRUNED = ("half the FFN, NVFP4", "half the FFN")
 METHODS = ("ptq", "qat", "qad")
 ROWS, CALIBRATION_STEPS = 4, 4
 PEAK_LR = {"FP8_DYNAMIC": 5e-5}
@@ -50,7 +51,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "MXFP4": {"scheme": "MXFP4"},
     "NVFP4A16": {"scheme": "NVFP4A16"},
     "W4A16, groups of 32": INT4,
-    PRUNED: {"scheme": "NVFP4"},
+    PRUNED[0]: {"scheme": "NVFP4"},
+    PRUNED[1]: {},
 }
 QAD = {
     "enabled": True,
@@ -82,7 +84,7 @@ class Run:
         block = dict(SCHEMES[self.scheme])
         if self.method == "qad":
             block["distillation"] = QAD
-        if self.scheme == PRUNED:
+        if self.scheme in PRUNED:
             block["row_pruning"] = {"shared_parameters": _half(self.steps)}
         return block
 
