@@ -10,9 +10,9 @@ to the unquantized model. The text itself teaches under QAT: "unquantized, qat" 
 any format.
 
 "half the FFN" prunes it in the first third of the steps (row_pruning, taylor) and removes it, with or without NVFP4.
-NVFP4 is trained with every seed, the others with the first. Each finished run is kept in DIR/runs, and a run that is there is
-not done again: the command goes on where it was cut off, and reports all that is finished. --measure-only trains
-nothing and reports.
+NVFP4 is trained with every seed, the others with the first. Each finished run is kept in DIR/runs, and a run that is
+there is not done again: the command goes on where it was cut off, and reports all that is finished. --measure-only
+trains nothing and reports.
 """
 
 from __future__ import annotations
