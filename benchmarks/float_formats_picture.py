@@ -7,11 +7,12 @@ from pathlib import Path
 
 from .float_formats_runs import METHODS, PLAIN, SCHEMES
 
+MARKS = {"ptq": "o", "qat": "s", "qad": "^"}
 LABELS = {"ptq": "rounded (PTQ)", "qat": "trained on the text (QAT)", "qad": "distilled from itself (QAD)"}
 
 
 def draw(result: Mapping[str, Mapping[str, float]], path: Path) -> Path:
-    """Bars of perplexity, and of KL to the unquantized model; lines where the unquantized model is."""
+    """Perplexity, and KL to the unquantized model, bars over seeds; lines where the unquantized model is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,14 +25,25 @@ def draw(result: Mapping[str, Mapping[str, float]], path: Path) -> Path:
             shown = [(at, result[v]) for at, s in enumerate(schemes) if (v := f"{s}, {method}") in result]
             places = [at + 0.27 * (number - 1) for at, _ in shown]
             error = [figures.get(f"{key}, standard deviation", 0.0) for _, figures in shown]
-            bars = axis.bar(
-                places, [figures[key] for _, figures in shown], 0.25, yerr=error, label=LABELS[method]
-            )
-            axis.bar_label(bars, fmt="{:.3g}", fontsize=7)
+            values = [figures[key] for _, figures in shown]
+            axis.errorbar(places, values, error, fmt=MARKS[method], capsize=3, label=LABELS[method])
+            for place, value in zip(places, values, strict=True):
+                axis.annotate(
+                    f"{value:.3g}",
+                    (place, value),
+                    (0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                )
         axis.set_yscale("log")
+        for which in ("major", "minor"):
+            getattr(axis.yaxis, f"set_{which}_formatter")("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=7)
+        axis.set_xlim(-0.6, len(schemes) - 0.4)
         axis.set_xticks(range(len(schemes)), [s.replace(", ", ",\n") for s in schemes], fontsize=8)
         axis.set_ylabel(f"{key}, held out")
-        axis.grid(True, axis="y", alpha=0.3)
+        axis.grid(True, axis="y", which="both", alpha=0.3)
     for method, label, style in (
         ("ptq", "unquantized", "-"),
         ("qat", "unquantized, trained on the text", ":"),
