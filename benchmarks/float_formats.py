@@ -1,7 +1,7 @@
 """What a 135 M language model loses to each number format, and what training with it gives back.
 
-    python -m benchmarks.float_formats [--formats NVFP4 MXFP4 ...] [--seeds 0 1 2] [--steps 48] [--output DIR]
-                                       [--measure-only] [--picture] [--json] [--record]
+    python -m benchmarks.float_formats [--formats NVFP4 MXFP4 ...] [--methods ptq qat qad] [--seeds 0 1 2]
+                                       [--steps 48] [--output DIR] [--measure-only] [--picture] [--json] [--record]
 
 SmolLM2-135M-Instruct reads the Python documentation (see `smollm2`), one process under ZeRO-2, 4 sequences of 256
 tokens a step. Every Linear but the head, which is tied to the embeddings, is quantized: rounded (PTQ), trained on the
@@ -31,7 +31,7 @@ from ds_compress.examples import assets
 
 from . import record, smollm2
 from .float_formats_picture import draw
-from .float_formats_runs import PLAIN, PRUNED, SCHEMES, Run, finished, train
+from .float_formats_runs import METHODS, PLAIN, PRUNED, SCHEMES, Run, finished, train
 
 STEPS, SEEDS = 48, (0, 1, 2)
 PICTURE = record.RESULTS / "float_formats.png"
@@ -40,6 +40,7 @@ PICTURE = record.RESULTS / "float_formats.png"
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--formats", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of NVFP4")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", type=Path, default=Path("float_formats_result"))
@@ -54,10 +55,10 @@ def main() -> None:
         scheme, method, seed = args.run
         train(folder, Run(scheme, method, int(seed), args.steps))
         return
-    wanted = [run for run in all_runs(args.seeds, args.steps) if run.scheme in args.formats]
+    runs = all_runs(args.seeds, args.steps)
     if not args.measure_only:
-        do(wanted, folder)
-    result = summary(folder, all_runs(args.seeds, args.steps))
+        do([r for r in runs if r.scheme in args.formats and r.method in args.methods], folder)
+    result = summary(folder, runs)
     print_result(result)
     if args.picture:
         print(f"drawn: {draw(result, PICTURE)}")
