@@ -248,6 +248,37 @@ def reduction_convergence() -> Lines:
     return markdown(head, rows, lambda: chain(*(r.sources() for r in results.values())))
 
 
+def float_formats() -> Lines:
+    r = Results("float_formats")
+    names = r.variants()
+    schemes = [v.removesuffix(", ptq") for v in names if v.endswith(", ptq") and v != "unquantized, ptq"]
+    alone = [v.removesuffix(", qad") for v in names if v.endswith(", qad")]
+    kl = "KL to the unquantized model"
+
+    def cell(variant: str, figure: str, digits: int) -> str:
+        if variant not in names:
+            return ""
+        spread = f"{figure}, standard deviation"
+        known = any((row["variant"], row["figure"]) == (variant, spread) for row in r.rows)
+        return f"{r.value(variant, figure):.{digits}f}" + (
+            f" ± {r.value(variant, spread):.{digits}f}" if known else ""
+        )
+
+    def recovered(variant: str) -> str:
+        if variant not in names or variant.replace(", qad", ", ptq") not in names:
+            return ""
+        return f"{r.value(variant, 'perplexity, percent recovered'):.0f} %"
+
+    def row(scheme: str) -> list[str]:
+        variants = [f"{scheme}, {method}" for method in ("ptq", "qat", "qad")]
+        cells = [*(cell(v, "perplexity", 2) for v in variants), recovered(variants[-1])]
+        return [scheme, *cells, *(cell(v, kl, 3) for v in variants)]
+
+    head = ["", "PTQ: perplexity", "QAT", "QAD", "QAD recovered", "PTQ: KL", "QAT", "QAD"]
+    order = ["unquantized", *schemes, *(scheme for scheme in alone if scheme not in schemes)]
+    return markdown(head, map(row, order), r.sources)
+
+
 ATTACKS = {"sign flip": "sign flipped", "sign flip x10": "sign flipped, x 10", "scale x100": "x 100"}
 ATTACKS |= {"stale": "gradients of 20 steps ago"}
 
@@ -301,6 +332,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
         reduction_steps,
         reduction_convergence,
         robust,
+        float_formats,
         gpu_check,
     )
 }

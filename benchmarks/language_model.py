@@ -2,8 +2,8 @@
 
     python -m benchmarks.language_model [--steps 200] [--reference] [--output DIR] [--json]
 
-SmolLM2-135M-Instruct (30 layers, 3 key/value heads; its weights lie on a 4-bit grid, which is no matter for
-pruning) reads the sources of the Python documentation, two processes under ZeRO-2, 4 sequences of 256 tokens a step.
+SmolLM2-135M-Instruct reads the sources of the Python documentation (see `smollm2`), two processes under ZeRO-2, 4
+sequences of 256 tokens a step.
 Within the first quarter of the steps `row_pruning` halves the FFN (taylor) and `depth_pruning` takes 10 layers (block
 influence); then the engine shrinks, and the rest is trained on the smaller model, with the original as the teacher.
 Perplexity is measured on 24 held-out sequences: of the original, right after the shrink, and in the end, there in a
@@ -28,13 +28,11 @@ from rich.table import Table
 
 import ds_compress
 from ds_compress.examples import assets
-from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
-from ds_compress.examples.launch import PROCESSES, environment, free_port
+from ds_compress.examples.launch import PROCESSES, environment
 
-from . import record
-from .engines import quiet
+from . import record, smollm2
 
-TOKENS, BATCH, HELD_OUT = 256, 4, 24
+BATCH = 4
 STOCK = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -63,7 +61,7 @@ def main() -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        prepare(folder)
+        smollm2.prepare(folder)
     except assets.AssetError as error:
         sys.exit(str(error))
     result = {name: launch(folder, name, args.steps) for name in ("cut", *["not cut"] * args.reference)}
@@ -72,42 +70,8 @@ def main() -> None:
     record.report("language_model", result, args)
 
 
-def prepare(folder: Path) -> None:
-    """The original in stock form, and the tokens of the text: {training, held out} sequences."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    source = assets.fetch(assets.SMOLLM2)
-    text = (assets.fetch(assets.PYTHON_DOCS) / assets.PYTHON_DOCS_FILE).read_text()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=assets.SMOLLM2_FILE)
-    unpacked = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=assets.SMOLLM2_FILE, dtype=torch.float32
-    )
-    config = unpacked.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(unpacked.state_dict())
-    model.save_pretrained(folder / "original")
-    tokenizer.save_pretrained(folder / "original")
-    # Every tenth stretch is held out; stretches lie far apart, so that no page is in both.
-    stretches = [text[at : at + 20_000] for at in range(0, len(text), 20_000)]
-    for name, chosen, count in (
-        ("training", [s for i, s in enumerate(stretches) if i % 10], 1 << 30),
-        ("held_out", stretches[::10], HELD_OUT),
-    ):
-        rows = [row for stretch in chosen for row in _rows(tokenizer(stretch)["input_ids"])]
-        step = max(1, len(rows) // count)
-        (folder / f"{name}.json").write_text(json.dumps(rows[::step][:count]))
-
-
-def _rows(tokens: list[int]) -> list[list[int]]:
-    return [tokens[at : at + TOKENS] for at in range(0, len(tokens) - TOKENS + 1, TOKENS)]
-
-
 def config_of(folder: Path, variant: str, steps: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_batch_size": BATCH,
-        "optimizer": {"type": "AdamW", "params": {"lr": 5e-4, "weight_decay": 0.01, "torch_adam": True}},
+    config = smollm2.deepspeed_config(BATCH, lr=5e-4) | {
         "scheduler": {
             "type": "WarmupDecayLR",
             "params": {
@@ -117,10 +81,6 @@ def config_of(folder: Path, variant: str, steps: int) -> dict[str, Any]:
                 "warmup_type": "linear",
             },
         },
-        "zero_optimization": {"stage": 2},
-        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
     }
     schedule = {
         "enabled": True,
@@ -149,15 +109,10 @@ def config_of(folder: Path, variant: str, steps: int) -> dict[str, Any]:
 
 
 def launch(folder: Path, variant: str, steps: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(PROCESSES)]
-    command += ["--master_port", str(free_port()), "--module", f"{__package__}.language_model"]
-    command += ["--variant", variant, "--output", str(folder), "--steps", str(steps)]
+    options = ["--variant", variant, "--output", str(folder), "--steps", str(steps)]
     log = folder / f"{variant.replace(' ', '_')}.log"
     print(f"{variant}: {steps} steps on {PROCESSES} processes; log: {log}", flush=True)
-    with open(log, "w") as file:
-        code = subprocess.run(command, env=environment(), stdout=file, stderr=sys.stderr).returncode
-    if code != 0:
-        sys.exit(f"{variant} ended with code {code}: see {log}")
+    smollm2.launch("language_model", options, PROCESSES, log)
     figures: dict[str, float] = json.loads((folder / f"{variant}.json").read_text())
     return figures
 
@@ -166,19 +121,15 @@ def train(folder: Path, variant: str, steps: int) -> None:
     """What each process does."""
     import deepspeed
     import torch.distributed as dist
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from ds_compress.examples.train import progress_bar
 
-    quiet()
-    keep_freed_memory()
-    skip_shared_memory_build()
-    deepspeed.init_distributed()
+    smollm2.start_process()
     rank = dist.get_rank()
-    model = AutoModelForCausalLM.from_pretrained(folder / "original", dtype=torch.float32)
+    model = smollm2.original(folder)
     original = sum(p.numel() for p in model.parameters())
-    training = torch.tensor(json.loads((folder / "training.json").read_text()))
-    held_out = torch.tensor(json.loads((folder / "held_out.json").read_text()))
+    training, held_out = smollm2.rows(folder, "training"), smollm2.rows(folder, "held_out")
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config_of(folder, variant, steps)
     )
