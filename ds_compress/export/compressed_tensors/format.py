@@ -61,7 +61,7 @@ class CompressedTensorsFormat(Format):
 
     def check_source(self, source: ExportSource, final: nn.Module) -> None:
         super().check_source(source, final)
-        self.packs = loads_when_packed(source, final)
+        self.packs = loads_when_packed(source, final, self.scheme)
         if not any(floats.in_16_bits(format) for format in self._weight_formats(source.model)):
             self.note(
                 "config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them"

@@ -419,6 +419,8 @@ def test_a_class_that_does_not_load_packed_weights(tmp_path: Path) -> None:
     model = quantized_to(ZOO["t5"](), "MXFP4A16", ("SelfAttention.q",))
     with pytest.raises(ExportError, match="initialisation of this model class"):
         export(model, tmp_path / "out")
+    with pytest.raises(ExportError, match="initialisation of this model class"):
+        export(ZOO["t5"](), tmp_path / "out", scheme="MXFP4A16")
 
 
 def test_layers_that_vllm_joins(tmp_path: Path) -> None:
