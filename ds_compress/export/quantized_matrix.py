@@ -18,7 +18,7 @@ from ds_compress.quant.arithmetic import working_dtype
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight, rounding_noise
 from ds_compress.quant.formats import FORMATS, nf4_values
 from ds_compress.quant.grid import Granularity, Levels, WeightGrid
-from ds_compress.quant.weights import quantize
+from ds_compress.quant.weights import QuantizedWeight, quantize
 
 
 @dataclass(frozen=True)
@@ -163,30 +163,38 @@ def quantize_matrix(
     grid = fake_quant.grid
     scale = None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
     noise = rounding_noise(weight, fake_quant)
-    stored = quantize(weight.detach(), grid, noise, scale, fake_quant.global_scale)
-    shared = stored.global_scale
+    quantized = matrix_of(quantize(weight.detach(), grid, noise, scale, fake_quant.global_scale))
+    trained = fake_quantize_weight(weight.detach(), fake_quant, step_size).values
+    if not torch.equal(quantized.dequantize().to(trained.dtype), trained.cpu()):
+        raise ValueError("its stored values and scales do not give the weight that training computed with")
+    return quantized
+
+
+def matrix_of(stored: QuantizedWeight) -> QuantizedMatrix:
+    """A quantized weight in the layout of all formats.
+
+    Raises:
+        ValueError: its scales do not fit the layout.
+    """
+    grid, shape, shared = stored.grid, tuple(stored.values.shape), stored.global_scale
     transposed = grid.channel_axis == 1
-    columns = _columns(tuple(weight.shape), transposed)
+    columns = _columns(shape, transposed)
     matrix = (stored.values.t() if transposed else stored.values).reshape(-1, columns)
     rows = matrix.shape[0]
     scales = _by_row(stored.scale, grid, rows, columns)
-    quantized = QuantizedMatrix(
+    return QuantizedMatrix(
         values=matrix.contiguous().cpu(),
         scale=scales,
         offset=None if stored.offset is None else _by_row(stored.offset, grid, rows, columns),
         bits=_bits(grid, matrix),
         group_size=_group_size(grid, columns, scales.shape[1]),
-        shape=tuple(weight.shape),
+        shape=shape,
         transposed=transposed,
         format=grid.format,
         granularity=_granularity(grid, scales),
         # A copy: layers that servers join share it, and no two tensors of a file may share memory.
         global_scale=shared if shared is None else shared.detach().to("cpu", torch.float32, copy=True),
     )
-    trained = fake_quantize_weight(weight.detach(), fake_quant, step_size).values
-    if not torch.equal(quantized.dequantize().to(trained.dtype), trained.cpu()):
-        raise ValueError("its stored values and scales do not give the weight that training computed with")
-    return quantized
 
 
 def quantize_rows(weight: torch.Tensor) -> QuantizedMatrix:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_matrix
+from ds_compress.export.quantized_matrix import QuantizedMatrix, matrix_of, quantize_matrix
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
+from ds_compress.quant.packed_weight import BUFFERS, packed_weight_of
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,11 @@ def _read(
             full = parameter.detach()
             left = full if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, full)
             tensors[local] = left.to("cpu", copy=True).contiguous()
+    packed = packed_weight_of(module)
+    if packed is not None:
+        quantized = matrix_of(packed.quantized(module)).cut(cut(f"{prefix}weight"))
     for local, buffer in module.named_buffers(recurse=False):
-        if local not in module._non_persistent_buffers_set:
+        if local not in module._non_persistent_buffers_set and not (packed is not None and local in BUFFERS):
             left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
     scheme = _input_scheme(module)

@@ -17,6 +17,7 @@ from ds_compress.quant.grid import WeightGrid
 from ds_compress.quant.weights import QuantizedWeight, dequantize, quantize
 
 CODES, SCALES, GLOBAL_SCALE = "weight_codes", "weight_scales", "weight_global_scale"
+BUFFERS = frozenset((CODES, SCALES, GLOBAL_SCALE))
 BITS = (4, 8)
 """Of codes that fill whole bytes by themselves or in pairs."""
 _HELD = "_ds_compress_packed"
@@ -84,7 +85,7 @@ def unpack(layer: nn.Module) -> None:
     if held is None:
         return
     values = held.dequantized(layer)
-    for name in (CODES, SCALES, GLOBAL_SCALE):
+    for name in BUFFERS:
         layer._buffers.pop(name, None)
     del vars(layer)[_HELD]
     layer._parameters["weight"] = nn.Parameter(values, requires_grad=False)
