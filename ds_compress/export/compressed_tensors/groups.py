@@ -54,6 +54,6 @@ def notes_on(module: str, weights: Arguments, inputs: Arguments) -> Iterator[str
         )
     if "float" in types and preset_of(weights, inputs) is None:
         yield (
-            f"{module}: weights and inputs are none of compressed-tensors' presets together; transformers reads them, "
+            f"{module}: no preset of compressed-tensors has these weights with these inputs; transformers reads them, "
             "a server may have no kernel"
         )
