@@ -70,6 +70,11 @@ def global_scales(source: ExportSource, scheme: Scheme | None) -> dict[str, torc
     return found
 
 
+def is_head(module: str) -> bool:
+    """Whether a layer of this name makes logits over a vocabulary: it stays as it is."""
+    return module.rpartition(".")[2] in _HEADS
+
+
 def rounded(
     layer: Layer, scheme: Scheme, note: Callable[[str], None], global_scale: torch.Tensor | None = None
 ) -> Layer:
@@ -82,8 +87,7 @@ def rounded(
         raise ExportError(
             f"{layer.name} was trained quantized: scheme={scheme.name!r} is for models that were not, leave it out"
         )
-    is_head = layer.name.rpartition(".")[2] in _HEADS
-    if layer.kind is not ModuleKind.LINEAR or "weight" not in layer.tensors or is_head:
+    if layer.kind is not ModuleKind.LINEAR or "weight" not in layer.tensors or is_head(layer.name):
         return layer
     weight = layer.tensors["weight"]
     specs = [spec for spec in (scheme.weights, scheme.inputs) if spec is not None]

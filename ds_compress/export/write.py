@@ -17,11 +17,11 @@ from ds_compress.export import check as checking
 from ds_compress.export import kv_cache, ptq
 from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
-from ds_compress.export.exact import in_fp32, is_sharded
+from ds_compress.export.expected import dtype_of, expected_of, is_quantized
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
 from ds_compress.export.hf import HfFormat
-from ds_compress.export.inputs import checked_inputs, exact_activations, example_inputs, run, unknown_inputs
+from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
@@ -113,12 +113,14 @@ class _Export:
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
                 "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
             )
-        usual = "compressed-tensors" if is_quantized(source.model) or options.scheme else "hf"
+        cache = kv_cache.kv_cache_scales(source)
+        is_float = not (is_quantized(source.model) or options.scheme or cache)
+        usual = "hf" if is_float else "compressed-tensors"
         name = format or source.export_to or usual
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
-        self.format = FORMATS[name](options, trained_dtype=_dtype(source.model), checked=check)
-        self.format.kv_cache = kv_cache.kv_cache_scales(source)
+        self.format = FORMATS[name](options, trained_dtype=dtype_of(source.model), checked=check)
+        self.format.kv_cache = cache
         self.format.scheme = ptq.scheme_to_round_to(options.scheme, source)
         self.global_scales = ptq.global_scales(source, self.format.scheme)
         self.final = _after_cuts(source)
@@ -222,7 +224,7 @@ class _Export:
             "ds_compress", None
         )  # for folders that are not exported: see engine.checkpoint.origin
         written.architectures = [self.report.model_class]
-        written.dtype = self.format.loaded_dtype(_dtype(self.source.model))
+        written.dtype = self.format.loaded_dtype(dtype_of(self.source.model))
         written.save_pretrained(folder)
         model: Any = self.source.model
         generation = getattr(model, "generation_config", None)
@@ -233,7 +235,7 @@ class _Export:
         if self.inputs is None:
             return None
         try:
-            return self._ran(self.inputs)
+            return expected_of(self.source, self.format, self.inputs, self.rounded_inputs, self.fingerprints)
         except Exception as error:
             if self.given is not None:
                 raise ExportError(
@@ -242,48 +244,6 @@ class _Export:
             raise ExportError(
                 f"{unknown_inputs(self.source.model)} ({type(error).__name__}: {error})"
             ) from error
-
-    def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
-        model, stored = self.source.model, self.format.rounds_plain_to
-        changed = self.source.changed(self.format.rounded)
-        with kv_cache.full_precision_cache(model), in_fp32(model, stored), changed:
-            with ptq.inputs_rounded(model, self.source.share(self.rounded_inputs), self.format.scheme):
-                logits = run(model, inputs, torch.float32)
-            with exact_activations(model):
-                exact = run(model, inputs, torch.float32)
-        rounding = 0.0
-        if is_sharded(model) and _dtype(model) is not torch.float32:
-            # A module may ask for the dtype of weights before they are converted, and round what it gives them.
-            exact_cache = kv_cache.full_precision_cache(model)
-            with exact_cache, self.source.changed(self.format.rounded), exact_activations(model):
-                rounding = float((run(model, inputs) - exact).abs().max())
-        return checking.Expected(
-            inputs,
-            exact if self.format.ignores_inputs else logits,
-            exact,
-            self._rounded_to(),
-            rounding,
-            same_activations=self.format.same_activations,
-            fingerprints=self.fingerprints,
-        )
-
-    def _rounded_to(self) -> torch.dtype:
-        """The dtype to which the export rounds what the trained model was not given to compute with."""
-        format, dtype = self.format, _dtype(self.source.model)
-        if format.rounded and is_sharded(self.source.model):
-            return dtype
-        loaded = format.rounds_plain_to or dtype
-        is_rounded = is_quantized(self.source.model) and (format.name == "hf" or format.rounds_weights)
-        # Values of a weight that is stored twice, once rounded, are one in the trained model.
-        is_rounded = is_rounded or bool(
-            format.rounds_plain_to and (format.untied or self._quantizes_tables())
-        )
-        return loaded if is_rounded else torch.float32
-
-    def _quantizes_tables(self) -> bool:
-        return any(
-            isinstance(m, nn.Embedding) and layers.fake_quant_of(m) for m in self.source.model.modules()
-        )
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
@@ -349,15 +309,6 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a weight or an input of the model is quantized now."""
-    return any(
-        layers.fake_quant_of(module) is not None
-        or getattr(getattr(module, "input_quantizer", None), "enabled", False)
-        for module in model.modules()
-    )
-
-
 def _after_cuts(source: ExportSource) -> nn.Module:
     pruning_plan = source.pruning_plan
     if pruning_plan is None or not pruning_plan.active():
@@ -375,10 +326,6 @@ def _sizes(model: nn.Module) -> Iterator[int]:
     for name, parameter in model.named_parameters():
         if not name.endswith(layers.STEP_SIZE) and not is_auxiliary(name):
             yield math.prod(shape_of(parameter))
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _class_name(model: nn.Module) -> str:

@@ -39,6 +39,8 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     written = dict(block)
     if written.get(KEY) is None:
         return written, []
+    if _is_expanded(written):
+        return written, []
     problems = list(_problems(written))
     if problems:
         return _without_blocks(written), problems
@@ -60,6 +62,17 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
                 )
             ]
     return written, []
+
+
+def _is_expanded(written: Mapping[str, Any]) -> bool:
+    """Whether the groups are those that the scheme makes: a checkpoint keeps the block as it was understood."""
+    blocks = {key: written[key] for key in (_WEIGHTS, _INPUTS) if isinstance(written.get(key), Mapping)}
+    if not any(block.get("different_groups") for block in blocks.values()):
+        return False
+    bare = {key: {**block, "different_groups": None} for key, block in blocks.items()}
+    again, problems = expanded({**written, **bare})
+    made = {key: again[key]["different_groups"] for key in (_WEIGHTS, _INPUTS) if again.get(key)}
+    return not problems and made == {key: block.get("different_groups") for key, block in blocks.items()}
 
 
 def _without_blocks(written: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ are any, since fp32 products with bfloat16 weights fail. Else it is float32, bec
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,20 +23,19 @@ from torch import nn
 from ds_compress.errors import ExportError
 from ds_compress.export import kv_cache
 from ds_compress.export.compressed_tensors import floats, inputs, integers
-from ds_compress.export.compressed_tensors.arguments import preset_of
 from ds_compress.export.compressed_tensors.fused import ScalesOfTensors
+from ds_compress.export.compressed_tensors.groups import ConfigGroups, notes_on
+from ds_compress.export.compressed_tensors.packing import loads_when_packed
 from ds_compress.export.format import OTHER_FORMAT, Format
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
-from ds_compress.export.trial_load import loads_packed
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 
 _INT8 = 8
 _AS_TRAINED = ("group", "tensor_group")
-_MAY_BE_PACKED = ("int", *floats.PACKED)
 
 
 @dataclass
@@ -48,7 +46,7 @@ class CompressedTensorsFormat(Format):
     """
 
     name: ClassVar[str] = "compressed-tensors"
-    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: ConfigGroups = field(default_factory=ConfigGroups)
     packs: bool = True
     computes_in: torch.dtype = torch.float32
     same_activations: bool = True
@@ -63,7 +61,7 @@ class CompressedTensorsFormat(Format):
 
     def check_source(self, source: ExportSource, final: nn.Module) -> None:
         super().check_source(source, final)
-        self.packs = _loads_packed(source, final)
+        self.packs = loads_when_packed(source, final, self.scheme)
         if not any(floats.in_16_bits(format) for format in self._weight_formats(source.model)):
             self.note(
                 "config.dtype is float32: scales are loaded in that dtype, and a 16-bit one would round them"
@@ -163,42 +161,28 @@ class CompressedTensorsFormat(Format):
             self.note(text)
         modules = ((name, module) for name, module in final.named_modules() if not is_auxiliary(name))
         linears = {name for name, module in modules if isinstance(module, nn.Linear)}
-        formats = {group["format"] for group in self.groups.values()}
-        groups = list(self.groups.values())
-        quantized = {name for group in groups for name in group["targets"]}
-        if len(groups) == 1:
-            groups = [{**groups[0], "targets": ["Linear"]}]
         return super().config_entries(final) | {
             "quantization_config": {
                 "quant_method": "compressed-tensors",
                 "version": compressed_tensors.__version__,
-                "format": _format_of(formats),
+                "format": self.groups.format(),
                 "quantization_status": "compressed",
-                "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-                "ignore": sorted(linears - quantized),
+                "config_groups": self.groups.as_json(),
+                "ignore": sorted(linears - self.groups.modules()),
                 "kv_cache_scheme": kv_cache.scheme() if self.kv_cache else None,
                 "global_compression_ratio": None,
             }
         }
 
     def _use(self, module: str, scheme: dict[str, Any]) -> None:
-        key = json.dumps(scheme, sort_keys=True)
-        if key not in self.groups:
-            self.groups[key] = {"targets": [], "output_activations": None, **scheme}
-            self._note_scheme(module, scheme["weights"], scheme["input_activations"])
-        self.groups[key]["targets"].append(module)
-        self.schemes[module] = {key: value for key, value in scheme.items() if value is not None}
-
-    def _note_scheme(self, module: str, weights: dict[str, Any] | None, used: dict[str, Any] | None) -> None:
+        weights, used = scheme["weights"], scheme["input_activations"]
+        if self.groups.add(module, scheme):
+            for text in notes_on(module, weights, used):
+                self.note(text)
         if used is not None and used["strategy"] not in _AS_TRAINED:
             # Inputs of two dimensions have one scale in its emulation where training had one for each token.
             self.same_activations = False
-        has_floats = any(one is not None and one["type"] == "float" for one in (weights, used))
-        if has_floats and preset_of(weights, used) is None:
-            self.note(
-                f"{module}: weights and inputs are none of compressed-tensors' presets together; transformers reads "
-                "them, a server may have no kernel"
-            )
+        self.schemes[module] = {key: value for key, value in scheme.items() if value is not None}
 
     def _weight(
         self, layer: Layer, quantized: QuantizedMatrix, scheme: dict[str, Any]
@@ -239,11 +223,6 @@ class CompressedTensorsFormat(Format):
         return found if rounded is None else found | {rounded.format}
 
 
-def _format_of(formats: set[str]) -> str:
-    """Of the whole model."""
-    return "mixed-precision" if len(formats) > 1 else next(iter(formats), "dense")
-
-
 def _way_out(layer: Layer) -> str:
     """For errors."""
     quantized = layer.quantized
@@ -251,27 +230,3 @@ def _way_out(layer: Layer) -> str:
         layer.input is not None and layer.input.grid.format != "int"
     )
     return f'{OTHER_FORMAT}, and format="hf" its values' if is_float else OTHER_FORMAT
-
-
-def _loads_packed(source: ExportSource, final: nn.Module) -> bool:
-    """Whether the model class loads without the weights that would be packed."""
-    fake_quants = {name: layers.fake_quant_of(module) for name, module in source.model.named_modules()}
-    renamed = (
-        {}
-        if source.pruning_plan is None
-        else {name: source.pruning_plan.renamed(f"{name}.weight") for name in fake_quants}
-    )
-    targets = [
-        str(renamed.get(name, f"{name}.weight")).removesuffix(".weight")
-        for name, fake_quant in fake_quants.items()
-        if fake_quant is not None and fake_quant.grid.format in _MAY_BE_PACKED
-        if kind_of(source.model.get_submodule(name)) is ModuleKind.LINEAR
-        if renamed.get(name, "") is not None
-    ]
-    if not targets:
-        return True
-    users: dict[int, list[bool]] = {}
-    for name, module in source.model.named_modules():
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
-            users.setdefault(id(weight), []).append(fake_quants[name] is not None)
-    return loads_packed(final, targets, any(len(set(quantize)) > 1 for quantize in users.values()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
@@ -272,6 +273,14 @@ class TestMixed:
             model = quantized_to(model_of("llama").to(torch.bfloat16), name)
             exported.add(model, f"bf16-{name}")
 
+    def test_inputs_alone(self, exported: Exported) -> None:
+        for name in ("FP8", "NVFP4"):
+            model = quantized_to(model_of("llama"), name)
+            for module in model.modules():
+                if isinstance(module, layers.QATModule):
+                    module.weight_quantizer = None
+            exported.add(model, f"inputs-{name.lower()}")
+
     def test_a_combination_that_is_no_preset_is_noted(self, exported: Exported) -> None:
         model = quantized_to(model_of("llama"), "MXFP4")
         for module in model.modules():
@@ -279,7 +288,7 @@ class TestMixed:
                 grid = ActivationGrid(8, format="fp8_e4m3", granularity=TokenGranularity.PER_TOKEN)
                 module.input_quantizer = InputQuantizer(grid, enabled=True)
         report = exported.add(model, "llama-mxfp4-fp8-token")
-        assert sum("none of compressed-tensors' presets" in note for note in report.notes) == 1
+        assert sum("no preset of compressed-tensors" in note for note in report.notes) == 1
 
 
 def trained(model: nn.Module, block: dict[str, Any]) -> nn.Module:
@@ -419,6 +428,8 @@ def test_a_class_that_does_not_load_packed_weights(tmp_path: Path) -> None:
     model = quantized_to(ZOO["t5"](), "MXFP4A16", ("SelfAttention.q",))
     with pytest.raises(ExportError, match="initialisation of this model class"):
         export(model, tmp_path / "out")
+    with pytest.raises(ExportError, match="initialisation of this model class"):
+        export(ZOO["t5"](), tmp_path / "out", scheme="MXFP4A16")
 
 
 def test_layers_that_vllm_joins(tmp_path: Path) -> None:
@@ -462,7 +473,8 @@ class TestCache:
             }
             assert {key: used[key] for key in wanted} == wanted
             assert any("k_scale" in note for note in report.notes)
-        report = exported.add(cached(model_of("llama")), "cache-only", format="compressed-tensors")
+        report = exported.add(cached(model_of("llama")), "cache-only")
+        assert report.format == "compressed-tensors"
         assert config_of(report)["quantization_config"]["config_groups"] == {}
 
     def test_other_formats_say_that_they_leave_them_out(self, tmp_path: Path) -> None:
@@ -481,8 +493,9 @@ class TestOurs:
     def test_loads_back_exactly(self, tmp_path: Path, scheme: str) -> None:
         model = quantized_to(model_of("llama"), scheme)
         report = export(model, tmp_path / "out", "torch", embeddings="float", check=False)
-        loaded = from_pretrained(tmp_path / "out")
-        assert torch.equal(run(loaded, tokens()), run(model, tokens()))
+        logits = run(model, tokens())
+        assert torch.equal(run(from_pretrained(tmp_path / "out"), tokens()), logits)
+        assert torch.equal(run(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens()), logits)
         assert any("no faster on the CPU" in note for note in report.notes)
 
     def test_what_no_stock_tool_reads(self, tmp_path: Path) -> None:
