@@ -165,6 +165,10 @@ class WeightQuantization(Technique):
         # Bits, blend and noise are functions of the step; given step sizes are the model's parameters.
         return {"step": self._step, **self._global.state_dict()}
 
+    def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
+        # Global scales of the smaller model were measured when it was prepared.
+        return {"step": self._step}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._global.load_state_dict(state)
         self._use_schedule_at(int(state["step"]))

@@ -121,7 +121,10 @@ def _is_list_of_regexes(value: Any) -> bool:
 def _block(key: str, specs: Mapping[str, tuple[QuantizerSpec, list[str] | None]], own: Any) -> Any:
     if not isinstance(own, Mapping):
         return own  # the error that follows names it
-    shared = {"enabled": True, **(own.get("shared_parameters") or {})}
+    shared: dict[str, Any] = {"enabled": True}
+    if key == _INPUTS and any(spec.format == "int" for spec, _ in specs.values()):
+        shared["narrow_range"] = True  # the grid that reaches +max: nobody asks a scheme for the legacy one
+    shared |= own.get("shared_parameters") or {}
     groups = {}
     for name, (spec, modules) in specs.items():
         group: dict[str, Any] = {"params": _params(key, spec)}

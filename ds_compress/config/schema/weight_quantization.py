@@ -122,12 +122,14 @@ class WeightQuantizationConfig(WeightBlock):
         shared = self.shared_parameters
         clips = shared.quantize_weight_in_forward or shared.has_given_scales
         gradient = "straight-through gradient" + (", zero where it clips" if clips else "")
-        grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+        params = [group.params for group in self.different_groups.values()]
+        named = shared.narrow_range is None and all(each.granularity is not None for each in params)
+        grid = "narrow grid" if shared.effective_narrow_range or named else "legacy grid"
         if shared.quantization_type == "asymmetric" and shared.narrow_range is None and "legacy" in grid:
             grid += ", narrow for pruned weights"
         rounding = f"{shared.rounding} rounding"
         facts = [f"fake quantization in forward, {gradient}"]
-        if any(group.params.format == INTEGERS for group in self.different_groups.values()):
+        if any(each.format == INTEGERS for each in params):
             facts = [shared.quantization_type, rounding, grid, *facts]
         if shared.has_given_scales:
             facts.append(f"{shared.effective_scales} scales")
