@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
 from tests.models import tiny_llama
 from tests.multirank.common import engine_of, train
 from tests.single import init_single_process
