@@ -85,14 +85,22 @@ def texts(steps: int, rank: int = 0) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def trained(steps: int = 5, names: tuple[str, ...] = tuple(BLOCKS), dtype: str = "fp32") -> dict[Any, Any]:
-    """Losses, exported weights and global scales by (block, stage); "plain": DeepSpeed alone."""
+def trained(
+    steps: int = 5,
+    names: tuple[str, ...] = tuple(BLOCKS),
+    stages: tuple[int, ...] = STAGES,
+    same_data: bool = False,
+) -> dict[Any, Any]:
+    """Losses, exported weights and global scales by (block, stage); "plain": DeepSpeed alone.
+
+    same_data: all processes get the same, so that gradients average without rounding.
+    """
     results: dict[Any, Any] = {}
     for name in ("plain", *names):
-        for stage in STAGES:
+        for stage in stages:
             model = small_llama()
-            with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS.get(name)), dtype)) as engine:
-                losses = train(engine, iter(texts(steps, dist.get_rank())))
+            with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS.get(name)))) as engine:
+                losses = train(engine, iter(texts(steps, 0 if same_data else dist.get_rank())))
                 found: dict[str, Any] = {"losses": losses}
                 if name != "plain":
                     found["exported"] = ds_compress.export_state_dict(engine)
