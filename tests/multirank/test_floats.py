@@ -50,10 +50,6 @@ def test_a_run_is_the_same_on_one_process_and_on_two() -> None:
     )
     assert one.keys() == two.keys()
     for key, alone in one.items():
-        if key[1] == 2:
-            # Plain DeepSpeed differs there, too: half a flat buffer begins where torch's vectors end otherwise.
-            assert alone["losses"] == pytest.approx(two[key]["losses"], abs=1e-4), key
-            continue
         assert alone["losses"] == two[key]["losses"], key
         for name, value in alone.get("exported", {}).items():
             assert torch.equal(value, two[key]["exported"][name]), (key, name)
