@@ -23,7 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,11 +60,21 @@ def report(
 ) -> None:
     """Prints and records as the arguments ask for; `recorded`: what is recorded, where that is less than everything."""
     if args.record is not None:
-        arguments = " ".join(a for a in sys.argv[1:] if a not in ("--record", str(args.record)))
+        arguments = " ".join(_without_places(sys.argv[1:], str(args.record)))
         path = write(benchmark, arguments, figures if recorded is None else recorded, args.record)
         print(f"written to {path}")
     if args.json:
         print(json_line(benchmark, figures))
+
+
+def _without_places(given: Sequence[str], recorded: str) -> Iterator[str]:
+    """The arguments without folders of the machine, which say nothing about a figure."""
+    words = iter(given)
+    for word in words:
+        if word == "--output":
+            next(words, None)
+        elif word not in ("--record", recorded):
+            yield word
 
 
 def write(benchmark: str, arguments: str, figures: Figures, folder: Path = RESULTS) -> Path:

@@ -47,6 +47,7 @@ AUTOCAST = "plain DeepSpeed, bf16 autocast"
 BATCH, TOKENS = 32, 40
 STRIDE = 100
 SCHEDULE_END = 2 * STRIDE
+SCHEMES = ("FP8_DYNAMIC", "FP8_BLOCK", "MXFP8", "MXFP6A8", "MXFP4", "NVFP4", "NVFP4A16", "W4A16")
 METHODS = ("l1", "topk", "taylor", "movement", "snip_momentum", "random")
 
 
@@ -130,6 +131,7 @@ def blocks() -> dict[str, dict[str, Any] | None]:
     variants |= {
         f"W8A8 {calibration}, int8 kernel": w8a8_block(calibration, "int8") for calibration in calibrations
     }
+    variants |= {f"scheme {scheme}": {"scheme": {scheme: ["encoder.layer"]}} for scheme in SCHEMES}
     variants["l1 + W8A8 dynamic"] = pruned("l1") | w8a8_block("dynamic")
     return variants
 
@@ -147,7 +149,7 @@ def measure(variants: dict[str, Variant], rounds: int) -> dict[str, Timing]:
 
 def measure_quickly(variants: dict[str, Variant]) -> dict[str, Timing]:
     """As `measure`, but pruning's extra seconds come from a tiny batch."""
-    quantized = {name: v for name, v in variants.items() if "W8A8" in name}
+    quantized = {name: v for name, v in variants.items() if "W8A8" in name or "scheme" in name}
     plain = {name: v for name, v in variants.items() if name in (PLAIN, AUTOCAST)}
     pruned = {name: v for name, v in variants.items() if name not in plain and name not in quantized}
     full = measure(plain | quantized, rounds=3)

@@ -74,7 +74,8 @@ def export(
         overwrite: replace `out_dir` if it exists.
         dtype: in which tensors that are not quantized are stored; None: as they are.
         embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
-        scheme: "fp8" with "compressed-tensors" rounds a model that was not trained in integers.
+        scheme: rounds a model that was not trained quantized, by the name that servers have for it, e.g. "FP8_DYNAMIC",
+            "NVFP4A16", "MXFP4", "W4A16": any whose inputs need no observed ranges ("fp8" means "FP8_DYNAMIC").
         shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
 
     Raises:

@@ -8,8 +8,9 @@
 namespace ds_compress::bindings {
 namespace {
 
-// Elements that are measured, then quantized: they and their results fit the first cache.
-constexpr int64_t kAtATime = int64_t{1} << 12;
+// Bytes that are measured, then quantized: they, their results and those that are fetched meanwhile fit the first
+// cache.
+constexpr int64_t kAtATime = int64_t{1} << 13;
 // A number of blocks that is whole vectors of scales.
 constexpr int64_t kVectorsOfScales = 16;
 // Elements up to which a block is worked on by one thread, and at which longer ones are cut; a multiple of 8.
@@ -92,7 +93,8 @@ void Cpu::fake_quantize_float(const Tensor& x, const std::optional<Tensor>& scal
         for (int64_t number = 0; number < blocks; number++) long_block(call, number, block);
         return;
     }
-    int64_t together = block < kAtATime ? kAtATime / block : 1;
+    const int64_t bytes = block * call.element_size;
+    int64_t together = bytes < kAtATime ? kAtATime / bytes : 1;
     if (together > kVectorsOfScales) together = together / kVectorsOfScales * kVectorsOfScales;
     // A thread's blocks end at a whole byte of the mask.
     const int64_t step = with_mask && together * block % 8 != 0 ? 8 * together : together;

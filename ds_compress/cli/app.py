@@ -63,7 +63,7 @@ def export(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder to copy the tokenizer from")] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="fp8: round an unquantized model for compressed-tensors")
+        str | None, typer.Option(help="round an unquantized model: FP8_DYNAMIC, NVFP4A16, MXFP4, W4A16, ...")
     ] = None,
     dtype: Annotated[
         DtypeName | None, typer.Option(help="in which tensors that are not quantized are stored")

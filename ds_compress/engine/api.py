@@ -13,6 +13,7 @@ from ds_compress.engine.gather import full_modules
 from ds_compress.engine.zero import internals
 from ds_compress.errors import ConfigError, Problem
 from ds_compress.quant import layers
+from ds_compress.quant.packed_weight import BUFFERS, packed_weight_of
 
 
 def initialize(*args: Any, teacher: nn.Module | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -68,8 +69,11 @@ def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
                 values = parameter if owner is None else layers.quantized_weight(owner)
                 values_of[id(parameter)] = values.detach().float().cpu().clone()
             result[_join(module_name, name)] = values_of[id(parameter)]
+        is_packed = packed_weight_of(module) is not None
+        if is_packed:
+            result[_join(module_name, "weight")] = layers.quantized_weight(module).float().cpu()
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in module._non_persistent_buffers_set and not (is_packed and name in BUFFERS):
                 result[_join(module_name, name)] = buffer.detach().cpu().clone()
     return result
 

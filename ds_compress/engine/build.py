@@ -82,10 +82,12 @@ def with_techniques(
     context = TechniqueContext(config, plan, model, teacher, parameters.all_gather_rows)
     made = (_make(cls, context) for cls in TECHNIQUES.values())
     run = CompressionRun(given, plan, {t.name: t for t in made if t is not None}, model, teacher)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for technique in run.techniques.values():
         run.added += technique.prepare(model, parameters.full_parameters).values()
-    run.frozen = [parameter for parameter in trained if not parameter.requires_grad]
+    left = {id(parameter) for parameter in model.parameters()}
+    parameters.release(parameter for parameter, _ in before if id(parameter) not in left)
+    run.frozen = [p for p, trained in before if id(p) not in left or (trained and not p.requires_grad)]
     origin.mark(model, run.unfinished)
     return run
 

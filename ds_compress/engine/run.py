@@ -36,7 +36,7 @@ class CompressionRun:
         engine: the DeepSpeed engine; None before it exists, and in a loop without one.
         shards: this process' fragments of the masters, once attached.
         removed, added, frozen: parameters that preparing the model took away, new ones that an optimizer has to train,
-            and those that it has to train no longer.
+            and those that it has to train no longer, or that are gone.
         shrunk_units: what is left of the prunable groups that a shrink removed, by name; empty before.
         patches: what is replaced on the engine while the run is attached.
         at_release: what is called once when the run is over, or goes on in another one.

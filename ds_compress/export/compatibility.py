@@ -16,6 +16,7 @@ from ds_compress.config.report.size_estimate import format_of
 from ds_compress.config.structure_targets import StructurePlan, kept_units, shape_after
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.export import trial_load
+from ds_compress.export.float_misfits import float_misfits
 from ds_compress.export.format import is_hf_model
 from ds_compress.export.onnx import generates
 from ds_compress.modelinfo.kinds import ModuleKind
@@ -74,6 +75,7 @@ def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
         *_scales(plan),
         *_of_model(model, format),
         *_of_quantizers(plan, format),
+        *float_misfits(plan, model, format),
         *_of_cuts(plan, model, format),
     ]
 
@@ -117,9 +119,12 @@ def _scales(plan: Plan) -> Iterator[str]:
         granularity = shared.granularity_of(target.params)
         grouped = granularity == "per_column_group"
         groups = shared.quantize_groups if granularity in (None, "per_group") else 1
-        if granularity == "per_block" or (
-            target.kind is ModuleKind.EMBEDDING and granularity in (None, "per_group")
-        ):
+        if granularity == "per_block":
+            if after != target.shape:
+                yield f"{target.module_name}: blocks that share a scale are cut; use per_channel"
+                return
+            continue
+        if target.kind is ModuleKind.EMBEDDING and granularity in (None, "per_group"):
             continue
         size = shared.group_size_of(target.params) if grouped else before
         if grouped and before > size and before % size:

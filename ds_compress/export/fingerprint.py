@@ -13,7 +13,7 @@ Fingerprint = list[float]
 @torch.no_grad()
 def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     """[norm, projection on a fixed pseudo-random direction], in fp64: any order, any value counts."""
-    places = torch.arange(_CHUNK, dtype=torch.int64)
+    places = torch.arange(min(_CHUNK, tensor.numel()), dtype=torch.int64)
     signs = ((places * 2654435761 % 4294967296).double() / 2147483648 - 1).to(tensor.device)
     squares = projection = 0.0
     for number, chunk in enumerate(tensor.detach().flatten().split(_CHUNK)):

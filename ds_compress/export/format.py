@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export import kv_cache
 from ds_compress.export.check import Answer
+from ds_compress.export.loaded_tensors import input_scale
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
+from ds_compress.quant.schemes import Scheme
 from ds_compress.structure.vanilla_hf import differing_shapes, vanilla_hf_obstacles
 
 OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can store it'
@@ -27,7 +30,8 @@ OTHER_FORMAT = 'format="torch", which ds_compress.from_pretrained loads, can sto
 @dataclass
 class Options:
     """dtype: of tensors that are not quantized; None: as they are. embeddings: "int8" or "float" for tables that
-    were not trained in integers; None: the format's default. scheme: "fp8" rounds an unquantized model."""
+    were not trained in integers; None: the format's default. scheme: the name of one to which an unquantized model is
+    rounded, see `ptq`."""
 
     dtype: torch.dtype | None = None
     embeddings: str | None = None
@@ -44,7 +48,9 @@ class Format(ABC):
     values that only the export rounded, by parameter name, so that the check compares like with like. untied:
     modules whose tied weight is stored a second time. ignores_inputs: what is loaded does not quantize activations.
     trained_dtype: of the trained model. checked: what is written will be loaded and compared. doubts: how a model that
-    is built from the config differs, where only logits can tell whether it matters.
+    is built from the config differs, where only logits can tell whether it matters. scheme: to which the export rounds
+    weights. rounds_weights: a loader rounds quantized weights. same_activations: what is loaded rounds activations as
+    training did. kv_cache: its observed scales.
     """
 
     name: ClassVar[str]
@@ -61,6 +67,15 @@ class Format(ABC):
     trained_dtype: torch.dtype = torch.float32
     checked: bool = True
     differences: list[str] = field(default_factory=list)
+    scheme: Scheme | None = None
+    kv_cache: kv_cache.Scales = field(default_factory=dict)
+    rounds_weights: bool = False
+    same_activations: bool = False
+
+    @property
+    def rounds_plain_to(self) -> torch.dtype | None:
+        """To which dtype the export, or a loader, rounds what is not quantized; None: it stays as it is."""
+        return self.options.dtype
 
     @abstractmethod
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
@@ -114,6 +129,24 @@ class Format(ABC):
         if layer.quantized is not None:
             values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
+
+    def cache_tensors(self) -> dict[str, torch.Tensor]:
+        """Scales of a quantized KV cache, by full name."""
+        if self.kv_cache:
+            self.note(
+                f'the scales of the KV cache are not stored: format "{self.name}" has no word for them, '
+                '"compressed-tensors" has'
+            )
+        return {}
+
+    def loaded_scale(self, name: str, scale: torch.Tensor) -> torch.Tensor:
+        """A stored fp32 scale as a loader must hold it."""
+        return scale
+
+    def loaded_input_scales(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Of a static range, by full name, as a loader must hold it."""
+        scale = None if layer.input is None else input_scale(layer.input)
+        return {} if scale is None else {layer.full("input_scale"): scale}
 
     def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         """A quantized weight as a loader must hold it."""

@@ -20,8 +20,14 @@ class HfFormat(Format):
         self.untie(layer)
         stored = self.plain(layer)
         if layer.quantized is not None:
-            stored[layer.full("weight")] = self.dequantized(layer, layer.quantized)
+            rounded = self.dequantized(layer, layer.quantized)
+            stored[layer.full("weight")] = rounded
             self.note("quantized weights are written as floats on their grid: this format stores no integers")
+            if not torch.equal(rounded.float(), layer.quantized.dequantize()):
+                self.note(
+                    f"{rounded.dtype} rounds the values of {layer.quantized.format} weights, so that they leave their "
+                    "grid: dtype float32 stores them exactly"
+                )
         if layer.input is not None:
             self.ignores_inputs = True
             self.note("activations are not quantized when this folder is loaded: the format cannot say so")

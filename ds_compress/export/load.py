@@ -20,7 +20,7 @@ from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
 from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_weight
 
-_OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset")
+_OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset", "weight_global_scale")
 
 
 def from_pretrained(

@@ -8,6 +8,7 @@ from torch import nn
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.read import InputScheme
 from ds_compress.export.serve import Int8Embedding, Int8Linear
+from ds_compress.quant.fake_quant import global_input_scale
 from ds_compress.quant.qparams import qparams_from_range
 
 
@@ -37,7 +38,9 @@ def input_scales(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def input_scale(used: InputScheme) -> torch.Tensor | None:
-    """fp32 (1,) of a static range."""
+    """fp32 (1,) of a static range; where scales have one more, that of the whole tensor."""
     if used.input_range is None:
         return None
+    if used.grid.has_global_scale:
+        return global_input_scale(used.input_range, used.grid, used.input_range)
     return qparams_from_range(used.input_range[0], used.input_range[1], used.grid).scale.reshape(1)

@@ -36,6 +36,7 @@ class OnnxFormat(Format):
 
     name: ClassVar[str] = "onnx"
     loader: ClassVar[str] = "onnx"
+    same_activations: bool = True
     has_shards: ClassVar[bool] = False
 
     layers: list[Layer] = field(default_factory=list)
@@ -55,6 +56,7 @@ class OnnxFormat(Format):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         quantized = layer.quantized
+        _refuse_floats(layer)
         is_table = layer.kind is ModuleKind.EMBEDDING and "weight" in layer.tensors
         if quantized is None and is_table and self.options.embeddings == "int8":
             quantized = quantize_rows(layer.tensors["weight"])
@@ -134,6 +136,17 @@ class _Affine(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.factor + self.offset  # type: ignore[operator]
+
+
+def _refuse_floats(layer: Layer) -> None:
+    formats = [] if layer.quantized is None else [layer.quantized.format]
+    formats += [] if layer.input is None else [layer.input.grid.format]
+    odd = [format for format in formats if format != "int"]
+    if odd:
+        raise ExportError(
+            f'{layer.name} is quantized to {odd[0]}, and format "onnx" stores integers only: export it as '
+            f'"compressed-tensors" or "hf"; {OTHER_FORMAT}'
+        )
 
 
 def _keep_normalizations(model: nn.Module) -> None:

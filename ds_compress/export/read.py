@@ -10,23 +10,28 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_matrix
+from ds_compress.export.quantized_matrix import QuantizedMatrix, matrix_of, quantize_matrix
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
+from ds_compress.quant.packed_weight import BUFFERS, packed_weight_of
 
 
 @dataclass(frozen=True)
 class InputScheme:
-    """How a layer's input is quantized in inference; input_range: fp32 (min, max) of a static grid."""
+    """How a layer's input is quantized in inference; input_range: fp32 (min, max) of a static grid.
+
+    Integers have no "format" in JSON, as in folders that were written before there were floats.
+    """
 
     grid: ActivationGrid
     input_range: torch.Tensor | None = None
 
     def as_json(self) -> dict[str, Any]:
         grid = self.grid
-        return {
+        floats = {} if grid.format == "int" else {"format": grid.format, "group_size": grid.group_size}
+        return floats | {
             "bits": grid.bits,
             "symmetric": grid.symmetric,
             "narrow_range": grid.narrow_range,
@@ -42,6 +47,8 @@ class InputScheme:
             narrow_range=data["narrow_range"],
             granularity=TokenGranularity(data["granularity"]),
             static=data["range"] is not None,
+            format=data.get("format", "int"),
+            group_size=data.get("group_size", ActivationGrid.group_size),
         )
         return cls(grid, None if data["range"] is None else torch.tensor(data["range"]))
 
@@ -141,8 +148,11 @@ def _read(
             full = parameter.detach()
             left = full if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, full)
             tensors[local] = left.to("cpu", copy=True).contiguous()
+    packed = packed_weight_of(module)
+    if packed is not None:
+        quantized = matrix_of(packed.quantized(module)).cut(cut(f"{prefix}weight"))
     for local, buffer in module.named_buffers(recurse=False):
-        if local not in module._non_persistent_buffers_set:
+        if local not in module._non_persistent_buffers_set and not (packed is not None and local in BUFFERS):
             left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
     scheme = _input_scheme(module)
@@ -156,6 +166,11 @@ def _input_scheme(module: nn.Module) -> InputScheme | None:
     if quantizer is None or not quantizer.enabled:
         return None
     if quantizer.grid.static and quantizer.input_range is None:
+        if quantizer.grid.format != "int":
+            raise ValueError(
+                f"its input is to be quantized to {quantizer.grid.describe()} and was never observed: run forwards in "
+                "training mode first"
+            )
         return None  # nothing was seen yet: inputs pass as they are
     static = quantizer.input_range.detach().float().cpu() if quantizer.grid.static else None
     return InputScheme(quantizer.grid, static)

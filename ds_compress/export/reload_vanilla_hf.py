@@ -2,9 +2,10 @@
 
     python -P reload_vanilla_hf.py REQUESTS.json
 
-REQUESTS: a list of {"folder", "class", "inputs", "outputs"}; inputs and outputs are safetensors files. Written are
-`logits`, and `exact_logits` with no activation quantized; as metadata the fingerprints of what was loaded, and the
-error, if there was one. What is loaded in 16 bits computes in fp32.
+REQUESTS: a list of {"folder", "class", "inputs", "outputs", "unread"}; inputs and outputs are safetensors files, unread
+are tensors that may be left unread. Written are `logits`, and `exact_logits` with no activation quantized; as metadata
+the fingerprints of what was loaded, and the error, if any. What is loaded in 16 bits computes in fp32 once its
+weights were decompressed, which is in the dtype that it was loaded in; `loaded_logits` are those of that dtype.
 """
 
 from __future__ import annotations
@@ -46,20 +47,26 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
         request["folder"], output_loading_info=True
     )
     wrong = {
-        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        key: sorted({*map(str, info[key])} - set(request["unread"]))
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     if any(wrong.values()):
         raise ValueError(", ".join(f"{key}: {names[:4]}" for key, names in wrong.items() if names))
     model.eval()
+    inputs = load_file(request["inputs"])
+    as_loaded = logits(model, inputs)  # the first forward decompresses the weights
+    if not as_loaded.isfinite().all():
+        raise ValueError(f"in {model.dtype}, as it is loaded, its logits are not finite")
+    is_converted = False
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor.data = tensor.data.float()
-    inputs = load_file(request["inputs"])
+            tensor.data, is_converted = tensor.data.float(), True
     found = {"logits": logits(model, inputs)}
+    if is_converted:
+        found["loaded_logits"] = as_loaded
     for module in model.modules():
         module.quantization_enabled = False
     found["exact_logits"] = logits(model, inputs)
-    # After a forward, which dequantizes the compressed weights.
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return found, {name: fingerprint(value) for name, value in held if value.is_floating_point()}
 

@@ -59,12 +59,7 @@ class ExportReport:
         nonzeros = sum(int(t.count_nonzero()) for t in weights.values())
         if layer.quantized is not None:
             numbers += layer.quantized.values.numel()
-            found = (
-                layer.quantized.values
-                if layer.quantized.offset is None
-                else layer.quantized.dequantize_matrix()
-            )
-            nonzeros += int(found.count_nonzero())
+            nonzeros += layer.quantized.count_nonzero()
         self.parameters += numbers
         self.nonzeros += nonzeros
         if numbers:
@@ -146,11 +141,13 @@ def _scheme(module: dict[str, Any]) -> str:
     inputs = stored.get("input") or stored.get("input_activations")
     parts = []
     if weight:
-        bits = weight.get("bits") or weight.get("num_bits")
-        parts.append(f"{weight.get('type', 'int')}{bits}")
+        parts.append(_numbers(weight))
     if inputs:
-        static = inputs.get("range") is not None or inputs.get("dynamic") is False
-        parts.append(
-            f"inputs int{inputs.get('bits') or inputs.get('num_bits')} {'static' if static else 'dynamic'}"
-        )
+        static = inputs.get("range") is not None or inputs.get("dynamic") in (False, "local")
+        parts.append(f"inputs {_numbers(inputs)} {'static' if static else 'dynamic'}")
     return ", ".join(parts) or "float"
+
+
+def _numbers(how: dict[str, Any]) -> str:
+    """E.g. "int8", "float4", or the name that `quant.formats` has."""
+    return how.get("format") or f"{how.get('type', 'int')}{how.get('bits') or how.get('num_bits')}"

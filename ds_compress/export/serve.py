@@ -1,4 +1,4 @@
-"""Layers that run on stored integers."""
+"""Layers that run on stored integers; those of floats run as fp32, dequantized once."""
 
 from __future__ import annotations
 
@@ -115,14 +115,18 @@ def serving_module(
     """
     kind = kind_of(module)
     bias = module._parameters.get("bias")
+    has_integers = quantized is not None and quantized.format == "int"
     if (
         kind is ModuleKind.EMBEDDING
         and quantized is not None
+        and has_integers
         and quantized.groups == 1
         and quantized.offset is None
     ):
         return Int8Embedding(quantized, getattr(module, "padding_idx", None))
-    if kind in (ModuleKind.LINEAR, ModuleKind.CONV1D) and quantized is not None and used is not None:
+    has_integers = has_integers and used is not None and used.grid.format == "int"
+    is_product = kind in (ModuleKind.LINEAR, ModuleKind.CONV1D)
+    if is_product and has_integers and quantized is not None and used is not None:
         fits = used.grid.symmetric and used.grid.bits == 8 and quantized.offset is None
         fits = fits and used.grid.granularity is not TokenGranularity.PER_SAMPLE
         fits = fits and (used.grid.static or used.grid.granularity is TokenGranularity.PER_TOKEN)

@@ -1,9 +1,12 @@
 """`torch`: integers and scales for `ds_compress.from_pretrained`, whatever grid they are on.
 
     weight_codes    int8 or uint8 `[out, in]`; weight_packed: int32, the same in fewer bits
-    weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights
+    weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights; of floats in the dtype of the
+                    number format, and beside weight_global_scale where that has one
     weight          empty: its shape fits no model, so that transformers without ds_compress refuses the folder
                     instead of initializing what it does not find at random
+
+Floats are smaller in the folder only: they are dequantized when they are loaded, and run as fp32.
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
 
@@ -29,9 +32,9 @@ from ds_compress.export.format import Format, empty_copy
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
-from ds_compress.export.quantized_matrix import quantize_rows
+from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
-from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_weight
+from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_weight, weight_scheme
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind
 
@@ -45,6 +48,7 @@ class ServingFormat(Format):
     name: ClassVar[str] = "torch"
     loads_in_vanilla_hf: ClassVar[bool] = False
     loader: ClassVar[str] = "ours"
+    same_activations: bool = True
 
     attribute_overrides: dict[str, dict[str, float]] = field(default_factory=dict)
     shape_overrides: dict[str, list[int]] = field(default_factory=dict)
@@ -99,13 +103,8 @@ class ServingFormat(Format):
             shape = layer.tensors["weight"].shape if quantized is None else quantized.shape
             stored[layer.full("weight")] = torch.empty(0, *shape[1:])
         if quantized is not None:
-            stored |= {layer.full(name): tensor for name, tensor in stored_weight(quantized).items()}
-            scheme["weight"] = {
-                "bits": quantized.bits,
-                "group_size": quantized.group_size,
-                "shape": list(quantized.shape),
-                "transposed": quantized.transposed,
-            }
+            stored |= self._stored(layer, quantized)
+            scheme["weight"] = weight_scheme(quantized)
         if layer.input is not None:
             scheme["input"] = layer.input.as_json()
         if layer.ties:
@@ -113,6 +112,16 @@ class ServingFormat(Format):
         if scheme:
             self.schemes[layer.name] = scheme
         return stored
+
+    def _stored(self, layer: Layer, quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
+        if quantized.format != "int":
+            self.note(
+                "floats are dequantized when they are loaded: smaller in the folder, no faster on the CPU"
+            )
+        try:
+            return {layer.full(name): tensor for name, tensor in stored_weight(quantized).items()}
+        except ValueError as error:
+            raise ExportError(f"{layer.name}: {error}") from error
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         if not self.schemes and not self.attribute_overrides and not self.shape_overrides:

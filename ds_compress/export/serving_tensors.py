@@ -1,4 +1,7 @@
-"""What format `torch` stores of a quantized weight, and how that is read back; `serving_format` says where it lies."""
+"""What format `torch` stores of a quantized weight, and how that is read back; `serving_format` says where it lies.
+
+Codes of floats are packed like unsigned integers, and their scales take 8 bits where the format says so (see `scales`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 
 from ds_compress.export.quantized_matrix import QuantizedMatrix
+from ds_compress.export.scales import loaded_scale, stored_scale
+from ds_compress.quant.grid import Granularity
 
 _BYTE = 8
 PLAIN_VALUES = "weight_values"
@@ -14,19 +19,38 @@ INSTEAD_OF_WEIGHT = ("weight_codes", "weight_packed", PLAIN_VALUES)
 """Beside which `weight` is empty."""
 
 
+def weight_scheme(quantized: QuantizedMatrix) -> dict[str, Any]:
+    """JSON of how it is stored, for `loaded_weight`. Integers have no "format", as before there were floats."""
+    scheme: dict[str, Any] = {
+        "bits": quantized.bits,
+        "group_size": quantized.group_size,
+        "shape": list(quantized.shape),
+        "transposed": quantized.transposed,
+    }
+    if quantized.format != "int":
+        scheme |= {"format": quantized.format, "granularity": quantized.granularity.value}
+    return scheme
+
+
 def stored_weight(quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    """`loaded_weight` reads it back."""
+    """`loaded_weight` reads it back.
+
+    Raises:
+        ValueError: a scale is none that the number format can store.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    stored = {"weight_scale": quantized.scale}
+    stored = {"weight_scale": stored_scale(quantized)}
     if quantized.offset is not None:
         stored["weight_offset"] = quantized.offset
+    if quantized.global_scale is not None:
+        stored["weight_global_scale"] = quantized.global_scale
     if quantized.bits == _BYTE:
         return {**stored, "weight_codes": quantized.values}
     values, bits = quantized.values, quantized.bits
     if bits == 1:  # -1 and 1 as -1 and 0, which one bit holds
         values = values.clamp_max(0)
-    if quantized.offset is not None:  # packing is for signed integers
+    if _is_unsigned(quantized.format, quantized.offset):  # packing is for signed integers
         values = (values.to(torch.int16) - 2 ** (quantized.bits - 1)).to(torch.int8)
     return {**stored, "weight_packed": pack_to_int32(values, bits)}
 
@@ -35,17 +59,32 @@ def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> Qu
     """The weight from its tensors by local name, and the "weight" entry of its scheme."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    shape, transposed, scale = tuple(scheme["shape"]), scheme["transposed"], stored["weight_scale"]
-    offset = stored.get("weight_offset")
+    shape, transposed = tuple(scheme["shape"]), scheme["transposed"]
+    offset, format = stored.get("weight_offset"), scheme.get("format", "int")
+    global_scale = stored.get("weight_global_scale")
+    columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
+    rows = torch.Size(shape).numel() // max(1, columns)
     if "weight_codes" in stored:
         values = stored["weight_codes"]
     else:
-        columns = shape[0] if transposed else torch.Size(shape[1:]).numel()
-        values = unpack_from_int32(
-            stored["weight_packed"], scheme["bits"], torch.Size((scale.shape[0], columns))
-        )
+        values = unpack_from_int32(stored["weight_packed"], scheme["bits"], torch.Size((rows, columns)))
         if scheme["bits"] == 1:
             values = 2 * values + 1
-        if offset is not None:
+        if _is_unsigned(format, offset):
             values = (values.to(torch.int16) + 2 ** (scheme["bits"] - 1)).to(torch.uint8)
-    return QuantizedMatrix(values, scale, offset, scheme["bits"], scheme["group_size"], shape, transposed)
+    return QuantizedMatrix(
+        values,
+        loaded_scale(stored["weight_scale"], format, global_scale),
+        offset,
+        scheme["bits"],
+        scheme["group_size"],
+        shape,
+        transposed,
+        format,
+        Granularity(scheme.get("granularity", Granularity.PER_COLUMN_GROUP)),
+        global_scale,
+    )
+
+
+def _is_unsigned(format: str, offset: torch.Tensor | None) -> bool:
+    return format != "int" or offset is not None

@@ -14,14 +14,14 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
+from ds_compress.export import kv_cache, ptq
 from ds_compress.export.attributes import attribute_overrides, built_from_config
-from ds_compress.export.compressed_tensors import CompressedTensorsFormat
-from ds_compress.export.exact import in_fp32, is_sharded
+from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
+from ds_compress.export.expected import dtype_of, expected_of, is_quantized
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
 from ds_compress.export.hf import HfFormat
-from ds_compress.export.inputs import checked_inputs, exact_activations, example_inputs, run, unknown_inputs
-from ds_compress.export.loaded_tensors import input_scale
+from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
@@ -35,6 +35,7 @@ from ds_compress.modelinfo.adapters import has_adapters
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
 from ds_compress.quant import layers
+from ds_compress.quant.schemes import Scheme
 from ds_compress.structure.apply_pruning import apply_pruning
 
 _MANY_ZERO_UNITS = 0.1
@@ -112,16 +113,22 @@ class _Export:
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
                 "with ds_compress.hf.merge_and_unload(engine_or_model), which keeps pruned weights zero"
             )
-        usual = "compressed-tensors" if is_quantized(source.model) or options.scheme else "hf"
+        cache = kv_cache.kv_cache_scales(source)
+        is_float = not (is_quantized(source.model) or options.scheme or cache)
+        usual = "hf" if is_float else "compressed-tensors"
         name = format or source.export_to or usual
         if name not in FORMATS:
             raise ExportError(f"format is one of {', '.join(FORMATS)}, got {name!r}")
-        self.format = FORMATS[name](options, trained_dtype=_dtype(source.model), checked=check)
+        self.format = FORMATS[name](options, trained_dtype=dtype_of(source.model), checked=check)
+        self.format.kv_cache = cache
+        self.format.scheme = ptq.scheme_to_round_to(options.scheme, source)
+        self.global_scales = ptq.global_scales(source, self.format.scheme)
         self.final = _after_cuts(source)
         self.format.check_source(source, self.final)
         self.given = None if inputs is None else checked_inputs(source.model, inputs)
         self.inputs = (self.given or example_inputs(source.model)) if check else None
         self.masked: list[str] = []
+        self.rounded_inputs: list[str] = []
         self.fingerprints: dict[str, Fingerprint] = {}
         self.report = ExportReport("", name, _class_name(source.model), source.description)
 
@@ -159,6 +166,8 @@ class _Export:
             try:
                 layer = next(reading)
                 if self.source.writes and failure is None:
+                    if self.format.scheme is not None:
+                        layer = self._rounded(layer, self.format.scheme)
                     stored = self.format.tensors(layer)
                     for name, tensor in stored.items():
                         writer.add(name, tensor)
@@ -173,8 +182,19 @@ class _Export:
                 # Other processes go through all modules, and wait for this one at each.
                 failure = error
         if self.source.writes and failure is None and self.format.has_shards:
+            for name, tensor in self.format.cache_tensors().items():
+                writer.add(name, tensor)
+                self.fingerprints[name] = fingerprint(self.format.loaded_scale(name, tensor))
             writer.close()
         return failure
+
+    def _rounded(self, layer: Layer, scheme: Scheme) -> Layer:
+        rounded = ptq.rounded(layer, scheme, self.format.note, self.global_scales.get(layer.name))
+        if rounded.quantized is not None:
+            self.format.rounded[layer.full("weight")] = self.format.dequantized(rounded, rounded.quantized)
+            if rounded.input is not None:
+                self.rounded_inputs.append(layer.name)
+        return rounded
 
     def _note_zero_units(self, layer: Layer) -> None:
         weight = layer.tensors.get("weight") if layer.quantized is None else layer.quantized.dequantize()
@@ -192,8 +212,8 @@ class _Export:
     def _remember(self, layer: Layer) -> None:
         for name, value in self.format.values(layer).items():
             self.fingerprints[name] = fingerprint(value)
-        if layer.input is not None and (scale := input_scale(layer.input)) is not None:
-            self.fingerprints[layer.full("input_scale")] = fingerprint(scale)
+        for name, scale in self.format.loaded_input_scales(layer).items():
+            self.fingerprints[name] = fingerprint(scale)
 
     def _write_config(self, folder: Path) -> None:
         config = self.source.config
@@ -204,7 +224,7 @@ class _Export:
             "ds_compress", None
         )  # for folders that are not exported: see engine.checkpoint.origin
         written.architectures = [self.report.model_class]
-        written.dtype = self.format.loaded_dtype(_dtype(self.source.model))
+        written.dtype = self.format.loaded_dtype(dtype_of(self.source.model))
         written.save_pretrained(folder)
         model: Any = self.source.model
         generation = getattr(model, "generation_config", None)
@@ -215,7 +235,7 @@ class _Export:
         if self.inputs is None:
             return None
         try:
-            return self._ran(self.inputs)
+            return expected_of(self.source, self.format, self.inputs, self.rounded_inputs, self.fingerprints)
         except Exception as error:
             if self.given is not None:
                 raise ExportError(
@@ -224,42 +244,6 @@ class _Export:
             raise ExportError(
                 f"{unknown_inputs(self.source.model)} ({type(error).__name__}: {error})"
             ) from error
-
-    def _ran(self, inputs: Mapping[str, torch.Tensor]) -> checking.Expected:
-        model, stored = self.source.model, self.format.options.dtype
-        with in_fp32(model, stored), self.source.changed(self.format.rounded):
-            logits = run(model, inputs, torch.float32)
-            with exact_activations(model):
-                exact = run(model, inputs, torch.float32)
-        rounding = 0.0
-        if is_sharded(model) and _dtype(model) is not torch.float32:
-            # A module may ask for the dtype of weights before they are converted, and round what it gives them.
-            with self.source.changed(self.format.rounded), exact_activations(model):
-                rounding = float((run(model, inputs) - exact).abs().max())
-        return checking.Expected(
-            inputs,
-            exact if self.format.ignores_inputs else logits,
-            exact,
-            self._rounded_to(),
-            rounding,
-            fp8_products=len(self.format.schemes) if self.format.options.scheme == "fp8" else 0,
-            same_activations=self.format.name in ("torch", "onnx"),
-            fingerprints=self.fingerprints,
-        )
-
-    def _rounded_to(self) -> torch.dtype:
-        """The dtype to which the export rounds what the trained model was not given to compute with."""
-        format, dtype = self.format, _dtype(self.source.model)
-        if format.rounded and is_sharded(self.source.model):
-            return dtype
-        loaded = format.options.dtype or dtype
-        is_rounded = format.name == "hf" and is_quantized(self.source.model)
-        return loaded if is_rounded or (format.options.dtype and self._quantizes_tables()) else torch.float32
-
-    def _quantizes_tables(self) -> bool:
-        return any(
-            isinstance(m, nn.Embedding) and layers.fake_quant_of(m) for m in self.source.model.modules()
-        )
 
     def _finish(self, folder: Path, expected: checking.Expected | None) -> None:
         report = self.report
@@ -303,7 +287,10 @@ class _Export:
         answer = self.format.reload_here(folder, expected.inputs, self.final)
         if answer is not None:
             return answer
-        request = checking.Request(folder, self.report.model_class, expected.inputs, self.format.loader)
+        unread = tuple(self.format.cache_tensors())
+        request = checking.Request(
+            folder, self.report.model_class, expected.inputs, self.format.loader, unread
+        )
         return checking.reload([request])[0]
 
     def _add_config_entries(self, folder: Path) -> None:
@@ -320,15 +307,6 @@ class _Export:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a weight or an input of the model is quantized now."""
-    return any(
-        layers.fake_quant_of(module) is not None
-        or getattr(getattr(module, "input_quantizer", None), "enabled", False)
-        for module in model.modules()
-    )
 
 
 def _after_cuts(source: ExportSource) -> nn.Module:
@@ -348,10 +326,6 @@ def _sizes(model: nn.Module) -> Iterator[int]:
     for name, parameter in model.named_parameters():
         if not name.endswith(layers.STEP_SIZE) and not is_auxiliary(name):
             yield math.prod(shape_of(parameter))
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _class_name(model: nn.Module) -> str:

@@ -18,6 +18,7 @@ from ds_compress.engine.finalize import finalize
 from ds_compress.engine.resize.cut import cut_in_place
 from ds_compress.modelinfo.adapters import adapted_layers
 from ds_compress.ops import bitmask
+from ds_compress.quant.packed_weight import unpack_all
 from ds_compress.structure.pruning_plan import PruningPlan
 
 logger = logging.getLogger("ds_compress")
@@ -47,6 +48,7 @@ def merge_and_unload(model_or_engine: Any, **kwargs: Any) -> nn.Module:
             finalize(model_or_engine)
         else:
             cut_in_place(model_or_engine, PruningPlan.of([], {}))
+    unpack_all(model)
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers or not hasattr(model, "merge_and_unload"):
         raise ValueError(f"merge_and_unload: this {type(model).__name__} has no adapters of PEFT to merge")

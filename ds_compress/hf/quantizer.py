@@ -24,7 +24,7 @@ from ds_compress.export.attributes import restore
 from ds_compress.export.load import Stored, serve
 from ds_compress.export.serving_format import QUANT_METHOD
 
-_OURS = {r"\.weight_(codes|packed|scale|offset|values)$"}
+_OURS = {r"\.weight_(codes|packed|scale|offset|global_scale|values)$"}
 
 
 class DsCompressConfig(QuantizationConfigMixin):

@@ -15,7 +15,7 @@ from ds_compress.quant.arithmetic import (
     working_dtype,
 )
 from ds_compress.quant.fused import FakeQuantized, fake_quantize_rows, input_rows, weight_rows
-from ds_compress.quant.grid import ActivationGrid, TokenGranularity, WeightGrid
+from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
 from ds_compress.quant.layout import join_weight, split_weight
 from ds_compress.quant.qparams import QParams, choose_qparams, global_scale_for, qparams_from_range
 from ds_compress.quant.weights import (
@@ -76,7 +76,7 @@ def fake_quantize_weight(
         with_unclipped: also return which weights did not clip, where one pass can (else `unclipped` is None).
     """
     grid = fake_quant.grid
-    if qparams is None and step_size is not None:
+    if qparams is None and (step_size is not None or grid.granularity is Granularity.PER_BLOCK):
         qparams = weight_qparams(weight, fake_quant, step_size)
     # A blend is computed in fp32 and cast last, which one pass over a 16-bit weight cannot do.
     is_blended = bool(fake_quant.blend_ratio) and weight.dtype is not torch.float32
@@ -91,10 +91,10 @@ def fake_quantize_weight(
                 else own_global_scale(weight, grid)
             )
         one_pass = fake_quantize_rows(rows, grid, given, with_unclipped, shared)
-        groups = split_weight(weight.contiguous(), grid)[0].shape[:-2]
-        shaped = [_broadcast(q, (*groups, 1, 1)) for q in one_pass.qparams]
         values, unclipped = one_pass.values.view(weight.shape), one_pass.unclipped
-        qparams = qparams or shaped
+        if qparams is None:
+            groups = split_weight(weight.contiguous(), grid)[0].shape[:-2]
+            qparams = [_broadcast(q, (*groups, 1, 1)) for q in one_pass.qparams]
     else:
         qparams = qparams or choose_weight_qparams(weight, grid, fake_quant.global_scale)
         blocks = quantize_blocks(weight, qparams, grid, rounding_noise(weight, fake_quant))

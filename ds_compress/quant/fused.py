@@ -31,10 +31,12 @@ class FakeQuantized:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix of which each row, or each run of `block` columns of a row, has one scale."""
+    """A matrix of which each row, or each run of `block` columns of a row, has one scale; given ones hold for `height`
+    rows."""
 
     values: torch.Tensor
     block: int
+    height: int = 1
 
     @property
     def scales(self) -> tuple[int, int]:
@@ -46,7 +48,7 @@ def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> Rows | None:
     if weight.dtype not in _DTYPES or grid.levels not in _LEVELS or grid.stochastic or not weight.numel():
         return None
     if grid.granularity is Granularity.PER_BLOCK:
-        return None
+        return _rows_of_squares(weight, grid)
     blocks = split_weight(weight.contiguous(), grid)
     if len(blocks) > 1 or blocks[0].shape[-1] != 1:
         return None
@@ -54,6 +56,14 @@ def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> Rows | None:
     if grid.levels is Levels.FLOAT and grid.granularity is Granularity.PER_COLUMN_GROUP:
         return Rows(weight.contiguous().view(weight.shape[0], -1), group)
     return Rows(blocks[0].reshape(-1, group), group)
+
+
+def _rows_of_squares(weight: torch.Tensor, grid: WeightGrid) -> Rows | None:
+    """Rows in which a square is a run of columns of each of its rows; scales have to be given."""
+    size, columns = grid.group_size, weight.numel() // weight.shape[0]
+    if grid.levels is not Levels.FLOAT or weight.shape[0] % size or columns % size:
+        return None
+    return Rows(weight.contiguous().view(-1, columns), size, height=size)
 
 
 def input_rows(x: torch.Tensor, grid: ActivationGrid) -> Rows | None:
@@ -122,4 +132,6 @@ def fake_quantize_rows(
 def _given(scale: torch.Tensor, rows: Rows) -> torch.Tensor:
     if scale.numel() == 1:
         return scale.float().reshape(1, 1)
-    return scale.float().reshape(rows.scales).contiguous()
+    down, across = rows.scales
+    of_runs = scale.float().reshape(down // rows.height, across)
+    return (of_runs if rows.height == 1 else of_runs.repeat_interleave(rows.height, 0)).contiguous()

@@ -21,6 +21,8 @@ from ds_compress.quant.embedding import fake_quantized_embedding
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.fake_quantized_linear import fake_quantized_linear
 from ds_compress.quant.linear_ops import Conv1dOp, Conv2dOp, DenseOp, LinearOp
+from ds_compress.quant.packed_linear import packed_linear
+from ds_compress.quant.packed_weight import packed_weight_of
 from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
 
 STEP_SIZE = "weight_step_size"
@@ -66,6 +68,9 @@ class _QATMatmul(QATModule):
         fake_quant, grid, fixed_range = self._fake_quant(), None, None
         if self.input_quantizer is not None:
             grid, fixed_range = self.input_quantizer.active(x, self.training)
+        if packed_weight_of(self) is not None:
+            bias = cast("torch.Tensor | None", self.bias)
+            return packed_linear(self._padded(x), self, bias, self._linear_op(), grid, fixed_range)
         if fake_quant is None and grid is None:
             return self._ds_compress_base_class.forward(self, x)
         weight, bias = cast(torch.Tensor, self.weight), cast("torch.Tensor | None", self.bias)
@@ -213,6 +218,8 @@ def fake_quant_of(module: nn.Module) -> FakeQuantConfig | None:
 
 def quantized_weight(module: nn.Module) -> torch.Tensor:
     """The weight that forward computes with, in the dtype and shape of the weight, which must be gathered."""
+    if (packed := packed_weight_of(module)) is not None:
+        return packed.dequantized(module)
     fake_quant, weight = fake_quant_of(module), cast(torch.Tensor, module.weight)
     if fake_quant is None:
         return weight

@@ -112,6 +112,15 @@ def _split_columns(weight: torch.Tensor, grid: WeightGrid) -> list[torch.Tensor]
     return blocks if blocks and end == columns else [*blocks, matrix[:, end:, None].unsqueeze(1)]
 
 
+def largest_of_squares(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Of a contiguous weight the largest magnitude of each square, `[blocks, 1, 1]` in the order of `split_weight`."""
+    rows, columns = _matrix_shape(weight.shape)
+    matrix = torch.nn.functional.pad(weight.view(rows, columns), (0, -columns % size, 0, -rows % size))
+    squares = matrix.view(matrix.shape[0] // size, size, matrix.shape[1] // size, size)
+    # Two reads, and no copy of magnitudes.
+    return torch.maximum(squares.amax((1, 3)), squares.amin((1, 3)).neg()).view(-1, 1, 1)
+
+
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 

@@ -11,9 +11,23 @@ import torch
 from ds_compress.ops.reference.float_formats import decode, encode
 from ds_compress.quant.arithmetic import clamp_to_dtype, dequantize_, quantize_block, working_dtype
 from ds_compress.quant.formats import nf4_codes, nf4_values
-from ds_compress.quant.grid import WeightGrid
-from ds_compress.quant.layout import GROUP_AXIS, join_scale, join_weight, split_scale, split_weight
-from ds_compress.quant.qparams import QParams, choose_qparams, global_scale_for, mean_magnitude, stored_scale
+from ds_compress.quant.grid import Granularity, WeightGrid
+from ds_compress.quant.layout import (
+    GROUP_AXIS,
+    join_scale,
+    join_weight,
+    largest_of_squares,
+    split_scale,
+    split_weight,
+)
+from ds_compress.quant.qparams import (
+    QParams,
+    choose_qparams,
+    global_scale_for,
+    mean_magnitude,
+    qparams_from_range,
+    stored_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ def choose_weight_qparams(
     """
     if grid.has_global_scale and global_scale is None:
         global_scale = own_global_scale(weight, grid)
+    if grid.granularity is Granularity.PER_BLOCK and grid.format != "int" and weight.numel():
+        largest = largest_of_squares(weight.contiguous(), grid.group_size).to(working_dtype(weight))
+        return [qparams_from_range(largest.neg(), largest, grid)]
     exact = weight.to(working_dtype(weight)).contiguous()
     return [choose_qparams(block, (GROUP_AXIS,), grid, global_scale) for block in split_weight(exact, grid)]
 

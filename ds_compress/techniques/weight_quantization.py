@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +46,7 @@ from ds_compress.quant.fake_quant import FakeQuantConfig
 from ds_compress.quant.fp8_linear import FIRST_CAPABILITY
 from ds_compress.quant.grid import Granularity, WeightGrid
 from ds_compress.quant.layout import check_shape
+from ds_compress.quant.packed_weight import pack, unpack
 from ds_compress.quant.search import largest_scale, searched_scale
 from ds_compress.quant.weights import initial_scale
 from ds_compress.techniques.base import Technique
@@ -124,7 +126,24 @@ class WeightQuantization(Technique):
         fast_paths.disable(model)
         self._model = model
         self._use_schedule_at(0)
+        if self._shared.frozen_weights == "packed":
+            self._pack(model, full_parameters)
         return added
+
+    def _pack(self, model: nn.Module, full_parameters: Callable[..., Any]) -> None:
+        """Frozen weights that one layer alone reads become codes."""
+        users = Counter(
+            id(parameter) for module in model.modules() for parameter in module._parameters.values()
+        )
+        for target in self._targets:
+            fake_quant = self._quantizers[target.module_name].fake_quant
+            if target.param.requires_grad or users[id(target.param)] > 1 or fake_quant is None:
+                continue
+            with full_parameters([target.param]):
+                try:
+                    pack(target.module, fake_quant)
+                except ValueError as error:
+                    raise ValueError(f"weight_quantization of {target.module_name!r}: {error}") from error
 
     def attach(self, shards: Shards) -> None:
         self._global.attach(shards)
@@ -135,6 +154,7 @@ class WeightQuantization(Technique):
 
     def detach(self) -> None:
         for target in self._targets:
+            unpack(target.module)
             layers.attach(target.module).weight_quantizer = None
             target.module._parameters.pop(layers.STEP_SIZE, None)
             layers.detach(target.module)
@@ -144,6 +164,10 @@ class WeightQuantization(Technique):
     def state_dict(self) -> dict[str, Any]:
         # Bits, blend and noise are functions of the step; given step sizes are the model's parameters.
         return {"step": self._step, **self._global.state_dict()}
+
+    def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
+        # Global scales of the smaller model were measured when it was prepared.
+        return {"step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._global.load_state_dict(state)

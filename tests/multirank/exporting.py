@@ -37,8 +37,12 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf": ("hf", {}),
     "w8a8-learned": ("compressed-tensors", {**_quantized(8, learned_scale=True), **_INPUTS}),
     "w4a16-rows": ("compressed-tensors", {**_quantized(4, learned_scale=True), **_ROWS}),
+    "nvfp4": ("compressed-tensors", {"scheme": {"NVFP4": ["encoder.layer"]}}),
+    "fp8-rows": ("compressed-tensors", {"scheme": {"FP8": ["encoder.layer"]}, **_ROWS}),
+    "after-training": ("compressed-tensors", {}),
     "w8a8-cut": ("torch", {**_quantized(8, learned_scale=True), **_INPUTS, **_STRUCTURES}),
 }
+OPTIONS = {"after-training": {"scheme": "NVFP4A16"}}
 
 
 def exported(stage: int, names: tuple[str, ...], folder: str) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def exported(stage: int, names: tuple[str, ...], folder: str) -> dict[str, Any]:
         where = Path(folder) / f"{name}-{stage}"
         with engine_of(net, ds_config(stage, block or None)) as engine:
             train(engine, batches(4))
-            report = export(engine, where / "engine", format, shard_bytes=60_000)
+            report = export(engine, where / "engine", format, shard_bytes=60_000, **OPTIONS.get(name, {}))
             assert report.bytes > 10_000 and 0.9 < report.ratio < 10  # in every process
             if block:
                 engine.save_checkpoint(str(where / "checkpoint"))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import ds_compress
+from ds_compress.hf.merge import merge_and_unload
 from tests.models import tiny_llama
 from tests.multirank.common import ds_config, engine_of, full_weights, train
 
@@ -84,14 +85,22 @@ def texts(steps: int, rank: int = 0) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def trained(steps: int = 5, names: tuple[str, ...] = tuple(BLOCKS), dtype: str = "fp32") -> dict[Any, Any]:
-    """Losses, exported weights and global scales by (block, stage); "plain": DeepSpeed alone."""
+def trained(
+    steps: int = 5,
+    names: tuple[str, ...] = tuple(BLOCKS),
+    stages: tuple[int, ...] = STAGES,
+    same_data: bool = False,
+) -> dict[Any, Any]:
+    """Losses, exported weights and global scales by (block, stage); "plain": DeepSpeed alone.
+
+    same_data: all processes get the same, so that gradients average without rounding.
+    """
     results: dict[Any, Any] = {}
     for name in ("plain", *names):
-        for stage in STAGES:
+        for stage in stages:
             model = small_llama()
-            with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS.get(name)), dtype)) as engine:
-                losses = train(engine, iter(texts(steps, dist.get_rank())))
+            with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS.get(name)))) as engine:
+                losses = train(engine, iter(texts(steps, 0 if same_data else dist.get_rank())))
                 found: dict[str, Any] = {"losses": losses}
                 if name != "plain":
                     found["exported"] = ds_compress.export_state_dict(engine)
@@ -133,3 +142,41 @@ def _equal(one: Any, other: Any) -> dict[str, bool]:
         "weights": all(torch.equal(other[1][key], value) for key, value in one[1].items()),
         "exported": all(torch.equal(other[2][key], value) for key, value in one[2].items()),
     }
+
+
+def adapted() -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"], lora_dropout=0.0)
+    return get_peft_model(small_llama(), config)
+
+
+def lora(folder: str, steps: int = 4) -> dict[Any, Any]:
+    """Adapters on a base in NVFP4, rounded at each forward or held as codes; resumed, and merged."""
+    results: dict[Any, Any] = {}
+    for stage in (0, 2, 3):
+        for held in ("full", "packed"):
+            shared = {"shared_parameters": {"frozen_weights": held}}
+            block = {"scheme": "NVFP4A16", "weight_quantization": shared}
+            data = texts(steps, dist.get_rank())
+            model = adapted()
+            model.gradient_checkpointing_enable()
+            parameters = list(model.parameters())  # frozen ones, too, as many scripts do
+            with engine_of(model, ds_config(stage, block), model_parameters=parameters) as engine:
+                losses = train(engine, iter(data[:2]))
+                engine.save_checkpoint(f"{folder}/{held}-{stage}")
+                losses += train(engine, iter(data[2:]))
+                resident = sum(
+                    tensor.nbytes
+                    for name, tensor in (*model.named_parameters(), *model.named_buffers())
+                    if "base_layer" in name or "_proj.weight" in name
+                )
+                merged = merge_and_unload(engine)
+                result = {"losses": losses, "resident": resident, "merged": full_weights(merged)}
+            model = adapted()
+            with engine_of(model, ds_config(stage, block)) as engine:
+                engine.load_checkpoint(f"{folder}/{held}-{stage}")
+                result["resumed"] = train(engine, iter(data[2:]))
+            results[held, stage] = result
+    return results

@@ -56,6 +56,9 @@ inline __m512 min_ps(__m512 a, __m512 b) {
 inline __m512i max_epi32(__m512i a, __m512i b) {
     return each<int32_t>(a, b, [](int32_t x, int32_t y) { return x > y ? x : y; });
 }
+inline __m512i max_epi16(__m512i a, __m512i b) {
+    return each<int16_t>(a, b, [](int16_t x, int16_t y) { return x > y ? x : y; });
+}
 inline __m512i and_si512(__m512i a, __m512i b) {
     return each<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; });
 }
@@ -162,6 +165,14 @@ inline uint32_t movepi32_mask(__m512i a) {
     return mask;
 }
 
+// VPMOVW2M: those of 32 lanes.
+inline uint32_t movepi16_mask(__m512i a) {
+    const auto x = Lanes<int16_t>::of(a);
+    uint32_t mask = 0;
+    for (int i = 0; i < 32; i++) mask |= (x.lane[i] < 0 ? 1u : 0u) << i;
+    return mask;
+}
+
 // VPDPBUSD: four products of unsigned bytes of `a` and signed bytes of `b`, added to the lane modulo 2^32.
 inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
     auto lanes = Lanes<uint32_t>::of(sum);
@@ -176,6 +187,7 @@ inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
 #define _mm512_max_epi32 emulated::max_epi32
+#define _mm512_max_epi16 emulated::max_epi16
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_fmadd_ps emulated::fmadd_ps
@@ -197,4 +209,5 @@ inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
 #define _mm512_loadu_si512 emulated::load
 #define _mm512_storeu_si512 emulated::store
 #define _mm512_movepi32_mask emulated::movepi32_mask
+#define _mm512_movepi16_mask emulated::movepi16_mask
 #define DSC_VPDPBUSD(sum, a, b) emulated::dpbusd(sum, a, b)

@@ -10,14 +10,14 @@ import torch
 from ds_compress.ops.reference import fake_quantize_float as reference
 from ds_compress.ops.reference.float_formats import FloatFormat, ScaleKind
 from tests.native.elementwise import FLOATS, random_values
-from tests.native.programs import DTYPE_NUMBER, Case, program, shifted
-from tests.native.test_fake_quantize_float import (
+from tests.native.float_values import (
     FORMATS,
     KINDS,
     arguments_of,
     global_scale_for,
     hard_blocks,
 )
+from tests.native.programs import DTYPE_NUMBER, Case, program, shifted
 
 # (blocks, values of each): in vectors of neighbouring lanes, in registers of a warp or more; odd ones; long ones.
 SHAPES = [

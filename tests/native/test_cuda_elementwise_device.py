@@ -18,14 +18,14 @@ from ds_compress.ops.reference.float_formats import FloatFormat, ScaleKind
 from ds_compress.ops.sizes import payload_bytes
 from tests.native.cases import CASES, Case
 from tests.native.elementwise import FLOATS, random_bytes, random_values, same
-from tests.native.test_contract import as_list, tensors
-from tests.native.test_fake_quantize_float import (
+from tests.native.float_values import (
     FORMATS,
     KINDS,
     arguments_of,
     global_scale_for,
     hard_blocks,
 )
+from tests.native.test_contract import as_list, tensors
 
 pytestmark = pytest.mark.gpu
 

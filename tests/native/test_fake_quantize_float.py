@@ -12,68 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_compress.ops.reference import fake_quantize_float as reference
-from ds_compress.ops.reference.float_formats import (
-    E2M1,
-    E5M2,
-    FLOAT_FORMATS,
-    FloatFormat,
-    ScaleKind,
-    global_scale_of,
+from ds_compress.ops.reference.float_formats import E2M1, E5M2, FloatFormat, ScaleKind
+from tests.native.elementwise import FLOATS, Fakes, native_ops, random_values
+from tests.native.float_values import (
+    FORMATS,
+    KINDS,
+    arguments_of,
+    equal_results,
+    global_scale_for,
+    hard_blocks,
 )
-from tests.native.elementwise import FLOATS, Fakes, native_ops, random_values, same
 
-FORMATS = list(FLOAT_FORMATS.values())
-KINDS = list(ScaleKind)
 seeds = st.integers(0, 2**31)
 formats, kinds, dtypes = st.sampled_from(FORMATS), st.sampled_from(KINDS), st.sampled_from(FLOATS)
-
-
-def arguments_of(number: FloatFormat, kind: ScaleKind, block: int) -> dict[str, Any]:
-    return {
-        "exponent_bits": number.exponent_bits,
-        "mantissa_bits": number.mantissa_bits,
-        "largest": number.largest,
-        "scale_kind": int(kind),
-        "block": block,
-    }
-
-
-def hard_blocks(
-    rows: int,
-    columns: int,
-    block: int,
-    dtype: torch.dtype,
-    seed: int,
-    specials: float = 0.003,
-    offset: int = 0,
-) -> torch.Tensor:
-    """Blocks of very different size; some zero, subnormal, up to the largest float of the dtype, on numbers and ties of
-    a grid, or with a value that is not finite. The data begins `offset` elements into its allocation."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = random_values(rows * columns, torch.float32, seed, specials).view(-1, block)
-    shape = (len(blocks), 1)
-    sizes = torch.tensor([1.0, 1e-3, 300.0, 1e-30, 1e-38, 1e-41, 0.0, 3e37])
-    x = blocks * sizes[torch.randint(len(sizes), shape, generator=generator)]
-    ties = torch.randint(-32, 33, blocks.shape, generator=generator) * 0.25
-    ties *= torch.exp2(torch.randint(-140, 120, shape, generator=generator).float())
-    x = torch.where(torch.rand(shape, generator=generator) < 0.3, ties, x)
-    largest = torch.finfo(dtype).max
-    ends = torch.where(blocks > 0, largest, -largest) * torch.rand(blocks.shape, generator=generator)
-    x = torch.where(torch.rand(shape, generator=generator) < 0.1, ends, x)
-    return torch.cat([torch.zeros(offset), x.view(-1)]).to(dtype)[offset:].view(rows, columns)
-
-
-def global_scale_for(x: torch.Tensor, number: FloatFormat, kind: ScaleKind) -> torch.Tensor | None:
-    if kind is not ScaleKind.E4M3:
-        return None
-    magnitudes = x.float().abs().nan_to_num(0.0, 0.0)
-    return global_scale_of(magnitudes.amax() if x.numel() else torch.tensor(1.0), number).view(1)
-
-
-def equal_results(ops: Any, x: torch.Tensor, *scales: torch.Tensor | None, **arguments: Any) -> bool:
-    mine = ops.fake_quantize_float(x, *scales, **arguments)
-    theirs = reference.fake_quantize_float(x, *scales, **arguments)
-    return all(same(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 # --- scales chosen -----------------------------------------------------------------------------------------------
@@ -146,15 +97,42 @@ def test_long_blocks_are_cut_into_pieces(columns: int, kind: ScaleKind) -> None:
             torch.set_num_threads(1)
 
 
-def test_threads_share_small_blocks() -> None:
+def test_threads_share_blocks_and_no_byte_of_the_mask() -> None:
+    """Everything is kept, so that every bit that a thread takes from another is seen."""
     torch.set_num_threads(2)
     try:
-        for block, columns in ((16, 4096), (3, 999), (32, 4096), (300, 6000), (301, 6020)):
-            x = hard_blocks(200, columns, block, torch.bfloat16, block)
+        for block in (3, 16, 32, 299, 300, 301, 511, 1001, 3333, 9999):
+            rows = 200_000 // block
+            x = random_values(rows * block, torch.bfloat16, block).view(rows, block)
             arguments = arguments_of(E2M1, ScaleKind.E8M0, block) | {"with_mask": True}
             assert equal_results(native_ops(), x, **arguments)
     finally:
         torch.set_num_threads(1)
+
+
+@given(
+    exponent_bits=st.integers(2, 5),
+    mantissa_bits=st.integers(1, 3),
+    exponent=st.integers(-30, 15),
+    kind=kinds,
+    seed=seeds,
+    block=st.sampled_from((5, 16, 64)),
+    dtype=dtypes,
+)
+def test_formats_that_nobody_has(
+    exponent_bits: int,
+    mantissa_bits: int,
+    exponent: int,
+    kind: ScaleKind,
+    seed: int,
+    block: int,
+    dtype: torch.dtype,
+) -> None:
+    """A largest number that is none of the format, or so small that scales end at 2^127."""
+    number = FloatFormat("", exponent_bits, mantissa_bits, math.ldexp(1 + seed % 64 / 64, exponent))
+    x = hard_blocks(16, 4 * block, block, dtype, seed)
+    arguments = arguments_of(number, kind, block) | {"with_mask": True}
+    assert equal_results(native_ops(), x, None, global_scale_for(x, number, kind), **arguments)
 
 
 def test_a_bad_value_spoils_its_block_and_no_other() -> None:
@@ -232,6 +210,23 @@ def test_a_given_scale_saturates_and_a_nan_stays_alone() -> None:
             assert torch.equal(y.isnan(), x.isnan()) and torch.equal(used, scale)
             assert y[x.isinf()].abs().unique().tolist() == [float(np.float32(57344) * np.float32(0.01))]
             assert equal_results(native_ops(), x, scale, **arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_nan_stays_one(dtype: torch.dtype) -> None:
+    """Whatever its digits: rounding them must not carry into the sign."""
+    for bits in (0x7FFFFFFF, 0x7F800001, -1, 0x7FC0FFFF):
+        scale = torch.tensor([[bits]], dtype=torch.int64).to(torch.int32).view(torch.float32)
+        for block in (16, 32, 40):
+            x = torch.ones(3, block, dtype=dtype)
+            arguments = arguments_of(E2M1, ScaleKind.FP32, block) | {"with_mask": True}
+            y, _, kept = native_ops().fake_quantize_float(x, scale.expand(3, 1).contiguous(), **arguments)
+            assert y.isnan().all() and not kept.any()
+            x[1, 5] = scale.view(-1)
+            if dtype is not torch.float32:
+                x.view(torch.int16)[1, 6] = -1  # every digit of a NaN
+            assert equal_results(native_ops(), x, torch.ones(3, 1), **arguments)
+            assert equal_results(native_ops(), x, **arguments)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

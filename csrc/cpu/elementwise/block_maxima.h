@@ -6,6 +6,9 @@
 // To be included in a .cpp of one instruction set.
 #pragma once
 
+#include <type_traits>
+
+#include "halves.h"
 #include "simd.h"
 
 namespace ds_compress::cpu {
@@ -23,17 +26,31 @@ DSC_INLINE Ints halved(Ints a, Ints b) {
     return larger(__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, first + half));
 }
 
-// Lane i: the largest magnitude of block i as bits, so that NaN and Inf win. The tree is walked to its leaves first, so
+// The largest magnitude as bits, so that NaN and Inf win: in some lane. `count` is a multiple of kLanes.
+template <class Format>
+DSC_INLINE Ints lane_maxima(const typename Format::Stored* x, int64_t count) {
+    if constexpr (std::is_same_v<Format, Bf16>) {
+        if (count % (2 * kLanes) == 0) {  // two in a word, whose bits are in the order of their values
+            Ints largest = load_as<Ints>(x) & 0x7fff7fff;
+            for (int64_t i = 2 * kLanes; i < count; i += 2 * kLanes)
+                largest = larger_halves(largest, load_as<Ints>(x + i) & 0x7fff7fff);
+            return larger(largest << 16, largest & 0x7fff0000);
+        }
+    }
+    Ints largest = bits_of(Format::load(x)) & INT32_MAX;
+    for (int64_t i = kLanes; i < count; i += kLanes)
+        largest = larger(largest, bits_of(Format::load(x + i)) & INT32_MAX);
+    return largest;
+}
+
+// Lane i: the largest magnitude of block i. The tree is walked to its leaves first, so
 // that few vectors are held at a time. `block` is a multiple of kLanes.
 template <class Format, int blocks = kLanes>
 DSC_INLINE Ints block_maxima(const typename Format::Stored* x, int64_t block) {
     // A node stands for every `distance`-th block from its own on.
     constexpr int distance = kLanes / blocks;
     if constexpr (blocks == 1) {
-        Ints largest = bits_of(Format::load(x)) & INT32_MAX;
-        for (int64_t i = kLanes; i < block; i += kLanes)
-            largest = larger(largest, bits_of(Format::load(x + i)) & INT32_MAX);
-        return largest;
+        return lane_maxima<Format>(x, block);
     } else {
         return halved<distance>(block_maxima<Format, blocks / 2>(x, block),
                                 block_maxima<Format, blocks / 2>(x + distance * block, block));

@@ -1,82 +1,17 @@
-// Fake quantization to small floats, block by block: the scales of many blocks at once, then their values.
+// Fake quantization to small floats, block by block, by scales that are known.
 // To be included in a .cpp of one instruction set.
 #pragma once
 
-#include "block_maxima.h"
+#include <type_traits>
+
 #include "ds_compress/float_format.h"
-#include "fake_quantize.h"
+#include "float_scales.h"
 #include "kernels.h"
+#include "halves.h"
 #include "simd.h"
 
 namespace ds_compress::cpu {
 namespace {
-
-// math::round_magnitude of every lane, of what is not beyond math::kBeyondFormats.
-struct Rounding {
-    Ints smallest, shift;
-
-    DSC_INLINE explicit Rounding(math::FloatSteps steps)
-        : smallest(splat(static_cast<int32_t>(steps.smallest_bits))), shift(splat(static_cast<int32_t>(steps.shift))) {}
-    DSC_INLINE Floats operator()(Floats magnitude) const {
-        const Ints exponent = bits_of(magnitude) & static_cast<int32_t>(math::kInfinityBits);
-        const Floats constant = floats_of(larger(exponent, smallest) + shift);
-        return (magnitude + constant) - constant;
-    }
-};
-
-DSC_INLINE Floats selected(Ints condition, Floats yes, Floats no) {
-    return floats_of((bits_of(yes) & condition) | (bits_of(no) & ~condition));
-}
-
-// math::float_scale of every lane.
-DSC_INLINE Floats float_scales(Ints largest, const math::FloatFormat& format, float global_scale) {
-    Floats scale;
-    if (format.scale_kind == math::kScaleE8m0) {
-        Ints code = ((largest + static_cast<int32_t>(format.scale_rounding)) >> 23) - format.largest_exponent;
-        code = -larger(-code, splat(-254));
-        const Ints smallest = splat(static_cast<int32_t>(math::kSmallestE8m0Bits));
-        scale = floats_of(larger(code << 23, smallest & (Ints)(code < 1)));
-    } else {
-        scale = floats_of(largest) / splat(format.largest);
-        if (format.scale_kind == math::kScaleFp32) {
-            scale = selected((Ints)(scale == 0.0f), splat(math::kScaleOfZeros), scale);
-        } else {
-            const Floats wanted = smaller(splat(math::kBeyondFormats), splat(global_scale) * scale);
-            Floats stored = Rounding(math::kE4m3)(wanted);
-            stored = smaller(splat(math::kLargestE4m3), stored);
-            stored = selected((Ints)(stored == 0.0f), splat(math::kZeroInE4m3), stored);
-            scale = stored / splat(global_scale);
-        }
-    }
-    const Ints is_finite = (Ints)(largest < static_cast<int32_t>(math::kInfinityBits));
-    return selected(is_finite, scale, splat(math::float_of(math::kNanBits)));
-}
-
-template <class Format>
-void float_scales_as(const typename Format::Stored* x, int64_t blocks, int64_t block, const math::FloatFormat& format,
-                     float global_scale, float* scales) {
-    int64_t b = 0;
-    if (block % kLanes == 0)
-        for (; b + kLanes <= blocks; b += kLanes)
-            store(scales + b, float_scales(block_maxima<Format>(x + b * block, block), format, global_scale));
-    for (; b < blocks; b++)
-        scales[b] =
-            math::float_scale(measure_as<Format, true>(x + b * block, block).largest_bits, format, global_scale);
-}
-
-void float_scales(const void* x, Float type, int64_t blocks, int64_t block, const math::FloatFormat& format,
-                  float global_scale, float* scales) {
-    const auto* wide = static_cast<const float*>(x);
-    const auto* narrow = static_cast<const uint16_t*>(x);
-    switch (type) {
-        case Float::bf16:
-            return float_scales_as<Bf16>(narrow, blocks, block, format, global_scale, scales);
-        case Float::fp16:
-            return float_scales_as<Fp16>(narrow, blocks, block, format, global_scale, scales);
-        default:
-            return float_scales_as<Fp32>(wide, blocks, block, format, global_scale, scales);
-    }
-}
 
 // What is known of the scales of a call. Chosen ones are such that no quotient is beyond twice the largest number, but
 // for those in E4M3, which saturate. Powers of two have reciprocals that are floats, so that products are the
@@ -101,48 +36,86 @@ DSC_INLINE void prepare_scales(const float* scales, int64_t count, float* of_blo
     store(divisors, kScales == Scales::powers_of_two ? 1.0f / scale : scale);
 }
 
-// The sign of a result is that of the value, whatever that of the scale: all between is done with magnitudes.
+// What magnitudes become, and those of a block: the sign of a result is that of its value, whatever that of the scale.
+template <class Format, Scales kScales>
+struct Quantizer {
+    Rounding round;
+    Floats largest, limit;
+    Floats scale, divisor;
+
+    DSC_INLINE explicit Quantizer(const math::FloatFormat& format)
+        : round(format.steps), largest(splat(format.largest)), limit(splat(Format::kLargest)), scale(), divisor() {}
+
+    DSC_INLINE Floats rounded(Floats magnitude) const {
+        magnitude = kScales == Scales::powers_of_two ? magnitude * divisor : magnitude / divisor;
+        if constexpr (kScales == Scales::any) magnitude = smaller(splat(math::kBeyondFormats), magnitude);
+        return round(magnitude);
+    }
+    DSC_INLINE Floats read_back(Floats rounded) const { return smaller(limit, smaller(largest, rounded) * scale); }
+};
+
+// 2 kLanes values of bf16: two neighbours lie in a word, and each is the upper half of an fp32 number, so that no
+// conversion has to move lanes. Bit i of what is returned: whether value i is kept.
+template <Scales kScales, bool kMask>
+DSC_INLINE uint32_t quantize_pairs(const uint16_t* from, uint16_t* to, const Quantizer<Bf16, kScales>& quantizer) {
+    constexpr int32_t upper = 0x7fff0000, signs = static_cast<int32_t>(0x80008000);
+    const Ints words = load_as<Ints>(from);
+    const Floats first = quantizer.rounded(floats_of((words << 16) & upper));
+    const Floats second = quantizer.rounded(floats_of(words & upper));
+    const Ints low = Bf16::rounded_in_upper_half(quantizer.read_back(first)) >> 16;
+    const Ints high = Bf16::rounded_in_upper_half(quantizer.read_back(second));
+    store(to, joined_halves(low, high) | (words & signs));
+    if constexpr (!kMask) return 0;
+    return half_sign_bits(joined_halves((Ints)(first <= quantizer.largest), (Ints)(second <= quantizer.largest)));
+}
+
 template <class Format, Scales kScales, bool kMask, Lengths kLengths>
 void fake_quantize_float_as(const typename Format::Stored* x, typename Format::Stored* y, int64_t blocks, int64_t block,
                             const float* scales, const math::FloatFormat& format, uint8_t* mask, int64_t bit) {
-    const Rounding round(format.steps);
-    const Floats largest = splat(format.largest), limit = splat(Format::kLargest);
+    Quantizer<Format, kScales> quantizer(format);
     [[maybe_unused]] uint8_t unused = 0;
     [[maybe_unused]] BitWriter writer(kMask ? mask : &unused, kMask ? bit : 0);
-    Floats scale, divisor;
+    constexpr bool kIsBf16 = std::is_same_v<Format, Bf16>;
+    const int64_t count = blocks * block;
     const auto one = [&](const typename Format::Stored* from, typename Format::Stored* to, int lanes)
                          __attribute__((always_inline)) {
+                             __builtin_prefetch(from + count);  // what comes next, while this is in cache
                              const Floats value = Format::load(from);
-                             Floats magnitude = floats_of(bits_of(value) & INT32_MAX);
-                             if constexpr (kScales == Scales::powers_of_two)
-                                 magnitude = magnitude * divisor;
-                             else
-                                 magnitude = magnitude / divisor;
-                             if constexpr (kScales == Scales::any)
-                                 magnitude = smaller(splat(math::kBeyondFormats), magnitude);
-                             const Floats rounded = round(magnitude);
+                             const Floats rounded = quantizer.rounded(floats_of(bits_of(value) & INT32_MAX));
                              if constexpr (kMask) {
-                                 const uint32_t inside = sign_bits((Ints)(rounded <= largest));
+                                 const uint32_t inside = sign_bits((Ints)(rounded <= quantizer.largest));
                                  writer.push(inside & (0xffffffffu >> (32 - lanes)), lanes);
                              }
-                             magnitude = smaller(limit, smaller(largest, rounded) * scale);
-                             Format::save_tame(to, floats_of(bits_of(magnitude) | (bits_of(value) & INT32_MIN)));
+                             const Ints magnitude = bits_of(quantizer.read_back(rounded));
+                             Format::save_tame(to, floats_of(magnitude | (bits_of(value) & INT32_MIN)));
                          };
-    const int64_t count = blocks * block;
+    [[maybe_unused]] const auto pairs = [&](const auto* from, auto* to) __attribute__((always_inline)) {
+        __builtin_prefetch(from + count);
+        const uint32_t inside = quantize_pairs<kScales, kMask>(from, to, quantizer);
+        if constexpr (kMask) writer.push(inside, 2 * kLanes);
+    };
     for (int64_t first = 0; first < blocks; first += kLanes) {
         const int64_t together = blocks - first < kLanes ? blocks - first : kLanes;
         float of_blocks[kLanes], divisors[kLanes];
         prepare_scales<kScales>(scales + first, together, of_blocks, divisors);
-        for (int64_t b = 0; b < together; b++, x += block, y += block) {
-            scale = splat(of_blocks[b]);
-            divisor = splat(divisors[b]);
+        int64_t b = 0;
+        if constexpr (kIsBf16 && kLengths == Lengths::one_vector) {
+            for (; b + 2 <= together; b += 2, x += 2 * block, y += 2 * block) {
+                quantizer.scale = halves(of_blocks[b], of_blocks[b + 1]);
+                quantizer.divisor = halves(divisors[b], divisors[b + 1]);
+                pairs(x, y);
+            }
+        }
+        for (; b < together; b++, x += block, y += block) {
+            quantizer.scale = splat(of_blocks[b]);
+            quantizer.divisor = splat(divisors[b]);
             int64_t i = 0;
-            do {
-                if (kLengths == Lengths::any && i + kLanes > block) break;
-                __builtin_prefetch(x + count + i);  // what comes next, while this is in cache
+            if constexpr (kIsBf16 && kLengths == Lengths::vectors)
+                for (; i + 2 * kLanes <= block; i += 2 * kLanes) pairs(x + i, y + i);
+            for (; i + kLanes <= block; i += kLanes) {
                 one(x + i, y + i, kLanes);
-                i += kLanes;
-            } while (kLengths != Lengths::one_vector && i < block);
+                if constexpr (kLengths == Lengths::one_vector) break;
+            }
             if (kLengths != Lengths::any || i == block) continue;
             typename Format::Stored rest[kLanes] = {};
             memcpy(rest, x + i, static_cast<size_t>(block - i) * sizeof rest[0]);

@@ -183,12 +183,13 @@ struct Bf16 {
         store_upper_halves(to, rounded_in_upper_half(value));
     }
     static DSC_INLINE float widen(uint16_t value) { return math::float_of_bf16(value); }
-
-private:
+    // Of a tame value; the lower half is of no meaning.
     static DSC_INLINE Ints rounded_in_upper_half(Floats value) {
         const Ints bits = bits_of(value);
         return bits + 0x7fff + ((bits >> 16) & 1);
     }
+
+private:
     static DSC_INLINE void store_upper_halves(uint16_t* to, Ints bits) {
         const Ints result = (bits >> 16) & 0xffff;
 #if defined(DSC_AVX512)

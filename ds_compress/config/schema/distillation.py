@@ -310,6 +310,11 @@ class DistillationConfig(Block):
                 "without its quantizers",
                 'for a pruned model use "initial" or "ema"',
             )
+        quantization = getattr(enabled.get("weight_quantization"), "settings", None)
+        if weights == "current" and getattr(quantization, "frozen_weights", "full") == "packed":
+            yield Conflict(
+                where, weights, '"initial" where frozen_weights is "packed": there are no other weights'
+            )
         if weights in ("ema", "current") and any(block.shrinks for block in enabled.values()):
             allowed = '"initial" where shrink_at_end_of_schedule is true: the average has the shape of the whole model'
             yield Conflict(where, weights, allowed)

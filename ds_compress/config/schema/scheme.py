@@ -39,6 +39,8 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     written = dict(block)
     if written.get(KEY) is None:
         return written, []
+    if _is_expanded(written):
+        return written, []
     problems = list(_problems(written))
     if problems:
         return _without_blocks(written), problems
@@ -60,6 +62,17 @@ def expanded(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
                 )
             ]
     return written, []
+
+
+def _is_expanded(written: Mapping[str, Any]) -> bool:
+    """Whether the groups are those that the scheme makes: a checkpoint keeps the block as it was understood."""
+    blocks = {key: written[key] for key in (_WEIGHTS, _INPUTS) if isinstance(written.get(key), Mapping)}
+    if not any(block.get("different_groups") for block in blocks.values()):
+        return False
+    bare = {key: {**block, "different_groups": None} for key, block in blocks.items()}
+    again, problems = expanded({**written, **bare})
+    made = {key: again[key]["different_groups"] for key in (_WEIGHTS, _INPUTS) if again.get(key)}
+    return not problems and made == {key: block.get("different_groups") for key, block in blocks.items()}
 
 
 def _without_blocks(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +121,10 @@ def _is_list_of_regexes(value: Any) -> bool:
 def _block(key: str, specs: Mapping[str, tuple[QuantizerSpec, list[str] | None]], own: Any) -> Any:
     if not isinstance(own, Mapping):
         return own  # the error that follows names it
-    shared = {"enabled": True, **(own.get("shared_parameters") or {})}
+    shared: dict[str, Any] = {"enabled": True}
+    if key == _INPUTS and any(spec.format == "int" for spec, _ in specs.values()):
+        shared["narrow_range"] = True  # the grid that reaches +max: nobody asks a scheme for the legacy one
+    shared |= own.get("shared_parameters") or {}
     groups = {}
     for name, (spec, modules) in specs.items():
         group: dict[str, Any] = {"params": _params(key, spec)}

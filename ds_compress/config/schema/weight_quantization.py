@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import Field
 
-from ds_compress.config.schema import float_limits, int8_limits, stored_bytes, weight_limits
+from ds_compress.config.schema import (
+    float_limits,
+    int8_limits,
+    packing_limits,
+    stored_bytes,
+    weight_limits,
+)
 from ds_compress.config.schema.block import LAYERS, ScheduleEnd, WeightBlock, WeightSize, plural, steps
 from ds_compress.config.schema.fields import Conflict, Groups, without_effect
 from ds_compress.config.schema.formats import INTEGERS, described
@@ -16,6 +22,7 @@ from ds_compress.config.schema.weight_sharing import WeightQuantizationShared
 from ds_compress.config.targets import Target, TechniquePlan
 from ds_compress.errors import Problem
 from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.quant.packed_weight import BITS as BITS_OF_PACKED
 
 _FEWEST_BITS_OF_A_GRID = 3
 
@@ -82,6 +89,14 @@ class WeightQuantizationConfig(WeightBlock):
                 'nothing, unless scales are "dynamic": others are made for one format',
                 'set scales to "dynamic"',
             )
+        changes = params.earlier_formats or params.first_bits != params.final_bits
+        if shared.frozen_weights == "packed" and (changes or params.final_bits not in BITS_OF_PACKED):
+            yield Conflict(
+                where,
+                described(params, f"{params.first_bits} -> {params.final_bits} bits"),
+                'one format of 4 or 8 bits from the first step on, because frozen_weights is "packed"',
+                'set frozen_weights to "full"',
+            )
         if params.earlier_formats and shared.fp16_mixed_quantize.enabled:
             yield Conflict((*where, "earlier_formats"), "a schedule", "nothing beside fp16_mixed_quantize")
         if params.format == INTEGERS and self.shared_parameters.granularity_of(params) == "per_block":
@@ -107,12 +122,14 @@ class WeightQuantizationConfig(WeightBlock):
         shared = self.shared_parameters
         clips = shared.quantize_weight_in_forward or shared.has_given_scales
         gradient = "straight-through gradient" + (", zero where it clips" if clips else "")
-        grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
+        params = [group.params for group in self.different_groups.values()]
+        named = shared.narrow_range is None and all(each.granularity is not None for each in params)
+        grid = "narrow grid" if shared.effective_narrow_range or named else "legacy grid"
         if shared.quantization_type == "asymmetric" and shared.narrow_range is None and "legacy" in grid:
             grid += ", narrow for pruned weights"
         rounding = f"{shared.rounding} rounding"
         facts = [f"fake quantization in forward, {gradient}"]
-        if any(group.params.format == INTEGERS for group in self.different_groups.values()):
+        if any(each.format == INTEGERS for each in params):
             facts = [shared.quantization_type, rounding, grid, *facts]
         if shared.has_given_scales:
             facts.append(f"{shared.effective_scales} scales")
@@ -166,6 +183,7 @@ class WeightQuantizationConfig(WeightBlock):
         yield from weight_limits.uneven_groups(self.key, self.shared_parameters, targets)
         yield from weight_limits.unsuitable_embeddings(self.key, self.shared_parameters, targets)
         yield from float_limits.of_weights(self.key, self.shared_parameters, targets)
+        yield from packing_limits.problems(self.key, self.shared_parameters, targets)
 
     def limits_beside(
         self, techniques: Mapping[str, TechniquePlan], shapes_after: Mapping[str, tuple[int, ...]]

@@ -107,6 +107,13 @@ class WeightQuantizationShared(StrictModel):
         default="all",
         description="scales: every weight of the model is frozen, and only learned scales train.",
     )
+    frozen_weights: Literal["full", "packed"] = Field(
+        default="full",
+        description=(
+            "How weights that do not train (the base under LoRA adapters) are held: full: as they are, rounded at each "
+            "forward; packed: as codes and scales alone, in every process, e.g. 4.5 bits each in nvfp4 (QLoRA)."
+        ),
+    )
     seed: Seed | None = Field(
         default=None, description="Seed of stochastic rounding; absent: the seed of the whole block."
     )
@@ -176,8 +183,33 @@ class WeightQuantizationShared(StrictModel):
             )
         elif self.has_given_scales:
             yield from self._of_given_scales()
+        if self.frozen_weights == "packed":
+            yield from self._of_packing()
         if self.train == "scales" and self.effective_scales != "learned":
             yield Conflict(("train",), "scales", 'scales "learned" beside it', 'add "scales": "learned"')
+
+    def _of_packing(self) -> Iterator[Conflict]:
+        """Codes are made once, at the start, so nothing may depend on the step."""
+        steady = (
+            ("schedule_offset", 0, 0),
+            ("rounding", "nearest", '"nearest"'),
+            ("quantization_type", "symmetric", '"symmetric"'),
+            ("kernel", "float", '"float"'),
+            ("train", "all", '"all"'),
+        )
+        for key, needed, shown in steady:
+            if getattr(self, key) != needed:
+                allowed = f'{shown}, because frozen_weights is "packed"'
+                yield Conflict((key,), getattr(self, key), allowed, 'set frozen_weights to "full"')
+        if self.has_given_scales:
+            yield Conflict(
+                ("scales",),
+                self.effective_scales,
+                '"dynamic", because frozen_weights is "packed"',
+                "remove it",
+            )
+        if self.fp16_mixed_quantize.enabled:
+            yield Conflict(("fp16_mixed_quantize",), "a blend", 'none, because frozen_weights is "packed"')
 
     def _of_given_scales(self) -> Iterator[Conflict]:
         why = "learned_scale is true" if self.learned_scale else f'scales is "{self.effective_scales}"'

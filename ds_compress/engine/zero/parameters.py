@@ -72,6 +72,15 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     )
 
 
+def release(gone: Iterable[nn.Parameter]) -> None:
+    """Frees the values of parameters that no module has any more, whoever still holds the objects."""
+    for parameter in gone:
+        parameter.data = parameter.data.new_empty(0)
+        if internals.is_zero3_parameter(parameter):
+            shard: Any = parameter
+            shard.ds_tensor.data = shard.ds_tensor.data.new_empty(0)
+
+
 def adopt_parameters(
     arguments: dict[str, Any], removed: Iterable[nn.Parameter], added: Sequence[nn.Parameter]
 ) -> None:

@@ -29,6 +29,11 @@ def weights(modules: list[str], params: dict[str, int] = BITS4, **shared: Any) -
     return {"weight_quantization": {"shared_parameters": shared, "different_groups": groups}}
 
 
+def floats(format: str, modules: list[str], **params: Any) -> dict[str, Any]:
+    groups = {"g": {"params": {"format": format, **params}, "modules": modules}}
+    return {"weight_quantization": {"shared_parameters": {"enabled": True}, "different_groups": groups}}
+
+
 def half(block: str, **shared: Any) -> dict[str, Any]:
     return {block: {"shared_parameters": {"enabled": True, "dense_ratio": 0.5, "method": "l1", **shared}}}
 
@@ -82,6 +87,53 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     ),
     "no transformers": (small_convolutions, weights(["*"]), "hf", "no model of transformers"),
     "a decoder in ONNX": (ZOO["llama"], weights(["mlp"]), "onnx", "generates"),
+    "nf4": (
+        ZOO["bert_classifier"],
+        floats("nf4", [r"layer\.\d\.output"]),
+        "compressed-tensors",
+        "nf4, which stock tools",
+    ),
+    "E3M2": (
+        ZOO["llama"],
+        floats("mxfp6_e3m2", ["self_attn"]),
+        "compressed-tensors",
+        "mxfp6_e3m2, which stock",
+    ),
+    "E5M2 inputs": (
+        ZOO["llama"],
+        {
+            "activation_quantization": {
+                "shared_parameters": {"enabled": True},
+                "different_groups": {"g": {"params": {"format": "fp8_e5m2"}, "modules": ["mlp"]}},
+            }
+        },
+        "compressed-tensors",
+        "fp8_e5m2, which it cannot say",
+    ),
+    "squares": (
+        ZOO["llama"],
+        floats("fp8_e4m3", ["mlp"], granularity="per_block"),
+        "compressed-tensors",
+        "32 columns are no multiple of 128",
+    ),
+    "squares that are cut": (
+        ZOO["bert_classifier"],
+        {**floats("fp8_e4m3", ["layer"], granularity="per_block"), **half("row_pruning")},
+        "torch",
+        "blocks that share a scale are cut",
+    ),
+    "packed floats of T5": (
+        ZOO["t5"],
+        floats("mxfp4", ["SelfAttention.q"]),
+        "compressed-tensors",
+        "does not load packed weights",
+    ),
+    "floats in ONNX": (
+        ZOO["bert_classifier"],
+        floats("mxfp4", ["intermediate"]),
+        "onnx",
+        "stores integers only",
+    ),
     "nothing quantized": (ZOO["llama"], half("row_pruning"), "compressed-tensors", "nothing is quantized"),
 }
 

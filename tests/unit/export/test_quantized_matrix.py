@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,17 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ds_compress
 from ds_compress.export.quantized_matrix import quantize_matrix, quantize_rows
 from ds_compress.export.serving_tensors import loaded_weight, stored_weight
+from ds_compress.quant import layers
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
+from ds_compress.quant.formats import FORMATS
 from ds_compress.quant.grid import Granularity, WeightGrid
+from ds_compress.quant.packed_weight import pack
+from ds_compress.quant.quantizers import WeightQuantizer
 from ds_compress.quant.weights import initial_scale
+from tests.models import tiny_llama
 
 GRANULARITIES: list[dict[str, Any]] = [
     {"granularity": Granularity.PER_TENSOR},
@@ -142,3 +149,27 @@ def test_rows_of_an_embedding() -> None:
     x = weight()
     quantized = quantize_rows(x)
     assert float((quantized.dequantize() - x).abs().max()) <= float(quantized.scale.max()) / 2 + 1e-7
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "fp8_e4m3"])
+def test_packed_weights_are_exported_as_they_are_held(format: str, tmp_path: Path) -> None:
+    block = FORMATS[format].block
+    granularity = Granularity.PER_CHANNEL if block is None else Granularity.PER_COLUMN_GROUP
+    grid = WeightGrid(
+        bits=FORMATS[format].bits, format=format, granularity=granularity, group_size=block or 1
+    )
+    model = tiny_llama(hidden=64, intermediate=64, tied=False)
+    for module in [m for name, m in model.named_modules() if name.endswith("_proj")]:
+        layers.attach(module).weight_quantizer = WeightQuantizer(FakeQuantConfig(grid))
+        module.weight.requires_grad_(False)
+    rounded = {n: layers.quantized_weight(m).clone() for n, m in model.named_modules() if n.endswith("_proj")}
+    for module in [model.get_submodule(name) for name in rounded]:
+        pack(module, module.weight_quantizer.fake_quant)
+    ds_compress.export(model, tmp_path / "out", "torch", embeddings="float")
+    loaded = ds_compress.from_pretrained(tmp_path / "out")
+    ids = torch.arange(8).view(1, 8)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    state = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    for name, values in rounded.items():
+        if f"{name}.weight" in state:
+            assert torch.equal(state[f"{name}.weight"], values)

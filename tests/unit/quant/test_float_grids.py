@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 
 from ds_compress.ops.reference.float_formats import ScaleKind
+from ds_compress.quant import layers
 from ds_compress.quant import weights as whole
 from ds_compress.quant.embedding import fake_quantized_embedding
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_input, fake_quantize_weight
@@ -16,6 +18,7 @@ from ds_compress.quant.fake_quantized_linear import fake_quantized_linear
 from ds_compress.quant.formats import FORMATS, NF4, NumberFormat, nf4_codes, nf4_values
 from ds_compress.quant.grid import ActivationGrid, Granularity, TokenGranularity, WeightGrid
 from ds_compress.quant.linear_ops import DenseOp
+from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
 from ds_compress.quant.search import largest_scale, searched_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -191,3 +194,35 @@ def test_what_a_grid_cannot_be() -> None:
     with pytest.raises(ValueError, match="symmetric"):
         ActivationGrid(bits=8, format="fp8_e4m3", symmetric=False)
     assert FORMATS["nvfp4"].scale is ScaleKind.E4M3 and FORMATS["nvfp4"].scale_bits == 8
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp4", "mxfp6_e2m3", "nvfp4", "nf4"])
+@pytest.mark.parametrize("reads", ["weight", "both"])
+def test_compiled_equals_eager_and_a_new_global_scale_needs_no_new_graph(name: str, reads: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    known = FORMATS[name]
+    layer = torch.nn.Linear(64, 32)
+    quantizer = layers.attach(layer)
+    grid = grids_of(known)[-1 if known.block else 1]
+    quantizer.weight_quantizer = WeightQuantizer()
+    if reads == "both" and name != "nf4":
+        inputs = inputs_of(known)[-1]
+        quantizer.input_quantizer = InputQuantizer(inputs, enabled=True)
+        quantizer.input_quantizer.input_range = torch.tensor([-2.0, 2.0])
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(layer, backend=counting, fullgraph=True)
+    for scale in (700.0, 900.0, 1100.0):
+        shared = torch.tensor([scale]) if known.has_global_scale else None
+        quantizer.weight_quantizer.fake_quant = FakeQuantConfig(grid, global_scale=shared)
+        x = torch.randn(6, 64, requires_grad=True)
+        expected, y = layer(x), compiled(x)
+        assert torch.equal(y, expected)
+        wanted = torch.autograd.grad(expected.square().sum(), (x, layer.weight))
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (x, layer.weight)), wanted)
+    assert len(graphs) == 1

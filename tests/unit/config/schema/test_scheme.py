@@ -118,3 +118,10 @@ def test_columns_that_a_block_does_not_divide_are_named_with_the_way_out() -> No
         "weight_quantization": {"shared_parameters": {"excluded_modules": [pattern]}},
     }
     resolve(tiny_llama(hidden=32, intermediate=48), block)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W4A16", {"FP8_DYNAMIC": ["self_attn"], "NVFP4": ["mlp"]}])
+def test_a_block_that_was_expanded_is_read_again(scheme: Any) -> None:
+    parsed = parse_config({"scheme": scheme})
+    kept = parsed.model_dump(mode="json", exclude_unset=True)
+    assert parse_config(kept) == parsed

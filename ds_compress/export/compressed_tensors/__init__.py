@@ -1,0 +1,1 @@
+"""The format `compressed-tensors`, which vanilla HF transformers and vLLM load: see `format`."""
