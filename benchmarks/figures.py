@@ -254,20 +254,21 @@ def float_formats() -> Lines:
     schemes = [v.removesuffix(", ptq") for v in names if v.endswith(", ptq") and v != "unquantized, ptq"]
     alone = [v.removesuffix(", qad") for v in names if v.endswith(", qad")]
     kl = "KL to the unquantized model"
+    measured = {(row["variant"], row["figure"]) for row in r.rows}
+
+    def has(variant: str, figure: str) -> bool:
+        return (variant, figure) in measured
 
     def cell(variant: str, figure: str, digits: int) -> str:
         if variant not in names:
             return ""
         spread = f"{figure}, standard deviation"
-        known = any((row["variant"], row["figure"]) == (variant, spread) for row in r.rows)
-        return f"{r.value(variant, figure):.{digits}f}" + (
-            f" ± {r.value(variant, spread):.{digits}f}" if known else ""
-        )
+        error = f" ± {r.value(variant, spread):.{digits}f}" if has(variant, spread) else ""
+        return f"{r.value(variant, figure):.{digits}f}" + error
 
     def recovered(variant: str) -> str:
-        if variant not in names or variant.replace(", qad", ", ptq") not in names:
-            return ""
-        return f"{r.value(variant, 'perplexity, percent recovered'):.0f} %"
+        figure = "perplexity, percent recovered"
+        return f"{r.value(variant, figure):.0f} %" if has(variant, figure) else ""
 
     def row(scheme: str) -> list[str]:
         variants = [f"{scheme}, {method}" for method in ("ptq", "qat", "qad")]
