@@ -16,6 +16,7 @@ from ds_compress.modelinfo.inventory import nearest_names
 
 GROUP = {"modules": ["attention"], "related_modules": None}
 COMPLETE: dict[str, Any] = {
+    "kv_cache": {"enabled": True, "format": "fp8", "schedule_offset": 2, "range_momentum": 0.9},
     "sparse_pruning": {
         "shared_parameters": {
             "enabled": True,
@@ -51,6 +52,9 @@ COMPLETE: dict[str, Any] = {
             "group_size": 64,
             "narrow_range": True,
             "learned_scale": False,
+            "scales": "dynamic",
+            "train": "all",
+            "frozen_weights": "full",
             "seed": None,
             "excluded_modules": [],
         },
@@ -174,12 +178,12 @@ def value_at(block: Any, path: tuple[str, ...]) -> Any:
 def test_the_complete_block_is_complete_and_valid() -> None:
     config = parse_config(COMPLETE)
     fields = set(CompressionConfig.model_fields)
-    # Which format an export will have is said beside the blocks that decide whether it can.
-    assert set(COMPLETE) == fields - {"export_to"}
+    # Which format an export will have is said beside the blocks that decide whether it can; a scheme stands for blocks.
+    assert set(COMPLETE) == fields - {"export_to", "scheme"}
     for block in ("sparse_pruning", "weight_quantization", "activation_quantization"):
         shared = getattr(config, block).shared_parameters
         assert set(COMPLETE[block]["shared_parameters"]) == set(type(shared).model_fields)
-    for block in ("gradient_compression", "parameter_compression", "robust_reduction"):
+    for block in ("kv_cache", "gradient_compression", "parameter_compression", "robust_reduction"):
         assert set(COMPLETE[block]) == set(type(getattr(config, block)).model_fields)
 
 
