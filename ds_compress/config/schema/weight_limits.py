@@ -93,6 +93,30 @@ def groups_that_a_cut_breaks(
         )
 
 
+def given_scales_that_a_cut_breaks(
+    technique: TechniquePlan, shapes_after: Mapping[str, tuple[int, ...]]
+) -> Iterator[Problem]:
+    """Groups of columns that lose some of their members, and with them the meaning of a scale that was given."""
+    shared = technique.shared
+    if not shared.has_given_scales:
+        return
+    cut = [
+        target.module_name
+        for target in technique.targets
+        if (after := shapes_after.get(target.param_name)) is not None
+        and shared.granularity_of(target.params) in ("per_column_group", "per_block")
+        and inputs_of(replace(target, shape=after)) != inputs_of(target)
+    ]
+    if cut:
+        key = "learned_scale" if shared.scales is None else "scales"
+        yield Problem(
+            dotted(technique.block, "shared_parameters", key),
+            f"{shown(getattr(shared, key))} with {few(cut)}, of which structured pruning removes columns",
+            '"dynamic" scales, or one scale for whole rows: what is left of a group has no scale of its own',
+            'set scales to "dynamic", or granularity to "per_channel"',
+        )
+
+
 def grids_without_zero(technique: TechniquePlan) -> Iterator[Problem]:
     """An asymmetric grid that was asked to be the legacy one where weights are pruned.
 

@@ -191,4 +191,5 @@ class WeightQuantizationConfig(WeightBlock):
         yield from int8_limits.problems(techniques)
         yield from float_limits.of_fp8_products(techniques)
         yield from weight_limits.groups_that_a_cut_breaks(techniques[self.key], shapes_after)
+        yield from weight_limits.given_scales_that_a_cut_breaks(techniques[self.key], shapes_after)
         yield from weight_limits.grids_without_zero(techniques[self.key])

@@ -197,7 +197,10 @@ def _compress(
 
 
 def _renamed(state: Mapping[str, Any], pruning_plan: PruningPlan) -> dict[str, Any]:
-    """Ranges by the names that modules have after the cut."""
+    """Ranges and global scales by the names that modules have after the cut."""
+    if "largest" in state:
+        largest = {pruning_plan.renamed(name): value for name, value in state["largest"].items()}
+        return {**state, "largest": {name: value for name, value in largest.items() if name is not None}}
     if "ranges" not in state:
         return dict(state)
     renamed = {pruning_plan.renamed(f"{name}.weight"): values for name, values in state["ranges"].items()}

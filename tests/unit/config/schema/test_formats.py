@@ -96,6 +96,22 @@ def test_what_a_model_cannot_do_is_said_before_it_trains(block: dict[str, Any], 
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("given", [{"learned_scale": True}, {"scales": "searched"}])
+def test_given_scales_of_columns_that_are_cut_are_refused(given: dict[str, Any]) -> None:
+    cut = {
+        "row_pruning": {
+            "shared_parameters": {"enabled": True, "method": "l1", "dense_ratio": 0.5, "round_to": 16},
+        }
+    }
+    block = weights(NVFP4, "mlp", **given) | cut
+    with pytest.raises(ConfigError) as caught:
+        resolve(tiny_llama(hidden=64, intermediate=64), block)
+    (problem,) = caught.value.problems
+    assert "down_proj" in problem.got and "dynamic" in problem.hint and "up_proj" not in problem.got
+    resolve(tiny_llama(hidden=64, intermediate=64), weights(NVFP4, "mlp") | cut)
+    resolve(tiny_llama(hidden=64, intermediate=64), weights(FP8, "mlp", **given) | cut)
+
+
 def test_an_embedding_has_no_square_blocks() -> None:
     block = weights({"format": "fp8_e4m3", "granularity": "per_block"}, "word_embeddings")
     with pytest.raises(ConfigError, match="a square cuts across rows"):
