@@ -71,7 +71,7 @@ def _without_places(given: Sequence[str], recorded: str) -> Iterator[str]:
     """The arguments without folders of the machine, which say nothing about a figure."""
     words = iter(given)
     for word in words:
-        if word == "--output":
+        if word in ("--output", "--teacher"):
             next(words, None)
         elif word not in ("--record", recorded):
             yield word

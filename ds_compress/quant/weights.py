@@ -167,14 +167,8 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
 
 
 def initial_scale(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
-    """Where a learned scale begins, fp32 of `layout.scale_shape`.
-
-    Integers: 2 mean|w| / sqrt(quant_max) per group (Esser 2020, section 2.1). Floats, whose steps are not equal: the
-    scale that is chosen from the values.
-    """
-    if grid.format != "int":
-        chosen = choose_weight_qparams(weight.detach(), grid)
-        return join_scale([q.scale for q in chosen], weight.shape, grid)
+    """Where a learned scale of integers begins: 2 mean|w| / sqrt(quant_max) per group, fp32 of `layout.scale_shape`
+    (Esser 2020, section 2.1). Floats, whose steps are not equal, begin with `search.searched_scale`."""
     exact = weight.detach().to(working_dtype(weight)).contiguous()
     means = [mean_magnitude(block, (GROUP_AXIS,)) for block in split_weight(exact, grid)]
     largest = torch.finfo(exact.dtype).max
