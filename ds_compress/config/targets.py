@@ -18,7 +18,8 @@ class Target:
 
     module_name: qualified name of the module; param_name: name of its weight in `model.named_parameters()`
     (the first-listed name when tied). shape: full shape. group, params: the JSON group that claimed it.
-    pruned: whether another block makes weights of it zero, which have to be zero in forward too.
+    pruned: whether another block makes weights of it zero, which have to be zero in forward too. parameter: the local
+    name of the weight; a matrix of fused experts has `module_name` "<the module>.<parameter>".
     """
 
     module_name: str
@@ -30,6 +31,12 @@ class Target:
     group: str
     params: Any
     pruned: bool = False
+    parameter: str = "weight"
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices the weight is: one for each expert of a stack, else 1."""
+        return self.shape[0] if self.kind.is_experts else 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class Weight:
 
 def inputs_of(target: Target) -> int:
     """Weights that one output sums over."""
-    return target.shape[0] if target.kind is ModuleKind.CONV1D else math.prod(target.shape[1:])
+    if target.kind.is_experts:
+        return target.shape[1 if target.kind.is_transposed else 2]
+    return target.shape[0] if target.kind.is_transposed else math.prod(target.shape[1:])
 
 
 def exact_ceil(density: float, units: int) -> int:

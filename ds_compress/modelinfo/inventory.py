@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ds_compress.modelinfo.adapters import hosts
 from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.experts import fused_experts, router_modules
 from ds_compress.modelinfo.kinds import ModuleKind, is_layer, kind_of, shape_of
 
 EVERY_LAYER = "*"
-"""The pattern for all Linear, Conv1D and Conv2d layers; also what an absent `modules` means."""
+"""The pattern for all Linear, Conv1D and Conv2d layers and experts; also what an absent `modules` means."""
 _NAMES_SUGGESTED = 3
 
 
@@ -22,13 +23,17 @@ _NAMES_SUGGESTED = 3
 class Entry:
     """One module with every name that reaches it (a shared module has several); `name` is the first.
 
-    `hosts`: for a module of an adapter, the names of the layer that it adapts (see `adapters`).
+    `hosts`: for a module of an adapter, the names of the layer that it adapts (see `adapters`). `parameter`: the local
+    name of its weight. A module of fused experts has an entry for each of its matrices, by the name of the parameter.
+    `is_router`: whether it routes tokens to experts.
     """
 
     names: tuple[str, ...]
     module: nn.Module
     kind: ModuleKind | None
     hosts: tuple[str, ...] = ()
+    parameter: str = "weight"
+    is_router: bool = False
 
     @property
     def name(self) -> str:
@@ -36,7 +41,7 @@ class Entry:
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module.get_parameter("weight")
+        return self.module.get_parameter(self.parameter)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,10 +55,12 @@ class Entry:
 
     @property
     def is_layer(self) -> bool:
-        return is_layer(self.module)
+        return not self.is_router and (
+            is_layer(self.module) or (self.kind is not None and self.kind.is_experts)
+        )
 
     def is_reached_by(self, pattern: str) -> bool:
-        """re.search on any of its names; "*" is for every Linear, Conv1D and Conv2d.
+        """re.search on any of its names; "*" is for every Linear, Conv1D, Conv2d and matrix of experts.
 
         A module of an adapter is only reached by what does not reach the layer that it adapts.
         """
@@ -77,10 +84,27 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     for name, module in model.named_modules(remove_duplicate=False):
         if not is_auxiliary(name):
             names.setdefault(module, []).append(name)
-    host = hosts(model)
+    host, routers = hosts(model), router_modules(model)
     return tuple(
-        Entry(tuple(every), module, kind_of(module), host.get(module, ())) for module, every in names.items()
+        entry
+        for module, every in names.items()
+        for entry in _entries(module, tuple(every), host.get(module, ()), module in routers)
     )
+
+
+def _entries(
+    module: nn.Module, names: tuple[str, ...], host: tuple[str, ...], is_router: bool
+) -> Iterator[Entry]:
+    experts = fused_experts(module)
+    if experts is None:
+        kind = kind_of(module) or (ModuleKind.ROUTER if is_router else None)
+        yield Entry(names, module, kind, host, is_router=is_router)
+        return
+    kind = ModuleKind.TRANSPOSED_EXPERTS if experts.transposed else ModuleKind.EXPERTS
+    for parameter in experts.matrices:
+        # "experts$" means both matrices.
+        own = tuple(f"{name}.{parameter}".lstrip(".") for name in names)
+        yield Entry((*own, *names), module, kind, host, parameter)
 
 
 def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:

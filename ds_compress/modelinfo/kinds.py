@@ -27,6 +27,25 @@ class ModuleKind(StrEnum):
     """[entries, columns]"""
     LINEAR_ACTIVATION = "Linear with its activation"
     """[outputs, inputs]; no nn.Linear: see `linear_activation`"""
+    EXPERTS = "fused experts"
+    """[experts, outputs, inputs], one of the parameters of a module: see `experts`"""
+    TRANSPOSED_EXPERTS = "transposed fused experts"
+    """[experts, inputs, outputs]"""
+    ROUTER = "router of experts"
+    """[experts, inputs]; no nn.Linear"""
+
+    @property
+    def is_experts(self) -> bool:
+        return self in (ModuleKind.EXPERTS, ModuleKind.TRANSPOSED_EXPERTS)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the outputs are the last axis."""
+        return self in (ModuleKind.CONV1D, ModuleKind.TRANSPOSED_EXPERTS)
+
+
+MIXTURES = frozenset({ModuleKind.EXPERTS, ModuleKind.TRANSPOSED_EXPERTS, ModuleKind.ROUTER})
+"""What a mixture of experts has beside Linear layers."""
 
 
 def kind_of(module: nn.Module) -> ModuleKind | None:

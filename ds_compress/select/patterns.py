@@ -2,7 +2,8 @@
 
 A weight is seen as a matrix (d0, d1) in storage order, d1 = numel / d0. A *block row* is the b0 matrix rows that one
 row of blocks covers. A fragment is completed to full block rows (a halo exchange) before its blocks are scored, so
-every process that holds a part of a block computes the same score, to the last bit.
+every process that holds a part of a block computes the same score, to the last bit. A stack of experts is the matrix of
+all its rows; its blocks must divide the matrix of each expert.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ class BlockGrid:
     kept_per_group: int | None = None
 
     @classmethod
-    def of(cls, pattern: str, shape: tuple[int, ...], transposed: bool) -> BlockGrid:
+    def of(cls, pattern: str, shape: tuple[int, ...], transposed: bool, stacked: bool = False) -> BlockGrid:
         """`pattern` is "unstructured", "NxM" (N outputs x M inputs) or "N:M" (N of M inputs kept).
 
-        transposed: the weight is stored as (inputs, outputs), as in GPT-2's Conv1D.
+        transposed: the weight is stored as (inputs, outputs), as in GPT-2's Conv1D. stacked: `shape` is that of a
+        stack of matrices, of which the first axis counts.
         """
+        if stacked:
+            shape = (shape[0] * shape[1], *shape[2:])
         rows = shape[0]
         columns = math.prod(shape[1:])
         if pattern == "unstructured":
@@ -62,6 +66,10 @@ class BlockGrid:
         if self.is_elementwise:
             return self.rows * self.columns
         return -(-self.rows // self.block_rows) * self.blocks_per_row
+
+    def first_unit(self, start: int) -> int:
+        """Index of the unit that begins the block row in which the element `start` lies."""
+        return start if self.is_elementwise else start // self.block_row_numel * self.blocks_per_row
 
     @property
     def num_kept(self) -> int:

@@ -8,10 +8,12 @@
 | key | values |
 |---|---|
 | `method` | `l1`, `topk`, `taylor`, `movement`, `snip_momentum`, `random` (see `select.scores`) |
-| `scope` | `layer`: each weight keeps `dense_ratio`; `group`, `global`: one exact threshold over many weights |
+| `scope` | `layer`: each matrix keeps `dense_ratio`; `group`, `global`: one exact threshold over many weights |
 | `pattern` | unstructured, `NxM` blocks, `N:M` groups along the inputs |
 | `schedule` | `constant`, `linear`, `cubic` density from `schedule_offset` to `schedule_offset_end` |
 | `regrowth` | a masked weight keeps its hidden value, goes on training and may return |
+
+A stack of experts is one weight, and as many matrices as it has experts.
 
 The mask costs one bit per weight, on the owner's fragment only. It is applied to the fp32 master between the
 optimizer's update and the making of the 16-bit copy, so forward and backward see exact zeros at no cost.
@@ -24,6 +26,7 @@ weights that stay masked (those of latent weights under `regrowth` are).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -36,7 +39,7 @@ from torch import nn
 from ds_compress.config.schema.patterns import UNSTRUCTURED
 from ds_compress.config.targets import exact_ceil
 from ds_compress.errors import listed, shown
-from ds_compress.modelinfo.kinds import ModuleKind, shape_of
+from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
 from ds_compress.select.patterns import BlockGrid
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ds_compress")
 
 
+_MATRIX = "#"
+"""Between the name of a stack and the number of a matrix in it."""
 _METHODS_ON_SHARDS = ("l1", "taylor", "movement", "snip_momentum")
 """Those that work where each process holds a shard of a layer."""
 
@@ -67,7 +72,9 @@ class SparsePruning(MaskedTechnique):
         self.regrowth = shared.effective_regrowth or self.score.mask_may_change
         self.schedule = schedule_of(shared, self.score.needs_gradient)
         self.grids = {
-            name: BlockGrid.of(shared.effective_pattern, target.shape, target.kind is ModuleKind.CONV1D)
+            name: BlockGrid.of(
+                shared.effective_pattern, target.shape, target.kind.is_transposed, target.kind.is_experts
+            )
             for name, target in self.targets.items()
         }
         self._active_masks = self.masks
@@ -153,9 +160,9 @@ class SparsePruning(MaskedTechnique):
             }
         except radix.NonFiniteScoresError as error:
             self.kept, self.total = before
-            broken = sorted(
-                name for index in error.groups for name in self._selection_groups(step)[index].members
-            )
+            groups = self._selection_groups(step)
+            members = (member for index in error.groups for member in groups[index].members)
+            broken = sorted({self._weight_of(member) for member in members})
             logger.warning(
                 "sparse_pruning: weights or gradients of %s are NaN or Inf at step %d; the mask stays as it was",
                 ", ".join(broken[:3]) + (" and others" if len(broken) > 3 else ""),
@@ -191,19 +198,50 @@ class SparsePruning(MaskedTechnique):
     def _by_threshold(
         self, keys: Mapping[str, Callable[[], torch.Tensor]], step: int
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        scores_of = {}
+        scores_of, last = dict[str, radix.ParameterScores](), _LastKeys()
         for name, make_keys in keys.items():
             grid, start = self.grids[name], self._fragments[name].start
             # A band that began on an earlier fragment is that fragment's to count.
             num_halo = 0 if start % grid.block_row_numel == 0 else grid.blocks_per_row
-            scores_of[name] = radix.ParameterScores(make_keys, num_halo)
+            if self._matrices(name) == 1:
+                scores_of[name] = radix.ParameterScores(make_keys, num_halo)
+            else:
+                scores_of |= self._matrix_scores(name, partial(last.part, name, make_keys), num_halo)
         groups = self._selection_groups(step)
         masks = radix.select(scores_of, groups, self._shards)
         self.kept, self.total = (
             sum(group.num_kept for group in groups),
             sum(grid.units for grid in self.grids.values()),
         )
-        return masks
+        return self._joined(masks)
+
+    def _matrices(self, name: str) -> int:
+        """How many matrices of the weight have a threshold of their own."""
+        return self.targets[name].matrices if self.scope == "layer" else 1
+
+    def _matrix_scores(
+        self, name: str, part_of_keys: Callable[[slice], torch.Tensor], num_halo: int
+    ) -> dict[str, radix.ParameterScores]:
+        """Of each matrix of which this process holds a part, by `_member`."""
+        grid, fragment = self.grids[name], self._fragments[name]
+        size = grid.units // self._matrices(name)
+        first, end = grid.first_unit(fragment.start), grid.first_unit(fragment.start + fragment.numel - 1)
+        end += 1 if grid.is_elementwise else grid.blocks_per_row
+        found = {}
+        for matrix in range(first // size, -(-end // size)):
+            inside = slice(max(matrix * size - first, 0), min((matrix + 1) * size, end) - first)
+            found[_member(name, matrix)] = radix.ParameterScores(partial(part_of_keys, inside), num_halo)
+            num_halo = 0
+        return found
+
+    def _joined(self, masks: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The masks of the matrices of a weight, which come one after the other, as one."""
+        for name, parts in itertools.groupby(masks, lambda item: self._weight_of(item[0])):
+            found = [mask for _, mask in parts]
+            yield name, found[0] if len(found) == 1 else torch.cat(found)
+
+    def _weight_of(self, member: str) -> str:
+        return member if member in self.targets else member.rpartition(_MATRIX)[0]
 
     def _element_keys(self, fragment: Fragment) -> torch.Tensor:
         signed = self.score.is_signed or (not self.regrowth and fragment.name in self.masks)
@@ -220,11 +258,8 @@ class SparsePruning(MaskedTechnique):
     def _selection_groups(self, step: int) -> list[radix.SelectionGroup]:
         """Who competes with whom: one pool per weight, per JSON group, or one in all."""
 
-        def keep(name: str) -> int:
-            return self.kept_of(name, step)
-
         if self.scope == "layer":
-            return [radix.SelectionGroup((name,), keep(name)) for name in self.targets]
+            return [group for name in self.targets for group in self._groups_of(name, step)]
         groups: dict[str, list[str]] = {}
         for name, target in self.targets.items():
             groups.setdefault(target.group if self.scope == "group" else "", []).append(name)
@@ -232,9 +267,12 @@ class SparsePruning(MaskedTechnique):
             radix.SelectionGroup(tuple(names), self._kept_together(names, step)) for names in groups.values()
         ]
 
-    def kept_of(self, name: str, step: int) -> int:
-        """Units (weights or blocks) that the weight `name` would keep by itself at `step`: ceil(density * n)."""
-        return exact_ceil(self._density(name, step), self.grids[name].units)
+    def _groups_of(self, name: str, step: int) -> list[radix.SelectionGroup]:
+        """Of the matrices of one weight, each of which keeps ceil(density * n) of its n units."""
+        matrices = self._matrices(name)
+        kept = exact_ceil(self._density(name, step), self.grids[name].units // matrices)
+        members = [name] if matrices == 1 else [_member(name, matrix) for matrix in range(matrices)]
+        return [radix.SelectionGroup((member,), kept) for member in members]
 
     def _kept_together(self, names: list[str], step: int) -> int:
         by_density: dict[float, int] = {}
@@ -306,8 +344,25 @@ class SparsePruning(MaskedTechnique):
             for name, grid in self.grids.items()
             if ratios[name] < 1
             and grid.kept_per_group is None
-            and exact_ceil(ratios[name], grid.units) == grid.units
+            and exact_ceil(ratios[name], units := grid.units // self._matrices(name)) == units
         ]
+
+
+class _LastKeys:
+    """The keys of the weight that was asked for last: those of one weight are held at a time."""
+
+    def __init__(self) -> None:
+        self._name, self._keys = "", torch.empty(0)
+
+    def part(self, name: str, make: Callable[[], torch.Tensor], inside: slice) -> torch.Tensor:
+        if self._name != name:
+            self._name, self._keys = name, make()
+        return self._keys[inside]
+
+
+def _member(name: str, matrix: int) -> str:
+    """The name of one matrix of a stack among those of weights."""
+    return f"{name}{_MATRIX}{matrix}"
 
 
 def _given(values: torch.Tensor) -> torch.Tensor:

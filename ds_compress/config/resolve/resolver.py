@@ -28,7 +28,7 @@ from ds_compress.modelinfo.inventory import (
     few,
     nearest_names,
 )
-from ds_compress.modelinfo.kinds import ModuleKind, shape_of
+from ds_compress.modelinfo.kinds import MIXTURES, ModuleKind, shape_of
 from ds_compress.modelinfo.layers import find_layers
 
 logger = logging.getLogger("ds_compress")
@@ -90,7 +90,17 @@ def _shapes_after(
 def _target(entry: Entry, group: str, params: Any, names: Mapping[int, str]) -> Target:
     assert entry.kind is not None
     weight = entry.weight
-    return Target(entry.name, entry.module, entry.kind, names[id(weight)], weight, entry.shape, group, params)
+    return Target(
+        entry.name,
+        entry.module,
+        entry.kind,
+        names[id(weight)],
+        weight,
+        entry.shape,
+        group,
+        params,
+        parameter=entry.parameter,
+    )
 
 
 def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
@@ -191,6 +201,20 @@ class TargetSelection:
             and entry not in self._groups_of
             and any(entry.is_left_out_by(pattern) for pattern in patterns)
         ]
+        routers = [
+            entry
+            for entry in self.entries
+            if entry.is_router
+            and entry not in self._groups_of
+            and any(entry.is_reached_by(p) or p == EVERY_LAYER for p in patterns)
+        ]
+        if routers:
+            logger.info(
+                "%s: %d routers of experts stay as they are, such as %s; a regex that names only them reaches them",
+                self.key,
+                len(routers),
+                routers[0].name,
+            )
         if adapters:
             logger.info(
                 "%s: %d layers of adapters stay as they are, such as %s; a regex that names only them reaches them",
@@ -200,7 +224,11 @@ class TargetSelection:
             )
 
     def _reached(self, pattern: str) -> list[Entry]:
-        return [entry for entry in self.entries if entry.is_reached_by(pattern)]
+        """What the pattern reaches; routers only where it names nothing else that has a matrix."""
+        reached = [entry for entry in self.entries if entry.is_reached_by(pattern)]
+        if any(entry.kind is not None and not entry.is_router for entry in reached):
+            return [entry for entry in reached if not entry.is_router]
+        return reached
 
     def _modules_path(self, group: str, position: int) -> str:
         if not self.block.different_groups:
@@ -214,6 +242,8 @@ class TargetSelection:
             unsupported = [entry for entry in reached if entry.kind is None]
         else:
             unsupported = [entry for entry in reached if entry.is_unsupported]
+        foreign = MIXTURES - self.kinds
+        unsupported += [entry for entry in reached if entry.kind in foreign]
         return [entry for entry in unsupported if entry not in self._excluded]
 
     def _refused(self, path: str, pattern: str, unsupported: list[Entry], reaches_others: bool) -> Problem:
@@ -280,7 +310,7 @@ class TargetSelection:
 
 
 def _kinds_in_words(kinds: frozenset[ModuleKind]) -> str:
-    *names, last = (kind for kind in ModuleKind if kind in kinds - {ModuleKind.LINEAR_ACTIVATION})
+    *names, last = (kind for kind in ModuleKind if kind in kinds - {ModuleKind.LINEAR_ACTIVATION} - MIXTURES)
     return f"{', '.join(names)} or {last}"
 
 

@@ -27,7 +27,7 @@ from ds_compress.config.schema.patterns import UNSTRUCTURED, PatternText, densit
 from ds_compress.config.targets import Target, TechniquePlan, exact_ceil, inputs_of
 from ds_compress.errors import Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import exact_pattern, few
-from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.modelinfo.kinds import MIXTURES, ModuleKind
 
 _LEGACY_SNIP_PATTERN = "4x1"
 _LEGACY_SNIP_DENSE_RATIO = 0.1
@@ -200,7 +200,7 @@ class SparsePruningConfig(WeightBlock):
 
     key = "sparse_pruning"
     uses_kernels = True
-    layer_kinds = LAYERS | {ModuleKind.EMBEDDING}
+    layer_kinds = LAYERS | MIXTURES | {ModuleKind.EMBEDDING}
     removes_weights = True
 
     shared_parameters: SparsePruningShared = Field(
@@ -282,6 +282,7 @@ class SparsePruningConfig(WeightBlock):
     def limits(self, targets: Sequence[Target]) -> Iterator[Problem]:
         yield from self._frozen(targets)
         yield from self._uneven_n_of_m(targets)
+        yield from self._blocks_across_experts(targets)
 
     def _frozen(self, targets: Sequence[Target]) -> Iterator[Problem]:
         shared = self.shared_parameters
@@ -313,6 +314,27 @@ class SparsePruningConfig(WeightBlock):
                 f'"{text}" with {names}',
                 f"layers whose number of inputs is a multiple of {pattern.columns}",
                 "exclude these layers in excluded_modules, or choose another pattern",
+            )
+
+    def _blocks_across_experts(self, targets: Sequence[Target]) -> Iterator[Problem]:
+        """The rows of all experts of a stack follow each other in memory, so that a block would cover two experts."""
+        text = self.shared_parameters.effective_pattern
+        pattern = parse_pattern(text)
+        if pattern.kind != "blocks":
+            return
+        across = [
+            target
+            for target in targets
+            if target.kind.is_experts
+            and target.shape[1] % (pattern.columns if target.kind.is_transposed else pattern.rows)
+        ]
+        if across:
+            names = few([f"{target.module_name} {list(target.shape)}" for target in across])
+            yield Problem(
+                dotted(self.key, "shared_parameters", "pattern"),
+                f'"{text}" with {names}',
+                "blocks that divide the matrix of each expert",
+                "exclude these experts in excluded_modules, or choose another pattern",
             )
 
     def limits_beside(

@@ -41,6 +41,10 @@ def quantized(size: WeightSize, target: Target, shared: Any, format: str, packs:
 
 
 def _bytes(size: WeightSize, target: Target, shared: Any, format: str, packs: bool) -> int:
+    if target.kind.is_experts:
+        count = target.matrices
+        of_one = size.with_(shape=size.shape[1:], numel=size.numel // count)
+        return count * _bytes(of_one, _of_one_expert(target), shared, format, packs)
     itemsize = size.bits // 8
     if format == "hf" or (format == "compressed-tensors" and target.kind is ModuleKind.EMBEDDING):
         return size.numel * (itemsize if format == "hf" else _FP32)
@@ -65,6 +69,8 @@ def _bytes(size: WeightSize, target: Target, shared: Any, format: str, packs: bo
 
 def scales_of(target: Target, shared: Any) -> int:
     """How many scales one weight has."""
+    if target.kind.is_experts:
+        return target.matrices * scales_of(_of_one_expert(target), shared)
     outputs = target.shape[1] if target.kind is ModuleKind.CONV1D else target.shape[0]
     match shared.granularity_of(target.params):
         case None | "per_group" if target.kind is ModuleKind.EMBEDDING:
@@ -79,6 +85,11 @@ def scales_of(target: Target, shared: Any) -> int:
             inputs, size = math.prod(target.shape) // outputs, shared.group_size_of(target.params)
             rows = math.ceil(outputs / size) if granularity == "per_block" else outputs
             return rows * math.ceil(inputs / size)
+
+
+def _of_one_expert(target: Target) -> Target:
+    kind = ModuleKind.CONV1D if target.kind.is_transposed else ModuleKind.LINEAR
+    return replace(target, kind=kind, shape=target.shape[1:])
 
 
 def _matrix(kind: ModuleKind, shape: tuple[int, ...]) -> tuple[int, int]:

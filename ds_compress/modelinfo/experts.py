@@ -1,0 +1,148 @@
+"""Mixture-of-experts blocks: where the matrices of the experts are, and what routes tokens to them.
+
+Found from the interface, not from names of classes. transformers 5 fuses the experts of a layer into one module with
+three-dimensional parameters, `gate_up_proj` and `down_proj`, one slice per expert; older models and code on the hub
+have an nn.ModuleList of experts. Beside either lies a router, whose weight has a row for each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ds_compress.modelinfo.kinds import shape_of
+
+_UP = ("gate_up_proj", "up_proj")
+_DOWN = "down_proj"
+_CONCATENATED = "is_concatenated"
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """How a module of fused experts lays out its parameters.
+
+    experts, hidden, intermediate: sizes. up: "gate_up_proj", or "up_proj" of experts without a gate. transposed: the
+    matrices are [experts, inputs, outputs], else [experts, outputs, inputs]. interleaved: the outputs of gate_up_proj
+    are gate 0, up 0, gate 1, up 1, ..., else first all of the gate. biases: names of the parameters [experts, outputs]
+    that the module has, `up` + "_bias" and "down_proj_bias".
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    up: str
+    transposed: bool
+    interleaved: bool
+    biases: tuple[str, ...]
+
+    @property
+    def down(self) -> str:
+        return _DOWN
+
+    @property
+    def matrices(self) -> tuple[str, str]:
+        return self.up, self.down
+
+    @property
+    def has_gate(self) -> bool:
+        return self.up == _UP[0]
+
+
+@dataclass(frozen=True, eq=False)
+class MoeBlock:
+    """One mixture of experts of a model.
+
+    name, module: the block that holds router and experts. experts_name: of the module of fused experts, or of the
+    ModuleList. fused: None for a ModuleList. experts: how many. routers: names of the modules whose `weight` is
+    [experts, hidden], and of gates of shared experts, [1, hidden].
+    """
+
+    name: str
+    module: nn.Module
+    experts_name: str
+    fused: FusedExperts | None
+    experts: int
+    routers: tuple[str, ...]
+
+
+def fused_experts(module: nn.Module) -> FusedExperts | None:
+    """The layout of a module that holds the matrices of all experts of a layer; None for any other module."""
+    shapes = {
+        name: shape_of(parameter)
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, nn.Parameter)
+    }
+    up = next((name for name in _UP if len(shapes.get(name, ())) == 3), None)
+    if up is None or len(shapes.get(_DOWN, ())) != 3:
+        return None
+    transposed = _is_transposed(module, shapes[up], shapes[_DOWN], 2 if up == _UP[0] else 1)
+    if transposed is None:
+        return None
+    experts, first, second = shapes[_DOWN]
+    intermediate, hidden = (first, second) if transposed else (second, first)
+    biases = tuple(name for name in (f"{up}_bias", f"{_DOWN}_bias") if name in shapes)
+    interleaved = up == _UP[0] and not getattr(module, _CONCATENATED, True)
+    return FusedExperts(experts, hidden, intermediate, up, transposed, interleaved, biases)
+
+
+def _is_transposed(module: nn.Module, up: tuple[int, ...], down: tuple[int, ...], widths: int) -> bool | None:
+    """None: the shapes are not those of experts. widths: outputs of `up` per entry of the intermediate state."""
+    by_layout = {
+        False: up == (down[0], widths * down[2], down[1]),
+        True: up == (down[0], down[2], widths * down[1]),
+    }
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool) and by_layout[said]:
+        return said
+    # Without a gate and with as many hidden as intermediate entries both fit: the usual one.
+    return next((layout for layout, fits in by_layout.items() if fits), None)
+
+
+def moe_blocks(model: nn.Module) -> Iterator[MoeBlock]:
+    """The mixtures of experts of a model, in model order. Experts without a router beside them are none."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        fused = fused_experts(module)
+        if fused is None and not _is_list_of_experts(module):
+            continue
+        experts = fused.experts if fused else len(module)
+        parent = name.rpartition(".")[0]
+        routers = tuple(_routers(modules[parent], parent, module, experts))
+        if name and routers:
+            yield MoeBlock(parent, modules[parent], name, fused, experts, routers)
+
+
+def router_modules(model: nn.Module) -> frozenset[nn.Module]:
+    """Modules of the model that decide which experts see a token, and how much of each expert goes on."""
+    return frozenset(model.get_submodule(name) for block in moe_blocks(model) for name in block.routers)
+
+
+def _is_list_of_experts(module: nn.Module) -> bool:
+    """Whether it may be: a list of modules of one class, each with two matrices or more."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2 or len({type(item) for item in module}) > 1:
+        return False
+    return len(_rows_of_weights(module[0])) > 1
+
+
+def _routers(parent: nn.Module, name: str, experts: nn.Module, count: int) -> Iterator[str]:
+    """Children of the block with one matrix, of a row per expert or one row; the first kind has to be there."""
+    found = {}
+    for key, child in parent.named_children():
+        rows = {} if child is experts else _rows_of_weights(child)
+        if len(rows) == 1:
+            below, count_of_rows = rows.popitem()
+            found[".".join(part for part in (name, key, below) if part)] = count_of_rows
+    if count in found.values():
+        yield from (router for router, rows in found.items() if rows in (1, count))
+
+
+def _rows_of_weights(module: nn.Module) -> dict[str, int]:
+    """{name of the module: rows of its `weight`}, of those that have a matrix, `module` itself included."""
+    weights = ((name, child._parameters.get("weight")) for name, child in module.named_modules())
+    return {
+        name: shape_of(weight)[0]
+        for name, weight in weights
+        if isinstance(weight, nn.Parameter) and len(shape_of(weight)) == 2
+    }
