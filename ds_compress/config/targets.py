@@ -52,7 +52,8 @@ class TechniquePlan:
 class Weight:
     """One parameter of the model as it is stored: full shape, bytes per element, whether it trains, whose it is.
 
-    owner: name of the class of the module that holds it. users: names of all modules that do.
+    owner: name of the class of the module that holds it. users: names of all modules that do. routes: whether it
+    decides which experts see a token.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Weight:
     trainable: bool
     owner: str = ""
     users: tuple[str, ...] = ()
+    routes: bool = False
 
     @property
     def numel(self) -> int:

@@ -115,8 +115,13 @@ def moe_blocks(model: nn.Module) -> Iterator[MoeBlock]:
 
 
 def router_modules(model: nn.Module) -> frozenset[nn.Module]:
-    """Modules of the model that decide which experts see a token, and how much of each expert goes on."""
-    return frozenset(model.get_submodule(name) for block in moe_blocks(model) for name in block.routers)
+    """Modules that decide which experts see a token, and how much of each goes on, with all that is inside them."""
+    children = (
+        block.module.get_submodule(name.removeprefix(f"{block.name}.".lstrip(".")).partition(".")[0])
+        for block in moe_blocks(model)
+        for name in block.routers
+    )
+    return frozenset(module for child in children for module in child.modules())
 
 
 def _is_list_of_experts(module: nn.Module) -> bool:

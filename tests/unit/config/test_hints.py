@@ -16,7 +16,7 @@ from ds_compress.config.schema.source import block_of
 from ds_compress.errors import Problem
 from ds_compress.modelinfo.inventory import covering_patterns
 from tests.models import tiny_bert
-from tests.unit.config.report.test_coverage import mixtral
+from tests.unit.config.report.test_coverage import mixtral, with_slots
 
 SHARED = {"enabled": True, "dense_ratio": 0.5}
 _EXCLUDE = re.compile(r'add ("[^ ]*"(?:, "[^ ]*")*) (?:\(or .*?\) )?to (?:\S+ of )?\S*excluded_modules')
@@ -80,14 +80,14 @@ def test_hints_to_exclude_lead_to_an_accepted_config(model: Any, modules: list[s
 
 def test_a_hint_covers_all_layers_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(mixtral(), sparse(modules=["layers"]))
+        plan(with_slots(), sparse(modules=["layers"]))
     (problem,) = caught.value.problems
-    assert "\\\\d+" in problem.hint and problem.hint.count("experts") == 1
+    assert "\\\\d+" in problem.hint and problem.hint.count("mlp") == 1
 
 
 def test_a_regex_that_reaches_nothing_else_is_not_to_be_excluded() -> None:
-    left = problem_after_following(mixtral(), sparse(modules=["experts"]))
-    assert left is not None and "experts" in left.got and "reaches none" not in left.got
+    left = problem_after_following(with_slots(), sparse(modules=["mlp"]))
+    assert left is not None and "mlp" in left.got and "reaches none" not in left.got
     assert "remove the regex" in left.hint
 
 
