@@ -26,7 +26,13 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
 
     old = dense.config
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    same += (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
     same += ("rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
     config = MixtralConfig(
         **{key: getattr(old, key) for key in same},
