@@ -1,7 +1,7 @@
 """A mixture of experts made of SmolLM2-135M: sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055).
 
-Each FFN becomes 8 copies of itself, with noise, of which a token sees 2 by a new router; then all is trained on the Python
-documentation until the experts differ. The result is a Mixtral, `folder/upcycled`, which `experts` prunes.
+Each FFN becomes 8 copies of itself, with noise, of which a token sees 2 by a new router; then all is trained on the
+Python documentation until the experts differ. The result is a Mixtral, `folder/upcycled`, which `experts` prunes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
 
     old = dense.config
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    same += (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
     same += ("rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
     config = MixtralConfig(
         **{key: getattr(old, key) for key in same},
