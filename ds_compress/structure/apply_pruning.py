@@ -108,9 +108,7 @@ def _check(model: nn.Module, pruning_plan: PruningPlan) -> None:
                 raise ValueError(
                     f"{coupled.tensor} is sharded: gather it, or stream it by `PruningPlan.prune_tensor`"
                 )
-            entries = shape[coupled.dim] * (shape[0] if coupled.of_experts else 1)
-            is_whole = not coupled.of_experts or shape[0] == group.experts
-            if not is_whole or (coupled.index.numel() and int(coupled.index.max()) >= entries):
+            if coupled.index.numel() and int(coupled.index.max()) >= shape[coupled.dim]:
                 raise ValueError(
                     f"{coupled.tensor} has the shape {list(shape)}: it was pruned before, or belongs to another model"
                 )
