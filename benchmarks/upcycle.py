@@ -56,11 +56,11 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
     return model
 
 
-def config(steps: int) -> dict[str, Any]:
+def config(steps: int, peak_lr: float = PEAK_LR) -> dict[str, Any]:
     """bf16 weights with fp32 masters: the grouped products of experts run in the precision of the weights."""
-    settings = {"total_num_steps": steps, "warmup_num_steps": 10, "warmup_type": "linear"}
+    settings = {"total_num_steps": steps, "warmup_num_steps": 4, "warmup_type": "linear"}
     settings |= {"warmup_min_ratio": 0.1, "cos_min_ratio": 0.05}
-    made = smollm2.deepspeed_config(ROWS, PEAK_LR, betas=[0.9, 0.95], weight_decay=0.0)
+    made = smollm2.deepspeed_config(ROWS, peak_lr, betas=[0.9, 0.95], weight_decay=0.0)
     del made["torch_autocast"]
     return made | {"bf16": {"enabled": True}, "scheduler": {"type": "WarmupCosineLR", "params": settings}}
 
