@@ -46,6 +46,8 @@ _INNER_SIZES = (
     "ffn_hidden_size",
     "ffn_size",
 )
+_EXPERT_SIZES = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "expert_dim", "ffn_dim")
+"""Of fused experts and of the blocks around them; `hidden_dim` of those is the width of the residual stream."""
 _HIDDEN_SIZES = ("hidden_size", "embed_dim", "d_model", "dim")
 _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
@@ -198,6 +200,9 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
         attributes: tuple[str, ...]
         if group.kind is GroupKind.HIDDEN:
             holders, attributes = list(model.modules()), _HIDDEN_SIZES
+        elif group.kind is GroupKind.ROW and group.experts > 1:
+            around = group.name.rpartition(".")[0]
+            holders, attributes = [model.get_submodule(name) for name in (group.name, around)], _EXPERT_SIZES
         elif group.kind is GroupKind.ROW:
             parents = {name.rpartition(".")[0] for name in group.modules}
             holders, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
@@ -210,7 +215,7 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
         else:
             continue
         for holder in holders:
-            _set(holder, attributes, group.units, pruning_plan.count(group))
+            _set(holder, attributes, group.width, pruning_plan.count(group) // group.experts)
 
 
 def _scale_epsilon(model: nn.Module, pruning_plan: PruningPlan) -> None:
