@@ -43,6 +43,12 @@ def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = 
     return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
 
 
+def units_left(structure: PrunableGroup, dense_ratio: float, shared: Any) -> int:
+    """How many units of `structure` stay at this density; of each of its parts as many. `shared`: of its block."""
+    own = kept_units(dense_ratio, structure.units // structure.parts, shared.round_to, shared.rounds_up)
+    return structure.parts * own
+
+
 def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the parameter `name` once the units that its structures lose are removed."""
     left = list(shape)
@@ -65,4 +71,4 @@ def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
 
 
 def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up)
+    return units_left(target.structure, target.dense_ratio, plan.shared)

@@ -61,6 +61,14 @@ def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
     return order[:count].sort().values
 
 
+def top_units(scores: torch.Tensor, count: int, parts: int = 1) -> torch.Tensor:
+    """As `top_indices`; where the units are `parts` runs of equal length, of each run as many."""
+    if parts == 1:
+        return top_indices(scores, count)
+    runs = scores.view(parts, -1)
+    return torch.cat([top_indices(run, count // parts) + i * runs.shape[1] for i, run in enumerate(runs)])
+
+
 def global_counts(scores: Sequence[torch.Tensor], total: int, round_to: int) -> list[int]:
     """How many units each group keeps when the units of all groups compete for `total` places.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.structure.experts import counts_experts
 from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
@@ -82,6 +83,7 @@ def update_config(config: Any, counted: Counted) -> None:
     """
     rows = [(s, n) for s, n in counted if s.kind is GroupKind.ROW]
     heads = [(s, n) for s, n in counted if s.kind is GroupKind.HEAD]
+    _experts(config, [(s, n) for s, n in counted if s.kind is GroupKind.EXPERT])
     for stack, own in _by_stack(config, rows, "{}_ffn_dim").items():
         _rows(config, own, stack)
     for stack, own in _by_stack(config, heads, "{}_attention_heads").items():
@@ -179,6 +181,18 @@ def _heads(config: Any, counted: Counted, stack: str) -> None:
     setattr(config, key, heads * kept // units)
     if isinstance(key_values, int) and key_values > 1:
         config.num_key_value_heads = key_values * kept // units
+
+
+def _experts(config: Any, counted: Counted) -> None:
+    sizes = _agreed(counted)
+    if sizes is None:
+        return
+    before, after = sizes
+    for key, value in list(vars(config).items()):
+        if counts_experts(key) and value == before and type(value) is int:
+            setattr(config, key, after)
+        elif counts_experts(key) and isinstance(value, list):  # an item for each layer
+            setattr(config, key, [after if count == before else count for count in value])
 
 
 def _hidden(config: Any, units: int, kept: int) -> None:

@@ -25,6 +25,8 @@ class GroupKind(StrEnum):
     """Layers of a stack."""
     HIDDEN = "hidden"
     """The width of the residual stream, one group for the model."""
+    EXPERT = "expert"
+    """Experts of one mixture, with all that the routing knows of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,12 @@ class PrunableGroup:
     removable: bool = True
     aligned: str = ""
     layers: tuple[str, ...] = field(default=())
-    """Names of the layer modules, unit by unit; of GroupKind.LAYER only."""
+    """Names of the modules that are the units, one by one: of GroupKind.LAYER, and of experts in a ModuleList."""
+    parts: int = 1
+    """The units are so many runs of equal length, each of which keeps the same number (experts of a router that
+    chooses among groups of them first)."""
+    fewest: int = 1
+    """A model with fewer units than that does not run."""
 
 
 @dataclass(frozen=True)

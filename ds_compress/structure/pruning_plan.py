@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_compress.structure.inventory import second_names
-from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import PrunableGroup
 
 
 class PruningPlan:
@@ -103,10 +103,14 @@ class PruningPlan:
 
     def renamed(self, name: str) -> str | None:
         """The name once layers are deleted and those behind are renumbered; None when its layer is deleted."""
+        # More than one may apply: an expert of a list is renumbered within a layer that moves up itself.
+        numbers = name.split(".")
         for prefix, index in self._layers.items():
             if name == prefix or name.startswith(prefix + "."):
-                return None if index is None else f"{prefix.rpartition('.')[0]}.{index}{name[len(prefix) :]}"
-        return name
+                if index is None:
+                    return None
+                numbers[prefix.count(".")] = str(index)
+        return ".".join(numbers)
 
     def deleted_layers(self) -> dict[str, tuple[int, ...]]:
         """Name of each ModuleList that loses items -> their indices, increasing."""
@@ -123,7 +127,7 @@ class PruningPlan:
         kept = self.kept[group.name]
         goes = torch.ones(group.units, dtype=torch.bool)
         goes[kept] = False
-        if group.kind is GroupKind.LAYER:
+        if group.layers:
             self._add_layers(group, goes)
         for coupled in group.slices:
             gone = coupled.index[goes].flatten()

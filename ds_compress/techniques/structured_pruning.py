@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.structure_targets import kept_units
+from ds_compress.config.structure_targets import units_left
 from ds_compress.errors import Problem
 from ds_compress.ops import bitmask
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
-from ds_compress.select.units import global_counts, on_device, top_indices, unit_mask, unit_sums
+from ds_compress.select.units import global_counts, on_device, top_units, unit_mask, unit_sums
 from ds_compress.techniques.base import engine_only
 from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
@@ -70,8 +70,7 @@ class StructuredPruning(MaskedTechnique):
         self.score: UnitScore = UNIT_SCORES[shared.method](
             self.structures.values(), seed if shared.seed is None else shared.seed
         )
-        self._scope, self._round_to = shared.scope, shared.round_to
-        self._rounds_up = shared.rounds_up
+        self._shared, self._scope, self._round_to = shared, shared.scope, shared.round_to
         self.schedule = schedule_of(shared, self.score.needs_gradient)
         self.kept: dict[str, torch.Tensor] = {}
         self._places: dict[str, list[Place]] = {}
@@ -215,7 +214,7 @@ class StructuredPruning(MaskedTechnique):
         pools = self._pools(scores)
         counts = self._counts(pools, step)
         self.kept = {
-            name: top_indices(values, count)
+            name: top_units(values, count, self.structures[name].parts)
             for (names, values), count in zip(pools, counts, strict=True)
             for name in names
         }
@@ -270,7 +269,7 @@ class StructuredPruning(MaskedTechnique):
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
         density = self.schedule.density(step, self.targets[name].dense_ratio)
-        return kept_units(density, self.structures[name].units, self._round_to, self._rounds_up)
+        return units_left(self.structures[name], density, self._shared)
 
     def untouched(self) -> list[str]:
         if self._scope != "uniform":
@@ -279,8 +278,7 @@ class StructuredPruning(MaskedTechnique):
             name
             for name, target in self.targets.items()
             if target.dense_ratio < 1
-            and kept_units(target.dense_ratio, target.structure.units, self._round_to, self._rounds_up)
-            == target.structure.units
+            and units_left(target.structure, target.dense_ratio, self._shared) == target.structure.units
         ]
 
     # -- masks -----------------------------------------------------------------------------------------
