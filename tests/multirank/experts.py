@@ -12,7 +12,7 @@ from torch import nn
 import ds_compress
 from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 from tests.multirank.common import device, ds_config, engine_of
-from tests.zoo.mixtures import mixture, tokens
+from tests.zoo.mixtures import StrangeBlock, mixture, tokens
 
 STAGES = (0, 2, 3)
 
@@ -22,12 +22,38 @@ def block(method: str = "reap", **shared: Any) -> dict[str, Any]:
     return {"expert_pruning": {"shared_parameters": keys}}
 
 
+class SelectiveBlock(StrangeBlock):
+    """Calls only experts that a token of this process goes to."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        shares, chosen = self.chooser(flat).softmax(-1).topk(1, dim=-1)
+        out = torch.zeros_like(flat)
+        for index, part in enumerate(self.parts):
+            rows = (chosen == index).any(-1).nonzero().flatten()
+            if rows.numel():
+                out = out.index_add(0, rows, shares[rows] * part(flat[rows]))
+        return x + out.view_as(x)
+
+
+def built(name: str) -> nn.Module:
+    """`mixture`, and "selective", a list of experts of which each process calls its own."""
+    if name != "selective":
+        return mixture(name)
+    model = mixture("stranger")
+    for module in model.modules():
+        if type(module) is StrangeBlock:
+            module.__class__ = SelectiveBlock
+    return model
+
+
 def method_for(name: str, method: str = "reap") -> str:
-    return "l2" if name == "stranger" and method in ("reap", "frequency") else method
+    return "l2" if name in ("stranger", "selective") and method in ("reap", "frequency") else method
 
 
-def train(engine: Any, steps: int, seed: int = 1) -> list[float]:
-    """The same tokens in every process, so that world sizes agree."""
+def train(engine: Any, steps: int, seed: int = 1, alike: bool = True) -> list[float]:
+    """alike: the same tokens in every process, so that world sizes agree."""
+    seed += 0 if alike else torch.distributed.get_rank()
     losses = []
     engine.train()
     for step in range(steps):
@@ -62,7 +88,11 @@ def save(model: Any, folder: Path) -> None:
 
 
 def removed(
-    names: tuple[str, ...], stages: tuple[int, ...] = STAGES, folder: str | None = None, **shared: Any
+    names: tuple[str, ...],
+    stages: tuple[int, ...] = STAGES,
+    folder: str | None = None,
+    alike: bool = True,
+    **shared: Any,
 ) -> dict[tuple[str, int], Any]:
     """{(architecture, stage): kept experts, losses, logits while masked and after finalize, obstacles}.
 
@@ -72,8 +102,8 @@ def removed(
     for name in names:
         keys = {**shared, "method": method_for(name, shared.get("method", "reap"))}
         for stage in stages:
-            with engine_of(mixture(name), ds_config(stage, block(**keys))) as engine:
-                losses = train(engine, 4)
+            with engine_of(built(name), ds_config(stage, block(**keys))) as engine:
+                losses = train(engine, 4, alike=alike)
                 kept = {group: units.tolist() for group, units in engine.compression.kept_units.items()}
                 masked = evaluated(engine)
                 metrics = engine.compression.metrics()
