@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,6 +44,14 @@ def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = 
     return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
 
 
+def units_of(group: PrunableGroup, dense_ratio: float, round_to: int, rounds_up: bool = False) -> int:
+    """How many units of a group are kept, by `kept_units`: of each fused expert as many, in the group's multiples."""
+    of_each = kept_units(dense_ratio, group.width, math.lcm(round_to, group.multiple), rounds_up)
+    if rounds_up:
+        of_each = min(group.width, -(-of_each // group.multiple) * group.multiple)
+    return group.experts * of_each
+
+
 def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the parameter `name` once the units that its structures lose are removed."""
     left = list(shape)
@@ -51,7 +60,8 @@ def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int,
             lost = target.structure.units - _kept_in_the_end(plan, target)
             for member in target.structure.slices:
                 if member.tensor == name and target.structure.removable:
-                    left[member.dim] -= lost * member.index.shape[1]
+                    sharers = target.structure.experts if member.of_experts else 1
+                    left[member.dim] -= lost * member.index.shape[1] // sharers
     return tuple(left)
 
 
@@ -65,4 +75,4 @@ def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
 
 
 def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return kept_units(target.dense_ratio, target.structure.units, plan.shared.round_to, plan.shared.rounds_up)
+    return units_of(target.structure, target.dense_ratio, plan.shared.round_to, plan.shared.rounds_up)

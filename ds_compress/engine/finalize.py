@@ -13,14 +13,14 @@ from torch import nn
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
 from ds_compress.config.schema.source import block_of
-from ds_compress.config.structure_targets import StructurePlan, StructureTarget, kept_units
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_of
 from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.resize.cut import cut_in_place
 from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.select.scores import SCORES
-from ds_compress.select.units import top_indices, unit_sums
+from ds_compress.select.units import top_of_experts, unit_sums
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.pruning_plan import PruningPlan
@@ -145,10 +145,10 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
         if member.scored:
             weight = parameters[member.tensor]
             magnitudes = weight.detach().float().abs().flatten()
-            total += unit_sums(magnitudes, 0, weight.shape, member.dim, member.index).to(total.device)
+            sums = unit_sums(magnitudes, 0, weight.shape, member.dim, member.index, member.of_experts)
+            total += sums.to(total.device)
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     shared = structures.shared
-    return top_indices(
-        total, kept_units(target.dense_ratio, structure.units, shared.round_to, shared.rounds_up)
-    )
+    count = units_of(structure, target.dense_ratio, shared.round_to, shared.rounds_up)
+    return top_of_experts(total, count, structure.experts)

@@ -46,6 +46,8 @@ _INNER_SIZES = (
     "ffn_hidden_size",
     "ffn_size",
 )
+_EXPERT_SIZES = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "expert_dim", "ffn_dim")
+"""Of fused experts and of the blocks around them; `hidden_dim` of those is the width of the residual stream."""
 _HIDDEN_SIZES = ("hidden_size", "embed_dim", "d_model", "dim")
 _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
@@ -108,9 +110,7 @@ def _check(model: nn.Module, pruning_plan: PruningPlan) -> None:
                 raise ValueError(
                     f"{coupled.tensor} is sharded: gather it, or stream it by `PruningPlan.prune_tensor`"
                 )
-            entries = shape[coupled.dim] * (shape[0] if coupled.of_experts else 1)
-            is_whole = not coupled.of_experts or shape[0] == group.experts
-            if not is_whole or (coupled.index.numel() and int(coupled.index.max()) >= entries):
+            if coupled.index.numel() and int(coupled.index.max()) >= shape[coupled.dim]:
                 raise ValueError(
                     f"{coupled.tensor} has the shape {list(shape)}: it was pruned before, or belongs to another model"
                 )
@@ -200,6 +200,9 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
         attributes: tuple[str, ...]
         if group.kind is GroupKind.HIDDEN:
             holders, attributes = list(model.modules()), _HIDDEN_SIZES
+        elif group.kind is GroupKind.ROW and group.experts > 1:
+            around = group.name.rpartition(".")[0]
+            holders, attributes = [model.get_submodule(name) for name in (group.name, around)], _EXPERT_SIZES
         elif group.kind is GroupKind.ROW:
             parents = {name.rpartition(".")[0] for name in group.modules}
             holders, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
@@ -212,7 +215,7 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
         else:
             continue
         for holder in holders:
-            _set(holder, attributes, group.units, pruning_plan.count(group))
+            _set(holder, attributes, group.width, pruning_plan.count(group) // group.experts)
 
 
 def _scale_epsilon(model: nn.Module, pruning_plan: PruningPlan) -> None:

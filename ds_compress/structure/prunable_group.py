@@ -36,7 +36,9 @@ class CoupledSlice:
     entries that belong to none are never removed. scored: whether these weights count in the unit's score (`l1`, `l2`,
     `taylor`). masked: whether training zeroes them (a normalization's weight, say, is only sliced). rescale: when k of
     n units are kept, the kept values are multiplied by (k / n) ** rescale, because a root mean square over n entries,
-    n - k of them zero, is not that over the k others.
+    n - k of them zero, is not that over the k others. of_experts: dimension 0 of the tensor counts fused experts, of
+    which each has units of its own: `index` counts the entries of (dimension 0, dim) together, entry i of expert e is
+    e * shape[dim] + i.
     """
 
     tensor: str
@@ -45,6 +47,7 @@ class CoupledSlice:
     scored: bool = False
     masked: bool = True
     rescale: float = 0.0
+    of_experts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,9 @@ class PrunableGroup:
     scores), with the positions along its last dimension (dim 1 of a convolution's) as in `CoupledSlice.index`; None
     where there is none. removable: False when the units can only be zeroed, because what reads them is not known
     (legacy blocks without related_modules). aligned: groups of equal `aligned` text must keep the same units (T5
-    shares one position bias among all layers); "" when there is no such group.
+    shares one position bias among all layers); "" when there is no such group. experts: of units inside fused experts,
+    how many experts there are: the units of the first come first, each has as many, and each keeps as many of its own.
+    multiple: counts of kept units (of each expert) are multiples of it, whatever `round_to` is.
     """
 
     name: str
@@ -71,6 +76,13 @@ class PrunableGroup:
     aligned: str = ""
     layers: tuple[str, ...] = field(default=())
     """Names of the layer modules, unit by unit; of GroupKind.LAYER only."""
+    experts: int = 1
+    multiple: int = 1
+
+    @property
+    def width(self) -> int:
+        """Units of each expert; of all other groups all units."""
+        return self.units // self.experts
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ds_compress.config.structure_targets import kept_units
+from ds_compress.config.structure_targets import units_of
 from ds_compress.errors import Problem
 from ds_compress.ops import bitmask
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
-from ds_compress.select.units import global_counts, on_device, top_indices, unit_mask, unit_sums
+from ds_compress.select.units import global_counts, on_device, top_of_experts, unit_mask, unit_sums
 from ds_compress.techniques.base import engine_only
 from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
@@ -215,7 +216,7 @@ class StructuredPruning(MaskedTechnique):
         pools = self._pools(scores)
         counts = self._counts(pools, step)
         self.kept = {
-            name: top_indices(values, count)
+            name: top_of_experts(values, count, self.structures[name].experts)
             for (names, values), count in zip(pools, counts, strict=True)
             for name in names
         }
@@ -252,7 +253,7 @@ class StructuredPruning(MaskedTechnique):
     def _unit_sums(
         self, structure: PrunableGroup, member: CoupledSlice, fragment: Fragment, values: torch.Tensor
     ) -> torch.Tensor:
-        return unit_sums(values, fragment.start, fragment.shape, member.dim, member.index)
+        return unit_sums(values, fragment.start, fragment.shape, member.dim, member.index, member.of_experts)
 
     def _pools(self, scores: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
         """Structures that must keep the same units, with the sum of their scores."""
@@ -265,12 +266,14 @@ class StructuredPruning(MaskedTechnique):
         own = [self.units_kept(names[0], step) for names, _ in pools]
         if self._scope == "uniform" or len(pools) < 2:
             return own
-        return global_counts([values for _, values in pools], sum(own), self._round_to)
+        groups = [self.structures[names[0]] for names, _ in pools]
+        multiples = [math.lcm(self._round_to, group.multiple) * group.experts for group in groups]
+        return global_counts([values for _, values in pools], sum(own), multiples)
 
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
         density = self.schedule.density(step, self.targets[name].dense_ratio)
-        return kept_units(density, self.structures[name].units, self._round_to, self._rounds_up)
+        return units_of(self.structures[name], density, self._round_to, self._rounds_up)
 
     def untouched(self) -> list[str]:
         if self._scope != "uniform":
@@ -279,7 +282,7 @@ class StructuredPruning(MaskedTechnique):
             name
             for name, target in self.targets.items()
             if target.dense_ratio < 1
-            and kept_units(target.dense_ratio, target.structure.units, self._round_to, self._rounds_up)
+            and units_of(target.structure, target.dense_ratio, self._round_to, self._rounds_up)
             == target.structure.units
         ]
 
@@ -294,7 +297,13 @@ class StructuredPruning(MaskedTechnique):
                     units = torch.zeros(structure.units, dtype=torch.bool)
                     units[self.kept[structure.name]] = True
                     own = unit_mask(
-                        units, fragment.start, fragment.numel, fragment.shape, member.dim, member.index
+                        units,
+                        fragment.start,
+                        fragment.numel,
+                        fragment.shape,
+                        member.dim,
+                        member.index,
+                        member.of_experts,
                     )
                     keep = own if keep is None else keep & own
             if keep is not None:
@@ -305,8 +314,8 @@ class StructuredPruning(MaskedTechnique):
             return False
         if not self.score.may_change or self.is_over:
             return True
-        scored = {m.tensor.rpartition(".")[0] for m in structure.slices if m.scored and m.dim == member.dim}
-        return member.scored or member.tensor.rpartition(".")[0] in scored
+        scored = {_matrix_of(m) for m in structure.slices if m.scored and m.dim == member.dim}
+        return member.scored or _matrix_of(member) in scored
 
     def _units_changed(self) -> None:
         """For blocks that do more than mask weights."""
@@ -351,3 +360,8 @@ class StructuredPruning(MaskedTechnique):
             self.kept[name].numel() if name in self.kept else s.units for name, s in self.structures.items()
         )
         return {"density": kept / units if units else 1.0}
+
+
+def _matrix_of(member: CoupledSlice) -> str:
+    """What a weight and its bias have in common: their module, or among fused experts the weight's name."""
+    return member.tensor.removesuffix("_bias") if member.of_experts else member.tensor.rpartition(".")[0]

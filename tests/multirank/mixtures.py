@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-import ds_compress  # noqa: F401  (registers)
+import ds_compress
+from tests.models import tiny_llama
 from tests.multirank.common import ds_config, engine_of, full_weights
-from tests.zoo.mixtures import mixture, tokens
+from tests.zoo.mixtures import VOCABULARY, mixture, tokens
 
 STAGES = (0, 2, 3)
 
@@ -79,4 +80,44 @@ def experts_without_tokens() -> dict[int, dict[str, torch.Tensor]]:
                 engine.backward(engine(input_ids=ids, labels=ids).loss)
                 engine.step()
             results[stage] = full_weights(model)
+    return results
+
+
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "more experts": ("qwen3_moe", {"num_experts": 8}),
+    "dense student": ("mixtral", {}),
+    "itself": ("deepseek_v3", {}),
+}
+"""{name: (architecture of the teacher, changes to its config)}"""
+
+
+def _student(name: str) -> torch.nn.Module:
+    if name == "dense student":
+        return tiny_llama(hidden=16, heads=2, intermediate=24, vocab_size=VOCABULARY).eval()
+    return mixture("qwen3_moe" if name == "more experts" else "deepseek_v3", seed=1)
+
+
+def distilled(steps: int = 4) -> dict[tuple[str, int], dict[str, Any]]:
+    """{(pair, stage): losses}: towards a mixture, without labels, whatever the model adds to the loss of its task."""
+    results = {}
+    for name, (architecture, changes) in TEACHERS.items():
+        for stage in STAGES:
+            teacher = None if name == "itself" else mixture(architecture, **changes)
+            own = {"self_teacher": {"weights": "initial"}} if teacher is None else {}
+            losses = {"logits": {}, "hidden": {"weight": 0.5}}
+            block = {"enabled": True, "task_loss_weight": 0.0, "losses": losses, **own}
+            model = _student(name).train()
+            sparse = sparse_block("layer") if teacher is None else {}
+            config = ds_config(stage, {"distillation": block, **sparse})
+            engine, *_ = ds_compress.initialize(
+                model=model, model_parameters=model.parameters(), config=config, teacher=teacher
+            )
+            values = []
+            for step in range(steps):
+                loss = engine(input_ids=tokens(4, 12, seed=step)).loss
+                engine.backward(loss)
+                engine.step()
+                values.append(loss.item())
+            results[name, stage] = {"losses": values, "weights": full_weights(model)}
+            engine.destroy()
     return results

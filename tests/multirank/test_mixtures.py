@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.multirank.launch import run_ranks
-from tests.multirank.mixtures import SPARSE, STAGES
+from tests.multirank.mixtures import SPARSE, STAGES, TEACHERS
 from tests.zoo.mixtures import ARCHITECTURES
 
 SCOPES_ON = ("qwen3_moe", "gpt_oss")
@@ -48,6 +48,19 @@ def test_masks_of_every_kind(sparse: Any, name: str, kind: str) -> None:
         ):
             kept = (values != 0).flatten(1).sum(1)
             assert bool((kept == -(-values[0].numel() // 2)).all()), weight
+
+
+@pytest.fixture(scope="module")
+def distilled() -> dict[tuple[str, int], dict[str, Any]]:
+    return run_ranks(2, "tests.multirank.mixtures:distilled")[0]
+
+
+@pytest.mark.parametrize("pair", TEACHERS)
+def test_a_mixture_teaches_alike_at_every_stage(distilled: Any, pair: str) -> None:
+    reference = distilled[pair, 0]["losses"]
+    assert min(reference[1:]) > 0
+    for stage in STAGES[1:]:
+        torch.testing.assert_close(distilled[pair, stage]["losses"], reference, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_without_tokens_are_no_fault() -> None:

@@ -26,7 +26,7 @@ from ds_compress.config.schema.fields import (
     without_effect,
 )
 from ds_compress.config.schema.sparse_pruning import Schedule
-from ds_compress.config.structure_targets import StructurePlan, StructureTarget, kept_units
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_of
 from ds_compress.errors import listed
 from ds_compress.structure.prunable_group import GroupKind
 
@@ -242,7 +242,9 @@ class StructuredPruningConfig(GroupedBlock):
 
     def describe_target(self, target: StructureTarget) -> str:
         """The cell of a plan's table, e.g. "768 of 1,536 rows"."""
-        units = target.structure.units
-        kept = kept_units(target.dense_ratio, units, self.shared.round_to, self.shared.rounds_up)
+        units, experts = target.structure.width, target.structure.experts
+        kept = units_of(target.structure, target.dense_ratio, self.shared.round_to, self.shared.rounds_up)
+        kept //= experts
         only_zeroed = "" if target.structure.removable else ", the others zero"
-        return f"{kept:,} of {plural(units, str(self.kind))}{only_zeroed}"
+        of_each = f" of each of {experts} experts" if experts > 1 else ""
+        return f"{kept:,} of {plural(units, str(self.kind))}{of_each}{only_zeroed}"
