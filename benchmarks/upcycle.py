@@ -1,7 +1,7 @@
 """A mixture of experts made of SmolLM2-135M: sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055).
 
-Each FFN becomes 8 copies of itself, with noise, of which a token sees 2 by a new router; then all is trained on the Python
-documentation until the experts differ. The result is a Mixtral, `folder/upcycled`, which `experts` prunes.
+Each FFN becomes 8 copies of itself, with noise, of which a token sees 2 by a new router; then all is trained on the
+Python documentation until the experts differ. The result is a Mixtral, `folder/upcycled`, which `experts` prunes.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
     return model
 
 
-def config(steps: int) -> dict[str, Any]:
+def config(steps: int, peak_lr: float = PEAK_LR) -> dict[str, Any]:
     """bf16 weights with fp32 masters: the grouped products of experts run in the precision of the weights."""
-    settings = {"total_num_steps": steps, "warmup_num_steps": 10, "warmup_type": "linear"}
+    settings = {"total_num_steps": steps, "warmup_num_steps": 4, "warmup_type": "linear"}
     settings |= {"warmup_min_ratio": 0.1, "cos_min_ratio": 0.05}
-    made = smollm2.deepspeed_config(ROWS, PEAK_LR, betas=[0.9, 0.95], weight_decay=0.0)
+    made = smollm2.deepspeed_config(ROWS, peak_lr, betas=[0.9, 0.95], weight_decay=0.0)
     del made["torch_autocast"]
     return made | {"bf16": {"enabled": True}, "scheduler": {"type": "WarmupCosineLR", "params": settings}}
 

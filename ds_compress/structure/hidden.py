@@ -15,7 +15,7 @@ from torch import nn
 from ds_compress.modelinfo.experts import fused_experts, moe_blocks
 from ds_compress.modelinfo.kinds import kind_of, shape_of
 from ds_compress.structure.attention import attentions_of
-from ds_compress.structure.experts import expert_hidden_slices, multiple_of_widths
+from ds_compress.structure.expert_rows import expert_hidden_slices, multiple_of_widths
 from ds_compress.structure.feed_forward import feed_forwards_of
 from ds_compress.structure.head_companions import OF_ROOT_MEAN_SQUARE
 from ds_compress.structure.inventory import Inventory, rows, unique

@@ -23,7 +23,7 @@ def kept_units(
         count = min(group.width, group.multiple * multiples)
         of_each = [
             expert * group.width + torch.randperm(group.width, generator=generator)[:count].sort().values
-            for expert in range(group.experts)
+            for expert in range(group.parts)
         ]
         kept[group.name] = torch.cat(of_each)
     return kept

@@ -112,15 +112,15 @@ def test_removed_equals_masked(name: str, kinds: str, folders: Path) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "jamba", "deepseek_v3"])
 def test_each_expert_keeps_its_own(name: str) -> None:
     model = mixture(name)
-    groups = [group for group in groups_of(model, (_ROW,)) if group.experts > 1]
+    groups = [group for group in groups_of(model, (_ROW,)) if group.parts > 1]
     kept = kept_units(groups)
     for group in groups:
-        chosen = kept[group.name].view(group.experts, -1) % group.width
+        chosen = kept[group.name].view(group.parts, -1) % group.width
         assert len({tuple(units.tolist()) for units in chosen}) > 1
     apply_pruning(model, PruningPlan.of(groups, kept))
     for group in groups:
         layout = fused_experts(model.get_submodule(group.name))
-        assert layout is not None and layout.intermediate == len(kept[group.name]) // group.experts
+        assert layout is not None and layout.intermediate == len(kept[group.name]) // group.parts
 
 
 def test_experts_that_keep_different_numbers_are_an_error() -> None:
