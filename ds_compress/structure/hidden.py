@@ -110,8 +110,8 @@ def _group(inventory: Inventory) -> PrunableGroup:
         slices += expert_hidden_slices(inventory, name, index)
         multiple = max(multiple, multiple_of_widths(inventory.modules[name]))
         inner.add(name)
-    for block in moe_blocks(inventory.model):
-        for router in block.routers:
+    for mixture in moe_blocks(inventory.model):
+        for router in mixture.routers:
             weight = inventory.tensor(router, "weight")
             assert weight is not None
             slices.append(CoupledSlice(weight, 1, index, scored=True))
