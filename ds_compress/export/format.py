@@ -15,7 +15,9 @@ from torch import nn
 from ds_compress.errors import ExportError
 from ds_compress.export import kv_cache
 from ds_compress.export.check import Answer
+from ds_compress.export.hub_names import Converter, hub_names
 from ds_compress.export.loaded_tensors import input_scale
+from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
@@ -50,7 +52,7 @@ class Format(ABC):
     trained_dtype: of the trained model. checked: what is written will be loaded and compared. doubts: how a model that
     is built from the config differs, where only logits can tell whether it matters. scheme: to which the export rounds
     weights. rounds_weights: a loader rounds quantized weights. same_activations: what is loaded rounds activations as
-    training did. kv_cache: its observed scales.
+    training did. kv_cache: its observed scales. hub: names of tensors in the files, see `hub_names`.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,7 @@ class Format(ABC):
     kv_cache: kv_cache.Scales = field(default_factory=dict)
     rounds_weights: bool = False
     same_activations: bool = False
+    hub: Converter = dict
 
     @property
     def rounds_plain_to(self) -> torch.dtype | None:
@@ -89,6 +92,7 @@ class Format(ABC):
         """Raises ExportError before anything is read; `final` is the pruned model, on the meta device."""
         if self.loads_in_vanilla_hf:
             self.differences = refuse_unless_vanilla_hf(source, final, self.name, self.checked)
+            self.hub = hub_names(final)
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         """In which a loader should hold the model: `dtype` of `config.json`."""
@@ -128,6 +132,8 @@ class Format(ABC):
         values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
         if layer.quantized is not None:
             values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
+        for name, experts in layer.experts.items():
+            values[layer.full(name)] = self.dequantized_experts(layer, experts)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
@@ -151,6 +157,14 @@ class Format(ABC):
     def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         """A quantized weight as a loader must hold it."""
         return quantized.dequantize()
+
+    def dequantized_experts(self, layer: Layer, experts: QuantizedExperts) -> torch.Tensor:
+        """A quantized stack as a loader must hold it."""
+        return experts.as_stack(lambda matrix: self.dequantized(layer, matrix))
+
+    def files(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What is stored of a layer, by its name in the files."""
+        return self.hub(self.tensors(layer))
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None
@@ -206,8 +220,7 @@ def empty_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         module._parameters = dict(module._parameters.items())
         if isinstance(module, layers.QATModule):
-            module.weight_quantizer = module.input_quantizer = None
-            layers.detach(module)
+            layers.clear(module)
     return copied
 
 

@@ -28,7 +28,10 @@ class HfFormat(Format):
                     f"{rounded.dtype} rounds the values of {layer.quantized.format} weights, so that they leave their "
                     "grid: dtype float32 stores them exactly"
                 )
-        if layer.input is not None:
+        for name, experts in layer.experts.items():
+            stored[layer.full(name)] = self.dequantized_experts(layer, experts)
+            self.note("quantized weights are written as floats on their grid: this format stores no integers")
+        if layer.input is not None or layer.expert_inputs:
             self.ignores_inputs = True
             self.note("activations are not quantized when this folder is loaded: the format cannot say so")
         return stored

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export.quantized_experts import QuantizedExperts, quantize_experts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, matrix_of, quantize_matrix
 from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
@@ -59,7 +61,8 @@ class Layer:
 
     name: after pruning. quantized: its weight, where that is quantized. tensors: everything else by its name in the
     module; CPU. ties: those that are tensors of an earlier module, by their full name there. split_from: the tied
-    weight's other name where only one of its layers quantizes it, so that it has two values.
+    weight's other name where only one of its layers quantizes it, so that it has two values. experts: quantized stacks
+    of fused experts by their names in the module; expert_inputs: how the inputs of these are quantized.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Layer:
     input: InputScheme | None = None
     ties: dict[str, str] = field(default_factory=dict)
     split_from: str = ""
+    experts: dict[str, QuantizedExperts] = field(default_factory=dict)
+    expert_inputs: dict[str, InputScheme] = field(default_factory=dict)
 
     def full(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
@@ -123,9 +128,17 @@ def _read(
     quantized, split_from = None, ""
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
+    experts: dict[str, QuantizedExperts] = {}
     fake_quant = layers.fake_quant_of(module)
     for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if local == layers.STEP_SIZE:
+        if layers.is_step_size(local):
+            continue
+        if local != layers.WEIGHT and (stacked := layers.fake_quant_of(module, local)) is not None:
+            given = module._parameters.get(layers.step_size_name(local)) if stacked.grid.learned else None
+            try:
+                experts[local] = quantize_experts(parameter.detach(), stacked, given).cut(cut(prefix + local))
+            except ValueError as error:
+                raise ExportError(f"{prefix}{local}: {error}") from error
             continue
         is_quantized = local == "weight" and fake_quant is not None
         step_size = module._parameters.get(layers.STEP_SIZE) if is_quantized else None
@@ -156,9 +169,37 @@ def _read(
             left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
     scheme = _input_scheme(module)
-    if quantized is None and not tensors and not ties:
+    if quantized is None and not tensors and not ties and not experts:
         return None
-    return Layer(new_name, kind_of(module), quantized, tensors, scheme, ties, split_from)
+    return Layer(
+        new_name,
+        _kind(module),
+        quantized,
+        tensors,
+        scheme,
+        ties,
+        split_from,
+        experts,
+        _expert_inputs(module),
+    )
+
+
+def _kind(module: nn.Module) -> ModuleKind | None:
+    layout = fused_experts(module)
+    if layout is None:
+        return kind_of(module)
+    return ModuleKind.TRANSPOSED_EXPERTS if layout.transposed else ModuleKind.EXPERTS
+
+
+def _expert_inputs(module: nn.Module) -> dict[str, InputScheme]:
+    """Of fused experts, by the name of the matrix that reads them."""
+    if fused_experts(module) is None or not isinstance(module, layers.QATModule):
+        return {}
+    return {
+        name: InputScheme(quantizer.grid, quantizer.input_range)
+        for name, quantizer in module.input_quantizers()
+        if quantizer.enabled
+    }
 
 
 def _input_scheme(module: nn.Module) -> InputScheme | None:

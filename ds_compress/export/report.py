@@ -60,6 +60,9 @@ class ExportReport:
         if layer.quantized is not None:
             numbers += layer.quantized.values.numel()
             nonzeros += layer.quantized.count_nonzero()
+        for experts in layer.experts.values():
+            numbers += experts.numel()
+            nonzeros += experts.count_nonzero()
         self.parameters += numbers
         self.nonzeros += nonzeros
         if numbers:

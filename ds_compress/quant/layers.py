@@ -44,8 +44,10 @@ __all__ = [
     "WeightQuantizer",
     "attach",
     "check",
+    "clear",
     "detach",
     "fake_quant_of",
+    "input_quantizers_of",
     "is_step_size",
     "qat_class",
     "quantized_parameters",
@@ -225,6 +227,20 @@ def quantized_parameters(module: nn.Module) -> dict[str, FakeQuantConfig]:
     if not isinstance(module, QATModule):
         return {}
     return {name: q.fake_quant for name, q in module.weight_quantizers() if q.fake_quant is not None}
+
+
+def input_quantizers_of(module: nn.Module) -> list[InputQuantizer]:
+    """All of a module: one, or of fused experts one for each matrix."""
+    return [q for _, q in module.input_quantizers()] if isinstance(module, QATModule) else []
+
+
+def clear(module: QATModule) -> None:
+    """Takes all quantizers away, and the class back."""
+    for name in [name for name, _ in module.weight_quantizers()]:
+        module.set_weight_quantizer(name, None)
+    for name in [name for name, _ in module.input_quantizers()]:
+        module.set_input_quantizer(name, None)
+    detach(module)
 
 
 def quantized_weight(module: nn.Module, parameter: str = WEIGHT) -> torch.Tensor:
