@@ -15,6 +15,7 @@ from torch import nn
 from ds_compress.errors import ExportError
 from ds_compress.export import kv_cache
 from ds_compress.export.check import Answer
+from ds_compress.export.exact import is_kept_in_fp32
 from ds_compress.export.hub_names import Converter, hub_names
 from ds_compress.export.loaded_tensors import input_scale
 from ds_compress.export.quantized_experts import QuantizedExperts
@@ -53,6 +54,7 @@ class Format(ABC):
     is built from the config differs, where only logits can tell whether it matters. scheme: to which the export rounds
     weights. rounds_weights: a loader rounds quantized weights. same_activations: what is loaded rounds activations as
     training did. kv_cache: its observed scales. hub: names of tensors in the files, see `hub_names`.
+    final: the pruned model, of formats that transformers loads.
     """
 
     name: ClassVar[str]
@@ -74,6 +76,7 @@ class Format(ABC):
     rounds_weights: bool = False
     same_activations: bool = False
     hub: Converter = dict
+    final: nn.Module | None = None
 
     @property
     def rounds_plain_to(self) -> torch.dtype | None:
@@ -92,7 +95,7 @@ class Format(ABC):
         """Raises ExportError before anything is read; `final` is the pruned model, on the meta device."""
         if self.loads_in_vanilla_hf:
             self.differences = refuse_unless_vanilla_hf(source, final, self.name, self.checked)
-            self.hub = hub_names(final)
+            self.hub, self.final = hub_names(final), final
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         """In which a loader should hold the model: `dtype` of `config.json`."""
@@ -125,7 +128,15 @@ class Format(ABC):
 
     def plain(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Its tensors that are not quantized, in the dtype asked for."""
-        return {layer.full(name): self.cast(tensor) for name, tensor in layer.tensors.items()}
+        named = {layer.full(name): tensor for name, tensor in layer.tensors.items()}
+        return {
+            name: tensor if self.is_kept_in_fp32(name) else self.cast(tensor)
+            for name, tensor in named.items()
+        }
+
+    def is_kept_in_fp32(self, name: str) -> bool:
+        """Whether a loader holds this tensor in fp32 in a 16-bit model, too."""
+        return self.final is not None and is_kept_in_fp32(self.final, name)
 
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What a loader must hold of a layer, by full name, once it was written."""

@@ -109,5 +109,7 @@ def rows_of(matrix: QuantizedMatrix, rows: torch.Tensor) -> QuantizedMatrix:
         ValueError: square blocks are cut.
     """
     outputs, inputs = matrix.values.shape
-    plain = replace(matrix, shape=(outputs, inputs), transposed=False)
+    # A copy: no two tensors of a file may share memory.
+    shared = None if matrix.global_scale is None else matrix.global_scale.clone()
+    plain = replace(matrix, shape=(outputs, inputs), transposed=False, global_scale=shared)
     return plain if rows.numel() == outputs else plain.cut(lambda tensor: tensor[rows])

@@ -182,7 +182,10 @@ class CompressedTensorsFormat(Format):
         return values
 
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.computes_in) for name, value in super().values(layer).items()}
+        return {
+            name: value if self.is_kept_in_fp32(name) else value.to(self.computes_in)
+            for name, value in super().values(layer).items()
+        }
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
         if self.kv_cache:
