@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.modelinfo.experts import moe_blocks
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attention_projections, attentions_of
 from ds_compress.structure.experts import counts_experts, expert_groups
@@ -50,6 +51,8 @@ _INNER_SIZES = (
 _EXPERT_SIZES = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "expert_dim", "ffn_dim")
 """Of fused experts and of the blocks around them; `hidden_dim` of those is the width of the residual stream."""
 _HIDDEN_SIZES = ("hidden_size", "embed_dim", "d_model", "dim")
+_HIDDEN_SIZES_OF_MIXTURES = ("hidden_dim", "input_size")
+"""In experts, routers and the blocks around them; elsewhere the first is the width of what is inside."""
 _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
 
@@ -226,6 +229,10 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
             continue
         else:
             continue
+        if group.kind is GroupKind.HIDDEN:
+            for block in moe_blocks(model):
+                for module in block.module.modules():
+                    _set(module, _HIDDEN_SIZES_OF_MIXTURES, group.units, pruning_plan.count(group))
         for holder in holders:
             _set(holder, attributes, group.width, pruning_plan.count(group) // group.parts)
 
