@@ -34,11 +34,12 @@ from ds_compress.quant.qat_module import (
     step_size_name,
     weight_of_step_size,
 )
-from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
+from ds_compress.quant.quantizers import ExpertsInputQuantizer, InputQuantizer, WeightQuantizer
 
 __all__ = [
     "STEP_SIZE",
     "WEIGHT",
+    "ExpertsInputQuantizer",
     "InputQuantizer",
     "QATModule",
     "WeightQuantizer",
