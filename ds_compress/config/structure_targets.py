@@ -44,12 +44,16 @@ def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = 
     return min(units, round_to * max(1, int(multiples + Fraction(1, 2))))
 
 
-def units_of(group: PrunableGroup, dense_ratio: float, round_to: int, rounds_up: bool = False) -> int:
-    """How many units of a group are kept, by `kept_units`: of each fused expert as many, in the group's multiples."""
-    of_each = kept_units(dense_ratio, group.width, math.lcm(round_to, group.multiple), rounds_up)
-    if rounds_up:
-        of_each = min(group.width, -(-of_each // group.multiple) * group.multiple)
-    return group.experts * of_each
+def units_left(structure: PrunableGroup, dense_ratio: float, shared: Any) -> int:
+    """How many units of `structure` stay at this density; of each of its parts as many, in the group's multiples.
+
+    shared: of its block.
+    """
+    multiple = structure.multiple
+    own = kept_units(dense_ratio, structure.width, math.lcm(shared.round_to, multiple), shared.rounds_up)
+    if shared.rounds_up:
+        own = min(structure.width, -(-own // multiple) * multiple)
+    return structure.parts * own
 
 
 def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,7 +64,7 @@ def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int,
             lost = target.structure.units - _kept_in_the_end(plan, target)
             for member in target.structure.slices:
                 if member.tensor == name and target.structure.removable:
-                    sharers = target.structure.experts if member.of_experts else 1
+                    sharers = target.structure.parts if member.of_experts else 1
                     left[member.dim] -= lost * member.index.shape[1] // sharers
     return tuple(left)
 
@@ -75,4 +79,4 @@ def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
 
 
 def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:
-    return units_of(target.structure, target.dense_ratio, plan.shared.round_to, plan.shared.rounds_up)
+    return units_left(target.structure, target.dense_ratio, plan.shared)

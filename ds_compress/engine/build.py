@@ -17,6 +17,7 @@ from ds_compress.engine.teachers.cached import cached_teacher
 from ds_compress.engine.teachers.self_teacher import self_teacher
 from ds_compress.engine.teachers.sharded import ShardedTeacher
 from ds_compress.engine.zero import parameters
+from ds_compress.engine.zero.lists_of_experts import keep_lists_together
 from ds_compress.errors import ConfigError, Problem, dotted
 from ds_compress.export import compatibility
 from ds_compress.ops.library import (
@@ -85,6 +86,7 @@ def with_techniques(
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for technique in run.techniques.values():
         run.added += technique.prepare(model, parameters.full_parameters).values()
+    run.at_release += [handle.remove for handle in keep_lists_together(model)]
     left = {id(parameter) for parameter in model.parameters()}
     parameters.release(parameter for parameter, _ in before if id(parameter) not in left)
     run.frozen = [p for p, trained in before if id(p) not in left or (trained and not p.requires_grad)]

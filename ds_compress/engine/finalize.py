@@ -13,16 +13,17 @@ from torch import nn
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
 from ds_compress.config.schema.source import block_of
-from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_of
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_left
 from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.resize.cut import cut_in_place
 from ds_compress.engine.run_end import warn_if_unfinished
 from ds_compress.select.scores import SCORES
-from ds_compress.select.units import top_of_experts, unit_sums
+from ds_compress.select.units import top_units, unit_sums
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.expert_merging import merge_experts
 from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
@@ -121,6 +122,10 @@ def _finalize_model(model: nn.Module, config: CompressionConfig) -> nn.Module:
         for structures in resolved.structures.values()
         for target in structures.targets
     }
+    for plan in resolved.structures.values():
+        if getattr(plan.shared, "merge", False):
+            for target in plan.targets:
+                merge_experts(model, target.structure, kept[target.structure.name])
     structures = [t.structure for p in resolved.structures.values() for t in p.targets]
     apply_pruning(model, PruningPlan.of(structures, kept))
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
@@ -149,6 +154,5 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
             total += sums.to(total.device)
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
-    shared = structures.shared
-    count = units_of(structure, target.dense_ratio, shared.round_to, shared.rounds_up)
-    return top_of_experts(total, count, structure.experts)
+    count = units_left(structure, target.dense_ratio, structures.shared)
+    return top_units(total, count, structure.parts)

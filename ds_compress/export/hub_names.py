@@ -1,7 +1,7 @@
 """Names and shapes of tensors as checkpoints on the hub have them, where transformers renames them when it loads.
 
-transformers 5 fuses the experts of a layer into one parameter while it loads; a checkpoint has each expert's matrices by
-names of their own ("experts.0.gate_proj.weight"), and so has what its `save_pretrained` writes. Servers and older
+transformers 5 fuses the experts of a layer into one parameter while it loads; a checkpoint has each expert's matrices
+by names of their own ("experts.0.gate_proj.weight"), and so has what its `save_pretrained` writes. Servers and older
 versions know those names only. Other models are stored by the names of their modules, as before.
 """
 

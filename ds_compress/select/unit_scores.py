@@ -159,6 +159,44 @@ class MeanActivation(UnitScore):
         self.totals = {}
 
 
+class RoutedExperts(UnitScore):
+    """Scores of experts from what they were called with: `totals` are [2, experts], norms of outputs and tokens.
+
+    The technique adds what a step has observed, already summed over all processes, by `add`.
+    """
+
+    observes = True
+
+    def add(self, group: str, observed: torch.Tensor) -> None:
+        """fp64 [2, experts]: of each expert the sum of gate weight * output norm, and the number of tokens."""
+        self.totals[group] = self.totals[group] + observed if group in self.totals else observed
+
+    def after_selection(self) -> None:
+        self.totals = {}
+
+    def _observed(self, group: str, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norms, tokens = self.totals.get(group, weights.new_zeros((2, weights.numel()))).unbind()
+        return norms, tokens
+
+
+class Reap(RoutedExperts):
+    """Mean over its tokens of gate weight * L2 norm of the expert's output (Lasby et al. 2025, arXiv 2510.13999).
+
+    0 for an expert that saw no token.
+    """
+
+    def scores_of(self, group: str, weights: torch.Tensor) -> torch.Tensor:
+        norms, tokens = self._observed(group, weights)
+        return norms / tokens.clamp_min(1)
+
+
+class Frequency(RoutedExperts):
+    """Tokens that were routed to the expert."""
+
+    def scores_of(self, group: str, weights: torch.Tensor) -> torch.Tensor:
+        return self._observed(group, weights)[1]
+
+
 class LearnedUnits(UnitScore):
     """`topk`: one score per unit, trained by gradient descent through a straight-through top-k.
 
@@ -222,4 +260,6 @@ UNIT_SCORES: dict[str, type[UnitScore]] = {
     "taylor": TaylorUnits,
     "activation": MeanActivation,
     "random": RandomUnits,
+    "reap": Reap,
+    "frequency": Frequency,
 }

@@ -102,14 +102,14 @@ def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
     return order[:count].sort().values
 
 
-def top_of_experts(scores: torch.Tensor, count: int, experts: int) -> torch.Tensor:
-    """`top_indices` of each of the equal runs of `scores` (units,) that `experts` have; `count` is of all together."""
-    if experts == 1:
+def top_units(scores: torch.Tensor, count: int, parts: int = 1) -> torch.Tensor:
+    """As `top_indices`; where the units (units,) are `parts` runs of equal length, of each run as many."""
+    if parts == 1:
         return top_indices(scores, count)
-    runs = scores.view(experts, -1)
+    runs = scores.view(parts, -1)
     order = torch.sort(runs, dim=1, descending=True, stable=True).indices
-    best = order[:, : count // experts].sort(dim=1).values
-    return (best + torch.arange(experts, device=scores.device).unsqueeze(1) * runs.shape[1]).flatten()
+    best = order[:, : count // parts].sort(dim=1).values
+    return (best + torch.arange(parts, device=scores.device).unsqueeze(1) * runs.shape[1]).flatten()
 
 
 def global_counts(scores: Sequence[torch.Tensor], total: int, multiples: int | Sequence[int]) -> list[int]:

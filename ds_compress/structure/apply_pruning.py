@@ -11,6 +11,7 @@ from torch import nn
 
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attention_projections, attentions_of
+from ds_compress.structure.experts import counts_experts, expert_groups
 from ds_compress.structure.feed_forward import row_groups
 from ds_compress.structure.heads import head_groups
 from ds_compress.structure.hidden import scales_epsilon
@@ -73,7 +74,10 @@ def apply_pruning(model: nn.Module, pruning_plan: PruningPlan, meta: bool = Fals
     for config, prefixes in configs:
         below = [(s, n) for s, n in counted if any(_is_below(s, prefix) for prefix in prefixes)]
         update_config(config, below)
+    experts = {group.layers[0].rpartition(".")[0] for group in _expert_lists(pruning_plan)}
     for stack, deleted in pruning_plan.deleted_layers().items():
+        if stack in experts:
+            continue
         depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
         kept = [index for index in range(depth) if index not in deleted]
         for config in configs_of_stack(model, stack, depth):
@@ -81,17 +85,20 @@ def apply_pruning(model: nn.Module, pruning_plan: PruningPlan, meta: bool = Fals
     _delete_layers(model, pruning_plan)
 
 
+def _expert_lists(pruning_plan: PruningPlan) -> list[PrunableGroup]:
+    return [group for group in pruning_plan.active() if group.kind is GroupKind.EXPERT and group.layers]
+
+
 def _with_unpruned(inventory: Inventory, pruning_plan: PruningPlan) -> list[tuple[PrunableGroup, int]]:
     """(group, units in the end) of the groups of the plan, and of all others of the kinds that it prunes."""
     counted = [(group, pruning_plan.count(group)) for group in pruning_plan.groups]
     named = {coupled.tensor for group in pruning_plan.groups for coupled in group.slices}
-    for kind in (GroupKind.ROW, GroupKind.HEAD):
+    for kind in (GroupKind.ROW, GroupKind.HEAD, GroupKind.EXPERT):
         if any(group.kind is kind for group in pruning_plan.active()):
-            others, _ = (
-                row_groups(inventory, attention_projections(inventory))
-                if kind is GroupKind.ROW
-                else head_groups(inventory)
-            )
+            if kind is GroupKind.ROW:
+                others, _ = row_groups(inventory, attention_projections(inventory))
+            else:
+                others, _ = head_groups(inventory) if kind is GroupKind.HEAD else expert_groups(inventory)
             for other in others:
                 if not any(coupled.tensor in named for coupled in other.slices):
                     counted.append((other, other.units))
@@ -110,7 +117,9 @@ def _check(model: nn.Module, pruning_plan: PruningPlan) -> None:
                 raise ValueError(
                     f"{coupled.tensor} is sharded: gather it, or stream it by `PruningPlan.prune_tensor`"
                 )
-            if coupled.index.numel() and int(coupled.index.max()) >= shape[coupled.dim]:
+            entries = shape[coupled.dim] * (shape[0] if coupled.of_experts else 1)
+            is_whole = not coupled.of_experts or shape[0] == group.parts
+            if not is_whole or (coupled.index.numel() and int(coupled.index.max()) >= entries):
                 raise ValueError(
                     f"{coupled.tensor} has the shape {list(shape)}: it was pruned before, or belongs to another model"
                 )
@@ -200,7 +209,7 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
         attributes: tuple[str, ...]
         if group.kind is GroupKind.HIDDEN:
             holders, attributes = list(model.modules()), _HIDDEN_SIZES
-        elif group.kind is GroupKind.ROW and group.experts > 1:
+        elif group.kind is GroupKind.ROW and group.parts > 1:
             around = group.name.rpartition(".")[0]
             holders, attributes = [model.get_submodule(name) for name in (group.name, around)], _EXPERT_SIZES
         elif group.kind is GroupKind.ROW:
@@ -212,10 +221,21 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
             left = depth - group.units + pruning_plan.count(group)
             _set(model.get_submodule(stack.rpartition(".")[0]), _DEPTHS, depth, left)
             continue
+        elif group.kind is GroupKind.EXPERT:
+            _fix_expert_counts(model, group, pruning_plan.count(group))
+            continue
         else:
             continue
         for holder in holders:
-            _set(holder, attributes, group.width, pruning_plan.count(group) // group.experts)
+            _set(holder, attributes, group.width, pruning_plan.count(group) // group.parts)
+
+
+def _fix_expert_counts(model: nn.Module, group: PrunableGroup, count: int) -> None:
+    """In the block, and in the modules around it (for a loss that balances the load)."""
+    block = group.modules[0]
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(f"{block}.") or not name or f"{block}.".startswith(f"{name}."):
+            _set(module, tuple(filter(counts_experts, vars(module))), group.units, count)
 
 
 def _scale_epsilon(model: nn.Module, pruning_plan: PruningPlan) -> None:
@@ -266,13 +286,15 @@ def _is_below(group: PrunableGroup, prefix: str) -> bool:
 
 
 def _delete_layers(model: nn.Module, pruning_plan: PruningPlan) -> None:
-    for stack, indices in pruning_plan.deleted_layers().items():
+    experts = {group.layers[0].rpartition(".")[0] for group in _expert_lists(pruning_plan)}
+    # Innermost first, while the names of what is around it still hold.
+    for stack, indices in sorted(pruning_plan.deleted_layers().items(), key=lambda item: -item[0].count(".")):
         layers = model.get_submodule(stack)
         assert isinstance(layers, nn.ModuleList)
         for index in reversed(indices):
             # From the list itself, which whoever holds a reference to it must see.
             del layers[index]
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(() if stack in experts else layers):
             for module in layer.modules():
                 # Attention modules know their place, for the key-value cache.
                 if isinstance(getattr(module, "layer_idx", None), int):

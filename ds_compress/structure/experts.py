@@ -1,103 +1,172 @@
-"""Rows inside fused experts: the intermediate entries of each expert, of which each chooses its own.
+"""Experts: the units of a mixture, each with its slices of the fused matrices, or its module of a list, and its row
+of everything that routes tokens (router, router bias, correction bias).
 
-Unit e * intermediate + i is entry i of expert e: its row of the gate and of the projection beside it, the entries of
-their biases, and its column of the projection that narrows. All experts of a module keep as many, because their
-matrices stay one three-dimensional parameter, and the config one number.
+All is found from shapes: what lies beside the experts of a block and has an entry for each of them is the routing's.
+Shared experts, which every token sees, are no units.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from ds_compress.modelinfo.experts import FusedExperts, fused_experts
-from ds_compress.structure.inventory import Inventory
-from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup
+from ds_compress.modelinfo.experts import MoeBlock, moe_blocks
+from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.structure.inventory import Inventory, exclude_tied, rows, unique
+from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
-_WHOLE_ROWS = 8
-"""Entries whose 16-bit values fill 16 bytes, of which rows of grouped matrix products must have a whole number."""
-
-
-def multiple_of_widths(module: nn.Module) -> int:
-    """What the widths of fused experts must be a multiple of, where transformers multiplies all of them in one call."""
-    return _WHOLE_ROWS if hasattr(module, "is_concatenated") else 1
+_COUNTS = re.compile(r"(moe_)?(n|num)_(local_|routed_)?experts")
+_CHOSEN = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_ROUTER_GROUPS = ("n_group", "num_group", "num_expert_group", "n_groups")
+_CHOSEN_GROUPS = ("topk_group", "top_k_group")
 
 
-def expert_row_groups(inventory: Inventory) -> list[PrunableGroup]:
-    """One group for each module of fused experts, in model order."""
-    layouts = ((name, fused_experts(module)) for name, module in inventory.modules.items())
-    return [_group(inventory, name, layout) for name, layout in layouts if layout is not None and name]
+def counts_experts(attribute: str) -> bool:
+    """Whether a number of that name, in a config or on a module, says how many experts there are."""
+    return _COUNTS.fullmatch(attribute) is not None
 
 
-def counted_alike(groups: list[PrunableGroup]) -> list[PrunableGroup]:
-    """Feed-forward groups, all in the multiples of the experts among them, so that equal ratios stay equal widths.
-
-    A shared expert that is as wide as n experts together keeps as much as n of them.
-    """
-    experts = next((group for group in groups if group.multiple > 1), None)
-    if experts is None:
-        return groups
-
-    def multiple(group: PrunableGroup) -> int:
-        times, rest = divmod(group.width, experts.width)
-        return experts.multiple * (times if times and not rest and "shared" in group.name else 1)
-
-    return [group if group.experts > 1 else replace(group, multiple=multiple(group)) for group in groups]
+def group_name(block: MoeBlock) -> str:
+    """The name of a block's prunable group: its feed-forward groups may have the block's own name."""
+    return f"{block.name}:experts"
 
 
-def expert_hidden_slices(inventory: Inventory, name: str, index: torch.Tensor) -> list[CoupledSlice]:
-    """The entries of the residual stream that the fused experts `name` read and write; index: int64 (hidden, 1)."""
-    layout = fused_experts(inventory.modules[name])
-    assert layout is not None
-    up, down = (2, 1) if not layout.transposed else (1, 2)
-    slices = [
-        CoupledSlice(_tensor(inventory, name, layout.up), up, index, scored=True),
-        CoupledSlice(_tensor(inventory, name, layout.down), down, index, scored=True),
-    ]
-    bias = f"{layout.down}_bias"
-    if bias in layout.biases:
-        slices.append(CoupledSlice(_tensor(inventory, name, bias), 1, index))
+def expert_groups(inventory: Inventory) -> tuple[list[PrunableGroup], list[Unsupported]]:
+    """One group per mixture of experts, in model order, and mixtures whose experts cannot be removed."""
+    groups: list[PrunableGroup] = []
+    unsupported: list[Unsupported] = []
+    for block in moe_blocks(inventory.model):
+        found = _group(inventory, block)
+        if isinstance(found, Unsupported):
+            unsupported.append(found)
+        else:
+            groups.append(found)
+    return exclude_tied(inventory, groups, unsupported)
+
+
+def routing_slices(block: MoeBlock) -> dict[str, int]:
+    """{tensor, by its name in the block: the dimension with an entry for each expert}, of all but the experts."""
+    inside = f"{block.experts_name.removeprefix(block.name + '.')}."
+    routers = {_top(router.removeprefix(block.name + ".")) for router in _full_routers(block)}
+    slices = {}
+    for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
+        shape = _shape(tensor)
+        if name.startswith(inside) or block.experts not in shape:
+            continue
+        if "." in name and _top(name) not in routers and not _is_for_routing(block, _top(name)):
+            continue
+        if shape[0] == block.experts and len(shape) <= 2:
+            slices[name] = 0
+        elif torch.Size(shape).numel() == block.experts:
+            slices[name] = shape.index(block.experts)
     return slices
 
 
-def _group(inventory: Inventory, name: str, layout: FusedExperts) -> PrunableGroup:
-    written = _written(layout.experts, layout.intermediate, layout.has_gate, layout.interleaved)
-    read = _written(layout.experts, layout.intermediate, False, False)
-    outputs, inputs = (1, 2) if not layout.transposed else (2, 1)
-    slices = [
-        CoupledSlice(_tensor(inventory, name, layout.up), outputs, written, scored=True, of_experts=True)
-    ]
-    bias = f"{layout.up}_bias"
-    if bias in layout.biases:
-        slices.append(CoupledSlice(_tensor(inventory, name, bias), 1, written, of_experts=True))
-    slices.append(CoupledSlice(_tensor(inventory, name, layout.down), inputs, read, of_experts=True))
-    units = layout.experts * layout.intermediate
+def _group(inventory: Inventory, block: MoeBlock) -> PrunableGroup | Unsupported:
+    units = block.experts
+    layers: tuple[str, ...] = ()
+    slices: list[CoupledSlice] = []
+    if block.fused is not None:
+        experts = inventory.modules[block.experts_name]
+        for name, tensor in (*experts.named_parameters(), *experts.named_buffers()):
+            if _shape(tensor)[:1] == (units,):
+                full = f"{block.experts_name}.{name}"
+                slices.append(CoupledSlice(full, 0, rows(units), scored=True))
+    else:
+        layers = tuple(f"{block.experts_name}.{unit}" for unit in range(units))
+    for name, dim in routing_slices(block).items():
+        tensor = _tensor(block.module, name)
+        trains = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        slices.append(CoupledSlice(inventory.child(block.name, name), dim, rows(units), masked=trains))
+    parts, per_part = _router_groups(block)
+    if units % parts:
+        return Unsupported(
+            block.name, f"its router has {parts} groups, and {units} experts are no multiple of that"
+        )
     return PrunableGroup(
-        name,
-        GroupKind.ROW,
-        (name,),
-        units,
-        tuple(slices),
-        experts=layout.experts,
-        multiple=multiple_of_widths(inventory.modules[name]),
+        name=group_name(block),
+        kind=GroupKind.EXPERT,
+        modules=unique([block.name, block.experts_name, *_full_routers(block), *_owners(block)]),
+        units=units,
+        slices=tuple(slices),
+        layers=layers,
+        parts=parts,
+        fewest=parts * per_part,
     )
 
 
-@lru_cache(maxsize=8)
-def _written(experts: int, intermediate: int, has_gate: bool, interleaved: bool) -> torch.Tensor:
-    """int64 (experts * intermediate, 1 or 2): outputs of each unit. The layers of a model share one tensor."""
-    width = 2 if has_gate else 1
-    one = torch.arange(intermediate).unsqueeze(1)
-    half = torch.arange(width)
-    own = width * one + half if interleaved else one + intermediate * half
-    first = width * intermediate * torch.arange(experts)
-    return (first.view(-1, 1, 1) + own).flatten(0, 1)
+def _router_groups(block: MoeBlock) -> tuple[int, int]:
+    """(groups among which the router chooses first, experts that each of them needs at least)."""
+    chosen = _number(block, _CHOSEN) or _of_config(block, _CHOSEN) or 1
+    groups = _number(block, _ROUTER_GROUPS) or 1
+    if groups == 1:
+        return 1, chosen
+    share = -(-chosen // (_number(block, _CHOSEN_GROUPS) or groups))
+    # Routers with a correction bias score a group by the sum of its two best experts (DeepSeek-V3).
+    slices = (_shape(_tensor(block.module, name)) for name in routing_slices(block))
+    corrected = any(torch.Size(shape).numel() == block.experts for shape in slices)
+    return groups, max(share, 2 if corrected else 1)
 
 
-def _tensor(inventory: Inventory, module: str, key: str) -> str:
-    name = inventory.tensor(module, key)
-    assert name is not None
-    return name
+def _number(block: MoeBlock, names: tuple[str, ...]) -> int | None:
+    for module in _routing_modules(block):
+        for name in names:
+            if type(vars(module).get(name)) is int:
+                return int(vars(module)[name])
+    return None
+
+
+def _of_config(block: MoeBlock, names: tuple[str, ...]) -> int | None:
+    configs = (getattr(module, "config", None) for module in block.module.modules())
+    found: Iterator[Any] = (getattr(config, name, None) for config in configs for name in names)
+    return next((value for value in found if type(value) is int), None)
+
+
+def _routing_modules(block: MoeBlock) -> Iterator[nn.Module]:
+    """The routers with all that is in and around them, up to the block."""
+    yield block.module
+    for router in _full_routers(block):
+        top = _top(router.removeprefix(block.name + "."))
+        yield from block.module.get_submodule(top).modules()
+
+
+def _full_routers(block: MoeBlock) -> list[str]:
+    """Routers with a row for each expert: not the gates of shared ones."""
+    local = {router: router.removeprefix(block.name + ".") for router in block.routers}
+    return [
+        name
+        for name, own in local.items()
+        if shape_of(block.module.get_submodule(own).get_parameter("weight"))[0] == block.experts
+    ]
+
+
+def _is_for_routing(block: MoeBlock, child: str) -> bool:
+    """Whether all that a child has are vectors with an entry for each expert."""
+    module = block.module.get_submodule(child)
+    return all(
+        torch.Size(_shape(t)).numel() == block.experts for t in (*module.parameters(), *module.buffers())
+    )
+
+
+def _owners(block: MoeBlock) -> list[str]:
+    owners = (name.rpartition(".")[0] for name in routing_slices(block))
+    return [".".join(part for part in (block.name, owner) if part) for owner in owners]
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    owner, _, own = name.rpartition(".")
+    found = getattr(module.get_submodule(owner), own)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return shape_of(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.modelinfo.experts import fused_experts, moe_blocks
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
-from ds_compress.structure.experts import counted_alike, expert_row_groups
+from ds_compress.structure.expert_rows import counted_alike, expert_row_groups
 from ds_compress.structure.inventory import Inventory, Projection, exclude_tied, rows, unique
 from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_compress.structure.attention import attention_projections
 from ds_compress.structure.channels import channel_groups
+from ds_compress.structure.experts import expert_groups
 from ds_compress.structure.feed_forward import row_groups
 from ds_compress.structure.heads import head_groups
 from ds_compress.structure.hidden import hidden_groups
@@ -53,6 +54,8 @@ def find_groups(
         groups, unsupported = layer_groups(inventory, stack)
     elif kind is GroupKind.HIDDEN:
         groups, unsupported = hidden_groups(inventory)
+    elif kind is GroupKind.EXPERT:
+        groups, unsupported = expert_groups(inventory)
     else:
         groups, unsupported = channel_groups(inventory, example_inputs)
     return FoundGroups(tuple(groups), tuple(unsupported))

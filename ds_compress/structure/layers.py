@@ -22,7 +22,7 @@ from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsup
 
 _PATH = "compression_training.depth_pruning.shared_parameters.module_name_prefix"
 _OF_HEADS = ("q_norm", "k_norm")
-_LIST_NAMES = ("layers", "layer", "block", "blocks", "h")
+LAYER_LIST_NAMES = ("layers", "layer", "block", "blocks", "h")
 
 
 def layer_groups(
@@ -71,7 +71,7 @@ def stacks_of(inventory: Inventory) -> Iterator[tuple[str, nn.ModuleList]]:
         nested = any(name.startswith(other + ".") for other, _ in two)
         if (
             isinstance(module, nn.ModuleList)
-            and own in _LIST_NAMES
+            and own in LAYER_LIST_NAMES
             and {"encoder", "decoder"} & set(above)
             and not nested
         ):

@@ -21,7 +21,7 @@ _NUMBERS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
 
 def width_keys(group: PrunableGroup) -> tuple[str, ...]:
     """The keys that may hold the width of a feed-forward block, before those that all models have."""
-    if group.experts > 1:
+    if group.parts > 1:
         return _EXPERT_WIDTHS
     if "shared" in group.name:
         return _SHARED_WIDTHS

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.structure.experts import counts_experts
 from ds_compress.structure.hidden import scales_epsilon
 from ds_compress.structure.mixture_config import (
     is_list_of_numbers,
@@ -91,6 +92,7 @@ def update_config(config: Any, counted: Counted) -> None:
     """
     rows = [(s, n) for s, n in counted if s.kind is GroupKind.ROW]
     heads = [(s, n) for s, n in counted if s.kind is GroupKind.HEAD]
+    _experts(config, [(s, n) for s, n in counted if s.kind is GroupKind.EXPERT])
     for stack, own in _by_stack(config, rows, "{}_ffn_dim").items():
         _rows(config, own, stack)
     for stack, own in _by_stack(config, heads, "{}_attention_heads").items():
@@ -203,6 +205,18 @@ def _heads(config: Any, counted: Counted, stack: str) -> None:
         config.num_key_value_heads = key_values * kept // units
 
 
+def _experts(config: Any, counted: Counted) -> None:
+    sizes = _agreed(counted, of_parts=False)
+    if sizes is None:
+        return
+    before, after = sizes
+    for key, value in list(vars(config).items()):
+        if counts_experts(key) and value == before and type(value) is int:
+            setattr(config, key, after)
+        elif counts_experts(key) and isinstance(value, list):  # an item for each layer
+            setattr(config, key, [after if count == before else count for count in value])
+
+
 def _hidden(config: Any, units: int, kept: int) -> None:
     if getattr(config, "hidden_size", None) != units:
         return
@@ -222,9 +236,11 @@ def _update_stage_names(config: Any) -> None:
         config.stage_names = stages[: depth + 1]
 
 
-def _agreed(counted: Iterable[tuple[PrunableGroup, int]], of_change: bool = True) -> tuple[int, int] | None:
-    """(units before, units after), of each expert, when that is the same for all and a change."""
-    sizes = {(group.width, count // group.experts) for group, count in counted}
+def _agreed(
+    counted: Iterable[tuple[PrunableGroup, int]], of_change: bool = True, of_parts: bool = True
+) -> tuple[int, int] | None:
+    """(units before, units after), `of_parts`: of each part, when that is the same for all and a change."""
+    sizes = {(g.width, count // g.parts) if of_parts else (g.units, count) for g, count in counted}
     if len(sizes) != 1:
         return None
     before, after = sizes.pop()

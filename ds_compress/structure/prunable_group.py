@@ -25,6 +25,8 @@ class GroupKind(StrEnum):
     """Layers of a stack."""
     HIDDEN = "hidden"
     """The width of the residual stream, one group for the model."""
+    EXPERT = "expert"
+    """Experts of one mixture, with all that the routing knows of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +62,11 @@ class PrunableGroup:
     scores), with the positions along its last dimension (dim 1 of a convolution's) as in `CoupledSlice.index`; None
     where there is none. removable: False when the units can only be zeroed, because what reads them is not known
     (legacy blocks without related_modules). aligned: groups of equal `aligned` text must keep the same units (T5
-    shares one position bias among all layers); "" when there is no such group. experts: of units inside fused experts,
-    how many experts there are: the units of the first come first, each has as many, and each keeps as many of its own.
-    multiple: counts of kept units (of each expert) are multiples of it, whatever `round_to` is.
+    shares one position bias among all layers); "" when there is no such group. layers: names of the modules that are
+    the units, one by one: of GroupKind.LAYER, and of experts in a ModuleList. parts: the units are so many runs of
+    equal length, each of which keeps the same number of its own (the rows of each fused expert; the experts of each
+    group among which a router chooses first). multiple: counts of kept units (of each part) are multiples of it,
+    whatever `round_to` is. fewest: a model with fewer units than that does not run.
     """
 
     name: str
@@ -75,14 +79,14 @@ class PrunableGroup:
     removable: bool = True
     aligned: str = ""
     layers: tuple[str, ...] = field(default=())
-    """Names of the layer modules, unit by unit; of GroupKind.LAYER only."""
-    experts: int = 1
+    parts: int = 1
     multiple: int = 1
+    fewest: int = 1
 
     @property
     def width(self) -> int:
-        """Units of each expert; of all other groups all units."""
-        return self.units // self.experts
+        """Units of each part."""
+        return self.units // self.parts
 
 
 @dataclass(frozen=True)

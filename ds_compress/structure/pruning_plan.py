@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_compress.structure.inventory import second_names
-from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
+from ds_compress.structure.prunable_group import PrunableGroup
 
 
 class PruningPlan:
@@ -111,10 +111,14 @@ class PruningPlan:
 
     def renamed(self, name: str) -> str | None:
         """The name once layers are deleted and those behind are renumbered; None when its layer is deleted."""
+        # More than one may apply: an expert of a list is renumbered within a layer that moves up itself.
+        numbers = name.split(".")
         for prefix, index in self._layers.items():
             if name == prefix or name.startswith(prefix + "."):
-                return None if index is None else f"{prefix.rpartition('.')[0]}.{index}{name[len(prefix) :]}"
-        return name
+                if index is None:
+                    return None
+                numbers[prefix.count(".")] = str(index)
+        return ".".join(numbers)
 
     def deleted_layers(self) -> dict[str, tuple[int, ...]]:
         """Name of each ModuleList that loses items -> their indices, increasing."""
@@ -131,13 +135,13 @@ class PruningPlan:
         kept = self.kept[group.name]
         goes = torch.ones(group.units, dtype=torch.bool)
         goes[kept] = False
-        if group.kind is GroupKind.LAYER:
+        if group.layers:
             self._add_layers(group, goes)
         for coupled in group.slices:
             gone = coupled.index[goes].flatten()
             if coupled.of_experts:
                 own = self._removed_of_experts.setdefault(coupled.tensor, {})
-                own[coupled.dim] = gone.view(group.experts, -1)
+                own[coupled.dim] = gone.view(group.parts, -1)
                 continue
             by_dim = self._removed.setdefault(coupled.tensor, {})
             before = by_dim.get(coupled.dim, gone.new_empty(0))
@@ -176,9 +180,9 @@ def _checked(group: PrunableGroup, units: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"{group.name}: the kept units must be increasing numbers from 0 to {group.units - 1}, at least one"
         )
-    of_each = torch.bincount(units // group.width, minlength=group.experts)
+    of_each = torch.bincount(units // group.width, minlength=group.parts)
     if bool((of_each != of_each[0]).any()):
         raise ValueError(
-            f"{group.name}: each of its {group.experts} experts must keep as many units, got {of_each.tolist()[:8]}"
+            f"{group.name}: each of its {group.parts} experts must keep as many units, got {of_each.tolist()[:8]}"
         )
     return units

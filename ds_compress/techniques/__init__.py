@@ -9,6 +9,7 @@ from ds_compress.techniques.base import Technique
 from ds_compress.techniques.channel_pruning import ChannelPruning
 from ds_compress.techniques.depth_pruning import DepthPruning
 from ds_compress.techniques.distillation import Distillation
+from ds_compress.techniques.expert_pruning import ExpertPruning
 from ds_compress.techniques.gradient_reduction import GradientReduction
 from ds_compress.techniques.head_pruning import HeadPruning
 from ds_compress.techniques.hidden_pruning import HiddenPruning
@@ -24,6 +25,7 @@ _BUILT_IN: tuple[type[Technique], ...] = (
     ChannelPruning,
     DepthPruning,
     HiddenPruning,
+    ExpertPruning,
     SparsePruning,
     WeightQuantization,
     ActivationQuantization,

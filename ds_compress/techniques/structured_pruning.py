@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ds_compress.config.structure_targets import units_of
+from ds_compress.config.structure_targets import units_left
 from ds_compress.errors import Problem
 from ds_compress.ops import bitmask
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
-from ds_compress.select.units import global_counts, on_device, top_of_experts, unit_mask, unit_sums
+from ds_compress.select.units import global_counts, on_device, top_units, unit_mask, unit_sums
 from ds_compress.techniques.base import engine_only
 from ds_compress.techniques.masked import MaskedTechnique, schedule_of
 
@@ -71,8 +71,7 @@ class StructuredPruning(MaskedTechnique):
         self.score: UnitScore = UNIT_SCORES[shared.method](
             self.structures.values(), seed if shared.seed is None else shared.seed
         )
-        self._scope, self._round_to = shared.scope, shared.round_to
-        self._rounds_up = shared.rounds_up
+        self._shared, self._scope, self._round_to = shared, shared.scope, shared.round_to
         self.schedule = schedule_of(shared, self.score.needs_gradient)
         self.kept: dict[str, torch.Tensor] = {}
         self._places: dict[str, list[Place]] = {}
@@ -216,7 +215,7 @@ class StructuredPruning(MaskedTechnique):
         pools = self._pools(scores)
         counts = self._counts(pools, step)
         self.kept = {
-            name: top_of_experts(values, count, self.structures[name].experts)
+            name: top_units(values, count, self.structures[name].parts)
             for (names, values), count in zip(pools, counts, strict=True)
             for name in names
         }
@@ -267,13 +266,13 @@ class StructuredPruning(MaskedTechnique):
         if self._scope == "uniform" or len(pools) < 2:
             return own
         groups = [self.structures[names[0]] for names, _ in pools]
-        multiples = [math.lcm(self._round_to, group.multiple) * group.experts for group in groups]
+        multiples = [math.lcm(self._round_to, group.multiple) * group.parts for group in groups]
         return global_counts([values for _, values in pools], sum(own), multiples)
 
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
         density = self.schedule.density(step, self.targets[name].dense_ratio)
-        return units_of(self.structures[name], density, self._round_to, self._rounds_up)
+        return units_left(self.structures[name], density, self._shared)
 
     def untouched(self) -> list[str]:
         if self._scope != "uniform":
@@ -282,8 +281,7 @@ class StructuredPruning(MaskedTechnique):
             name
             for name, target in self.targets.items()
             if target.dense_ratio < 1
-            and units_of(target.structure, target.dense_ratio, self._round_to, self._rounds_up)
-            == target.structure.units
+            and units_left(target.structure, target.dense_ratio, self._shared) == target.structure.units
         ]
 
     # -- masks -----------------------------------------------------------------------------------------

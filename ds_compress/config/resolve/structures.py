@@ -13,7 +13,7 @@ from ds_compress.config.schema.depth_pruning import DepthPruningShared
 from ds_compress.config.schema.fields import Group
 from ds_compress.config.schema.head_pruning import HeadPruningShared
 from ds_compress.config.schema.structured_pruning import StructuredPruningConfig
-from ds_compress.config.structure_targets import StructurePlan, StructureTarget
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_left
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import EVERY_LAYER, Entry, exact_pattern, few, nearest_names
 from ds_compress.modelinfo.kinds import is_layer
@@ -29,6 +29,7 @@ _OF_KIND = {
     GroupKind.CHANNEL: "prunable Conv2d",
     GroupKind.LAYER: "stack of layers",
     GroupKind.HIDDEN: "hidden size that can be narrowed",
+    GroupKind.EXPERT: "mixture of experts",
 }
 _LOOSE = (GroupKind.ROW, GroupKind.CHANNEL)
 """Kinds whose legacy blocks may zero the outputs of any layer, whoever reads them."""
@@ -98,6 +99,8 @@ class GroupSelection:
         self.problems += self._frozen()
         self.problems += self._other_number_of_heads()
         self.problems += self._unobserved()
+        self.problems += self._too_few()
+        self.problems += self._not_observed()
 
     # -- which structures ------------------------------------------------------------------------------
 
@@ -298,6 +301,36 @@ class GroupSelection:
                 f"unfreeze them, or add {shown(exact_pattern(frozen[0]))} to shared_parameters.excluded_modules",
             )
 
+    def _too_few(self) -> Iterator[Problem]:
+        """Targets that would be left with fewer units than the model needs to run."""
+        for target in self.targets.values():
+            structure, left = (
+                target.structure,
+                units_left(target.structure, target.dense_ratio, self.block.shared),
+            )
+            if left < structure.fewest:
+                what = f"{target.dense_ratio}, which leaves {left} of {structure.units} in {structure.modules[0]}"
+                hint = f"its router chooses among that many {structure.kind}s for each token"
+                if structure.parts > 1:
+                    hint += f", in {structure.parts} groups"
+                lowest = f"a fraction that leaves {structure.fewest} or more"
+                yield Problem(dotted(self.key), what, lowest, hint)
+                return
+
+    def _not_observed(self) -> Iterator[Problem]:
+        """Scores of experts come from what their fused module is called with."""
+        method = self.block.shared.method
+        lists = [
+            t.structure for t in self.targets.values() if self.kind is GroupKind.EXPERT and t.structure.layers
+        ]
+        if lists and method in ("reap", "frequency"):
+            yield Problem(
+                dotted(self.key, "shared_parameters", "method"),
+                shown(method),
+                '"l2", "taylor" or "random" for experts in a ModuleList',
+                f"which tokens {lists[0].layers[0]} is used for, and with what weight, shows in fused experts only",
+            )
+
     def _other_number_of_heads(self) -> Iterator[Problem]:
         for target in self.targets.values():
             if self._num_heads and target.structure.removable and self._num_heads % target.structure.units:
@@ -311,7 +344,7 @@ class GroupSelection:
 
     def _unobserved(self) -> Iterator[Problem]:
         """Fused experts hand nothing on between their two products that a module would see."""
-        fused = [target.structure.name for target in self.targets.values() if target.structure.experts > 1]
+        fused = [target.structure.name for target in self.targets.values() if target.structure.parts > 1]
         if self.block.shared.method == "activation" and fused:
             yield Problem(
                 dotted(self.key, "shared_parameters", "method"),

@@ -19,6 +19,7 @@ from ds_compress.config.schema.block import Block
 from ds_compress.config.schema.channel_pruning import ChannelPruningConfig
 from ds_compress.config.schema.depth_pruning import DepthPruningConfig
 from ds_compress.config.schema.distillation import DistillationConfig, LogitsLoss, Loss, Losses
+from ds_compress.config.schema.expert_pruning import ExpertPruningConfig
 from ds_compress.config.schema.fields import Conflict, Description, Seed, StrictModel
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.config.schema.head_pruning import HeadPruningConfig
@@ -68,6 +69,9 @@ class CompressionConfig(StrictModel):
         default=None, description="Remove whole layers, by importance, while training."
     )
     hidden_pruning: HiddenPruningConfig | None = Field(default=None, description="Narrow the hidden size.")
+    expert_pruning: ExpertPruningConfig | None = Field(
+        default=None, description="Remove, or merge, experts of a mixture."
+    )
     layer_reduction: LayerReductionConfig | None = Field(default=None, description="Remove whole layers.")
     distillation: DistillationConfig | None = Field(
         default=None, description="Learn from a teacher while compressing."

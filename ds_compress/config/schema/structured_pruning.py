@@ -26,7 +26,7 @@ from ds_compress.config.schema.fields import (
     without_effect,
 )
 from ds_compress.config.schema.sparse_pruning import Schedule
-from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_of
+from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_left
 from ds_compress.errors import listed
 from ds_compress.structure.prunable_group import GroupKind
 
@@ -242,9 +242,9 @@ class StructuredPruningConfig(GroupedBlock):
 
     def describe_target(self, target: StructureTarget) -> str:
         """The cell of a plan's table, e.g. "768 of 1,536 rows"."""
-        units, experts = target.structure.width, target.structure.experts
-        kept = units_of(target.structure, target.dense_ratio, self.shared.round_to, self.shared.rounds_up)
-        kept //= experts
+        experts = target.structure.parts if self.kind is GroupKind.ROW else 1
+        units = target.structure.units // experts
+        kept = units_left(target.structure, target.dense_ratio, self.shared) // experts
         only_zeroed = "" if target.structure.removable else ", the others zero"
         of_each = f" of each of {experts} experts" if experts > 1 else ""
         return f"{kept:,} of {plural(units, str(self.kind))}{of_each}{only_zeroed}"

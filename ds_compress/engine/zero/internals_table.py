@@ -161,6 +161,8 @@ INTERNALS: tuple[Internal, ...] = (
         source_mentions=("_replace_module_consolidated_state_dict",),
     ),
     Internal("deepspeed.utils.groups:get_tensor_model_parallel_group"),
+    Internal("deepspeed.utils:z3_leaf_module"),
+    Internal("deepspeed.utils:set_z3_leaf_module", ("model", "flag")),
     Internal(
         "deepspeed.module_inject.layers:TensorParallel_Layer.config_tp_params",
         ("self", "weight"),

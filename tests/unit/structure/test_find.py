@@ -110,7 +110,7 @@ class TestRows:
         config = hf.MixtralConfig(**_LLAMA, num_key_value_heads=4, num_local_experts=4)
         found = find_groups(hf.MixtralForCausalLM(config), GroupKind.ROW)
         assert not found.unsupported
-        assert {group.experts for group in found.groups} == {4}
+        assert {group.parts for group in found.groups} == {4}
         assert found.groups[0].name == "model.layers.0.mlp.experts"
 
     def test_experts_in_an_unknown_layout_are_refused(self) -> None:

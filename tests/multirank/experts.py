@@ -1,0 +1,123 @@
+"""Scenarios: experts of mixtures are removed, or merged, alike on every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ds_compress
+from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
+from tests.multirank.common import device, ds_config, engine_of
+from tests.zoo.mixtures import StrangeBlock, mixture, tokens
+
+STAGES = (0, 2, 3)
+
+
+def block(method: str = "reap", **shared: Any) -> dict[str, Any]:
+    keys = {"enabled": True, "method": method, "dense_ratio": 0.5, "schedule_offset": 2, **shared}
+    return {"expert_pruning": {"shared_parameters": keys}}
+
+
+class SelectiveBlock(StrangeBlock):
+    """Calls only experts that a token of this process goes to."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        shares, chosen = self.chooser(flat).softmax(-1).topk(1, dim=-1)
+        out = torch.zeros_like(flat)
+        for index, part in enumerate(self.parts):
+            rows = (chosen == index).any(-1).nonzero().flatten()
+            if rows.numel():
+                out = out.index_add(0, rows, shares[rows] * part(flat[rows]))
+        return x + out.view_as(x)
+
+
+def built(name: str) -> nn.Module:
+    """`mixture`, and "selective", a list of experts of which each process calls its own."""
+    if name != "selective":
+        return mixture(name)
+    model = mixture("stranger")
+    for module in model.modules():
+        if type(module) is StrangeBlock:
+            module.__class__ = SelectiveBlock
+    return model
+
+
+def method_for(name: str, method: str = "reap") -> str:
+    return "l2" if name in ("stranger", "selective") and method in ("reap", "frequency") else method
+
+
+def train(engine: Any, steps: int, seed: int = 1, alike: bool = True) -> list[float]:
+    """alike: the same tokens in every process, so that world sizes agree."""
+    seed += 0 if alike else torch.distributed.get_rank()
+    losses = []
+    engine.train()
+    for step in range(steps):
+        loss = logits_of(engine, tokens(4, 8, seed=100 * seed + step)).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=ids.to(device()))
+    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output
+    return logits
+
+
+def evaluated(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return logits_of(model, tokens(3, 10, seed=9)).float().clone()
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {} if config is None else json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def save(model: Any, folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        torch.save(evaluated(model), folder / "expected.pt")
+
+
+def removed(
+    names: tuple[str, ...],
+    stages: tuple[int, ...] = STAGES,
+    folder: str | None = None,
+    alike: bool = True,
+    **shared: Any,
+) -> dict[tuple[str, int], Any]:
+    """{(architecture, stage): kept experts, losses, logits while masked and after finalize, obstacles}.
+
+    folder: the model of the last stage is saved there, under its name, with `expected.pt`, its logits.
+    """
+    results: dict[tuple[str, int], Any] = {}
+    for name in names:
+        keys = {**shared, "method": method_for(name, shared.get("method", "reap"))}
+        for stage in stages:
+            with engine_of(built(name), ds_config(stage, block(**keys))) as engine:
+                losses = train(engine, 4, alike=alike)
+                kept = {group: units.tolist() for group, units in engine.compression.kept_units.items()}
+                masked = evaluated(engine)
+                metrics = engine.compression.metrics()
+                final = ds_compress.finalize(engine)
+                results[name, stage] = {
+                    "kept": kept,
+                    "losses": losses,
+                    "masked": masked,
+                    "final": evaluated(final),
+                    "metrics": metrics,
+                    "config": config_of(final),
+                    "obstacles": vanilla_hf_obstacles(final) if hasattr(final, "config") else [],
+                    "parameters": sum(p.numel() for p in final.parameters()),
+                }
+                if folder is not None and stage == stages[-1] and torch.distributed.get_rank() == 0:
+                    save(final, Path(folder) / name)
+    return results
