@@ -20,11 +20,11 @@ from ds_compress.modelinfo.linear_activation import builtin_linear
 from ds_compress.quant.expert_products import ExpertProducts
 from ds_compress.quant.fake_quant import FakeQuantConfig, autocast_dtype
 from ds_compress.quant.presented import Stack, present, without_copies
-from ds_compress.quant.qat_module import QATModule
+from ds_compress.quant.qat_module import MATRICES, QATModule
 from ds_compress.quant.quantizers import ExpertsInputQuantizer, InputQuantizer, WeightQuantizer
 
 _VALUES, _UNREAD = "_ds_compress_presented", "_ds_compress_unread"
-_WEIGHTS, _INPUTS = "_ds_compress_weight_quantizers", "_ds_compress_input_quantizers"
+_WEIGHTS, _INPUTS = f"weight_quantizer{MATRICES}", f"input_quantizer{MATRICES}"
 
 
 class QATExperts(QATModule):
@@ -74,10 +74,10 @@ class QATExperts(QATModule):
         _set(self.__dict__.setdefault(_INPUTS, {}), parameter, quantizer)
 
     def weight_quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
-        yield from self.__dict__.get(_WEIGHTS, {}).items()
+        yield from (self.__dict__.get(_WEIGHTS) or {}).items()
 
     def input_quantizers(self) -> Iterator[tuple[str, ExpertsInputQuantizer]]:
-        yield from self.__dict__.get(_INPUTS, {}).items()
+        yield from (self.__dict__.get(_INPUTS) or {}).items()
 
     def extra_repr(self) -> str:
         """The base class's, and how the matrices and their inputs are quantized now."""
