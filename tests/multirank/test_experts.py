@@ -130,7 +130,7 @@ SHRUNK = [
 
 @pytest.fixture(scope="module", params=[False, True], ids=["cut", "merged"])
 def shrunk(request: pytest.FixtureRequest) -> dict[Any, Any]:
-    shared = {"merge": True, "schedule_offset_end": 4} if request.param else {}
+    shared: dict[str, Any] = {"merge": True, "schedule_offset_end": 4} if request.param else {}
     return run_ranks(2, SCENARIO + "shrunk_and_masked", cases=SHRUNK, **shared)[0]
 
 
@@ -154,7 +154,7 @@ RESUMED = [
 
 @pytest.fixture(scope="module", params=[3, 6], ids=["in mid-schedule", "after the cut"])
 def resumed(request: pytest.FixtureRequest) -> dict[Any, Any]:
-    schedule = {"schedule_offset_end": 6, "schedule_offset_stride": 2, "merge": True}
+    schedule: dict[str, Any] = {"schedule_offset_end": 6, "schedule_offset_stride": 2, "merge": True}
     return run_ranks(2, SCENARIO + "resumed", cases=RESUMED, saved_at=request.param, **schedule)[0]
 
 
