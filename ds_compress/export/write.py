@@ -139,7 +139,7 @@ class _Export:
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
         source, report = self.source, self.report
         report.folder = str(out)
-        report.steps = source.steps
+        report.steps, report.metrics = source.steps, source.metrics
         report.dense_bytes = 4 * (source.parameters or sum(_sizes(source.model)))
         failure: BaseException | None = None
         try:
