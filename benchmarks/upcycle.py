@@ -44,7 +44,7 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = MixtralForCausalLM(config)
-    weights = dense.state_dict()
+    weights = dict(dense.state_dict())
     for layer in range(old.num_hidden_layers):
         ffn = f"model.layers.{layer}.mlp"
         gate, up, down = (weights.pop(f"{ffn}.{name}_proj.weight") for name in ("gate", "up", "down"))
@@ -57,11 +57,16 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
 
 
 def config(steps: int, peak_lr: float = PEAK_LR) -> dict[str, Any]:
-    """bf16 weights with fp32 masters: the grouped products of experts run in the precision of the weights."""
+    """bf16 weights with fp32 masters: the grouped products of experts run in the precision of the weights.
+
+    692 M parameters leave no memory for temporaries of their size: the optimizer is the fused one, buckets are small.
+    """
     settings = {"total_num_steps": steps, "warmup_num_steps": 4, "warmup_type": "linear"}
     settings |= {"warmup_min_ratio": 0.1, "cos_min_ratio": 0.05}
     made = smollm2.deepspeed_config(ROWS, peak_lr, betas=[0.9, 0.95], weight_decay=0.0)
     del made["torch_autocast"]
+    made["optimizer"]["params"]["fused"] = True
+    made["zero_optimization"] |= {"reduce_bucket_size": 20_000_000, "allgather_bucket_size": 20_000_000}
     return made | {"bf16": {"enabled": True}, "scheduler": {"type": "WarmupCosineLR", "params": settings}}
 
 

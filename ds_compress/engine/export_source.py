@@ -56,12 +56,13 @@ def _of_model(model: nn.Module) -> ExportSource:
         return _of_engine(run.engine)
     trained = of_module(model)
     trained.parameters = origin.began_with(model)
+    trained.metrics = origin.last_metrics(model) if run is None else run.metrics()
     if run is not None and run.prunable_groups:
         pruning_plan = run.pruning_plan()
         trained.pruning_plan = pruning_plan if pruning_plan.active() else None
         return trained
     has_quantizers = any(
-        layers.fake_quant_of(m) or getattr(m, "input_quantizer", None) for m in model.modules()
+        layers.quantized_parameters(m) or layers.input_quantizers_of(m) for m in model.modules()
     )
     lost = [name for name in origin.unfinished(model) if not (name in origin.QUANTIZERS and has_quantizers)]
     if run is None and lost:
@@ -89,6 +90,7 @@ def _of_engine(engine: Any) -> ExportSource:
         steps=None if run is None else run.applied_steps,
         export_to=None if run is None else run.config.export_to,
         parameters=origin.began_with(engine.module),
+        metrics={} if run is None else run.metrics(),
         share=_share,
         description=f"engine on ZeRO stage {engine.zero_optimization_stage()}",
     )

@@ -79,6 +79,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
     pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     run.refresh_weights()
     warn_if_unfinished(run)
+    origin.remember_metrics(run.model, run.metrics())
     run.end()
     cut_in_place(engine, pruning_plan)
     if untouched:
@@ -90,6 +91,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
 def _finalize_loop(run: CompressionRun) -> nn.Module:
     pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     warn_if_unfinished(run)
+    origin.remember_metrics(run.model, run.metrics())
     run.end()
     if untouched:
         return _finalize_model(run.model, _of_weights(run))

@@ -137,9 +137,9 @@ def _hooks(
             if parameter.is_floating_point()
         ]
         before.append([(parameter, parameter.data) for _, parameter in own])
-        fake_quantized = layers.quantized_parameters(module)
+        quantized = layers.quantized_parameters(module)
         for name, parameter in own:
-            is_quantized = layers.is_step_size(name) or name in fake_quantized
+            is_quantized = layers.is_step_size(name) or name in quantized
             parameter.data = value(parameter.data, is_quantized)
         return _in_fp32(args), _in_fp32(kwargs)
 

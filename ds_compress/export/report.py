@@ -25,8 +25,9 @@ _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
 class ExportReport:
     """bytes: of the weight files. dense_bytes: of the parameters of the model at the start of training, before any
     pruning, in fp32. ratio: how many times smaller. nonzeros: of the parameters that are left. modules: how each module
-    with parameters is stored. steps: optimizer steps that the training had applied, if known. check: how the folder was
-    loaded, and the difference of its logits from the trained model's; empty without a check.
+    with parameters is stored. steps: optimizer steps that the training had applied, if known. metrics: the last numbers
+    of the techniques, such as the load of experts. check: how the folder was loaded, and the difference of its logits
+    from the trained model's; empty without a check.
     """
 
     folder: str
@@ -40,6 +41,7 @@ class ExportReport:
     nonzeros: int = 0
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     check: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,9 +62,8 @@ class ExportReport:
         if layer.quantized is not None:
             numbers += layer.quantized.values.numel()
             nonzeros += layer.quantized.count_nonzero()
-        for experts in layer.experts.values():
-            numbers += experts.numel()
-            nonzeros += experts.count_nonzero()
+        numbers += sum(stack.numel() for stack in layer.stacks.values())
+        nonzeros += sum(stack.count_nonzero() for stack in layer.stacks.values())
         self.parameters += numbers
         self.nonzeros += nonzeros
         if numbers:
@@ -131,6 +132,8 @@ class ExportReport:
         began_with = f"{self.dense_bytes:,}, the model that training began with in fp32"
         yield "bytes", f"{self.bytes:,} ({self.ratio:.2f}x smaller than {began_with})"
         yield "parameters", f"{self.parameters:,} ({self.sparsity:.1%} zeros)"
+        if self.metrics:
+            yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         if self.check:
             yield "check", f"{self.check['loaded']}: {self.check['verdict']}"
         else:

@@ -19,7 +19,7 @@ from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
 from ds_compress.export.expected import dtype_of, expected_of, is_quantized
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
-from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
+from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model, refuse_quantized_stack
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
@@ -124,6 +124,8 @@ class _Export:
         self.format.scheme = ptq.scheme_to_round_to(options.scheme, source)
         self.global_scales = ptq.global_scales(source, self.format.scheme)
         self.final = _after_cuts(source)
+        if not self.format.stores_stacks:
+            refuse_quantized_stack(source.model, name)
         self.format.check_source(source, self.final)
         self.given = None if inputs is None else checked_inputs(source.model, inputs)
         self.inputs = (self.given or example_inputs(source.model)) if check else None
@@ -135,7 +137,7 @@ class _Export:
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
         source, report = self.source, self.report
         report.folder = str(out)
-        report.steps = source.steps
+        report.steps, report.metrics = source.steps, source.metrics
         report.dense_bytes = 4 * (source.parameters or sum(_sizes(source.model)))
         failure: BaseException | None = None
         try:
@@ -190,8 +192,8 @@ class _Export:
 
     def _rounded(self, layer: Layer, scheme: Scheme) -> Layer:
         rounded = ptq.rounded(layer, scheme, self.format.note, self.global_scales.get(layer.name))
-        for local, experts in rounded.experts.items():
-            self.format.rounded[layer.full(local)] = self.format.dequantized_experts(rounded, experts)
+        for local, experts in rounded.stacks.items():
+            self.format.rounded[layer.full(local)] = self.format.dequantized_stack(experts)
         if rounded.quantized is not None:
             self.format.rounded[layer.full("weight")] = self.format.dequantized(rounded, rounded.quantized)
             if rounded.input is not None:
@@ -326,7 +328,7 @@ def _after_cuts(source: ExportSource) -> nn.Module:
 
 def _sizes(model: nn.Module) -> Iterator[int]:
     for name, parameter in model.named_parameters():
-        if not name.endswith(layers.STEP_SIZE) and not is_auxiliary(name):
+        if not layers.is_step_size(name) and not is_auxiliary(name):
             yield math.prod(shape_of(parameter))
 
 

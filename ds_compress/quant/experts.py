@@ -9,20 +9,22 @@ backward what its compiler decides to keep.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from ds_compress.modelinfo.experts import fused_experts
+from ds_compress.modelinfo.linear_activation import builtin_linear
+from ds_compress.quant.expert_products import ExpertProducts
 from ds_compress.quant.fake_quant import FakeQuantConfig, autocast_dtype
 from ds_compress.quant.presented import Stack, present, without_copies
-from ds_compress.quant.qat_module import QATModule
-from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
+from ds_compress.quant.qat_module import MATRICES, QATModule
+from ds_compress.quant.quantizers import ExpertsInputQuantizer, InputQuantizer, WeightQuantizer
 
 _VALUES, _UNREAD = "_ds_compress_presented", "_ds_compress_unread"
-_WEIGHTS, _INPUTS = "_ds_compress_weight_quantizers", "_ds_compress_input_quantizers"
+_WEIGHTS, _INPUTS = f"weight_quantizer{MATRICES}", f"input_quantizer{MATRICES}"
 
 
 class QATExperts(QATModule):
@@ -37,19 +39,33 @@ class QATExperts(QATModule):
         """That of the base class, on what is presented.
 
         Raises:
-            RuntimeError: it computed without reading what is presented.
+            RuntimeError: it computed without reading what is presented, or multiplied by it unseen.
         """
         configs = {name: q.fake_quant for name, q in self.weight_quantizers() if q.fake_quant is not None}
-        if not configs:
+        inputs = {name: q for name, q in self.input_quantizers() if q.enabled}
+        if not configs and not inputs:
             return self._ds_compress_base_class.forward(self, *args, **kwargs)
-        with self._presented(configs) as unread:
+        with self._presented(configs) as unread, self._products(inputs) as rows:
             result = self._ds_compress_base_class.forward(self, *args, **kwargs)
-            if unread and self._must_read(result):
-                raise RuntimeError(
-                    f"{self._ds_compress_base_class.__name__} computed without reading {sorted(unread)}: its "
-                    "quantizers were not active; exclude the module from quantization"
-                )
+            if self._must_read(result):
+                self._check(unread, rows)
         return result
+
+    def _check(self, unread: Collection[str], rows: Mapping[str, int] | None) -> None:
+        name = self._ds_compress_base_class.__name__
+        if unread:
+            raise RuntimeError(
+                f"{name} computed without reading {sorted(unread)}: its quantizers were not active; exclude the module "
+                "from quantization"
+            )
+        if rows is not None and (len(set(rows.values())) > 1 or 0 in rows.values()):
+            seen = ", ".join(f"{count} by {matrix}" for matrix, count in rows.items())
+            how = getattr(getattr(self, "config", None), "_experts_implementation", None)
+            raise RuntimeError(
+                f"{name} multiplied rows by its matrices in a way that was not seen ({seen}), so its inputs were not "
+                f'quantized: set the experts implementation of the model ({how!r} now) to "grouped_mm", "batched_mm" '
+                'or "eager", or exclude the module from activation_quantization'
+            )
 
     def set_weight_quantizer(self, parameter: str, quantizer: WeightQuantizer | None) -> None:
         _set(self.__dict__.setdefault(_WEIGHTS, {}), parameter, quantizer)
@@ -58,10 +74,10 @@ class QATExperts(QATModule):
         _set(self.__dict__.setdefault(_INPUTS, {}), parameter, quantizer)
 
     def weight_quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
-        yield from self.__dict__.get(_WEIGHTS, {}).items()
+        yield from (self.__dict__.get(_WEIGHTS) or {}).items()
 
-    def input_quantizers(self) -> Iterator[tuple[str, InputQuantizer]]:
-        yield from self.__dict__.get(_INPUTS, {}).items()
+    def input_quantizers(self) -> Iterator[tuple[str, ExpertsInputQuantizer]]:
+        yield from (self.__dict__.get(_INPUTS) or {}).items()
 
     def extra_repr(self) -> str:
         """The base class's, and how the matrices and their inputs are quantized now."""
@@ -84,6 +100,17 @@ class QATExperts(QATModule):
                 yield self.__dict__[_UNREAD]
         finally:
             del self.__dict__[_VALUES], self.__dict__[_UNREAD]
+
+    @contextlib.contextmanager
+    def _products(self, inputs: Mapping[str, ExpertsInputQuantizer]) -> Iterator[Mapping[str, int] | None]:
+        """Inside, inputs are quantized; gives how many rows were multiplied by each matrix, None: nobody counts."""
+        if not inputs:
+            yield None
+            return
+        stacks = {name: getattr(self, name) for name in self._ds_compress_matrices}
+        # DeepSpeed's F.linear under ZeRO-3 would hide what it is given.
+        with builtin_linear(), ExpertProducts(stacks, inputs, self.training) as products:
+            yield products.rows
 
     def _stack(self, name: str, fake_quant: FakeQuantConfig) -> Stack:
         parameter = self._parameters[name]

@@ -27,6 +27,7 @@ from ds_compress.quant.linear_ops import Conv1dOp, Conv2dOp, DenseOp, LinearOp
 from ds_compress.quant.packed_linear import packed_linear
 from ds_compress.quant.packed_weight import packed_weight_of
 from ds_compress.quant.qat_module import (
+    MATRICES,
     STEP_SIZE,
     WEIGHT,
     QATModule,
@@ -34,17 +35,17 @@ from ds_compress.quant.qat_module import (
     step_size_name,
     weight_of_step_size,
 )
-from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
+from ds_compress.quant.quantizers import ExpertsInputQuantizer, InputQuantizer, WeightQuantizer
 
 __all__ = [
     "STEP_SIZE",
     "WEIGHT",
+    "ExpertsInputQuantizer",
     "InputQuantizer",
     "QATModule",
     "WeightQuantizer",
     "attach",
     "check",
-    "clear",
     "detach",
     "fake_quant_of",
     "input_quantizers_of",
@@ -53,6 +54,7 @@ __all__ = [
     "quantized_parameters",
     "quantized_weight",
     "step_size_name",
+    "take_quantizers",
     "weight_of_step_size",
 ]
 
@@ -229,18 +231,19 @@ def quantized_parameters(module: nn.Module) -> dict[str, FakeQuantConfig]:
     return {name: q.fake_quant for name, q in module.weight_quantizers() if q.fake_quant is not None}
 
 
-def input_quantizers_of(module: nn.Module) -> list[InputQuantizer]:
-    """All of a module: one, or of fused experts one for each matrix."""
-    return [q for _, q in module.input_quantizers()] if isinstance(module, QATModule) else []
+def input_quantizers_of(module: nn.Module) -> dict[str, InputQuantizer]:
+    """{local name of a weight: what quantizes its input}; empty for a module that has none."""
+    return dict(module.input_quantizers()) if isinstance(module, QATModule) else {}
 
 
-def clear(module: QATModule) -> None:
-    """Takes all quantizers away, and the class back."""
-    for name in [name for name, _ in module.weight_quantizers()]:
-        module.set_weight_quantizer(name, None)
-    for name in [name for name, _ in module.input_quantizers()]:
-        module.set_input_quantizer(name, None)
-    detach(module)
+def take_quantizers(module: nn.Module) -> None:
+    """The module has its own class again."""
+    if isinstance(module, QATModule):
+        for name in dict(module.weight_quantizers()):
+            module.set_weight_quantizer(name, None)
+        for name in dict(module.input_quantizers()):
+            module.set_input_quantizer(name, None)
+        detach(module)
 
 
 def quantized_weight(module: nn.Module, parameter: str = WEIGHT) -> torch.Tensor:
@@ -311,7 +314,9 @@ def detach(module: nn.Module) -> None:
     """Restores the class of the module, once neither quantizer is set; removes a learned step size."""
     if not isinstance(module, QATModule) or [*module.weight_quantizers(), *module.input_quantizers()]:
         return
-    del module.__dict__["weight_quantizer"], module.__dict__["input_quantizer"]
+    for kind in ("weight_quantizer", "input_quantizer"):
+        for attribute in (kind, f"{kind}{MATRICES}"):
+            module.__dict__.pop(attribute, None)
     for name in [name for name in module._parameters if is_step_size(name)]:
         del module._parameters[name]
     cast(Any, module).__class__ = module._ds_compress_base_class

@@ -11,27 +11,29 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
 from ds_compress.quant.fake_quant import FakeQuantConfig
 from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
 
 WEIGHT = "weight"
-_SUFFIX = "_step_size"
-STEP_SIZE = f"{WEIGHT}{_SUFFIX}"
+STEP_SIZE = f"{WEIGHT}{STEP_SIZE_SUFFIX}"
+MATRICES = "s_by_matrix"
+"""Behind "weight_quantizer" and "input_quantizer": the attributes of a module with several matrices, a dict each."""
 
 
 def step_size_name(parameter: str) -> str:
     """The local name of the given scales of a parameter, e.g. `weight_step_size`."""
-    return f"{parameter}{_SUFFIX}"
+    return f"{parameter}{STEP_SIZE_SUFFIX}"
 
 
 def is_step_size(name: str) -> bool:
     """Whether a parameter of this name, local or full, has the given scales of another."""
-    return name.endswith(_SUFFIX)
+    return name.endswith(STEP_SIZE_SUFFIX)
 
 
 def weight_of_step_size(name: str) -> str:
     """The inverse of `step_size_name`, for local and full names."""
-    return name.removesuffix(_SUFFIX)
+    return name.removesuffix(STEP_SIZE_SUFFIX)
 
 
 class QATModule(nn.Module):

@@ -217,4 +217,7 @@ class ExpertRouting:
 
 
 def is_index(tensor: torch.Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    """Whether it may say which experts each token goes to: [tokens, chosen]."""
+    return tensor.dim() == 2 and not (
+        tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    )

@@ -71,9 +71,12 @@ def check_exclusion(
 
 
 def _look(args: tuple[Any, ...], kwargs: dict[str, Any], left: int) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and is_index(value) and int(value.max()) >= left:
-            raise ValueError("it chooses experts that are excluded")
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    chosen = [tensor for tensor in tensors if is_index(tensor)]
+    if any(int(tensor.max()) >= left for tensor in chosen):
+        raise ValueError("it chooses experts that are excluded")
+    if not chosen and (len(tensors) != 1 or tensors[0].shape[:-1].numel() != left * _TOKENS):
+        raise ValueError("what its experts are called with is not known here")
     raise _Reached
 
 

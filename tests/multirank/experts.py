@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 import ds_compress
 from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
-from tests.multirank.common import device, ds_config, engine_of
+from tests.multirank.common import Wrapper, device, ds_config, engine_of
 from tests.zoo.mixtures import StrangeBlock, mixture, tokens
 
 STAGES = (0, 2, 3)
@@ -121,3 +122,55 @@ def removed(
                 if folder is not None and stage == stages[-1] and torch.distributed.get_rank() == 0:
                     save(final, Path(folder) / name)
     return results
+
+
+def shrunk_and_masked(cases: list[tuple[str, str]], **shared: Any) -> dict[Any, Any]:
+    """{(architecture, wrapper, whether it shrinks): losses and what is there in the end}."""
+    results: dict[Any, Any] = {}
+    for name, wrapper in cases:
+        for shrinks in (True, False):
+            keys = {"method": method_for(name), "shrink_at_end_of_schedule": shrinks, **shared}
+            config = WRAPPERS[wrapper].config(block(**keys))
+            net = built(name)
+            with engine_of(net, config, model_parameters=WRAPPERS[wrapper].parameters(net)) as engine:
+                losses = train(engine, 6)
+                results[name, wrapper, shrinks] = {
+                    "losses": losses,
+                    "logits": evaluated(engine),
+                    "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters()),
+                    "metrics": engine.compression.metrics(),
+                }
+    return results
+
+
+def resumed(cases: list[tuple[str, int, bool]], saved_at: int, **shared: Any) -> dict[Any, Any]:
+    """Losses of an unbroken run, and of one that was resumed from a checkpoint of step `saved_at`."""
+    results: dict[Any, Any] = {}
+    for name, stage, shrinks in cases:
+        keys = {"method": method_for(name), "shrink_at_end_of_schedule": shrinks, **shared}
+        config = ds_config(stage, block(**keys))
+        paths: list[Any] = [tempfile.mkdtemp()]
+        torch.distributed.broadcast_object_list(paths)
+        with engine_of(built(name), config) as engine:
+            train(engine, saved_at)
+            engine.save_checkpoint(paths[0])
+            unbroken = train(engine, 4, seed=2)
+            metrics = engine.compression.metrics()
+        with engine_of(built(name), config) as engine:
+            engine.load_checkpoint(paths[0])
+            again = train(engine, 4, seed=2)
+            results[name, stage, shrinks] = {
+                "unbroken": unbroken,
+                "resumed": again,
+                "metrics": (metrics, engine.compression.metrics()),
+            }
+    return results
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "fp32-0": Wrapper(0),
+    "fp32-2": Wrapper(2),
+    "fp32-3": Wrapper(3),
+    "bf16-2-offload-groups": Wrapper(2, "bf16", {"offload_optimizer": {"device": "cpu"}}, groups=True),
+    "bf16-3-sub-groups": Wrapper(3, "bf16", {"sub_group_size": 5000}),
+}

@@ -23,15 +23,12 @@ KEY = "ds_compress"
 QUANTIZERS = tuple(name for name, technique in TECHNIQUES.items() if technique.is_in_forward)
 """Blocks whose result stays on the modules, and is stored with them."""
 _PARAMETERS = "_ds_compress_parameters"
+_METRICS = "_ds_compress_metrics"
 
 
 def parameters_of(model: nn.Module) -> int:
     """How many the model has now; nothing that compression has added."""
-    own = (
-        (n, p)
-        for n, p in model.named_parameters()
-        if not n.endswith(layers.STEP_SIZE) and not is_auxiliary(n)
-    )
+    own = ((n, p) for n, p in model.named_parameters() if not layers.is_step_size(n) and not is_auxiliary(n))
     return sum(math.prod(shape_of(parameter)) for _, parameter in own)
 
 
@@ -49,6 +46,16 @@ def unfinished(model: nn.Module) -> Sequence[str]:
 def remember(model: nn.Module) -> None:
     """Before the first cut."""
     model.__dict__[_PARAMETERS] = began_with(model) or parameters_of(model)
+
+
+def remember_metrics(model: nn.Module, metrics: Mapping[str, float]) -> None:
+    """The last numbers of the techniques, for the report of an export of the finished model."""
+    model.__dict__[_METRICS] = dict(metrics)
+
+
+def last_metrics(model: nn.Module) -> dict[str, float]:
+    """What `remember_metrics` was given; empty without."""
+    return dict(vars(model).get(_METRICS, {}))
 
 
 def mark(model: nn.Module, blocks: Sequence[str]) -> None:

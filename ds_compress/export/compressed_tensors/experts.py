@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
 
 from ds_compress.export.hub_names import Converter, expert_rows
-from ds_compress.export.quantized_experts import QuantizedExperts, rows_of
 from ds_compress.export.quantized_matrix import QuantizedMatrix
-from ds_compress.export.read import Layer
+from ds_compress.export.quantized_stack import QuantizedStack
+from ds_compress.export.read import InputScheme, Layer
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.quant.grid import Granularity
 
@@ -51,15 +54,15 @@ def misread(format: str, bits: int, in_blocks: bool, integer_inputs: bool) -> st
 
 def misread_matrix(matrix: QuantizedMatrix, layer: Layer, name: str) -> str | None:
     """`misread` of a matrix of the stack `name`."""
-    used = layer.expert_inputs.get(name)
+    used = layer.stack_inputs.get(name)
     in_blocks = matrix.granularity is Granularity.PER_BLOCK and matrix.scale.numel() > 1
     return misread(matrix.format, matrix.bits, in_blocks, used is not None and used.grid.format == "int")
 
 
 def single_matrices(
-    layer: Layer, name: str, experts: QuantizedExperts, converter: Converter
-) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """(name of the module on the hub, matrix), of one stack of a layer.
+    layer: Layer, name: str, experts: QuantizedStack, converter: Converter
+) -> Iterator[tuple[str, QuantizedMatrix, InputScheme | None]]:
+    """(name of the module on the hub, matrix, how its input is quantized), of one stack of a layer.
 
     Raises:
         ValueError: the hub has them fused; a scale belongs to parts of two matrices.
@@ -72,7 +75,34 @@ def single_matrices(
     for stored, (expert, rows) in found.items():
         if bool((rows[1:] < rows[:-1]).any()):
             raise ValueError(f"{stored} has its outputs in another order")
-        yield stored.removesuffix(".weight"), rows_of(experts.matrices[expert], rows)
+        matrix = rows_of(experts.matrices[expert], rows)
+        yield stored.removesuffix(".weight"), matrix, input_of(layer, name, expert)
+
+
+def input_of(layer: Layer, name: str, expert: int) -> InputScheme | None:
+    """How the input of one expert's matrix is quantized: a static range is its own."""
+    used = layer.stack_inputs.get(name)
+    if used is None or used.input_range is None:
+        return used
+    own = used.input_range[expert]
+    if not bool(own.isfinite().all()):
+        raise ValueError(
+            f"the input of expert {expert} has no range: it saw no token while ranges were observed"
+        )
+    return replace(used, input_range=own)
+
+
+def rows_of(matrix: QuantizedMatrix, rows: torch.Tensor) -> QuantizedMatrix:
+    """Some of its outputs, not transposed any more; rows: increasing int64.
+
+    Raises:
+        ValueError: square blocks are cut.
+    """
+    outputs, inputs = matrix.values.shape
+    # A copy: no two tensors of a file may share memory.
+    shared = None if matrix.global_scale is None else matrix.global_scale.clone()
+    plain = replace(matrix, shape=(outputs, inputs), transposed=False, global_scale=shared)
+    return plain if rows.numel() == outputs else plain.cut(lambda tensor: tensor[rows])
 
 
 def has_single_matrices(converter: Converter, name: str, shape: tuple[int, ...], kind: ModuleKind) -> bool:
