@@ -256,6 +256,8 @@ class ExpertPruning(StructuredPruning):
 
     def detach(self) -> None:
         super().detach()
+        for routing in self._routings.values():
+            routing.exclude_all_but(None)
         self._routings, self._around = {}, []
 
     # -- state -----------------------------------------------------------------------------------------
