@@ -306,6 +306,16 @@ class TestMerging:
                     torch.testing.assert_close(now[0], (1 - share) * old[0] + share * old[3])
                     assert torch.equal(now[1:3], old[1:3]) and not now[3].any()
 
+    @pytest.mark.parametrize("name", ["mixtral", "stranger"])
+    def test_from_the_first_step_on(self, name: str) -> None:
+        """Whatever the score: tokens of the first step count, and where none are known all experts count alike."""
+        finals = []
+        for merge in (False, True):
+            with engine_of(built(name), ds_config(0, block("l2", schedule_offset=1, merge=merge))) as engine:
+                train(engine, 1)
+                finals.append(evaluated(ds_compress.finalize(engine)))
+        assert (finals[0] - finals[1]).abs().max() > 1e-2
+
     def test_without_training_all_count_alike(self) -> None:
         keys: dict[str, Any] = {"method": "l2", "merge": True, "schedule_offset": 0}
         for name in ("mixtral", "stranger"):
