@@ -41,7 +41,8 @@ def draw(result: Mapping[str, Mapping[str, float]], path: Path) -> Path:
             getattr(axis.yaxis, f"set_{which}_formatter")("{x:g}")
         axis.tick_params(axis="y", which="both", labelsize=7)
         axis.set_xlim(-0.6, len(schemes) - 0.4)
-        axis.set_xticks(range(len(schemes)), [s.replace(", ", ",\n") for s in schemes], fontsize=8)
+        labels = [s.replace(", ", ",\n") for s in schemes]
+        axis.set_xticks(range(len(schemes)), labels, fontsize=8, rotation=30, ha="right")
         axis.set_ylabel(f"{key}, held out")
         axis.grid(True, axis="y", which="both", alpha=0.3)
     for method, label, style in (

@@ -36,7 +36,7 @@ Row = Mapping[str, str]
 Figures = Mapping[str, Mapping[str, float]]
 """{variant: {figure: value}}; a figure's name ends in its unit where it has one."""
 
-_FLAGS_OF_NO_SETTING = ("--json", "--measure-only")
+_FLAGS_OF_NO_SETTING = ("--json", "--measure-only", "--picture")
 _OPTIONS_OF_NO_SETTING = ("--output", "--record", "--rounds", "--teacher", "--threads")
 
 RESULTS = HERE / "results"

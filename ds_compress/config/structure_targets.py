@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,8 +45,14 @@ def kept_units(dense_ratio: float, units: int, round_to: int, rounds_up: bool = 
 
 
 def units_left(structure: PrunableGroup, dense_ratio: float, shared: Any) -> int:
-    """How many units of `structure` stay at this density; of each of its parts as many. `shared`: of its block."""
-    own = kept_units(dense_ratio, structure.units // structure.parts, shared.round_to, shared.rounds_up)
+    """How many units of `structure` stay at this density; of each of its parts as many, in the group's multiples.
+
+    shared: of its block.
+    """
+    multiple = structure.multiple
+    own = kept_units(dense_ratio, structure.width, math.lcm(shared.round_to, multiple), shared.rounds_up)
+    if shared.rounds_up:
+        own = min(structure.width, -(-own // multiple) * multiple)
     return structure.parts * own
 
 
@@ -57,7 +64,8 @@ def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int,
             lost = target.structure.units - _kept_in_the_end(plan, target)
             for member in target.structure.slices:
                 if member.tensor == name and target.structure.removable:
-                    left[member.dim] -= lost * member.index.shape[1]
+                    sharers = target.structure.parts if member.of_experts else 1
+                    left[member.dim] -= lost * member.index.shape[1] // sharers
     return tuple(left)
 
 

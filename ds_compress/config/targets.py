@@ -52,7 +52,9 @@ class TechniquePlan:
 class Weight:
     """One parameter of the model as it is stored: full shape, bytes per element, whether it trains, whose it is.
 
-    owner: name of the class of the module that holds it. users: names of all modules that do.
+    owner: name of the class of the module that holds it. users: names of all modules that do. routes: whether it
+    decides which experts see a token. experts, chosen: of a weight of experts how many there are in its layer, and how
+    many of them see a token.
     """
 
     name: str
@@ -61,6 +63,9 @@ class Weight:
     trainable: bool
     owner: str = ""
     users: tuple[str, ...] = ()
+    routes: bool = False
+    experts: int = 1
+    chosen: int = 1
 
     @property
     def numel(self) -> int:

@@ -52,9 +52,10 @@ def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
         return internals.full_state_dict(engine)
     keep = not dist.is_initialized() or dist.get_rank() == 0
     quantized_by = {
-        id(module.weight): module
+        id(module.get_parameter(name)): (module, name)
         for module in engine.module.modules()
-        if layers.fake_quant_of(module) is not None
+        for name in layers.quantized_parameters(module)
+        if packed_weight_of(module) is None
     }
     result: dict[str, torch.Tensor] = {}
     values_of: dict[int, torch.Tensor] = {}
@@ -62,11 +63,11 @@ def export_state_dict(engine: Any) -> dict[str, torch.Tensor]:
         if not keep:
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if name == layers.STEP_SIZE:
+            if layers.is_step_size(name):
                 continue
             if id(parameter) not in values_of:
                 owner = quantized_by.get(id(parameter))
-                values = parameter if owner is None else layers.quantized_weight(owner)
+                values = parameter if owner is None else layers.quantized_weight(*owner)
                 values_of[id(parameter)] = values.detach().float().cpu().clone()
             result[_join(module_name, name)] = values_of[id(parameter)]
         is_packed = packed_weight_of(module) is not None

@@ -62,7 +62,7 @@ def _of_model(model: nn.Module) -> ExportSource:
         trained.pruning_plan = pruning_plan if pruning_plan.active() else None
         return trained
     has_quantizers = any(
-        layers.fake_quant_of(m) or getattr(m, "input_quantizer", None) for m in model.modules()
+        layers.quantized_parameters(m) or layers.input_quantizers_of(m) for m in model.modules()
     )
     lost = [name for name in origin.unfinished(model) if not (name in origin.QUANTIZERS and has_quantizers)]
     if run is None and lost:

@@ -152,7 +152,8 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
         if member.scored:
             weight = parameters[member.tensor]
             magnitudes = weight.detach().float().abs().flatten()
-            total += unit_sums(magnitudes, 0, weight.shape, member.dim, member.index).to(total.device)
+            sums = unit_sums(magnitudes, 0, weight.shape, member.dim, member.index, member.of_experts)
+            total += sums.to(total.device)
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     count = units_left(structure, target.dense_ratio, structures.shared)

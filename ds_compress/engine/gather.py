@@ -23,20 +23,17 @@ def full_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     run = run_of(model)
     if run is not None:
         run.refresh_weights()
-    quantized_by: dict[int, list[nn.Module]] = {}
+    scales_of: dict[int, list[Any]] = {}
     for module in model.modules():
-        if layers.fake_quant_of(module) is not None:
-            quantized_by.setdefault(id(module.weight), []).append(module)
+        for parameter in layers.quantized_parameters(module):
+            scale = module._parameters.get(layers.step_size_name(parameter))
+            if scale is not None:
+                scales_of.setdefault(id(module.get_parameter(parameter)), []).append(scale)
     for name, module in list(model.named_modules()):
         if is_auxiliary(name):
             continue
         own: list[Any] = [p for p in module._parameters.values() if p is not None]
-        scales = [
-            scale
-            for parameter in own
-            for owner in quantized_by.get(id(parameter), ())
-            if (scale := owner._parameters.get(layers.STEP_SIZE)) is not None
-        ]
+        scales = [scale for parameter in own for scale in scales_of.get(id(parameter), ())]
         unique = {id(parameter): parameter for parameter in (*own, *scales)}
         with full_parameters(unique.values()):
             yield name, module

@@ -137,7 +137,7 @@ def _distill_layer(
 
 
 def _is_quantized(model: nn.Module) -> bool:
-    return any(quant_layers.fake_quant_of(module) is not None for module in model.modules())
+    return any(quant_layers.quantized_parameters(module) for module in model.modules())
 
 
 @torch.no_grad()

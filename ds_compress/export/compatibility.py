@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.report.size_estimate import format_of
-from ds_compress.config.structure_targets import StructurePlan, kept_units, shape_after
+from ds_compress.config.structure_targets import StructurePlan, shape_after, units_left
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.export import trial_load
 from ds_compress.export.float_misfits import float_misfits
@@ -177,11 +177,11 @@ def _kept(block: StructurePlan) -> Iterator[tuple[str, torch.Tensor]]:
     shared: Any = block.shared
     uneven = shared.scope == "global" and len(block.targets) > 1
     for number, target in enumerate(block.targets):
-        units = target.structure.units
-        count = kept_units(target.dense_ratio, units, shared.round_to, shared.rounds_up)
-        if uneven and number == 0 and count < units:
-            count = min(units, count + shared.round_to)
-        yield target.structure.name, torch.arange(count)
+        group = target.structure
+        count = units_left(group, target.dense_ratio, shared) // group.parts
+        if uneven and number == 0 and count < group.width:
+            count = min(group.width, count + math.lcm(shared.round_to, group.multiple))
+        yield group.name, torch.arange(group.units).view(group.parts, -1)[:, :count].flatten()
 
 
 def _targets(plan: Plan, key: str) -> tuple[Target, ...]:

@@ -35,13 +35,17 @@ def in_fp32(model: nn.Module, stored: torch.dtype | None = None) -> Iterator[Non
         with _modules_in_fp32(model, value), _buffers_in_fp32(model):
             yield
         return
-    quantized = {id(module.weight) for module in model.modules() if layers.fake_quant_of(module) is not None}
+    quantized = {
+        id(module.get_parameter(name))
+        for module in model.modules()
+        for name in layers.quantized_parameters(module)
+    }
     before: list[tuple[nn.Parameter, torch.Tensor]] = []
     for name, parameter in model.named_parameters():
         if not _is_converted(parameter, stored) or is_auxiliary(name):
             continue
         before.append((parameter, parameter.data))
-        is_quantized = id(parameter) in quantized or name.endswith(layers.STEP_SIZE)
+        is_quantized = id(parameter) in quantized or layers.is_step_size(name)
         parameter.data = value(parameter.data, is_quantized)
     try:
         with _buffers_in_fp32(model):
@@ -127,9 +131,9 @@ def _hooks(
             if parameter.is_floating_point()
         ]
         before.append([(parameter, parameter.data) for _, parameter in own])
-        is_fake_quantized = layers.fake_quant_of(module) is not None
+        quantized = layers.quantized_parameters(module)
         for name, parameter in own:
-            is_quantized = name == layers.STEP_SIZE or (name == "weight" and is_fake_quantized)
+            is_quantized = layers.is_step_size(name) or name in quantized
             parameter.data = value(parameter.data, is_quantized)
         return _in_fp32(args), _in_fp32(kwargs)
 

@@ -65,8 +65,8 @@ def _rounded_to(format: Format, model: nn.Module) -> torch.dtype:
 def is_quantized(model: nn.Module) -> bool:
     """Whether a weight or an input of the model is quantized now."""
     return any(
-        layers.fake_quant_of(module) is not None
-        or getattr(getattr(module, "input_quantizer", None), "enabled", False)
+        layers.quantized_parameters(module)
+        or any(quantizer.enabled for quantizer in layers.input_quantizers_of(module).values())
         for module in model.modules()
     )
 

@@ -17,8 +17,10 @@ from ds_compress.export import kv_cache
 from ds_compress.export.check import Answer
 from ds_compress.export.loaded_tensors import input_scale
 from ds_compress.export.quantized_matrix import QuantizedMatrix
+from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
 from ds_compress.quant.schemes import Scheme
@@ -43,6 +45,7 @@ class Format(ABC):
     """Converts layers to tensors of a file and entries of `config.json`.
 
     loads_in_stock: transformers does. loader: who checks, see `check`. has_shards: tensors are written one by one.
+    stores_stacks: it can say how the matrices of fused experts are quantized.
 
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
     values that only the export rounded, by parameter name, so that the check compares like with like. untied:
@@ -57,6 +60,7 @@ class Format(ABC):
     loads_in_vanilla_hf: ClassVar[bool] = True
     loader: ClassVar[str] = "vanilla_hf"
     has_shards: ClassVar[bool] = True
+    stores_stacks: ClassVar[bool] = False
 
     options: Options
     schemes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -128,6 +132,7 @@ class Format(ABC):
         values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
         if layer.quantized is not None:
             values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
+        values |= {layer.full(name): self.dequantized_stack(stack) for name, stack in layer.stacks.items()}
         return {name: self.rounded.get(name, value) for name, value in values.items()}
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
@@ -152,9 +157,25 @@ class Format(ABC):
         """A quantized weight as a loader must hold it."""
         return quantized.dequantize()
 
+    def dequantized_stack(self, stack: QuantizedStack) -> torch.Tensor:
+        """A quantized parameter of fused experts as a loader must hold it."""
+        return stack.dequantize()
+
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None
         return tensor.to(self.options.dtype) if is_float else tensor
+
+
+def refuse_quantized_experts(model: nn.Module, name: str) -> None:
+    """Raises ExportError where fused experts are quantized."""
+    for module_name, module in model.named_modules():
+        if fused_experts(module) and (
+            layers.quantized_parameters(module) or layers.input_quantizers_of(module)
+        ):
+            raise ExportError(
+                f'{module_name}: format "{name}" has no word for quantized experts that are fused; format="hf" writes '
+                "the values that training computed with"
+            )
 
 
 def refuse_unless_vanilla_hf(source: ExportSource, final: nn.Module, name: str, checked: bool) -> list[str]:
@@ -205,9 +226,7 @@ def empty_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         module._parameters = dict(module._parameters.items())
-        if isinstance(module, layers.QATModule):
-            module.weight_quantizer = module.input_quantizer = None
-            layers.detach(module)
+        layers.take_quantizers(module)
     return copied
 
 

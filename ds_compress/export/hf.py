@@ -8,6 +8,7 @@ import torch
 
 from ds_compress.export.format import Format
 from ds_compress.export.quantized_matrix import QuantizedMatrix
+from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 
 
@@ -15,6 +16,7 @@ class HfFormat(Format):
     """Weights as floats; quantized ones with the values that training computed with."""
 
     name: ClassVar[str] = "hf"
+    stores_stacks: ClassVar[bool] = True
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         self.untie(layer)
@@ -22,13 +24,11 @@ class HfFormat(Format):
         if layer.quantized is not None:
             rounded = self.dequantized(layer, layer.quantized)
             stored[layer.full("weight")] = rounded
-            self.note("quantized weights are written as floats on their grid: this format stores no integers")
-            if not torch.equal(rounded.float(), layer.quantized.dequantize()):
-                self.note(
-                    f"{rounded.dtype} rounds the values of {layer.quantized.format} weights, so that they leave their "
-                    "grid: dtype float32 stores them exactly"
-                )
-        if layer.input is not None:
+            self._note_floats(rounded, layer.quantized.dequantize(), layer.quantized.format)
+        for name, stack in layer.stacks.items():
+            stored[layer.full(name)] = self.dequantized_stack(stack)
+            self._note_floats(stored[layer.full(name)], stack.dequantize(), stack.matrices[0].format)
+        if layer.input is not None or layer.stack_inputs:
             self.ignores_inputs = True
             self.note("activations are not quantized when this folder is loaded: the format cannot say so")
         return stored
@@ -36,3 +36,14 @@ class HfFormat(Format):
     def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         # In the dtype that a loader is told to use, or it would round them itself.
         return quantized.dequantize().to(self.loaded_dtype(self.trained_dtype))
+
+    def dequantized_stack(self, stack: QuantizedStack) -> torch.Tensor:
+        return stack.dequantize().to(self.loaded_dtype(self.trained_dtype))
+
+    def _note_floats(self, stored: torch.Tensor, exact: torch.Tensor, format: str) -> None:
+        self.note("quantized weights are written as floats on their grid: this format stores no integers")
+        if not torch.equal(stored.float(), exact):
+            self.note(
+                f"{stored.dtype} rounds the values of {format} weights, so that they leave their grid: dtype float32 "
+                "stores them exactly"
+            )

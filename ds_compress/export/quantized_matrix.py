@@ -154,12 +154,7 @@ def quantize_matrix(
     Raises:
         ValueError: the weight has none (still blended, NaN), or its scales do not fit the layout.
     """
-    if fake_quant.blend_ratio:
-        raise ValueError(
-            f"it is still a blend of {fake_quant.blend_ratio:.0%} real weights (fp16_mixed_quantize): train on until 0"
-        )
-    if not bool(weight.isfinite().all()):
-        raise ValueError("it has NaN or Inf")
+    check_quantizable(weight, fake_quant)
     grid = fake_quant.grid
     scale = None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
     noise = rounding_noise(weight, fake_quant)
@@ -168,6 +163,16 @@ def quantize_matrix(
     if not torch.equal(quantized.dequantize().to(trained.dtype), trained.cpu()):
         raise ValueError("its stored values and scales do not give the weight that training computed with")
     return quantized
+
+
+def check_quantizable(weight: torch.Tensor, fake_quant: FakeQuantConfig) -> None:
+    """Raises ValueError for a weight that has no integers or codes: still blended, NaN."""
+    if fake_quant.blend_ratio:
+        raise ValueError(
+            f"it is still a blend of {fake_quant.blend_ratio:.0%} real weights (fp16_mixed_quantize): train on until 0"
+        )
+    if not bool(weight.isfinite().all()):
+        raise ValueError("it has NaN or Inf")
 
 
 def matrix_of(stored: QuantizedWeight) -> QuantizedMatrix:

@@ -11,7 +11,9 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export.quantized_matrix import QuantizedMatrix, matrix_of, quantize_matrix
+from ds_compress.export.quantized_stack import QuantizedStack, quantize_stack
 from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
@@ -59,7 +61,9 @@ class Layer:
 
     name: after pruning. quantized: its weight, where that is quantized. tensors: everything else by its name in the
     module; CPU. ties: those that are tensors of an earlier module, by their full name there. split_from: the tied
-    weight's other name where only one of its layers quantizes it, so that it has two values.
+    weight's other name where only one of its layers quantizes it, so that it has two values. stacks: the quantized
+    parameters of fused experts, by their names in the module. stack_inputs: how the inputs of these are quantized; a
+    static range is (experts, 2).
     """
 
     name: str
@@ -69,6 +73,8 @@ class Layer:
     input: InputScheme | None = None
     ties: dict[str, str] = field(default_factory=dict)
     split_from: str = ""
+    stacks: dict[str, QuantizedStack] = field(default_factory=dict)
+    stack_inputs: dict[str, InputScheme] = field(default_factory=dict)
 
     def full(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
@@ -123,12 +129,14 @@ def _read(
     quantized, split_from = None, ""
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
-    fake_quant = layers.fake_quant_of(module)
+    quantized_parameters = layers.quantized_parameters(module)
+    stacks: dict[str, QuantizedStack] = {}
     for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if local == layers.STEP_SIZE:
+        if layers.is_step_size(local):
             continue
-        is_quantized = local == "weight" and fake_quant is not None
-        step_size = module._parameters.get(layers.STEP_SIZE) if is_quantized else None
+        fake_quant = quantized_parameters.get(local)
+        is_quantized = fake_quant is not None
+        step_size = module._parameters.get(layers.step_size_name(local)) if is_quantized else None
         how = (fake_quant if is_quantized else None, id(step_size))
         if id(parameter) in tied:
             first, how_first = seen.setdefault(id(parameter), (prefix + local, how))
@@ -141,9 +149,15 @@ def _read(
         if is_quantized and fake_quant is not None:
             used = step_size if fake_quant.grid.learned else None
             try:
-                quantized = quantize_matrix(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
+                if fake_quant.grid.stacked:
+                    stacks[local] = quantize_stack(parameter.detach(), fake_quant, used).cut(
+                        cut(prefix + local)
+                    )
+                else:
+                    quantized = quantize_matrix(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
             except ValueError as error:
-                raise ExportError(f"{name}: {error}") from error
+                where = f"{name}.{local}" if fake_quant.grid.stacked else name
+                raise ExportError(f"{where}: {error}") from error
         else:
             full = parameter.detach()
             left = full if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, full)
@@ -155,15 +169,21 @@ def _read(
         if local not in module._non_persistent_buffers_set and not (packed is not None and local in BUFFERS):
             left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
-    scheme = _input_scheme(module)
-    if quantized is None and not tensors and not ties:
+    schemes = _input_schemes(module)
+    if quantized is None and not tensors and not ties and not stacks:
         return None
-    return Layer(new_name, kind_of(module), quantized, tensors, scheme, ties, split_from)
+    alone = None if fused_experts(module) else schemes.pop(layers.WEIGHT, None)
+    return Layer(new_name, kind_of(module), quantized, tensors, alone, ties, split_from, stacks, schemes)
 
 
-def _input_scheme(module: nn.Module) -> InputScheme | None:
-    quantizer = getattr(module, "input_quantizer", None)
-    if quantizer is None or not quantizer.enabled:
+def _input_schemes(module: nn.Module) -> dict[str, InputScheme]:
+    """By the local name of the weight."""
+    found = {name: _input_scheme(quantizer) for name, quantizer in layers.input_quantizers_of(module).items()}
+    return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+
+def _input_scheme(quantizer: layers.InputQuantizer) -> InputScheme | None:
+    if not quantizer.enabled:
         return None
     if quantizer.grid.static and quantizer.input_range is None:
         if quantizer.grid.format != "int":
@@ -172,8 +192,8 @@ def _input_scheme(module: nn.Module) -> InputScheme | None:
                 "training mode first"
             )
         return None  # nothing was seen yet: inputs pass as they are
-    static = quantizer.input_range.detach().float().cpu() if quantizer.grid.static else None
-    return InputScheme(quantizer.grid, static)
+    given = quantizer.input_range if quantizer.grid.static else None
+    return InputScheme(quantizer.grid, None if given is None else given.detach().float().cpu())
 
 
 def _with_several_users(model: nn.Module) -> set[int]:

@@ -62,6 +62,8 @@ class ExportReport:
         if layer.quantized is not None:
             numbers += layer.quantized.values.numel()
             nonzeros += layer.quantized.count_nonzero()
+        numbers += sum(stack.numel() for stack in layer.stacks.values())
+        nonzeros += sum(stack.count_nonzero() for stack in layer.stacks.values())
         self.parameters += numbers
         self.nonzeros += nonzeros
         if numbers:

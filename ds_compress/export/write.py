@@ -19,8 +19,9 @@ from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
 from ds_compress.export.expected import dtype_of, expected_of, is_quantized
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
-from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model
+from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model, refuse_quantized_experts
 from ds_compress.export.hf import HfFormat
+from ds_compress.export.hub_names import hub_names
 from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
@@ -124,7 +125,10 @@ class _Export:
         self.format.scheme = ptq.scheme_to_round_to(options.scheme, source)
         self.global_scales = ptq.global_scales(source, self.format.scheme)
         self.final = _after_cuts(source)
+        if not self.format.stores_stacks:
+            refuse_quantized_experts(source.model, name)
         self.format.check_source(source, self.final)
+        self.on_hub = hub_names(self.final) if self.format.loads_in_vanilla_hf else dict
         self.given = None if inputs is None else checked_inputs(source.model, inputs)
         self.inputs = (self.given or example_inputs(source.model)) if check else None
         self.masked: list[str] = []
@@ -169,7 +173,7 @@ class _Export:
                     if self.format.scheme is not None:
                         layer = self._rounded(layer, self.format.scheme)
                     stored = self.format.tensors(layer)
-                    for name, tensor in stored.items():
+                    for name, tensor in self.on_hub(stored).items():
                         writer.add(name, tensor)
                     self.report.count(layer, stored)
                     self._note_zero_units(layer)
@@ -324,7 +328,7 @@ def _after_cuts(source: ExportSource) -> nn.Module:
 
 def _sizes(model: nn.Module) -> Iterator[int]:
     for name, parameter in model.named_parameters():
-        if not name.endswith(layers.STEP_SIZE) and not is_auxiliary(name):
+        if not layers.is_step_size(name) and not is_auxiliary(name):
             yield math.prod(shape_of(parameter))
 
 

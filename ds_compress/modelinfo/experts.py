@@ -7,8 +7,9 @@ have an nn.ModuleList of experts. Beside either lies a router, whose weight has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from ds_compress.modelinfo.kinds import shape_of
 
 _UP = ("gate_up_proj", "up_proj")
 _DOWN = "down_proj"
+_CHOSEN = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _CONCATENATED = "is_concatenated"
 
 
@@ -66,6 +68,45 @@ class MoeBlock:
     experts: int
     routers: tuple[str, ...]
 
+    @property
+    def full_routers(self) -> list[str]:
+        """Those with a row for each expert: not the gates of shared ones."""
+        weights = {name: self.submodule(name).get_parameter("weight") for name in self.routers}
+        return [name for name, weight in weights.items() if shape_of(weight)[0] == self.experts]
+
+    def submodule(self, name: str) -> nn.Module:
+        """A module inside of the block by its name in the model."""
+        return self.module.get_submodule(self._inside(name))
+
+    def routing_modules(self) -> Iterator[nn.Module]:
+        """The block itself and its routers, with all that is in and around these."""
+        yield self.module
+        for router in self.full_routers:
+            yield from self.module.get_submodule(self._inside(router).partition(".")[0]).modules()
+
+    def _inside(self, name: str) -> str:
+        return name.removeprefix(f"{self.name}.") if self.name else name
+
+
+def experts_per_token(block: MoeBlock) -> int | None:
+    """How many experts see a token, from an attribute or a config of the block; None where neither says so."""
+    own = number_of_routing(block, _CHOSEN)
+    if own is not None:
+        return own
+    configs = (getattr(module, "config", None) for module in block.module.modules())
+    found: Iterator[Any] = (getattr(config, name, None) for config in configs for name in _CHOSEN)
+    return next((value for value in found if type(value) is int), None)
+
+
+def number_of_routing(block: MoeBlock, names: Sequence[str]) -> int | None:
+    """The first integer attribute of one of these names, of the block or its routers."""
+    for module in block.routing_modules():
+        for name in names:
+            value = vars(module).get(name)
+            if type(value) is int:
+                return value
+    return None
+
 
 def fused_experts(module: nn.Module) -> FusedExperts | None:
     """The layout of a module that holds the matrices of all experts of a layer; None for any other module."""
@@ -115,8 +156,13 @@ def moe_blocks(model: nn.Module) -> Iterator[MoeBlock]:
 
 
 def router_modules(model: nn.Module) -> frozenset[nn.Module]:
-    """Modules of the model that decide which experts see a token, and how much of each expert goes on."""
-    return frozenset(model.get_submodule(name) for block in moe_blocks(model) for name in block.routers)
+    """Modules that decide which experts see a token, and how much of each goes on, with all that is inside them."""
+    children = (
+        block.module.get_submodule(block._inside(name).partition(".")[0])
+        for block in moe_blocks(model)
+        for name in block.routers
+    )
+    return frozenset(module for child in children for module in child.modules())
 
 
 def _is_list_of_experts(module: nn.Module) -> bool:

@@ -97,7 +97,10 @@ def _entries(
 ) -> Iterator[Entry]:
     experts = fused_experts(module)
     if experts is None:
-        kind = kind_of(module) or (ModuleKind.ROUTER if is_router else None)
+        kind = kind_of(module)
+        weight = module._parameters.get("weight")
+        if kind is None and is_router and weight is not None and len(shape_of(weight)) == 2:
+            kind = ModuleKind.ROUTER
         yield Entry(names, module, kind, host, is_router=is_router)
         return
     kind = ModuleKind.TRANSPOSED_EXPERTS if experts.transposed else ModuleKind.EXPERTS

@@ -12,6 +12,8 @@ from torch import nn
 from ds_compress.modelinfo.linear_activation import builtin_linear, computes_linear_activation
 
 _OF_LINEAR = {"weight", "bias"}
+STEP_SIZE_SUFFIX = "_step_size"
+"""Behind the name of a weight: its given scales, a parameter that quantization adds."""
 
 
 class ModuleKind(StrEnum):

@@ -34,8 +34,8 @@ class FakeQuantConfig:
     multiplied by where the grid has fewer or more values than the one that it was made for. clipped_ste: whether
     clipped weights get no gradient (learned scales need that) or a plain straight-through one. kernel: what a layer
     multiplies once its input is quantized too: "float" numbers on their grids, or the codes themselves, "int8"
-    (`integer_linear`) or "fp8" (`fp8_linear`). global_scale: fp32 (1,) of a grid that has one; None: that of the weight
-    at hand.
+    (`integer_linear`) or "fp8" (`fp8_linear`). global_scale: fp32 (1,) of a grid that has one, of a stack one for each
+    matrix; None: that of the weight at hand.
     """
 
     grid: WeightGrid
@@ -76,7 +76,9 @@ def fake_quantize_weight(
         with_unclipped: also return which weights did not clip, where one pass can (else `unclipped` is None).
     """
     grid = fake_quant.grid
-    if qparams is None and (step_size is not None or grid.granularity is Granularity.PER_BLOCK):
+    # The kernel knows one global scale at a time.
+    several = grid.stacked and grid.has_global_scale
+    if qparams is None and (step_size is not None or grid.granularity is Granularity.PER_BLOCK or several):
         qparams = weight_qparams(weight, fake_quant, step_size)
     # A blend is computed in fp32 and cast last, which one pass over a 16-bit weight cannot do.
     is_blended = bool(fake_quant.blend_ratio) and weight.dtype is not torch.float32
@@ -209,3 +211,11 @@ def _broadcast(qparams: QParams, shape: tuple[int, ...]) -> QParams:
     """QParams of rows in the shape that broadcasts over the values."""
     offset = None if qparams.offset is None else qparams.offset.view(shape)
     return QParams(qparams.scale.view(shape), offset)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """In which a product with x runs under autocast; None where that does nothing to it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -25,6 +25,7 @@ from ds_compress.ops import bitmask
 from ds_compress.quant.arithmetic import normalize, working_dtype
 from ds_compress.quant.fake_quant import (
     FakeQuantConfig,
+    autocast_dtype,
     fake_quantize_input,
     fake_quantize_weight,
     in_groups,
@@ -146,7 +147,7 @@ def _forward(
     input_grid: ActivationGrid | None,
 ) -> tuple[torch.Tensor, list[QParams], list[QParams]]:
     """The result, the QParams of the input (empty where finding them would cost another pass) and of the weight."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if fake_quant is not None and input_grid is not None and runs_on_integers(fake_quant, x):
         return integer_linear(
             x, weight, bias, fake_quant, input_grid, step_size, input_range, dtype or x.dtype
@@ -212,10 +213,3 @@ def _without_clipped(
     grad = grad.contiguous()
     bitmask.apply_(grad.view(-1), quantized.unclipped)
     return grad
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)

@@ -54,14 +54,18 @@ def weight_rows(weight: torch.Tensor, grid: WeightGrid) -> Rows | None:
         return None
     group = blocks[0].shape[GROUP_AXIS]
     if grid.levels is Levels.FLOAT and grid.granularity is Granularity.PER_COLUMN_GROUP:
-        return Rows(weight.contiguous().view(weight.shape[0], -1), group)
+        columns = weight.shape[-1] if grid.stacked else weight.numel() // weight.shape[0]
+        return Rows(weight.contiguous().view(-1, columns), group)
     return Rows(blocks[0].reshape(-1, group), group)
 
 
 def _rows_of_squares(weight: torch.Tensor, grid: WeightGrid) -> Rows | None:
     """Rows in which a square is a run of columns of each of its rows; scales have to be given."""
-    size, columns = grid.group_size, weight.numel() // weight.shape[0]
-    if grid.levels is not Levels.FLOAT or weight.shape[0] % size or columns % size:
+    size = grid.group_size
+    rows, columns = (
+        weight.shape[-2:] if grid.stacked else (weight.shape[0], weight.numel() // weight.shape[0])
+    )
+    if grid.levels is not Levels.FLOAT or rows % size or columns % size:
         return None
     return Rows(weight.contiguous().view(-1, columns), size, height=size)
 

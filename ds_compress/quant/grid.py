@@ -160,7 +160,9 @@ class WeightGrid(Grid):
 
     `channel_axis`: the axis of output channels (0; 1 for Conv1D, which stores `[in, out]`); `groups` serves
     PER_GROUP, `group_size` PER_COLUMN_GROUP. `learned`: scales are parameters (LSQ), so 2 bits are the
-    uniform values -1, 0, 1 and not the ternary formula. Raises ValueError for combinations without a formula.
+    uniform values -1, 0, 1 and not the ternary formula. `stacked`: the weight is a stack of matrices, one for each
+    expert, and its first axis numbers them; everything else holds for each matrix by itself. Raises ValueError for
+    combinations without a formula.
     """
 
     granularity: Granularity = Granularity.PER_GROUP
@@ -169,6 +171,7 @@ class WeightGrid(Grid):
     channel_axis: int = 0
     stochastic: bool = False
     learned: bool = False
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if (known := self.number_format) is not None and (self.bits != known.bits or not self.symmetric):

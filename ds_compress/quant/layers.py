@@ -3,62 +3,70 @@
 `attach` sets `module.__class__` and nothing else: parameters, buffers, hooks, `training`, `requires_grad`, ties and
 state-dict keys stay, also on a module whose weight is sharded and empty at the moment. The quantizers are plain
 attributes (see `quantizers`); only a learned step size is a new parameter, `weight_step_size`. With both quantizers
-off, forward is exactly the base class's.
+off, forward is exactly the base class's. Fused experts, see `experts`, have quantizers and step sizes for each of their
+matrices.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.modelinfo.linear_activation import LINEAR, builtin_linear
 from ds_compress.quant.embedding import fake_quantized_embedding
+from ds_compress.quant.experts import check_experts, experts_class_for
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.fake_quantized_linear import fake_quantized_linear
 from ds_compress.quant.linear_ops import Conv1dOp, Conv2dOp, DenseOp, LinearOp
 from ds_compress.quant.packed_linear import packed_linear
 from ds_compress.quant.packed_weight import packed_weight_of
-from ds_compress.quant.quantizers import InputQuantizer, WeightQuantizer
+from ds_compress.quant.qat_module import (
+    MATRICES,
+    STEP_SIZE,
+    WEIGHT,
+    QATModule,
+    is_step_size,
+    step_size_name,
+    weight_of_step_size,
+)
+from ds_compress.quant.quantizers import ExpertsInputQuantizer, InputQuantizer, WeightQuantizer
 
-STEP_SIZE = "weight_step_size"
-
-
-class QATModule(nn.Module):
-    """The base of the quantized classes; each derives from it and from the class that it replaces."""
-
-    _ds_compress_base_class: ClassVar[type[nn.Module]]
-    weight_quantizer: WeightQuantizer | None
-    input_quantizer: InputQuantizer | None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Classes derived from a user's subclass are made at run time: pickle the base, not their name.
-        return _rebuild, (self._ds_compress_base_class,), self.__dict__
-
-    def extra_repr(self) -> str:
-        """The base class's, and how weight and input are quantized now."""
-        parts = [self._sizes()]
-        if self.weight_quantizer is not None:
-            parts.append(f"weight={self.weight_quantizer.describe()}")
-        if self.input_quantizer is not None:
-            parts.append(f"input={self.input_quantizer.describe()}")
-        return ", ".join(part for part in parts if part)
-
-    def _sizes(self) -> str:
-        return self._ds_compress_base_class.extra_repr(self)
-
-    def _fake_quant(self) -> FakeQuantConfig | None:
-        return None if self.weight_quantizer is None else self.weight_quantizer.fake_quant
-
-    def _step_size(self, fake_quant: FakeQuantConfig | None) -> torch.Tensor | None:
-        return self._parameters[STEP_SIZE] if fake_quant is not None and fake_quant.grid.learned else None
+__all__ = [
+    "STEP_SIZE",
+    "WEIGHT",
+    "ExpertsInputQuantizer",
+    "InputQuantizer",
+    "QATModule",
+    "WeightQuantizer",
+    "attach",
+    "check",
+    "detach",
+    "fake_quant_of",
+    "input_quantizers_of",
+    "is_step_size",
+    "qat_class",
+    "quantized_parameters",
+    "quantized_weight",
+    "step_size_name",
+    "take_quantizers",
+    "weight_of_step_size",
+]
 
 
-class _QATMatmul(QATModule):
+class _QATLayer(QATModule):
+    """A module with one weight."""
+
+    def _rebuilder(self) -> tuple[Any, tuple[Any, ...]]:
+        return _rebuild, (self._ds_compress_base_class,)
+
+
+class _QATMatmul(_QATLayer):
     """A layer that multiplies its input by its weight.
 
     `forward` of each has the argument names of the class that it replaces, for calls by keyword.
@@ -171,7 +179,7 @@ class _QATConv2d(_QATMatmul):
         return _conv2d_op(cast(nn.Conv2d, self))
 
 
-class _QATEmbedding(QATModule):
+class _QATEmbedding(_QATLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         table, fake_quant = cast(nn.Embedding, self), self._fake_quant()
         if fake_quant is None:
@@ -211,19 +219,41 @@ _classes: dict[type[nn.Module], type[QATModule]] = {
 }
 
 
-def fake_quant_of(module: nn.Module) -> FakeQuantConfig | None:
-    """How the weight of `module` is quantized now; None when it is not."""
-    return module._fake_quant() if isinstance(module, QATModule) else None
+def fake_quant_of(module: nn.Module, parameter: str = WEIGHT) -> FakeQuantConfig | None:
+    """How this weight of `module` is quantized now; None when it is not."""
+    return quantized_parameters(module).get(parameter)
 
 
-def quantized_weight(module: nn.Module) -> torch.Tensor:
+def quantized_parameters(module: nn.Module) -> dict[str, FakeQuantConfig]:
+    """{local name: how it is quantized}, of the weights of `module` that are quantized now."""
+    if not isinstance(module, QATModule):
+        return {}
+    return {name: q.fake_quant for name, q in module.weight_quantizers() if q.fake_quant is not None}
+
+
+def input_quantizers_of(module: nn.Module) -> dict[str, InputQuantizer]:
+    """{local name of a weight: what quantizes its input}; empty for a module that has none."""
+    return dict(module.input_quantizers()) if isinstance(module, QATModule) else {}
+
+
+def take_quantizers(module: nn.Module) -> None:
+    """The module has its own class again."""
+    if isinstance(module, QATModule):
+        for name in dict(module.weight_quantizers()):
+            module.set_weight_quantizer(name, None)
+        for name in dict(module.input_quantizers()):
+            module.set_input_quantizer(name, None)
+        detach(module)
+
+
+def quantized_weight(module: nn.Module, parameter: str = WEIGHT) -> torch.Tensor:
     """The weight that forward computes with, in the dtype and shape of the weight, which must be gathered."""
     if (packed := packed_weight_of(module)) is not None:
         return packed.dequantized(module)
-    fake_quant, weight = fake_quant_of(module), cast(torch.Tensor, module.weight)
+    fake_quant, weight = fake_quant_of(module, parameter), module.get_parameter(parameter)
     if fake_quant is None:
         return weight
-    step_size = cast(QATModule, module)._step_size(fake_quant)
+    step_size = cast(QATModule, module)._step_size(fake_quant, parameter)
     return fake_quantize_weight(weight, fake_quant, step_size).values
 
 
@@ -251,7 +281,9 @@ def qat_class(base: type[nn.Module], kind: ModuleKind | None = None) -> type[QAT
 
 def check(module: nn.Module, learned: bool = False) -> None:
     """Raises TypeError or ValueError where `attach` would, or where a `learned` scale is not possible."""
-    if not isinstance(module, QATModule):
+    if fused_experts(module) is not None:
+        check_experts(module)
+    elif not isinstance(module, QATModule):
         _class_for(module)
     if not isinstance(module, nn.Embedding):
         return
@@ -280,14 +312,19 @@ def attach(module: nn.Module) -> QATModule:
 
 def detach(module: nn.Module) -> None:
     """Restores the class of the module, once neither quantizer is set; removes a learned step size."""
-    if not isinstance(module, QATModule) or module.weight_quantizer or module.input_quantizer:
+    if not isinstance(module, QATModule) or [*module.weight_quantizers(), *module.input_quantizers()]:
         return
-    del module.__dict__["weight_quantizer"], module.__dict__["input_quantizer"]
-    module._parameters.pop(STEP_SIZE, None)
+    for kind in ("weight_quantizer", "input_quantizer"):
+        for attribute in (kind, f"{kind}{MATRICES}"):
+            module.__dict__.pop(attribute, None)
+    for name in [name for name in module._parameters if is_step_size(name)]:
+        del module._parameters[name]
     cast(Any, module).__class__ = module._ds_compress_base_class
 
 
 def _class_for(module: nn.Module) -> type[QATModule]:
+    if fused_experts(module) is not None:
+        return experts_class_for(module)
     return qat_class(type(module), kind_of(module))
 
 

@@ -36,7 +36,8 @@ def choose_qparams(
 ) -> QParams:
     """The qparams of groups that lie along `axes` (kept as size 1) of an fp32 or fp64 tensor.
 
-    global_scale: one fp32 number, for grids that have one; by default that of these values.
+    global_scale: one fp32 number, or what broadcasts over the groups, for grids that have one; by default that of these
+    values.
     """
     if values.numel() == 0:
         nothing = values.sum(axes, keepdim=True)
@@ -82,11 +83,11 @@ def stored_scale(scale: torch.Tensor, grid: Grid, global_scale: torch.Tensor | N
 
 
 def global_scale_for(amax: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """fp32 (1,): the global scale of a tensor with this largest magnitude, for grids that have one."""
+    """fp32 (1,), or one for each of several: the global scale of a tensor with this largest magnitude."""
     known = grid.number_format
     if known is None or known.number is None:
         raise ValueError(f"{grid.describe()} has no global scale")
-    return global_scale_of(amax, known.number).reshape(1)
+    return global_scale_of(amax, known.number).reshape(-1)
 
 
 def qparams_from_range(lowest: torch.Tensor, highest: torch.Tensor, grid: Grid) -> QParams:

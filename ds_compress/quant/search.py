@@ -7,7 +7,7 @@ import torch
 from ds_compress.ops.reference.float_formats import ScaleKind
 from ds_compress.quant.arithmetic import dequantize_, quantize_block, working_dtype
 from ds_compress.quant.grid import WeightGrid
-from ds_compress.quant.layout import GROUP_AXIS, join_scale, split_weight
+from ds_compress.quant.layout import GROUP_AXIS, join_scale, per_matrix, split_weight
 from ds_compress.quant.qparams import QParams, stored_scale
 from ds_compress.quant.weights import choose_weight_qparams, own_global_scale
 
@@ -42,8 +42,9 @@ def searched_scale(
     chosen = choose_weight_qparams(weight, grid, global_scale)
     for block, largest in zip(split_weight(exact, grid), chosen, strict=True):
         best = least = None
+        shared = per_matrix(global_scale, block, grid)
         for factor in factors:
-            scale = stored_scale(largest.scale * factor, grid, global_scale)
+            scale = stored_scale(largest.scale * factor, grid, shared)
             qparams = QParams(scale)
             error = dequantize_(quantize_block(block, qparams, grid), qparams).sub_(block).square_()
             total = error.sum(GROUP_AXIS, keepdim=True)

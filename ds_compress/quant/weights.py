@@ -17,6 +17,7 @@ from ds_compress.quant.layout import (
     join_scale,
     join_weight,
     largest_of_squares,
+    per_matrix,
     split_scale,
     split_weight,
 )
@@ -33,7 +34,8 @@ from ds_compress.quant.qparams import (
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight as stored: `values` (int8, uint8 when asymmetric, uint8 codes of floats) in its shape, fp32 `scale` and
-    `offset` of `layout.scale_shape`, what values are multiplied by; fp32 `global_scale` (1,) of grids that have one."""
+    `offset` of `layout.scale_shape`, what values are multiplied by; fp32 `global_scale` (1,), or of a stack [matrices],
+    of grids that have one."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -47,30 +49,42 @@ def choose_weight_qparams(
 ) -> list[QParams]:
     """QParams of each block of `layout.split_weight`, from its values; arithmetic in `working_dtype`.
 
-    global_scale: of grids that have one; by default that of this weight.
+    global_scale: of grids that have one, fp32 (1,), or one for each matrix of a stack; by default that of this weight.
     """
     if grid.has_global_scale and global_scale is None:
         global_scale = own_global_scale(weight, grid)
     if grid.granularity is Granularity.PER_BLOCK and grid.format != "int" and weight.numel():
-        largest = largest_of_squares(weight.contiguous(), grid.group_size).to(working_dtype(weight))
+        largest = largest_of_squares(weight.contiguous(), grid.group_size, grid.stacked)
+        largest = largest.to(working_dtype(weight))
         return [qparams_from_range(largest.neg(), largest, grid)]
     exact = weight.to(working_dtype(weight)).contiguous()
-    return [choose_qparams(block, (GROUP_AXIS,), grid, global_scale) for block in split_weight(exact, grid)]
+    return [
+        choose_qparams(block, (GROUP_AXIS,), grid, per_matrix(global_scale, block, grid))
+        for block in split_weight(exact, grid)
+    ]
 
 
 def own_global_scale(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor | None:
-    """fp32 (1,), from the largest magnitude of the weight; None for grids without."""
+    """fp32 (1,), from the largest magnitude of the weight, of a stack [matrices]; None for grids without."""
     if not grid.has_global_scale:
         return None
-    lowest, highest = weight.detach().aminmax()
-    return global_scale_for(torch.maximum(highest, lowest.neg()), grid)
+    return global_scale_for(largest_magnitude(weight.detach(), grid.stacked), grid)
+
+
+def largest_magnitude(weight: torch.Tensor, stacked: bool = False) -> torch.Tensor:
+    """(), or of a stack [matrices], in the dtype of the weight."""
+    if stacked:
+        rows = weight.flatten(1)
+        return torch.maximum(rows.amax(1), rows.amin(1).neg())
+    lowest, highest = weight.aminmax()
+    return torch.maximum(highest, lowest.neg())
 
 
 def learned_qparams(
     scale: torch.Tensor, shape: Sequence[int], grid: WeightGrid, global_scale: torch.Tensor | None = None
 ) -> list[QParams]:
     """QParams from given scales of `layout.scale_shape`: |scale|, at least 2^-126, as the format can store it."""
-    exact = stored_scale(scale.to(working_dtype(scale)), grid, global_scale)
+    exact = stored_scale(scale.to(working_dtype(scale)), grid, per_matrix(global_scale, scale, grid))
     return [QParams(scale=block) for block in split_scale(exact, shape, grid)]
 
 

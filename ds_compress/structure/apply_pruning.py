@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.modelinfo.experts import moe_blocks
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attention_projections, attentions_of
 from ds_compress.structure.experts import counts_experts, expert_groups
@@ -47,7 +48,11 @@ _INNER_SIZES = (
     "ffn_hidden_size",
     "ffn_size",
 )
+_EXPERT_SIZES = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "expert_dim", "ffn_dim")
+"""Of fused experts and of the blocks around them; `hidden_dim` of those is the width of the residual stream."""
 _HIDDEN_SIZES = ("hidden_size", "embed_dim", "d_model", "dim")
+_HIDDEN_SIZES_OF_MIXTURES = ("hidden_dim", "input_size")
+"""In experts, routers and the blocks around them; elsewhere the first is the width of what is inside."""
 _DEPTHS = ("n_layers", "num_layers", "num_hidden_layers", "n_layer")
 
 
@@ -115,7 +120,9 @@ def _check(model: nn.Module, pruning_plan: PruningPlan) -> None:
                 raise ValueError(
                     f"{coupled.tensor} is sharded: gather it, or stream it by `PruningPlan.prune_tensor`"
                 )
-            if coupled.index.numel() and int(coupled.index.max()) >= shape[coupled.dim]:
+            entries = shape[coupled.dim] * (shape[0] if coupled.of_experts else 1)
+            is_whole = not coupled.of_experts or shape[0] == group.parts
+            if not is_whole or (coupled.index.numel() and int(coupled.index.max()) >= entries):
                 raise ValueError(
                     f"{coupled.tensor} has the shape {list(shape)}: it was pruned before, or belongs to another model"
                 )
@@ -205,6 +212,9 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
         attributes: tuple[str, ...]
         if group.kind is GroupKind.HIDDEN:
             holders, attributes = list(model.modules()), _HIDDEN_SIZES
+        elif group.kind is GroupKind.ROW and group.parts > 1:
+            around = group.name.rpartition(".")[0]
+            holders, attributes = [model.get_submodule(name) for name in (group.name, around)], _EXPERT_SIZES
         elif group.kind is GroupKind.ROW:
             parents = {name.rpartition(".")[0] for name in group.modules}
             holders, attributes = [model.get_submodule(name) for name in parents], _INNER_SIZES
@@ -219,8 +229,12 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
             continue
         else:
             continue
+        if group.kind is GroupKind.HIDDEN:
+            for block in moe_blocks(model):
+                for module in block.module.modules():
+                    _set(module, _HIDDEN_SIZES_OF_MIXTURES, group.units, pruning_plan.count(group))
         for holder in holders:
-            _set(holder, attributes, group.units, pruning_plan.count(group))
+            _set(holder, attributes, group.width, pruning_plan.count(group) // group.parts)
 
 
 def _fix_expert_counts(model: nn.Module, group: PrunableGroup, count: int) -> None:

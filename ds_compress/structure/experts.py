@@ -8,19 +8,16 @@ Shared experts, which every token sees, are no units.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from ds_compress.modelinfo.experts import MoeBlock, moe_blocks
+from ds_compress.modelinfo.experts import MoeBlock, experts_per_token, moe_blocks, number_of_routing
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.inventory import Inventory, exclude_tied, rows, unique
 from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
 _COUNTS = re.compile(r"(moe_)?(n|num)_(local_|routed_)?experts")
-_CHOSEN = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _ROUTER_GROUPS = ("n_group", "num_group", "num_expert_group", "n_groups")
 _CHOSEN_GROUPS = ("topk_group", "top_k_group")
 
@@ -51,7 +48,7 @@ def expert_groups(inventory: Inventory) -> tuple[list[PrunableGroup], list[Unsup
 def routing_slices(block: MoeBlock) -> dict[str, int]:
     """{tensor, by its name in the block: the dimension with an entry for each expert}, of all but the experts."""
     inside = f"{block.experts_name.removeprefix(block.name + '.')}."
-    routers = {_top(router.removeprefix(block.name + ".")) for router in _full_routers(block)}
+    routers = {_top(router.removeprefix(block.name + ".")) for router in block.full_routers}
     slices = {}
     for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
         shape = _shape(tensor)
@@ -90,7 +87,7 @@ def _group(inventory: Inventory, block: MoeBlock) -> PrunableGroup | Unsupported
     return PrunableGroup(
         name=group_name(block),
         kind=GroupKind.EXPERT,
-        modules=unique([block.name, block.experts_name, *_full_routers(block), *_owners(block)]),
+        modules=unique([block.name, block.experts_name, *block.full_routers, *_owners(block)]),
         units=units,
         slices=tuple(slices),
         layers=layers,
@@ -101,47 +98,15 @@ def _group(inventory: Inventory, block: MoeBlock) -> PrunableGroup | Unsupported
 
 def _router_groups(block: MoeBlock) -> tuple[int, int]:
     """(groups among which the router chooses first, experts that each of them needs at least)."""
-    chosen = _number(block, _CHOSEN) or _of_config(block, _CHOSEN) or 1
-    groups = _number(block, _ROUTER_GROUPS) or 1
+    chosen = experts_per_token(block) or 1
+    groups = number_of_routing(block, _ROUTER_GROUPS) or 1
     if groups == 1:
         return 1, chosen
-    share = -(-chosen // (_number(block, _CHOSEN_GROUPS) or groups))
+    share = -(-chosen // (number_of_routing(block, _CHOSEN_GROUPS) or groups))
     # Routers with a correction bias score a group by the sum of its two best experts (DeepSeek-V3).
     slices = (_shape(_tensor(block.module, name)) for name in routing_slices(block))
     corrected = any(torch.Size(shape).numel() == block.experts for shape in slices)
     return groups, max(share, 2 if corrected else 1)
-
-
-def _number(block: MoeBlock, names: tuple[str, ...]) -> int | None:
-    for module in _routing_modules(block):
-        for name in names:
-            if type(vars(module).get(name)) is int:
-                return int(vars(module)[name])
-    return None
-
-
-def _of_config(block: MoeBlock, names: tuple[str, ...]) -> int | None:
-    configs = (getattr(module, "config", None) for module in block.module.modules())
-    found: Iterator[Any] = (getattr(config, name, None) for config in configs for name in names)
-    return next((value for value in found if type(value) is int), None)
-
-
-def _routing_modules(block: MoeBlock) -> Iterator[nn.Module]:
-    """The routers with all that is in and around them, up to the block."""
-    yield block.module
-    for router in _full_routers(block):
-        top = _top(router.removeprefix(block.name + "."))
-        yield from block.module.get_submodule(top).modules()
-
-
-def _full_routers(block: MoeBlock) -> list[str]:
-    """Routers with a row for each expert: not the gates of shared ones."""
-    local = {router: router.removeprefix(block.name + ".") for router in block.routers}
-    return [
-        name
-        for name, own in local.items()
-        if shape_of(block.module.get_submodule(own).get_parameter("weight"))[0] == block.experts
-    ]
 
 
 def _is_for_routing(block: MoeBlock, child: str) -> bool:

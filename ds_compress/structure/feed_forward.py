@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ds_compress.modelinfo.experts import fused_experts, moe_blocks
 from ds_compress.modelinfo.kinds import ModuleKind, shape_of
+from ds_compress.structure.expert_rows import counted_alike, expert_row_groups
 from ds_compress.structure.inventory import Inventory, Projection, exclude_tied, rows, unique
 from ds_compress.structure.prunable_group import GroupKind, PrunableGroup, Unsupported
 
@@ -37,7 +39,8 @@ _NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
 """Below one parent: the projections that widen, and the one that narrows. The first row that is complete counts."""
 _FUSED = ("gate_up_proj", "Wi", "wi", "linear1", "fc1")
 """Names of projections that may hold gate and up, one half behind the other."""
-_EXPERTS = ("experts", "Experts", "MoE", "SparseMoe", "SwitchTransformersSparseMLP")
+_EXPERTS = ("Experts", "MoE", "Moe", "SparseMoeBlock", "MoEBlock", "SparseMLP")
+"""Ends of the names of classes that hold experts, which may be laid out in a way that is not known."""
 _ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -72,7 +75,7 @@ def feed_forwards_of(inventory: Inventory, claimed: frozenset[str] = frozenset()
     """All blocks that are recognised, none of them made of `claimed` projections (those of attention)."""
     found: list[FeedForward] = []
     taken = set(claimed)
-    experts = _experts(inventory)
+    experts = _unknown_experts(inventory)
     for parent in inventory.modules:
         if any(parent == name or parent.startswith(name + ".") for name in experts):
             continue
@@ -85,7 +88,7 @@ def feed_forwards_of(inventory: Inventory, claimed: frozenset[str] = frozenset()
 
 
 def _instead(inventory: Inventory, name: str) -> str:
-    """What to do about experts: a list of Linear layers is pruned as any other, fused matrices are not yet."""
+    """What to do about experts that are neither fused in a known way nor a list beside a router."""
     prefix = f"{name}."
     fused = any(
         parameter.dim() > 2 or len(shape_of(parameter)) > 2
@@ -94,7 +97,7 @@ def _instead(inventory: Inventory, name: str) -> str:
         for parameter in module.parameters(recurse=False)
     )
     if fused:
-        return "they are fused into three-dimensional parameters, which no block of this version prunes"
+        return "they are fused into three-dimensional parameters in a way that is not known here"
     return "prune its weights with sparse_pruning instead"
 
 
@@ -109,10 +112,10 @@ def row_groups(
             "a router chooses among its experts, of which each would have to lose as many neurons; "
             + _instead(inventory, name),
         )
-        for name in _experts(inventory)
+        for name in _unknown_experts(inventory)
     ]
     unsupported += _wrapped(inventory)
-    groups = []
+    groups = expert_row_groups(inventory)
     known = claimed | {p.name for block in blocks for p in (*block.widen, block.narrow)}
     for block in blocks:
         between = _between(inventory, block, known)
@@ -121,7 +124,9 @@ def row_groups(
         else:
             reason = f"{between} has as many entries as it has neurons, and which is whose is not known"
             unsupported.append(Unsupported(block.widen[0].name, reason))
-    return exclude_tied(inventory, groups, unsupported)
+    order = {name: position for position, name in enumerate(inventory.modules)}
+    groups.sort(key=lambda group: order[group.name])
+    return exclude_tied(inventory, counted_alike(groups), unsupported)
 
 
 def _between(inventory: Inventory, block: FeedForward, known: frozenset[str]) -> str | None:
@@ -224,12 +229,15 @@ def _in_sequence(inventory: Inventory, parent: str, module: nn.Sequential) -> It
             before = None
 
 
-def _experts(inventory: Inventory) -> list[str]:
+def _unknown_experts(inventory: Inventory) -> list[str]:
+    """Modules that are called experts and are none of a mixture that `moe_blocks` finds, nor around one."""
+    known = [block.name for block in moe_blocks(inventory.model)]
+    known += [name for name, module in inventory.modules.items() if fused_experts(module) is not None]
     found: list[str] = []
     for name, module in inventory.modules.items():
-        is_experts = name.rpartition(".")[2] == "experts" or any(
-            word in type(module).__name__ for word in _EXPERTS
-        )
+        if not name or any(f"{a}.".startswith(f"{b}.") for k in known for a, b in ((name, k), (k, name))):
+            continue
+        is_experts = name.rpartition(".")[2] == "experts" or type(module).__name__.endswith(_EXPERTS)
         has_weights = next(module.parameters(), None) is not None
         if is_experts and has_weights and not any(name.startswith(other + ".") for other in found):
             found.append(name)

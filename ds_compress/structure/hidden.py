@@ -12,18 +12,33 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.modelinfo.experts import fused_experts, moe_blocks
 from ds_compress.modelinfo.kinds import kind_of, shape_of
 from ds_compress.structure.attention import attentions_of
+from ds_compress.structure.expert_rows import expert_hidden_slices, multiple_of_widths
 from ds_compress.structure.feed_forward import feed_forwards_of
 from ds_compress.structure.head_companions import OF_ROOT_MEAN_SQUARE
 from ds_compress.structure.inventory import Inventory, rows, unique
 from ds_compress.structure.prunable_group import CoupledSlice, GroupKind, PrunableGroup, Unsupported
 
-_EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "glm")
+_MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "glm4_moe",
+    "dots1",
+    "gpt_oss",
+    "granitemoe",
+    "ernie4_5_moe",
+)
+_EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite", "glm", *_MIXTURES)
 """Model types whose residual stream is only read by matrices and root-mean-square norms, and scaled by constants."""
-_WITH_OTHER_NORMS = ("qwen3", "olmo2")
+_WITH_OTHER_NORMS = ("qwen3", "olmo2", "qwen3_moe", "dots1")
+_ASIDE = (".sinks", ".e_score_correction_bias")
+"""Ends of the names of parameters with a number for each head, or for each expert."""
 _WHY_NOT = {
     "gemma": "embeddings are multiplied by the root of the hidden size, and norms by one plus their weight",
+    "olmoe": "its config has no width of its own for the norms of queries and keys",
     "t5": "outputs are scaled by the hidden size where embeddings are tied",
 }
 
@@ -42,7 +57,9 @@ def hidden_groups(inventory: Inventory) -> tuple[list[PrunableGroup], list[Unsup
 
 def scales_epsilon(config: Any) -> bool:
     """Whether all norms of the model are over the hidden entries, so that its epsilon can grow by n / k, too."""
-    return getattr(config, "model_type", None) in _EXACT and config.model_type not in _WITH_OTHER_NORMS
+    if getattr(config, "model_type", None) not in _EXACT or getattr(config, "use_qk_norm", False):
+        return False
+    return config.model_type not in _WITH_OTHER_NORMS
 
 
 class _Unclear(Exception):
@@ -88,6 +105,17 @@ def _group(inventory: Inventory) -> PrunableGroup:
         slices += [projection.reader(index, scored=True) for projection in block.widen]
         slices += block.narrow.writers(index, scored=True)
         inner |= {block.narrow.name, *(projection.name for projection in block.widen)}
+    multiple = 1
+    for name in [name for name, module in inventory.modules.items() if fused_experts(module) is not None]:
+        slices += expert_hidden_slices(inventory, name, index)
+        multiple = max(multiple, multiple_of_widths(inventory.modules[name]))
+        inner.add(name)
+    for mixture in moe_blocks(inventory.model):
+        for router in mixture.routers:
+            weight = inventory.tensor(router, "weight")
+            assert weight is not None
+            slices.append(CoupledSlice(weight, 1, index, scored=True))
+            inner.add(router)
     names += sorted(inner)
     heads = list(_heads(inventory, inner, units))
     if not heads:
@@ -108,6 +136,7 @@ def _group(inventory: Inventory) -> PrunableGroup:
         slices=tuple(slices),
         observed=heads[0],
         observed_index=index,
+        multiple=multiple,
     )
 
 
@@ -142,10 +171,26 @@ def _norms(inventory: Inventory, units: int) -> Iterator[str]:
 def _check_complete(inventory: Inventory, slices: list[CoupledSlice], units: int) -> None:
     """Every parameter has a slice in the group, or belongs to the inside of a layer."""
     known = {coupled.tensor for coupled in slices}
+    of_experts = _biases_of_experts(inventory)
     for name, parameter in inventory.model.named_parameters():
         is_norm = name.split(".")[-2] in ("q_norm", "k_norm")
         is_inner_bias = name.endswith(".bias") and inventory.projection(inventory.parent(name)) is not None
+        is_inner_bias = is_inner_bias or name in of_experts or name.endswith(_ASIDE)
         if name not in known and not is_norm and not is_inner_bias:
             raise _Unclear(
                 f"what {name} {list(shape_of(parameter))} has to do with the {units} entries is not known"
             )
+
+
+def _biases_of_experts(inventory: Inventory) -> set[str]:
+    """Biases of what fused experts write before their activation, and of routers, which count experts."""
+    found = set()
+    for block in moe_blocks(inventory.model):
+        if block.fused is not None:
+            found.add(f"{block.experts_name}.{block.fused.up}_bias")
+        for router in block.routers:
+            # A correction bias may lie beside the weight or in the block around it.
+            for holder in (router, inventory.parent(router)):
+                own = inventory.modules[holder]._parameters.items()
+                found |= {f"{holder}.{key}" for key, p in own if p is not None and len(shape_of(p)) == 1}
+    return found

@@ -10,6 +10,13 @@ from torch import nn
 
 from ds_compress.structure.experts import counts_experts
 from ds_compress.structure.hidden import scales_epsilon
+from ds_compress.structure.mixture_config import (
+    is_list_of_numbers,
+    is_shared_in_multiples,
+    set_mixture_depth,
+    set_shared_multiple,
+    width_keys,
+)
 from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 
 Counted = Sequence[tuple[PrunableGroup, int]]
@@ -62,6 +69,7 @@ def set_depth(config: Any, stack: str, depth: int, kept: Sequence[int]) -> None:
         for key, value in vars(config).items()
         # `layer_types` and similar keys have an item for each layer.
         if isinstance(value, list)
+        and not is_list_of_numbers(key)
         and ("layer" in key or key in _PER_LAYER)
         and len(value) == depth == getattr(config, keys[-1], None)
     }
@@ -72,6 +80,7 @@ def set_depth(config: Any, stack: str, depth: int, kept: Sequence[int]) -> None:
                 break
     for key, value in lists.items():
         setattr(config, key, [value[index] for index in kept])
+    set_mixture_depth(config, depth, kept)
     _update_stage_names(config)
 
 
@@ -151,16 +160,29 @@ def _depth_keys(config: Any, stack: str) -> tuple[str, ...]:
 
 
 def _rows(config: Any, counted: Counted, stack: str) -> None:
-    sizes = _agreed(counted)
-    if sizes is None:
-        return
-    old, new = sizes
-    for key in (f"{stack}_ffn_dim", *_ROWS):
+    multiples = [(group, count) for group, count in counted if is_shared_in_multiples(config, group)]
+    by_key: dict[str, list[tuple[PrunableGroup, int]]] = {}
+    for group, count in counted:
+        key = None if (group, count) in multiples else _row_key(config, group, stack)
+        if key is not None:
+            by_key.setdefault(key, []).append((group, count))
+    for key, own in by_key.items():
+        sizes = _agreed(own)
+        if sizes is not None:
+            setattr(config, key, sizes[1])
+    shared = _agreed(multiples, of_change=False)
+    if shared is not None:
+        set_shared_multiple(config, shared[1])
+
+
+def _row_key(config: Any, group: PrunableGroup, stack: str) -> str | None:
+    """The key that holds the width of this feed-forward block."""
+    for key in (*width_keys(group), f"{stack}_ffn_dim", *_ROWS):
         value = getattr(config, key, None)
         # GPT-2's n_inner, GPT-Neo's intermediate_size: None for four times the width.
-        if value == old or (value is None and hasattr(config, key)):
-            setattr(config, key, new)
-            return
+        if value == group.width or (value is None and hasattr(config, key)):
+            return key
+    return None
 
 
 def _heads(config: Any, counted: Counted, stack: str) -> None:
@@ -184,7 +206,7 @@ def _heads(config: Any, counted: Counted, stack: str) -> None:
 
 
 def _experts(config: Any, counted: Counted) -> None:
-    sizes = _agreed(counted)
+    sizes = _agreed(counted, of_parts=False)
     if sizes is None:
         return
     before, after = sizes
@@ -214,10 +236,12 @@ def _update_stage_names(config: Any) -> None:
         config.stage_names = stages[: depth + 1]
 
 
-def _agreed(counted: Iterable[tuple[PrunableGroup, int]]) -> tuple[int, int] | None:
-    """(units before, units after) when that is the same for all and a change."""
-    sizes = {(group.units, count) for group, count in counted}
+def _agreed(
+    counted: Iterable[tuple[PrunableGroup, int]], of_change: bool = True, of_parts: bool = True
+) -> tuple[int, int] | None:
+    """(units before, units after), `of_parts`: of each part, when that is the same for all and a change."""
+    sizes = {(g.width, count // g.parts) if of_parts else (g.units, count) for g, count in counted}
     if len(sizes) != 1:
         return None
     before, after = sizes.pop()
-    return None if before == after else (before, after)
+    return None if before == after and of_change else (before, after)

@@ -38,7 +38,9 @@ class CoupledSlice:
     entries that belong to none are never removed. scored: whether these weights count in the unit's score (`l1`, `l2`,
     `taylor`). masked: whether training zeroes them (a normalization's weight, say, is only sliced). rescale: when k of
     n units are kept, the kept values are multiplied by (k / n) ** rescale, because a root mean square over n entries,
-    n - k of them zero, is not that over the k others.
+    n - k of them zero, is not that over the k others. of_experts: dimension 0 of the tensor counts fused experts, of
+    which each has units of its own: `index` counts the entries of (dimension 0, dim) together, entry i of expert e is
+    e * shape[dim] + i.
     """
 
     tensor: str
@@ -47,6 +49,7 @@ class CoupledSlice:
     scored: bool = False
     masked: bool = True
     rescale: float = 0.0
+    of_experts: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,11 @@ class PrunableGroup:
     scores), with the positions along its last dimension (dim 1 of a convolution's) as in `CoupledSlice.index`; None
     where there is none. removable: False when the units can only be zeroed, because what reads them is not known
     (legacy blocks without related_modules). aligned: groups of equal `aligned` text must keep the same units (T5
-    shares one position bias among all layers); "" when there is no such group.
+    shares one position bias among all layers); "" when there is no such group. layers: names of the modules that are
+    the units, one by one: of GroupKind.LAYER, and of experts in a ModuleList. parts: the units are so many runs of
+    equal length, each of which keeps the same number of its own (the rows of each fused expert; the experts of each
+    group among which a router chooses first). multiple: counts of kept units (of each part) are multiples of it,
+    whatever `round_to` is. fewest: a model with fewer units than that does not run.
     """
 
     name: str
@@ -72,12 +79,14 @@ class PrunableGroup:
     removable: bool = True
     aligned: str = ""
     layers: tuple[str, ...] = field(default=())
-    """Names of the modules that are the units, one by one: of GroupKind.LAYER, and of experts in a ModuleList."""
     parts: int = 1
-    """The units are so many runs of equal length, each of which keeps the same number (experts of a router that
-    chooses among groups of them first)."""
+    multiple: int = 1
     fewest: int = 1
-    """A model with fewer units than that does not run."""
+
+    @property
+    def width(self) -> int:
+        """Units of each part."""
+        return self.units // self.parts
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class PruningPlan:
         self.aliases = dict(aliases)
         """Second name -> first-listed name of tied tensors, as far as known."""
         self._removed: dict[str, dict[int, torch.Tensor]] = {}
+        self._removed_of_experts: dict[str, dict[int, torch.Tensor]] = {}
+        """int64 (experts, removed): entries along a dimension, counted as in `CoupledSlice.of_experts`."""
         self._scales: dict[str, float] = {}
         self._layers: dict[str, int | None] = {}
         for group in self.active():
@@ -74,14 +76,17 @@ class PruningPlan:
     def touches(self, name: str) -> bool:
         """Whether the tensor loses entries or is rescaled."""
         name = self.aliases.get(name, name)
-        return name in self._removed or name in self._scales
+        return name in self._removed or name in self._removed_of_experts or name in self._scales
 
     def shape_of(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the tensor `name` after pruning, `shape` before it."""
-        removed = self._removed.get(self.aliases.get(name, name), {})
-        return tuple(
-            size - removed[dim].numel() if dim in removed else size for dim, size in enumerate(shape)
-        )
+        name = self.aliases.get(name, name)
+        left = list(shape)
+        for dim, gone in self._removed.get(name, {}).items():
+            left[dim] -= gone.numel()
+        for dim, of_experts in self._removed_of_experts.get(name, {}).items():
+            left[dim] -= of_experts.shape[1]
+        return tuple(left)
 
     def prune_tensor(self, name: str, tensor: torch.Tensor, is_weight: bool = True) -> torch.Tensor:
         """The kept part of the full tensor `name` (its name before pruning); the tensor itself when it loses nothing.
@@ -92,6 +97,9 @@ class PruningPlan:
         if tensor.is_meta:
             shape = self.shape_of(name, tensor.shape)
             return tensor if shape == tuple(tensor.shape) else tensor.new_empty(shape)
+        for dim, gone in self._removed_of_experts.get(name, {}).items():
+            # Before experts themselves are removed, which `gone` counts.
+            tensor = _without_entries(tensor, dim, gone)
         for dim, gone in self._removed.get(name, {}).items():
             stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
             stays[gone] = False
@@ -131,6 +139,10 @@ class PruningPlan:
             self._add_layers(group, goes)
         for coupled in group.slices:
             gone = coupled.index[goes].flatten()
+            if coupled.of_experts:
+                own = self._removed_of_experts.setdefault(coupled.tensor, {})
+                own[coupled.dim] = gone.view(group.parts, -1)
+                continue
             by_dim = self._removed.setdefault(coupled.tensor, {})
             before = by_dim.get(coupled.dim, gone.new_empty(0))
             by_dim[coupled.dim] = torch.cat([before, gone]).unique()
@@ -149,11 +161,28 @@ class PruningPlan:
             self._layers[f"{stack}.{index}"] = new
 
 
+def _without_entries(tensor: torch.Tensor, dim: int, gone: torch.Tensor) -> torch.Tensor:
+    """Each slice along dimension 0 without its own entries along `dim`; gone: int64 (experts, removed)."""
+    experts, size = tensor.shape[0], tensor.shape[dim]
+    stays = torch.ones(experts * size, dtype=torch.bool)
+    stays[gone.flatten()] = False
+    left = stays.view(experts, size).nonzero()[:, 1].view(experts, -1)
+    index = left.view(experts, *[1] * (dim - 1), -1, *[1] * (tensor.dim() - dim - 1))
+    shape = list(tensor.shape)
+    shape[dim] = left.shape[1]
+    return tensor.gather(dim, index.expand(shape).to(tensor.device))
+
+
 def _checked(group: PrunableGroup, units: torch.Tensor) -> torch.Tensor:
     units = units.to("cpu", torch.int64)
     ordered = units.dim() == 1 and bool((units[1:] > units[:-1]).all())
     if not ordered or not units.numel() or int(units[0]) < 0 or int(units[-1]) >= group.units:
         raise ValueError(
             f"{group.name}: the kept units must be increasing numbers from 0 to {group.units - 1}, at least one"
+        )
+    of_each = torch.bincount(units // group.width, minlength=group.parts)
+    if bool((of_each != of_each[0]).any()):
+        raise ValueError(
+            f"{group.name}: each of its {group.parts} experts must keep as many units, got {of_each.tolist()[:8]}"
         )
     return units

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ds_compress.modelinfo.auxiliary import is_auxiliary
-from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX, shape_of
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.pruning_plan import PruningPlan
 
@@ -131,15 +131,19 @@ def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             continue
         if type(module) is not _vanilla_class(module) and not is_parametrized(module):
             # Vanilla classes have nothing that a quantizer has added.
-            names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
+            names = [name for name in _held(module) if not name.endswith(STEP_SIZE_SUFFIX)]
         else:
-            names = [name for name, p in module._parameters.items() if p is not None]
+            names = _held(module)
         for name in names:
             shapes[f"{prefix}.{name}" if prefix else name] = shape_of(module.get_parameter(name))
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 shapes[f"{prefix}.{name}" if prefix else name] = tuple(buffer.shape)
     return shapes
+
+
+def _held(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module._parameters.items() if parameter is not None]
 
 
 def _numbers(expected: nn.Module, rebuilt: nn.Module, cls: type[nn.Module]) -> list[str]:

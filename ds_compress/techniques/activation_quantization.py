@@ -11,6 +11,10 @@
 - Block formats have a dynamic scale for each block; nvfp4 one for the whole input besides, which is observed as a
   static range is: servers read that one from the checkpoint.
 
+- The inputs of both matrices of fused experts are quantized row by row, a row for each token of an expert. A static
+  range, and a dynamic one `per_tensor`, is one for each expert. An expert that saw no token keeps its range, and until
+  it has one its rows pass unquantized.
+
 Before `schedule_offset` applied steps nothing is quantized or observed. Gradients are straight through, zero
 where a value clips.
 """
@@ -55,7 +59,10 @@ class ActivationQuantization(Technique):
             ]
             for target in self._targets
         }
-        self._quantizers = {name: layers.InputQuantizer(grids[-1]) for name, grids in self._grids.items()}
+        self._quantizers = {
+            target.module_name: _quantizer(target, self._grids[target.module_name][-1])
+            for target in self._targets
+        }
         observing = {
             name: quantizer
             for name, quantizer in self._quantizers.items()
@@ -68,7 +75,8 @@ class ActivationQuantization(Technique):
         self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
     ) -> Mapping[str, nn.Parameter]:
         for target in self._targets:
-            layers.attach(target.module).input_quantizer = self._quantizers[target.module_name]
+            attached = layers.attach(target.module)
+            attached.set_input_quantizer(target.parameter, self._quantizers[target.module_name])
         fast_paths.disable(model)
         self._model = model
         self._use_schedule_at(0)
@@ -90,7 +98,7 @@ class ActivationQuantization(Technique):
 
     def detach(self) -> None:
         for target in self._targets:
-            layers.attach(target.module).input_quantizer = None
+            layers.attach(target.module).set_input_quantizer(target.parameter, None)
             layers.detach(target.module)
         if self._targets:
             fast_paths.restore(self._model)
@@ -119,7 +127,7 @@ class ActivationQuantization(Technique):
     @property
     def lacks_ranges(self) -> bool:
         """Whether a layer still waits for its static range, and does not quantize its input until then."""
-        return any(q.grid.static and q.input_range is None for q in self._ranges.quantizers.values())
+        return any(q.grid.static and q.lacks_range for q in self._ranges.quantizers.values())
 
     @property
     def _enabled(self) -> bool:
@@ -156,6 +164,12 @@ class ActivationQuantization(Technique):
             group_size=self._shared.group_size_of(params),
             format=params.format,
         )
+
+
+def _quantizer(target: Target, grid: ActivationGrid) -> layers.InputQuantizer:
+    if target.kind.is_experts:
+        return layers.ExpertsInputQuantizer(grid, experts=target.matrices)
+    return layers.InputQuantizer(grid)
 
 
 def _as_params(params: Any, stretch: Any) -> Any:

@@ -8,15 +8,19 @@ after each optimizer step.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_compress.ops.reference.float_formats import E2M1, global_scale_of
+from ds_compress.quant.weights import largest_magnitude
 
 if TYPE_CHECKING:
     from ds_compress.config.targets import Target
+    from ds_compress.sharding.fragment import Fragment
     from ds_compress.sharding.shards import Shards
 
 FUSED_BY_SERVERS = (
@@ -30,7 +34,10 @@ FUSED_BY_SERVERS = (
 
 
 class GlobalScales:
-    """Of the weights of `targets`, by name of the parameter. follow: whether they change as the weights do."""
+    """Of the weights of `targets`, by name of the parameter. follow: whether they change as the weights do.
+
+    A stack of experts has one for each expert.
+    """
 
     def __init__(self, targets: Sequence[Target], follow: bool) -> None:
         self._targets = targets
@@ -44,7 +51,7 @@ class GlobalScales:
         """From the whole weights; a collective under ZeRO-3."""
         for target in self._targets:
             with full_parameters([target.param]):
-                self._largest[target.param_name] = _largest(target.param.detach())
+                self._largest[target.param_name] = _largest(target)
         self._share()
 
     def attach(self, shards: Shards) -> None:
@@ -59,20 +66,16 @@ class GlobalScales:
             return
         fragments = self._shards.fragments
         device = trained[0].param.device
-        found = [
-            _largest(fragments[target.param_name].values, target.param.dtype).to(device)
-            if target.param_name in fragments
-            else torch.zeros((), device=device)
-            for target in trained
-        ]
+        found = [_of_matrices(fragments.get(target.param_name), target).to(device) for target in trained]
         # A maximum would lose a NaN of another process: it travels as Inf, and an Inf makes the scale NaN as well.
-        stacked = torch.stack(found).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        for target, largest in zip(trained, self._shards.reduce_max(stacked).unbind(), strict=True):
-            self._largest[target.param_name] = largest
+        together = torch.cat(found).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        reduced = self._shards.reduce_max(together).split([len(own) for own in found])
+        for target, largest in zip(trained, reduced, strict=True):
+            self._largest[target.param_name] = largest.reshape(self._largest[target.param_name].shape)
         self._share()
 
     def of(self, parameter: str) -> torch.Tensor:
-        """fp32 (1,)."""
+        """fp32 (1,), of a stack of experts [experts]."""
         return self._scales[parameter]
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,8 +94,8 @@ class GlobalScales:
         for members in self._members:
             names = [by_module[module] for module in members]
             device = self._largest[names[0]].device
-            together = torch.stack([self._largest[name].to(device) for name in names]).amax()
-            scale = global_scale_of(together, E2M1).reshape(1)
+            together = torch.stack([self._largest[name].to(device) for name in names]).amax(0)
+            scale = global_scale_of(together, E2M1).reshape(-1)
             self._scales.update(dict.fromkeys(names, scale))
 
 
@@ -110,10 +113,30 @@ def fused_families(modules: Sequence[str]) -> list[list[str]]:
     return [*families.values(), *alone]
 
 
-def _largest(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """fp32 (): the largest magnitude, rounded to `dtype` as the copies that forward computes with are."""
-    if values.numel() == 0:
+def _largest(target: Target) -> torch.Tensor:
+    """fp32 (), of a stack of experts [experts]: the largest magnitude of the whole weight."""
+    values = target.param.detach()
+    if not values.numel():
         return torch.zeros((), device=values.device)
-    lowest, highest = values.aminmax()
-    largest = torch.maximum(highest, lowest.neg())
-    return largest.to(dtype or values.dtype).float()
+    return largest_magnitude(values, stacked=target.kind.is_experts).float()
+
+
+def _of_matrices(fragment: Fragment | None, target: Target) -> torch.Tensor:
+    """fp32 [matrices]: the largest magnitude of each, of what this process owns of it; 0 where that is nothing."""
+    largest = torch.zeros(target.matrices, device=target.param.device)
+    if fragment is None or not fragment.numel:
+        return largest
+    size = math.prod(target.shape) // target.matrices
+    first, end = fragment.start, fragment.start + fragment.numel
+    # A fragment may begin and end within a matrix; those between are whole.
+    cuts = sorted(
+        {first, *(cut for cut in (-(-first // size) * size, end // size * size) if first < cut < end), end}
+    )
+    for begin, stop in itertools.pairwise(cuts):
+        part = fragment.values[begin - first : stop - first]
+        rows = part.view(-1, size) if part.numel() > size else part.view(1, -1)
+        found = largest_magnitude(rows, stacked=True).to(target.param.dtype).float()
+        number = begin // size
+        own = largest[number : number + len(rows)]
+        own.copy_(torch.maximum(own, found.to(own.device)))
+    return largest

@@ -20,24 +20,24 @@ class ObservedRanges:
         self.quantizers = dict(quantizers)
         self._momentum = momentum
         self._shards: Shards | None = None
-        self._undo: dict[str, torch.Tensor | None] = {}
+        self._undo: dict[str, tuple[torch.Tensor | None, bool]] = {}
 
     def attach(self, shards: Shards) -> None:
         self._shards = shards
 
     def remember(self) -> None:
         """What `put_back` restores."""
-        self._undo = {name: quantizer.input_range for name, quantizer in self.quantizers.items()}
+        self._undo = {name: (q.input_range, q.is_complete) for name, q in self.quantizers.items()}
 
     def put_back(self) -> None:
         """The step was not applied: ranges are as before it, and what it saw is forgotten."""
         for name, quantizer in self.quantizers.items():
-            quantizer.input_range, quantizer.observed = self._undo[name], None
+            (quantizer.input_range, quantizer.is_complete), quantizer.observed = self._undo[name], None
 
     @property
     def missing(self) -> int:
         """How many have no range yet."""
-        return sum(quantizer.input_range is None for quantizer in self.quantizers.values())
+        return sum(quantizer.lacks_range for quantizer in self.quantizers.values())
 
     def update(self, device: torch.device) -> None:
         """All at once: one reduction over processes, and no look at the values once each has a range.
@@ -45,23 +45,29 @@ class ObservedRanges:
         Extremes that are not finite leave the range as it was.
         """
         quantizers = list(self.quantizers.values())
-        nothing = torch.full((2,), -torch.inf, device=device)
-        observed = torch.stack([nothing if q.observed is None else q.observed.to(device) for q in quantizers])
+        counts = [quantizer.experts or 1 for quantizer in quantizers]
+        observed = torch.cat(
+            [_rows(device, q.observed, n, -torch.inf) for q, n in zip(quantizers, counts, strict=True)]
+        )
         if self._shards is not None:
             observed = self._shards.reduce_max(observed)
         # Observed is (-min, max), so that one maximum serves both.
         fresh = torch.stack([observed[:, 0].neg(), observed[:, 1]], dim=1)
         finite = torch.isfinite(fresh).all(dim=1, keepdim=True)
-        old = torch.stack([_on(device, q.input_range, f) for q, f in zip(quantizers, fresh, strict=True)])
-        ranges = torch.where(finite, torch.lerp(fresh, old, self._momentum), old).unbind()
-        known = [True] * len(quantizers) if not self.missing else finite.flatten().tolist()
-        for quantizer, new_range, is_known in zip(quantizers, ranges, known, strict=True):
-            if is_known:
-                quantizer.input_range = new_range
+        old = torch.cat(
+            [_rows(device, q.input_range, n, torch.nan) for q, n in zip(quantizers, counts, strict=True)]
+        )
+        old = torch.where(old.isnan() & finite, fresh, old)
+        ranges = torch.where(finite, torch.lerp(fresh, old, self._momentum), old)
+        known = None if not self.missing else ranges.isfinite().all(dim=1).split(counts)
+        for number, (quantizer, own) in enumerate(zip(quantizers, ranges.split(counts), strict=True)):
+            if known is None or bool(known[number].any()):
+                quantizer.input_range = own if quantizer.experts else own[0]
+                quantizer.is_complete = known is None or bool(known[number].all())
             quantizer.observed = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """fp32 (min, max) on the CPU by name, of those that have a range."""
+        """fp32 (min, max) on the CPU by name, of those that have a range; of experts [experts, 2], NaN where none."""
         return {
             name: quantizer.input_range.detach().cpu().clone()
             for name, quantizer in self.quantizers.items()
@@ -73,6 +79,7 @@ class ObservedRanges:
         for name, quantizer in self.quantizers.items():
             saved = ranges.get(name)
             quantizer.input_range = None if saved is None else saved.to(torch.float32).clone()
+            quantizer.is_complete = saved is not None and not bool(saved.isnan().any())
             quantizer.observed = None
 
 
@@ -84,5 +91,8 @@ def renamed_ranges(
     return {name: kept for name, kept in found.items() if name is not None}
 
 
-def _on(device: torch.device, given: torch.Tensor | None, otherwise: torch.Tensor) -> torch.Tensor:
-    return otherwise if given is None else given.to(device)
+def _rows(device: torch.device, given: torch.Tensor | None, count: int, otherwise: float) -> torch.Tensor:
+    """[count, 2]"""
+    if given is None:
+        return torch.full((count, 2), otherwise, device=device)
+    return given.to(device).view(count, 2)

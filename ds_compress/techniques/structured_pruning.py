@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +252,7 @@ class StructuredPruning(MaskedTechnique):
     def _unit_sums(
         self, structure: PrunableGroup, member: CoupledSlice, fragment: Fragment, values: torch.Tensor
     ) -> torch.Tensor:
-        return unit_sums(values, fragment.start, fragment.shape, member.dim, member.index)
+        return unit_sums(values, fragment.start, fragment.shape, member.dim, member.index, member.of_experts)
 
     def _pools(self, scores: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
         """Structures that must keep the same units, with the sum of their scores."""
@@ -264,7 +265,9 @@ class StructuredPruning(MaskedTechnique):
         own = [self.units_kept(names[0], step) for names, _ in pools]
         if self._scope == "uniform" or len(pools) < 2:
             return own
-        return global_counts([values for _, values in pools], sum(own), self._round_to)
+        groups = [self.structures[names[0]] for names, _ in pools]
+        multiples = [math.lcm(self._round_to, group.multiple) * group.parts for group in groups]
+        return global_counts([values for _, values in pools], sum(own), multiples)
 
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
@@ -292,7 +295,13 @@ class StructuredPruning(MaskedTechnique):
                     units = torch.zeros(structure.units, dtype=torch.bool)
                     units[self.kept[structure.name]] = True
                     own = unit_mask(
-                        units, fragment.start, fragment.numel, fragment.shape, member.dim, member.index
+                        units,
+                        fragment.start,
+                        fragment.numel,
+                        fragment.shape,
+                        member.dim,
+                        member.index,
+                        member.of_experts,
                     )
                     keep = own if keep is None else keep & own
             if keep is not None:
@@ -303,8 +312,8 @@ class StructuredPruning(MaskedTechnique):
             return False
         if not self.score.may_change or self.is_over:
             return True
-        scored = {m.tensor.rpartition(".")[0] for m in structure.slices if m.scored and m.dim == member.dim}
-        return member.scored or member.tensor.rpartition(".")[0] in scored
+        scored = {_matrix_of(m) for m in structure.slices if m.scored and m.dim == member.dim}
+        return member.scored or _matrix_of(member) in scored
 
     def _units_changed(self) -> None:
         """For blocks that do more than mask weights."""
@@ -349,3 +358,8 @@ class StructuredPruning(MaskedTechnique):
             self.kept[name].numel() if name in self.kept else s.units for name, s in self.structures.items()
         )
         return {"density": kept / units if units else 1.0}
+
+
+def _matrix_of(member: CoupledSlice) -> str:
+    """What a weight and its bias have in common: their module, or among fused experts the weight's name."""
+    return member.tensor.removesuffix("_bias") if member.of_experts else member.tensor.rpartition(".")[0]

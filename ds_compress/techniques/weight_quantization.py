@@ -22,6 +22,9 @@ formulas) while the optimizer moves the full-precision master.
   format can store at each forward, with a straight-through gradient.
 - nvfp4 has one more scale for the whole tensor. Servers fuse q, k and v, and gate and up, into one matrix with one such
   scale, so these share the largest magnitude of all of them, see `global_scales`.
+- The matrices of fused experts are stacks of as many: each expert has scales of its own, and a parameter of given
+  scales, `gate_up_proj_step_size`, has those of one matrix behind the number of experts. So has the nvfp4 scale of the
+  whole tensor: servers read one for each expert (gate and up are one matrix here, which shares it).
 - `train: "scales"` freezes every other parameter of the model.
 """
 
@@ -114,15 +117,17 @@ class WeightQuantization(Technique):
         self._global.measure(full_parameters)
         for target in self._targets:
             self._quantizers[target.module_name] = layers.WeightQuantizer()
-            layers.attach(target.module).weight_quantizer = self._quantizers[target.module_name]
+            attached = layers.attach(target.module)
+            attached.set_weight_quantizer(target.parameter, self._quantizers[target.module_name])
             if self._shared.has_given_scales:
                 shared_by_ties = (id(target.param), self._grids[target.module_name])
                 if shared_by_ties not in step_sizes:
                     step_size = self._initial_step_size(target, full_parameters)
                     step_sizes[shared_by_ties] = step_size
                     if step_size.requires_grad:
-                        added[f"{target.module_name}.{layers.STEP_SIZE}".lstrip(".")] = step_size
-                target.module.register_parameter(layers.STEP_SIZE, step_sizes[shared_by_ties])
+                        added[self._step_size_name(target)] = step_size
+                local = layers.step_size_name(target.parameter)
+                target.module.register_parameter(local, step_sizes[shared_by_ties])
         fast_paths.disable(model)
         self._model = model
         self._use_schedule_at(0)
@@ -155,8 +160,8 @@ class WeightQuantization(Technique):
     def detach(self) -> None:
         for target in self._targets:
             unpack(target.module)
-            layers.attach(target.module).weight_quantizer = None
-            target.module._parameters.pop(layers.STEP_SIZE, None)
+            layers.attach(target.module).set_weight_quantizer(target.parameter, None)
+            target.module._parameters.pop(layers.step_size_name(target.parameter), None)
             layers.detach(target.module)
         if self._targets:
             fast_paths.restore(self._model)
@@ -178,6 +183,11 @@ class WeightQuantization(Technique):
         sizes = {target.module_name: math.prod(target.shape) for target in self._targets}
         bits = sum(self._bits(target) * sizes[target.module_name] for target in self._targets)
         return {"mean_bits": bits / max(1, sum(sizes.values()))}
+
+    def _step_size_name(self, target: Target) -> str:
+        # A matrix of experts is named "<module>.<parameter>", a layer's weight by its module.
+        name = target.module_name if target.kind.is_experts else f"{target.module_name}.{target.parameter}"
+        return layers.step_size_name(name.lstrip("."))
 
     def _bits(self, target: Target) -> int:
         fake_quant = self._quantizers[target.module_name].fake_quant
@@ -208,10 +218,11 @@ class WeightQuantization(Technique):
                 granularity=granularity,
                 groups=shared.quantize_groups if granularity is Granularity.PER_GROUP else 1,
                 group_size=shared.group_size_of(params),
-                channel_axis=1 if target.kind == ModuleKind.CONV1D else 0,
+                channel_axis=1 if target.kind.is_transposed else 0,
                 stochastic=self._rounds_stochastically(params.final_bits),
                 learned=shared.has_given_scales,
                 format=params.format,
+                stacked=target.kind.is_experts,
             )
             check_shape(target.shape, grid)
             layers.check(target.module, learned=shared.effective_scales == "learned")

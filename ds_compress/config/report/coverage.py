@@ -1,7 +1,7 @@
-"""What a block without a regex leaves out: "every layer" is every Linear, Conv1D and Conv2d, and models have more.
+"""What a block without a regex leaves out: "every layer" is every Linear, Conv1D, Conv2d and matrix of experts.
 
-The experts of a mixture, say, are three-dimensional parameters of a module of their own: a block that takes the default
-reaches 3 % of a Mixtral, and its sparsity of 0.5 is one of 0.015 of the model.
+Models have more. A parameter of a module of its own may be most of a model: a block that takes the default then reaches
+a few percent of it, and its sparsity of 0.5 is one of 0.015 of the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class LeftOut:
     """What the default `modules` of one block did not reach, of all parameters with two dimensions or more.
 
     block: its key. reached, total: elements that it reaches, and that the model has. by_owner: {class of the module:
-    (elements, name of the first parameter)}, largest first; what excluded_modules names is not counted.
+    (elements, name of the first parameter)}, largest first; what excluded_modules names is not counted, nor are the
+    routers of experts, which nobody means by "every layer".
     """
 
     block: str
@@ -59,7 +60,9 @@ def left_out(plan: ResolvedPlan) -> Iterator[LeftOut]:
         reached = {target.param_name: target for target in technique.targets}
         by_owner: dict[str, tuple[int, str]] = {}
         for weight in plan.weights:
-            if weight.name in reached or len(weight.shape) < 2 or _is_excluded(weight, technique.shared):
+            if weight.name in reached or len(weight.shape) < 2 or weight.routes:
+                continue
+            if _is_excluded(weight, technique.shared):
                 continue
             elements, first = by_owner.get(weight.owner, (0, weight.name))
             by_owner[weight.owner] = elements + weight.numel, first

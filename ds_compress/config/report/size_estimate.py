@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.schema.block import TrainingState, WeightSize
@@ -19,13 +20,16 @@ class Stored:
     """One or more weights on disk, in bytes.
 
     before: in the dtype that they have now. after: in the files of an export, see `config.schema.stored_bytes`.
-    bitmask: as one bit per weight and the non-zeros only. nonzeros: a count.
+    bitmask: as one bit per weight and the non-zeros only. nonzeros: a count. active_before, active_after: what a token
+    needs of before and after, of experts the share of those that see it.
     """
 
     before: int = 0
     after: int = 0
     bitmask: int = 0
     nonzeros: int = 0
+    active_before: int = 0
+    active_after: int = 0
 
     def __add__(self, other: Stored) -> Stored:
         return Stored(
@@ -33,6 +37,8 @@ class Stored:
             self.after + other.after,
             self.bitmask + other.bitmask,
             self.nonzeros + other.nonzeros,
+            self.active_before + other.active_before,
+            self.active_after + other.active_after,
         )
 
 
@@ -86,7 +92,19 @@ def _stored_weight(plan: ResolvedPlan, weight: Weight, claims: dict[str, Target]
     if size.is_sparse:
         bitmask = _bytes(numel) + _bytes(size.nonzeros * size.bits) + size.scale_bytes
     before = math.prod(weight.shape) * weight.itemsize
-    return Stored(before, int(size.bytes * share), int(bitmask * share), int(size.nonzeros * share))
+    after = int(size.bytes * share)
+    active = Fraction(weight.chosen, weight.experts)
+    is_stack = len(weight.shape) > 1 and weight.shape[0] == weight.experts
+    # A stack of experts loses a part of each tensor, a list of them whole tensors.
+    left = Fraction(shape[0], weight.experts) if is_stack else share
+    return Stored(
+        before,
+        after,
+        int(bitmask * share),
+        int(size.nonzeros * share),
+        int(before * active),
+        int(after * min(Fraction(1), active / left)),
+    )
 
 
 def _bytes(bits: int) -> int:

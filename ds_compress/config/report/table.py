@@ -214,6 +214,9 @@ def _totals(plan: ResolvedPlan) -> Iterator[str]:
     sizes = f"{size_in_words(everything.before)} -> {size_in_words(everything.after)} ({ratio:.2f}x smaller)"
     sparse = f", {size_in_words(everything.bitmask)} as bitmask and non-zeros" if _removing(plan) else ""
     yield f"stored: {sizes} as {format_of(plan)}, {everything.nonzeros:,} non-zeros{sparse}"
+    if any(weight.chosen < weight.experts for weight in plan.weights):
+        active = f"{size_in_words(everything.active_before)} -> {size_in_words(everything.active_after)}"
+        yield f"active: {active} of it, in the experts that one token sees and in all that is no expert"
     if _removing(plan):
         state = size_estimate.training_state(plan)
         processes = "1 process" if plan.world_size == 1 else f"each of {plan.world_size} processes"

@@ -18,6 +18,7 @@ from ds_compress.config.structure_targets import StructurePlan, shape_after
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.experts import experts_per_token, moe_blocks, router_modules
 from ds_compress.modelinfo.head import output_head
 from ds_compress.modelinfo.inventory import (
     EVERY_LAYER,
@@ -109,6 +110,12 @@ def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
         return getattr(type(module), "_ds_compress_base_class", type(module)).__name__
 
     users: dict[int, list[str]] = {}
+    routing = {id(parameter) for router in router_modules(model) for parameter in router.parameters()}
+    mixtures = {
+        f"{block.experts_name}.{name}": (block.experts, experts_per_token(block) or block.experts)
+        for block in moe_blocks(model)
+        for name, _ in block.submodule(block.experts_name).named_parameters()
+    }
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
@@ -121,6 +128,8 @@ def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
             parameter.requires_grad,
             owner(name),
             tuple(users[id(parameter)]),
+            id(parameter) in routing,
+            *mixtures.get(name, (1, 1)),
         )
         for name, parameter in model.named_parameters()
         if not is_auxiliary(name)

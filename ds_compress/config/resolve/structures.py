@@ -98,6 +98,7 @@ class GroupSelection:
                     self.targets[structure.name] = StructureTarget(structure, group, ratio)
         self.problems += self._frozen()
         self.problems += self._other_number_of_heads()
+        self.problems += self._unobserved()
         self.problems += self._too_few()
         self.problems += self._not_observed()
 
@@ -340,6 +341,18 @@ class GroupSelection:
                     "remove it: the number of heads is read from the model",
                 )
                 return
+
+    def _unobserved(self) -> Iterator[Problem]:
+        """Fused experts hand nothing on between their two products that a module would see."""
+        fused = [target.structure.name for target in self.targets.values() if target.structure.parts > 1]
+        if self.block.shared.method == "activation" and fused:
+            yield Problem(
+                dotted(self.key, "shared_parameters", "method"),
+                '"activation"',
+                "a method that needs weights and gradients only: l1, l2, topk, taylor or random",
+                f"{few(fused)}: what is between the matrices of fused experts is the input of no module; taylor is the "
+                f"nearest, or add {shown(exact_pattern(fused[0]))} to shared_parameters.excluded_modules",
+            )
 
 
 def claim_names(structure: PrunableGroup) -> list[str]:

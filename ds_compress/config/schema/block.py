@@ -14,7 +14,16 @@ from ds_compress.config.targets import Target, TechniquePlan
 from ds_compress.errors import Problem
 from ds_compress.modelinfo.kinds import ModuleKind
 
-LAYERS = frozenset({ModuleKind.LINEAR, ModuleKind.CONV1D, ModuleKind.CONV2D, ModuleKind.LINEAR_ACTIVATION})
+LAYERS = frozenset(
+    {
+        ModuleKind.LINEAR,
+        ModuleKind.CONV1D,
+        ModuleKind.CONV2D,
+        ModuleKind.LINEAR_ACTIVATION,
+        ModuleKind.EXPERTS,
+        ModuleKind.TRANSPOSED_EXPERTS,
+    }
+)
 
 
 class ScheduleEnd(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ds_compress.config.targets import Target, TechniquePlan, inputs_of
 from ds_compress.errors import Problem, dotted, shown
-from ds_compress.modelinfo.inventory import exact_pattern, few
+from ds_compress.modelinfo.inventory import covering_patterns, exact_pattern, few
 from ds_compress.modelinfo.kinds import ModuleKind
 
 _WEIGHTS, _INPUTS = "weight_quantization", "activation_quantization"
@@ -46,6 +46,8 @@ def problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
         )
         return
     yield from _not_matrices(layers)
+    yield from _not_single(layers)
+    layers = [target for target in layers if not target.kind.is_experts]
     yield from _inputs_not_in_codes([t for t in layers if t.kind is not ModuleKind.CONV2D], inputs)
     yield from _scales_inside_channels(layers, weights)
 
@@ -59,6 +61,18 @@ def _not_matrices(layers: list[Target]) -> Iterator[Problem]:
             '"float" where a Conv2d is quantized: the int8 product is for Linear and Conv1D',
             f"add {shown(exact_pattern(convolutions[0]))} to shared_parameters.excluded_modules, or use "
             '"float"',
+        )
+
+
+def _not_single(layers: list[Target]) -> Iterator[Problem]:
+    experts = [target.module_name for target in layers if target.kind.is_experts]
+    if experts:
+        patterns = ", ".join(shown(pattern) for pattern in covering_patterns(experts))
+        yield Problem(
+            _PATH,
+            f'"int8" with {few(experts)} (experts)',
+            '"float" where fused experts are quantized: training has no int8 product for several matrices at once',
+            f'set kernel to "float", or add {patterns} to shared_parameters.excluded_modules',
         )
 
 

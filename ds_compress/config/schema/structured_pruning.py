@@ -242,7 +242,9 @@ class StructuredPruningConfig(GroupedBlock):
 
     def describe_target(self, target: StructureTarget) -> str:
         """The cell of a plan's table, e.g. "768 of 1,536 rows"."""
-        units = target.structure.units
-        kept = units_left(target.structure, target.dense_ratio, self.shared)
+        experts = target.structure.parts if self.kind is GroupKind.ROW else 1
+        units = target.structure.units // experts
+        kept = units_left(target.structure, target.dense_ratio, self.shared) // experts
         only_zeroed = "" if target.structure.removable else ", the others zero"
-        return f"{kept:,} of {plural(units, str(self.kind))}{only_zeroed}"
+        of_each = f" of each of {experts} experts" if experts > 1 else ""
+        return f"{kept:,} of {plural(units, str(self.kind))}{of_each}{only_zeroed}"

@@ -22,15 +22,19 @@ def uneven_groups(key: str, shared: Any, targets: Sequence[Target]) -> Iterator[
         if target.kind is not ModuleKind.EMBEDDING
         and shared.granularity_of(target.params) in (None, "per_group")
     ]
-    uneven = [target for target in counted if math.prod(target.shape) % shared.quantize_groups]
+    uneven = [target for target in counted if _weights_of_a_matrix(target) % shared.quantize_groups]
     if uneven:
         names = few([f"{target.module_name} {list(target.shape)}" for target in uneven])
         yield Problem(
             dotted(key, "shared_parameters", "quantize_groups"),
             f"{shared.quantize_groups} with {names}",
-            "a divisor of the number of weights of each layer",
+            "a divisor of the number of weights of each layer, or of each expert's matrix",
             'choose another number, exclude these layers, or set granularity to "per_channel"',
         )
+
+
+def _weights_of_a_matrix(target: Target) -> int:
+    return math.prod(target.shape) // target.matrices
 
 
 def unsuitable_embeddings(key: str, shared: Any, targets: Sequence[Target]) -> Iterator[Problem]:
@@ -73,7 +77,7 @@ def groups_that_a_cut_breaks(
             fits = not inputs_of(after) % size or bool(inputs_of(target) % size)
         elif granularity in (None, "per_group"):
             size, name = shared.quantize_groups, "quantize_groups"
-            fits = not math.prod(after.shape) % size
+            fits = not _weights_of_a_matrix(after) % size
         else:
             continue
         if not fits:

@@ -28,11 +28,7 @@ _METRICS = "_ds_compress_metrics"
 
 def parameters_of(model: nn.Module) -> int:
     """How many the model has now; nothing that compression has added."""
-    own = (
-        (n, p)
-        for n, p in model.named_parameters()
-        if not n.endswith(layers.STEP_SIZE) and not is_auxiliary(n)
-    )
+    own = ((n, p) for n, p in model.named_parameters() if not layers.is_step_size(n) and not is_auxiliary(n))
     return sum(math.prod(shape_of(parameter)) for _, parameter in own)
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ds_compress.engine.patches import Patches
 from ds_compress.errors import ROOT, ConfigError, Problem, shown
 from ds_compress.modelinfo.inventory import exact_pattern
-from ds_compress.quant.layers import QATModule
+from ds_compress.quant.layers import WEIGHT, QATModule
 
 _PRODUCTS = frozenset(
     [
@@ -34,6 +34,8 @@ _PRODUCTS = frozenset(
         "addmm",
         "addbmm",
         "baddbmm",
+        "_grouped_mm",
+        "grouped_mm",
         "addmv",
         "inner",
         "einsum",
@@ -76,14 +78,20 @@ def _quantized_weights(model: nn.Module) -> dict[int, str]:
     """{id of a weight: name of its layer}, for those that no other module owns."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
+        for weight in _weights(module):
             owners.setdefault(id(weight), []).append((name, module))
     return {
         key: modules[0][0]
         for key, modules in owners.items()
         if all(isinstance(module, QATModule) for _, module in modules)
     }
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """`weight`, and of experts the matrices that are to be quantized."""
+    quantized = dict(module.weight_quantizers()) if isinstance(module, QATModule) else {}
+    names = {WEIGHT, *quantized}
+    return [weight for name in sorted(names) if (weight := module._parameters.get(name)) is not None]
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from ds_compress.engine.teachers.sharded import DTYPES, ShardedTeacher, evaluati
 from ds_compress.engine.zero import internals
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.modelinfo.kinds import shape_of
+from ds_compress.quant.qat_module import MATRICES
 from ds_compress.sharding.shards import Shards
 from ds_compress.techniques.kv_cache import KEYS, VALUES
 
@@ -196,7 +197,7 @@ def quantizers_off(
     """Inside, the layers of `model` compute as they do without quantization; `kinds`: without which of them."""
     switched: list[tuple[Any, str, Any]] = []
     for module in model.modules():
-        for attribute in kinds:
+        for attribute in (*kinds, *(f"{kind}{MATRICES}" for kind in kinds)):
             if attribute in vars(module):
                 switched.append((module, attribute, vars(module)[attribute]))
                 vars(module)[attribute] = None

@@ -16,7 +16,7 @@ from ds_compress.config.schema.source import block_of
 from ds_compress.errors import Problem
 from ds_compress.modelinfo.inventory import covering_patterns
 from tests.models import tiny_bert
-from tests.unit.config.report.test_coverage import mixtral
+from tests.unit.config.report.test_coverage import mixtral, with_slots
 
 SHARED = {"enabled": True, "dense_ratio": 0.5}
 _EXCLUDE = re.compile(r'add ("[^ ]*"(?:, "[^ ]*")*) (?:\(or .*?\) )?to (?:\S+ of )?\S*excluded_modules')
@@ -80,23 +80,29 @@ def test_hints_to_exclude_lead_to_an_accepted_config(model: Any, modules: list[s
 
 def test_a_hint_covers_all_layers_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(mixtral(), sparse(modules=["layers"]))
+        plan(with_slots(), sparse(modules=["layers"]))
     (problem,) = caught.value.problems
-    assert "\\\\d+" in problem.hint and problem.hint.count("experts") == 1
+    assert "\\\\d+" in problem.hint and problem.hint.count("mlp") == 1
 
 
 def test_a_regex_that_reaches_nothing_else_is_not_to_be_excluded() -> None:
-    left = problem_after_following(mixtral(), sparse(modules=["experts"]))
-    assert left is not None and "experts" in left.got and "reaches none" not in left.got
+    left = problem_after_following(with_slots(), sparse(modules=["mlp"]))
+    assert left is not None and "mlp" in left.got and "reaches none" not in left.got
     assert "remove the regex" in left.hint
 
 
 @pytest.mark.parametrize("modules", [None, ["mlp"], ["experts"], [".*"], ["layers"]])
 def test_rows_of_experts(modules: list[str] | None) -> None:
     group = {} if modules is None else {"modules": modules}
-    left = problem_after_following(mixtral(), rows(**group))
-    assert left is not None
-    assert "sparse_pruning instead" not in left.hint  # which refuses fused experts as well
+    assert problem_after_following(mixtral(), rows(**group)) is None
+
+
+def test_activations_of_fused_experts_are_refused_with_a_way_out() -> None:
+    block = {"row_pruning": {"dense_ratio": 0.5, "shared_parameters": {"method": "activation"}}}
+    with pytest.raises(ConfigError) as caught:
+        plan(mixtral(), block)
+    (problem,) = caught.value.problems
+    assert problem.path.endswith("shared_parameters.method") and "taylor" in problem.hint
 
 
 def test_rows_of_what_has_no_outputs() -> None:
@@ -122,7 +128,7 @@ def test_excluding_what_is_not_there_is_an_error() -> None:
 
 
 def test_structures_that_stay_whole_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    """A dense layer beside a mixture of experts is pruned, and that the experts are not is no secret."""
+    """A dense layer is pruned, and that experts of an unknown layout beside it are not is no secret."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     model = DeepseekV2ForCausalLM(
@@ -133,6 +139,9 @@ def test_structures_that_stay_whole_are_said(caplog: pytest.LogCaptureFixture) -
             qk_nope_head_dim=4, v_head_dim=8,
         )
     )  # fmt: skip
+    strange = torch.nn.Module()
+    strange.matrices = torch.nn.Parameter(torch.zeros(4, 16, 16))
+    model.model.layers[1].mlp.experts = strange
     plan(model, {"row_pruning": {"dense_ratio": 0.5}})
     (warning,) = [record.getMessage() for record in caplog.records if "not pruned" in record.getMessage()]
     assert "model.layers.1.mlp" in warning

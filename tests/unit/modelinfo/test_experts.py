@@ -79,7 +79,7 @@ def test_experts_without_a_gate_and_square_are_read_as_they_say() -> None:
     module.up_proj, module.down_proj = (nn.Parameter(torch.zeros(4, 8, 8)) for _ in range(2))
     found = fused_experts(module)
     assert found is not None and not found.transposed and not found.has_gate
-    module.is_transposed = True
+    module.is_transposed = True  # type: ignore[assignment]
     found = fused_experts(module)
     assert found is not None and found.transposed
 

@@ -106,11 +106,22 @@ class TestRows:
         assert not found.groups
         assert "0.depthwise.weight" in _reasons(found)["0.fc1"]
 
-    def test_experts_are_refused(self) -> None:
+    def test_experts_are_one_group_for_a_layer(self) -> None:
         config = hf.MixtralConfig(**_LLAMA, num_key_value_heads=4, num_local_experts=4)
         found = find_groups(hf.MixtralForCausalLM(config), GroupKind.ROW)
+        assert not found.unsupported
+        assert {group.parts for group in found.groups} == {4}
+        assert found.groups[0].name == "model.layers.0.mlp.experts"
+
+    def test_experts_in_an_unknown_layout_are_refused(self) -> None:
+        class OddExperts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.matrices = nn.Parameter(torch.zeros(4, 8, 8))
+
+        found = find_groups(nn.ModuleDict({"experts": OddExperts()}), GroupKind.ROW)
         assert not found.groups
-        assert "experts" in _reasons(found)["model.layers.0.mlp"]
+        assert "not known here" in _reasons(found)["experts"]
 
     def test_adapters_are_refused_by_name(self) -> None:
         class Adapted(nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 
 from ds_compress.config.resolve.resolver import resolve
+from ds_compress.sharding.fragment import full_fragment, plain_fragments
 from ds_compress.sharding.shards import Shards
-from ds_compress.techniques.global_scales import GlobalScales, fused_families
+from ds_compress.techniques.global_scales import GlobalScales, _of_matrices, fused_families
 from tests.models import tiny_llama
+from tests.zoo.mixtures import mixture
 
 
 def full(parameters: Any) -> Any:
@@ -86,7 +89,7 @@ def test_a_fault_anywhere_in_the_family_is_a_fault_of_all(bad: float) -> None:
     model = tiny_llama(hidden=64, intermediate=64)
     scales = scales_of(model)
 
-    fragments = {n: SimpleNamespace(values=p.detach()) for n, p in model.named_parameters()}
+    fragments = {fragment.name: fragment for fragment in plain_fragments(model)}
 
     class Processes:
         """Others may hold a fault, too."""
@@ -103,3 +106,32 @@ def test_a_fault_anywhere_in_the_family_is_a_fault_of_all(bad: float) -> None:
     scales.update()
     assert scales.of("model.layers.0.mlp.gate_proj.weight").isnan()
     assert scales.of("model.layers.0.mlp.down_proj.weight").isfinite()
+
+
+def test_fragments_that_begin_and_end_within_the_matrix_of_an_expert() -> None:
+    model = mixture("mixtral")
+    plan = resolve(
+        model,
+        {
+            "weight_quantization": {
+                "shared_parameters": {"enabled": True},
+                "different_groups": {"g": {"params": {"format": "nvfp4"}, "modules": ["gate_up_proj"]}},
+            }
+        },
+    )
+    (target, *_) = plan.techniques["weight_quantization"].targets
+    flat = target.param.detach().flatten()
+    size = flat.numel() // 4
+    expected = flat.view(4, size).abs().amax(1)
+    for cuts in (
+        [0, 7, 3 * size + 5, 4 * size],
+        [0, size, 2 * size, 4 * size],
+        [0, 4 * size],
+        [0, 3, 9, 4 * size],
+    ):
+        together = torch.zeros(4)
+        for first, end in itertools.pairwise(cuts):
+            whole = full_fragment(target.param_name, target.param, target.param, 0)
+            fragment = replace(whole, start=first, numel=end - first, offset=first)
+            together = torch.maximum(together, _of_matrices(fragment, target))
+        assert torch.equal(together, expected)

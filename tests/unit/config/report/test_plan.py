@@ -54,12 +54,12 @@ class TestForecast:
 
     def test_untouched(self) -> None:
         model = nn.Sequential(nn.Linear(6, 4)).to(torch.bfloat16)
-        assert self.forecast(model, {}) == Stored(before=48, after=48, bitmask=48, nonzeros=24)
+        assert self.forecast(model, {}) == Stored(48, 48, 48, 24, 48, 48)
 
     def test_pruned(self) -> None:
         # ceil(0.3 * 24) weights stay; as bitmask: 24 bits and 8 fp32 values.
         block = pruning(["*"], ratio=0.3)
-        assert self.forecast(nn.Sequential(nn.Linear(6, 4)), block) == Stored(96, 96, 3 + 32, 8)
+        assert self.forecast(nn.Sequential(nn.Linear(6, 4)), block) == Stored(96, 96, 3 + 32, 8, 96, 96)
 
     def test_the_ratio_is_the_decimal_of_the_json(self) -> None:
         assert math.ceil(0.07 * 100) == 8
@@ -99,9 +99,7 @@ class TestForecast:
 
     def test_pruned_and_quantized(self) -> None:
         block = {**pruning(["*"]), **bits(["*"], target=4)}
-        assert self.forecast(nn.Sequential(nn.Linear(6, 4)), block) == Stored(
-            96, 4 * 4 + 16 + 4 * 4, 3 + 6 + 4, 12
-        )
+        assert self.forecast(nn.Sequential(nn.Linear(6, 4)), block) == Stored(96, 48, 3 + 6 + 4, 12, 96, 48)
 
     @pytest.mark.parametrize(
         ("method", "hidden", "scores"),

@@ -1,0 +1,161 @@
+"""What experts compute with while their forward runs: fake-quantized stacks, of which backward keeps no copy.
+
+Autograd would keep views of a stack for the gradients of the inputs, one for each expert or one of all. Hooks recognize
+them by their storage and keep the parameter itself and the place of the view; what they stand for is quantized again in
+backward, once for each stack. Hooks that were there before (gradient checkpointing has some) get everything else, and
+the parameter in place of the view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
+from ds_compress.quant.fused import FakeQuantized
+from ds_compress.quant.gradients import weight_backward
+
+_Hook = Callable[[Any], Any]
+
+
+@dataclass(eq=False)
+class Stack:
+    """How one parameter is presented in one forward, and what backward has made of it so far.
+
+    dtype: of what is presented. views: those that autograd keeps. made: all that quantizing again gave, until the last
+    view was handed out; `found`: the same without the values, for the gradient of the parameter.
+    """
+
+    parameter: torch.Tensor
+    step_size: torch.Tensor | None
+    fake_quant: FakeQuantConfig
+    dtype: torch.dtype
+    views: int = 0
+    handed_out: int = 0
+    made: torch.Tensor | None = None
+    found: FakeQuantized | None = field(default=None, repr=False)
+
+    @property
+    def needs_unclipped(self) -> bool:
+        return self.fake_quant.changes_gradient and not self.fake_quant.grid.learned
+
+    def quantized(
+        self, parameter: torch.Tensor, step_size: torch.Tensor | None, again: bool
+    ) -> FakeQuantized:
+        with_unclipped = again and self.needs_unclipped
+        return fake_quantize_weight(
+            parameter.detach(), self.fake_quant, step_size, with_unclipped=with_unclipped
+        )
+
+    def again(self, parameter: torch.Tensor, step_size: torch.Tensor | None) -> torch.Tensor:
+        """What was presented, in backward; the last of the views lets go of it."""
+        if self.made is None:
+            found = self.quantized(parameter, step_size, again=True)
+            self.made = found.values.to(self.dtype)
+            self.found = FakeQuantized(found.values[:0], found.qparams, found.unclipped)
+        made = self.made
+        self.handed_out += 1
+        if self.handed_out >= self.views:
+            self.made, self.handed_out = None, 0
+        return made
+
+
+class _Presented(Function):
+    """Q(w) in forward; straight through, with the rules of `gradients.weight_backward`, in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameter: torch.Tensor, step_size: torch.Tensor | None, stack: Stack
+    ) -> torch.Tensor:
+        ctx.stack = stack
+        ctx.dtype = parameter.dtype
+        saves = stack.fake_quant.changes_gradient or step_size is not None
+        ctx.save_for_backward(*((parameter, step_size) if saves else (None, None)))
+        return stack.quantized(parameter, step_size, again=False).values.to(stack.dtype).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parameter, step_size = ctx.saved_tensors
+        stack: Stack = ctx.stack
+        grad = grad.to(ctx.dtype)
+        if parameter is None:
+            return grad, None, None
+        found = stack.found or stack.quantized(parameter, step_size, again=True)
+        stack.found = None
+        grad, grad_step = weight_backward(
+            grad, parameter, stack.fake_quant, found.qparams, step_size, found.unclipped
+        )
+        return grad if ctx.needs_input_grad[0] else None, grad_step, None
+
+
+@dataclass(frozen=True)
+class _View:
+    """Of a stack; `parameter` and `step_size` as the hooks that were there before keep them."""
+
+    stack: Stack
+    parameter: Any
+    step_size: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def present(stack: Stack) -> torch.Tensor:
+    """The stack that forward computes with."""
+    values: torch.Tensor = _Presented.apply(stack.parameter, stack.step_size, stack)
+    return values
+
+
+@contextlib.contextmanager
+def without_copies(presented: Mapping[Stack, torch.Tensor]) -> Iterator[None]:
+    """Inside, autograd keeps no view of what is presented."""
+    if torch.compiler.is_compiling():
+        yield  # what is kept is then decided by the compiler
+        return
+    outer_pack, outer_unpack = _outer_hooks()
+    by_storage = {values.untyped_storage().data_ptr(): stack for stack, values in presented.items()}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        stack = by_storage.get(_storage(tensor))
+        if stack is None or tensor.dtype is not stack.dtype or not tensor.numel():
+            return outer_pack(tensor)
+        stack.views += 1
+        step_size = None if stack.step_size is None else outer_pack(stack.step_size)
+        size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        return _View(stack, outer_pack(stack.parameter), step_size, size, stride, offset)
+
+    def unpack(kept: Any) -> Any:
+        if not isinstance(kept, _View):
+            return outer_unpack(kept)
+        if torch.is_grad_enabled():
+            raise RuntimeError("experts whose weights are quantized have no second derivatives")
+        parameter = outer_unpack(kept.parameter)
+        step_size = None if kept.step_size is None else outer_unpack(kept.step_size)
+        return kept.stack.again(parameter, step_size).as_strided(kept.size, kept.stride, kept.offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+        return 0
+
+
+def _outer_hooks() -> tuple[_Hook, _Hook]:
+    ask: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    found = None if ask is None else ask(False)
+    return found or (_as_it_is, _as_it_is)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
