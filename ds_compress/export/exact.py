@@ -36,7 +36,7 @@ def in_fp32(model: nn.Module, stored: torch.dtype | None = None) -> Iterator[Non
             yield
         return
     quantized = {
-        id(module.get_parameter(name))
+        id(module._parameters[name])
         for module in model.modules()
         for name in layers.quantized_parameters(module)
     }
