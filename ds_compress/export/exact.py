@@ -36,7 +36,7 @@ def in_fp32(model: nn.Module, stored: torch.dtype | None = None) -> Iterator[Non
             yield
         return
     quantized = {
-        id(module.get_parameter(name))
+        id(module._parameters[name])
         for module in model.modules()
         for name in layers.quantized_parameters(module)
     }
@@ -137,9 +137,9 @@ def _hooks(
             if parameter.is_floating_point()
         ]
         before.append([(parameter, parameter.data) for _, parameter in own])
-        quantized = layers.quantized_parameters(module)
+        fake_quantized = layers.quantized_parameters(module)
         for name, parameter in own:
-            is_quantized = layers.is_step_size(name) or name in quantized
+            is_quantized = layers.is_step_size(name) or name in fake_quantized
             parameter.data = value(parameter.data, is_quantized)
         return _in_fp32(args), _in_fp32(kwargs)
 

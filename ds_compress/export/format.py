@@ -18,8 +18,8 @@ from ds_compress.export.check import Answer
 from ds_compress.export.exact import is_kept_in_fp32
 from ds_compress.export.hub_names import Converter, hub_names
 from ds_compress.export.loaded_tensors import input_scale
+from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix
-from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.experts import fused_experts
@@ -146,7 +146,8 @@ class Format(ABC):
         values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
         if layer.quantized is not None:
             values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
-        values |= {layer.full(name): self.dequantized_stack(stack) for name, stack in layer.stacks.items()}
+        for name, experts in layer.experts.items():
+            values[layer.full(name)] = self.dequantized_experts(layer, experts)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
@@ -171,9 +172,9 @@ class Format(ABC):
         """A quantized weight as a loader must hold it."""
         return quantized.dequantize()
 
-    def dequantized_stack(self, stack: QuantizedStack) -> torch.Tensor:
-        """A quantized parameter of fused experts as a loader must hold it."""
-        return stack.dequantize()
+    def dequantized_experts(self, layer: Layer, experts: QuantizedExperts) -> torch.Tensor:
+        """A quantized stack as a loader must hold it."""
+        return experts.as_stack(lambda matrix: self.dequantized(layer, matrix))
 
     def files(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What is stored of a layer, by its name in the files."""
@@ -184,15 +185,15 @@ class Format(ABC):
         return tensor.to(self.options.dtype) if is_float else tensor
 
 
-def refuse_quantized_stack(model: nn.Module, name: str) -> None:
+def refuse_quantized_experts(model: nn.Module, name: str) -> None:
     """Raises ExportError where fused experts are quantized."""
     for module_name, module in model.named_modules():
         if fused_experts(module) and (
             layers.quantized_parameters(module) or layers.input_quantizers_of(module)
         ):
             raise ExportError(
-                f'{module_name}: format "{name}" has no word for quantized experts that are fused; format="torch" '
-                'stores them, and format="hf" the values that training computed with'
+                f'{module_name}: format "{name}" has no word for quantized experts that are fused; format="hf" writes '
+                "the values that training computed with"
             )
 
 

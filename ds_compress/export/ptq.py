@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export.quantized_experts import quantize_experts
 from ds_compress.export.quantized_matrix import quantize_matrix
-from ds_compress.export.quantized_stack import quantize_stack
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
@@ -84,7 +84,7 @@ def rounded(
     Raises:
         ExportError: it is quantized already.
     """
-    if layer.quantized is not None or layer.input is not None or layer.stacks:
+    if layer.quantized is not None or layer.input is not None or layer.experts:
         raise ExportError(
             f"{layer.name} was trained quantized: scheme={scheme.name!r} is for models that were not, leave it out"
         )
@@ -135,11 +135,11 @@ def _rounded_experts(layer: Layer, scheme: Scheme, note: Callable[[str], None]) 
     )
     grid = replace(_weight_grid(scheme.weights), stacked=True, channel_axis=int(layer.kind.is_transposed))
     experts = {
-        name: quantize_stack(tensor.float(), FakeQuantConfig(grid)) for name, tensor in matrices.items()
+        name: quantize_experts(tensor.float(), FakeQuantConfig(grid)) for name, tensor in matrices.items()
     }
     inputs = {} if scheme.inputs is None else dict.fromkeys(matrices, InputScheme(_input_grid(scheme.inputs)))
     tensors = {name: tensor for name, tensor in layer.tensors.items() if name not in matrices}
-    return replace(layer, tensors=tensors, stacks=experts, stack_inputs=inputs)
+    return replace(layer, tensors=tensors, experts=experts, expert_inputs=inputs)
 
 
 @contextlib.contextmanager

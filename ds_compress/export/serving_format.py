@@ -33,8 +33,8 @@ from ds_compress.export.format import Format, empty_copy
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
+from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
-from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_experts, stored_weight, weight_scheme
 from ds_compress.export.source import ExportSource
@@ -108,12 +108,12 @@ class ServingFormat(Format):
         if quantized is not None:
             stored |= self._stored(layer, quantized)
             scheme["weight"] = weight_scheme(quantized)
-        for name, experts in layer.stacks.items():
+        for name, experts in layer.experts.items():
             stored |= self._stored_experts(layer, name, experts)
             own = {**weight_scheme(experts.matrices[0]), "experts": len(experts.matrices)}
             scheme.setdefault("experts", {})[name] = own
-        if layer.stack_inputs:
-            scheme["expert_inputs"] = {n: used.as_json() for n, used in layer.stack_inputs.items()}
+        if layer.expert_inputs:
+            scheme["expert_inputs"] = {n: used.as_json() for n, used in layer.expert_inputs.items()}
         if layer.input is not None:
             scheme["input"] = layer.input.as_json()
         if layer.ties:
@@ -132,7 +132,7 @@ class ServingFormat(Format):
         except ValueError as error:
             raise ExportError(f"{layer.name}: {error}") from error
 
-    def _stored_experts(self, layer: Layer, name: str, experts: QuantizedStack) -> dict[str, torch.Tensor]:
+    def _stored_experts(self, layer: Layer, name: str, experts: QuantizedExperts) -> dict[str, torch.Tensor]:
         self.note("experts are dequantized to fp32 when they are loaded: smaller in the folder, no faster")
         try:
             stored = stored_experts(name, experts)

@@ -19,7 +19,7 @@ from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
 from ds_compress.export.expected import dtype_of, expected_of, is_quantized
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
-from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model, refuse_quantized_stack
+from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model, refuse_quantized_experts
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
@@ -125,7 +125,7 @@ class _Export:
         self.global_scales = ptq.global_scales(source, self.format.scheme)
         self.final = _after_cuts(source)
         if not self.format.stores_stacks:
-            refuse_quantized_stack(source.model, name)
+            refuse_quantized_experts(source.model, name)
         self.format.check_source(source, self.final)
         self.given = None if inputs is None else checked_inputs(source.model, inputs)
         self.inputs = (self.given or example_inputs(source.model)) if check else None
@@ -192,8 +192,8 @@ class _Export:
 
     def _rounded(self, layer: Layer, scheme: Scheme) -> Layer:
         rounded = ptq.rounded(layer, scheme, self.format.note, self.global_scales.get(layer.name))
-        for local, experts in rounded.stacks.items():
-            self.format.rounded[layer.full(local)] = self.format.dequantized_stack(experts)
+        for local, experts in rounded.experts.items():
+            self.format.rounded[layer.full(local)] = self.format.dequantized_experts(rounded, experts)
         if rounded.quantized is not None:
             self.format.rounded[layer.full("weight")] = self.format.dequantized(rounded, rounded.quantized)
             if rounded.input is not None:

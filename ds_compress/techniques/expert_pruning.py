@@ -121,6 +121,8 @@ class ExpertPruning(StructuredPruning):
 
     def before_step(self, step: int) -> None:
         self._load_undo = dict(self.load), dict(self.load_before), dict(self.lost)
+        if not self.score.observes and not self._done:
+            self._fold_load()
         super().before_step(step)
 
     def on_skipped_step(self) -> None:
@@ -137,7 +139,8 @@ class ExpertPruning(StructuredPruning):
 
     def _fold(self) -> None:
         super()._fold()
-        self._fold_load()
+        if self.score.observes:
+            self._fold_load()
 
     def _fold_load(self) -> None:
         """One reduction over all processes for all mixtures."""
@@ -187,7 +190,8 @@ class ExpertPruning(StructuredPruning):
         heads = torch.arange(structure.units)
         stay = torch.isin(had, self.kept[structure.name]).nonzero().flatten()
         heads[had] = had[clusters(router[had], stay)]
-        shares = merge_weights(heads, tokens)
+        # Of experts in a list nobody knows how many tokens they saw: all count alike.
+        shares = merge_weights(heads, tokens if tokens.any() else torch.ones(structure.units))
         for names in tensors_of_experts(self._model, structure):
             stacked = len(names) == 1
             whole = self._full(names[0]) if stacked else torch.stack([self._full(name) for name in names])
@@ -256,6 +260,8 @@ class ExpertPruning(StructuredPruning):
 
     def detach(self) -> None:
         super().detach()
+        for routing in self._routings.values():
+            routing.exclude_all_but(None)
         self._routings, self._around = {}, []
 
     # -- state -----------------------------------------------------------------------------------------

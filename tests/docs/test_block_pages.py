@@ -28,6 +28,7 @@ REACHED: dict[str, dict[str, float]] = {
     "channel_pruning": {"channel_pruning/density": 0.5},
     "depth_pruning": {"depth_pruning/density": 4 / 6},
     "hidden_pruning": {"hidden_pruning/density": 0.75},
+    "expert_pruning": {"expert_pruning/density": 0.5},
     "layer_reduction": {},
     "distillation": {},
 }

@@ -13,7 +13,7 @@ from torch import nn
 
 import ds_compress  # noqa: F401
 from tests.docs.pages import DOCS, blocks_of
-from tests.models import tiny_bert
+from tests.models import VOCABULARY, tiny_bert
 from tests.models import tiny_llama as tiny_llama_of
 from tests.multirank.common import batches, engine_of
 
@@ -81,11 +81,24 @@ def tiny_llama() -> nn.Module:
     return tiny_llama_of(intermediate=64, head="ForSequenceClassification", tied=False, pad_token_id=0)
 
 
+def tiny_mixture() -> nn.Module:
+    """Two layers of eight experts each, of which a token sees two."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = transformers.MixtralConfig(num_local_experts=8, **sizes, **heads)
+    return transformers.MixtralForSequenceClassification(config)
+
+
 def model_for(block: str) -> nn.Module:
     if block == "channel_pruning":
         return TinyConvNet()
     if block in ("hidden_pruning", "kv_cache"):
         return tiny_llama()
+    if block == "expert_pruning":
+        return tiny_mixture()
     return tiny_bert(layers=6)
 
 

@@ -86,6 +86,10 @@ COMPLETE: dict[str, Any] = {
         "different_groups": {},
     },
     "hidden_pruning": {"dense_ratio": 0.5, "shared_parameters": {"enabled": False}},
+    "expert_pruning": {
+        "shared_parameters": {"enabled": False, "method": "reap", "merge": True},
+        "different_groups": {"a": {"params": {"dense_ratio": 0.5}, **GROUP}},
+    },
     "layer_reduction": {
         "enabled": True,
         "keep_number_layer": 2,

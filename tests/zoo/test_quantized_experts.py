@@ -24,13 +24,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
 """In NVFP4 only what has a multiple of 16 inputs, and what the regex names."""
 
 
-def _mixture(name: str) -> nn.Module:
+def _mixture(name: str) -> Any:
     widths = {"intermediate_size": 32, "moe_intermediate_size": 32, "intermediate_size_mlp": 32}
     known = {"intermediate_size", *ARCHITECTURES[name][2]}
     return mixture(name, **{key: width for key, width in widths.items() if key in known})
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(ids).logits
     return logits
 

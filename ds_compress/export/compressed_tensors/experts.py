@@ -15,11 +15,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from ds_compress.export.hub_names import Converter, expert_rows
+from ds_compress.export.quantized_experts import QuantizedExperts, rows_of
 from ds_compress.export.quantized_matrix import QuantizedMatrix
-from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.quant.grid import Granularity
@@ -54,13 +52,13 @@ def misread(format: str, bits: int, in_blocks: bool, integer_inputs: bool) -> st
 
 def misread_matrix(matrix: QuantizedMatrix, layer: Layer, name: str) -> str | None:
     """`misread` of a matrix of the stack `name`."""
-    used = layer.stack_inputs.get(name)
+    used = layer.expert_inputs.get(name)
     in_blocks = matrix.granularity is Granularity.PER_BLOCK and matrix.scale.numel() > 1
     return misread(matrix.format, matrix.bits, in_blocks, used is not None and used.grid.format == "int")
 
 
 def single_matrices(
-    layer: Layer, name: str, experts: QuantizedStack, converter: Converter
+    layer: Layer, name: str, experts: QuantizedExperts, converter: Converter
 ) -> Iterator[tuple[str, QuantizedMatrix, InputScheme | None]]:
     """(name of the module on the hub, matrix, how its input is quantized), of one stack of a layer.
 
@@ -81,7 +79,7 @@ def single_matrices(
 
 def input_of(layer: Layer, name: str, expert: int) -> InputScheme | None:
     """How the input of one expert's matrix is quantized: a static range is its own."""
-    used = layer.stack_inputs.get(name)
+    used = layer.expert_inputs.get(name)
     if used is None or used.input_range is None:
         return used
     own = used.input_range[expert]
@@ -90,19 +88,6 @@ def input_of(layer: Layer, name: str, expert: int) -> InputScheme | None:
             f"the input of expert {expert} has no range: it saw no token while ranges were observed"
         )
     return replace(used, input_range=own)
-
-
-def rows_of(matrix: QuantizedMatrix, rows: torch.Tensor) -> QuantizedMatrix:
-    """Some of its outputs, not transposed any more; rows: increasing int64.
-
-    Raises:
-        ValueError: square blocks are cut.
-    """
-    outputs, inputs = matrix.values.shape
-    # A copy: no two tensors of a file may share memory.
-    shared = None if matrix.global_scale is None else matrix.global_scale.clone()
-    plain = replace(matrix, shape=(outputs, inputs), transposed=False, global_scale=shared)
-    return plain if rows.numel() == outputs else plain.cut(lambda tensor: tensor[rows])
 
 
 def has_single_matrices(converter: Converter, name: str, shape: tuple[int, ...], kind: ModuleKind) -> bool:

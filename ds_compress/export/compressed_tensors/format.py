@@ -29,7 +29,6 @@ from ds_compress.export.compressed_tensors.groups import ConfigGroups, notes_on
 from ds_compress.export.compressed_tensors.packing import loads_when_packed
 from ds_compress.export.format import OTHER_FORMAT, Format
 from ds_compress.export.quantized_matrix import QuantizedMatrix
-from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.auxiliary import is_auxiliary
@@ -110,10 +109,10 @@ class CompressedTensorsFormat(Format):
     def _experts(self, layer: Layer) -> dict[str, torch.Tensor]:
         """By full name: each matrix of each expert as a layer of its own."""
         stored: dict[str, torch.Tensor] = {}
-        for local, stack in layer.stacks.items():
-            inputs = layer.stack_inputs.get(local)
+        for local, stack in layer.experts.items():
+            inputs = layer.expert_inputs.get(local)
             try:
-                reason = experts.misread_matrix(stack.matrices[0], layer, local)
+                reason = experts.misread_matrix(stack.first, layer, local)
                 if reason is not None:
                     raise ValueError(f"{reason}; {experts.INSTEAD}")
                 for name, matrix, used in experts.single_matrices(layer, local, stack, self.hub):
@@ -182,15 +181,6 @@ class CompressedTensorsFormat(Format):
                     "bfloat16 beside floats of blocks, and rounds them"
                 )
         return values
-
-    def dequantized_stack(self, stack: QuantizedStack) -> torch.Tensor:
-        loaded = [matrix.loaded_in(self.computes_in) for matrix in stack.matrices]
-        if self.computes_in is not torch.float32:
-            self.rounds_weights |= not all(
-                torch.equal(values, matrix.dequantize())
-                for values, matrix in zip(loaded, stack.matrices, strict=True)
-            )
-        return torch.stack(loaded)
 
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
         return {

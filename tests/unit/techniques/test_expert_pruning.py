@@ -13,6 +13,8 @@ from torch.nn import functional as F
 import ds_compress
 from ds_compress.errors import ConfigError
 from ds_compress.modelinfo.experts import moe_blocks
+from ds_compress.select.unit_scores import Reap
+from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from ds_compress.techniques.expert_routing import ExpertRouting
 from ds_compress.techniques.routing_check import check_exclusion
 from tests.multirank.common import ds_config, engine_of
@@ -35,10 +37,10 @@ class TestScores:
     @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
     def test_reap_is_gate_weight_times_norm_of_the_output(self, name: str, implementation: str) -> None:
         """Against the definition: each expert is run on its own, on the tokens that were routed to it."""
-        model = mixture(name)
+        model: Any = mixture(name)
         model.config._experts_implementation = implementation
         calls: list[Any] = []
-        experts = [model.get_submodule(moe.experts_name) for moe in moe_blocks(model)][-1]
+        experts: Any = [model.get_submodule(moe.experts_name) for moe in moe_blocks(model)][-1]
         handle = experts.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append(args), with_kwargs=True
         )
@@ -62,43 +64,43 @@ class TestScores:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
     def test_llama4_scales_what_goes_in(self) -> None:
-        model = mixture("llama4")
-        (*_, moe) = moe_blocks(model)
+        model: Any = mixture("llama4")
+        mixture_of_experts: Any = model.model.layers[1].feed_forward
         routing = routings(model)[-1]
         x = torch.randn(1, 20, 16)
         model.train()
-        moe.module(x)
+        mixture_of_experts(x)
         seen = routing.take()
         assert seen is not None
-        scores, _ = moe.module.router(x[0])
+        scores, _ = mixture_of_experts.router(x[0])
         assert torch.equal(seen[1].long(), (scores > 0).sum(0))
         for expert in range(4):
             rows = x[0] * scores[:, expert : expert + 1]
-            fused = moe.module.experts
+            fused = mixture_of_experts.experts
             gate, up = (rows @ fused.gate_up_proj[expert]).chunk(2, -1)
             output = (up * F.silu(gate)) @ fused.down_proj[expert]
             assert seen[0][expert].item() == pytest.approx(output.norm(dim=-1).sum().item(), rel=1e-4)
 
     def test_an_expert_without_tokens_is_worth_nothing(self) -> None:
         """Its router row is far below all others: no token, no score, and no NaN that would stop the selection."""
-        model = mixture("mixtral")
+        model: Any = mixture("mixtral")
         for layer in model.model.layers:
             layer.mlp.gate.weight.data[1] = 0
             layer.mlp.gate.weight.data[[0, 2, 3]] = 5 * layer.mlp.gate.weight.data[[0, 2, 3]].abs()
             layer.post_attention_layernorm.weight.data.zero_()
             layer.post_attention_layernorm.weight.data += 1
-        keys = {"method": "reap", "dense_ratio": 0.75, "schedule_offset": 1}
+        keys: dict[str, Any] = {"method": "reap", "dense_ratio": 0.75, "schedule_offset": 1}
         with engine_of(model, ds_config(0, block(**keys))) as engine:
             technique = engine.compression.techniques["expert_pruning"]
             for routing in technique._routings.values():
                 # Whatever the tokens: nothing was seen of expert 1.
                 take = routing.take
-                routing.take = lambda take=take: _without(take(), 1)  # type: ignore[method-assign]
+                routing.take = lambda take=take: _without(take(), 1)
             train(engine, 1)
             assert [units.tolist() for units in technique.kept.values()] == [[0, 2, 3], [0, 2, 3]]
 
     def test_nothing_is_counted_in_evaluation(self) -> None:
-        model = mixture("mixtral")
+        model: Any = mixture("mixtral")
         (first, *_) = routings(model)
         model(input_ids=tokens())
         assert first.take() is None
@@ -108,6 +110,16 @@ def _without(seen: torch.Tensor | None, expert: int) -> torch.Tensor | None:
     if seen is not None:
         seen[:, expert] = 0
     return seen
+
+
+def test_reap_is_a_mean_over_tokens() -> None:
+    group = PrunableGroup("mixture", GroupKind.EXPERT, (), 3, ())
+    score = Reap([group], 0)
+    score.add("mixture", torch.tensor([[6.0, 4.0, 0.0], [3.0, 1.0, 0.0]], dtype=torch.float64))
+    score.add("mixture", torch.tensor([[0.0, 4.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64))
+    assert score.scores_of("mixture", torch.zeros(3, dtype=torch.float64)).tolist() == [2.0, 4.0, 0.0]
+    score.after_selection()
+    assert not score.scores_of("mixture", torch.zeros(3, dtype=torch.float64)).any()
 
 
 class TestExclusion:
@@ -154,7 +166,7 @@ class TestExclusion:
 
     def test_weights_of_excluded_experts_are_zero(self) -> None:
         for name in ("mixtral", "stranger"):
-            model = built(name)
+            model: Any = built(name)
             with engine_of(model, ds_config(0, block("l2", schedule_offset=1))) as engine:
                 train(engine, 3)
                 for group, kept in engine.compression.kept_units.items():
@@ -169,7 +181,7 @@ class TestExclusion:
     def test_gradient_checkpointing_runs_the_same(self) -> None:
         results = []
         for checkpointing in (False, True):
-            model = mixture("mixtral")
+            model: Any = mixture("mixtral")
             if checkpointing:
                 model.gradient_checkpointing_enable()
             with engine_of(model, ds_config(0, block("l2", schedule_offset=1))) as engine:
@@ -177,7 +189,7 @@ class TestExclusion:
         assert results[0] == pytest.approx(results[1], rel=1e-6)
 
     def test_hooks_leave_nothing_behind(self) -> None:
-        model = mixture("deepseek_v3")
+        model: Any = mixture("deepseek_v3")
         gate = model.model.layers[1].mlp.gate
         before = dict(vars(gate))
         with engine_of(model, ds_config(0, block("l2", schedule_offset=1))) as engine:
@@ -188,7 +200,7 @@ class TestExclusion:
         assert not gate._forward_pre_hooks and vars(gate).keys() == before.keys()
 
     def test_a_router_that_goes_past_its_weights_is_refused(self) -> None:
-        model = mixture("mixtral")
+        model: Any = mixture("mixtral")
         gate = model.model.layers[1].mlp.gate
 
         def all_the_same(hidden: torch.Tensor) -> Any:
@@ -267,7 +279,7 @@ class TestSchedule:
 class TestMerging:
     def test_weights_are_averaged_by_tokens(self) -> None:
         """A twin of expert 0 in all but its weights is merged into it, by the tokens of each."""
-        model = mixture("qwen3_moe")
+        model: Any = mixture("qwen3_moe")
         for layer in model.model.layers:
             rows = torch.eye(4, 16)
             rows[3] = rows[0] * 2
@@ -277,7 +289,7 @@ class TestMerging:
         config["optimizer"]["params"]["weight_decay"] = 0.0
         with engine_of(model, config) as engine:
             technique = engine.compression.techniques["expert_pruning"]
-            technique._scores = lambda: {  # type: ignore[method-assign]
+            technique._scores = lambda: {
                 name: torch.tensor([4.0, 3.0, 2.0, 1.0]) for name in technique.structures
             }
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -294,10 +306,20 @@ class TestMerging:
                     torch.testing.assert_close(now[0], (1 - share) * old[0] + share * old[3])
                     assert torch.equal(now[1:3], old[1:3]) and not now[3].any()
 
+    @pytest.mark.parametrize("name", ["mixtral", "stranger"])
+    def test_from_the_first_step_on(self, name: str) -> None:
+        """Whatever the score: tokens of the first step count, and where none are known all experts count alike."""
+        finals = []
+        for merge in (False, True):
+            with engine_of(built(name), ds_config(0, block("l2", schedule_offset=1, merge=merge))) as engine:
+                train(engine, 1)
+                finals.append(evaluated(ds_compress.finalize(engine)))
+        assert (finals[0] - finals[1]).abs().max() > 1e-2
+
     def test_without_training_all_count_alike(self) -> None:
-        keys = {"method": "l2", "merge": True, "schedule_offset": 0}
+        keys: dict[str, Any] = {"method": "l2", "merge": True, "schedule_offset": 0}
         for name in ("mixtral", "stranger"):
-            model = built(name)
+            model: Any = built(name)
             plain, merged = copy.deepcopy(model), copy.deepcopy(model)
             ds_compress.finalize(plain, block(**{**keys, "merge": False}))
             ds_compress.finalize(merged, block(**keys))

@@ -17,7 +17,14 @@ from tests.models import tiny_bert
 from tests.multirank.common import ds_config
 from tests.single import init_single_process
 
-UNITS = ("row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning")
+UNITS = (
+    "row_pruning",
+    "head_pruning",
+    "channel_pruning",
+    "depth_pruning",
+    "hidden_pruning",
+    "expert_pruning",
+)
 
 
 def shared(block: str, bits: int = 8, **settings: Any) -> dict[str, Any]:
@@ -46,7 +53,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     *[
         (shared(block, method=method, seed=1), "seed")
         for block in UNITS
-        for method in ("l1", "l2", "taylor", "activation")
+        for method in ("l1", "l2", "taylor", "reap" if block == "expert_pruning" else "activation")
     ],
     (shared("row_pruning", method="l1", schedule_offset_stride=5), "schedule_offset_stride"),
     (shared("weight_quantization", seed=1), "seed"),

@@ -284,7 +284,7 @@ class TestAllAtOnce:
             '  got:     the unknown key "sed"\n'
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
             '"kv_cache", "row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
-            '"layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
+            '"expert_pruning", "layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
             '"robust_reduction", "seed", "kernels", "scheme" and "export_to"\n'
             '  hint:    did you mean "seed"?\n'
             "\n"
