@@ -104,6 +104,13 @@ class CompressedTensorsFormat(Format):
         return stored | {layer.full(name): tensor for name, tensor in found.items()}
 
     def files(self, layer: Layer) -> dict[str, torch.Tensor]:
+        if layer.kind is not None and layer.kind.is_experts and not layer.experts:
+            # Beside quantized layers transformers takes single matrices for quantized ones, and drops what is none.
+            self._check_alike(layer)
+            self.note(
+                "experts that are not quantized are stored fused, as transformers reads them beside quantized layers"
+            )
+            return self.tensors(layer)
         return super().files(layer) | self._experts(layer)
 
     def _experts(self, layer: Layer) -> dict[str, torch.Tensor]:
