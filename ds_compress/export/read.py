@@ -18,6 +18,7 @@ from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 from ds_compress.quant.packed_weight import BUFFERS, packed_weight_of
+from ds_compress.structure.scale_cuts import experts_left
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,13 @@ def _read(
     if quantized is None and not tensors and not ties and not stacks:
         return None
     alone = None if fused_experts(module) else schemes.pop(layers.WEIGHT, None)
+    if pruning_plan is not None:
+        schemes = {
+            local: InputScheme(scheme.grid, experts_left(scheme.input_range, prefix + local, pruning_plan))
+            if scheme.input_range is not None
+            else scheme
+            for local, scheme in schemes.items()
+        }
     return Layer(new_name, kind_of(module), quantized, tensors, alone, ties, split_from, stacks, schemes)
 
 

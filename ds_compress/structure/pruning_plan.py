@@ -88,6 +88,14 @@ class PruningPlan:
             left[dim] -= of_experts.shape[1]
         return tuple(left)
 
+    def kept_along(self, name: str, dim: int, size: int) -> torch.Tensor:
+        """int64: which of the `size` entries along a dimension of the tensor stay for all of its others."""
+        stays = torch.ones(size, dtype=torch.bool)
+        gone = self._removed.get(self.aliases.get(name, name), {}).get(dim)
+        if gone is not None:
+            stays[gone] = False
+        return stays.nonzero().flatten()
+
     def prune_tensor(self, name: str, tensor: torch.Tensor, is_weight: bool = True) -> torch.Tensor:
         """The kept part of the full tensor `name` (its name before pruning); the tensor itself when it loses nothing.
 

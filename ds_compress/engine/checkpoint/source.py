@@ -19,10 +19,9 @@ from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.scale_cuts import experts_left, layout_of, scales_left
 from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import TechniqueContext
-
-_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
 def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -> ExportSource:
@@ -188,33 +187,27 @@ def _compress(
             technique.load_state_dict(_renamed(state["stages"][technique.name], pruning_plan))
     old_names = {renamed: name for name in shapes if (renamed := pruning_plan.renamed(name)) is not None}
     for name, parameter in model.named_parameters():
-        if name.endswith(_STEP_SIZE_SUFFIX):
-            weight = old_names[name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"]
-            saved = weights[weight.removesuffix(".weight") + _STEP_SIZE_SUFFIX].contiguous()
-            module = model.get_submodule(name.removesuffix(_STEP_SIZE_SUFFIX))
-            axis = 1 if "Conv1D" in type(module).__name__ else 0
-            parameter.data.copy_(_left(saved, weight, shapes[weight], axis, pruning_plan))
+        if layers.is_step_size(name):
+            weight = old_names[layers.weight_of_step_size(name)]
+            saved = weights[layers.step_size_name(weight)].contiguous()
+            layout = layout_of(model.get_submodule(name.rpartition(".")[0]))
+            parameter.data.copy_(scales_left(saved, weight, shapes[weight], layout, pruning_plan))
 
 
 def _renamed(state: Mapping[str, Any], pruning_plan: PruningPlan) -> dict[str, Any]:
     """Ranges and global scales by the names that modules have after the cut."""
+
+    def left(values: torch.Tensor, name: str) -> torch.Tensor:
+        # One row for each expert; a whole weight has a number, and an input the two ends of its range.
+        of_experts = values.dim() > 1 or ("largest" in state and values.dim() == 1)
+        return experts_left(values, name, pruning_plan) if of_experts else values
+
     if "largest" in state:
-        largest = {pruning_plan.renamed(name): value for name, value in state["largest"].items()}
+        largest = {pruning_plan.renamed(name): left(value, name) for name, value in state["largest"].items()}
         return {**state, "largest": {name: value for name, value in largest.items() if name is not None}}
     if "ranges" not in state:
         return dict(state)
-    renamed = {pruning_plan.renamed(f"{name}.weight"): values for name, values in state["ranges"].items()}
+    renamed = {
+        pruning_plan.renamed(f"{name}.weight"): left(values, name) for name, values in state["ranges"].items()
+    }
     return {**state, "ranges": {n.removesuffix(".weight"): v for n, v in renamed.items() if n is not None}}
-
-
-def _left(
-    scale: torch.Tensor, weight: str, shape: tuple[int, ...], axis: int, pruning_plan: PruningPlan
-) -> torch.Tensor:
-    """The scales of the outputs that stay."""
-    if scale.dim() == 0 or scale.shape[0] != shape[axis] or not pruning_plan.touches(weight):
-        return scale
-    view = [1] * len(shape)
-    view[axis] = shape[axis]
-    outputs = torch.arange(shape[axis]).view(view).expand(shape)
-    left = pruning_plan.prune_tensor(weight, outputs, is_weight=False).movedim(axis, 0).flatten(1)[:, 0]
-    return scale[left]

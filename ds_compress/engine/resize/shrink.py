@@ -28,10 +28,9 @@ from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.quant import layers
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.structure.scale_cuts import Layout, layout_of, scales_left
 
 logger = logging.getLogger("ds_compress")
-
-_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
 def shrink(engine: Any) -> None:
@@ -40,7 +39,7 @@ def shrink(engine: Any) -> None:
     pruning_plan = run.pruning_plan()
     before = _total(engine.module)
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
-    axes = _output_axes(engine.module)
+    layouts = _layouts(engine.module)
     snapshot = Snapshot(engine, run.shards, run.techniques.values())
     carried = Carried(engine)
     uncut = Uncut(engine, pruning_plan)
@@ -49,7 +48,7 @@ def shrink(engine: Any) -> None:
     fresh = object.__new__(type(engine))
     successor = rebuild_smaller(run, fresh, made, pruning_plan)
     successor.uncut = uncut
-    restored = _Restored(old, pruning_plan, snapshot, axes)
+    restored = _Restored(old, pruning_plan, snapshot, layouts)
     restored.optimizer(fresh, successor.shards)
     copies.refresh(fresh)
     restored.techniques(successor)
@@ -87,12 +86,13 @@ def _total(model: nn.Module) -> str:
     return f"{sum(torch.Size(shape_of(p)).numel() for p in model.parameters()):,}"
 
 
-def _output_axes(model: nn.Module) -> dict[str, int]:
-    """{name of a learned step size: the dimension of its weight that has one output per entry}."""
+def _layouts(model: nn.Module) -> dict[str, Layout]:
+    """{name of given scales: how the weight that they are of lies}."""
     return {
-        f"{name}{_STEP_SIZE_SUFFIX}": 1 if "Conv1D" in type(module).__name__ else 0
+        f"{name}.{local}".lstrip("."): layout_of(module)
         for name, module in model.named_modules()
-        if layers.STEP_SIZE in module._parameters
+        for local in module._parameters
+        if layers.is_step_size(local)
     }
 
 
@@ -104,9 +104,10 @@ class _Restored:
         old: Mapping[str, tuple[int, ...]],
         pruning_plan: PruningPlan,
         snapshot: Snapshot,
-        axes: Mapping[str, int],
+        layouts: Mapping[str, Layout],
     ) -> None:
-        self._old, self._pruning_plan, self._snapshot, self._axes = old, pruning_plan, snapshot, axes
+        self._old, self._pruning_plan, self._snapshot = old, pruning_plan, snapshot
+        self._layouts = layouts
         renamed = {name: pruning_plan.renamed(name) for name in old}
         self.origin = {new: name for name, new in renamed.items() if new is not None}
         """{name of a parameter now: before}."""
@@ -154,19 +155,7 @@ class _Restored:
         return cut.flatten()[fragment.start : fragment.start + fragment.numel]
 
     def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
-        if not name.endswith(_STEP_SIZE_SUFFIX):
+        if not layers.is_step_size(name):
             return self._pruning_plan.prune_tensor(name, whole, is_weight)
-        weight = name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"
-        shape, axis = self._old[weight], self._axes[name]
-        if whole.dim() == 0 or whole.shape[0] != shape[axis]:
-            return whole  # one scale for all outputs
-        # Which outputs are left shows in what the cut makes of their numbers.
-        numbers = torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - 1))
-        numbers = numbers.movedim(0, axis) if axis else numbers
-        left = (
-            self._pruning_plan.prune_tensor(weight, numbers.expand(shape), False)
-            .movedim(axis, 0)
-            .flatten(1)[:, 0]
-            .long()
-        )
-        return whole[left]
+        weight = layers.weight_of_step_size(name)
+        return scales_left(whole, weight, self._old[weight], self._layouts[name], self._pruning_plan)
