@@ -171,6 +171,11 @@ def _read(
     if quantized is None and not tensors and not ties and not experts:
         return None
     inputs = _input_schemes(module)
+    if pruning_plan is not None and fused_experts(module):
+        for local, scheme in inputs.items():
+            if scheme.input_range is not None:
+                left = pruning_plan.kept_experts(prefix + local, scheme.input_range)
+                inputs[local] = InputScheme(scheme.grid, left)
     scheme = None if fused_experts(module) else inputs.pop(layers.WEIGHT, None)
     return Layer(new_name, _kind(module), quantized, tensors, scheme, ties, split_from, experts, inputs)
 

@@ -146,3 +146,28 @@ def _equal(one: Any, other: Any) -> dict[str, bool]:
         pairs = [(value, other[position][key]) for key, value in one[position].items()]
         same[what] = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
     return same
+
+
+def shrunk(keys: Sequence[str] = ("int4", "learned", "static inputs", "nvfp4")) -> dict[Any, Any]:
+    """{(block, stage, whether experts leave in mid-training): losses, experts and ranges in the end}."""
+    results: dict[Any, Any] = {}
+    for name in ("qwen3_moe", "gpt_oss"):
+        for key in keys:
+            for stage in STAGES:
+                for shrinks in (True, False):
+                    pruning = {"enabled": True, "method": "l2", "dense_ratio": 0.5, "schedule_offset": 2}
+                    block = copy.deepcopy(BLOCKS[key])
+                    pruning["shrink_at_end_of_schedule"] = shrinks
+                    block["expert_pruning"] = {"shared_parameters": pruning}
+                    model = built(name)
+                    with engine_of(model, ds_config(stage, block, gradient_clipping=0.0)) as engine:
+                        losses = [step(engine, number) for number in range(6)]
+                        ranges = ranges_of(engine)
+                        final = ds_compress.finalize(engine)
+                        shapes = {n: tuple(p.shape) for n, p in final.named_parameters()}
+                        results[name, key, stage, shrinks] = {
+                            "losses": losses,
+                            "shapes": shapes,
+                            "ranges": ranges,
+                        }
+    return results

@@ -113,3 +113,19 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_ends_bit_equal(resumed: Any, key: str, stage: int) -> None:
     assert resumed[key, stage] == {"losses": True, "weights": True, "exported": True, "ranges": True}
+
+
+@pytest.fixture(scope="module")
+def shrunk() -> Any:
+    return run_ranks(2, "tests.multirank.quantized_experts:shrunk")[0]
+
+
+@pytest.mark.parametrize("key", ["int4", "learned", "static inputs", "nvfp4"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_leave_take_their_scales_and_ranges_along(shrunk: Any, name: str, key: str) -> None:
+    for stage in STAGES:
+        smaller, masked = shrunk[name, key, stage, True], shrunk[name, key, stage, False]
+        assert smaller["losses"] == masked["losses"]
+        assert smaller["losses"] == pytest.approx(shrunk[name, key, 0, True]["losses"], abs=1e-5)
+        assert smaller["shapes"]["model.layers.0.mlp.experts.down_proj"][0] == 2
+        assert all(tuple(ranges.shape) == (2, 2) for ranges in smaller["ranges"].values())

@@ -16,12 +16,15 @@ NAMES = sorted(ARCHITECTURES)
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _STATIC = {"activation_quantization": {"range_calibration": "static", "narrow_range": True}}
 SCHEMES: dict[str, dict[str, Any]] = {
-    "W4A16 in groups": blocks({"target_bits": 4, "granularity": "per_column_group", "group_size": 4}),
+    "W4A16 in groups": blocks(
+        {"target_bits": 4, "granularity": "per_column_group", "group_size": 4},
+        weight_quantization={"quantize_weight_in_forward": True, "narrow_range": False},
+    ),
     "FP8_DYNAMIC": {"scheme": {"FP8_DYNAMIC": ["experts"]}},
     "NVFP4": {"scheme": {"NVFP4": ["experts.*(gate_up_proj|down_proj)"]}},
     "W8A8 static": blocks({"target_bits": 8, "granularity": "per_channel"}, {"bits": 8}, **_STATIC),
 }
-"""In NVFP4 only what has a multiple of 16 inputs, and what the regex names."""
+"""On the legacy grid of the first the largest weight of a group clips, and has no gradient."""
 
 
 def _mixture(name: str) -> Any:

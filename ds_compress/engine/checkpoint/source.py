@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ from ds_compress.engine.checkpoint import model_file, origin
 from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module
-from ds_compress.quant import layers
+from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
 from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.given_scales import given_scales
 from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import TechniqueContext
-
-_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
 def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -> ExportSource:
@@ -188,33 +188,27 @@ def _compress(
             technique.load_state_dict(_renamed(state["stages"][technique.name], pruning_plan))
     old_names = {renamed: name for name in shapes if (renamed := pruning_plan.renamed(name)) is not None}
     for name, parameter in model.named_parameters():
-        if name.endswith(_STEP_SIZE_SUFFIX):
-            weight = old_names[name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"]
-            saved = weights[weight.removesuffix(".weight") + _STEP_SIZE_SUFFIX].contiguous()
-            module = model.get_submodule(name.removesuffix(_STEP_SIZE_SUFFIX))
-            axis = 1 if "Conv1D" in type(module).__name__ else 0
-            parameter.data.copy_(_left(saved, weight, shapes[weight], axis, pruning_plan))
+        if name.endswith(STEP_SIZE_SUFFIX):
+            weight = old_names[name.removesuffix(STEP_SIZE_SUFFIX)]
+            saved = weights[f"{weight}{STEP_SIZE_SUFFIX}"].contiguous()
+            own = replace(given_scales(model)[name], weight=weight, shape=shapes[weight])
+            pruning_plan.given_scales[f"{weight}{STEP_SIZE_SUFFIX}"] = own
+            parameter.data.copy_(pruning_plan.prune_tensor(f"{weight}{STEP_SIZE_SUFFIX}", saved))
 
 
 def _renamed(state: Mapping[str, Any], pruning_plan: PruningPlan) -> dict[str, Any]:
     """Ranges and global scales by the names that modules have after the cut."""
     if "largest" in state:
-        largest = {pruning_plan.renamed(name): value for name, value in state["largest"].items()}
+        largest = {
+            pruning_plan.renamed(name): pruning_plan.kept_experts(name, value)
+            for name, value in state["largest"].items()
+        }
         return {**state, "largest": {name: value for name, value in largest.items() if name is not None}}
     if "ranges" not in state:
         return dict(state)
-    renamed = {pruning_plan.renamed(f"{name}.weight"): values for name, values in state["ranges"].items()}
+    renamed = {
+        # By the name of a layer, or of a stack of experts.
+        pruning_plan.renamed(f"{name}.weight"): pruning_plan.kept_experts(name, values)
+        for name, values in state["ranges"].items()
+    }
     return {**state, "ranges": {n.removesuffix(".weight"): v for n, v in renamed.items() if n is not None}}
-
-
-def _left(
-    scale: torch.Tensor, weight: str, shape: tuple[int, ...], axis: int, pruning_plan: PruningPlan
-) -> torch.Tensor:
-    """The scales of the outputs that stay."""
-    if scale.dim() == 0 or scale.shape[0] != shape[axis] or not pruning_plan.touches(weight):
-        return scale
-    view = [1] * len(shape)
-    view[axis] = shape[axis]
-    outputs = torch.arange(shape[axis]).view(view).expand(shape)
-    left = pruning_plan.prune_tensor(weight, outputs, is_weight=False).movedim(axis, 0).flatten(1)[:, 0]
-    return scale[left]

@@ -40,6 +40,8 @@ def rebuild_smaller(
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     successor.start_at(run.applied_steps)
     renamed = _renamed_modules(pruning_plan)
+    for technique in run.techniques.values():
+        technique.keep_experts(pruning_plan.kept_experts)
     for name, technique in successor.techniques.items():
         technique.load_state_dict(run.techniques[name].renamed_state(renamed))
     return successor

@@ -25,22 +25,19 @@ from ds_compress.engine.resize.uncut import Uncut
 from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.zero import copies
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.quant import layers
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.pruning_plan import PruningPlan
 
 logger = logging.getLogger("ds_compress")
-
-_STEP_SIZE_SUFFIX = f".{layers.STEP_SIZE}"
 
 
 def shrink(engine: Any) -> None:
     """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
     run: CompressionRun = engine.compression
     pruning_plan = run.pruning_plan()
+    pruning_plan.know_scales(engine.module)
     before = _total(engine.module)
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
-    axes = _output_axes(engine.module)
     snapshot = Snapshot(engine, run.shards, run.techniques.values())
     carried = Carried(engine)
     uncut = Uncut(engine, pruning_plan)
@@ -49,7 +46,7 @@ def shrink(engine: Any) -> None:
     fresh = object.__new__(type(engine))
     successor = rebuild_smaller(run, fresh, made, pruning_plan)
     successor.uncut = uncut
-    restored = _Restored(old, pruning_plan, snapshot, axes)
+    restored = _Restored(old, pruning_plan, snapshot)
     restored.optimizer(fresh, successor.shards)
     copies.refresh(fresh)
     restored.techniques(successor)
@@ -87,15 +84,6 @@ def _total(model: nn.Module) -> str:
     return f"{sum(torch.Size(shape_of(p)).numel() for p in model.parameters()):,}"
 
 
-def _output_axes(model: nn.Module) -> dict[str, int]:
-    """{name of a learned step size: the dimension of its weight that has one output per entry}."""
-    return {
-        f"{name}{_STEP_SIZE_SUFFIX}": 1 if "Conv1D" in type(module).__name__ else 0
-        for name, module in model.named_modules()
-        if layers.STEP_SIZE in module._parameters
-    }
-
-
 class _Restored:
     """The state of each weight, cut, in the places that the new engine has for it."""
 
@@ -104,9 +92,8 @@ class _Restored:
         old: Mapping[str, tuple[int, ...]],
         pruning_plan: PruningPlan,
         snapshot: Snapshot,
-        axes: Mapping[str, int],
     ) -> None:
-        self._old, self._pruning_plan, self._snapshot, self._axes = old, pruning_plan, snapshot, axes
+        self._old, self._pruning_plan, self._snapshot = old, pruning_plan, snapshot
         renamed = {name: pruning_plan.renamed(name) for name in old}
         self.origin = {new: name for name, new in renamed.items() if new is not None}
         """{name of a parameter now: before}."""
@@ -150,23 +137,5 @@ class _Restored:
         whole = self._snapshot.whole(owner, kind, name, self._old[name])
         if fragment is None:
             return None
-        cut = self._cut(name, whole, is_weight=kind in (MASTER, "hidden"))
+        cut = self._pruning_plan.prune_tensor(name, whole, is_weight=kind in (MASTER, "hidden"))
         return cut.flatten()[fragment.start : fragment.start + fragment.numel]
-
-    def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
-        if not name.endswith(_STEP_SIZE_SUFFIX):
-            return self._pruning_plan.prune_tensor(name, whole, is_weight)
-        weight = name.removesuffix(_STEP_SIZE_SUFFIX) + ".weight"
-        shape, axis = self._old[weight], self._axes[name]
-        if whole.dim() == 0 or whole.shape[0] != shape[axis]:
-            return whole  # one scale for all outputs
-        # Which outputs are left shows in what the cut makes of their numbers.
-        numbers = torch.arange(shape[axis], dtype=torch.float32).view(-1, *[1] * (len(shape) - 1))
-        numbers = numbers.movedim(0, axis) if axis else numbers
-        left = (
-            self._pruning_plan.prune_tensor(weight, numbers.expand(shape), False)
-            .movedim(axis, 0)
-            .flatten(1)[:, 0]
-            .long()
-        )
-        return whole[left]

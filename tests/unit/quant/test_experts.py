@@ -19,7 +19,10 @@ from tests.zoo.expert_reference import blocks, prepared, ranges_from_observed
 from tests.zoo.mixtures import mixture
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-_INT4 = blocks({"target_bits": 4, "granularity": "per_column_group", "group_size": 8})
+_INT4 = blocks(
+    {"target_bits": 4, "granularity": "per_column_group", "group_size": 8},
+    weight_quantization={"quantize_weight_in_forward": True, "narrow_range": False},
+)
 _W8A8 = blocks({"target_bits": 8, "granularity": "per_channel"}, {"bits": 8})
 _STATIC = blocks(
     {"target_bits": 8, "granularity": "per_channel"},
