@@ -206,3 +206,43 @@ def test_half_of_the_experts_quantized_is_refused_at_start() -> None:
     block["weight_quantization"]["different_groups"]["experts"]["modules"] = ["gate_up_proj"]
     with pytest.raises(ConfigError, match="not all matrices of experts"):
         ds_compress.plan(mixture("mixtral"), {**block, "export_to": "compressed-tensors"})
+
+
+def cutting(block: str) -> dict[str, Any]:
+    shared = {"enabled": True, "method": "l2", "dense_ratio": 0.5, "schedule_offset": 1}
+    return {block: {"shared_parameters": shared}}
+
+
+def quantized_inputs() -> dict[str, Any]:
+    shared = {
+        "enabled": True,
+        "range_calibration": "dynamic",
+        "quantization_type": "symmetric",
+        "schedule_offset": 0,
+    }
+    groups = {"experts": {"params": {"bits": 8}, "modules": ["experts"]}}
+    return {"activation_quantization": {"shared_parameters": shared, "different_groups": groups}}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "format"),
+    [
+        ("qwen3_moe", cutting("row_pruning"), "compressed-tensors"),
+        ("mixtral", cutting("expert_pruning"), "torch"),
+        ("mixtral", quantized_inputs(), "torch"),
+    ],
+)
+def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_path: Path) -> None:
+    """Masked rows and experts leave the stored matrices; inputs of experts are quantized when they are loaded."""
+    block = quantization()
+    block["weight_quantization"]["shared_parameters"] |= {"granularity": "per_channel"}
+    del block["weight_quantization"]["shared_parameters"]["group_size"]
+    with trained(name, {**block, **more}, stage=2) as engine:
+        step(engine)
+        report = ds_compress.export(engine, tmp_path / "x", format=format, inputs=inputs())
+    assert report.check["max_difference"] < 1e-5 * report.check["largest_logit"]
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    if "row_pruning" in more:
+        assert config["moe_intermediate_size"] == 16
+    if "expert_pruning" in more:
+        assert config["num_local_experts"] == 2
