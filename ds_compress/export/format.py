@@ -47,7 +47,8 @@ class Format(ABC):
     """Converts layers to tensors of a file and entries of `config.json`.
 
     loads_in_stock: transformers does. loader: who checks, see `check`. has_shards: tensors are written one by one.
-    stores_stacks: it can say how the matrices of fused experts are quantized.
+    stores_stacks: it can say how the matrices of fused experts are quantized. rounds_expert_inputs: what is loaded
+    quantizes their inputs, too.
 
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
     values that only the export rounded, by parameter name, so that the check compares like with like. untied:
@@ -64,6 +65,7 @@ class Format(ABC):
     loader: ClassVar[str] = "vanilla_hf"
     has_shards: ClassVar[bool] = True
     stores_stacks: ClassVar[bool] = False
+    rounds_expert_inputs: ClassVar[bool] = False
 
     options: Options
     schemes: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from ds_compress.export.quantized_experts import quantize_experts
 from ds_compress.export.quantized_matrix import quantize_matrix
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.fake_quant import FakeQuantConfig
@@ -150,15 +151,21 @@ def inputs_rounded(model: nn.Module, names: Sequence[str], scheme: Scheme | None
         return
     modules = [model.get_submodule(name) for name in names]
     plain = [module for module in modules if not isinstance(module, layers.QATModule)]
+    grid = _input_grid(scheme.inputs)
     for module in modules:
-        layers.attach(module).input_quantizer = layers.InputQuantizer(
-            _input_grid(scheme.inputs), enabled=True
-        )
+        attached, layout = layers.attach(module), fused_experts(module)
+        for matrix in () if layout is None else layout.matrices:
+            assert layout is not None
+            own = layers.ExpertsInputQuantizer(grid, enabled=True, experts=layout.experts)
+            attached.set_input_quantizer(matrix, own)
+        if layout is None:
+            attached.set_input_quantizer(layers.WEIGHT, layers.InputQuantizer(grid, enabled=True))
     try:
         yield
     finally:
         for module in modules:
-            layers.attach(module).input_quantizer = None
+            for name in layers.input_quantizers_of(module):
+                layers.attach(module).set_input_quantizer(name, None)
         for module in plain:
             layers.detach(module)
 

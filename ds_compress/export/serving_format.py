@@ -51,6 +51,7 @@ class ServingFormat(Format):
     loads_in_vanilla_hf: ClassVar[bool] = False
     loader: ClassVar[str] = "ours"
     stores_stacks: ClassVar[bool] = True
+    rounds_expert_inputs: ClassVar[bool] = True
     same_activations: bool = True
 
     attribute_overrides: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -194,6 +194,8 @@ class _Export:
         rounded = ptq.rounded(layer, scheme, self.format.note, self.global_scales.get(layer.name))
         for local, experts in rounded.experts.items():
             self.format.rounded[layer.full(local)] = self.format.dequantized_experts(rounded, experts)
+        if rounded.expert_inputs and self.format.rounds_expert_inputs:
+            self.rounded_inputs.append(layer.name)
         if rounded.quantized is not None:
             self.format.rounded[layer.full("weight")] = self.format.dequantized(rounded, rounded.quantized)
             if rounded.input is not None:

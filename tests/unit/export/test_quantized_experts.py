@@ -246,3 +246,11 @@ def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_p
         assert config["moe_intermediate_size"] == 16
     if "expert_pruning" in more:
         assert config["num_local_experts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("qwen3_moe", "MXFP8"), ("qwen3_moe", "NVFP4A16"), ("gpt_oss", "W8A8")]
+)
+def test_our_format_has_what_stock_tools_misread(name: str, scheme: str, tmp_path: Path) -> None:
+    report = ds_compress.export(wide(name), tmp_path / "x", format="torch", scheme=scheme, inputs=inputs())
+    assert report.check["max_difference"] < 1e-3 * report.check["largest_logit"]
