@@ -162,4 +162,5 @@ def resumed(request: pytest.FixtureRequest) -> dict[Any, Any]:
 def test_resuming_changes_nothing(resumed: dict[Any, Any], name: str, stage: int, shrinks: bool) -> None:
     result = resumed[name, stage, shrinks]
     assert result["resumed"] == pytest.approx(result["unbroken"], rel=1e-5)
+    assert result["metrics"][1] == pytest.approx(result["metrics"][0])
     assert result["metrics"][1]["expert_pruning/density"] == 0.5

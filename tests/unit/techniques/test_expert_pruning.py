@@ -261,11 +261,13 @@ class TestSchedule:
                 before = now
         assert seen[-1] == 1 and sorted(seen, reverse=True) == seen and len(set(seen)) > 2
 
-    def test_metrics_tell_load_and_what_was_lost(self) -> None:
-        with engine_of(mixture("mixtral"), ds_config(0, block("frequency", schedule_offset=1))) as engine:
-            technique = engine.compression.techniques["expert_pruning"]
+    @pytest.mark.parametrize("shrinks", [False, True])
+    def test_metrics_tell_load_and_what_was_lost(self, shrinks: bool) -> None:
+        keys = block("frequency", schedule_offset=1, shrink_at_end_of_schedule=shrinks)
+        with engine_of(mixture("mixtral"), ds_config(0, keys)) as engine:
             train(engine, 16)
-            metrics = technique.metrics()
+            found = engine.compression.metrics()
+            metrics = {name.removeprefix("expert_pruning/"): value for name, value in found.items()}
         assert metrics["density"] == 0.5
         assert 0 < metrics["tokens_of_removed"] < 0.5  # half of the experts, those with the fewest tokens
         assert metrics["load_min_before"] < 1 < metrics["load_max_before"]
