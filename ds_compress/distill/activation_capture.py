@@ -11,6 +11,7 @@ from torch import nn
 
 from ds_compress.distill.attention_scores import AttentionScores, subscribe_scores
 from ds_compress.distill.projections import find_projections
+from ds_compress.distill.router_logits import RouterLogits, routers_of, subscribe_logits
 
 if TYPE_CHECKING:
     from ds_compress.distill.lazy_logits import LazyLogits
@@ -23,16 +24,18 @@ class CapturedActivations:
     """The activations of one forward pass; lists follow the layer map.
 
     hidden: (batch, tokens, width), output of each mapped layer. relations: per mapped layer (q, k, v), each
-    (batch, tokens, width of its projection). maps: attention scores of each mapped layer. embedding: (batch, tokens,
-    width), input of the first layer. last: (batch, tokens, width), output of the last layer. logits: the model's
-    logits, perhaps not computed yet. token_mask: bool (batch, tokens), False where the input is padding, or None.
-    pending_loss: the loss over the logits, when it may be computed beside the task's.
+    (batch, tokens, width of its projection). maps: attention scores of each mapped layer. routers: of those mapped
+    layers that are mixtures of experts, by place in the map. embedding: (batch, tokens, width), input of the first
+    layer. last: (batch, tokens, width), output of the last layer. logits: the model's logits, perhaps not computed yet.
+    token_mask: bool (batch, tokens), False where the input is padding, or None. pending_loss: the loss over the logits,
+    when it may be computed beside the task's.
     """
 
     logits: torch.Tensor | LazyLogits | SparseLogits | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
     relations: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     maps: list[AttentionScores] = field(default_factory=list)
+    routers: dict[int, RouterLogits] = field(default_factory=dict)
     embedding: torch.Tensor | None = None
     last: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
@@ -42,6 +45,7 @@ class CapturedActivations:
         """All outputs of layers, which must require a gradient in a student."""
         flat = [*self.hidden, *(tensor for layer in self.relations for tensor in layer)]
         flat += [tensor for layer in self.maps for tensor in (layer.query, layer.key)]
+        flat += [router.logits for router in self.routers.values()]
         return flat + ([] if self.last is None else [self.last])
 
 
@@ -70,6 +74,9 @@ class ActivationCapture:
             if "relations" in wanted:
                 for slot, module in enumerate(find_projections(layer)):
                     self._handles.append(module.register_forward_hook(self._output("relations", index, slot)))
+            if "routers" in wanted:
+                for router in routers_of(layer)[:1]:
+                    self._handles.append(subscribe_logits(router, self._routing(index)))
             if "maps" in wanted:
                 self._handles.append(subscribe_scores(layer, self._scores(index)))
 
@@ -89,6 +96,8 @@ class ActivationCapture:
                 record.hidden.append(found["hidden", index, 0])
             if ("maps", index, 0) in found:
                 record.maps.append(found["maps", index, 0])
+            if ("routers", index, 0) in found:
+                record.routers[index] = found["routers", index, 0]
             parts = [found[key] for key in sorted(k for k in found if k[:2] == ("relations", index))]
             if parts:
                 record.relations.append(tuple(parts) if len(parts) == 3 else tuple(parts[0].chunk(3, dim=-1)))
@@ -107,6 +116,9 @@ class ActivationCapture:
             self._keep(kind, index, slot, output[0] if isinstance(output, tuple) else output)
 
         return hook
+
+    def _routing(self, index: int) -> Any:
+        return lambda logits: self._keep("routers", index, 0, logits)
 
     def _scores(self, index: int) -> Any:
         return lambda scores: self._keep("maps", index, 0, scores)

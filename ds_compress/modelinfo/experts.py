@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ds_compress.modelinfo.kinds import shape_of
@@ -18,6 +19,8 @@ from ds_compress.modelinfo.kinds import shape_of
 _UP = ("gate_up_proj", "up_proj")
 _DOWN = "down_proj"
 _CHOSEN = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_REMOVED, _EXCLUDED = "_ds_compress_removed_to", "_ds_compress_excluded_to"
+"""Attributes of a router whose mixture has fewer experts than it was made with."""
 _CONCATENATED = "is_concatenated"
 
 
@@ -86,6 +89,28 @@ class MoeBlock:
 
     def _inside(self, name: str) -> str:
         return name.removeprefix(f"{self.name}.") if self.name else name
+
+
+def original_experts(router: nn.Module) -> torch.Tensor | None:
+    """int64 (rows,): which expert each row stood for before any was removed or excluded; None: none was."""
+    removed: torch.Tensor | None = vars(router).get(_REMOVED)
+    excluded: torch.Tensor | None = vars(router).get(_EXCLUDED)
+    return removed if excluded is None else excluded if removed is None else removed[excluded]
+
+
+def remember_removed(router: nn.Module, kept: torch.Tensor) -> None:
+    """The router now has the rows of the experts `kept` (int64, increasing) only."""
+    rows = vars(router).pop(_REMOVED, None)
+    vars(router).pop(_EXCLUDED, None)
+    vars(router)[_REMOVED] = kept if rows is None else rows[kept]
+
+
+def remember_excluded(router: nn.Module, kept: torch.Tensor | None) -> None:
+    """The router runs with the rows of the experts `kept` only; None: with all that it has."""
+    if kept is None:
+        vars(router).pop(_EXCLUDED, None)
+    else:
+        vars(router)[_EXCLUDED] = kept
 
 
 def experts_per_token(block: MoeBlock) -> int | None:

@@ -23,6 +23,7 @@ from ds_compress.quant.presented import Stack, present, without_copies
 from ds_compress.quant.qat_module import MATRICES, QATModule
 from ds_compress.quant.quantizers import ExpertsInputQuantizer, InputQuantizer, WeightQuantizer
 
+_GROUPED_ROW = 16
 _VALUES, _UNREAD = "_ds_compress_presented", "_ds_compress_unread"
 _WEIGHTS, _INPUTS = f"weight_quantizer{MATRICES}", f"input_quantizer{MATRICES}"
 
@@ -45,13 +46,33 @@ class QATExperts(QATModule):
         inputs = {name: q for name, q in self.input_quantizers() if q.enabled}
         if not configs and not inputs:
             return self._ds_compress_base_class.forward(self, *args, **kwargs)
-        with self._presented(configs) as unread, self._products(inputs) as rows:
+        if inputs:
+            return self._with_inputs(configs, inputs, *args, **kwargs)
+        with self._presented(configs) as unread:
             result = self._ds_compress_base_class.forward(self, *args, **kwargs)
             if self._must_read(result):
-                self._check(unread, rows)
+                self._check(unread)
         return result
 
-    def _check(self, unread: Collection[str], rows: Mapping[str, int] | None) -> None:
+    @torch.compiler.disable
+    def _with_inputs(
+        self,
+        configs: Mapping[str, FakeQuantConfig],
+        inputs: Mapping[str, ExpertsInputQuantizer],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Not compiled: where a matrix lies in memory says whose it is."""
+        with self._presented(configs) as unread:
+            stacks = {name: getattr(self, name) for name in self._ds_compress_matrices}
+            # DeepSpeed's F.linear under ZeRO-3 would hide what it is given.
+            with builtin_linear(), ExpertProducts(stacks, inputs, self.training) as products:
+                result = self._ds_compress_base_class.forward(self, *args, **kwargs)
+            if self._must_read(result):
+                self._check(unread, products.rows)
+        return result
+
+    def _check(self, unread: Collection[str], rows: Mapping[str, int] | None = None) -> None:
         name = self._ds_compress_base_class.__name__
         if unread:
             raise RuntimeError(
@@ -101,22 +122,14 @@ class QATExperts(QATModule):
         finally:
             del self.__dict__[_VALUES], self.__dict__[_UNREAD]
 
-    @contextlib.contextmanager
-    def _products(self, inputs: Mapping[str, ExpertsInputQuantizer]) -> Iterator[Mapping[str, int] | None]:
-        """Inside, inputs are quantized; gives how many rows were multiplied by each matrix, None: nobody counts."""
-        if not inputs:
-            yield None
-            return
-        stacks = {name: getattr(self, name) for name in self._ds_compress_matrices}
-        # DeepSpeed's F.linear under ZeRO-3 would hide what it is given.
-        with builtin_linear(), ExpertProducts(stacks, inputs, self.training) as products:
-            yield products.rows
-
     def _stack(self, name: str, fake_quant: FakeQuantConfig) -> Stack:
         parameter = self._parameters[name]
         assert parameter is not None
-        # A cast by autocast would be a copy for each product, which autograd keeps.
-        dtype = autocast_dtype(parameter) or parameter.dtype
+        # A cast by autocast would be a copy for each product, which autograd keeps. Grouped products, which autocast
+        # does not know, want rows of whole 16 bytes.
+        dtype = autocast_dtype(parameter)
+        if dtype is None or parameter.shape[-1] * dtype.itemsize % _GROUPED_ROW:
+            dtype = parameter.dtype
         return Stack(parameter, self._step_size(fake_quant, name), fake_quant, dtype)
 
     def _must_read(self, result: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.modelinfo.experts import moe_blocks
+from ds_compress.modelinfo.experts import moe_blocks, remember_removed
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.structure.attention import HEADS, Attention, attention_projections, attentions_of
 from ds_compress.structure.experts import counts_experts, expert_groups
@@ -227,6 +227,8 @@ def _fix_remarks(model: nn.Module, pruning_plan: PruningPlan) -> None:
             continue
         elif group.kind is GroupKind.EXPERT:
             _fix_expert_counts(model, group, pruning_plan.count(group))
+            for name in group.modules[2:]:
+                remember_removed(model.get_submodule(name), pruning_plan.kept[group.name])
             continue
         else:
             continue

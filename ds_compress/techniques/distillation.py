@@ -38,6 +38,7 @@ from ds_compress.distill.lazy_head import LazyHead
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.distill.losses import LOSSES, DistillationLoss, ModelPair
 from ds_compress.distill.losses.logits import LogitsDistillation
+from ds_compress.distill.router_logits import routers_of
 from ds_compress.errors import ConfigError, Problem, shown
 from ds_compress.modelinfo.auxiliary import AUXILIARY
 from ds_compress.modelinfo.layers import find_layers
@@ -140,6 +141,14 @@ class Distillation(Technique):
         theirs = find_layers(self.teacher.model, self._prefix)[1]
         if not self._mapped:
             self._mapped = self._layer_map(len(own), len(theirs))
+        if "routers" in wanted and not any(
+            routers_of(layer) and routers_of(theirs[place])
+            for layer, place in zip(own, self._mapped, strict=True)
+        ):
+            got = "models of which no two mapped layers are mixtures of experts"
+            raise ConfigError(
+                [Problem(f"{_PATH}.losses.router", got, "mixtures of experts", "remove the loss")]
+            )
         if "maps" in wanted:
             expose_scores(self._student)
             expose_scores(self.teacher.model)

@@ -271,6 +271,8 @@ class ExpertPruning(StructuredPruning):
 
     def detach(self) -> None:
         super().detach()
+        for routing in self._routings.values():
+            routing.exclude_all_but(None)
         self._routings, self._around = {}, []
 
     # -- after a shrink --------------------------------------------------------------------------------

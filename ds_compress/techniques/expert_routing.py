@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_compress.modelinfo.experts import MoeBlock
+from ds_compress.modelinfo.experts import MoeBlock, remember_excluded
 from ds_compress.select.units import on_device
 from ds_compress.structure.experts import counts_experts, routing_slices
 
@@ -118,6 +118,8 @@ class ExpertRouting:
         """Sorted int64 indices of the experts that tokens may be routed to from now on; None: all."""
         self.kept = None if kept is None or kept.numel() == self.block.experts else kept
         self._is_checked = False
+        for router in self.block.full_routers:
+            remember_excluded(self.block.submodule(router), self.kept)
         for narrowing in self.narrowings:
             narrowing.keep(self.kept)
 

@@ -16,21 +16,24 @@ NAMES = sorted(ARCHITECTURES)
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _STATIC = {"activation_quantization": {"range_calibration": "static", "narrow_range": True}}
 SCHEMES: dict[str, dict[str, Any]] = {
-    "W4A16 in groups": blocks({"target_bits": 4, "granularity": "per_column_group", "group_size": 4}),
+    "W4A16 in groups": blocks(
+        {"target_bits": 4, "granularity": "per_column_group", "group_size": 4},
+        weight_quantization={"quantize_weight_in_forward": True, "narrow_range": False},
+    ),
     "FP8_DYNAMIC": {"scheme": {"FP8_DYNAMIC": ["experts"]}},
     "NVFP4": {"scheme": {"NVFP4": ["experts.*(gate_up_proj|down_proj)"]}},
     "W8A8 static": blocks({"target_bits": 8, "granularity": "per_channel"}, {"bits": 8}, **_STATIC),
 }
-"""In NVFP4 only what has a multiple of 16 inputs, and what the regex names."""
+"""On the legacy grid of the first the largest weight of a group clips, and has no gradient."""
 
 
-def _mixture(name: str) -> nn.Module:
+def _mixture(name: str) -> Any:
     widths = {"intermediate_size": 32, "moe_intermediate_size": 32, "intermediate_size_mlp": 32}
     known = {"intermediate_size", *ARCHITECTURES[name][2]}
     return mixture(name, **{key: width for key, width in widths.items() if key in known})
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(ids).logits
     return logits
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ds_compress.config.schema import float_limits
+from ds_compress.config.schema import expert_limits, float_limits
 from ds_compress.config.schema.block import ScheduleEnd, WeightBlock, steps
 from ds_compress.config.schema.fields import (
     Conflict,
@@ -226,6 +226,7 @@ class ActivationQuantizationConfig(WeightBlock):
 
     def limits(self, targets: Sequence[Target]) -> Iterator[Problem]:
         yield from float_limits.of_inputs(self.key, self.shared_parameters, targets)
+        yield from expert_limits.implementations(self.key, targets)
 
     def schedule_ends(self) -> Iterator[ScheduleEnd]:
         offset = self.shared_parameters.schedule_offset

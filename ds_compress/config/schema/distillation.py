@@ -18,12 +18,14 @@ from ds_compress.config.schema.fields import (
     StrictModel,
 )
 from ds_compress.config.schema.layer_reduction import LayerIndices
+from ds_compress.errors import listed
 
 LossWeight = Annotated[StrictFloat, Field(ge=0)]
 Temperature = Annotated[StrictFloat, Field(gt=0)]
 Pooling = Literal["mean", "first", "last"]
 _OF_A_MODEL = ("teacher_dtype", "teacher_zero_stage")
-_NEEDS_HIDDEN = ("hidden", "attention", "embedding", "contrastive")
+_NEEDS_HIDDEN = ("hidden", "attention", "router", "embedding", "contrastive")
+_BY_LAYER = ("hidden", "attention", "router")
 
 
 class Loss(StrictModel):
@@ -120,6 +122,12 @@ class AttentionLoss(Loss):
             yield Conflict(("relation_heads",), self.relation_heads, 'kind "relation" beside it', "remove it")
 
 
+class RouterLoss(Loss):
+    """Divergence between the routing of mapped layers: which experts of a mixture a token would go to."""
+
+    temperature: Temperature = Field(default=1.0, description="Softening of both.")
+
+
 class EmbeddingLoss(Loss):
     """Distance between what student and teacher give to their first layers."""
 
@@ -167,6 +175,10 @@ class Losses(StrictModel):
     logits: LogitsLoss | None = Field(default=None, description="Imitate the predictions.")
     hidden: HiddenLoss | None = Field(default=None, description="Imitate the hidden states.")
     attention: AttentionLoss | None = Field(default=None, description="Imitate the attention.")
+    router: RouterLoss | None = Field(
+        default=None,
+        description="Imitate the routers of mixtures of experts; of removed experts nothing is left.",
+    )
     embedding: EmbeddingLoss | None = Field(default=None, description="Imitate the input of the first layer.")
     contrastive: ContrastiveLoss | None = Field(
         default=None, description="Tell examples apart as the teacher does."
@@ -265,8 +277,8 @@ class DistillationConfig(Block):
     def _nothing_to_map(self) -> Iterator[Conflict]:
         if self.self_teacher is not None and self.self_teacher.weights == "current":
             reason, fix = "every layer imitates itself", "remove it"
-        elif self.losses.hidden is None and self.losses.attention is None:
-            reason, fix = "no loss is by layer", 'remove it, or add "hidden" or "attention" to losses'
+        elif all(getattr(self.losses, name) is None for name in _BY_LAYER):
+            reason, fix = "no loss is by layer", f"remove it, or add {listed(_BY_LAYER, 'or')} to losses"
         else:
             return
         yield Conflict(("layer_map",), self.layer_map, f"nothing: {reason}", fix)

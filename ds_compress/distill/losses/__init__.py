@@ -13,11 +13,13 @@ from ds_compress.distill.losses.contrastive import ContrastiveDistillation
 from ds_compress.distill.losses.embedding import EmbeddingDistillation
 from ds_compress.distill.losses.hidden import HiddenDistillation
 from ds_compress.distill.losses.logits import LogitsDistillation
+from ds_compress.distill.losses.router import RouterDistillation
 
 LOSSES: dict[str, Callable[[Any, ModelPair], DistillationLoss]] = {
     "logits": LogitsDistillation,
     "hidden": HiddenDistillation,
     "attention": attention_distillation,
+    "router": RouterDistillation,
     "embedding": EmbeddingDistillation,
     "contrastive": ContrastiveDistillation,
 }

@@ -77,7 +77,7 @@ CONFLICTS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         {"layer_map": [0, 1], "losses": {"logits": {}, "embedding": {}, "contrastive": {}}},
         {},
         "layer_map",
-        'no loss is by layer.*"hidden" or "attention"',
+        'no loss is by layer.*"hidden", "attention" or "router"',
     ),
     *(
         (
