@@ -318,6 +318,18 @@ class TestMerging:
                 finals.append(evaluated(ds_compress.finalize(engine)))
         assert (finals[0] - finals[1]).abs().max() > 1e-2
 
+    @pytest.mark.parametrize("name", ["mixtral", "stranger"])
+    def test_what_was_merged_is_not_merged_again(self, name: str) -> None:
+        """Plain weights of a masked model, finalized by the config alone."""
+        keys = block("l2", schedule_offset=1, merge=True)
+        with engine_of(built(name), ds_config(0, keys)) as engine:
+            train(engine, 2)
+            plain = {key: value.clone() for key, value in engine.module.state_dict().items()}
+            final = evaluated(ds_compress.finalize(engine))
+        model = built(name)
+        model.load_state_dict(plain)
+        torch.testing.assert_close(evaluated(ds_compress.finalize(model, keys)), final, rtol=1e-5, atol=1e-5)
+
     def test_without_training_all_count_alike(self) -> None:
         keys: dict[str, Any] = {"method": "l2", "merge": True, "schedule_offset": 0}
         for name in ("mixtral", "stranger"):
