@@ -78,9 +78,8 @@ def merge_experts(model: nn.Module, group: PrunableGroup, kept: torch.Tensor) ->
     parameters = dict(model.named_parameters())
     tensors = tensors_of_experts(model, group)
     heads = clusters(parameters[router_of(model, group)].cpu(), kept)
-    shares = merge_weights(
-        heads, sum(_is_used([parameters[name] for name in names]) for names in tensors) > 0
-    )
+    used = torch.stack([_is_used([parameters[name] for name in names]) for names in tensors]).any(0)
+    shares = merge_weights(heads, used)
     for names in tensors:
         if len(names) == 1:
             whole = parameters[names[0]]
@@ -92,6 +91,6 @@ def merge_experts(model: nn.Module, group: PrunableGroup, kept: torch.Tensor) ->
 
 
 def _is_used(tensors: list[nn.Parameter]) -> torch.Tensor:
-    """int64 [experts]: 1 for an expert with a weight that is not zero. One stack, or a tensor of each expert."""
+    """bool [experts]: whether an expert has a weight that is not zero. One stack, or a tensor of each expert."""
     rows = tensors[0] if len(tensors) == 1 else tensors
-    return torch.tensor([int(row.any()) for row in rows])
+    return torch.tensor([bool(row.any()) for row in rows])
