@@ -71,11 +71,16 @@ def tensors_of_experts(model: nn.Module, group: PrunableGroup) -> list[list[str]
 
 @torch.no_grad()
 def merge_experts(model: nn.Module, group: PrunableGroup, kept: torch.Tensor) -> None:
-    """Merges the experts of `group` that are not `kept` (sorted int64) in place, all members of a cluster alike."""
+    """Merges the experts of `group` that are not `kept` (sorted int64) in place, all members of a cluster alike.
+
+    Experts of zeros have been merged before, when training masked them, and do not count.
+    """
     parameters = dict(model.named_parameters())
+    tensors = tensors_of_experts(model, group)
     heads = clusters(parameters[router_of(model, group)].cpu(), kept)
-    shares = merge_weights(heads, torch.ones(group.units))
-    for names in tensors_of_experts(model, group):
+    used = torch.stack([_is_used([parameters[name] for name in names]) for names in tensors]).any(0)
+    shares = merge_weights(heads, used)
+    for names in tensors:
         if len(names) == 1:
             whole = parameters[names[0]]
             whole.copy_(merged(whole.cpu(), heads, shares))
@@ -83,3 +88,9 @@ def merge_experts(model: nn.Module, group: PrunableGroup, kept: torch.Tensor) ->
         after = merged(torch.stack([parameters[name].cpu() for name in names]), heads, shares)
         for name, own in zip(names, after, strict=True):
             parameters[name].copy_(own)
+
+
+def _is_used(tensors: list[nn.Parameter]) -> torch.Tensor:
+    """bool [experts]: whether an expert has a weight that is not zero. One stack, or a tensor of each expert."""
+    rows = tensors[0] if len(tensors) == 1 else tensors
+    return torch.tensor([bool(row.any()) for row in rows])

@@ -59,6 +59,8 @@ class ExpertPruning(StructuredPruning):
     """Attributes: `load`, fp64 [2, experts] by group, norms and tokens of all processes since the last mask."""
 
     name: ClassVar[str] = "expert_pruning"
+    survives_shrink = True
+    """To go on measuring the load of the experts that are left."""
 
     def __init__(self, plan: StructurePlan, seed: int = 0) -> None:
         super().__init__(plan, seed)
@@ -73,6 +75,8 @@ class ExpertPruning(StructuredPruning):
         self._changes: dict[str, torch.Tensor] = {}
         """What merging adds to this process' fragments after the next update."""
         self._load_undo: tuple[Any, ...] = ()
+        self._density_of_cut: float | None = None
+        """Fraction of the experts that a shrink has left; None before."""
 
     def prepare(
         self, model: nn.Module, full_parameters: Callable[..., Any] = contextlib.nullcontext
@@ -96,6 +100,9 @@ class ExpertPruning(StructuredPruning):
 
     def attach(self, shards: Shards) -> None:
         super().attach(shards)
+        if self._is_cut and not self._routings:
+            blocks = [block for block in moe_blocks(self._model) if block.fused is not None]
+            self._routings = {group_name(block): ExpertRouting(self._model, block) for block in blocks}
         if not self._handles:
             for routing in self._routings.values():
                 self._handles += routing.hooks()
@@ -120,20 +127,25 @@ class ExpertPruning(StructuredPruning):
     # -- at each optimizer step ------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
+        if self._is_cut:
+            return
         self._load_undo = dict(self.load), dict(self.load_before), dict(self.lost)
         if not self.score.observes and not self._done:
             self._fold_load()
         super().before_step(step)
 
     def on_skipped_step(self) -> None:
+        if self._is_cut:
+            return
         self.load, self.load_before, self.lost = self._load_undo
         self._changes = {}
         super().on_skipped_step()
 
     def after_step(self, step: int) -> None:
-        super().after_step(step)
+        if not self._is_cut:
+            super().after_step(step)
         self._changes = {}
-        if self.is_over and step % _STRIDE == 0:
+        if (self._is_cut or self.is_over) and step % _STRIDE == 0:
             self.load = {}
             self._fold_load()
 
@@ -146,17 +158,16 @@ class ExpertPruning(StructuredPruning):
         """One reduction over all processes for all mixtures."""
         taken = {name: routing.take() for name, routing in self._routings.items()}
         device = next((part.device for part in taken.values() if part is not None), torch.device("cpu"))
-        units = [2 * structure.units for structure in self.structures.values()]
+        units = [2 * routing.block.experts for routing in self._routings.values()]
         flat = torch.zeros(sum(units), dtype=torch.float64, device=device)
-        for part, name in zip(flat.split(units), self.structures, strict=True):
-            own = taken.get(name)
+        for part, own in zip(flat.split(units), taken.values(), strict=True):
             if own is not None:
                 part.copy_(own.flatten())
         parts = self._shards.sum_over_data(flat).cpu().split(units)
-        for part, name in zip(parts, self.structures, strict=True):
+        for part, name in zip(parts, taken, strict=True):
             observed = part.view(2, -1)
             self.load[name] = self.load[name] + observed if name in self.load else observed
-            if isinstance(self.score, RoutedExperts):
+            if isinstance(self.score, RoutedExperts) and not self._is_cut:
                 self.score.add(name, observed)
 
     @torch.no_grad()
@@ -264,6 +275,27 @@ class ExpertPruning(StructuredPruning):
             routing.exclude_all_but(None)
         self._routings, self._around = {}, []
 
+    # -- after a shrink --------------------------------------------------------------------------------
+
+    @property
+    def _is_cut(self) -> bool:
+        return self._density_of_cut is not None
+
+    def drop_layers(self, names: Collection[str]) -> None:
+        """The model is being cut: nothing is masked or chosen any more, and the load is that of what is left."""
+        self._density_of_cut = super().metrics()["density"]
+        self.shrinks, self.kept, self.load, self.masks = False, {}, {}, {}
+        self._places, self._masked_names = {}, ()
+        self.score.totals = {}
+
+    @property
+    def prunable_groups(self) -> Mapping[str, PrunableGroup]:  # type: ignore[override]
+        return {} if self._is_cut else self.structures
+
+    @property
+    def is_lost_in_plain_weights(self) -> bool:
+        return not self._is_cut and super().is_lost_in_plain_weights
+
     # -- state -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,9 +315,9 @@ class ExpertPruning(StructuredPruning):
         multiples of an even share; `load_entropy`, mean over the mixtures, 1: even. The same with `_before`, as it was
         when the first experts went, and `tokens_of_removed`, the share of the tokens that went to those.
         """
-        numbers = super().metrics()
-        now = {name: load[1][self._kept(name)] for name, load in self.load.items()}
-        numbers |= _balance(now.values())
+        numbers = super().metrics() if self._density_of_cut is None else {"density": self._density_of_cut}
+        now = [load[1] if self._is_cut else load[1][self._kept(name)] for name, load in self.load.items()]
+        numbers |= _balance(now)
         numbers |= {f"{key}_before": value for key, value in _balance(self.load_before.values()).items()}
         if self.lost:
             numbers["tokens_of_removed"] = sum(self.lost.values()) / len(self.lost)

@@ -93,17 +93,19 @@ def removed(
     stages: tuple[int, ...] = STAGES,
     folder: str | None = None,
     alike: bool = True,
+    beside: dict[str, Any] | None = None,
     **shared: Any,
 ) -> dict[tuple[str, int], Any]:
     """{(architecture, stage): kept experts, losses, logits while masked and after finalize, obstacles}.
 
-    folder: the model of the last stage is saved there, under its name, with `expected.pt`, its logits.
+    beside: other blocks. folder: the model of the last stage is saved there, under its name, with its logits,
+    `expected.pt`.
     """
     results: dict[tuple[str, int], Any] = {}
     for name in names:
         keys = {**shared, "method": method_for(name, shared.get("method", "reap"))}
         for stage in stages:
-            with engine_of(built(name), ds_config(stage, block(**keys))) as engine:
+            with engine_of(built(name), ds_config(stage, {**block(**keys), **(beside or {})})) as engine:
                 losses = train(engine, 4, alike=alike)
                 kept = {group: units.tolist() for group, units in engine.compression.kept_units.items()}
                 masked = evaluated(engine)

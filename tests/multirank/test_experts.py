@@ -91,6 +91,37 @@ class TestZoo:
             assert not missing and difference < 1e-5
 
 
+BESIDE = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "llama4", "ernie_moe", "granite_moe")
+WITH_ZEROS_AND_ROWS = {
+    "row_pruning": {
+        "shared_parameters": {"enabled": True, "dense_ratio": 0.5, "round_to": 2, "schedule_offset": 2},
+        "different_groups": {"experts": {"modules": ["experts"]}},
+    },
+    "sparse_pruning": {
+        "shared_parameters": {"enabled": True, "method": "l1", "scope": "global", "schedule_offset": 1},
+        "different_groups": {"e": {"params": {"dense_ratio": 0.5}, "modules": ["experts"]}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def together() -> list[dict[Any, Any]]:
+    return run_ranks(2, SCENARIO + "removed", names=BESIDE, beside=WITH_ZEROS_AND_ROWS)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_experts_rows_and_single_weights_at_once(together: Any, zoo: Any, name: str) -> None:
+    kept = [rank[name, stage]["kept"] for rank in together for stage in experts.STAGES]
+    assert kept == [kept[0]] * 6 and len(kept[0]) > len(zoo[0][name, 3]["kept"])
+    for stage in experts.STAGES:
+        result = together[0][name, stage]
+        torch.testing.assert_close(result["final"], result["masked"], rtol=1e-5, atol=1e-5)
+        assert result["losses"] == pytest.approx(together[0][name, 0]["losses"], rel=1e-4)
+        assert result["parameters"] < zoo[0][name, stage]["parameters"]
+        # Llama 4's shared expert has its size from the same key, and keeps it: named as an obstacle.
+        assert bool(result["obstacles"]) == (name == "llama4")
+
+
 METHODS = ("reap", "frequency", "l2", "taylor", "random")
 
 
@@ -162,4 +193,5 @@ def resumed(request: pytest.FixtureRequest) -> dict[Any, Any]:
 def test_resuming_changes_nothing(resumed: dict[Any, Any], name: str, stage: int, shrinks: bool) -> None:
     result = resumed[name, stage, shrinks]
     assert result["resumed"] == pytest.approx(result["unbroken"], rel=1e-5)
+    assert result["metrics"][1] == pytest.approx(result["metrics"][0])
     assert result["metrics"][1]["expert_pruning/density"] == 0.5

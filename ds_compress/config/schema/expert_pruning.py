@@ -12,6 +12,7 @@ from ds_compress.config.schema.structured_pruning import (
     StructuredPruningConfig,
     StructuredShared,
 )
+from ds_compress.config.structure_targets import StructurePlan
 from ds_compress.structure.prunable_group import GroupKind
 
 
@@ -53,3 +54,7 @@ class ExpertPruningConfig(StructuredPruningConfig):
     shared_parameters: ExpertPruningShared = Field(
         default_factory=ExpertPruningShared, description="What holds for all groups."
     )
+
+    def describe(self, plan: StructurePlan | None = None) -> str:
+        text = super().describe(plan)
+        return f"{text}, merged into those that stay" if self.shared_parameters.merge else text

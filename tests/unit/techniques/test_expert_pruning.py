@@ -261,11 +261,13 @@ class TestSchedule:
                 before = now
         assert seen[-1] == 1 and sorted(seen, reverse=True) == seen and len(set(seen)) > 2
 
-    def test_metrics_tell_load_and_what_was_lost(self) -> None:
-        with engine_of(mixture("mixtral"), ds_config(0, block("frequency", schedule_offset=1))) as engine:
-            technique = engine.compression.techniques["expert_pruning"]
+    @pytest.mark.parametrize("shrinks", [False, True])
+    def test_metrics_tell_load_and_what_was_lost(self, shrinks: bool) -> None:
+        keys = block("frequency", schedule_offset=1, shrink_at_end_of_schedule=shrinks)
+        with engine_of(mixture("mixtral"), ds_config(0, keys)) as engine:
             train(engine, 16)
-            metrics = technique.metrics()
+            found = engine.compression.metrics()
+            metrics = {name.removeprefix("expert_pruning/"): value for name, value in found.items()}
         assert metrics["density"] == 0.5
         assert 0 < metrics["tokens_of_removed"] < 0.5  # half of the experts, those with the fewest tokens
         assert metrics["load_min_before"] < 1 < metrics["load_max_before"]
@@ -315,6 +317,18 @@ class TestMerging:
                 train(engine, 1)
                 finals.append(evaluated(ds_compress.finalize(engine)))
         assert (finals[0] - finals[1]).abs().max() > 1e-2
+
+    @pytest.mark.parametrize("name", ["mixtral", "stranger"])
+    def test_what_was_merged_is_not_merged_again(self, name: str) -> None:
+        """Plain weights of a masked model, finalized by the config alone."""
+        keys = block("l2", schedule_offset=1, merge=True)
+        with engine_of(built(name), ds_config(0, keys)) as engine:
+            train(engine, 2)
+            plain = {key: value.clone() for key, value in engine.module.state_dict().items()}
+            final = evaluated(ds_compress.finalize(engine))
+        model = built(name)
+        model.load_state_dict(plain)
+        torch.testing.assert_close(evaluated(ds_compress.finalize(model, keys)), final, rtol=1e-5, atol=1e-5)
 
     def test_without_training_all_count_alike(self) -> None:
         keys: dict[str, Any] = {"method": "l2", "merge": True, "schedule_offset": 0}
