@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import weight_backward
-from ds_compress.quant.grid import Granularity
+from ds_compress.quant.grid import Granularity, Levels
 
 _Hook = Callable[[Any], Any]
 _STACK_OF_MATRICES = 3
@@ -52,8 +52,9 @@ class Stack:
         """Whether stacks of [inputs, outputs] are turned, so that what shares a scale lies together in memory."""
         grid = self.fake_quant.grid
         in_rows = grid.granularity in (Granularity.PER_CHANNEL, Granularity.PER_COLUMN_GROUP)
-        # The noise of a weight depends on its place.
-        return grid.channel_axis == 1 and in_rows and not grid.stochastic
+        # The noise of a weight depends on its place, and a mean on the order of its terms.
+        has_order = grid.stochastic or grid.levels in (Levels.TERNARY, Levels.BINARY)
+        return grid.channel_axis == 1 and in_rows and not has_order
 
     def turned(self, tensor: torch.Tensor) -> torch.Tensor:
         """[experts, outputs, inputs] of a parameter, its gradient or its scales, where these are worked on."""
