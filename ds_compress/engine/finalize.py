@@ -82,6 +82,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
     origin.remember_metrics(run.model, run.metrics())
     run.end()
     cut_in_place(engine, pruning_plan)
+    _keep_experts(run, pruning_plan)
     if untouched:
         return _finalize_model(model, _of_weights(run))
     origin.mark(model, [name for name in run.unfinished if name in origin.QUANTIZERS])
@@ -96,8 +97,15 @@ def _finalize_loop(run: CompressionRun) -> nn.Module:
     if untouched:
         return _finalize_model(run.model, _of_weights(run))
     apply_pruning(run.model, pruning_plan)
+    _keep_experts(run, pruning_plan)
     origin.mark(run.model, [name for name in run.unfinished if name in origin.QUANTIZERS])
     return run.model
+
+
+def _keep_experts(run: CompressionRun, pruning_plan: PruningPlan) -> None:
+    """In the quantizers, which stay on the modules."""
+    for technique in run.techniques.values():
+        technique.keep_experts(pruning_plan.kept_experts)
 
 
 def _is_untouched(run: CompressionRun) -> bool:

@@ -16,6 +16,7 @@ from ds_compress.config.report.size_estimate import format_of
 from ds_compress.config.structure_targets import StructurePlan, shape_after, units_left
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.export import trial_load
+from ds_compress.export.expert_misfits import expert_misfits
 from ds_compress.export.float_misfits import float_misfits
 from ds_compress.export.format import is_hf_model
 from ds_compress.export.onnx import generates
@@ -76,6 +77,7 @@ def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
         *_of_model(model, format),
         *_of_quantizers(plan, format),
         *float_misfits(plan, model, format),
+        *expert_misfits(plan, model, format),
         *_of_cuts(plan, model, format),
     ]
 
@@ -93,13 +95,15 @@ def _of_quantizers(plan: Plan, format: str) -> Iterator[str]:
         if not weights and not inputs:
             yield "nothing is quantized"
         for target in (*weights, *inputs):
+            if target.kind.is_experts:
+                continue
             if target.kind is not ModuleKind.LINEAR and (
                 target.kind is not ModuleKind.EMBEDDING or target in inputs
             ):
                 yield f"{target.module_name} is a {target.kind}, and the format quantizes nn.Linear only"
                 break
         technique = plan.techniques.get("weight_quantization")
-        linears = [target for target in weights if target.kind is ModuleKind.LINEAR]
+        linears = [t for t in weights if t.kind is ModuleKind.LINEAR or t.kind.is_experts]
         if technique is not None and linears and technique.shared.quantization_type == "asymmetric":
             asymmetric = [t for t in linears if t.params.final_bits > 2]
             if asymmetric:
@@ -140,19 +144,21 @@ def _scales(plan: Plan) -> Iterator[str]:
 
 def _whole_runs(rows: int, columns: int, groups: int, kind: ModuleKind) -> bool:
     run = rows * columns // groups
-    if kind is ModuleKind.CONV1D:
+    if kind.is_transposed:
         return run % rows == 0
     return run % columns == 0 or columns % run == 0
 
 
 def _splits_rows(target: Target, groups: int) -> bool:
     rows = _matrix(target, target.shape)[0]
-    return groups > 1 and (target.kind is ModuleKind.CONV1D or groups > rows)
+    return groups > 1 and (target.kind.is_transposed or groups > rows)
 
 
 def _matrix(target: Target, shape: tuple[int, ...]) -> tuple[int, int]:
     """Outputs and inputs."""
-    if target.kind is ModuleKind.CONV1D:
+    if target.kind.is_experts:
+        shape = shape[1:]
+    if target.kind.is_transposed:
         return shape[1], shape[0]
     return shape[0], math.prod(shape[1:])
 

@@ -45,7 +45,7 @@ def in_fp32(model: nn.Module, stored: torch.dtype | None = None) -> Iterator[Non
         if not _is_converted(parameter, stored) or is_auxiliary(name):
             continue
         before.append((parameter, parameter.data))
-        is_quantized = id(parameter) in quantized or layers.is_step_size(name)
+        is_quantized = is_kept_in_fp32(model, name) or id(parameter) in quantized or layers.is_step_size(name)
         parameter.data = value(parameter.data, is_quantized)
     try:
         with _buffers_in_fp32(model):
@@ -53,6 +53,12 @@ def in_fp32(model: nn.Module, stored: torch.dtype | None = None) -> Iterator[Non
     finally:
         for parameter, data in before:
             parameter.data = data
+
+
+def is_kept_in_fp32(model: nn.Module, name: str) -> bool:
+    """Whether transformers holds this parameter in fp32, whatever the dtype of the model is: routers often are."""
+    kept: Any = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(part in name for part in kept)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -131,9 +137,9 @@ def _hooks(
             if parameter.is_floating_point()
         ]
         before.append([(parameter, parameter.data) for _, parameter in own])
-        quantized = layers.quantized_parameters(module)
+        fake_quantized = layers.quantized_parameters(module)
         for name, parameter in own:
-            is_quantized = layers.is_step_size(name) or name in quantized
+            is_quantized = layers.is_step_size(name) or name in fake_quantized
             parameter.data = value(parameter.data, is_quantized)
         return _in_fp32(args), _in_fp32(kwargs)
 

@@ -29,7 +29,7 @@ def float_misfits(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
             yield f"{target.module_name} is quantized to {target.params.format}, and the format stores integers only"
     if format == "compressed-tensors":
         linears = [target for target in weights if target.kind is ModuleKind.LINEAR]
-        yield from _of_weights(plan, linears)
+        yield from _of_weights(plan, [*linears, *(target for target in weights if target.kind.is_experts)])
         yield from _of_inputs(plan, inputs)
         packed = [target.module_name for target in linears if target.params.format in PACKED]
         if packed and is_hf_model(model) and not trial_load.loads_packed(model, packed):

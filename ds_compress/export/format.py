@@ -15,9 +15,11 @@ from torch import nn
 from ds_compress.errors import ExportError
 from ds_compress.export import kv_cache
 from ds_compress.export.check import Answer
+from ds_compress.export.exact import is_kept_in_fp32
+from ds_compress.export.hub_names import Converter, hub_names
 from ds_compress.export.loaded_tensors import input_scale
+from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix
-from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.experts import fused_experts
@@ -53,7 +55,8 @@ class Format(ABC):
     trained_dtype: of the trained model. checked: what is written will be loaded and compared. doubts: how a model that
     is built from the config differs, where only logits can tell whether it matters. scheme: to which the export rounds
     weights. rounds_weights: a loader rounds quantized weights. same_activations: what is loaded rounds activations as
-    training did. kv_cache: its observed scales.
+    training did. kv_cache: its observed scales. hub: names of tensors in the files, see `hub_names`.
+    final: the pruned model, of formats that transformers loads.
     """
 
     name: ClassVar[str]
@@ -75,6 +78,8 @@ class Format(ABC):
     kv_cache: kv_cache.Scales = field(default_factory=dict)
     rounds_weights: bool = False
     same_activations: bool = False
+    hub: Converter = dict
+    final: nn.Module | None = None
 
     @property
     def rounds_plain_to(self) -> torch.dtype | None:
@@ -93,6 +98,7 @@ class Format(ABC):
         """Raises ExportError before anything is read; `final` is the pruned model, on the meta device."""
         if self.loads_in_vanilla_hf:
             self.differences = refuse_unless_vanilla_hf(source, final, self.name, self.checked)
+            self.hub, self.final = hub_names(final), final
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         """In which a loader should hold the model: `dtype` of `config.json`."""
@@ -125,14 +131,23 @@ class Format(ABC):
 
     def plain(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Its tensors that are not quantized, in the dtype asked for."""
-        return {layer.full(name): self.cast(tensor) for name, tensor in layer.tensors.items()}
+        named = {layer.full(name): tensor for name, tensor in layer.tensors.items()}
+        return {
+            name: tensor if self.is_kept_in_fp32(name) else self.cast(tensor)
+            for name, tensor in named.items()
+        }
+
+    def is_kept_in_fp32(self, name: str) -> bool:
+        """Whether a loader holds this tensor in fp32 in a 16-bit model, too."""
+        return self.final is not None and is_kept_in_fp32(self.final, name)
 
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
         """What a loader must hold of a layer, by full name, once it was written."""
         values = {name: tensor for name, tensor in self.plain(layer).items() if tensor.is_floating_point()}
         if layer.quantized is not None:
             values[layer.full("weight")] = self.dequantized(layer, layer.quantized)
-        values |= {layer.full(name): self.dequantized_stack(stack) for name, stack in layer.stacks.items()}
+        for name, experts in layer.experts.items():
+            values[layer.full(name)] = self.dequantized_experts(layer, experts)
         return {name: self.rounded.get(name, value) for name, value in values.items()}
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
@@ -157,9 +172,13 @@ class Format(ABC):
         """A quantized weight as a loader must hold it."""
         return quantized.dequantize()
 
-    def dequantized_stack(self, stack: QuantizedStack) -> torch.Tensor:
-        """A quantized parameter of fused experts as a loader must hold it."""
-        return stack.dequantize()
+    def dequantized_experts(self, layer: Layer, experts: QuantizedExperts) -> torch.Tensor:
+        """A quantized stack as a loader must hold it."""
+        return experts.as_stack(lambda matrix: self.dequantized(layer, matrix))
+
+    def files(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """What is stored of a layer, by its name in the files."""
+        return self.hub(self.tensors(layer))
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         is_float = tensor.is_floating_point() and self.options.dtype is not None

@@ -8,7 +8,6 @@ import torch
 
 from ds_compress.export.format import Format
 from ds_compress.export.quantized_matrix import QuantizedMatrix
-from ds_compress.export.quantized_stack import QuantizedStack
 from ds_compress.export.read import Layer
 
 
@@ -25,10 +24,10 @@ class HfFormat(Format):
             rounded = self.dequantized(layer, layer.quantized)
             stored[layer.full("weight")] = rounded
             self._note_floats(rounded, layer.quantized.dequantize(), layer.quantized.format)
-        for name, stack in layer.stacks.items():
-            stored[layer.full(name)] = self.dequantized_stack(stack)
-            self._note_floats(stored[layer.full(name)], stack.dequantize(), stack.matrices[0].format)
-        if layer.input is not None or layer.stack_inputs:
+        for name, experts in layer.experts.items():
+            stored[layer.full(name)] = self.dequantized_experts(layer, experts)
+            self._note_floats(stored[layer.full(name)], experts.dequantize(), experts.first.format)
+        if layer.input is not None or layer.expert_inputs:
             self.ignores_inputs = True
             self.note("activations are not quantized when this folder is loaded: the format cannot say so")
         return stored
@@ -36,9 +35,6 @@ class HfFormat(Format):
     def dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> torch.Tensor:
         # In the dtype that a loader is told to use, or it would round them itself.
         return quantized.dequantize().to(self.loaded_dtype(self.trained_dtype))
-
-    def dequantized_stack(self, stack: QuantizedStack) -> torch.Tensor:
-        return stack.dequantize().to(self.loaded_dtype(self.trained_dtype))
 
     def _note_floats(self, stored: torch.Tensor, exact: torch.Tensor, format: str) -> None:
         self.note("quantized weights are written as floats on their grid: this format stores no integers")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
-from ds_compress.quant import layers
+from ds_compress.quant.layers import input_quantizers_of
 
 _TOKENS, _DECODER_TOKENS, _SENTENCES = 12, 7, 2
 
@@ -114,7 +114,7 @@ def run(
 @contextlib.contextmanager
 def exact_activations(model: nn.Module) -> Iterator[None]:
     """No input is quantized inside."""
-    quantizers = [q for m in model.modules() for q in layers.input_quantizers_of(m).values()]
+    quantizers = [q for module in model.modules() for q in input_quantizers_of(module).values()]
     before = [quantizer.enabled for quantizer in quantizers]
     for quantizer in quantizers:
         quantizer.enabled = False

@@ -18,7 +18,8 @@ from ds_compress.export.fuse import fuse
 from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
-from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_weight
+from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_experts, loaded_weight
+from ds_compress.quant import layers
 
 _OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset", "weight_global_scale")
 
@@ -53,7 +54,8 @@ def from_pretrained(
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
     if not activations:
         schemes = {
-            name: {k: v for k, v in scheme.items() if k != "input"} for name, scheme in schemes.items()
+            name: {k: v for k, v in scheme.items() if k not in ("input", "expert_inputs")}
+            for name, scheme in schemes.items()
         }
     serve(model, schemes, Stored(path), fused)
     return model
@@ -113,6 +115,8 @@ class Stored:
             found.pop("weight", None)
             if (values := found.pop(PLAIN_VALUES, None)) is not None:
                 found["weight"] = values
+        for name in [name for name in found if f"{name}_weight_scale" in found]:
+            del found[name]  # empty, beside the tensors of quantized experts
         return found
 
 
@@ -154,6 +158,8 @@ def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
 
 
 def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored) -> None:
+    if "experts" in scheme:
+        _serve_experts(model.get_submodule(name), scheme, stored.of_module(name))
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
@@ -163,6 +169,18 @@ def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Store
     if name:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, served)
+
+
+def _serve_experts(module: nn.Module, scheme: Mapping[str, Any], stored: dict[str, torch.Tensor]) -> None:
+    """Dequantized once: the module multiplies them as it always does."""
+    for name, own in scheme["experts"].items():
+        values = loaded_experts(name, stored, own).dequantize()
+        module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    for name, data in scheme.get("expert_inputs", {}).items():
+        used = InputScheme.from_json(data)
+        count = scheme["experts"][name]["experts"]
+        quantizer = layers.ExpertsInputQuantizer(used.grid, True, used.input_range, experts=count)
+        layers.attach(module).set_input_quantizer(name, quantizer)
 
 
 def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored) -> None:

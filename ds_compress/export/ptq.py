@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export.quantized_experts import quantize_experts
 from ds_compress.export.quantized_matrix import quantize_matrix
 from ds_compress.export.read import InputScheme, Layer
 from ds_compress.export.source import ExportSource
@@ -83,10 +84,12 @@ def rounded(
     Raises:
         ExportError: it is quantized already.
     """
-    if layer.quantized is not None or layer.input is not None:
+    if layer.quantized is not None or layer.input is not None or layer.experts:
         raise ExportError(
             f"{layer.name} was trained quantized: scheme={scheme.name!r} is for models that were not, leave it out"
         )
+    if layer.kind is not None and layer.kind.is_experts:
+        return _rounded_experts(layer, scheme, note)
     if layer.kind is not ModuleKind.LINEAR or "weight" not in layer.tensors or is_head(layer.name):
         return layer
     weight = layer.tensors["weight"]
@@ -108,6 +111,35 @@ def rounded(
         quantized = quantize_matrix(weight.float(), fake_quant)
     inputs = None if scheme.inputs is None else InputScheme(_input_grid(scheme.inputs))
     return replace(layer, quantized=quantized, tensors=tensors, input=inputs)
+
+
+def _rounded_experts(layer: Layer, scheme: Scheme, note: Callable[[str], None]) -> Layer:
+    """Fused experts, each matrix by itself; all of them or none."""
+    assert layer.kind is not None
+    matrices = {name: tensor for name, tensor in layer.tensors.items() if tensor.dim() == 3}
+    axis = 1 if layer.kind.is_transposed else 2
+    sizes = [s.group_size for s in (scheme.weights, scheme.inputs) if s is not None and s.group_size]
+    for name, tensor in matrices.items():
+        odd = [size for size in sizes if tensor.shape[axis] % size]
+        if odd:
+            note(
+                f"{layer.full(name)} is not quantized: the {tensor.shape[axis]} inputs of its experts are no multiple "
+                f"of the {odd[0]} of a group"
+            )
+            return layer
+    if scheme.weights is None:
+        return layer
+    note(
+        f"{scheme.name}: weights are rounded after training"
+        + (", and so are inputs" if scheme.inputs else "")
+    )
+    grid = replace(_weight_grid(scheme.weights), stacked=True, channel_axis=int(layer.kind.is_transposed))
+    experts = {
+        name: quantize_experts(tensor.float(), FakeQuantConfig(grid)) for name, tensor in matrices.items()
+    }
+    inputs = {} if scheme.inputs is None else dict.fromkeys(matrices, InputScheme(_input_grid(scheme.inputs)))
+    tensors = {name: tensor for name, tensor in layer.tensors.items() if name not in matrices}
+    return replace(layer, tensors=tensors, experts=experts, expert_inputs=inputs)
 
 
 @contextlib.contextmanager

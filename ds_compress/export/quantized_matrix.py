@@ -154,25 +154,31 @@ def quantize_matrix(
     Raises:
         ValueError: the weight has none (still blended, NaN), or its scales do not fit the layout.
     """
-    check_quantizable(weight, fake_quant)
-    grid = fake_quant.grid
-    scale = None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
+    check_quantized(weight, fake_quant)
     noise = rounding_noise(weight, fake_quant)
-    quantized = matrix_of(quantize(weight.detach(), grid, noise, scale, fake_quant.global_scale))
+    scale = scale_of(weight, fake_quant, step_size)
+    quantized = matrix_of(quantize(weight.detach(), fake_quant.grid, noise, scale, fake_quant.global_scale))
     trained = fake_quantize_weight(weight.detach(), fake_quant, step_size).values
     if not torch.equal(quantized.dequantize().to(trained.dtype), trained.cpu()):
         raise ValueError("its stored values and scales do not give the weight that training computed with")
     return quantized
 
 
-def check_quantizable(weight: torch.Tensor, fake_quant: FakeQuantConfig) -> None:
-    """Raises ValueError for a weight that has no integers or codes: still blended, NaN."""
+def check_quantized(weight: torch.Tensor, fake_quant: FakeQuantConfig) -> None:
+    """Raises ValueError where what training computed with is not on a grid."""
     if fake_quant.blend_ratio:
         raise ValueError(
             f"it is still a blend of {fake_quant.blend_ratio:.0%} real weights (fp16_mixed_quantize): train on until 0"
         )
     if not bool(weight.isfinite().all()):
         raise ValueError("it has NaN or Inf")
+
+
+def scale_of(
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, step_size: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The given scales of the grid that is quantized to now; None where they follow from the weight."""
+    return None if step_size is None else step_size.to(working_dtype(weight)) * fake_quant.step_ratio
 
 
 def matrix_of(stored: QuantizedWeight) -> QuantizedMatrix:

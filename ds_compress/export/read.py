@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from ds_compress.errors import ExportError
+from ds_compress.export.quantized_experts import QuantizedExperts, quantize_experts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, matrix_of, quantize_matrix
-from ds_compress.export.quantized_stack import QuantizedStack, quantize_stack
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 from ds_compress.quant.packed_weight import BUFFERS, packed_weight_of
-from ds_compress.structure.scale_cuts import experts_left
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class InputScheme:
             "symmetric": grid.symmetric,
             "narrow_range": grid.narrow_range,
             "granularity": grid.granularity.value,
-            "range": None if self.input_range is None else [float(end) for end in self.input_range],
+            "range": None if self.input_range is None else self.input_range.tolist(),
         }
 
     @classmethod
@@ -62,9 +61,9 @@ class Layer:
 
     name: after pruning. quantized: its weight, where that is quantized. tensors: everything else by its name in the
     module; CPU. ties: those that are tensors of an earlier module, by their full name there. split_from: the tied
-    weight's other name where only one of its layers quantizes it, so that it has two values. stacks: the quantized
-    parameters of fused experts, by their names in the module. stack_inputs: how the inputs of these are quantized; a
-    static range is (experts, 2).
+    weight's other name where only one of its layers quantizes it, so that it has two values. experts: quantized stacks
+    of fused experts by their names in the module; expert_inputs: how the inputs of these are quantized, a static range
+    is (experts, 2).
     """
 
     name: str
@@ -74,8 +73,8 @@ class Layer:
     input: InputScheme | None = None
     ties: dict[str, str] = field(default_factory=dict)
     split_from: str = ""
-    stacks: dict[str, QuantizedStack] = field(default_factory=dict)
-    stack_inputs: dict[str, InputScheme] = field(default_factory=dict)
+    experts: dict[str, QuantizedExperts] = field(default_factory=dict)
+    expert_inputs: dict[str, InputScheme] = field(default_factory=dict)
 
     def full(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
@@ -130,8 +129,8 @@ def _read(
     quantized, split_from = None, ""
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
+    experts: dict[str, QuantizedExperts] = {}
     quantized_parameters = layers.quantized_parameters(module)
-    stacks: dict[str, QuantizedStack] = {}
     for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         if layers.is_step_size(local):
             continue
@@ -151,9 +150,8 @@ def _read(
             used = step_size if fake_quant.grid.learned else None
             try:
                 if fake_quant.grid.stacked:
-                    stacks[local] = quantize_stack(parameter.detach(), fake_quant, used).cut(
-                        cut(prefix + local)
-                    )
+                    found = quantize_experts(parameter.detach(), fake_quant, used)
+                    experts[local] = found.cut(cut(prefix + local))
                 else:
                     quantized = quantize_matrix(parameter.detach(), fake_quant, used).cut(cut(prefix + local))
             except ValueError as error:
@@ -170,18 +168,23 @@ def _read(
         if local not in module._non_persistent_buffers_set and not (packed is not None and local in BUFFERS):
             left = buffer if pruning_plan is None else pruning_plan.prune_tensor(prefix + local, buffer)
             tensors[local] = left.detach().to("cpu", copy=True).contiguous()
-    schemes = _input_schemes(module)
-    if quantized is None and not tensors and not ties and not stacks:
+    if quantized is None and not tensors and not ties and not experts:
         return None
-    alone = None if fused_experts(module) else schemes.pop(layers.WEIGHT, None)
-    if pruning_plan is not None:
-        schemes = {
-            local: InputScheme(scheme.grid, experts_left(scheme.input_range, prefix + local, pruning_plan))
-            if scheme.input_range is not None
-            else scheme
-            for local, scheme in schemes.items()
-        }
-    return Layer(new_name, kind_of(module), quantized, tensors, alone, ties, split_from, stacks, schemes)
+    inputs = _input_schemes(module)
+    if pruning_plan is not None and fused_experts(module):
+        for local, scheme in inputs.items():
+            if scheme.input_range is not None:
+                left = pruning_plan.kept_experts(prefix + local, scheme.input_range)
+                inputs[local] = InputScheme(scheme.grid, left)
+    scheme = None if fused_experts(module) else inputs.pop(layers.WEIGHT, None)
+    return Layer(new_name, _kind(module), quantized, tensors, scheme, ties, split_from, experts, inputs)
+
+
+def _kind(module: nn.Module) -> ModuleKind | None:
+    layout = fused_experts(module)
+    if layout is None:
+        return kind_of(module)
+    return ModuleKind.TRANSPOSED_EXPERTS if layout.transposed else ModuleKind.EXPERTS
 
 
 def _input_schemes(module: nn.Module) -> dict[str, InputScheme]:

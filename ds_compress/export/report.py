@@ -62,8 +62,9 @@ class ExportReport:
         if layer.quantized is not None:
             numbers += layer.quantized.values.numel()
             nonzeros += layer.quantized.count_nonzero()
-        numbers += sum(stack.numel() for stack in layer.stacks.values())
-        nonzeros += sum(stack.count_nonzero() for stack in layer.stacks.values())
+        for experts in layer.experts.values():
+            numbers += experts.numel()
+            nonzeros += experts.count_nonzero()
         self.parameters += numbers
         self.nonzeros += nonzeros
         if numbers:

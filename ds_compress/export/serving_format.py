@@ -3,10 +3,11 @@
     weight_codes    int8 or uint8 `[out, in]`; weight_packed: int32, the same in fewer bits
     weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights; of floats in the dtype of the
                     number format, and beside weight_global_scale where that has one
+    <matrix>_weight_codes, ...   of fused experts: those of each expert, stacked `[experts, ...]`
     weight          empty: its shape fits no model, so that transformers without ds_compress refuses the folder
                     instead of initializing what it does not find at random
 
-Floats are smaller in the folder only: they are dequantized when they are loaded, and run as fp32.
+Floats, and experts, are smaller in the folder only: they are dequantized when they are loaded, and run as fp32.
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
 
@@ -32,9 +33,10 @@ from ds_compress.export.format import Format, empty_copy
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
+from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
-from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_weight, weight_scheme
+from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_experts, stored_weight, weight_scheme
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind
 
@@ -48,6 +50,7 @@ class ServingFormat(Format):
     name: ClassVar[str] = "torch"
     loads_in_vanilla_hf: ClassVar[bool] = False
     loader: ClassVar[str] = "ours"
+    stores_stacks: ClassVar[bool] = True
     same_activations: bool = True
 
     attribute_overrides: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -105,6 +108,12 @@ class ServingFormat(Format):
         if quantized is not None:
             stored |= self._stored(layer, quantized)
             scheme["weight"] = weight_scheme(quantized)
+        for name, experts in layer.experts.items():
+            stored |= self._stored_experts(layer, name, experts)
+            own = {**weight_scheme(experts.matrices[0]), "experts": len(experts.matrices)}
+            scheme.setdefault("experts", {})[name] = own
+        if layer.expert_inputs:
+            scheme["expert_inputs"] = {n: used.as_json() for n, used in layer.expert_inputs.items()}
         if layer.input is not None:
             scheme["input"] = layer.input.as_json()
         if layer.ties:
@@ -122,6 +131,16 @@ class ServingFormat(Format):
             return {layer.full(name): tensor for name, tensor in stored_weight(quantized).items()}
         except ValueError as error:
             raise ExportError(f"{layer.name}: {error}") from error
+
+    def _stored_experts(self, layer: Layer, name: str, experts: QuantizedExperts) -> dict[str, torch.Tensor]:
+        self.note("experts are dequantized to fp32 when they are loaded: smaller in the folder, no faster")
+        try:
+            stored = stored_experts(name, experts)
+        except ValueError as error:
+            raise ExportError(f"{layer.full(name)}: {error}") from error
+        # Empty, as `weight` is.
+        stored[name] = torch.empty(0, *experts.shape[1:])
+        return {layer.full(local): tensor for local, tensor in stored.items()}
 
     def config_entries(self, final: nn.Module) -> dict[str, Any]:
         if not self.schemes and not self.attribute_overrides and not self.shape_overrides:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.scales import loaded_scale, stored_scale
 from ds_compress.quant.grid import Granularity
@@ -83,6 +84,28 @@ def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> Qu
         format,
         Granularity(scheme.get("granularity", Granularity.PER_COLUMN_GROUP)),
         global_scale,
+    )
+
+
+def stored_experts(name: str, experts: QuantizedExperts) -> dict[str, torch.Tensor]:
+    """The tensors of all matrices of the stack `name`, stacked; `loaded_experts` reads them back.
+
+    Raises:
+        ValueError: a scale is none that the number format can store.
+    """
+    each = [stored_weight(matrix) for matrix in experts.matrices]
+    return {f"{name}_{key}": torch.stack([stored[key] for stored in each]) for key in each[0]}
+
+
+def loaded_experts(name: str, stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> QuantizedExperts:
+    """The stack `name` from the tensors of its module, and its entry in "experts" of the scheme."""
+    prefix = f"{name}_"
+    own = {key.removeprefix(prefix): t for key, t in stored.items() if key.startswith(f"{prefix}weight_")}
+    return QuantizedExperts(
+        tuple(
+            loaded_weight({key: tensor[expert] for key, tensor in own.items()}, scheme)
+            for expert in range(scheme["experts"])
+        )
     )
 
 

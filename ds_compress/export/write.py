@@ -21,7 +21,6 @@ from ds_compress.export.expected import dtype_of, expected_of, is_quantized
 from ds_compress.export.fingerprint import Fingerprint, fingerprint
 from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_model, refuse_quantized_experts
 from ds_compress.export.hf import HfFormat
-from ds_compress.export.hub_names import hub_names
 from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
 from ds_compress.export.read import Layer, read_layers
@@ -128,7 +127,6 @@ class _Export:
         if not self.format.stores_stacks:
             refuse_quantized_experts(source.model, name)
         self.format.check_source(source, self.final)
-        self.on_hub = hub_names(self.final) if self.format.loads_in_vanilla_hf else dict
         self.given = None if inputs is None else checked_inputs(source.model, inputs)
         self.inputs = (self.given or example_inputs(source.model)) if check else None
         self.masked: list[str] = []
@@ -172,8 +170,8 @@ class _Export:
                 if self.source.writes and failure is None:
                     if self.format.scheme is not None:
                         layer = self._rounded(layer, self.format.scheme)
-                    stored = self.format.tensors(layer)
-                    for name, tensor in self.on_hub(stored).items():
+                    stored = self.format.files(layer)
+                    for name, tensor in stored.items():
                         writer.add(name, tensor)
                     self.report.count(layer, stored)
                     self._note_zero_units(layer)
@@ -194,6 +192,8 @@ class _Export:
 
     def _rounded(self, layer: Layer, scheme: Scheme) -> Layer:
         rounded = ptq.rounded(layer, scheme, self.format.note, self.global_scales.get(layer.name))
+        for local, experts in rounded.experts.items():
+            self.format.rounded[layer.full(local)] = self.format.dequantized_experts(rounded, experts)
         if rounded.quantized is not None:
             self.format.rounded[layer.full("weight")] = self.format.dequantized(rounded, rounded.quantized)
             if rounded.input is not None:

@@ -24,7 +24,7 @@ from ds_compress.export.attributes import restore
 from ds_compress.export.load import Stored, serve
 from ds_compress.export.serving_format import QUANT_METHOD
 
-_OURS = {r"\.weight_(codes|packed|scale|offset|global_scale|values)$"}
+_OURS = {r"(\.|_proj_)weight_(codes|packed|scale|offset|global_scale|values)$"}
 
 
 class DsCompressConfig(QuantizationConfigMixin):
@@ -98,6 +98,8 @@ class DsCompressQuantizer(HfQuantizer):
         for name, scheme in config.modules.items():
             if not self._has(model, name):
                 continue
+            for matrix, own in scheme.get("experts", {}).items():
+                self._shape(model, f"{name}.{matrix}", [0, *own["shape"]])
             if "weight" in scheme:
                 self._shape(model, f"{name}.weight", [0, *scheme["weight"]["shape"][1:]])
             elif "plain" in scheme:

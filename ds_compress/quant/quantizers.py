@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,9 @@ class InputQuantizer:
         # An Inf would saturate unnoticed at the end of a fixed range: inf - inf makes the range NaN instead.
         return self.grid, self.input_range + (extremes - extremes)
 
+    def keep_experts(self, kept: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Of the input of a stack of experts: see there."""
+
     def _observe(self, x: torch.Tensor) -> torch.Tensor:
         extremes = torch.stack([x.amin().neg(), x.amax()]).to(torch.float32)
         if self.observed is None or self.observed.device != x.device:
@@ -94,6 +98,12 @@ class ExpertsInputQuantizer(InputQuantizer):
     """
 
     experts: int = field(default=1)
+
+    def keep_experts(self, kept: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """kept: [experts, 2] -> rows of the experts that are left."""
+        self.experts = len(kept(torch.empty(self.experts, 2)))
+        self.input_range = None if self.input_range is None else kept(self.input_range)
+        self.observed = None
 
     def quantize(self, x: torch.Tensor, expert: int | torch.Tensor, training: bool) -> torch.Tensor:
         """Q(x) with a straight-through gradient; observes in training where ranges are static.

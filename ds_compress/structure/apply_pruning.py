@@ -61,6 +61,7 @@ def apply_pruning(model: nn.Module, pruning_plan: PruningPlan, meta: bool = Fals
     """See `PruningPlan.apply_pruning`."""
     inventory = Inventory(model)
     pruning_plan.aliases |= second_names(model)
+    pruning_plan.know_scales(model)
     # Everything is looked up before anything changes.
     attentions, _ = attentions_of(inventory)
     counted = _with_unpruned(inventory, pruning_plan)

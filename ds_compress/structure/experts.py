@@ -49,10 +49,16 @@ def routing_slices(block: MoeBlock) -> dict[str, int]:
     """{tensor, by its name in the block: the dimension with an entry for each expert}, of all but the experts."""
     inside = f"{block.experts_name.removeprefix(block.name + '.')}."
     routers = {_top(router.removeprefix(block.name + ".")) for router in block.full_routers}
+    # In a model as wide as it has experts, gates of shared ones and norms have as many entries.
+    others = {f"{router.removeprefix(block.name + '.')}.weight" for router in block.routers} - {
+        f"{router.removeprefix(block.name + '.')}.weight" for router in block.full_routers
+    }
     slices = {}
     for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
         shape = _shape(tensor)
-        if name.startswith(inside) or block.experts not in shape:
+        if name.startswith(inside) or name in others or block.experts not in shape:
+            continue
+        if "norm" in type(block.module.get_submodule(name.rpartition(".")[0])).__name__.lower():
             continue
         if "." in name and _top(name) not in routers and not _is_for_routing(block, _top(name)):
             continue

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ds_compress.structure.given_scales import GivenScales, given_scales
 from ds_compress.structure.inventory import second_names
 from ds_compress.structure.prunable_group import PrunableGroup
 
@@ -32,6 +33,8 @@ class PruningPlan:
         self._removed_of_experts: dict[str, dict[int, torch.Tensor]] = {}
         """int64 (experts, removed): entries along a dimension, counted as in `CoupledSlice.of_experts`."""
         self._scales: dict[str, float] = {}
+        self.given_scales: dict[str, GivenScales] = {}
+        """Parameters that are scales of others, as far as known: see `know_scales`."""
         self._layers: dict[str, int | None] = {}
         for group in self.active():
             self._add(group)
@@ -73,28 +76,27 @@ class PruningPlan:
 
     # -- tensors ---------------------------------------------------------------------------------------
 
+    def know_scales(self, model: nn.Module) -> None:
+        """From now on the scales that are parameters of `model` (before pruning) lose what their weights lose."""
+        self.given_scales |= given_scales(model)
+
     def touches(self, name: str) -> bool:
         """Whether the tensor loses entries or is rescaled."""
         name = self.aliases.get(name, name)
+        if name in self.given_scales:
+            return self.touches(self.given_scales[name].weight)
         return name in self._removed or name in self._removed_of_experts or name in self._scales
 
     def shape_of(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the tensor `name` after pruning, `shape` before it."""
         name = self.aliases.get(name, name)
         left = list(shape)
-        for dim, gone in self._removed.get(name, {}).items():
+        of_each, removed = self._gone(name, shape)
+        for dim, gone in removed.items():
             left[dim] -= gone.numel()
-        for dim, of_experts in self._removed_of_experts.get(name, {}).items():
+        for dim, of_experts in of_each.items():
             left[dim] -= of_experts.shape[1]
         return tuple(left)
-
-    def kept_along(self, name: str, dim: int, size: int) -> torch.Tensor:
-        """int64: which of the `size` entries along a dimension of the tensor stay for all of its others."""
-        stays = torch.ones(size, dtype=torch.bool)
-        gone = self._removed.get(self.aliases.get(name, name), {}).get(dim)
-        if gone is not None:
-            stays[gone] = False
-        return stays.nonzero().flatten()
 
     def prune_tensor(self, name: str, tensor: torch.Tensor, is_weight: bool = True) -> torch.Tensor:
         """The kept part of the full tensor `name` (its name before pruning); the tensor itself when it loses nothing.
@@ -105,15 +107,36 @@ class PruningPlan:
         if tensor.is_meta:
             shape = self.shape_of(name, tensor.shape)
             return tensor if shape == tuple(tensor.shape) else tensor.new_empty(shape)
-        for dim, gone in self._removed_of_experts.get(name, {}).items():
+        of_each, removed = self._gone(name, tensor.shape)
+        for dim, gone in of_each.items():
             # Before experts themselves are removed, which `gone` counts.
             tensor = _without_entries(tensor, dim, gone)
-        for dim, gone in self._removed.get(name, {}).items():
+        for dim, gone in removed.items():
             stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
             stays[gone] = False
             tensor = tensor.index_select(dim, stays.nonzero().flatten().to(tensor.device))
         scale = self._scales.get(name)
         return tensor if scale is None or not is_weight else tensor * scale
+
+    def kept_experts(self, weight: str, values: torch.Tensor) -> torch.Tensor:
+        """Of [experts, ...], a row for each matrix of the stack `weight` (its name before pruning), those that stay."""
+        gone = self._removed.get(self.aliases.get(weight, weight), {}).get(0)
+        if gone is None or not values.dim():
+            return values
+        stays = torch.ones(values.shape[0], dtype=torch.bool)
+        stays[gone] = False
+        return values[stays.nonzero().flatten().to(values.device)]
+
+    def _gone(
+        self, name: str, shape: Sequence[int]
+    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """(entries that each expert loses, entries that the tensor loses) by dimension."""
+        scales = self.given_scales.get(name)
+        if scales is None:
+            return self._removed_of_experts.get(name, {}), self._removed.get(name, {})
+        weight = self.aliases.get(scales.weight, scales.weight)
+        of_each = scales.gone(self._removed_of_experts.get(weight, {}), shape)
+        return of_each, scales.gone(self._removed.get(weight, {}), shape)
 
     # -- layers ----------------------------------------------------------------------------------------
 

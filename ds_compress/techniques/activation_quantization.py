@@ -22,6 +22,7 @@ where a value clips.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,7 @@ from ds_compress.techniques.base import Technique
 from ds_compress.techniques.observed_ranges import ObservedRanges, renamed_ranges
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ds_compress.config.targets import Target, TechniquePlan
@@ -106,6 +108,10 @@ class ActivationQuantization(Technique):
     def state_dict(self) -> dict[str, Any]:
         """`ranges`: fp32 (min, max) on the CPU by module name, for the layers that have one."""
         return {"step": self._step, "ranges": self._ranges.state()}
+
+    def keep_experts(self, kept: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        for name, quantizer in self._quantizers.items():
+            quantizer.keep_experts(functools.partial(kept, name))
 
     def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
         state = self.state_dict()

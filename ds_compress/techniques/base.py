@@ -187,6 +187,12 @@ class Technique:
     def drop_layers(self, names: Collection[str]) -> None:
         """The model is about to lose these layers; for techniques that survive it."""
 
+    def keep_experts(self, kept: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """Stacks of experts have lost some: what stays on the modules, or is carried over a shrink, loses them, too.
+
+        kept: (name of the stack before, [experts, ...]) -> those that stay.
+        """
+
     def after_shrink(self) -> None:
         """The model was cut, and this technique (of the smaller model) has all state of its predecessor."""
 

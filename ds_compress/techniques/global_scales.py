@@ -89,6 +89,13 @@ class GlobalScales:
                 self._largest[name] = saved.to(self._largest[name].device)
         self._share()
 
+    def keep_experts(self, kept: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        """kept: (name of a stack, [experts]) -> those of the experts that stay."""
+        for target in self._targets:
+            if target.kind.is_experts:
+                self._largest[target.param_name] = kept(target.param_name, self._largest[target.param_name])
+        self._share()
+
     def _share(self) -> None:
         by_module = {target.module_name: target.param_name for target in self._targets}
         for members in self._members:

@@ -170,6 +170,10 @@ class WeightQuantization(Technique):
         # Bits, blend and noise are functions of the step; given step sizes are the model's parameters.
         return {"step": self._step, **self._global.state_dict()}
 
+    def keep_experts(self, kept: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        self._global.keep_experts(kept)
+        self._use_schedule_at(self._step)
+
     def renamed_state(self, renamed: Callable[[str], str | None]) -> dict[str, Any]:
         # Global scales of the smaller model were measured when it was prepared.
         return {"step": self._step}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from ds_compress.engine.checkpoint import model_file, origin
 from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module
-from ds_compress.quant import layers
+from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
 from ds_compress.structure.apply_pruning import apply_pruning
+from ds_compress.structure.given_scales import given_scales
 from ds_compress.structure.pruning_plan import PruningPlan
-from ds_compress.structure.scale_cuts import experts_left, layout_of, scales_left
 from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import TechniqueContext
 
@@ -187,27 +188,27 @@ def _compress(
             technique.load_state_dict(_renamed(state["stages"][technique.name], pruning_plan))
     old_names = {renamed: name for name in shapes if (renamed := pruning_plan.renamed(name)) is not None}
     for name, parameter in model.named_parameters():
-        if layers.is_step_size(name):
-            weight = old_names[layers.weight_of_step_size(name)]
-            saved = weights[layers.step_size_name(weight)].contiguous()
-            layout = layout_of(model.get_submodule(name.rpartition(".")[0]))
-            parameter.data.copy_(scales_left(saved, weight, shapes[weight], layout, pruning_plan))
+        if name.endswith(STEP_SIZE_SUFFIX):
+            weight = old_names[name.removesuffix(STEP_SIZE_SUFFIX)]
+            saved = weights[f"{weight}{STEP_SIZE_SUFFIX}"].contiguous()
+            own = replace(given_scales(model)[name], weight=weight, shape=shapes[weight])
+            pruning_plan.given_scales[f"{weight}{STEP_SIZE_SUFFIX}"] = own
+            parameter.data.copy_(pruning_plan.prune_tensor(f"{weight}{STEP_SIZE_SUFFIX}", saved))
 
 
 def _renamed(state: Mapping[str, Any], pruning_plan: PruningPlan) -> dict[str, Any]:
     """Ranges and global scales by the names that modules have after the cut."""
-
-    def left(values: torch.Tensor, name: str) -> torch.Tensor:
-        # One row for each expert; a whole weight has a number, and an input the two ends of its range.
-        of_experts = values.dim() > 1 or ("largest" in state and values.dim() == 1)
-        return experts_left(values, name, pruning_plan) if of_experts else values
-
     if "largest" in state:
-        largest = {pruning_plan.renamed(name): left(value, name) for name, value in state["largest"].items()}
+        largest = {
+            pruning_plan.renamed(name): pruning_plan.kept_experts(name, value)
+            for name, value in state["largest"].items()
+        }
         return {**state, "largest": {name: value for name, value in largest.items() if name is not None}}
     if "ranges" not in state:
         return dict(state)
     renamed = {
-        pruning_plan.renamed(f"{name}.weight"): left(values, name) for name, values in state["ranges"].items()
+        # By the name of a layer, or of a stack of experts.
+        pruning_plan.renamed(f"{name}.weight"): pruning_plan.kept_experts(name, values)
+        for name, values in state["ranges"].items()
     }
     return {**state, "ranges": {n.removesuffix(".weight"): v for n, v in renamed.items() if n is not None}}

@@ -30,6 +30,7 @@ def cut_in_place(
     """
     model: nn.Module = engine.module
     old = dict(model.named_parameters())
+    pruning_plan.know_scales(model)
     values: dict[int, torch.Tensor] = {}
     names = {id(parameter): name for name, parameter in old.items()}
     for module in model.modules():

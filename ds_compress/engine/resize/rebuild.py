@@ -13,7 +13,6 @@ from ds_compress.engine.resize.uncut import Uncut
 from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.zero import parameters
 from ds_compress.structure.pruning_plan import PruningPlan
-from ds_compress.structure.scale_cuts import experts_left
 
 
 def rebuild_smaller(
@@ -41,10 +40,10 @@ def rebuild_smaller(
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     successor.start_at(run.applied_steps)
     renamed = _renamed_modules(pruning_plan)
+    for technique in run.techniques.values():
+        technique.keep_experts(pruning_plan.kept_experts)
     for name, technique in successor.techniques.items():
-        before = run.techniques[name]
-        state = before.renamed_state(renamed)
-        technique.load_state_dict(_of_experts_left(state, before.state_dict(), renamed, pruning_plan))
+        technique.load_state_dict(run.techniques[name].renamed_state(renamed))
     return successor
 
 
@@ -69,23 +68,6 @@ def _removed_layers(run: CompressionRun) -> set[str]:
         if group.layers and name in kept:
             removed |= set(group.layers) - {group.layers[unit] for unit in kept[name].tolist()}
     return removed
-
-
-def _of_experts_left(
-    state: Mapping[str, Any],
-    before: Mapping[str, Any],
-    renamed: Callable[[str], str | None],
-    pruning_plan: PruningPlan,
-) -> Mapping[str, Any]:
-    """Ranges of fused experts, [experts, 2] by the name of a parameter, without those of removed experts."""
-    if "ranges" not in state:
-        return state
-    origin = {renamed(name): name for name in before["ranges"]}
-    ranges = {
-        name: experts_left(values, origin[name], pruning_plan) if values.dim() > 1 else values
-        for name, values in state["ranges"].items()
-    }
-    return {**state, "ranges": ranges}
 
 
 def _renamed_modules(pruning_plan: PruningPlan) -> Callable[[str], str | None]:

@@ -25,10 +25,8 @@ from ds_compress.engine.resize.uncut import Uncut
 from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.zero import copies
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.quant import layers
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.pruning_plan import PruningPlan
-from ds_compress.structure.scale_cuts import Layout, layout_of, scales_left
 
 logger = logging.getLogger("ds_compress")
 
@@ -37,9 +35,9 @@ def shrink(engine: Any) -> None:
     """Rebuilds `engine` in place on the model without what is masked now; a collective, between two steps."""
     run: CompressionRun = engine.compression
     pruning_plan = run.pruning_plan()
+    pruning_plan.know_scales(engine.module)
     before = _total(engine.module)
     old = {name: shape_of(p) for name, p in engine.module.named_parameters()}
-    layouts = _layouts(engine.module)
     snapshot = Snapshot(engine, run.shards, run.techniques.values())
     carried = Carried(engine)
     uncut = Uncut(engine, pruning_plan)
@@ -48,7 +46,7 @@ def shrink(engine: Any) -> None:
     fresh = object.__new__(type(engine))
     successor = rebuild_smaller(run, fresh, made, pruning_plan)
     successor.uncut = uncut
-    restored = _Restored(old, pruning_plan, snapshot, layouts)
+    restored = _Restored(old, pruning_plan, snapshot)
     restored.optimizer(fresh, successor.shards)
     copies.refresh(fresh)
     restored.techniques(successor)
@@ -86,16 +84,6 @@ def _total(model: nn.Module) -> str:
     return f"{sum(torch.Size(shape_of(p)).numel() for p in model.parameters()):,}"
 
 
-def _layouts(model: nn.Module) -> dict[str, Layout]:
-    """{name of given scales: how the weight that they are of lies}."""
-    return {
-        f"{name}.{local}".lstrip("."): layout_of(module)
-        for name, module in model.named_modules()
-        for local in module._parameters
-        if layers.is_step_size(local)
-    }
-
-
 class _Restored:
     """The state of each weight, cut, in the places that the new engine has for it."""
 
@@ -104,10 +92,8 @@ class _Restored:
         old: Mapping[str, tuple[int, ...]],
         pruning_plan: PruningPlan,
         snapshot: Snapshot,
-        layouts: Mapping[str, Layout],
     ) -> None:
         self._old, self._pruning_plan, self._snapshot = old, pruning_plan, snapshot
-        self._layouts = layouts
         renamed = {name: pruning_plan.renamed(name) for name in old}
         self.origin = {new: name for name, new in renamed.items() if new is not None}
         """{name of a parameter now: before}."""
@@ -151,11 +137,5 @@ class _Restored:
         whole = self._snapshot.whole(owner, kind, name, self._old[name])
         if fragment is None:
             return None
-        cut = self._cut(name, whole, is_weight=kind in (MASTER, "hidden"))
+        cut = self._pruning_plan.prune_tensor(name, whole, is_weight=kind in (MASTER, "hidden"))
         return cut.flatten()[fragment.start : fragment.start + fragment.numel]
-
-    def _cut(self, name: str, whole: torch.Tensor, is_weight: bool) -> torch.Tensor:
-        if not layers.is_step_size(name):
-            return self._pruning_plan.prune_tensor(name, whole, is_weight)
-        weight = layers.weight_of_step_size(name)
-        return scales_left(whole, weight, self._old[weight], self._layouts[name], self._pruning_plan)

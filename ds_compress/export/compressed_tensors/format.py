@@ -14,6 +14,7 @@ are any, since fp32 products with bfloat16 weights fail. Else it is float32, bec
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export import kv_cache
-from ds_compress.export.compressed_tensors import floats, inputs, integers
+from ds_compress.export.compressed_tensors import experts, floats, inputs, integers
 from ds_compress.export.compressed_tensors.fused import ScalesOfTensors
 from ds_compress.export.compressed_tensors.groups import ConfigGroups, notes_on
 from ds_compress.export.compressed_tensors.packing import loads_when_packed
@@ -31,10 +32,12 @@ from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.auxiliary import is_auxiliary
+from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant import layers
 
 _INT8 = 8
+_OF_STACKS = 3
 _AS_TRAINED = ("group", "tensor_group")
 
 
@@ -46,11 +49,13 @@ class CompressedTensorsFormat(Format):
     """
 
     name: ClassVar[str] = "compressed-tensors"
+    stores_stacks: ClassVar[bool] = True
     groups: ConfigGroups = field(default_factory=ConfigGroups)
     packs: bool = True
     computes_in: torch.dtype = torch.float32
     same_activations: bool = True
     of_tensors: ScalesOfTensors = field(default_factory=ScalesOfTensors)
+    expert_schemes: set[str | None] = field(default_factory=set)
 
     @property
     def rounds_plain_to(self) -> torch.dtype | None:
@@ -98,6 +103,51 @@ class CompressedTensorsFormat(Format):
             raise ExportError(f"{layer.name}: {error}; {_way_out(layer)}") from error
         return stored | {layer.full(name): tensor for name, tensor in found.items()}
 
+    def files(self, layer: Layer) -> dict[str, torch.Tensor]:
+        return super().files(layer) | self._experts(layer)
+
+    def _experts(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """By full name: each matrix of each expert as a layer of its own."""
+        stored: dict[str, torch.Tensor] = {}
+        for local, stack in layer.experts.items():
+            inputs = layer.expert_inputs.get(local)
+            try:
+                reason = experts.misread_matrix(stack.first, layer, local)
+                if reason is not None:
+                    raise ValueError(f"{reason}; {experts.INSTEAD}")
+                for name, matrix, used in experts.single_matrices(layer, local, stack, self.hub):
+                    one = Layer(name, ModuleKind.LINEAR, matrix, input=used)
+                    stored |= {one.full(key): tensor for key, tensor in self._quantized(one).items()}
+            except ValueError as error:
+                raise ExportError(f"{layer.full(local)}: {error}") from error
+            if inputs is not None:
+                self.same_activations = False
+                self.note(
+                    "inputs of experts are quantized by servers as in training; transformers dequantizes experts when "
+                    "it loads them and leaves their inputs as they are"
+                )
+        self._check_alike(layer)
+        return stored
+
+    def _check_alike(self, layer: Layer) -> None:
+        """transformers reads all experts of a model by one scheme, and would read other ones wrongly."""
+        if layer.kind is None or not layer.kind.is_experts:
+            return
+        plain = [None for tensor in layer.tensors.values() if tensor.dim() == _OF_STACKS]
+        self.expert_schemes |= {
+            *plain,
+            *(
+                json.dumps(scheme, sort_keys=True)
+                for name, scheme in self.schemes.items()
+                if name.startswith(f"{layer.name}.") or experts.is_of_expert(name)
+            ),
+        }
+        if len(self.expert_schemes) > 1:
+            raise ExportError(
+                f"{layer.name}: experts of one model are quantized in one way, or stock transformers reads them "
+                f"wrongly; quantize both matrices of all experts alike, or {OTHER_FORMAT}"
+            )
+
     def _quantized(self, layer: Layer) -> dict[str, torch.Tensor]:
         """By local name. Raises ValueError where compressed-tensors cannot say it."""
         scheme: dict[str, Any] = {"weights": None, "input_activations": None, "format": "dense"}
@@ -133,7 +183,10 @@ class CompressedTensorsFormat(Format):
         return values
 
     def values(self, layer: Layer) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.computes_in) for name, value in super().values(layer).items()}
+        return {
+            name: value if self.is_kept_in_fp32(name) else value.to(self.computes_in)
+            for name, value in super().values(layer).items()
+        }
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
         if self.kv_cache:
@@ -216,8 +269,8 @@ class CompressedTensorsFormat(Format):
         found = {
             fake_quant.grid.format
             for module in model.modules()
-            if kind_of(module) is ModuleKind.LINEAR
-            if (fake_quant := layers.fake_quant_of(module)) is not None
+            if kind_of(module) is ModuleKind.LINEAR or fused_experts(module) is not None
+            for fake_quant in layers.quantized_parameters(module).values()
         }
         rounded = self.scheme.weights if self.scheme is not None else None
         return found if rounded is None else found | {rounded.format}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ds_compress.export.compressed_tensors.arguments import preset_of
+from ds_compress.export.compressed_tensors.experts import targets_of
 
 Arguments = dict[str, Any] | None
 
@@ -41,6 +42,8 @@ class ConfigGroups:
         groups = list(self._groups.values())
         if len(groups) == 1:
             groups = [{**groups[0], "targets": ["Linear"]}]
+        else:
+            groups = [{**group, "targets": targets_of(group["targets"])} for group in groups]
         return {f"group_{number}": group for number, group in enumerate(groups)}
 
 

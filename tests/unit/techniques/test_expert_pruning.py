@@ -327,6 +327,52 @@ class TestMerging:
             assert not torch.equal(evaluated(plain), evaluated(merged))
 
 
+def quantized(**shared: Any) -> dict[str, Any]:
+    keys = {"enabled": True, "quantize_weight_in_forward": True, "schedule_offset": 0, **shared}
+    groups = {"a": {"params": {"start_bits": 8, "target_bits": 8}, "modules": ["experts"]}}
+    return {"weight_quantization": {"shared_parameters": keys, "different_groups": groups}}
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "learned scales": quantized(granularity="per_channel", learned_scale=True),
+    "learned scale": quantized(granularity="per_tensor", learned_scale=True),
+    "static ranges": {"scheme": {"FP8": ["experts"]}},
+    "global scales": {"scheme": {"NVFP4": ["experts"]}},
+    "integers": {"scheme": {"W8A8": ["experts"]}},
+    "zeros": {
+        "sparse_pruning": {
+            "shared_parameters": {"enabled": True, "schedule_offset": 1, "method": "l1"},
+            "different_groups": {"a": {"params": {"dense_ratio": 0.5}, "modules": ["experts"]}},
+        }
+    },
+    "fewer layers": {
+        "depth_pruning": {"shared_parameters": {"enabled": True, "dense_ratio": 0.5, "schedule_offset": 2}}
+    },
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+class TestBesideOthers:
+    def test_removed_equals_masked_and_training_goes_on(self, name: str, beside: str) -> None:
+        losses = {}
+        for shrinks in (False, True):
+            blocks = {
+                **block("reap", shrink_at_end_of_schedule=shrinks, merge=beside == "zeros"),
+                **copy.deepcopy(BESIDE[beside]),
+            }
+            if "depth_pruning" in blocks:
+                blocks["depth_pruning"]["shared_parameters"]["shrink_at_end_of_schedule"] = shrinks
+            model = mixture(name, intermediate_size=32)
+            with engine_of(model, ds_config(3 if shrinks else 0, blocks)) as engine:
+                losses[shrinks] = train(engine, 5)
+                masked = evaluated(engine)
+                final: Any = ds_compress.finalize(engine)
+            assert final.config.num_local_experts == 2
+            torch.testing.assert_close(evaluated(final), masked, rtol=1e-5, atol=1e-5)
+        assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
 class TestRefusals:
     def refused(self, name: str, **keys: Any) -> str:
         with pytest.raises(ConfigError) as caught:
