@@ -172,10 +172,10 @@ def _read(
         return None
     inputs = _input_schemes(module)
     if pruning_plan is not None and fused_experts(module):
-        for local, scheme in inputs.items():
-            if scheme.input_range is not None:
-                left = pruning_plan.kept_experts(prefix + local, scheme.input_range)
-                inputs[local] = InputScheme(scheme.grid, left)
+        for local, own in inputs.items():
+            if own.input_range is not None:
+                left = pruning_plan.kept_experts(prefix + local, own.input_range)
+                inputs[local] = InputScheme(own.grid, left)
     scheme = None if fused_experts(module) else inputs.pop(layers.WEIGHT, None)
     return Layer(new_name, _kind(module), quantized, tensors, scheme, ties, split_from, experts, inputs)
 

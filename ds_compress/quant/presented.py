@@ -184,6 +184,7 @@ def _storage(tensor: torch.Tensor) -> int:
         return 0
 
 
+@torch.compiler.disable
 def _outer_hooks() -> tuple[_Hook, _Hook]:
     ask: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     found = None if ask is None else ask(False)
