@@ -435,3 +435,43 @@ def test_forward_computes_with_what_is_exported(
     torch.testing.assert_close(ours["hidden"], expected["hidden"], rtol=1e-4, atol=1e-4)
     if "learned" in kind:
         assert bool(ours["down_proj_step_size"].any())
+
+
+class _Ungated(nn.Module):
+    """Experts without a gate, as the interface of transformers has them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.up_proj = nn.Parameter(torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0)))
+        self.down_proj = nn.Parameter(torch.randn(4, 16, 12, generator=torch.Generator().manual_seed(1)))
+        self.act_fn = nn.ReLU()
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for expert in range(4):
+            token, place = torch.where(index == expert)
+            inner = self.act_fn(nn.functional.linear(hidden[token], self.up_proj[expert]))
+            y = nn.functional.linear(inner, self.down_proj[expert])
+            out.index_add_(0, token, y * weights[token, place, None])
+        return out
+
+
+@pytest.mark.parametrize("block", [_INT4, _W8A8], ids=["W4A16", "W8A8"])
+def test_experts_without_a_gate(block: dict[str, Any]) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    cls = moe.use_experts_implementation(
+        type("Ungated", (_Ungated,), {"forward": _Ungated.forward}), has_gate=False
+    )
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        config = type("Config", (), {"_experts_implementation": implementation})()
+        model = nn.Sequential()
+        model.add_module("experts", cls(config))
+        prepared(model, _only_experts(block))
+        found.append(gradients(experts_of(model), routed()))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-4)
+    exact = gradients(cls(type("Config", (), {"_experts_implementation": "eager"})()), routed())
+    assert not torch.allclose(found[0]["y"], exact["y"], rtol=1e-4)
