@@ -85,9 +85,9 @@ class ExpertProducts(TorchFunctionMode):
         ids = source.ids
         if name in _LOOK_UPS:
             index = kwargs.get("index", args[-1])
-            if ids is not None or not isinstance(index, torch.Tensor) or index.dim() != 1:
+            if ids is not None or not isinstance(index, torch.Tensor) or index.dim() > 1:
                 return  # what it is shows in no place: its product will be missed, and said so
-            ids = index
+            ids = index.reshape(-1)
         elif result.numel() != source.numel:
             return
         per_matrix = source.numel // source.experts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from torch.autograd.function import once_differentiable
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import weight_backward
+from ds_compress.quant.grid import Granularity, Levels
 
 _Hook = Callable[[Any], Any]
+_STACK_OF_MATRICES = 3
 
 
 @dataclass(eq=False)
@@ -45,12 +47,36 @@ class Stack:
     def needs_unclipped(self) -> bool:
         return self.fake_quant.changes_gradient and not self.fake_quant.grid.learned
 
+    @property
+    def by_outputs(self) -> bool:
+        """Whether stacks of [inputs, outputs] are turned, so that what shares a scale lies together in memory."""
+        grid = self.fake_quant.grid
+        in_rows = grid.granularity in (Granularity.PER_CHANNEL, Granularity.PER_COLUMN_GROUP)
+        # The noise of a weight depends on its place, and a mean on the order of its terms.
+        has_order = grid.stochastic or grid.levels in (Levels.TERNARY, Levels.BINARY)
+        return grid.channel_axis == 1 and in_rows and not has_order
+
+    def turned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[experts, outputs, inputs] of a parameter, its gradient or its scales, where these are worked on."""
+        if not self.by_outputs or tensor.dim() < _STACK_OF_MATRICES:
+            return tensor
+        return tensor.transpose(1, 2).contiguous()
+
+    @property
+    def config(self) -> FakeQuantConfig:
+        """That of what `turned` gives."""
+        if not self.by_outputs:
+            return self.fake_quant
+        return replace(self.fake_quant, grid=replace(self.fake_quant.grid, channel_axis=0))
+
     def quantized(
         self, parameter: torch.Tensor, step_size: torch.Tensor | None, again: bool
     ) -> FakeQuantized:
+        """Of what `turned` gives of both."""
+        scales = None if step_size is None else self.turned(step_size)
         with_unclipped = again and self.needs_unclipped
         return fake_quantize_weight(
-            parameter.detach(), self.fake_quant, step_size, with_unclipped=with_unclipped
+            self.turned(parameter.detach()), self.config, scales, with_unclipped=with_unclipped
         )
 
     def again(self, parameter: torch.Tensor, step_size: torch.Tensor | None) -> torch.Tensor:
@@ -77,7 +103,9 @@ class _Presented(Function):
         ctx.dtype = parameter.dtype
         saves = stack.fake_quant.changes_gradient or step_size is not None
         ctx.save_for_backward(*((parameter, step_size) if saves else (None, None)))
-        return stack.quantized(parameter, step_size, again=False).values.to(stack.dtype).contiguous()
+        values = stack.quantized(parameter, step_size, again=False).values.to(stack.dtype).contiguous()
+        # As a view: a product takes either.
+        return values.transpose(1, 2) if stack.by_outputs else values
 
     @staticmethod
     @once_differentiable
@@ -89,9 +117,14 @@ class _Presented(Function):
             return grad, None, None
         found = stack.found or stack.quantized(parameter, step_size, again=True)
         stack.found = None
+        scales = None if step_size is None else stack.turned(step_size)
         grad, grad_step = weight_backward(
-            grad, parameter, stack.fake_quant, found.qparams, step_size, found.unclipped
+            stack.turned(grad), stack.turned(parameter), stack.config, found.qparams, scales, found.unclipped
         )
+        if stack.by_outputs:
+            grad = grad.transpose(1, 2).contiguous()
+            if grad_step is not None and grad_step.dim() == _STACK_OF_MATRICES:
+                grad_step = grad_step.transpose(1, 2).contiguous()
         return grad if ctx.needs_input_grad[0] else None, grad_step, None
 
 
@@ -151,6 +184,7 @@ def _storage(tensor: torch.Tensor) -> int:
         return 0
 
 
+@torch.compiler.disable
 def _outer_hooks() -> tuple[_Hook, _Hook]:
     ask: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     found = None if ask is None else ask(False)

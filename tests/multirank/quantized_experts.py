@@ -171,3 +171,27 @@ def shrunk(keys: Sequence[str] = ("int4", "learned", "static inputs", "nvfp4")) 
                             "ranges": ranges,
                         }
     return results
+
+
+def variants(steps: int = 3) -> dict[Any, list[float]]:
+    """{(block, stage, implementation, checkpointing): losses}; checkpointing: "none", "reentrant" or "hooks"."""
+    results: dict[Any, list[float]] = {}
+    block = {
+        "int4": _int4(quantize_weight_in_forward=True, narrow_range=False),
+        "static": BLOCKS["static inputs"],
+    }
+    for key, chosen in block.items():
+        for stage in (0, 3):
+            for implementation in ("eager", "batched_mm", "grouped_mm"):
+                for checkpointing in ("none", "reentrant", "hooks"):
+                    model = built("qwen3_moe")
+                    model.config._experts_implementation = implementation
+                    if checkpointing != "none":
+                        given = {"use_reentrant": checkpointing == "reentrant"}
+                        model.gradient_checkpointing_enable(given)
+                        model.enable_input_require_grads()
+                    config = ds_config(stage, copy.deepcopy(chosen), gradient_clipping=0.0)
+                    with engine_of(model, config) as engine:
+                        losses = [step(engine, number) for number in range(steps)]
+                    results[key, stage, implementation, checkpointing] = losses
+    return results

@@ -129,3 +129,16 @@ def test_experts_that_leave_take_their_scales_and_ranges_along(shrunk: Any, name
         assert smaller["losses"] == pytest.approx(shrunk[name, key, 0, True]["losses"], abs=1e-5)
         assert smaller["shapes"]["model.layers.0.mlp.experts.down_proj"][0] == 2
         assert all(tuple(ranges.shape) == (2, 2) for ranges in smaller["ranges"].values())
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[Any, list[float]]:
+    return run_ranks(2, "tests.multirank.quantized_experts:variants")[0]
+
+
+@pytest.mark.parametrize("key", ["int4", "static"])
+def test_implementations_and_checkpointing(variants: dict[Any, list[float]], key: str) -> None:
+    reference = variants[key, 0, "eager", "none"]
+    for (block, *how), losses in variants.items():
+        if block == key:
+            assert losses == pytest.approx(reference, abs=1e-5), how

@@ -43,11 +43,16 @@ def experts_of(model: nn.Module) -> QATExperts:
 
 
 def alone(
-    block: dict[str, Any], implementation: str = "grouped_mm", name: str = "qwen3_moe", **config: Any
+    block: dict[str, Any],
+    implementation: str = "grouped_mm",
+    name: str = "qwen3_moe",
+    step: int = 0,
+    **config: Any,
 ) -> QATExperts:
-    """The experts of one layer."""
+    """The experts of one layer, after so many optimizer steps."""
     model: Any = mixture(name, **config)
-    prepared(model, _only_experts(block))
+    for technique in prepared(model, _only_experts(block)).values():
+        technique.after_step(step)
     model.config._experts_implementation = implementation
     return experts_of(model)
 
@@ -369,3 +374,104 @@ def test_a_dynamic_range_of_the_tensor_is_one_of_each_expert(implementation: str
     rows = [given[0][(given[1] == expert).any(1)] for expert in range(4)]
     assert len({float(own.abs().max()) for own in rows}) > 1
     torch.testing.assert_close(found, module(*given), rtol=1e-5, atol=1e-5)
+
+
+_MIXED = {"fp16_mixed_quantize": {"enabled": True, "quantize_change_ratio": 0.5}}
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "stochastic": blocks({"target_bits": 4}, weight_quantization={"rounding": "stochastic"}),
+    "stochastic channels": blocks(
+        {"target_bits": 4, "granularity": "per_channel"}, weight_quantization={"rounding": "stochastic"}
+    ),
+    "blended": blocks({"target_bits": 4, "granularity": "per_channel"}, weight_quantization=_MIXED),
+    "ternary": blocks({"target_bits": 2, "granularity": "per_channel"}),
+    "binary": blocks({"target_bits": 1, "granularity": "per_tensor"}),
+    "asymmetric": blocks(
+        {"target_bits": 4, "granularity": "per_column_group", "group_size": 4},
+        weight_quantization={"quantization_type": "asymmetric"},
+    ),
+    "static": blocks(
+        {"target_bits": 4, "granularity": "per_channel"}, weight_quantization={"scales": "static"}
+    ),
+    "searched": blocks({"format": "nvfp4"}, weight_quantization={"scales": "searched"}),
+    "learned": blocks({"format": "mxfp8", "group_size": None}, weight_quantization={"scales": "learned"}),
+    "learned parts": blocks(
+        {"target_bits": 4}, weight_quantization={"scales": "learned", "quantize_groups": 4}
+    ),
+    "squares": blocks({"format": "fp8_e4m3", "granularity": "per_block"}),
+    "nf4": blocks({"format": "nf4"}),
+    "scheduled": blocks(
+        {"format": "fp8_e4m3", "earlier_formats": [{"format": "int", "bits": 8, "steps": 3}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _WEIGHTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_forward_computes_with_what_is_exported(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """And backward with the same: the gradient of the inputs is that of a plain module with these weights."""
+    found: list[torch.Tensor] = []
+
+    def recorded(stack: Stack) -> torch.Tensor:
+        values = present(stack)
+        found.append(values.detach().clone())
+        return values
+
+    monkeypatch.setattr(experts, "present", recorded)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    config = {key: sizes[key] for key in sizes if name == "qwen3_moe" or "moe" not in key}
+    module = alone(_WEIGHTS[kind], "grouped_mm", name, step=1, **config)
+    given = routed(hidden=64)
+    ours = gradients(module, given)
+    other = plain("grouped_mm", name, **config)
+    for position, parameter in enumerate(("gate_up_proj", "down_proj")):
+        exported = layers.quantized_weight(module, parameter)
+        assert torch.equal(found[position], exported)
+        assert not torch.equal(exported, other.get_parameter(parameter))
+        other.get_parameter(parameter).data.copy_(exported)
+    expected = gradients(other, given)
+    torch.testing.assert_close(ours["y"], expected["y"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours["hidden"], expected["hidden"], rtol=1e-4, atol=1e-4)
+    if "learned" in kind:
+        assert bool(ours["down_proj_step_size"].any())
+
+
+class _Ungated(nn.Module):
+    """Experts without a gate, as the interface of transformers has them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.up_proj = nn.Parameter(torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0)))
+        self.down_proj = nn.Parameter(torch.randn(4, 16, 12, generator=torch.Generator().manual_seed(1)))
+        self.act_fn = nn.ReLU()
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for expert in range(4):
+            token, place = torch.where(index == expert)
+            inner = self.act_fn(nn.functional.linear(hidden[token], self.up_proj[expert]))
+            y = nn.functional.linear(inner, self.down_proj[expert])
+            out.index_add_(0, token, y * weights[token, place, None])
+        return out
+
+
+@pytest.mark.parametrize("block", [_INT4, _W8A8], ids=["W4A16", "W8A8"])
+def test_experts_without_a_gate(block: dict[str, Any]) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    cls = moe.use_experts_implementation(
+        type("Ungated", (_Ungated,), {"forward": _Ungated.forward}), has_gate=False
+    )
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        config = type("Config", (), {"_experts_implementation": implementation})()
+        model = nn.Sequential()
+        model.add_module("experts", cls(config))
+        prepared(model, _only_experts(block))
+        found.append(gradients(experts_of(model), routed()))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-4)
+    exact = gradients(cls(type("Config", (), {"_experts_implementation": "eager"})()), routed())
+    assert not torch.allclose(found[0]["y"], exact["y"], rtol=1e-4)

@@ -12,6 +12,7 @@ from torch import nn
 
 import ds_compress
 from tests.multirank.common import ds_config
+from tests.zoo.mixtures import mixture
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -160,4 +161,32 @@ def test_what_computes_nothing_past_a_layer_is_no_problem(how: str) -> None:
     assert "forward" in vars(engine)
     engine.compression.detach()
     assert "forward" not in vars(engine)
+    engine.destroy()
+
+
+class _ReadsExperts(nn.Module):
+    """A block that multiplies by a matrix of its experts itself, and calls them, too."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        mixed: Any = mixture("qwen3_moe")
+        self.reads = reads
+        self.experts = mixed.model.layers[0].mlp.experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.zeros(len(x), 1, dtype=torch.int64)
+        y: torch.Tensor = self.experts(x, index, torch.ones(len(x), 1))
+        return y + (x @ self.experts.gate_up_proj[0].t()[:, :16] if self.reads else 0)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_matrices_of_experts_that_others_read(stage: int, reads: bool) -> None:
+    engine = engine_on(_ReadsExperts(reads), stage, block(["experts"]))
+    x = torch.randn(4, 16)
+    if not reads:
+        assert engine(x).shape == x.shape
+    else:
+        with pytest.raises(ds_compress.ConfigError, match="experts"):
+            engine(x)
     engine.destroy()
