@@ -25,17 +25,11 @@ def mixture_of(dense: Any, seed: int = 0) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     old = dense.config
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += (
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    )
-    same += ("rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
+    keys = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim rms_norm_eps max_position_embeddings tie_word_embeddings rope_parameters hidden_act bos_token_id
+    eos_token_id pad_token_id"""
     config = MixtralConfig(
-        **{key: getattr(old, key) for key in same},
+        **{key: getattr(old, key) for key in keys.split()},
         num_local_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         router_aux_loss_coef=BALANCE,
@@ -94,7 +88,11 @@ def upcycle(folder: Path, steps: int = STEPS) -> None:
     temporary = folder / "upcycled.tmp"
     model.save_pretrained(temporary)
     temporary.rename(folder / "upcycled")
-    figures = {"steps": steps, "tokens": steps * ROWS * smollm2.TOKENS, "similarity": similarity(model)}
+    figures: dict[str, Any] = {
+        "steps": steps,
+        "tokens": steps * ROWS * smollm2.TOKENS,
+        "similarity": similarity(model),
+    }
     figures |= {"losses": losses, "balance losses": balance}
     (folder / "upcycled.json").write_text(json.dumps(figures) + "\n")
 
