@@ -127,7 +127,7 @@ class Group(StrictModel):
 
     modules: Patterns = Field(
         default=(EVERY_LAYER,),
-        description='Regexes (re.search) on module names; absent or "*": every Linear, Conv1D and Conv2d.',
+        description='Regexes (re.search) on module names; absent or "*": every Linear, Conv1D, Conv2d and expert.',
     )
     related_modules: tuple[Patterns, ...] | None = Field(
         default=None,
