@@ -29,8 +29,8 @@ from rich.table import Table
 
 from ds_compress.examples import assets
 
-from . import record, smollm2, upcycle
-from .float_formats_runs import measure
+from . import kept_runs, record, smollm2, upcycle
+from .float_formats_runs import QAD, measure
 
 METHODS, SEEDS, STEPS = ("reap", "frequency", "random"), (0, 1, 2), 48
 OBSERVED_STEPS, PEAK_LR = 4, 1e-4
@@ -52,23 +52,16 @@ class Run:
 
     def block(self) -> dict[str, Any]:
         """Its `compression_training`."""
-        shared = {
+        shared: dict[str, Any] = {
             "enabled": True,
             "method": self.method,
             "dense_ratio": 0.5,
             "schedule_offset": OBSERVED_STEPS,
             "shrink_at_end_of_schedule": True,
-            "seed": self.seed,
         }
-        distillation = {
-            "enabled": True,
-            "self_teacher": {"weights": "initial"},
-            "teacher_dtype": "bf16",
-            "teacher_zero_stage": 0,
-            "task_loss_weight": 0.0,
-            "losses": {"logits": {}},
-        }
-        return {"expert_pruning": {"shared_parameters": shared}, "distillation": distillation}
+        if self.method == "random":
+            shared["seed"] = self.seed
+        return {"expert_pruning": {"shared_parameters": shared}, "distillation": QAD}
 
 
 def main() -> None:
@@ -112,7 +105,7 @@ def do(runs: Sequence[Run], folder: Path, upcycling_steps: int) -> None:
     if not (folder / "upcycled.json").exists():
         _launch(folder, WHOLE, 0, ["--upcycling-steps", str(upcycling_steps)])
     for run in runs:
-        if finished(folder, run) is None:
+        if kept_runs.finished(folder, run.name) is None:
             _launch(folder, run.method, run.seed, ["--steps", str(run.steps)])
 
 
@@ -161,7 +154,7 @@ def train(folder: Path, run: Run) -> None:
         "healing tokens": float((run.steps - OBSERVED_STEPS) * rows * smollm2.TOKENS)
     }
     figures |= {f"healed: {key}": value for key, value in _numbers(engine.compression.metrics()).items()}
-    _write(folder / "runs" / f"{run.name}.json", figures)
+    kept_runs.keep(folder, run.name, figures)
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:
@@ -183,28 +176,16 @@ def sizes(model: Any) -> dict[str, float]:
     }
 
 
-def _write(path: Path, figures: dict[str, float]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def finished(folder: Path, run: Run) -> dict[str, float] | None:
-    """Its figures; None: it is not done yet."""
-    path = folder / "runs" / f"{run.name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def of_whole(folder: Path) -> dict[str, float]:
     """Of the mixture before pruning, measured once and kept beside the runs."""
-    path = folder / "runs" / f"{WHOLE}.json"
-    if not path.exists():
+    found = kept_runs.finished(folder, WHOLE)
+    if found is None:
         model, held_out = whole(folder), smollm2.rows(folder, "held_out")
-        figures = {"perplexity": measure(model, model, held_out)["perplexity"], **sizes(model)}
+        found = {"perplexity": measure(model, model, held_out)["perplexity"], **sizes(model)}
         known = json.loads((folder / "upcycled.json").read_text())
-        figures |= {"upcycling tokens": float(known["tokens"]), "cosine of two experts": known["similarity"]}
-        _write(path, figures | {"milliseconds of 256 tokens": milliseconds(model, held_out[:1])})
-    found: dict[str, float] = json.loads(path.read_text())
+        found |= {"upcycling tokens": float(known["tokens"]), "cosine of two experts": known["similarity"]}
+        found["milliseconds of 256 tokens"] = milliseconds(model, held_out[:1])
+        kept_runs.keep(folder, WHOLE, found)
     return found
 
 
@@ -223,7 +204,11 @@ def summary(folder: Path, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """{method: figures}: means over the seeds that are finished, and the perplexity in percent of the whole one's."""
     result = {WHOLE: of_whole(folder)}
     for method in dict.fromkeys(run.method for run in runs):
-        found = [f for run in runs if run.method == method and (f := finished(folder, run)) is not None]
+        found = [
+            f
+            for run in runs
+            if run.method == method and (f := kept_runs.finished(folder, run.name)) is not None
+        ]
         if not found:
             continue
         means = {key: statistics.fmean(f[key] for f in found) for key in found[0]}

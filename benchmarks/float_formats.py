@@ -31,7 +31,8 @@ from ds_compress.examples import assets
 
 from . import record, smollm2
 from .float_formats_picture import draw
-from .float_formats_runs import FP8, FP8_SLOWLY, METHODS, PLAIN, PRUNED, SCHEMES, Run, finished, train
+from .float_formats_runs import FP8, FP8_SLOWLY, METHODS, PLAIN, PRUNED, SCHEMES, Run, train
+from .kept_runs import finished
 
 STEPS, SEEDS = 48, (0, 1, 2)
 PICTURE = record.RESULTS / "float_formats.png"
@@ -81,7 +82,7 @@ def all_runs(seeds: Sequence[int], steps: int) -> list[Run]:
 def do(runs: Sequence[Run], folder: Path) -> None:
     """Those that are not finished."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if finished(folder, run) is None]
+    missing = [run for run in runs if finished(folder, run.name) is None]
     if missing and not (folder / "held_out.json").exists():
         try:
             smollm2.prepare(folder)
@@ -103,7 +104,7 @@ def summary(folder: Path, runs: Sequence[Run]) -> Result:
     result: Result = {}
     for scheme, method in dict.fromkeys((run.scheme, run.method) for run in runs):
         same = [run for run in runs if (run.scheme, run.method) == (scheme, method)]
-        found = [figures for run in same if (figures := finished(folder, run)) is not None]
+        found = [figures for run in same if (figures := finished(folder, run.name)) is not None]
         if found:
             means = {key: statistics.fmean(f[key] for f in found) for key in found[0]}
             spread = {

@@ -10,10 +10,8 @@ A run is a scheme of `SCHEMES` and a method of `METHODS`:
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import smollm2
+from . import kept_runs, smollm2
 
 PLAIN = "unquantized"
 PRUNED = ("half the FFN, NVFP4", "half the FFN")
@@ -149,7 +147,7 @@ def train(folder: Path, run: Run) -> None:
         figures |= {"steps": float(steps), "tokens": float(steps * ROWS * smollm2.TOKENS)}
         figures["peak learning rate"] = run.peak_lr
         figures["CPU seconds per step"] = sum(seconds[1:]) / max(1, steps - 1)
-    write(folder, run, figures)
+    kept_runs.keep(folder, run.name, figures)
     dist.destroy_process_group()
 
 
@@ -179,21 +177,3 @@ def measure(model: Any, reference: Any, rows: torch.Tensor, at_once: int = 2) ->
         "perplexity": math.exp(loss / len(rows)),
         "KL to the unquantized model": divergence / len(rows),
     }
-
-
-def write(folder: Path, run: Run, figures: Mapping[str, float]) -> None:
-    """So that a reader sees a whole file or none."""
-    path = path_of(folder, run)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def path_of(folder: Path, run: Run) -> Path:
-    return folder / "runs" / f"{run.name}.json"
-
-
-def finished(folder: Path, run: Run) -> dict[str, float] | None:
-    """Its figures; None: it is not done yet."""
-    path = path_of(folder, run)
-    return json.loads(path.read_text()) if path.exists() else None

@@ -7,7 +7,7 @@ the first step on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -122,8 +122,10 @@ class StructuredShared(StrictModel):
             yield Conflict(
                 ("schedule_offset_end",), end, f"at least schedule_offset ({self.schedule_offset})"
             )
+        known = get_args(type(self).model_fields["method"].annotation)
+        with_seed = [method for method in _METHODS_WITH_SEED if method in known]
         yield from without_effect(
-            self, "seed", self.method not in _METHODS_WITH_SEED, f"method is {listed(_METHODS_WITH_SEED)}"
+            self, "seed", self.method not in with_seed, f"method is {listed(with_seed, 'or')}"
         )
         yield from without_effect(
             self,

@@ -8,7 +8,8 @@ import pytest
 
 import ds_compress
 from benchmarks.float_formats import all_runs, summary
-from benchmarks.float_formats_runs import PLAIN, SCHEMES, Run, finished, write
+from benchmarks.float_formats_runs import PLAIN, SCHEMES, Run
+from benchmarks.kept_runs import finished, keep
 
 RUNS = all_runs((0, 1), 48)
 
@@ -32,7 +33,7 @@ def test_what_is_recovered_comes_from_the_means_of_what_is_finished(tmp_path: Pa
 
     def done(scheme: str, method: str, seed: int, perplexity: float, divergence: float) -> None:
         figures = {"perplexity": perplexity, "KL to the unquantized model": divergence}
-        write(tmp_path, Run(scheme, method, seed, 48), figures)
+        keep(tmp_path, Run(scheme, method, seed, 48).name, figures)
 
     done(PLAIN, "ptq", 0, 20.0, 0.0)
     done("NVFP4", "ptq", 0, 30.0, 0.4)
@@ -46,4 +47,4 @@ def test_what_is_recovered_comes_from_the_means_of_what_is_finished(tmp_path: Pa
     assert trained["KL to the unquantized model, percent recovered"] == pytest.approx(50.0)
     assert trained["perplexity, standard deviation"] == pytest.approx(2**0.5)
     assert "perplexity, percent recovered" not in result["NVFP4, ptq"]
-    assert finished(tmp_path, Run("NVFP4", "qat", 0, 48)) is None
+    assert finished(tmp_path, Run("NVFP4", "qat", 0, 48).name) is None
