@@ -211,8 +211,9 @@ def fix_compression(
 def _fix_quantization(module: nn.Module) -> None:
     if not isinstance(module, layers.QATModule):
         return
-    for name in layers.quantized_parameters(module):
-        module.get_parameter(name).copy_(layers.quantized_weight(module, name))
+    for name, quantizer in list(module.weight_quantizers()):
+        if quantizer.fake_quant is not None:
+            module.get_parameter(name).copy_(layers.quantized_weight(module, name))
         module.set_weight_quantizer(name, None)
     layers.detach(module)
 

@@ -84,7 +84,7 @@ _STRANGERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "persimmon": ("PersimmonForCausalLM", "PersimmonConfig", _BASE, "rhl"),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", _GROUPED, "rhl"),
     "cohere": ("CohereForCausalLM", "CohereConfig", _GROUPED, "rhl"),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 4}, "hl"),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 4}, "rhl"),
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -94,7 +94,7 @@ _STRANGERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
             "num_local_experts": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
-        "hl",
+        "rhl",
     ),
     "phi3_one_key": ("Phi3ForCausalLM", "Phi3Config", {**_GROUPED, "num_key_value_heads": 1}, "rhl"),
     "mamba": ("MambaForCausalLM", "MambaConfig", {**_BASE, "num_hidden_layers": 3}, "l"),

@@ -46,7 +46,7 @@ _EXACT_HIDDEN = {
 }
 _HEADS_IN_CONFIG = {"t5", "t5_gated", "vit", "gemma2", "gemma3", "phi"} | _EXACT_HIDDEN
 """Where stock transformers says the size of a head apart from their number."""
-_CASES = [(name, (kind,)) for name in ZOO for kind in GroupKind] + [
+_CASES = [(name, (kind,)) for name in ZOO for kind in GroupKind if kind is not GroupKind.EXPERT] + [
     (name, (_ROW, _HEAD, _LAYER, _HIDDEN)) for name in _TRANSFORMERS
 ]
 
