@@ -100,7 +100,6 @@ class GroupSelection:
         self.problems += self._other_number_of_heads()
         self.problems += self._unobserved()
         self.problems += self._too_few()
-        self.problems += self._not_observed()
 
     # -- which structures ------------------------------------------------------------------------------
 
@@ -317,20 +316,6 @@ class GroupSelection:
                 yield Problem(dotted(self.key), what, lowest, hint)
                 return
 
-    def _not_observed(self) -> Iterator[Problem]:
-        """Scores of experts come from what their fused module is called with."""
-        method = self.block.shared.method
-        lists = [
-            t.structure for t in self.targets.values() if self.kind is GroupKind.EXPERT and t.structure.layers
-        ]
-        if lists and method in ("reap", "frequency"):
-            yield Problem(
-                dotted(self.key, "shared_parameters", "method"),
-                shown(method),
-                '"l2", "taylor" or "random" for experts in a ModuleList',
-                f"which tokens {lists[0].layers[0]} is used for, and with what weight, shows in fused experts only",
-            )
-
     def _other_number_of_heads(self) -> Iterator[Problem]:
         for target in self.targets.values():
             if self._num_heads and target.structure.removable and self._num_heads % target.structure.units:
@@ -343,12 +328,22 @@ class GroupSelection:
                 return
 
     def _unobserved(self) -> Iterator[Problem]:
-        """Fused experts hand nothing on between their two products that a module would see."""
-        fused = [target.structure.name for target in self.targets.values() if target.structure.parts > 1]
-        if self.block.shared.method == "activation" and fused:
+        """Methods whose scores come from what a module is called with, for units that no module is called with."""
+        method, structures = self.block.shared.method, [target.structure for target in self.targets.values()]
+        path = dotted(self.key, "shared_parameters", "method")
+        lists = [structure for structure in structures if self.kind is GroupKind.EXPERT and structure.layers]
+        if lists and method in ("reap", "frequency"):
             yield Problem(
-                dotted(self.key, "shared_parameters", "method"),
-                '"activation"',
+                path,
+                shown(method),
+                '"l2", "taylor" or "random" for experts in a ModuleList',
+                f"which tokens {lists[0].layers[0]} is used for, and with what weight, shows in fused experts only",
+            )
+        fused = [structure.name for structure in structures if structure.parts > 1]
+        if fused and method == "activation":
+            yield Problem(
+                path,
+                shown(method),
                 "a method that needs weights and gradients only: l1, l2, topk, taylor or random",
                 f"{few(fused)}: what is between the matrices of fused experts is the input of no module; taylor is the "
                 f"nearest, or add {shown(exact_pattern(fused[0]))} to shared_parameters.excluded_modules",
