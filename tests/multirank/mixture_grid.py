@@ -1,4 +1,4 @@
-"""Scenario: every architecture of mixtures under every kind of compression, on every ZeRO stage, exported at the end."""
+"""Scenario: architectures of mixtures under each kind of compression, on every ZeRO stage, exported at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures x {zeros, W4A16, FP8, fewer experts, fewer rows, all at once} x ZeRO 0, 2, 3, reloaded by stock tools."""
+"""Mixtures under zeros, W4A16, FP8, fewer experts, fewer rows, all at once, on ZeRO 0, 2, 3; reloaded by stock tools."""
 
 from __future__ import annotations
 
