@@ -204,7 +204,9 @@ def of_whole(folder: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def latencies(folder: Path, names: Sequence[str], tokens: Sequence[int] = (256, 1), rounds: int = 7) -> Latencies:
+def latencies(
+    folder: Path, names: Sequence[str], tokens: Sequence[int] = (256, 1), rounds: int = 7
+) -> Latencies:
     """{run: {"milliseconds of N tokens": median}} of one forward of exports, the runs by turns."""
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +251,13 @@ def summary(folder: Path, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 def print_result(result: dict[str, dict[str, float]]) -> None:
     keys = ["perplexity before healing", "perplexity", "perplexity, percent of the whole"]
-    keys += ["resident parameters", "active parameters", "bytes", "milliseconds of 256 tokens", "tokens_of_removed"]
+    keys += [
+        "resident parameters",
+        "active parameters",
+        "bytes",
+        "milliseconds of 256 tokens",
+        "tokens_of_removed",
+    ]
     table = Table(title="SmolLM2-135M as a mixture of 8 experts, half of them removed")
     for column in ("", *keys):
         table.add_column(column, justify="right" if column else "left")

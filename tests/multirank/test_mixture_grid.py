@@ -1,4 +1,4 @@
-"""Mixtures under zeros, W4A16, FP8, fewer experts, fewer rows, all at once, on ZeRO 0, 2, 3; reloaded by stock tools."""
+"""Mixtures with zeros, W4A16, FP8, fewer experts, fewer rows, and all at once, on ZeRO 0, 2, 3 and reloaded."""
 
 from __future__ import annotations
 
