@@ -50,7 +50,7 @@ BLOCKS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def model(shape: str) -> Any:
+def model(shape: str, layers: int = LAYERS) -> Any:
     """Random weights, the same at every call."""
     from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -59,7 +59,7 @@ def model(shape: str) -> Any:
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "head_dim": HIDDEN // 8,

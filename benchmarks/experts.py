@@ -142,7 +142,7 @@ def train(folder: Path, run: Run) -> None:
 
     from ds_compress.examples.train import progress_bar
 
-    smollm2.start_process()
+    smollm2.start_process(keep_memory=False)
     torch.manual_seed(run.seed)
     training, held_out = smollm2.rows(folder, "training"), smollm2.rows(folder, "held_out")
     config = upcycle.config(run.steps, PEAK_LR) | {"compression_training": run.block()}

@@ -1,9 +1,9 @@
 """Peak memory of QAT and of pruning under ZeRO-3, beside plain ZeRO-3, on two processes.
 
-    python -m benchmarks.memory [--rounds 3] [--json]
+    python -m benchmarks.memory [--rounds 3] [--model bert|mixture] [--json]
 
-A BERT-base with random weights (109 M parameters), batch 8 x 64, fp32, ZeRO-3 that keeps no more than one
-layer gathered. Every measurement is a fresh `deepspeed` run; the variants take turns, round by round. Peak
+A BERT-base with random weights (109 M parameters), or a mixture of 64 experts of 64 rows in each of 8 layers (60 M),
+batch 8 x 64, fp32, ZeRO-3 that keeps no more than one layer gathered. Every measurement is a fresh `deepspeed` run; the variants take turns, round by round. Peak
 memory is the peak resident size of a process (VmHWM of /proc/self/status, reset after the first steps), so it
 includes the interpreter and its libraries; the ratio of what lies above them is reported too. For pruning the
 bytes of its masks are measured and compared with what `ds_compress.plan` predicts.
@@ -31,7 +31,7 @@ from ds_compress.config.report import size_estimate
 from ds_compress.examples.cpu import skip_shared_memory_build
 from ds_compress.examples.launch import PROCESSES, environment, free_port
 
-from . import record
+from . import expert_steps, record
 from .engines import (
     BERT_BASE,
     bert,
@@ -43,11 +43,14 @@ from .engines import (
 )
 
 PLAIN = "plain ZeRO-3"
+MIXTURE = "64 experts, "
 BLOCKS: dict[str, dict[str, Any] | None] = {
     PLAIN: None,
     "W8A8 dynamic": w8a8_block("dynamic"),
     "W8A8 static": w8a8_block("static"),
     "l1, half the weights": sparse_block("l1", stride=100, dense_ratio=0.5, end=2),
+    MIXTURE + PLAIN: None,
+    **{f"{MIXTURE}{name}": block for name, block in expert_steps.BLOCKS.items() if block is not None},
 }
 WARM_UP_STEPS, MEASURED_STEPS = 3, 3
 
@@ -55,6 +58,7 @@ WARM_UP_STEPS, MEASURED_STEPS = 3, 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=("bert", "mixture"), default="bert")
     record.add_output_arguments(parser)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -63,9 +67,10 @@ def main() -> None:
     if args.variant:
         measure(args.variant, args.folder)
         return
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in BLOCKS}
+    names = [name for name in BLOCKS if name.startswith(MIXTURE) == (args.model == "mixture")]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(args.rounds):
-        for name in BLOCKS:
+        for name in names:
             print(f"round {number + 1} of {args.rounds}: {name}", flush=True)
             runs[name].append(launch(name))
     result = figures(runs)
@@ -95,7 +100,8 @@ def measure(variant: str, folder: Path) -> None:
     skip_shared_memory_build()
     deepspeed.init_distributed()
     before = memory("VmRSS")
-    model = bert(BERT_BASE)
+    mixture = variant.startswith(MIXTURE)
+    model = expert_steps.model("64 experts", layers=8) if mixture else bert(BERT_BASE)
     config = deepspeed_config(3, batch=8, block=BLOCKS[variant])
     # By default ZeRO-3 may keep a model of this size gathered as a whole, beside 2 GB of gradient buckets.
     config["zero_optimization"] |= {"stage3_max_live_parameters": 10_000_000, "stage3_max_reuse_distance": 0}
@@ -108,12 +114,12 @@ def measure(variant: str, folder: Path) -> None:
         "parameters": float(sum(p.ds_numel for p in model.parameters())),
         "before model MB": before / 1e6,
     }
-    train(engine, WARM_UP_STEPS)
+    train(engine, WARM_UP_STEPS, mixture)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
     report["resident between steps MB"] = memory("VmRSS") / 1e6
-    train(engine, MEASURED_STEPS)
+    train(engine, MEASURED_STEPS, mixture)
     report["peak MB"] = memory("VmHWM") / 1e6
     if "sparse_pruning" in (BLOCKS[variant] or {}):
         report |= mask_bytes(engine)
@@ -122,10 +128,14 @@ def measure(variant: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def train(engine: Any, steps: int) -> None:
+def train(engine: Any, steps: int, mixture: bool) -> None:
     engine.train()
     for step in range(steps):
-        engine.backward(engine(**random_batch(8, 64, seed=step)).loss)
+        batch = random_batch(8, 64, seed=step)
+        if mixture:
+            ids = batch["input_ids"] % expert_steps.VOCABULARY
+            batch = {"input_ids": ids, "labels": ids}
+        engine.backward(engine(**batch).loss)
         engine.step()
 
 
@@ -148,15 +158,16 @@ def memory(field: str) -> int:
 
 def figures(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     result: dict[str, dict[str, float]] = {}
+    plain_name = next(iter(runs))
     for name, rounds in runs.items():
         values = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
         peaks = [each["peak MB"] for each in rounds]
-        plain = [each["peak MB"] for each in runs[PLAIN]]
+        plain = [each["peak MB"] for each in runs[plain_name]]
         values["peak MB, largest round"] = max(peaks)
         values["peak MB, smallest round"] = min(peaks)
         values["peak to plain"] = statistics.median(peaks) / statistics.median(plain)
         result[name] = values
-    base = result[PLAIN]
+    base = result[plain_name]
     for values in result.values():
         values["peak to plain, without the interpreter"] = (values["peak MB"] - values["before model MB"]) / (
             base["peak MB"] - base["before model MB"]
@@ -165,7 +176,7 @@ def figures(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, floa
 
 
 def print_result(result: dict[str, dict[str, float]]) -> None:
-    millions = result[PLAIN]["parameters"] / 1e6
+    millions = next(iter(result.values()))["parameters"] / 1e6
     size = f"{millions:.0f} M parameters"
     table = Table(title=f"ZeRO-3, {PROCESSES} processes, {size}: the larger process, median of rounds")
     for column in ("", "peak MB", "to plain", "above the interpreter", "mask bytes", "predicted"):

@@ -81,12 +81,13 @@ def deepspeed_config(batch: int, lr: float, **optimizer: Any) -> dict[str, Any]:
     }
 
 
-def start_process() -> None:
-    """What each process does first."""
+def start_process(keep_memory: bool = True) -> None:
+    """What each process does first. keep_memory: what is freed is not given back, for models that are small beside it."""
     import deepspeed
 
     quiet()
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     skip_shared_memory_build()
     deepspeed.init_distributed()
 

@@ -70,7 +70,7 @@ def upcycle(folder: Path, steps: int = STEPS) -> None:
 
     from ds_compress.examples.train import progress_bar
 
-    smollm2.start_process()
+    smollm2.start_process(keep_memory=False)
     model = mixture_of(smollm2.original(folder))
     training = smollm2.rows(folder, "training")
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config(steps))

@@ -11,6 +11,7 @@ where possible. Anything else materializes the logits, once.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -213,17 +214,18 @@ class LazyLogits:
         return mine == others
 
     def _apply(self, logits: torch.Tensor) -> torch.Tensor:
-        for operation in self._operations:
-            logits = operation(logits)
-        return logits
+        return _applied(self._operations, logits)
 
     # -- sums over rows --------------------------------------------------------------------------------
 
     def sums(self, losses: Sequence[RowLoss]) -> torch.Tensor:
         """fp32 [len(losses)]: each loss summed over all rows, a chunk of logits at a time."""
         rows = self._hidden.reshape(-1, self._hidden.shape[-1])
+        # Not `self._apply`: the graph keeps what computes it, and by `pending_loss` this knows a result of the graph. No
+        # collector of garbage sees such a circle.
+        operations = functools.partial(_applied, self._operations)
         with self._autocast(), self._gradients():
-            return chunked_sums(self._head, rows, self._apply, losses)
+            return chunked_sums(self._head, rows, operations, losses)
 
     def chunk_of(self, rows: slice) -> torch.Tensor:
         """Logits of some rows of a teacher, without a graph; inside `around` only."""
@@ -244,6 +246,12 @@ class LazyLogits:
                 use(flat.chunk_of(slice(start, min(start + chunk, rows))))
 
         self.around(loop)
+
+
+def _applied(operations: Sequence[ElementWise], logits: torch.Tensor) -> torch.Tensor:
+    for operation in operations:
+        logits = operation(logits)
+    return logits
 
 
 def _operator(name: str) -> Callable[..., Any]:

@@ -60,17 +60,19 @@ class Snapshot:
         for fragment in shards.fragments.values():
             if not fragment.has_optimizer:
                 continue
-            self._keep("optimizer", MASTER, fragment, fragment.values)
+            # In host memory: on a device that training has filled there is no room for everything twice. What lies
+            # there already is not copied either: the engine that is taken down writes nothing any more.
+            self._keep("optimizer", MASTER, fragment, fragment.values.to("cpu"))
             for key, value in _state_of(optimizers, fragment.master).items():
                 if is_per_element(value, fragment.master):
                     flat = value.view(-1).narrow(0, fragment.offset, fragment.numel)
-                    self._keep("optimizer", key, fragment, flat)
+                    self._keep("optimizer", key, fragment, flat.to("cpu"))
                 else:
                     self.scalars.setdefault(fragment.name, {})[key] = Scalar.of(value)
         for technique in techniques:
             for kind, by_name in technique.fragment_state().items():
                 for name, values in by_name.items():
-                    self._keep(technique.name, kind, shards.fragments[name], values)
+                    self._keep(technique.name, kind, shards.fragments[name], values.to("cpu", copy=True))
         # Every process asks for the same tensors in the same order, also for those that it has no part of.
         named = {key: sorted(by_name) for key, by_name in self.parts.items()}
         self.names: dict[tuple[str, str], set[str]] = {}
@@ -80,9 +82,7 @@ class Snapshot:
             self.scalars |= scalars
 
     def _keep(self, owner: str, kind: str, fragment: Fragment, values: torch.Tensor) -> None:
-        # In host memory: on a device that training has filled there is no room for everything twice.
-        kept = values.detach().to("cpu", copy=True)
-        self.parts.setdefault((owner, kind), {})[fragment.name] = Part(fragment.start, kept)
+        self.parts.setdefault((owner, kind), {})[fragment.name] = Part(fragment.start, values.detach())
 
     def whole(self, owner: str, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor of `shape`, the same in every process: a collective."""
