@@ -54,6 +54,7 @@ CASES = [
     GroupedCase((3,), 17, 70),
     GroupedCase((0, 1, 0, 2, 1, 0), 140, 100, wide=True),
     GroupedCase((1,) * 40, 9, 48, tail=3),
+    GroupedCase((0,) * 20 + (20, 1) + (0,) * 20, 9, 48),
     GroupedCase((16, 0, 33, 17), 130, 200, tail=2, static=True),
     GroupedCase((0, 0, 100, 40, 0), 70, 333, wide=True, dtype=torch.bfloat16, out_dtype=torch.bfloat16),
     GroupedCase((64, 65, 1), 66, 64, tail=1, steps=128),
