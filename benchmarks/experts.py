@@ -7,14 +7,15 @@ The mixture is SmolLM2-135M with 8 experts of which a token sees 2 (see `upcycle
 scores the experts of every layer over 4 steps, removes half of them from the model and its optimizer, and heals:
 forward KL to the whole mixture, no task loss, 4 sequences of 256 tokens of the Python documentation a step. Perplexity
 of 24 held-out sequences. `random` is run with every seed, the others with the first. Each finished run is kept in
-DIR/runs, and a run that is there is not done again. One process under ZeRO-2, bf16 weights with fp32 masters; some 16
-GB of memory.
+DIR/runs, its export beside it, and a run that is there is not done again. Latencies are of the exports, in interleaved
+rounds. One process under ZeRO-2 on all cores, bf16 weights with fp32 masters; some 20 GB of memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import ds_compress
 from ds_compress.examples import assets
 
 from . import kept_runs, record, smollm2, upcycle
@@ -64,6 +66,9 @@ class Run:
         return {"expert_pruning": {"shared_parameters": shared}, "distillation": QAD}
 
 
+Latencies = dict[str, dict[str, float]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -90,6 +95,10 @@ def main() -> None:
     if not args.measure_only:
         do(runs, folder, args.upcycling_steps)
     result = summary(folder, runs)
+    done = {run.method: run.name for run in reversed(runs) if run.method in result}
+    measured = latencies(folder, [WHOLE, *done.values()])
+    for method, name in {WHOLE: WHOLE, **done}.items():
+        result[method] |= measured[name]
     print_result(result)
     record.report("experts", result, args)
 
@@ -122,6 +131,11 @@ def whole(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "upcycled", dtype=torch.bfloat16)
 
 
+def exported(folder: Path, name: str) -> Path:
+    """Where the result of a run lies, as stock transformers reads it."""
+    return folder / "runs" / f"{name}.model"
+
+
 def train(folder: Path, run: Run) -> None:
     """In a process of its own: prunes, heals and measures; writes `folder/runs/<name>.json` when all is done."""
     import deepspeed
@@ -150,10 +164,10 @@ def train(folder: Path, run: Run) -> None:
             ]
             engine.train()
     figures |= measure(engine.module, whole(folder), held_out)
-    figures |= sizes(engine.module) | {
-        "healing tokens": float((run.steps - OBSERVED_STEPS) * rows * smollm2.TOKENS)
-    }
+    figures["healing tokens"] = float((run.steps - OBSERVED_STEPS) * rows * smollm2.TOKENS)
     figures |= {f"healed: {key}": value for key, value in _numbers(engine.compression.metrics()).items()}
+    report = ds_compress.export(engine, exported(folder, run.name), "hf", overwrite=True)
+    figures |= sizes(engine.module) | {"bytes": float(report.bytes)}
     kept_runs.keep(folder, run.name, figures)
 
 
@@ -164,15 +178,13 @@ def _numbers(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def sizes(model: Any) -> dict[str, float]:
-    """Parameters: all, and those that one token passes through; bytes of the file in bf16."""
+    """Parameters: all, and those that one token passes through."""
     resident = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     share = model.config.num_experts_per_tok / model.config.num_local_experts
-    active = resident - experts + experts * share
     return {
         "resident parameters": float(resident),
-        "active parameters": active,
-        "bytes in bf16": 2.0 * resident,
+        "active parameters": resident - experts + experts * share,
     }
 
 
@@ -182,22 +194,39 @@ def of_whole(folder: Path) -> dict[str, float]:
     if found is None:
         model, held_out = whole(folder), smollm2.rows(folder, "held_out")
         found = {"perplexity": measure(model, model, held_out)["perplexity"], **sizes(model)}
+        found["bytes"] = float(
+            ds_compress.export(model, exported(folder, WHOLE), "hf", check=False, overwrite=True).bytes
+        )
         known = json.loads((folder / "upcycled.json").read_text())
         found |= {"upcycling tokens": float(known["tokens"]), "cosine of two experts": known["similarity"]}
-        found["milliseconds of 256 tokens"] = milliseconds(model, held_out[:1])
         kept_runs.keep(folder, WHOLE, found)
     return found
 
 
 @torch.no_grad()
-def milliseconds(model: Any, rows: torch.Tensor, rounds: int = 7) -> float:
-    """Of one forward, the median."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        model(input_ids=rows, use_cache=False)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def latencies(
+    folder: Path, names: Sequence[str], tokens: Sequence[int] = (256, 1), rounds: int = 7
+) -> Latencies:
+    """{run: {"milliseconds of N tokens": median}} of one forward of exports, the runs by turns."""
+    from transformers import AutoModelForCausalLM
+
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(exported(folder, name), dtype=torch.bfloat16).eval()
+        for name in names
+    }
+    row = smollm2.rows(folder, "held_out")[:1]
+    result: Latencies = {name: {} for name in names}
+    for count in tokens:
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(rounds + 1):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(input_ids=row[:, :count], use_cache=False)
+                if turn:  # the first warms up
+                    times[name].append(1e3 * (time.perf_counter() - start))
+        for name, values in times.items():
+            result[name][f"milliseconds of {count} token{'s' * (count > 1)}"] = statistics.median(values)
+    return result
 
 
 def summary(folder: Path, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
@@ -222,7 +251,13 @@ def summary(folder: Path, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 def print_result(result: dict[str, dict[str, float]]) -> None:
     keys = ["perplexity before healing", "perplexity", "perplexity, percent of the whole"]
-    keys += ["resident parameters", "active parameters", "tokens_of_removed", "seeds"]
+    keys += [
+        "resident parameters",
+        "active parameters",
+        "bytes",
+        "milliseconds of 256 tokens",
+        "tokens_of_removed",
+    ]
     table = Table(title="SmolLM2-135M as a mixture of 8 experts, half of them removed")
     for column in ("", *keys):
         table.add_column(column, justify="right" if column else "left")
@@ -232,5 +267,5 @@ def print_result(result: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() or 1)
     main()

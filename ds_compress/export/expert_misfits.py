@@ -50,7 +50,13 @@ def _misread(plan: Plan, target: Target, used: Target | None) -> str | None:
     outputs = target.shape[2 if target.kind.is_transposed else 1]
     several = in_blocks and max(outputs, inputs_of(target)) > size
     integer_inputs = used is not None and used.params.format == "int"
-    return misread(target.params.format, target.params.final_bits, several, integer_inputs)
+    static = used is not None and _is_static(plan, used)
+    return misread(target.params.format, target.params.final_bits, several, integer_inputs, static)
+
+
+def _is_static(plan: Plan, used: Target) -> bool:
+    shared: Any = plan.techniques["activation_quantization"].shared
+    return bool(shared.calibration_of(used.params) == "static")
 
 
 def _not_alike(model: nn.Module, weights: list[Target], inputs: list[Target]) -> Iterator[str]:

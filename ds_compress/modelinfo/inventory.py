@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,13 @@ class Entry:
     @property
     def is_unsupported(self) -> bool:
         """Whether it owns a matrix, in a layout that nothing here understands."""
-        own = self.module.parameters(recurse=False)
-        return self.kind is None and any(len(shape_of(parameter)) >= 2 for parameter in own)
+        return self.kind is None and self.own_weights > 0
+
+    @property
+    def own_weights(self) -> int:
+        """How many numbers it holds itself in matrices and larger tensors."""
+        own = (shape_of(parameter) for parameter in self.module.parameters(recurse=False))
+        return sum(math.prod(shape) for shape in own if len(shape) >= 2)
 
     @property
     def is_layer(self) -> bool:

@@ -60,7 +60,7 @@ class Stack:
         """[experts, outputs, inputs] of a parameter, its gradient or its scales, where these are worked on."""
         if not self.by_outputs or tensor.dim() < _STACK_OF_MATRICES:
             return tensor
-        return tensor.transpose(1, 2).contiguous()
+        return _transposed(tensor)
 
     @property
     def config(self) -> FakeQuantConfig:
@@ -122,9 +122,9 @@ class _Presented(Function):
             stack.turned(grad), stack.turned(parameter), stack.config, found.qparams, scales, found.unclipped
         )
         if stack.by_outputs:
-            grad = grad.transpose(1, 2).contiguous()
+            grad = _transposed(grad)
             if grad_step is not None and grad_step.dim() == _STACK_OF_MATRICES:
-                grad_step = grad_step.transpose(1, 2).contiguous()
+                grad_step = _transposed(grad_step)
         return grad if ctx.needs_input_grad[0] else None, grad_step, None
 
 
@@ -138,6 +138,17 @@ class _View:
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+def _transposed(stack: torch.Tensor) -> torch.Tensor:
+    """Each matrix of the stack, contiguous."""
+    if stack.device.type != "cpu":
+        return stack.transpose(1, 2).contiguous()
+    # torch's CPU copy goes through memory in blocks for a matrix, and not for a stack of them.
+    turned = stack.new_empty((stack.shape[0], stack.shape[2], stack.shape[1]))
+    for matrix, source in zip(turned, stack, strict=True):
+        matrix.copy_(source.t())
+    return turned
 
 
 def present(stack: Stack) -> torch.Tensor:

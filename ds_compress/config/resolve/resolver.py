@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,10 +30,12 @@ from ds_compress.modelinfo.inventory import (
     few,
     nearest_names,
 )
-from ds_compress.modelinfo.kinds import MIXTURES, ModuleKind, shape_of
+from ds_compress.modelinfo.kinds import MIXTURES, ModuleKind, is_layer, shape_of
 from ds_compress.modelinfo.layers import find_layers
 
 logger = logging.getLogger("ds_compress")
+_LARGEST_SMALL_PART = 0.02
+"""Of the weights that a regex reaches; in released models, what state-space mixers hold outside layers is far below."""
 
 
 def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> Plan:
@@ -104,6 +107,22 @@ def _target(entry: Entry, group: str, params: Any, names: Mapping[int, str]) -> 
     )
 
 
+def _are_small_parts(unsupported: list[Entry], layers: list[Entry]) -> bool:
+    """Whether a regex that reaches `layers` means only these: beside them the others are small, and no layers.
+
+    Such are the short convolutions and the states of state-space mixers.
+    """
+    if not unsupported or any(is_layer(entry.module) or entry.kind is not None for entry in unsupported):
+        return False
+    return _share(unsupported, layers) <= _LARGEST_SMALL_PART
+
+
+def _share(parts: list[Entry], layers: list[Entry]) -> float:
+    """Of `parts` in the weights of both."""
+    small = sum(entry.own_weights for entry in parts)
+    return small / max(1, small + sum(math.prod(entry.shape) for entry in layers))
+
+
 def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
     def owner(name: str) -> str:
         module = model.get_submodule(name.rpartition(".")[0])
@@ -147,6 +166,7 @@ class TargetSelection:
     problems: list[Problem] = field(default_factory=list)
     _groups_of: dict[Entry, list[str]] = field(default_factory=dict)
     _excluded: set[Entry] = field(default_factory=set)
+    _small_parts: set[Entry] = field(default_factory=set)
 
     def make(self) -> None:
         self._exclude()
@@ -183,7 +203,9 @@ class TargetSelection:
             layers = [entry for entry in reached if entry.kind in self.kinds]
             supported.update(layers)
             unsupported = self._unsupported(reached, pattern)
-            if unsupported:
+            if _are_small_parts(unsupported, layers):
+                self._small_parts.update(unsupported)
+            elif unsupported:
                 self.problems.append(self._refused(path, pattern, unsupported, bool(layers)))
             elif not layers:
                 allowed = f"a regex that reaches a {_kinds_in_words(self.kinds)}"
@@ -223,6 +245,17 @@ class TargetSelection:
                 self.key,
                 len(routers),
                 routers[0].name,
+            )
+        if self._small_parts:
+            parts = [entry for entry in self.entries if entry in self._small_parts]
+            logger.info(
+                "%s: %d small parts that are no layers stay as they are, such as %s (%s); of all that the regexes "
+                "reach, they have %.1f %% of the weights",
+                self.key,
+                len(parts),
+                parts[0].name or "the model itself",
+                type(parts[0].module).__name__,
+                100 * _share(parts, [*self._groups_of]),
             )
         if adapters:
             logger.info(

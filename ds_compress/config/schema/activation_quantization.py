@@ -215,9 +215,11 @@ class ActivationQuantizationConfig(WeightBlock):
     def describe_settings(self) -> str:
         shared = self.shared_parameters
         grid = "narrow grid" if shared.effective_narrow_range else "legacy grid"
-        ranges = f"{shared.range_calibration} ranges {shared.effective_granularity}"
+        kinds = {shared.calibration_of(group.params) for group in self.groups.values()}
+        calibrations = " and ".join(sorted(kinds))
         if all(group.params.format != INTEGERS for group in self.different_groups.values()):
-            return "dynamic scales" if shared.range_calibration == "dynamic" else "static scales"
+            return f"{calibrations} scales"
+        ranges = f"{calibrations} ranges {shared.effective_granularity}"
         return ", ".join([shared.quantization_type, grid, ranges])
 
     def describe_target(self, target: Target) -> str:

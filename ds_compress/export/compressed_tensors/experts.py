@@ -7,13 +7,13 @@ it reads wrongly, or not at all, is refused here, each with what its `Compressed
     mxfp8                      multiplies codes by the exponents of their scales, as if these were scales
     nvfp4                      hands on no global scale: loads without an error, with other values
     fp8 in square blocks       multiplies by the scales of blocks without repeating them: fails beyond one block
+    static inputs              has no place for their scales: unexpected keys
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 from ds_compress.export.hub_names import Converter, expert_rows
 from ds_compress.export.quantized_experts import QuantizedExperts, rows_of
@@ -34,33 +34,37 @@ _INT8 = "transformers 5.24 does not load experts of 8-bit integers with integer 
 _BLOCKS = (
     "transformers 5.24 does not load experts in FP8 with square blocks (it does not repeat their scales)"
 )
+_STATIC = "transformers 5.24 has no place for the static input scales of experts"
 _EVERY_EXPERT = r"re:.*\.experts\.\d+\..*"
 INSTEAD = 'FP8_DYNAMIC, W4A16, W4AFP8, MXFP4 and MXFP6A16 are read right, and format="torch" stores it'
 
 
-def misread(format: str, bits: int, in_blocks: bool, integer_inputs: bool) -> str | None:
+def misread(format: str, bits: int, in_blocks: bool, integer_inputs: bool, static_inputs: bool) -> str | None:
     """Why stock transformers does not read experts of this number format right; None where it does.
 
     in_blocks: more than one square block of a matrix has a scale.
     """
     if format in _MISREAD:
         return _MISREAD[format]
-    if format == "int":
-        return _INT8 if bits == 8 and integer_inputs else None
-    return _BLOCKS if in_blocks else None
+    if format == "int" and bits == 8 and integer_inputs:
+        return _INT8
+    if format != "int" and in_blocks:
+        return _BLOCKS
+    return _STATIC if static_inputs else None
 
 
 def misread_matrix(matrix: QuantizedMatrix, layer: Layer, name: str) -> str | None:
     """`misread` of a matrix of the stack `name`."""
     used = layer.expert_inputs.get(name)
     in_blocks = matrix.granularity is Granularity.PER_BLOCK and matrix.scale.numel() > 1
-    return misread(matrix.format, matrix.bits, in_blocks, used is not None and used.grid.format == "int")
+    integers = used is not None and used.grid.format == "int"
+    return misread(matrix.format, matrix.bits, in_blocks, integers, used is not None and used.grid.static)
 
 
 def single_matrices(
     layer: Layer, name: str, experts: QuantizedExperts, converter: Converter
 ) -> Iterator[tuple[str, QuantizedMatrix, InputScheme | None]]:
-    """(name of the module on the hub, matrix, how its input is quantized), of one stack of a layer.
+    """(name of the module on the hub, matrix, how its input is quantized, without a range), of one stack of a layer.
 
     Raises:
         ValueError: the hub has them fused; a scale belongs to parts of two matrices.
@@ -74,20 +78,7 @@ def single_matrices(
         if bool((rows[1:] < rows[:-1]).any()):
             raise ValueError(f"{stored} has its outputs in another order")
         matrix = rows_of(experts.matrices[expert], rows)
-        yield stored.removesuffix(".weight"), matrix, input_of(layer, name, expert)
-
-
-def input_of(layer: Layer, name: str, expert: int) -> InputScheme | None:
-    """How the input of one expert's matrix is quantized: a static range is its own."""
-    used = layer.expert_inputs.get(name)
-    if used is None or used.input_range is None:
-        return used
-    own = used.input_range[expert]
-    if not bool(own.isfinite().all()):
-        raise ValueError(
-            f"the input of expert {expert} has no range: it saw no token while ranges were observed"
-        )
-    return replace(used, input_range=own)
+        yield stored.removesuffix(".weight"), matrix, layer.expert_inputs.get(name)
 
 
 def has_single_matrices(converter: Converter, name: str, shape: tuple[int, ...], kind: ModuleKind) -> bool:

@@ -192,6 +192,7 @@ def test_trained_experts_as_floats_on_their_grid(tmp_path: Path) -> None:
         ("gpt_oss", quantization(), "fused on the hub"),
         ("qwen3_moe", quantization("mxfp8"), "MXFP8"),
         ("qwen3_moe", quantization("nvfp4"), "global scale"),
+        ("qwen3_moe", {"scheme": {"FP8": ["experts"]}}, "static input scales"),
     ],
 )
 def test_refusals_come_at_start(name: str, block: dict[str, Any], reason: str) -> None:

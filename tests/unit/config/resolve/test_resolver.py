@@ -242,6 +242,26 @@ class TestRefusals:
         assert "out_proj" in problem.got and "volume" not in problem.got
         assert names_of(TinyNet(), pruning("*", excluded_modules=["attention"])) == ["conv", "head"]
 
+    @pytest.mark.parametrize("kernel_size", [2, 3])
+    def test_small_parts_that_are_no_layers_stay_as_they_are(
+        self, kernel_size: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As the short convolution of a state-space mixer: up to 2 % of what the regex reaches."""
+        mixer = nn.ModuleDict(
+            {"conv": nn.Conv1d(100, 100, kernel_size, groups=100), "proj": nn.Linear(100, 100)}
+        )
+        if kernel_size == 3:
+            assert "conv (Conv1d)" in only_problem_of(mixer, pruning("conv|proj")).got
+            return
+        with caplog.at_level("INFO", "ds_compress"):
+            assert names_of(mixer, pruning("conv|proj")) == ["proj"]
+        assert "1 small parts that are no layers stay as they are, such as conv (Conv1d)" in caplog.text
+        assert "they have 2.0 % of the weights" in caplog.text
+
+    def test_a_small_part_alone_is_refused(self) -> None:
+        mixer = nn.ModuleDict({"conv": nn.Conv1d(100, 100, 2, groups=100), "proj": nn.Linear(100, 100)})
+        assert "conv (Conv1d)" in only_problem_of(mixer, pruning("conv")).got
+
     def test_two_groups_that_claim_one_weight(self, bert: nn.Module) -> None:
         block = groups(
             "sparse_pruning", {"a": ["attention"], "b": [r"layer\.0.*query"]}, {"dense_ratio": 0.5}
