@@ -247,6 +247,16 @@ def bytes_of(*stacks: serve_experts.PackedStack) -> int:
     return sum(t.numel() * t.element_size() for t in held)
 
 
+@pytest.mark.parametrize("group", [0, 32])
+def test_they_compile_without_a_graph_break(group: int) -> None:
+    module, stacks, inputs = plain_experts(False, group, True)
+    assert serve_experts.serve_experts(module, stacks, inputs) is None
+    module.requires_grad_(False)
+    x, index, weights = torch.randn(9, 32), torch.randint(0, 5, (9, 2)), torch.rand(9, 2)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, index, weights), module(x, index, weights))
+
+
 @pytest.mark.parametrize(("block", "bits"), [("int8", 8), ("int4", 4)])
 def test_they_hold_integers_and_nothing_else(block: str, bits: int, tmp_path: Path) -> None:
     """Resident bytes: packed integers with their scales; neither floats nor a second copy."""
