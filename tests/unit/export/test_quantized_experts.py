@@ -252,7 +252,7 @@ def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_p
         assert config["num_local_experts"] == 2
     if "activation_quantization" in more:
         loaded = ds_compress.from_pretrained(tmp_path / "x")
-        experts = [module for module in loaded.modules() if isinstance(module, ServedExperts)]
+        experts: list[Any] = [module for module in loaded.modules() if isinstance(module, ServedExperts)]
         assert {len(module.gate_up_proj) for module in experts} == {2 if "expert_pruning" in more else 4}
 
 
