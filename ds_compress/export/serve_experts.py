@@ -23,7 +23,7 @@ from ds_compress.quant import layers
 from ds_compress.quant.qparams import qparams_from_range
 
 _DOWN = "down_proj"
-_STACKS = "_ds_compress_stacks"
+STACKS = "_ds_compress_stacks"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +78,10 @@ class PackedStack:
             y = kernels().int8_grouped_linear(x, self.packed, self.weight_scale, *rest, steps=self.steps)
         return y
 
-    @property
-    def like_weight(self) -> torch.Tensor:
-        """[experts, outputs, inputs], without data."""
-        return torch.empty(len(self.packed), self.out_features, self.in_features, device="meta")
-
 
 class ServedExperts(nn.Module):
     """Fused experts with integer inputs and weights. Gives what the class's own forward gives on their values, but for
-    the rounding of sums, which are exact here."""
+    the rounding of sums, which are exact here. There is no `gate_up_proj` or `down_proj` that code could read."""
 
     _ds_compress_base_class: ClassVar[type[nn.Module]]
     # Of the base class, see `transformers.integrations.moe.use_experts_implementation`.
@@ -99,7 +94,7 @@ class ServedExperts(nn.Module):
         """hidden_states (tokens, hidden); top_k_index, top_k_weights (tokens, chosen): experts of each token, and how
         much of each goes on. An index beyond the last expert stands for one of another process, and gives 0."""
         base = cast(Any, self)
-        stacks: Mapping[str, PackedStack] = self.__dict__[_STACKS]
+        stacks: Mapping[str, PackedStack] = self.__dict__[STACKS]
         up, down = stacks
         tokens, chosen = top_k_index.shape
         experts, order = top_k_index.reshape(-1).sort(stable=True)
@@ -116,7 +111,7 @@ class ServedExperts(nn.Module):
         return by_token.view(tokens, chosen, y.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
-        stacks: Mapping[str, PackedStack] = self.__dict__[_STACKS]
+        stacks: Mapping[str, PackedStack] = self.__dict__[STACKS]
         parts = [self._ds_compress_base_class.extra_repr(self)]
         for name, stack in stacks.items():
             kind = "int8" if stack.weight_scale is not None else f"int4 in groups of {stack.group_size}"
@@ -125,7 +120,7 @@ class ServedExperts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle its base, not its name.
-        return _rebuild, (self._ds_compress_base_class, tuple(self.__dict__[_STACKS])), self.__dict__
+        return _rebuild, (self._ds_compress_base_class,), self.__dict__
 
     def _bias(self, matrix: str) -> torch.Tensor | None:
         return self._parameters.get(f"{matrix}_bias")
@@ -145,8 +140,8 @@ def serve_experts(
         stacks = {name: PackedStack.of(experts[name], inputs[name]) for name in (up, _DOWN)}
         for name in stacks:
             del module._parameters[name]
-        vars(module)[_STACKS] = stacks
-        cast(Any, module).__class__ = _served_class(type(module), tuple(stacks))
+        vars(module)[STACKS] = stacks
+        cast(Any, module).__class__ = _served_class(type(module))
         return None
     for name, stack in experts.items():
         module._parameters[name] = nn.Parameter(stack.dequantize(), requires_grad=False)
@@ -182,27 +177,21 @@ def misfit_of_experts(
     return None
 
 
-_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[ServedExperts]] = {}
+_classes: dict[type[nn.Module], type[ServedExperts]] = {}
 
 
-def _served_class(base: type[nn.Module], matrices: tuple[str, ...]) -> type[ServedExperts]:
-    if (base, matrices) not in _classes:
+def _served_class(base: type[nn.Module]) -> type[ServedExperts]:
+    if base not in _classes:
         namespace: dict[str, Any] = {
             "_ds_compress_base_class": base,
             "__module__": __name__,
             "__doc__": ServedExperts.__doc__,
-            **{name: _without_data(name) for name in matrices},
         }
         made = type(f"Served{base.__name__}", (ServedExperts, base), namespace)
-        _classes[base, matrices] = cast("type[ServedExperts]", made)
-    return _classes[base, matrices]
+        _classes[base] = cast("type[ServedExperts]", made)
+    return _classes[base]
 
 
-def _without_data(name: str) -> property:
-    """The shape of a matrix, for models that look at it."""
-    return property(lambda self: self.__dict__[_STACKS][name].like_weight)
-
-
-def _rebuild(base: type[nn.Module], matrices: tuple[str, ...]) -> ServedExperts:
-    made = _served_class(base, matrices)
+def _rebuild(base: type[nn.Module]) -> ServedExperts:
+    made = _served_class(base)
     return made.__new__(made)

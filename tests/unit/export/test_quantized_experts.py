@@ -14,7 +14,7 @@ from torch import nn
 
 import ds_compress
 from ds_compress.errors import ConfigError, ExportError
-from ds_compress.export.serve_experts import ServedExperts
+from ds_compress.export.serve_experts import STACKS, ServedExperts
 from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.quant import layers
 from tests.multirank.common import ds_config, engine_of
@@ -252,8 +252,9 @@ def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_p
         assert config["num_local_experts"] == 2
     if "activation_quantization" in more:
         loaded = ds_compress.from_pretrained(tmp_path / "x")
-        experts: list[Any] = [module for module in loaded.modules() if isinstance(module, ServedExperts)]
-        assert {len(module.gate_up_proj) for module in experts} == {2 if "expert_pruning" in more else 4}
+        experts = [module for module in loaded.modules() if isinstance(module, ServedExperts)]
+        stacks = [stack for module in experts for stack in vars(module)[STACKS].values()]
+        assert {len(stack.packed) for stack in stacks} == {2 if "expert_pruning" in more else 4}
 
 
 @pytest.mark.parametrize(

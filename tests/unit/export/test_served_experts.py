@@ -20,15 +20,16 @@ from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
 from ds_compress.export.serve_experts import ServedExperts
-from ds_compress.modelinfo.experts import follows_registry
+from ds_compress.modelinfo.experts import follows_registry, fused_experts
 from ds_compress.ops.library import Preference, kernel_preference
 from ds_compress.ops.reference import linear
 from ds_compress.ops.sizes import packed_bytes
 from ds_compress.quant.grid import ActivationGrid, TokenGranularity
 from tests.zoo.expert_reference import blocks, prepared, ranges_from_observed
-from tests.zoo.mixtures import mixture, tokens
+from tests.zoo.mixtures import ARCHITECTURES, mixture, tokens
 
-NAMES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granite_moe")
+NAMES = sorted(set(ARCHITECTURES) - {"llama4"})
+"""All whose experts follow transformers' registry."""
 _WIDTHS = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
 _GROUPS = {"quantize_weight_in_forward": True, "granularity": "per_column_group", "group_size": 32}
 _STATIC = {"range_calibration": "static", "quantization_type": "symmetric"}
@@ -51,10 +52,13 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 def exported(name: str, block: dict[str, Any], folder: Path, **options: Any) -> Path:
     """A folder of a model whose layers and experts were quantized by `block`, with ranges from two batches."""
-    model = mixture(name, **_WIDTHS)
+    model = mixture(name, **_WIDTHS, **({"head_dim": 32} if name == "olmoe" else {}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
+    if name == "jamba":  # whose mixer reads the weight of a layer past its kernel
+        for technique in (block := copy.deepcopy(block)).values():
+            technique["different_groups"]["g"]["modules"] = ["experts"]
     prepared(model, block)
     model.train()
     with torch.no_grad():
@@ -84,17 +88,21 @@ def spread(wrong: torch.Tensor, right: torch.Tensor) -> float:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_as_the_dequantized_experts(name: str, block: str, tmp_path: Path) -> None:
-    """The sums differ in their last bits only; where that moves an input of `down_proj` over the middle between two
-    steps, by a step of 127: so far less than the rounding itself, which the last line compares with."""
+    """On the same inputs the sums differ in their last bits only. Where that moves an input of `down_proj` over the
+    middle between two steps, a row differs by a step of 127."""
     folder = exported(name, BLOCKS[block], tmp_path / "x", check=False)
     model, plain = ds_compress.from_pretrained(folder), dequantized(folder)
-    served = served_of(model)
-    assert len(served) == (1 if name == "deepseek_v3" else 2) and not served_of(plain)
-    exact = ds_compress.from_pretrained(folder, activations=False)
+    fused = {where: module for where, module in plain.named_modules() if fused_experts(module)}
+    assert len(served_of(model)) == len(fused) > 0 and not served_of(plain)
+    seen: dict[str, tuple[Any, torch.Tensor]] = {}
+    for where, module in fused.items():
+        module.register_forward_hook(lambda _, given, y, where=where: seen.update({where: (given, y)}))
     with torch.no_grad():
-        mine, theirs, unrounded = (each(tokens()).logits for each in (model, plain, exact))
-    assert spread(mine, theirs) < 2e-3
-    assert spread(unrounded, theirs) > 3 * spread(mine, theirs)
+        mine, theirs = (each(tokens()).logits for each in (model, plain))
+        assert spread(mine, theirs) < 0.05
+        for where, (given, y) in seen.items():
+            off = (model.get_submodule(where)(*given) - y).abs().amax(1) / y.std()
+            assert (off > 1e-5).sum() <= 2 and off.max() < 0.1, where
 
 
 @pytest.mark.usefixtures("single_process")
@@ -192,7 +200,7 @@ def test_every_flag_of_the_decorator(transposed: bool, group: int, static: bool)
 
     def product(which: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
         name = f"{which}_proj"
-        matrix, used = stacks[name].matrices[expert], module.__dict__[serve_experts._STACKS][name]
+        matrix, used = stacks[name].matrices[expert], module.__dict__[serve_experts.STACKS][name]
         bias = getattr(module, f"{name}_bias").detach()[expert]
         given = None if used.input_scale is None else used.input_scale[expert : expert + 1]
         if group:
@@ -262,7 +270,7 @@ def test_they_hold_integers_and_nothing_else(block: str, bits: int, tmp_path: Pa
     """Resident bytes: packed integers with their scales; neither floats nor a second copy."""
     model = ds_compress.from_pretrained(exported("mixtral", BLOCKS[block], tmp_path / "x", check=False))
     [first, _] = served_of(model)
-    stacks = first.__dict__[serve_experts._STACKS]
+    stacks = first.__dict__[serve_experts.STACKS]
     groups = 0 if bits == 8 else 2
     assert stacks["gate_up_proj"].packed.numel() == 4 * packed_bytes(128, 64, bits, groups)
     rows = 4 * (128 + 64)
@@ -275,7 +283,8 @@ def test_they_hold_integers_and_nothing_else(block: str, bits: int, tmp_path: Pa
     per_weight = bytes_of(serve_experts.PackedStack.of(wide, InputScheme(grid))) / (4 * 192 * 512)
     assert per_weight < 1.03 * bits / 8 + 0.08 * (bits == 4)
     assert not dict(first.named_parameters()) and not first.state_dict()
-    assert first.gate_up_proj.shape == (4, 128, 64) and first.gate_up_proj.is_meta
+    with pytest.raises(AttributeError, match="gate_up_proj"):
+        first.gate_up_proj  # noqa: B018
     assert ("int8" if bits == 8 else "int4 in groups of 32") in repr(first)
 
 
