@@ -45,6 +45,12 @@ inline void require_groups(int64_t group_size, const WeightShape& weight) {
             " columns, got ", group_size);
 }
 
+inline void require_sums_fit(const WeightShape& weight, int64_t steps) {
+    const int64_t most = INT32_MAX / (128 * steps);
+    require(weight.columns <= most, weight.columns, " columns may overflow an int32 sum: at most ", most, " with ",
+            steps, " steps");
+}
+
 inline int activation_of(const std::string& name) {
     const char* names[] = {"none", "relu", "gelu_erf", "gelu_tanh", "silu"};
     for (int i = 0; i < 5; i++)
@@ -115,9 +121,7 @@ private:
                 input_scale ? described(*input_scale) : "");
         require_steps(steps);
         if (out_dtype) require_float(*out_dtype, "out_dtype");
-        const int64_t most = INT32_MAX / (128 * steps);
-        require(weight.columns <= most, weight.columns, " columns may overflow an int32 sum: at most ", most, " with ",
-                steps, " steps");
+        require_sums_fit(weight, steps);
         const int activation_number = activation_of(activation);
 
         const Tensor x = as_contiguous(given);

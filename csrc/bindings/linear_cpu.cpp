@@ -1,57 +1,18 @@
 // The integer linear layers on CPU tensors: packing, and the cutting of the work for threads.
-#include "linear.h"
+#include "linear_cpu.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-
-#include "../cpu/linear/linear.h"
 
 namespace ds_compress::bindings {
 namespace {
 
 using cpu::LinearKernels;
-using cpu::LinearType;
 using cpu::LinearWeight;
 using cpu::Range;
-
-// Memory of one thread that the next call uses again: fresh pages would cost more than a small product.
-void* thread_scratch(int64_t bytes) {
-    struct Memory {
-        void* data = nullptr;
-        int64_t bytes = 0;
-        ~Memory() { std::free(data); }
-    };
-    static thread_local Memory memory;
-    if (memory.bytes < bytes) {
-        std::free(memory.data);
-        memory.bytes = 0;
-        memory.data = std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64)));
-        if (memory.data == nullptr) throw std::bad_alloc();
-        memory.bytes = bytes;
-    }
-    return memory.data;
-}
-
-LinearType type_of(const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case kBf16:
-            return LinearType::bf16;
-        case kFp16:
-            return LinearType::fp16;
-        default:
-            return LinearType::fp32;
-    }
-}
-
-int64_t panels_of(const LinearKernels& kernels, int64_t rows) {
-    return (rows + kernels.panel_columns - 1) / kernels.panel_columns;
-}
 
 uint8_t* body_of(const Tensor& packed) { return data<uint8_t>(packed) + sizeof(PackedHeader); }
 
@@ -101,8 +62,7 @@ void for_panels(const LinearKernels& kernels, const LinearWeight& weight, const 
 
 // --- multiplying ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kSerialProducts = 200'000;  // less is done before another thread has woken up
-constexpr int64_t kRowsWorthATask = 16;       // so many rows use a panel of weights well
+constexpr int64_t kRowsWorthATask = 16;  // so many rows use a panel of weights well
 
 /// Cuts the result among the threads: by rows where there are many, so that each row is quantized once, else by panels.
 template <class Kernel>
@@ -131,18 +91,9 @@ void run(const LinearKernels& kernels, const cpu::LinearCall& call, Kernel kerne
 }
 
 PackedHeader header_of(const Tensor& packed, int64_t layout) {
-    require(packed.scalar_type() == kByte && packed.dim() == 1 && packed.is_contiguous() &&
-                packed.size(0) >= static_cast<int64_t>(sizeof(PackedHeader)),
+    require(packed.dim() == 1 && holds_header(packed, packed.size(0)),
             "a packed weight is contiguous uint8 (bytes,), got ", described(packed));
-    PackedHeader header;
-    std::memcpy(&header, packed.const_data_ptr(), sizeof header);
-    require(header.magic == kPackedMagic, "this is no packed weight: pack it with int8_linear_pack or its relatives");
-    require(header.layout == layout, "this weight was packed for other kernels (layout ", header.layout, "); ",
-            cpu::name_of(cpu::linear_kernels().isa), " reads layout ", layout, ": pack it again");
-    const int64_t expected = packed_bytes(header.rows, header.columns, header.groups > 0 ? 4 : 8, header.groups);
-    require(packed.size(0) == expected, "a packed weight of (", header.rows, ", ", header.columns, ") has ", expected,
-            " bytes, got ", packed.size(0));
-    return header;
+    return header_at(const_data<uint8_t>(packed), packed.size(0), layout);
 }
 
 void multiply(const LinearCall& call, void (*LinearKernels::*kernel)(const cpu::LinearCall&, Range, Range, void*)) {

@@ -10,17 +10,12 @@
 namespace ds_compress::bindings {
 namespace {
 
-// The rows of x as quantized values, and behind them their scales: one piece of memory.
+// The rows of x as quantized values, and behind them their scales: one piece of memory, to be filled.
 class Rows {
 public:
-    Rows(const LinearCall& call, cudaStream_t stream)
-        : pitch(round_up(call.weight.columns, 16)),
-          count_(call.rows),
-          memory_(new_tensor(call.x, {call.rows * (pitch + 4)}, kByte)) {
-        check_launch(dsc_quantize_rows(call.x.const_data_ptr(), dtype_of(call.x), call.input_scale, call.rows,
-                                       call.weight.columns, call.steps, quantized(), scales(), stream),
-                     "quantize_rows");
-    }
+    Rows(const Tensor& x, int64_t rows, int64_t columns)
+        : pitch(round_up(columns, 16)), count_(rows), memory_(new_tensor(x, {rows * (pitch + 4)}, kByte)) {}
+
     int8_t* quantized() const { return data<int8_t>(memory_); }
     float* scales() const { return reinterpret_cast<float*>(quantized() + count_ * pitch); }  // rows are whole 16 bytes
 
@@ -30,6 +25,14 @@ private:
     int64_t count_;
     Tensor memory_;
 };
+
+inline Rows quantized_rows(const LinearCall& call, cudaStream_t stream) {
+    const Rows rows(call.x, call.rows, call.weight.columns);
+    check_launch(dsc_quantize_rows(call.x.const_data_ptr(), dtype_of(call.x), call.input_scale, call.rows,
+                                   call.weight.columns, call.steps, rows.quantized(), rows.scales(), stream),
+                 "quantize_rows");
+    return rows;
+}
 
 // The wgmma kernels: where they are in the library, the GPU is one of theirs, TMA can reach rows and outputs, and there
 // is enough to do for a tile.
@@ -67,8 +70,8 @@ inline bool multiply_on_hopper(const char* op, const LinearCall& call, const Row
 }
 
 // What every GPU has must be right; a capture that began before it was tried out takes it on trust.
-inline void require_right(const char* op, const Way& way, const LinearCall& call, cudaStream_t stream) {
-    if (verify(way, call.x, stream) == Verdict::wrong)
+inline void require_right(const char* op, const Way& way, const Tensor& x, cudaStream_t stream) {
+    if (verify(way, x, stream) == Verdict::wrong)
         throw std::runtime_error(
             std::string(op) + ": " + way.name() +
             " give wrong sums on this GPU; set DS_COMPRESS_KERNELS=reference to train without them");
@@ -80,16 +83,16 @@ inline void multiply_int8(const LinearCall& call, cudaStream_t stream) {
     const void* const packed = call.packed.const_data_ptr();
     void* const y = call.y.mutable_data_ptr();
     if (dsc_quantizes_itself(m, k)) {
-        require_right(op, {Way::few_rows}, call, stream);
+        require_right(op, {Way::few_rows}, call.x, stream);
         check_launch(
             dsc_int8_linear_of(call.x.const_data_ptr(), dtype_of(call.x), call.input_scale, call.steps, packed,
                                call.weight_scale, call.bias, y, dtype_of(call.y), call.activation, m, n, k, stream),
             op);
         return;
     }
-    const Rows rows(call, stream);
+    const Rows rows = quantized_rows(call, stream);
     if (multiply_on_hopper(op, call, rows, stream)) return;
-    require_right(op, {m <= 32 ? Way::few_rows : Way::any_gpu}, call, stream);
+    require_right(op, {m <= 32 ? Way::few_rows : Way::any_gpu}, call.x, stream);
     check_launch(dsc_int8_linear(rows.quantized(), rows.scales(), packed, call.weight_scale, call.bias, y,
                                  dtype_of(call.y), call.activation, m, n, k, stream),
                  op);
@@ -107,7 +110,7 @@ inline void multiply_int4(const LinearCall& call, cudaStream_t stream) {
                      op);
         return;
     }
-    const Rows rows(call, stream);
+    const Rows rows = quantized_rows(call, stream);
     check_launch(dsc_int4_linear(rows.quantized(), rows.scales(), packed, call.bias, y, dtype_of(call.y),
                                  call.activation, m, n, k, group, stream),
                  op);

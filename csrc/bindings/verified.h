@@ -15,13 +15,14 @@ namespace ds_compress::bindings {
 struct Way {
     int tile;  // one of dsc_hopper_tiles, or one of those below
 
-    // mma.sync, which every GPU since sm_80 has: tiles, and what up to 32 rows take.
-    static constexpr int any_gpu = -1, few_rows = -2;
+    // mma.sync, which every GPU since sm_80 has: tiles, what up to 32 rows take, and tiles of many experts.
+    static constexpr int any_gpu = -1, few_rows = -2, grouped = -3;
 
     bool is_hopper() const { return tile >= 0; }
-    int index() const { return tile - few_rows; }
+    int index() const { return tile - grouped; }
     const char* name() const {
         if (is_hopper()) return "the int8 kernels of Hopper (wgmma)";
+        if (tile == grouped) return "the int8 kernels for experts (mma.sync)";
         return tile == few_rows ? "the int8 kernels for few rows (mma.sync)" : "the int8 kernels (mma.sync)";
     }
 };

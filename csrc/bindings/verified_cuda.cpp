@@ -1,5 +1,6 @@
 #include "verified.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -69,6 +70,33 @@ Tensor on_device(const Tensor& like, const std::vector<T>& values, int64_t ahead
     return made;
 }
 
+/// The same numbers for each of several experts.
+template <class T>
+std::vector<T> repeated(const std::vector<T>& values, int64_t times) {
+    std::vector<T> all;
+    for (int64_t i = 0; i < times; i++) all.insert(all.end(), values.begin(), values.end());
+    return all;
+}
+
+/// The trial's rows belong to two experts with the same weights, between which lies one without rows and with none.
+cudaError_t multiply_grouped(const Trial& trial, const Tensor& quantized, const Tensor& input_scale, const Tensor& out,
+                             int dtype, const Tensor& like, cudaStream_t stream) {
+    constexpr int64_t head = sizeof(PackedHeader), experts = 3;
+    std::vector<uint8_t> packed(head);
+    packed.insert(packed.end(), trial.weight.begin(), trial.weight.end());
+    const int64_t bytes = static_cast<int64_t>(packed.size());
+    std::vector<uint8_t> all = repeated(packed, experts);
+    std::fill(all.begin() + bytes, all.begin() + 2 * bytes, uint8_t{99});
+    const std::vector<int64_t> ends{trial.m / 3, trial.m / 3, trial.m};
+    const Tensor weights = on_device(like, all, 0, stream), offsets = on_device(like, ends, 0, stream);
+    const Tensor weight_scale = on_device(like, repeated(trial.weight_scale, experts), 0, stream);
+    const Tensor bias = on_device(like, repeated(trial.bias, experts), 0, stream);
+    return dsc_int8_grouped_linear(const_data<int8_t>(quantized), const_data<float>(input_scale),
+                                   weights.const_data_ptr(), bytes, const_data<float>(weight_scale),
+                                   const_data<float>(bias), offsets.const_data_ptr(), 1, experts,
+                                   out.mutable_data_ptr(), dtype, trial.m, trial.n, trial.k, stream);
+}
+
 bool try_out(const Way& way, int64_t rows, int dtype, const Tensor& like, cudaStream_t stream) {
     const Trial trial(rows);
     constexpr int64_t head = sizeof(PackedHeader);
@@ -96,6 +124,8 @@ bool try_out(const Way& way, int64_t rows, int dtype, const Tensor& like, cudaSt
                                  like.get_device_index(),
                                  multiprocessors(like.get_device_index())};
         error = dsc_hopper_product(&product, way.tile, stream);
+    } else if (way.tile == Way::grouped) {
+        error = multiply_grouped(trial, quantized, input_scale, out, dtype, like, stream);
     } else {
         error = dsc_int8_linear(static_cast<const int8_t*>(quantized.const_data_ptr()), floats(input_scale),
                                 packed.const_data_ptr(), floats(weight_scale), floats(bias), out.mutable_data_ptr(),
@@ -120,8 +150,9 @@ bool try_out(const Way& way, int64_t rows, int dtype, const Tensor& like, cudaSt
 
 bool try_out(const Way& way, const Tensor& like, cudaStream_t stream) {
     // The last row of tiles is never whole. 9, 20: two of the tiles of few rows; 70: the tile of many.
-    const std::vector<int64_t> few{5, 9, 20}, many{70, 300};
-    for (const int64_t rows : way.tile == Way::few_rows ? few : many)
+    // Of three experts: each of their tiles.
+    const std::vector<int64_t> few{5, 9, 20}, many{70, 300}, grouped{40, 200, 400};
+    for (const int64_t rows : way.tile == Way::few_rows ? few : way.tile == Way::grouped ? grouped : many)
         for (const int dtype : {dsc_float32, dsc_bfloat16})
             if (!try_out(way, rows, dtype, like, stream)) return false;
     return true;

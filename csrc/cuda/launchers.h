@@ -49,6 +49,22 @@ cudaError_t dsc_int4_linear_of(const void* x, int dtype, const float* given_scal
                                const float* bias, void* out, int out_dtype, int activation, int64_t m, int64_t n,
                                int64_t k, int group, cudaStream_t stream);
 
+// The same for the rows of several experts at once, without activation. Expert e has the rows from offsets[e - 1] (0
+// for the first) to offsets[e], int32 or, if `wide`, int64 on the device; where these decrease or go beyond `m` they
+// are clamped. packed: a weight for each expert, `expert_bytes` apart, a multiple of 16; weight_scale, bias: (experts,
+// n); given_scales: (experts,). Rows behind those of the last expert give 0.
+cudaError_t dsc_quantize_expert_rows(const void* x, int dtype, const float* given_scales, const void* offsets, int wide,
+                                     int64_t experts, int64_t rows, int64_t columns, int steps, int8_t* quantized,
+                                     float* scales, cudaStream_t stream);
+cudaError_t dsc_int8_grouped_linear(const int8_t* quantized, const float* input_scale, const void* packed,
+                                    int64_t expert_bytes, const float* weight_scale, const float* bias,
+                                    const void* offsets, int wide, int64_t experts, void* out, int out_dtype, int64_t m,
+                                    int64_t n, int64_t k, cudaStream_t stream);
+cudaError_t dsc_int4_grouped_linear(const int8_t* quantized, const float* input_scale, const void* packed,
+                                    int64_t expert_bytes, const float* bias, const void* offsets, int wide,
+                                    int64_t experts, void* out, int out_dtype, int64_t m, int64_t n, int64_t k,
+                                    int group, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -18,8 +19,10 @@ from ds_compress.export.fuse import fuse
 from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
+from ds_compress.export.serve_experts import serve_experts
 from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_experts, loaded_weight
-from ds_compress.quant import layers
+
+logger = logging.getLogger("ds_compress")
 
 _OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset", "weight_global_scale")
 
@@ -52,29 +55,39 @@ def from_pretrained(
         model = meta_model(path, report.model_class)
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
+    serve(model, schemes, Stored(path), fused, activations)
+    return model
+
+
+def serve(
+    model: nn.Module,
+    schemes: Mapping[str, Mapping[str, Any]],
+    stored: Stored,
+    fused: bool = True,
+    activations: bool = True,
+) -> None:
+    """Makes `model`, a new instance of the exported class, the model of a folder, in place.
+
+    schemes: how each module is stored, by its name; see `ServingFormat`. fused, activations: as `from_pretrained`.
+
+    Raises:
+        ExportError: the folder lacks a weight.
+    """
     if not activations:
         schemes = {
             name: {k: v for k, v in scheme.items() if k not in ("input", "expert_inputs")}
             for name, scheme in schemes.items()
         }
-    serve(model, schemes, Stored(path), fused)
-    return model
-
-
-def serve(
-    model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored, fused: bool = True
-) -> None:
-    """Makes `model`, a new instance of the exported class, the model of a folder, in place.
-
-    schemes: how each module is stored, by its name; see `ServingFormat`.
-
-    Raises:
-        ExportError: the folder lacks a weight.
-    """
     for name, module in list(model.named_modules()):
         fill(module, stored.of_module(name))
+    dequantized = {}
     for name, scheme in schemes.items():
+        if "experts" in scheme:
+            reason = _serve_experts(model.get_submodule(name), scheme, stored.of_module(name))
+            if reason is not None and activations:
+                dequantized[name] = reason
         _serve(model, name, scheme, stored)
+    _log_dequantized(dequantized)
     _tie(model, schemes, stored)
     _check_complete(model)
     model.requires_grad_(False).eval()
@@ -158,8 +171,6 @@ def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
 
 
 def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored) -> None:
-    if "experts" in scheme:
-        _serve_experts(model.get_submodule(name), scheme, stored.of_module(name))
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
@@ -171,16 +182,26 @@ def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Store
         setattr(model.get_submodule(parent), last, served)
 
 
-def _serve_experts(module: nn.Module, scheme: Mapping[str, Any], stored: dict[str, torch.Tensor]) -> None:
-    """Dequantized once: the module multiplies them as it always does."""
-    for name, own in scheme["experts"].items():
-        values = loaded_experts(name, stored, own).dequantize()
-        module._parameters[name] = nn.Parameter(values, requires_grad=False)
-    for name, data in scheme.get("expert_inputs", {}).items():
-        used = InputScheme.from_json(data)
-        count = scheme["experts"][name]["experts"]
-        quantizer = layers.ExpertsInputQuantizer(used.grid, True, used.input_range, experts=count)
-        layers.attach(module).set_input_quantizer(name, quantizer)
+def _serve_experts(
+    module: nn.Module, scheme: Mapping[str, Any], stored: dict[str, torch.Tensor]
+) -> str | None:
+    """Why they are dequantized, None where they run on the kernels."""
+    experts = {name: loaded_experts(name, stored, own) for name, own in scheme["experts"].items()}
+    inputs = {name: InputScheme.from_json(data) for name, data in scheme.get("expert_inputs", {}).items()}
+    return serve_experts(module, experts, inputs)
+
+
+def _log_dequantized(reasons: Mapping[str, str]) -> None:
+    """One line for all modules of experts that compute in floats."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    parts = [
+        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} ({reason})"
+        for reason, names in by_reason.items()
+    ]
+    if parts:
+        logger.warning("ds_compress: experts are dequantized and compute in fp32: %s", "; ".join(parts))
 
 
 def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored) -> None:

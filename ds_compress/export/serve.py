@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ds_compress.export.integer_kernels import misfit, takes_groups
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.ops import kernels
 from ds_compress.quant import layers
-from ds_compress.quant.grid import TokenGranularity
 from ds_compress.quant.qparams import qparams_from_range
-
-_ALIGNED_GROUP = 32
 
 
 class Int8Linear(nn.Module):
@@ -115,25 +113,17 @@ def serving_module(
     """
     kind = kind_of(module)
     bias = module._parameters.get("bias")
-    has_integers = quantized is not None and quantized.format == "int"
     if (
         kind is ModuleKind.EMBEDDING
         and quantized is not None
-        and has_integers
+        and quantized.format == "int"
         and quantized.groups == 1
         and quantized.offset is None
     ):
         return Int8Embedding(quantized, getattr(module, "padding_idx", None))
-    has_integers = has_integers and used is not None and used.grid.format == "int"
     is_product = kind in (ModuleKind.LINEAR, ModuleKind.CONV1D)
-    if is_product and has_integers and quantized is not None and used is not None:
-        fits = used.grid.symmetric and used.grid.bits == 8 and quantized.offset is None
-        fits = fits and used.grid.granularity is not TokenGranularity.PER_SAMPLE
-        fits = fits and (used.grid.static or used.grid.granularity is TokenGranularity.PER_TOKEN)
-        if fits and quantized.groups == 1:
-            return Int8Linear(quantized, bias, used)
-        if fits and quantized.bits <= 4 and quantized.group_size % _ALIGNED_GROUP == 0:
-            return Int4Linear(quantized, bias, used)
+    if is_product and quantized is not None and used is not None and misfit(quantized, used) is None:
+        return (Int4Linear if takes_groups(quantized) else Int8Linear)(quantized, bias, used)
     if quantized is not None:
         module._parameters["weight"] = nn.Parameter(quantized.dequantize(), requires_grad=False)
     if used is not None:

@@ -7,7 +7,8 @@
     weight          empty: its shape fits no model, so that transformers without ds_compress refuses the folder
                     instead of initializing what it does not find at random
 
-Floats, and experts, are smaller in the folder only: they are dequantized when they are loaded, and run as fp32.
+Floats are smaller in the folder only: they are dequantized when they are loaded, and run as fp32; so do experts, unless
+their matrices and inputs are integers that the grouped kernels fit (`serve_experts`).
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
 
@@ -36,8 +37,10 @@ from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
 from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
+from ds_compress.export.serve_experts import misfit_of_experts
 from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_experts, stored_weight, weight_scheme
 from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.experts import follows_registry, fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind
 
 QUANT_METHOD = "ds_compress"
@@ -56,6 +59,7 @@ class ServingFormat(Format):
 
     attribute_overrides: dict[str, dict[str, float]] = field(default_factory=dict)
     shape_overrides: dict[str, list[int]] = field(default_factory=dict)
+    _unregistered: frozenset[str] = frozenset()
 
     def loaded_dtype(self, trained_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -66,6 +70,11 @@ class ServingFormat(Format):
                 attribute_overrides(final, final.config),
                 shape_overrides(final, final.config),
             )
+        self._unregistered = frozenset(
+            name
+            for name, module in final.named_modules()
+            if fused_experts(module) and not follows_registry(module)
+        )
         if self.options.embeddings not in (None, "int8", "float"):
             raise ExportError(f'embeddings is "int8" or "float", got {self.options.embeddings!r}')
         if source.config is None:
@@ -109,6 +118,7 @@ class ServingFormat(Format):
         if quantized is not None:
             stored |= self._stored(layer, quantized)
             scheme["weight"] = weight_scheme(quantized)
+        self._note_experts(layer)
         for name, experts in layer.experts.items():
             stored |= self._stored_experts(layer, name, experts)
             own = {**weight_scheme(experts.matrices[0]), "experts": len(experts.matrices)}
@@ -133,8 +143,19 @@ class ServingFormat(Format):
         except ValueError as error:
             raise ExportError(f"{layer.name}: {error}") from error
 
+    def _note_experts(self, layer: Layer) -> None:
+        if not layer.experts:
+            return
+        reason = misfit_of_experts(layer.experts, layer.expert_inputs)
+        if layer.name in self._unregistered:
+            reason = "their class multiplies in its own way"
+        if reason is not None:
+            self.note(
+                "experts are dequantized to fp32 when they are loaded, smaller in the folder, no faster: "
+                + reason
+            )
+
     def _stored_experts(self, layer: Layer, name: str, experts: QuantizedExperts) -> dict[str, torch.Tensor]:
-        self.note("experts are dequantized to fp32 when they are loaded: smaller in the folder, no faster")
         try:
             stored = stored_experts(name, experts)
         except ValueError as error:

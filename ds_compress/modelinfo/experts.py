@@ -22,6 +22,9 @@ _CHOSEN = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe
 _REMOVED, _EXCLUDED = "_ds_compress_removed_to", "_ds_compress_excluded_to"
 """Attributes of a router whose mixture has fewer experts than it was made with."""
 _CONCATENATED = "is_concatenated"
+_INTERFACE = "experts_interface"
+"""What the decorator's forward looks an implementation up in, as its closure calls it."""
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "_apply_gate")
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,14 @@ def _is_transposed(module: nn.Module, up: tuple[int, ...], down: tuple[int, ...]
         return said
     # Without a gate and with as many hidden as intermediate entries both fit: the usual one.
     return next((layout for layout, fits in by_layout.items() if fits), None)
+
+
+def follows_registry(module: nn.Module) -> bool:
+    """Whether transformers' registry of experts implementations may replace the forward of this module: its class is
+    decorated with `use_experts_implementation`, and no class below has another forward, nor the module itself."""
+    cls = getattr(type(module), "_ds_compress_base_class", type(module))
+    dispatches = _INTERFACE in getattr(getattr(cls.forward, "__code__", None), "co_freevars", ())
+    return dispatches and "forward" not in vars(module) and all(hasattr(module, flag) for flag in _FLAGS)
 
 
 def moe_blocks(model: nn.Module) -> Iterator[MoeBlock]:

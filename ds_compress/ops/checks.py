@@ -361,3 +361,71 @@ def _check_vector(name: str, vector: Tensor, length: int) -> None:
         vector.dtype is torch.float32 and vector.dim() == 1 and vector.shape[0] == length,
         lambda: f"{name} is contiguous float32 ({length},), got {described(vector)}",
     )
+
+
+# --- integer linear layers of many experts ----------------------------------------------------------------------
+
+
+def check_grouped(
+    x: Tensor,
+    packed: Tensor,
+    offsets: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    weight_scale: Tensor | None = None,
+) -> None:
+    """What a call for many experts has beyond that for one; `rows`: of each expert's weight."""
+    require(
+        packed.dtype is torch.uint8 and packed.dim() == 2 and packed.shape[0] > 0 and packed.is_contiguous(),
+        lambda: f"packed weights of experts are contiguous uint8 (experts, bytes), got {described(packed)}",
+    )
+    experts = packed.shape[0]
+    require(
+        x.dim() == 2 and x.dtype in FLOATS,
+        lambda: f"x is (rows, in_features) in fp32, bf16 or fp16, got {described(x)}",
+    )
+    require(
+        offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1 and offsets.shape[0] == experts,
+        lambda: f"offsets are int32 or int64 ({experts},), got {described(offsets)}",
+    )
+    require(
+        x.device == packed.device == offsets.device, lambda: "x, packed and offsets are on the same device"
+    )
+    for name, tensor in (("weight_scale", weight_scale), ("bias", bias)):
+        if tensor is not None:
+            _check_expert_rows(name, tensor, experts, rows)
+    if input_scale is not None:
+        _check_vector("input_scale", input_scale, experts)
+
+
+def check_packed_experts(packed: Tensor, rows: int, columns: int, groups: int = 0) -> None:
+    size = packed_bytes(rows, columns, 4 if groups else 8, groups)
+    require(
+        packed.shape[1] == size,
+        lambda: f"packed weights of ({rows}, {columns}) have {size} bytes each, got {described(packed)}",
+    )
+
+
+def _check_expert_rows(name: str, tensor: Tensor, experts: int, rows: int) -> None:
+    require(
+        tensor.dtype is torch.float32
+        and tensor.dim() == 2
+        and tensor.shape[0] == experts
+        and tensor.shape[1] == rows
+        and tensor.is_contiguous(),
+        lambda: f"{name} is contiguous float32 ({experts}, {rows}), got {described(tensor)}",
+    )
+
+
+def check_offset_values(ends: list[int], rows: int) -> None:
+    before = 0
+    for expert, end in enumerate(ends):
+        require(
+            before <= end <= rows,
+            lambda expert=expert, before=before, end=end: (  # type: ignore[misc]
+                f"offsets never decrease and end within the {rows} rows of x, got {end} for expert {expert} "
+                f"behind {before}"
+            ),
+        )
+        before = end

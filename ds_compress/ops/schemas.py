@@ -4,7 +4,8 @@
 op its signature and an implementation in plain torch, the compiled library (see `library`) a faster one for CPU and
 CUDA. The numerics that all of them share, bit for bit, are stated in `csrc/README.md`.
 
-linear        int8_linear and int4_linear: quantize the rows of x, multiply integers, dequantize, add, activate
+linear        int8_linear and int4_linear: quantize the rows of x, multiply integers, dequantize, add, activate;
+              int8_grouped_linear, int4_grouped_linear: of all experts of a mixture, in one launch
 fake_quantize quantize and read back in one pass, with the mask of what was not clipped; _float: to small floats
 mask          bit-packed masks on flat tensors of any float dtype, in place
 block         the parts of a quantized reduction: payloads of scales and int8 or int4 values
@@ -104,6 +105,37 @@ def _linear(
     checks.check_linear(x, rows, x.shape[-1], out_dtype=out_dtype, **rest)
     checks.check_packed(packed, rows, x.shape[-1], groups)
     return x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype)
+
+
+@_fake("int8_grouped_linear")
+def _(x: Tensor, packed: Tensor, weight_scale: Tensor, **rest: Any) -> Tensor:
+    return _grouped_linear(x, packed, weight_scale.shape[-1], 0, weight_scale=weight_scale, **rest)
+
+
+@_fake("int4_grouped_linear")
+def _(x: Tensor, packed: Tensor, out_features: int, group_size: int, **rest: Any) -> Tensor:
+    groups = -(-x.shape[-1] // max(1, group_size))
+    checks.check_groups(group_size, x.shape[-1], groups)
+    return _grouped_linear(x, packed, out_features, groups, **rest)
+
+
+def _grouped_linear(
+    x: Tensor,
+    packed: Tensor,
+    rows: int,
+    groups: int,
+    *,
+    offsets: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    steps: int,
+    out_dtype: torch.dtype | None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    checks.check_grouped(x, packed, offsets, rows, bias, input_scale, weight_scale)
+    checks.check_linear(x, rows, x.shape[1], None, None, steps, "none", out_dtype)
+    checks.check_packed_experts(packed, rows, x.shape[1], groups)
+    return x.new_empty((x.shape[0], rows), dtype=out_dtype or x.dtype)
 
 
 @_fake("fake_quantize")

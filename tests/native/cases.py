@@ -43,10 +43,19 @@ class Packed:
     arguments: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True)
+class PackedExperts:
+    """Packed weights, one row for each expert."""
+
+    weights: tuple[Packed, ...]
+
+
 def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
     """The arguments with every `Packed` made by the implementation that will use it."""
 
     def made(value: Any) -> Any:
+        if isinstance(value, PackedExperts):
+            return torch.stack([made(each) for each in value.weights])
         return getattr(ops, value.op)(*value.arguments) if isinstance(value, Packed) else value
 
     args, kwargs = arguments
@@ -56,6 +65,8 @@ def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
 def _on(value: Any, device: str) -> Any:
     if isinstance(value, Packed):
         return Packed(value.op, tuple(tensor.to(device) for tensor in value.arguments))
+    if isinstance(value, PackedExperts):
+        return PackedExperts(tuple(_on(each, device) for each in value.weights))
     if isinstance(value, list):
         return [_on(each, device) for each in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
@@ -89,6 +100,25 @@ def _int4(m: int, n: int, k: int, group: int) -> Case:
         return (torch.randn(m, k), packed, n, group, torch.randn(n)), {}
 
     return Case("int4_linear", f"{m}x{n}x{k}-group{group}", make)
+
+
+def _grouped(counts: list[int], n: int, k: int, group: int = 0, tail: int = 0, static: bool = False) -> Case:
+    """Of experts with so many rows each; `tail` rows behind them."""
+    experts = len(counts)
+
+    def make() -> Arguments:
+        x, ends = torch.randn(sum(counts) + tail, k), torch.tensor(counts, dtype=torch.int32).cumsum(0)
+        if group:
+            weights = [(codes(n, k, bits=4), torch.rand(n, -(-k // group)) / 100) for _ in counts]
+            packed = PackedExperts(tuple(Packed("int4_linear_pack", each) for each in weights))
+            head: tuple[Any, ...] = (x, packed, n, group, ends)
+        else:
+            packed = PackedExperts(tuple(Packed("int8_linear_pack", (codes(n, k),)) for _ in counts))
+            head = (x.bfloat16(), packed, torch.rand(experts, n) / 100, ends.int())
+        return (*head, torch.randn(experts, n), torch.rand(experts) if static else None), {"steps": 128}
+
+    title = f"{'-'.join(map(str, counts))}x{n}x{k}{f'-group{group}' * bool(group)}{'-static' * static}"
+    return Case("int4_grouped_linear" if group else "int8_grouped_linear", title, make)
 
 
 def _fake_quantize(rows: int, columns: int, symmetric: bool, dtype: torch.dtype) -> Case:
@@ -218,6 +248,10 @@ CASES = [
     _linear(4, 9, 33, "silu", scale=torch.tensor([0.02]), steps=128),
     _int4(5, 17, 70, 32),
     _int4(1, 50, 256, 128),
+    _grouped([3, 0, 5, 1], 17, 70),
+    _grouped([0, 40, 2], 50, 130, tail=3, static=True),
+    _grouped([1, 0, 20], 17, 70, group=32, tail=2),
+    _grouped([70, 1], 50, 256, group=128, static=True),
     _fake_quantize(7, 33, True, torch.float32),
     _fake_quantize(7, 33, False, torch.bfloat16),
     _fake_quantize_float("mxfp4", E2M1, ScaleKind.E8M0, (7, 96), 32, torch.bfloat16),

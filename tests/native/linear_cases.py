@@ -85,8 +85,8 @@ class Inputs:
     input_scale: torch.Tensor | None  # fp32 (1,)
 
 
-def make_inputs(case: LinearCase) -> Inputs:
-    generator = torch.Generator().manual_seed(seed_of(case))
+def make_inputs(case: LinearCase, seed: int | None = None) -> Inputs:
+    generator = torch.Generator().manual_seed(seed_of(case) if seed is None else seed)
     x = torch.randn(case.m, case.k, generator=generator) * 3
     if case.special and case.k:
         x[0 % case.m, 0] = math.nan

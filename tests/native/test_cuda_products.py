@@ -12,6 +12,7 @@ import torch
 
 from ds_compress.ops import library
 from ds_compress.ops.reference import IMPLEMENTATIONS
+from tests.native.test_contract import References
 
 pytestmark = pytest.mark.gpu
 
@@ -109,6 +110,64 @@ def test_int4_linear_gives_the_bits_of_the_reference(
     )
     mine = ops.int4_linear(x.cuda(), packed, outputs, group, bias.cuda())
     same(mine, IMPLEMENTATIONS["int4_linear"](x, theirs, outputs, group, bias))
+
+
+# Rows of each expert: tiles of 16, 64 and 128 rows, more experts than a warp has lanes, rows of none.
+COUNTS = [
+    ([1], 0), ([0, 3, 0, 1], 2), ([1, 0] * 64, 0), ([20, 0, 90, 5], 1), ([700, 0, 300, 128, 1], 3), ([0, 0], 4),
+    ([40] * 60, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize(("counts", "tail"), COUNTS, ids=lambda value: str(value)[:24])
+def test_experts_at_once_give_the_bits_of_the_reference(
+    counts: list[int], tail: int, group: int, static: bool, ops: Any
+) -> None:
+    """int8, and int4 in groups; offsets of either width; and behind NaN, Inf and zeros."""
+    outputs, inputs, experts = 776, 528, len(counts)
+    x, _, _, _ = operands(sum(counts) + tail, 1, inputs, torch.bfloat16)
+    generator = torch.Generator().manual_seed(experts)
+    low = -8 if group else -127
+    codes = torch.randint(low, -low, (experts, outputs, inputs), generator=generator, dtype=torch.int8)
+    scale = torch.rand(experts, outputs, -(-inputs // group) if group else 1, generator=generator) * 0.02
+    bias, given = (
+        torch.randn(experts, outputs, generator=generator),
+        torch.rand(experts) / 9 if static else None,
+    )
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32 if group else torch.int64)
+
+    def multiply(with_ops: Any, device: str) -> torch.Tensor:
+        parts = [codes.to(device), scale.to(device)]
+        rest = [offsets.to(device), bias.to(device), None if given is None else given.to(device)]
+        y: torch.Tensor
+        if group:
+            packed = torch.stack([with_ops.int4_linear_pack(c, s) for c, s in zip(*parts, strict=True)])
+            y = with_ops.int4_grouped_linear(x.to(device), packed, outputs, group, *rest)
+        else:
+            packed = torch.stack([with_ops.int8_linear_pack(c) for c in parts[0]])
+            y = with_ops.int8_grouped_linear(x.to(device), packed, parts[1][:, :, 0].contiguous(), *rest)
+        return y
+
+    same(multiply(ops, "cuda"), multiply(References(), "cpu"))
+
+
+def test_experts_at_once_in_a_captured_graph(ops: Any) -> None:
+    """Other offsets than those of the capture: nothing of them was known to the host."""
+    codes, scale = torch.randint(-127, 128, (8, 264, 256), dtype=torch.int8), torch.rand(8, 264)
+    packed = torch.stack([ops.int8_linear_pack(c) for c in codes.cuda()])
+    x, scale = cuda(torch.randn(300, 256), scale)
+    offsets = torch.arange(8, device="cuda") + 1
+    ops.int8_grouped_linear(x, packed, scale, offsets)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.int8_grouped_linear(x, packed, scale, offsets)
+    offsets.copy_(torch.tensor([0, 100, 100, 130, 131, 250, 250, 299]))
+    graph.replay()
+    assert torch.equal(captured, ops.int8_grouped_linear(x, packed, scale, offsets))
+    assert not captured[299].any()
 
 
 @pytest.mark.parametrize("rows", [1, 12, 50, 400])

@@ -60,16 +60,13 @@ DSC_DEVICE void close_group(float (&totals)[Tile::rows][Tile::columns][2][4],
     }
 }
 
-/// Grid: (tiles of m, tiles of n). group: 32, 64 or 128.
+/// The outputs of a block: those from (first_m, first_n) on, rows up to e.m. group: 32, 64 or 128.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    int4_gemm_kernel(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k, int group,
-                     Epilogue e) {
+DSC_DEVICE void int4_gemm_block(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k,
+                                int group, const Epilogue& e, int64_t first_m, int64_t first_n) {
     DSC_DYNAMIC_SHARED(int8_t, shared);
     const int warp = threadIdx.x / 32;
     const int warp_m = warp % Tile::warps_m * (Tile::rows * 16), warp_n = warp / Tile::warps_m * (Tile::columns * 16);
-    const int64_t first_m = static_cast<int64_t>(blockIdx.x) * Tile::tile_m;
-    const int64_t first_n = static_cast<int64_t>(blockIdx.y) * Tile::tile_n;
     const int64_t input_pitch = int8_row_bytes(k), weight_pitch = int4_row_bytes(k);
     const TileLoader<Tile::tile_m, Tile::input_chunks, Tile::threads> inputs(quantized, input_pitch, e.m, first_m);
     const TileLoader<Tile::tile_n, Tile::weight_chunks, Tile::threads> weights(packed_body(packed), weight_pitch, e.n,
@@ -124,6 +121,15 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     write_sums<Tile>(staged, totals, warp_m, warp_n);
     __syncthreads();
     finish_tile<Tile::tile_m, Tile::tile_n, Tile::sums_pitch, Tile::threads>(e, staged, first_m, first_n);
+}
+
+/// Grid: (tiles of m, tiles of n). group: 32, 64 or 128.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
+    int4_gemm_kernel(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k, int group,
+                     Epilogue e) {
+    int4_gemm_block<Tile>(quantized, packed, k, group, e, static_cast<int64_t>(blockIdx.x) * Tile::tile_m,
+                          static_cast<int64_t>(blockIdx.y) * Tile::tile_n);
 }
 
 }  // namespace ds_compress::linear

@@ -64,15 +64,13 @@ DSC_DEVICE void write_sums(float* to, const Sum (&sums)[Tile::rows][Tile::column
     }
 }
 
-/// Grid: (tiles of m, tiles of n).
+/// The outputs of a block: those from (first_m, first_n) on, rows up to e.m.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    int8_gemm_kernel(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k, Epilogue e) {
+DSC_DEVICE void int8_gemm_block(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k,
+                                const Epilogue& e, int64_t first_m, int64_t first_n) {
     DSC_DYNAMIC_SHARED(int8_t, shared);
     const int warp = threadIdx.x / 32;
     const int warp_m = warp % Tile::warps_m * (Tile::rows * 16), warp_n = warp / Tile::warps_m * (Tile::columns * 16);
-    const int64_t first_m = static_cast<int64_t>(blockIdx.x) * Tile::tile_m;
-    const int64_t first_n = static_cast<int64_t>(blockIdx.y) * Tile::tile_n;
     const int64_t pitch = int8_row_bytes(k);
     const TileLoader<Tile::tile_m, Tile::chunks, Tile::threads> inputs(quantized, pitch, e.m, first_m);
     const TileLoader<Tile::tile_n, Tile::chunks, Tile::threads> weights(packed_body(packed), pitch, e.n, first_n);
@@ -94,6 +92,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     write_sums<Tile>(staged, sums, warp_m, warp_n);
     __syncthreads();
     finish_tile<Tile::tile_m, Tile::tile_n, Tile::sums_pitch, Tile::threads>(e, staged, first_m, first_n);
+}
+
+/// Grid: (tiles of m, tiles of n).
+template <class Tile>
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
+    int8_gemm_kernel(const int8_t* __restrict__ quantized, const void* __restrict__ packed, int64_t k, Epilogue e) {
+    int8_gemm_block<Tile>(quantized, packed, k, e, static_cast<int64_t>(blockIdx.x) * Tile::tile_m,
+                          static_cast<int64_t>(blockIdx.y) * Tile::tile_n);
 }
 
 }  // namespace ds_compress::linear

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ds_compress.ops.reference import block_quantize, fake_quantize, fake_quantize_float, linear, mask
+from ds_compress.ops.reference import (
+    block_quantize,
+    fake_quantize,
+    fake_quantize_float,
+    grouped_linear,
+    linear,
+    mask,
+)
 
 _OPS: tuple[Callable[..., Any], ...] = (
     linear.int8_linear_pack,
@@ -16,6 +23,8 @@ _OPS: tuple[Callable[..., Any], ...] = (
     linear.int8_linear,
     linear.int4_linear_pack,
     linear.int4_linear,
+    grouped_linear.int8_grouped_linear,
+    grouped_linear.int4_grouped_linear,
     fake_quantize.fake_quantize,
     fake_quantize_float.fake_quantize_float,
     mask.mask_apply_,

@@ -14,6 +14,7 @@ from torch import nn
 
 import ds_compress
 from ds_compress.errors import ConfigError, ExportError
+from ds_compress.export.serve_experts import STACKS, ServedExperts
 from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.quant import layers
 from tests.multirank.common import ds_config, engine_of
@@ -231,10 +232,12 @@ def quantized_inputs() -> dict[str, Any]:
         ("qwen3_moe", cutting("row_pruning"), "compressed-tensors"),
         ("mixtral", cutting("expert_pruning"), "torch"),
         ("mixtral", quantized_inputs(), "torch"),
+        ("mixtral", {**cutting("expert_pruning"), **quantized_inputs()}, "torch"),
+        ("qwen3_moe", {**cutting("row_pruning"), **quantized_inputs()}, "torch"),
     ],
 )
 def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_path: Path) -> None:
-    """Masked rows and experts leave the stored matrices; inputs of experts are quantized when they are loaded."""
+    """Masked rows and experts leave the stored matrices; experts with quantized inputs are loaded on the kernels."""
     block = quantization()
     block["weight_quantization"]["shared_parameters"] |= {"granularity": "per_channel"}
     del block["weight_quantization"]["shared_parameters"]["group_size"]
@@ -247,6 +250,11 @@ def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_p
         assert config["moe_intermediate_size"] == 16
     if "expert_pruning" in more:
         assert config["num_local_experts"] == 2
+    if "activation_quantization" in more:
+        loaded = ds_compress.from_pretrained(tmp_path / "x")
+        experts = [module for module in loaded.modules() if isinstance(module, ServedExperts)]
+        stacks = [stack for module in experts for stack in vars(module)[STACKS].values()]
+        assert {len(stack.packed) for stack in stacks} == {2 if "expert_pruning" in more else 4}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+// What the bindings of integer linear layers share on the CPU: scratch memory, and the heads of packed weights.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "../cpu/linear/linear.h"
+#include "linear.h"
+
+namespace ds_compress::bindings {
+
+constexpr int64_t kSerialProducts = 200'000;  // less is done before another thread has woken up
+
+// Memory of one thread that the next call uses again: fresh pages would cost more than a small product.
+inline void* thread_scratch(int64_t bytes) {
+    struct Memory {
+        void* data = nullptr;
+        int64_t bytes = 0;
+        ~Memory() { std::free(data); }
+    };
+    static thread_local Memory memory;
+    if (memory.bytes < bytes) {
+        std::free(memory.data);
+        memory.bytes = 0;
+        memory.data = std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64)));
+        if (memory.data == nullptr) throw std::bad_alloc();
+        memory.bytes = bytes;
+    }
+    return memory.data;
+}
+
+inline cpu::LinearType type_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case kBf16:
+            return cpu::LinearType::bf16;
+        case kFp16:
+            return cpu::LinearType::fp16;
+        default:
+            return cpu::LinearType::fp32;
+    }
+}
+
+inline int64_t panels_of(const cpu::LinearKernels& kernels, int64_t rows) {
+    return (rows + kernels.panel_columns - 1) / kernels.panel_columns;
+}
+
+/// The head of the packed weight of `size` bytes at `bytes`, checked.
+inline PackedHeader header_at(const uint8_t* bytes, int64_t size, int64_t layout) {
+    PackedHeader header;
+    std::memcpy(&header, bytes, sizeof header);
+    require(header.magic == kPackedMagic, "this is no packed weight: pack it with int8_linear_pack or its relatives");
+    require(header.layout == layout, "this weight was packed for other kernels (layout ", header.layout, "); ",
+            cpu::name_of(cpu::linear_kernels().isa), " reads layout ", layout, ": pack it again");
+    const int64_t expected = packed_bytes(header.rows, header.columns, header.groups > 0 ? 4 : 8, header.groups);
+    require(size == expected, "a packed weight of (", header.rows, ", ", header.columns, ") has ", expected,
+            " bytes, got ", size);
+    return header;
+}
+
+inline bool holds_header(const Tensor& packed, int64_t size) {
+    return packed.scalar_type() == kByte && packed.is_contiguous() &&
+           size >= static_cast<int64_t>(sizeof(PackedHeader));
+}
+
+}  // namespace ds_compress::bindings
