@@ -3,10 +3,10 @@
     python -m benchmarks.memory [--rounds 3] [--model bert|mixture] [--json]
 
 A BERT-base with random weights (109 M parameters), or a mixture of 64 experts of 64 rows in each of 8 layers (60 M),
-batch 8 x 64, fp32, ZeRO-3 that keeps no more than one layer gathered. Every measurement is a fresh `deepspeed` run; the variants take turns, round by round. Peak
-memory is the peak resident size of a process (VmHWM of /proc/self/status, reset after the first steps), so it
-includes the interpreter and its libraries; the ratio of what lies above them is reported too. For pruning the
-bytes of its masks are measured and compared with what `ds_compress.plan` predicts.
+batch 8 x 64, fp32, ZeRO-3 that keeps no more than one layer gathered. Every measurement is a fresh `deepspeed` run; the
+variants take turns, round by round. Peak memory is the peak resident size of a process (VmHWM of /proc/self/status,
+reset after the first steps), so it includes the interpreter and its libraries; the ratio of what lies above them is
+reported too. For pruning the bytes of its masks are measured and compared with what `ds_compress.plan` predicts.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def deepspeed_config(batch: int, lr: float, **optimizer: Any) -> dict[str, Any]:
 
 
 def start_process(keep_memory: bool = True) -> None:
-    """What each process does first. keep_memory: what is freed is not given back, for models that are small beside it."""
+    """What each process does first. keep_memory: what is freed stays, for models that are small beside the memory."""
     import deepspeed
 
     quiet()

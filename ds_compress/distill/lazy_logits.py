@@ -221,8 +221,8 @@ class LazyLogits:
     def sums(self, losses: Sequence[RowLoss]) -> torch.Tensor:
         """fp32 [len(losses)]: each loss summed over all rows, a chunk of logits at a time."""
         rows = self._hidden.reshape(-1, self._hidden.shape[-1])
-        # Not `self._apply`: the graph keeps what computes it, and by `pending_loss` this knows a result of the graph. No
-        # collector of garbage sees such a circle.
+        # Not `self._apply`: the graph keeps what computes it, and this knows, by `pending_loss`, a result of the graph.
+        # No collector of garbage sees such a circle.
         operations = functools.partial(_applied, self._operations)
         with self._autocast(), self._gradients():
             return chunked_sums(self._head, rows, operations, losses)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_compress.export.serve import Int8Linear
+from ds_compress.export.shape_only import ShapeOnly
 from ds_compress.ops import kernels
 
 _ACTIVATED = (
@@ -109,7 +110,7 @@ class FusedPart(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Its shape and dtype, for models that look at them."""
-        return torch.empty(self.out_features, self.in_features, device="meta")
+        return ShapeOnly.of(self.out_features, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._together.part(input, self._number)

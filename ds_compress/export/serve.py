@@ -9,6 +9,7 @@ from torch import nn
 from ds_compress.export.integer_kernels import misfit, takes_groups
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
+from ds_compress.export.shape_only import ShapeOnly
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.ops import kernels
 from ds_compress.quant import layers
@@ -36,7 +37,7 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Its shape and dtype, for models that look at them."""
-        return torch.empty(self.out_features, self.in_features, device="meta")
+        return ShapeOnly.of(self.out_features, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         ops = kernels()
