@@ -183,6 +183,42 @@ def memory() -> Lines:
     return markdown(["", "peak MB", "to plain ZeRO-3"], map(row, r.variants()), r.sources)
 
 
+def experts() -> Lines:
+    """SmolLM2-135M as a mixture, and with half of its experts."""
+    r = Results("experts")
+
+    def row(variant: str) -> list[str]:
+        whole = variant == "whole"
+        cells = [variant] if whole else [f"`{variant}`"]
+        cells.append("" if whole else f"{r.value(variant, 'perplexity before healing'):.2f}")
+        spread = (
+            f" +- {r.value(variant, 'perplexity, standard deviation'):.2f}" if variant == "random" else ""
+        )
+        cells.append(f"{r.value(variant, 'perplexity'):.2f}{spread}")
+        cells.append("" if whole else f"{100 * r.value(variant, 'tokens_of_removed'):.0f} %")
+        for figure, unit in (("resident parameters", 1e6), ("active parameters", 1e6), ("bytes", 1e6)):
+            cells.append(f"{r.value(variant, figure) / unit:.0f}")
+        cells += [
+            f"{r.value(variant, f'milliseconds of {count}'):.0f}" for count in ("256 tokens", "1 token")
+        ]
+        return cells
+
+    head = ["", "perplexity, just cut", "healed", "tokens of the removed", "M parameters", "M active"]
+    head += ["MB on disk", "ms, 256 tokens", "ms, 1 token"]
+    return markdown(head, map(row, r.variants()), r.sources)
+
+
+def expert_steps() -> Lines:
+    r = Results("expert_steps")
+    wanted = [v for v in r.variants() if not v.endswith("plain DeepSpeed")]
+
+    def row(variant: str) -> list[str]:
+        low, high = (r.value(variant, f"ratio, {which} quartile") for which in ("lower", "upper"))
+        return [variant, f"{r.value(variant, 'ratio'):.2f}", f"{low:.2f} to {high:.2f}"]
+
+    return markdown(["", "CPU time, ratio to plain DeepSpeed", "quartiles"], map(row, wanted), r.sources)
+
+
 def shrink() -> Lines:
     r = Results("shrink")
 
@@ -328,6 +364,8 @@ TABLES: dict[str, Callable[[], Lines]] = {
         int8_linear,
         elementwise,
         memory,
+        experts,
+        expert_steps,
         shrink,
         distillation_quality,
         reduction_steps,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import ds_compress
-from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 from tests.multirank.common import Wrapper, device, ds_config, engine_of
 from tests.zoo.mixtures import StrangeBlock, mixture, tokens
 
@@ -77,35 +74,18 @@ def evaluated(model: Any) -> torch.Tensor:
         return logits_of(model, tokens(3, 10, seed=9)).float().clone()
 
 
-def config_of(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    return {} if config is None else json.loads(json.dumps(config.to_dict(), default=str))
-
-
-def save(model: Any, folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-        torch.save(evaluated(model), folder / "expected.pt")
-
-
 def removed(
     names: tuple[str, ...],
     stages: tuple[int, ...] = STAGES,
-    folder: str | None = None,
     alike: bool = True,
-    beside: dict[str, Any] | None = None,
     **shared: Any,
 ) -> dict[tuple[str, int], Any]:
-    """{(architecture, stage): kept experts, losses, logits while masked and after finalize, obstacles}.
-
-    beside: other blocks. folder: the model of the last stage is saved there, under its name, with its logits,
-    `expected.pt`.
-    """
+    """{(architecture, stage): kept experts, losses, logits while masked and after finalize}."""
     results: dict[tuple[str, int], Any] = {}
     for name in names:
         keys = {**shared, "method": method_for(name, shared.get("method", "reap"))}
         for stage in stages:
-            with engine_of(built(name), ds_config(stage, {**block(**keys), **(beside or {})})) as engine:
+            with engine_of(built(name), ds_config(stage, block(**keys))) as engine:
                 losses = train(engine, 4, alike=alike)
                 kept = {group: units.tolist() for group, units in engine.compression.kept_units.items()}
                 masked = evaluated(engine)
@@ -117,12 +97,7 @@ def removed(
                     "masked": masked,
                     "final": evaluated(final),
                     "metrics": metrics,
-                    "config": config_of(final),
-                    "obstacles": vanilla_hf_obstacles(final) if hasattr(final, "config") else [],
-                    "parameters": sum(p.numel() for p in final.parameters()),
                 }
-                if folder is not None and stage == stages[-1] and torch.distributed.get_rank() == 0:
-                    save(final, Path(folder) / name)
     return results
 
 

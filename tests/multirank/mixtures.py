@@ -16,7 +16,6 @@ STAGES = (0, 2, 3)
 
 SPARSE: dict[str, dict[str, Any]] = {
     "layer": {"method": "l1", "scope": "layer"},
-    "global": {"method": "l1", "scope": "global"},
     "taylor": {
         "method": "taylor",
         "scope": "layer",

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,48 +9,15 @@ import torch
 
 from tests.multirank import experts
 from tests.multirank.launch import run_ranks
-from tests.zoo.mixtures import ARCHITECTURES
 
 SCENARIO = "tests.multirank.experts:"
-ZOO = (*ARCHITECTURES, "stranger", "selective")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-LOADER = """
-import json, sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-assert "ds_compress" not in sys.modules
-ids = torch.load(sys.argv[2])
-found = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids).logits.float()
-    expected = torch.load(folder / "expected.pt")
-    found[folder.name] = [(logits - expected).abs().max().item(), sorted(info["missing_keys"])]
-print("FOUND" + json.dumps(found))
-"""
+ZOO = ("mixtral", "deepseek_v3", "gpt_oss", "llama4", "ernie_moe", "stranger", "selective")
+"""All architectures: see `test_mixture_grid`."""
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("experts")
-
-
-@pytest.fixture(scope="module")
-def zoo(saved: Path) -> list[dict[Any, Any]]:
-    return run_ranks(2, SCENARIO + "removed", names=ZOO, folder=str(saved))
-
-
-@pytest.fixture(scope="module")
-def reloaded(zoo: Any, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """{architecture: (largest difference of logits, missing keys)} of stock transformers in a process of its own."""
-    ids = tmp_path_factory.mktemp("ids") / "ids.pt"
-    torch.save(experts.tokens(3, 10, seed=9), ids)
-    command = [sys.executable, "-c", LOADER, str(saved), str(ids)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.split("FOUND")[1])
-    return found
+def zoo() -> list[dict[Any, Any]]:
+    return run_ranks(2, SCENARIO + "removed", names=ZOO)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -77,49 +40,6 @@ class TestZoo:
     def test_losses_agree(self, zoo: Any, name: str) -> None:
         for stage in experts.STAGES:
             assert zoo[0][name, stage]["losses"] == pytest.approx(zoo[0][name, 0]["losses"], rel=1e-4)
-
-    def test_config_says_how_many_are_left(self, zoo: Any, name: str) -> None:
-        config = zoo[0][name, 3]["config"]
-        if config:
-            left = len(next(iter(zoo[0][name, 3]["kept"].values())))
-            assert [config[key] for key in EXPERTS if key in config] == [left]
-            assert zoo[0][name, 3]["obstacles"] == []
-
-    def test_stock_transformers_loads_it(self, reloaded: dict[str, Any], name: str) -> None:
-        if name in ARCHITECTURES:
-            difference, missing = reloaded[name]
-            assert not missing and difference < 1e-5
-
-
-BESIDE = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "llama4", "ernie_moe", "granite_moe")
-WITH_ZEROS_AND_ROWS = {
-    "row_pruning": {
-        "shared_parameters": {"enabled": True, "dense_ratio": 0.5, "round_to": 2, "schedule_offset": 2},
-        "different_groups": {"experts": {"modules": ["experts"]}},
-    },
-    "sparse_pruning": {
-        "shared_parameters": {"enabled": True, "method": "l1", "scope": "global", "schedule_offset": 1},
-        "different_groups": {"e": {"params": {"dense_ratio": 0.5}, "modules": ["experts"]}},
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def together() -> list[dict[Any, Any]]:
-    return run_ranks(2, SCENARIO + "removed", names=BESIDE, beside=WITH_ZEROS_AND_ROWS)
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_experts_rows_and_single_weights_at_once(together: Any, zoo: Any, name: str) -> None:
-    kept = [rank[name, stage]["kept"] for rank in together for stage in experts.STAGES]
-    assert kept == [kept[0]] * 6 and len(kept[0]) > len(zoo[0][name, 3]["kept"])
-    for stage in experts.STAGES:
-        result = together[0][name, stage]
-        torch.testing.assert_close(result["final"], result["masked"], rtol=1e-5, atol=1e-5)
-        assert result["losses"] == pytest.approx(together[0][name, 0]["losses"], rel=1e-4)
-        assert result["parameters"] < zoo[0][name, stage]["parameters"]
-        # Llama 4's shared expert has its size from the same key, and keeps it: named as an obstacle.
-        assert bool(result["obstacles"]) == (name == "llama4")
 
 
 METHODS = ("reap", "frequency", "l2", "taylor", "random")

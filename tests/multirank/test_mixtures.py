@@ -9,16 +9,13 @@ import torch
 
 from tests.multirank.launch import run_ranks
 from tests.multirank.mixtures import SPARSE, STAGES, TEACHERS
-from tests.zoo.mixtures import ARCHITECTURES
 
 SCOPES_ON = ("qwen3_moe", "gpt_oss")
 
 
 @pytest.fixture(scope="module")
 def sparse() -> dict[tuple[str, str, int], dict[str, Any]]:
-    function = "tests.multirank.mixtures:sparse"
-    everywhere = run_ranks(2, function, names=list(ARCHITECTURES), kinds=["global"])[0]
-    return everywhere | run_ranks(2, function, names=SCOPES_ON, kinds=[k for k in SPARSE if k != "global"])[0]
+    return run_ranks(2, "tests.multirank.mixtures:sparse", names=SCOPES_ON, kinds=list(SPARSE))[0]
 
 
 def _same_at_every_stage(results: Any, name: str, kind: str) -> None:
@@ -30,13 +27,7 @@ def _same_at_every_stage(results: Any, name: str, kind: str) -> None:
         torch.testing.assert_close(got["losses"], reference["losses"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_masks_of_every_architecture(sparse: Any, name: str) -> None:
-    _same_at_every_stage(sparse, name, "global")
-    assert sparse[name, "global", 0]["metrics"]["sparse_pruning/sparsity"] == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in SPARSE if kind != "global"])
+@pytest.mark.parametrize("kind", SPARSE)
 @pytest.mark.parametrize("name", SCOPES_ON)
 def test_masks_of_every_kind(sparse: Any, name: str, kind: str) -> None:
     _same_at_every_stage(sparse, name, kind)
