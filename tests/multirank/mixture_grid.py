@@ -11,7 +11,7 @@ import torch
 
 import ds_compress
 from ds_compress.errors import ExportError
-from ds_compress.quant.qat_module import QATModule
+from ds_compress.quant.experts import QATExperts
 from tests.multirank.common import ds_config, engine_of, full_weights
 from tests.multirank.experts import evaluated, train
 from tests.zoo.mixtures import ARCHITECTURES, mixture
@@ -69,7 +69,7 @@ def compressed(
     """{(architecture, block, stage): what is left, logits before and after the rest is removed, config}.
 
     The run of the last stage is exported to folder/architecture/block in the format that stock tools read, with its
-    logits as `expected.pt`, without quantization of inputs, of which stock transformers does none in experts;
+    logits as `expected.pt`, without quantization of inputs, of which stock transformers does none in fused experts;
     "refused": why it was not, or None.
     """
     results = {}
@@ -101,7 +101,7 @@ def _export(engine: Any, folder: Path) -> str | None:
         ds_compress.export(engine, folder, check=False)
     except ExportError as error:
         return str(error)
-    qat = [module for module in engine.module.modules() if isinstance(module, QATModule)]
+    qat = [module for module in engine.module.modules() if isinstance(module, QATExperts)]
     used = [quantizer for module in qat for _, quantizer in module.input_quantizers() if quantizer.enabled]
     for quantizer in used:
         quantizer.enabled = False
