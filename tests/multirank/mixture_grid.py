@@ -48,7 +48,7 @@ _FEWER_ROWS = {
 BLOCKS: dict[str, dict[str, Any]] = {
     "zeros": _ZEROS,
     "W4A16": _INT4,
-    "FP8": {"scheme": {"FP8_DYNAMIC": ["experts"]}},
+    "FP8": {"scheme": {"FP8_DYNAMIC": [r"\.experts"]}},
     "experts": _FEWER_EXPERTS,
     "rows": _FEWER_ROWS,
     "all": {**_ZEROS, **_INT4, **_FEWER_EXPERTS, **_FEWER_ROWS},
