@@ -1,6 +1,6 @@
 """What quantized experts add to a training step, beside plain DeepSpeed, with few experts and with many.
 
-    python -m benchmarks.expert_steps [--rounds 9] [--only W4A16] [--tokens 4096] [--json] [--record]
+    python -m benchmarks.expert_steps [--rounds 5] [--only W4A16] [--tokens 2048] [--json] [--record]
 
 A Qwen3-MoE with random weights, hidden size 512, 4 layers of 6.3 M parameters of experts each: 8 experts of 512 rows of
 which a token sees 2, 64 of 64 rows of which it sees 16, and 64 of 64 as gpt-oss stores them (transposed, interleaved,
@@ -96,9 +96,9 @@ class Steps:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="only blocks whose name contains this, and plain")
-    parser.add_argument("--tokens", type=int, default=4096, help=f"of a step, a multiple of {SEQUENCE}")
+    parser.add_argument("--tokens", type=int, default=2048, help=f"of a step, a multiple of {SEQUENCE}")
     parser.add_argument("--zero-stage", type=int, default=0, choices=(0, 1, 2, 3))
     record.add_output_arguments(parser)
     args = parser.parse_args()

@@ -9,7 +9,7 @@ import torch
 
 import ds_compress
 from benchmarks import upcycle
-from benchmarks.experts import METHODS, WHOLE, Run, sizes, summary
+from benchmarks.experts import METHODS, WHOLE, Run, exported, latencies, sizes, summary
 from benchmarks.kept_runs import keep
 from tests.models import tiny_llama
 
@@ -61,3 +61,13 @@ def test_means_are_over_the_seeds_that_are_finished(tmp_path: Path) -> None:
     assert result["reap"]["perplexity, percent of the whole"] == pytest.approx(102.0)
     assert result["random"]["perplexity"] == 13.0 and result["random"]["seeds"] == 2.0
     assert result["random"]["perplexity, standard deviation"] == pytest.approx(2**0.5)
+
+
+def test_latencies_are_of_the_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.smollm2.rows", lambda folder, name: torch.randint(3, 128, (2, 12)))
+    for name in (WHOLE, "reap"):
+        upcycle.mixture_of(tiny_llama()).save_pretrained(exported(tmp_path, name))
+    found = latencies(tmp_path, [WHOLE, "reap"], tokens=(12, 1), rounds=2)
+    assert found.keys() == {WHOLE, "reap"}
+    assert all(set(f) == {"milliseconds of 12 tokens", "milliseconds of 1 token"} for f in found.values())
+    assert all(value > 0 for figures in found.values() for value in figures.values())
