@@ -142,8 +142,10 @@ class _View:
 
 def _transposed(stack: torch.Tensor) -> torch.Tensor:
     """Each matrix of the stack, contiguous."""
-    if stack.device.type != "cpu":
-        return stack.transpose(1, 2).contiguous()
+    if stack.device.type != "cpu" or torch.compiler.is_compiling():
+        return stack.transpose(
+            1, 2
+        ).contiguous()  # one operation, in a graph, too, however many experts there are
     # torch's CPU copy goes through memory in blocks for a matrix, and not for a stack of them.
     turned = stack.new_empty((stack.shape[0], stack.shape[2], stack.shape[1]))
     for matrix, source in zip(turned, stack, strict=True):
