@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all, and names of files that other files give."""
 
 from __future__ import annotations
 
@@ -7,9 +7,41 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The file `name` of `folder`, as an index or a manifest names it, which anybody may have written.
+
+    The name decides, not what lies there: files of a hub's cache are links to elsewhere.
+
+    Raises:
+        ValueError: it is no name of a file inside the folder.
+    """
+    if isinstance(name, str) and name and "\0" not in name:
+        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        leaves = ".." in posix.parts or ".." in windows.parts
+        if not (leaves or posix.is_absolute() or windows.drive or windows.root):
+            return folder / name
+    raise ValueError(f"{name!r} is no file inside of {folder}")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file that whoever may read other new files can read: the library's own are its owner's alone."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def atomic_write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -33,6 +32,7 @@ from ds_compress.engine.registry import keep, means_the_same, run_of
 from ds_compress.engine.zero.parameters import copy_parameters
 from ds_compress.errors import ROOT, ConfigError, Problem, dotted
 from ds_compress.modelinfo.inventory import EVERY_LAYER
+from ds_compress.regexes import occurs
 from ds_compress.techniques.layer_reduction import reduce_layers
 
 logger = logging.getLogger("ds_compress")
@@ -214,7 +214,7 @@ def _refuse_model_parallel(mpu: Any) -> None:
 def _reaches(pattern: str, name: str, module: nn.Module) -> bool:
     if pattern == EVERY_LAYER:
         return isinstance(module, nn.Linear | nn.Conv2d)
-    return re.search(pattern, name) is not None
+    return occurs(pattern, name)
 
 
 __all__ = [

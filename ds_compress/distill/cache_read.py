@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ds_compress.distill.cache_format import CacheError, Manifest, file_hash, key_of, real_tokens
+from ds_compress.distill.cache_format import MANIFEST, CacheError, Manifest, file_hash, key_of, real_tokens
 from ds_compress.distill.sparse_logits import SparseLogits
+from ds_compress.files import inside
 
 # At padding positions: any finite number, as they have no weight.
 _OF_PADDING = -1.0
@@ -27,7 +28,10 @@ class TeacherCache:
         self.manifest = Manifest.read(self.folder)
         self._place: dict[int, tuple[Any, int, int]] = {}
         for name, expected in self.manifest.shards.items():
-            path = self.folder / name
+            try:
+                path = inside(self.folder, name)
+            except ValueError as error:
+                raise CacheError(f"{self.folder / MANIFEST}: {error}") from error
             if not path.is_file() or file_hash(path) != expected:
                 raise CacheError(f"{path} is missing or was changed: make the cache again")
             shard = safe_open(path, framework="pt")

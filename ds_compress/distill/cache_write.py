@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ds_compress.distill.cache_format import (
     CacheError,
@@ -21,7 +20,7 @@ from ds_compress.distill.cache_format import (
 from ds_compress.distill.divergence import log_probabilities
 from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.distill.lm_head import lazy_head
-from ds_compress.files import UnfinishedFolder
+from ds_compress.files import UnfinishedFolder, write_tensors
 
 _POSITIONS_PER_SHARD = 2**20
 
@@ -137,7 +136,7 @@ class _Writer:
             "indices": torch.cat(self._indices),
             "log_probs": torch.cat(self._log_probs),
         }
-        save_file(content, self._folder / name)
+        write_tensors(self._folder / name, content)
         self._shards[name] = file_hash(self._folder / name)
         self._empty()
 

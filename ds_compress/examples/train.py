@@ -24,7 +24,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -32,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 import ds_compress
 from ds_compress.examples import movie_reviews
 from ds_compress.examples.cpu import keep_freed_memory, skip_shared_memory_build
+from ds_compress.files import write_tensors
 from ds_compress.run import leave_process_group
 from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
 
@@ -186,7 +186,7 @@ def save(
     if not vanilla_hf_obstacles(model):
         model.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
-    save_file(logits, unfinished / "logits.safetensors")
+    write_tensors(unfinished / "logits.safetensors", logits)
     (unfinished / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
     unfinished.chmod(0o755)
     if folder.exists():

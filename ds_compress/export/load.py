@@ -21,6 +21,7 @@ from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
 from ds_compress.export.serve_experts import serve_experts
 from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_experts, loaded_weight
+from ds_compress.files import inside
 
 logger = logging.getLogger("ds_compress")
 
@@ -105,15 +106,19 @@ class Stored:
         self._renamed = renamed
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
         else:
             files = ["model.safetensors"]
         self._where: dict[str, Path] = {}
         for file in files:
-            if not (folder / file).exists():
+            try:
+                path = inside(folder, file)
+            except ValueError as error:
+                raise ExportError(f"{index}: {error}") from error
+            if not path.exists():
                 raise ExportError(f"{folder} lacks {file}: the export is incomplete")
-            with safe_open(folder / file, framework="pt") as opened:
-                self._where |= dict.fromkeys(opened.keys(), folder / file)
+            with safe_open(path, framework="pt") as opened:
+                self._where |= dict.fromkeys(opened.keys(), path)
         self._by_module: dict[str, list[str]] = {}
         for name in self._where:
             self._by_module.setdefault(name.rpartition(".")[0], []).append(name)

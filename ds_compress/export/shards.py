@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from ds_compress.files import write_tensors
 
 DEFAULT_SHARD_BYTES = 2 * 2**30
 
@@ -50,7 +51,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         file = self.folder / f"shard-{len(self._files):05d}.safetensors"
-        save_file(self._waiting, file, metadata={"format": "pt"})
+        write_tensors(file, self._waiting, metadata={"format": "pt"})
         self._places.update(dict.fromkeys(self._waiting, len(self._files)))
         self._files.append(file)
         self._waiting, self._waiting_bytes = {}, 0

@@ -14,6 +14,7 @@ from ds_compress.modelinfo.adapters import hosts
 from ds_compress.modelinfo.auxiliary import is_auxiliary
 from ds_compress.modelinfo.experts import fused_experts, router_modules
 from ds_compress.modelinfo.kinds import ModuleKind, is_layer, kind_of, shape_of
+from ds_compress.regexes import occurs
 
 EVERY_LAYER = "*"
 """The pattern for all Linear, Conv1D and Conv2d layers and experts; also what an absent `modules` means."""
@@ -76,12 +77,12 @@ class Entry:
         """Whether only its being part of an adapter saves it from `pattern`."""
         if not self.hosts or not self._is_named_by(pattern):
             return False
-        return pattern == EVERY_LAYER or any(re.search(pattern, host) for host in self.hosts)
+        return pattern == EVERY_LAYER or any(occurs(pattern, host) for host in self.hosts)
 
     def _is_named_by(self, pattern: str) -> bool:
         if pattern == EVERY_LAYER:
             return self.is_layer
-        return any(re.search(pattern, name) for name in self.names)
+        return any(occurs(pattern, name) for name in self.names)
 
 
 def entries_of(model: nn.Module) -> tuple[Entry, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from ds_compress.files import UnfinishedFolder, atomic_write
+from ds_compress.files import UnfinishedFolder, atomic_write, inside, write_tensors
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,27 @@ def test_a_folder_that_was_not_finished_is_gone(tmp_path: Path) -> None:
         (unfinished.path / "half").write_text("")
         raise ValueError("stop")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "deep/er.pt", "..hidden", "a..b"])
+def test_names_inside_of_a_folder(tmp_path: Path, name: str) -> None:
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../x", "a/../../x", "/etc/passwd", "..", "..\\x", "C:\\x", "\\x", "a\0b", None, 3, ["x"]]
+)
+def test_names_that_lead_out_of_it_are_refused(tmp_path: Path, name: object) -> None:
+    with pytest.raises(ValueError, match="is no file inside of"):
+        inside(tmp_path, name)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_read_tensors_as_they_read_other_new_files(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+        (tmp_path / "other").write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -6,13 +6,13 @@ a few percent of it, and its sparsity of 0.5 is one of 0.015 of the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.targets import Weight
 from ds_compress.modelinfo.inventory import EVERY_LAYER
+from ds_compress.regexes import occurs
 
 _EMBEDDING = "Embedding"
 
@@ -74,4 +74,4 @@ def left_out(plan: ResolvedPlan) -> Iterator[LeftOut]:
 
 def _is_excluded(weight: Weight, shared: object) -> bool:
     module = weight.name.rpartition(".")[0]
-    return any(re.search(pattern, module) for pattern in getattr(shared, "excluded_modules", ()))
+    return any(occurs(pattern, module) for pattern in getattr(shared, "excluded_modules", ()))

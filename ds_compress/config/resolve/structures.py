@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -17,6 +16,7 @@ from ds_compress.config.structure_targets import StructurePlan, StructureTarget,
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import EVERY_LAYER, Entry, exact_pattern, few, nearest_names
 from ds_compress.modelinfo.kinds import is_layer
+from ds_compress.regexes import occurs
 from ds_compress.structure.find import FoundGroups, find_groups
 from ds_compress.structure.prunable_group import GroupKind, PrunableGroup
 from ds_compress.structure.related import mask_only_group, stated_group
@@ -365,7 +365,7 @@ def _has_entries(module: nn.Module) -> bool:
 
 
 def _reaches(pattern: str, names: Sequence[str]) -> bool:
-    return pattern == EVERY_LAYER or any(re.search(pattern, name) for name in names)
+    return pattern == EVERY_LAYER or any(occurs(pattern, name) for name in names)
 
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:

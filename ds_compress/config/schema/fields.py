@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -20,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ds_compress.modelinfo.inventory import EVERY_LAYER
+from ds_compress.regexes import problem_of
 
 CONFLICTS = "conflicts"
 """Type of the pydantic error whose context carries `Conflict`s; `translate` unpacks it."""
@@ -88,21 +87,10 @@ def _no_look_alike(value: Any) -> Any:
 
 def _one_regex(value: str) -> str:
     if value != EVERY_LAYER:
-        problem = regex_problem(value)
+        problem = problem_of(value)
         if problem:
             raise PydanticCustomError("regex", "a regex", {"problem": problem})
     return value
-
-
-def regex_problem(pattern: str) -> str | None:
-    """Why Python cannot compile the pattern; None when it can."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return str(error) or type(error).__name__
-    return None
 
 
 StrictBool = Annotated[bool, Strict()]

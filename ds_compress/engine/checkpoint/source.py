@@ -14,7 +14,7 @@ from torch import nn
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.engine.checkpoint import model_file, origin
-from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError
+from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError, files_of, latest
 from ds_compress.errors import ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
@@ -84,7 +84,10 @@ def _of_transformers(folder: Path) -> ExportSource:
 
 def _tag_folder(root: Path) -> Path:
     if (root / "latest").exists():
-        return root / (root / "latest").read_text().strip()
+        try:
+            return latest(root)
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
     if not any(root.glob("*model_states.pt")):
         raise ExportError(f"{root} is no checkpoint: it has neither a file `latest` nor model states")
     return root
@@ -98,9 +101,7 @@ def _state(folder: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler finds
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    missing = [name for name in state["files"] if not (path.parent / name).exists()]
-    if missing:
-        raise CheckpointError(f"{path.parent} lacks {', '.join(missing)}: the checkpoint is incomplete")
+    files_of(path.parent, state)
     return state
 
 

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ds_compress.engine.checkpoint import model_file
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run_end import warn_if_unfinished
-from ds_compress.files import atomic_write
+from ds_compress.files import atomic_write, inside, write_tensors
 from ds_compress.ops import bitmask
 
 if TYPE_CHECKING:
@@ -105,11 +104,8 @@ def load(folder: Path, run: CompressionRun) -> None:
         run.begin_anew()
         return
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    missing = [name for name in state["files"] if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: the checkpoint is incomplete")
+    stored = _StoredParts(files_of(folder, state))
     run.load_state_dict(state)
-    stored = _StoredParts(folder, state["files"])
     for name, technique in run.techniques.items():
         technique.load_fragment_state(stored.of_technique(name, run))
     run.mask_frozen_weights()
@@ -154,7 +150,7 @@ def _write_fragments(path: Path, run: CompressionRun) -> None:
             {"key": key, "stage": technique, "kind": kind, "parameter": parameter, "start": start}
             | {"numel": values.numel(), "is_mask": is_mask}
         )
-    atomic_write(path, partial(save_file, tensors, metadata={"index": json.dumps(index)}))
+    atomic_write(path, partial(write_tensors, tensors=tensors, metadata={"index": json.dumps(index)}))
 
 
 def _parts(run: CompressionRun) -> Iterator[tuple[str, str, str, torch.Tensor]]:
@@ -169,13 +165,13 @@ def _parts(run: CompressionRun) -> Iterator[tuple[str, str, str, torch.Tensor]]:
 class _StoredParts:
     """The parts that all processes stored, indexed by what they belong to."""
 
-    def __init__(self, folder: Path, files: list[str]) -> None:
+    def __init__(self, files: list[Path]) -> None:
         self._parts: dict[tuple[str, str], dict[str, list[tuple[Path, dict[str, Any]]]]] = {}
-        for name in files:
-            with safe_open(folder / name, framework="pt") as file:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
                 for part in json.loads(file.metadata()["index"]):
                     by_parameter = self._parts.setdefault((part["stage"], part["kind"]), {})
-                    by_parameter.setdefault(part["parameter"], []).append((folder / name, part))
+                    by_parameter.setdefault(part["parameter"], []).append((path, part))
 
     def of_technique(self, technique: str, run: CompressionRun) -> dict[str, dict[str, torch.Tensor]]:
         """{kind: {parameter: values of this process' fragment}}."""
@@ -221,8 +217,36 @@ class _StoredParts:
         return joined
 
 
+def files_of(folder: Path, state: Mapping[str, Any]) -> list[Path]:
+    """The files of fragments that a `state.pt` in `folder` lists.
+
+    Raises:
+        CheckpointError: one is missing, or named outside of the folder.
+    """
+    try:
+        files = [inside(folder, name) for name in state["files"]]
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE}: {error}") from error
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: the checkpoint is incomplete")
+    return files
+
+
+def latest(root: Path) -> Path:
+    """The folder of the tag that the file `latest` in `root` names.
+
+    Raises:
+        CheckpointError: it is outside of `root`.
+    """
+    try:
+        return inside(root, (root / "latest").read_text().strip())
+    except ValueError as error:
+        raise CheckpointError(f"{root / 'latest'}: {error}") from error
+
+
 def _folder(load_dir: Path, tag: str | None) -> Path:
-    return load_dir / str((load_dir / "latest").read_text().strip() if tag is None else tag) / FOLDER
+    return (latest(load_dir) if tag is None else load_dir / str(tag)) / FOLDER
 
 
 def _shrunk_units(load_dir: Path, tag: str | None) -> dict[str, torch.Tensor] | None:

@@ -211,6 +211,16 @@ def test_a_missing_shard(folder: Path, tmp_path: Path) -> None:
     assert "make the cache again" in refusal(cache, "teacher_cache")
 
 
+def test_a_shard_outside_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    cache = copied(folder, tmp_path)
+    (shard,) = cache.glob("*.safetensors")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["shards"] = {f"../{shard.name}": digest for digest in manifest["shards"].values()}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    shard.rename(cache.parent / shard.name)
+    assert "is no file inside of" in refusal(cache, "teacher_cache")
+
+
 @pytest.mark.parametrize("damage", ["absent", "cut", "of other keys", "a list", "no folder"])
 def test_a_missing_or_broken_manifest(folder: Path, tmp_path: Path, damage: str) -> None:
     cache = copied(folder, tmp_path)

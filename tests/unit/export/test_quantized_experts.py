@@ -263,3 +263,17 @@ def test_beside_other_blocks(name: str, more: dict[str, Any], format: str, tmp_p
 def test_our_format_has_what_stock_tools_misread(name: str, scheme: str, tmp_path: Path) -> None:
     report = ds_compress.export(wide(name), tmp_path / "x", format="torch", scheme=scheme, inputs=inputs())
     assert report.check["max_difference"] < 1e-3 * report.check["largest_logit"]
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    ds_compress.export(
+        wide("mixtral"), tmp_path / "x", "torch", scheme="W8A8", check=False, shard_bytes=1 << 20
+    )
+    index = tmp_path / "x" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = next(iter(content["weight_map"].values()))
+    (tmp_path / "x" / file).rename(tmp_path / file)
+    content["weight_map"] = {n: f"../{f}" if f == file else f for n, f in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ExportError, match="is no file inside of"):
+        ds_compress.from_pretrained(tmp_path / "x")

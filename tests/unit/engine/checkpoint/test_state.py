@@ -10,7 +10,9 @@ import deepspeed
 import pytest
 import torch
 
+import ds_compress
 from ds_compress.engine.checkpoint import state
+from ds_compress.errors import ExportError
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, full_weights, pruning_block, train
 
@@ -89,7 +91,7 @@ def test_parts_of_another_layout_are_cut_and_joined(tmp_path: Path) -> None:
     train(engine, batches(3))
     session = engine.compression
     state.save(tmp_path, session)
-    stored = state._StoredParts(tmp_path, ["fragments_00000.safetensors"])
+    stored = state._StoredParts([tmp_path / "fragments_00000.safetensors"])
     name, fragment = next((n, f) for n, f in session.shards.fragments.items() if "query" in n)
     whole = stored.of_technique("sparse_pruning", session)
 
@@ -121,3 +123,23 @@ def test_loading_the_module_only_is_a_fresh_start(tmp_path: Path) -> None:
     assert fresh.compression.applied_steps == 0
     assert all(torch.equal(weights[k], v) for k, v in full_weights(fresh.module).items())
     fresh.destroy()
+
+
+@pytest.mark.parametrize("where", ["latest", "state"])
+def test_names_that_lead_out_of_the_checkpoint_are_refused(tmp_path: Path, where: str) -> None:
+    engine = make_engine()
+    train(engine, batches(2))
+    engine.save_checkpoint(str(tmp_path / "here"), tag="tag")
+    if where == "latest":
+        (tmp_path / "here" / "tag").rename(tmp_path / "elsewhere")
+        (tmp_path / "here" / "latest").write_text("../elsewhere")
+    else:
+        path = tmp_path / "here" / "tag" / "ds_compress" / "state.pt"
+        saved = torch.load(path, weights_only=True)
+        path.with_name("fragments_00000.safetensors").rename(tmp_path / "x.safetensors")
+        torch.save(saved | {"files": ["../../../x.safetensors"]}, path)
+    with pytest.raises(state.CheckpointError, match="is no file inside of"):
+        engine.load_checkpoint(str(tmp_path / "here"))
+    with pytest.raises(ExportError, match="is no file inside of"):
+        ds_compress.export(tmp_path / "here", tmp_path / "out", model=tiny_bert(), check=False)
+    engine.destroy()
