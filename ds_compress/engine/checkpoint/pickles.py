@@ -7,14 +7,15 @@ states hold and which only store what they are given.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_compress.errors import CheckpointError
@@ -55,4 +56,16 @@ def _allowed() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [defaultdict, OrderedDict, DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    deepspeeds = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    return [*deepspeeds, *_of_client_states()]
+
+
+def _of_client_states() -> list[Any]:
+    """What scripts put beside: states of random generators, numbers of numpy, their arguments."""
+    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"}
+    builders = [
+        np.zeros(0).__reduce__()[0],
+        np.float64(0).__reduce__()[0],
+    ]  # where they lie depends on the version
+    arrays = [*builders, np.ndarray, np.dtype]
+    return [*arrays, *dtypes, argparse.Namespace]

@@ -55,7 +55,19 @@ def tag_to_load(root: Path, tag: str | None, processes: Processes, pointer: str 
         return str(other)
     if pointed is None and not (root / pointer).exists():
         return None
-    raise CheckpointError(f"{_told(problems)}. No checkpoint in {root} is whole")
+    raise CheckpointError(f"{_told(problems)}. No checkpoint in {root} is whole{_beside(root, processes)}")
+
+
+def _beside(root: Path, processes: Processes) -> str:
+    """Where else there is a whole one: a Trainer has a folder for each save. A collective."""
+    others = {path.parent.parent for path in root.parent.glob(f"*/*/{FILE_NAME}")} - {root}
+    newest_first = sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+    for other in processes.from_first(newest_first):
+        if any(
+            not _problems(other, tag, LATEST, processes) for tag in processes.from_first(by_age(other))[:1]
+        ):
+            return f"; {other} has one"
+    return ""
 
 
 def verified_folder(root: Path) -> Path:
