@@ -8,8 +8,8 @@ import errno
 import fcntl
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -125,6 +125,15 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
+def remove_unfinished(parent: Path, name: str | None = None) -> None:
+    """Removes what killed writers left in the folder: all of it, or that of the folders called `name`."""
+    pattern = "*" if name is None else glob.escape(name)
+    for left in parent.glob(f".{pattern}.unfinished-*"):
+        if (lock := _locked(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
 class UnfinishedFolder:
     """A temporary folder beside `out`, renamed to it by `finish` and removed when the block ends without.
 
@@ -132,18 +141,17 @@ class UnfinishedFolder:
     that dies, and whoever still writes holds it.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, nonce: str | None = None) -> None:
         self.out = out
+        # A name that several processes have to agree on, without having seen the folder.
+        self.path = out.with_name(f".{out.name}.unfinished-{nonce or secrets.token_hex(4)}")
+        self._lock: int | None = None
 
     def __enter__(self) -> UnfinishedFolder:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         restore_folder(self.out)
-        prefix = f".{self.out.name}.unfinished-"
-        for left in self.out.parent.glob(f"{glob.escape(prefix)}*"):
-            if (lock := _locked(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
+        remove_unfinished(self.out.parent, self.out.name)
+        self.path.mkdir()
         self._lock = _locked(self.path)
         return self
 
@@ -156,7 +164,6 @@ class UnfinishedFolder:
 
     def finish(self) -> None:
         """Under its final name from here on, and on the disk; what was there is gone."""
-        self.path.chmod(0o755)
         for path in self.path.rglob("*"):
             sync(path)
         sync(self.path)
