@@ -1,4 +1,7 @@
-"""Where the JSON's `security` is asked: before a teacher, a teacher cache or a checkpoint is read."""
+"""Where the JSON's `security` is asked: before a teacher or a teacher cache is read.
+
+Checkpoints: `engine.checkpoint.signatures`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from ds_compress.errors import ConfigError, Problem, dotted, shown
 from ds_compress.secure import required
 from ds_compress.secure.encryption import PLAINTEXT_SIGNATURE
 from ds_compress.secure.errors import SecurityError
-from ds_compress.secure.signing import SIGNATURE
 
 
 def refuse_unsigned(folder: str, config: CompressionConfig, *keys: str) -> None:
@@ -55,9 +57,3 @@ def refuse_encrypted(folder: str, *keys: str) -> None:
                 )
             ]
         )
-
-
-def signed_part(root: Path, tag: str) -> Path:
-    """What of a folder of checkpoints has the signature that covers `tag`: the tag, or else all of it."""
-    whole = not (root / tag / SIGNATURE).exists() and (root / SIGNATURE).exists()
-    return root if whole else root / tag
