@@ -91,7 +91,7 @@ def _public_key_of(
 ) -> bytes:
     if given is not None:
         return keys.public_key(given)
-    if os.fspath(key).startswith(keys.PKCS11):
+    if keys.pkcs11_uri(key) is not None:
         raise ValueError("encrypt: give the public key of the PKCS#11 key, too")
     return keys.public_pem(keys.private_key(key, password).public_key())
 

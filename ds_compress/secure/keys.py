@@ -94,6 +94,14 @@ def read_key(source: str | os.PathLike[str], what: str) -> bytes:
     return content
 
 
+def pkcs11_uri(source: str | os.PathLike[str]) -> str | None:
+    """The URI of a key on a token, given itself or by `env:NAME`, which keeps a PIN off the command line; else None."""
+    text = os.fspath(source)
+    if text.startswith(ENVIRONMENT):
+        text = os.environ.get(text.removeprefix(ENVIRONMENT), "").strip()
+    return text if text.startswith(PKCS11) else None
+
+
 def read_password(source: str | os.PathLike[str] | None) -> bytes | None:
     """The first line of a password file, or of the variable that `env:NAME` names; None without a source."""
     if source is None:

@@ -134,7 +134,7 @@ def verify_with(
     try:
         found = _digests_of(root)
     except (ValueError, OSError) as error:
-        raise TamperedError(f"{root} is not as it was signed: {error}") from None
+        raise TamperedError(f"{root} is not as it was signed: {_printable(str(error))}") from None
     _compare(signed.digests, found, root)
     checked = Signed(root, signed.digests, release_of(root, signed.digests), signed.signer)
     record = None if seen is None else Path(seen)
@@ -177,7 +177,7 @@ def check_signature(content: bytes, public_pem: bytes, root: Path) -> Signed:
     except SecurityError:
         raise
     except Exception as error:  # a signature is anybody's bytes, and the library fails in many ways
-        reason = str(error) or "the signature is not of this key"
+        reason = _printable(str(error).partition("\n")[0][:200]) or "the signature is not of this key"
         raise TamperedError(f"{root / SIGNATURE} is not trusted: {reason}") from None
     if how != _METHOD:
         raise TamperedError(f"{root / SIGNATURE} is not trusted: it hashes by {how}, not by {_METHOD}")
@@ -220,10 +220,10 @@ def read_signed(root: Path, name: str, digests: Mapping[str, str]) -> bytes:
 
 
 def _signer(key: str | os.PathLike[str], password: bytes | None) -> Any:
-    signing, text = keys.needed("model_signing.signing"), os.fspath(key)
-    if text.startswith(keys.PKCS11):
+    signing, uri = keys.needed("model_signing.signing"), keys.pkcs11_uri(key)
+    if uri is not None:
         try:
-            config = signing.Config().use_pkcs11_signer(pkcs11_uri=text)
+            config = signing.Config().use_pkcs11_signer(pkcs11_uri=uri)
         except Exception as error:
             # Not the error's own words: a URI may hold a PIN.
             raise KeyUnavailableError(
@@ -282,5 +282,9 @@ def _compare(signed: Mapping[str, str], found: Mapping[str, str], root: Path) ->
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    # Whoever adds a file chooses its name: escape sequences and lone surrogates are not for a terminal.
-    return ", ".join(name if name.isprintable() else ascii(name) for name in names[:_MOST_NAMED]) + more
+    return ", ".join(map(_printable, names[:_MOST_NAMED])) + more
+
+
+def _printable(text: str) -> str:
+    """Attackers choose names of files and words of signatures: escape sequences and surrogates are for no terminal."""
+    return text if text.isprintable() else ascii(text)

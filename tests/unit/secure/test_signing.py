@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,6 +252,55 @@ def test_pkcs11_says_what_it_needs_and_shows_no_pin(folder: Path) -> None:
     with pytest.raises(secure.KeyUnavailableError, match=r"model-signing\[pkcs11\]") as caught:
         secure.sign(folder, uri)
     assert "123456" not in str(caught.value)
+
+
+SOFT_TOKENS = (
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib64/softhsm/libsofthsm2.so",
+    "/usr/lib64/libsofthsm2.so",
+)
+
+
+def test_a_key_on_a_token_signs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against SoftHSM, where it is installed: apt-get install softhsm2, pip install 'model-signing[pkcs11]'."""
+    module = next(
+        (path for path in [os.environ.get("SOFTHSM2", ""), *SOFT_TOKENS] if os.path.exists(path)), None
+    )
+    pytest.importorskip("PyKCS11")
+    tool = shutil.which("softhsm2-util")
+    if module is None or tool is None:
+        pytest.skip("SoftHSM is not installed")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "softhsm.conf").write_text(f"directories.tokendir = {tmp_path / 'tokens'}\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm.conf"))
+    made, token = generate(tmp_path / "k"), ["--module", module, "--pin", "123456"]
+    subprocess.run(
+        [tool, *token, "--init-token", "--free", "--label", "release", "--so-pin", "0000"], check=True
+    )
+    imported = ["--import", str(made.private), "--token", "release", "--label", "signer", "--id", "01"]
+    subprocess.run([tool, *token, *imported], check=True)
+    uri = f"pkcs11:token=release;object=signer?pin-value=123456&module-path={module}"
+    monkeypatch.setenv("TOKEN", uri)
+    for key in (uri, "env:TOKEN"):
+        secure.sign(folder, key)
+        assert secure.verify(folder, made.public).release is not None
+    out, reading = tmp_path / "out", keys().reading
+    with pytest.raises(ValueError, match="give the public key"):
+        secure.encrypt(folder, out, [reading.public], "env:TOKEN")
+    secure.encrypt(folder, out, [reading.public], "env:TOKEN", public_key=made.public)
+    assert secure.VerifiedFolder(out, made.public, reading.private).read("weights.bin") == bytes(range(256))
+    with pytest.raises(secure.KeyUnavailableError) as caught:
+        secure.sign(folder, uri.replace("123456", "654321"))
+    assert "654321" not in str(caught.value)
+
+
+def test_words_of_a_signature_are_printable(folder: Path) -> None:
+    bundle = json.loads((folder / "model.sig").read_text())
+    bundle["mediaType"] = "\x1b[2J\nds_compress: good"
+    (folder / "model.sig").write_text(json.dumps(bundle))
+    with pytest.raises(TamperedError, match="not trusted") as caught:
+        secure.verify(folder, keys().signing.public)
+    assert str(caught.value).isprintable()
 
 
 def test_a_model_of_transformers_still_loads(tmp_path: Path) -> None:
