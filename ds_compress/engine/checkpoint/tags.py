@@ -38,7 +38,9 @@ def tag_to_load(root: Path, tag: str | None, processes: Processes, pointer: str 
     if processes.leads:
         with contextlib.suppress(OSError):  # a folder that may only be read
             _tidy(root)
-    pointed = processes.from_first(str(tag) if tag is not None else _outcome(lambda: _pointed(root, pointer)))
+    pointed = processes.from_first(
+        str(tag) if tag is not None else _outcome(lambda: tag_named_in(root, pointer))
+    )
     if isinstance(pointed, Exception):
         raise pointed
     problems = _problems(root, pointed, pointer, processes)
@@ -104,7 +106,7 @@ def _tidy(root: Path) -> None:
     remove_unfinished(root)
 
 
-def _pointed(root: Path, pointer: str) -> str | None:
+def tag_named_in(root: Path, pointer: str) -> str | None:
     """The tag that the file names; None where it is missing or empty."""
     try:
         tag = (root / pointer).read_text(encoding="utf-8").strip()

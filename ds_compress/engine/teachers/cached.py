@@ -10,6 +10,7 @@ from torch import nn
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.cache_format import CacheError
 from ds_compress.distill.cache_read import TeacherCache
+from ds_compress.engine.signed import refuse_unsigned
 from ds_compress.engine.teachers.sharded import ShardedTeacher
 from ds_compress.errors import ConfigError, Problem, shown
 
@@ -25,6 +26,7 @@ def cached_teacher(config: CompressionConfig, student: nn.Module) -> ShardedTeac
     block = config.distillation
     if block is None or not block.enabled or block.teacher_cache is None:
         return None
+    refuse_unsigned(block.teacher_cache, config, "distillation", "teacher_cache")
     try:
         cache = TeacherCache(block.teacher_cache)
     except CacheError as error:
