@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import runs
+from benchmarks.reliability.faults import after, before
 from benchmarks.reliability.killed_writers import writer_trials
 from benchmarks.reliability.trial import Trial, Verdict
 
@@ -153,42 +154,21 @@ def _aim(where: str, victim: int, who: str, engine: Any, run: runs.Run, rank: in
     writer = engine.checkpoint_engine
     match where:
         case "before our fragments":
-            _before(state, "_write_fragments", die)
+            before(state, "_write_fragments", die)
         case "before a file of DeepSpeed":
-            _before(writer, "save", die)
+            before(writer, "save", die)
         case "in a file of DeepSpeed":
-            _after(writer, "save", half)
+            after(writer, "save", half)
         case "before the manifest":
-            _before(transaction.Manifest, "write", die)
+            before(transaction.Manifest, "write", die)
         case "before the rename":
-            _before(files, "replace_folder", die)
+            before(files, "replace_folder", die)
         case "in the rename":
             # Behind the exchange of names, or where there is none to exchange with behind the one rename.
-            _before(files, "sync", lambda path, *_: die() if path == run.folder else None)
+            before(files, "sync", lambda path, *_: die() if path == run.folder else None)
         case "after the rename":
-            _after(files, "replace_folder", die)
+            after(files, "replace_folder", die)
         case "before latest":
-            _before(transaction, "atomic_write", die)
+            before(transaction, "atomic_write", die)
         case "in latest":
-            _before(files.os, "replace", when_latest)
-
-
-def _before(target: Any, name: str, act: Callable[..., object]) -> None:
-    original = getattr(target, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        act(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    setattr(target, name, call)
-
-
-def _after(target: Any, name: str, act: Callable[..., object]) -> None:
-    original = getattr(target, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        act(*args, **kwargs)
-        return result
-
-    setattr(target, name, call)
+            before(files.os, "replace", when_latest)

@@ -30,7 +30,7 @@ import ds_compress  # noqa: F401  teaches DeepSpeed the block
 
 PROCESSES = 2
 VOCABULARY = 128
-_PRELOADED = ["benchmarks.reliability.runs"]
+PRELOADED = ["benchmarks.reliability.runs"]
 
 
 def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
@@ -212,7 +212,7 @@ class Launch:
         for old in run.traces.iterdir():
             old.unlink()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
