@@ -103,11 +103,14 @@ def export(
 
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="an exported folder")]) -> None:
-    """Prints how every module of an export is stored, its size, and how it was checked."""
+    """Verifies that an export is what was written, and prints how every module is stored, its size and its check."""
     with one_line_errors():
         from ds_compress.export.report import ExportReport
+        from ds_compress.export.whole import refuse_damaged
 
-        _out.print(ExportReport.read(folder))
+        report = ExportReport.read(folder)
+        refuse_damaged(folder)
+        _out.print(report)
 
 
 @app.command()

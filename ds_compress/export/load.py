@@ -21,6 +21,7 @@ from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
 from ds_compress.export.serve_experts import serve_experts
 from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_experts, loaded_weight
+from ds_compress.export.whole import refuse_damaged
 from ds_compress.files import inside
 
 logger = logging.getLogger("ds_compress")
@@ -44,9 +45,10 @@ def from_pretrained(
         activations: False does not quantize inputs and computes in floats, with the same values of weights.
 
     Raises:
-        ExportError: the folder is incomplete, or of another format.
+        ExportError: the folder is incomplete, damaged, or of another format.
     """
     path = Path(folder)
+    refuse_damaged(path)
     report = ExportReport.read(path)
     if report.format != "torch":
         raise ExportError(

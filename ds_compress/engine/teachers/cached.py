@@ -31,7 +31,7 @@ def cached_teacher(config: CompressionConfig, student: nn.Module) -> ShardedTeac
         cache = TeacherCache(block.teacher_cache)
     except CacheError as error:
         raise _error("teacher_cache", block.teacher_cache, f"a complete cache ({error})") from error
-    logits, made = block.losses.logits, cache.manifest
+    logits, made = block.losses.logits, cache.contents
     if logits is not None and logits.temperature != made.temperature:
         allowed = f"{made.temperature}, for which the cache was made"
         raise _error("losses.logits.temperature", logits.temperature, allowed)
