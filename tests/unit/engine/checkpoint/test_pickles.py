@@ -28,7 +28,7 @@ class Payload:
         self.folder = folder
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
+        return os.makedirs, (str(self.folder), 0o777, True)
 
 
 def config(stage: int, **security: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, stage: int, pattern: 
     poisoned(root, pattern, Payload(trace))
     with (
         engine_of(tiny_bert(1), config(stage)) as engine,
-        pytest.raises(CheckpointError, match=r"more than data.*mkdir.*trust_pickle"),
+        pytest.raises(CheckpointError, match=r"more than data.*makedirs.*trust_pickle"),
     ):
         engine.load_checkpoint(str(root))
     with pytest.raises(ExportError, match="more than data"):
