@@ -26,9 +26,10 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            _refuse_damaged(self.folder)
         self.contents = Contents.read(self.folder)
         self._place: dict[int, tuple[Any, int, int]] = {}
-        _refuse_damaged(self.folder)
         for name in self.contents.shards:
             try:
                 path = inside(self.folder, name)

@@ -23,14 +23,14 @@ from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
 
 
-def load_source(source: Any, model: nn.Module | None = None) -> ExportSource:
-    """`source` as an export reads it; `model` is for checkpoints of models that transformers does not know.
+def load_source(source: Any, model: nn.Module | None = None, trust_pickle: bool = False) -> ExportSource:
+    """`source` as an export reads it; the rest is for checkpoints, see `from_checkpoint`.
 
     Raises:
         ExportError: it is none of these, or an incomplete checkpoint.
     """
     if isinstance(source, str | PathLike):
-        return from_checkpoint(source, model)
+        return from_checkpoint(source, model, trust_pickle)
     if hasattr(source, "model_wrapped") and hasattr(source, "accelerator"):
         return _of_trainer(source)
     if isinstance(source, nn.Module) and not hasattr(source, "module"):

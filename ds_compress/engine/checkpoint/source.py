@@ -26,11 +26,14 @@ from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import TechniqueContext
 
 
-def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -> ExportSource:
+def from_checkpoint(
+    path: str | PathLike[str], model: nn.Module | None = None, trust_pickle: bool = False
+) -> ExportSource:
     """The trained model: masked structures are cut, and its quantizers attached as they were when it was saved.
 
     path: what `engine.save_checkpoint` was given, or one tag's folder in it; or a folder of transformers' own.
     model: an instance of the trained class, before compression, for models that transformers does not know.
+    trust_pickle: DeepSpeed's pickles may hold more than data, and run it.
 
     Raises:
         ExportError: a file is missing or damaged, or there is no way to know the model's class.
@@ -59,7 +62,7 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
             f"{folder} has no ds_compress/{model_file.FILE_NAME} that says which model this is: pass model="
         )
     built = model if model is not None else _skeleton(saved or {})
-    weights = _weights(folder)
+    weights = _weights(folder, trust_pickle)
     _load(built, weights, getattr(torch, saved["dtype"]) if saved else torch.float32)
     if saved is not None and state is not None:
         _compress(built, saved["compression_training"], state, weights)
@@ -101,16 +104,18 @@ def _skeleton(saved: Mapping[str, Any]) -> nn.Module:
     return built
 
 
-def _weights(folder: Path) -> dict[str, Any]:
+def _weights(folder: Path, trust_pickle: bool) -> dict[str, Any]:
     """fp32 by name: tensors, or DeepSpeed's lazy ones, which `contiguous()` makes."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if any(folder.glob("*zero*optim_states.pt")):
         try:
-            with pickles.only_data(folder):
+            with pickles.only_data(folder, trust_pickle):
                 lazy = get_fp32_state_dict_from_zero_checkpoint(
                     str(folder.parent), tag=folder.name, lazy_mode=True
                 )
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
         except Exception as error:  # a file that is missing shows in many ways
             raise ExportError(f"{folder} is incomplete or damaged: {error}") from error
         return dict(lazy)
@@ -118,8 +123,10 @@ def _weights(folder: Path) -> dict[str, Any]:
     if not files:
         raise ExportError(f"{folder} has no model states")
     try:
-        with pickles.only_data(folder):
-            weights: dict[str, Any] = torch.load(files[0], map_location="cpu")["module"]
+        with pickles.only_data(folder, trust_pickle):
+            weights: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=not trust_pickle)[
+                "module"
+            ]
     except CheckpointError as error:
         raise ExportError(str(error)) from error
     return weights

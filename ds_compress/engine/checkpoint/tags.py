@@ -45,6 +45,8 @@ def tag_to_load(root: Path, tag: str | None, processes: Processes, pointer: str 
         raise pointed
     problems = _problems(root, pointed, pointer, processes)
     if not problems:
+        if tag is None and (newer := processes.from_first(_newer(root, str(pointed)))):
+            logger.warning("ds_compress: %s names %s, %s is newer", root / pointer, pointed, root / newer)
         return str(pointed)
     for other in processes.from_first([name for name in by_age(root) if name != pointed]):
         if _problems(root, other, pointer, processes):
@@ -86,6 +88,18 @@ def verified_folder(root: Path) -> Path:
     if tag is None:
         raise CheckpointError(f"{root} is no checkpoint: it has neither a file `latest` nor model states")
     return root / tag
+
+
+def _newer(root: Path, tag: str) -> str | None:
+    """A tag that was saved as the latest after `tag`: a kill, or somebody, kept `latest` from naming it."""
+    tags = by_age(root)
+    newer = tags[: tags.index(tag)] if tag in tags else []
+    return next((name for name in newer if _was_latest(root / name)), None)
+
+
+def _was_latest(folder: Path) -> bool:
+    manifest = Manifest.read(folder)
+    return manifest is not None and bool(manifest.about.get("latest"))
 
 
 def by_age(root: Path) -> list[str]:

@@ -189,6 +189,11 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
+def sealed(cache: Path) -> None:
+    """The files are what was written, says the manifest."""
+    Manifest.of(cache, {}).write(cache)
+
+
 def refusal(cache: Path, path: str, student: nn.Module | None = None, **logits: Any) -> str:
     with pytest.raises(ds_compress.ConfigError) as caught:
         engine_of(cache, student, **logits)
@@ -219,7 +224,7 @@ def test_a_shard_outside_of_the_folder(folder: Path, tmp_path: Path) -> None:
     contents["shards"] = [f"../{shard.name}"]
     (cache / "teacher_cache.json").write_text(json.dumps(contents))
     shard.rename(cache.parent / shard.name)
-    Manifest.of(cache, {}).write(cache)
+    sealed(cache)
     assert "is no file inside of" in refusal(cache, "teacher_cache")
 
 
@@ -237,6 +242,9 @@ def test_a_missing_or_broken_manifest(folder: Path, tmp_path: Path, damage: str)
         contents.write_text("[]")
     else:
         cache = tmp_path / "nowhere"
+    if cache.exists():
+        assert "make the cache again" in refusal(cache, "teacher_cache")
+        sealed(cache)
     assert "is no complete teacher cache" in refusal(cache, "teacher_cache")
 
 
@@ -244,6 +252,7 @@ def test_a_later_format(folder: Path, tmp_path: Path) -> None:
     cache = copied(folder, tmp_path)
     content = json.loads((cache / CONTENTS).read_text())
     (cache / CONTENTS).write_text(json.dumps({**content, "format": 99}))
+    sealed(cache)
     assert "format 99, this version reads 2: make it again" in refusal(cache, "teacher_cache")
 
 
