@@ -77,7 +77,7 @@ def sign(
         least = max(0, before.version if before is not None else 0)
         raise ValueError(f"version {made.version} of {root} is lower than {least}: versions grow")
     signer = _signer(key, password)
-    _digests_of(root)
+    _refuse_links(root)
     atomic_write(path, made.text())
     return write_signature(root, signer)
 
@@ -251,6 +251,14 @@ def _hashing() -> Any:
 def _digests_of(root: Path) -> dict[str, str]:
     manifest = _hashing().hash(root)
     return {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
+
+
+def _refuse_links(root: Path) -> None:
+    """What the signer would refuse, before anything is written."""
+    for path in root.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            kind = "symlink" if path.is_symlink() else "special file"
+            raise ValueError(f"{path} is a {kind}, which no signature covers: replace it by what it leads to")
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:
