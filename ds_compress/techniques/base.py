@@ -92,6 +92,12 @@ class Technique:
         """
         return {}
 
+    def follow(self, predecessor: Technique) -> None:
+        """Before it is attached: it takes the place of `predecessor`, whose model was rebuilt in mid-training.
+
+        For what `attach_engine` would otherwise decide anew; state follows by `load_state_dict`.
+        """
+
     def attach(self, shards: Shards) -> None:
         """The optimizer exists; `shards` gives this process its fragments of the master weights."""
 

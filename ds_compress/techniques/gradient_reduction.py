@@ -20,7 +20,8 @@ from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import RobustSum
 from ds_compress.reduce.slices import Segment
 from ds_compress.techniques.base import Technique, TechniqueContext, engine_only
-from ds_compress.techniques.gradient_compression import GradientCompression, log_once
+from ds_compress.techniques.gradient_compression import GradientCompression
+from ds_compress.techniques.link_verdict import log_once
 from ds_compress.techniques.robust_reduction import RobustReduction
 from ds_compress.techniques.training_engine import Deliver, TrainingEngine
 
@@ -68,6 +69,10 @@ class GradientReduction(Technique):
         return None if self.robust is None else self.robust.last_report
 
     # -- life ------------------------------------------------------------------------------------------
+
+    def follow(self, predecessor: Technique) -> None:
+        if isinstance(predecessor, GradientReduction) and predecessor.compression and self.compression:
+            self.compression.follow(predecessor.compression)
 
     def attach_engine(self, engine: TrainingEngine) -> None:
         """Takes over the reductions of `engine`; a collective.
@@ -164,6 +169,13 @@ class GradientReduction(Technique):
         return {key: value for half in self._halves for key, value in half.metrics().items()}
 
     # -- checkpoints -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.compression is None else self.compression.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.compression is not None:
+            self.compression.load_state_dict(state)
 
     def process_state(self) -> dict[str, Any]:
         self._settle()

@@ -23,7 +23,7 @@ from ds_compress.reduce.outliers import FlagCounts, OutlierAbortError, OutlierDe
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum, describe_flagged
 from ds_compress.reduce.slices import Segment
-from ds_compress.techniques.gradient_compression import log_once
+from ds_compress.techniques.link_verdict import log_once
 from ds_compress.techniques.training_engine import TrainingEngine
 
 _TWO_MOMENTA = (
