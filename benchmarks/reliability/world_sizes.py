@@ -6,9 +6,9 @@ losses are apart is what arithmetic costs, and the compressed run may differ by 
 through a universal checkpoint; those of stage 0 load as they are.
 
 A weight on the edge between two codes of its grid falls to either side by the last bit of a gradient, and a loss then
-moves by 1e-5. Sums of three processes, and those of another stage, have other last bits. So the same checkpoint is also
+moves by 1e-5. Sums of three processes, and those of another stage, have other last bits. The same checkpoint is also
 loaded where it was saved, and trained on with all losses multiplied by 1 + 2^-23: how far that run is from the unbroken
-one is what last bits do here. A run that differs by more than plain DeepSpeed's, but by no more than `SLACK` times that,
+one is what last bits do here. A run that differs by more than plain DeepSpeed, but by no more than `SLACK` times that,
 is counted as "as after a change of last bits".
 """
 
