@@ -6,6 +6,7 @@
     checks      what arguments must be, for both
     sizes       bytes of packed weights and payloads
     library     which of the two runs, and loading
+    library_file  which compiled libraries may be loaded
     build       compiling `csrc`, once per content
     toolchain   compilers and torch, found without importing torch
 

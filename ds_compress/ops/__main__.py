@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ds_compress.ops import build, library, schemas
+from ds_compress.ops.library_file import UnsafeLibraryError
 from ds_compress.ops.toolchain import Cuda, ToolchainError, compiler_version, find_cxx
 
 
@@ -19,7 +20,11 @@ def main() -> None:
     )
     if parser.parse_args().cuda:
         os.environ["DS_COMPRESS_CUDA"] = "1"
-    for name, value in report():
+    try:
+        lines = report()
+    except UnsafeLibraryError as error:
+        raise SystemExit(str(error)) from None
+    for name, value in lines:
         print(f"{name:<18}{value}")
     if not library.load():
         raise SystemExit(1)

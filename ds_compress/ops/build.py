@@ -9,7 +9,10 @@ The first process to build takes an flock; the others of this machine wait and t
 the lock of a process that dies, and whoever has waited longer than any build takes builds for itself, so that a
 killed build can never hang the next one.
 
-Imports neither torch nor anything of ours but `toolchain`: `setup.py` loads it by path.
+A library of the cache is taken only when nobody else could have written it and it is whole (`library_file`): a damaged
+one is built anew with a line that says so, one that others can write is an error.
+
+Imports neither torch nor anything of ours but `toolchain` and `library_file`: `setup.py` loads it by path.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ds_compress.ops.library_file import (
+    check_file,
+    damage,
+    make_safe_folder,
+    write_checksum,
+)
 from ds_compress.ops.toolchain import (
     OLDEST_TORCH,
     Cuda,
@@ -176,11 +186,17 @@ def stem_of(with_cuda: bool) -> str:
     return f"ds_compress_ops{'_cuda' if with_cuda else ''}-{digest.hexdigest()[:16]}"
 
 
-def find_prebuilt(with_cuda: bool) -> Path | None:
-    """The library built ahead from these very sources, by whatever compiler; one with CUDA serves the CPU too."""
+def find_prebuilt(with_cuda: bool, say: Callable[[str], object] = lambda line: None) -> Path | None:
+    """The library built ahead from these very sources, by whatever compiler; one with CUDA serves the CPU too.
+
+    It is as trustworthy as the package's Python files, among which it lies; only damage is looked for.
+    """
     for variant in (True,) if with_cuda else (False, True):
         for path in PREBUILT.glob(f"{stem_of(variant)}-*.so"):
-            return path
+            wrong = damage(path)
+            if wrong is None:
+                return path
+            say(f"ds_compress: the library of the package is not used: {path} {wrong}; reinstall ds_compress")
     return None
 
 
@@ -189,17 +205,38 @@ def ensure_built(build: Build, say: Callable[[str], object] = lambda line: None)
 
     Raises:
         BuildError: a compiler failed.
+        UnsafeLibraryError: others could have written the library that is there, or what would be built.
     """
-    library = cache_folder() / build.name
-    if library.is_file():
+    folder = make_safe_folder(cache_folder())
+    library = folder / build.name
+    if _is_whole(library):
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
     with _turn(library.with_suffix(".lock"), say):
-        return library if library.is_file() else compile_library(build, library, say)
+        if _is_whole(library):
+            return library
+        if library.exists():
+            say(f"ds_compress: compiling native ops anew: {library} {damage(library)}")
+        _remove_abandoned(folder)
+        return compile_library(build, library, say)
+
+
+def _is_whole(library: Path) -> bool:
+    if not library.is_symlink() and not library.exists():
+        return False
+    check_file(library)
+    return damage(library) is None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What builds left that were killed: no build lasts that long."""
+    for unfinished in folder.glob(".building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - unfinished.stat().st_mtime > 2 * LONGEST_BUILD_S:
+                shutil.rmtree(unfinished)
 
 
 def compile_library(build: Build, library: Path, say: Callable[[str], object] = lambda line: None) -> Path:
-    """Compiles and links everything to `library`, which appears only when it is whole."""
+    """Compiles and links everything to `library`, which appears only when it is whole, after its checksum."""
     started = time.monotonic()
     count = len(build.sources)
     how_long = "some minutes, with Hopper's kernels" if build.cutlass else "about a minute"
@@ -220,6 +257,8 @@ def compile_library(build: Build, library: Path, say: Callable[[str], object] = 
                 raise
         whole = Path(folder) / build.name
         _run(build.link_command(objects, whole))
+        whole.chmod(0o755)
+        write_checksum(whole, library)
         os.replace(whole, library)
     say(f"ds_compress: native ops built in {time.monotonic() - started:.0f} s: {library}")
     return library

@@ -91,6 +91,7 @@ def kernels() -> Any:
 
     Raises:
         KernelsUnavailableError: native was asked for and cannot be had.
+        UnsafeLibraryError: others could have written the library (`library_file`).
         ValueError: the environment names no preference.
     """
     if _in_block is not None:
@@ -177,14 +178,20 @@ def from_environment() -> Preference | None:
 
 
 def load() -> bool:
-    """Builds the library if needed and loads it into torch; False when that cannot be, with one warning."""
+    """Builds the library if needed and loads it into torch; False when that cannot be, with one warning.
+
+    Raises:
+        UnsafeLibraryError: others could have written it: no reason to go on as if nothing were.
+    """
     global _loaded, _reason
     if _loaded is not None:
         return True
     if _reason is not None:
         return False
     try:
-        path = build.find_prebuilt(wants_cuda()) or build.ensure_built(wanted_build(), build.to_stderr)
+        path = build.find_prebuilt(wants_cuda(), build.to_stderr) or build.ensure_built(
+            wanted_build(), build.to_stderr
+        )
         torch.ops.load_library(str(path))
         _loaded = path
     except (ToolchainError, build.BuildError, OSError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ds_compress.ops import build
+from ds_compress.ops.library_file import UnsafeLibraryError, write_checksum
 from ds_compress.ops.toolchain import Cuda, ToolchainError, Torch, find_cxx
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -60,7 +61,7 @@ def test_it_builds_once_and_the_result_loads(small: Path) -> None:
     assert said[1].endswith("1 of 2 files") and "built in" in said[-1]
     assert build.ensure_built(wanted, said.append) == library
     assert compiles(small) == 2
-    assert sorted(path.suffix for path in library.parent.iterdir()) == [".lock", ".so"]
+    assert sorted(path.suffix for path in library.parent.iterdir()) == [".lock", ".sha256", ".so"]
 
 
 @pytest.mark.parametrize("changed", ["cpu/answer.cpp", "include/shared.h", "cuda.cuh"])
@@ -115,6 +116,47 @@ def test_whoever_has_waited_too_long_builds_for_himself(small: Path, monkeypatch
     assert any("waiting" in line for line in said)
 
 
+@pytest.mark.parametrize("damaged", ["", ".sha256"])
+def test_a_damaged_library_is_built_anew_with_a_line(small: Path, damaged: str) -> None:
+    wanted = build.Build.for_this_machine(with_cuda=False)
+    library = build.ensure_built(wanted)
+    hurt = library.with_name(library.name + damaged)
+    hurt.write_bytes(hurt.read_bytes()[:-80])
+    said: list[str] = []
+    assert build.ensure_built(wanted, said.append) == library
+    assert f"anew: {library} differs from its checksum" in said[0]
+    assert compiles(small) == 4
+    assert ctypes.CDLL(str(library)).answer() == 42
+    assert build.ensure_built(wanted) == library
+    assert compiles(small) == 4
+
+
+def test_a_planted_library_is_an_error_and_nothing_is_touched(small: Path) -> None:
+    wanted = build.Build.for_this_machine(with_cuda=False)
+    library = build.ensure_built(wanted)
+    library.write_bytes(b"planted")
+    write_checksum(library, library)
+    library.chmod(0o777)
+    with pytest.raises(UnsafeLibraryError, match="may be written by everybody"):
+        build.ensure_built(wanted)
+    library.unlink()
+    library.parent.chmod(0o777)
+    with pytest.raises(UnsafeLibraryError, match="may be written by everybody"):
+        build.ensure_built(wanted)
+    assert compiles(small) == 2 and not library.exists()
+
+
+def test_what_a_killed_build_left_goes_with_the_next(small: Path) -> None:
+    build.cache_folder().mkdir(mode=0o755)
+    old, young = build.cache_folder() / ".building-old", build.cache_folder() / ".building-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "0.o").touch()
+    os.utime(old, (0, 0))
+    build.ensure_built(build.Build.for_this_machine(with_cuda=False))
+    assert not old.exists() and young.exists()
+
+
 def test_a_compiler_error_is_shown_and_leaves_nothing_behind(small: Path) -> None:
     (small / "csrc" / "cpu" / "answer.cpp").write_text("int answer() { return nonsense; }\n")
     with pytest.raises(build.BuildError, match="nonsense"):
@@ -136,11 +178,23 @@ def test_a_library_built_ahead_is_found_first(small: Path, monkeypatch: pytest.M
     monkeypatch.setattr(build, "PREBUILT", folder)
     assert build.find_prebuilt(with_cuda=False) is None
     by_another_compiler = folder / f"{build.stem_of(with_cuda=False)}-00000000.so"
-    by_another_compiler.touch()
+    by_another_compiler.write_bytes(b"code")
+    write_checksum(by_another_compiler, by_another_compiler)
     assert build.find_prebuilt(with_cuda=False) == by_another_compiler
     assert build.find_prebuilt(with_cuda=True) is None
     (small / "csrc" / "cpu" / "answer.cpp").write_text("// other sources\n")
     assert build.find_prebuilt(with_cuda=False) is None
+
+
+def test_a_damaged_one_is_not_used_and_a_line_says_so(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PREBUILT", small)
+    library = small / f"{build.stem_of(with_cuda=False)}-00000000.so"
+    library.write_bytes(b"code")
+    write_checksum(library, library)
+    library.write_bytes(b"c0de")
+    said: list[str] = []
+    assert build.find_prebuilt(with_cuda=False, say=said.append) is None
+    assert f"{library} differs from its checksum; reinstall" in said[0]
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_asking_for_native_that_cannot_be_had_is_an_error(no_compiler: dict[str,
     done = tell(DS_COMPRESS_KERNELS="native", **no_compiler)
     assert done.returncode != 0
     assert "KernelsUnavailableError" in done.stderr and "no C++ compiler" in done.stderr
+
+
+@pytest.mark.parametrize("preference", ["auto", "native"])
+def test_a_cache_that_others_can_write_is_an_error(tmp_path: Path, preference: str) -> None:
+    tmp_path.chmod(0o777)
+    done = tell(DS_COMPRESS_KERNELS=preference, DS_COMPRESS_CACHE=str(tmp_path))
+    assert done.returncode != 0
+    assert (
+        f"UnsafeLibraryError: native ops are not loaded: {tmp_path} may be written by everybody"
+        in done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert "loaded False" in tell(DS_COMPRESS_KERNELS="reference", DS_COMPRESS_CACHE=str(tmp_path)).stdout
 
 
 def test_reference_loads_nothing() -> None:
