@@ -34,7 +34,10 @@ def read(folder: Path, trusted: bool = False) -> Mapping[str, Any]:
                 return _OfUniversal(folder, load_file(rest) if rest.exists() else _of_modules(folder))
             if any(folder.glob("*zero*optim_states.pt")):
                 root, tag = str(folder.parent), folder.name
-                return dict(get_fp32_state_dict_from_zero_checkpoint(root, tag=tag, lazy_mode=True))
+                masters = get_fp32_state_dict_from_zero_checkpoint(root, tag=tag, lazy_mode=True)
+                # Of stage 1 it has no frozen ones.
+                has_all = any(folder.glob("mp_rank_00_model_states.pt"))
+                return {**(_of_modules(folder) if has_all else {}), **masters}
             return _of_modules(folder)
     except CheckpointError:
         raise
