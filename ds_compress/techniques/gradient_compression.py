@@ -171,6 +171,10 @@ class GradientCompression:
     def process_state(self) -> dict[str, Any]:
         return {} if self._dither is None else {"buckets": self._dither.buckets}
 
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """All processes have drawn as often."""
+        return {key: value for key, value in states[0].items() if key == "buckets"}
+
     def load_process_state(self, state: Mapping[str, Any]) -> None:
         if self._dither is not None:
             self._dither.buckets = state.get("buckets", 0)

@@ -26,6 +26,8 @@ from ds_compress.techniques.robust_reduction import RobustReduction
 from ds_compress.techniques.training_engine import Deliver, TrainingEngine
 
 ALONE = "there is one data-parallel process, which sends nothing and has no other to compare with; this does nothing"
+_OF_A_WORKER = ("sent", "momentum")
+"""What belongs to the gradients of one process; "summed" belongs to the slice of a sum that it owns."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -186,6 +188,17 @@ class GradientReduction(Technique):
         for half in self._halves:
             kept |= half.process_state()
         return kept
+
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        # What one process owes to a sum, all of them owe to a mean: it stays the same when each owes the mean.
+        merged: dict[str, Any] = {
+            kind: list(residuals.mean_of([state.get(kind, ()) for state in states]))
+            for kind, residuals in self.residuals.items()
+            if kind in _OF_A_WORKER
+        }
+        for half in self._halves:
+            merged |= half.merge_process_states(states)
+        return merged
 
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         for kind, residuals in self.residuals.items():

@@ -145,5 +145,9 @@ class RobustReduction:
     def process_state(self) -> dict[str, Any]:
         return {"watch": self._detector.state()}
 
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Workers are others: nobody has stood out yet."""
+        return {}
+
     def load_process_state(self, state: Mapping[str, Any]) -> None:
         self._detector.restore(state.get("watch", {}))
