@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _trial(
     )
     with runs.Launch(run) as launch:
         if where in AIMED:
-            _until(lambda: (run.traces / "die").exists() or _has_ended(launch), 60)
+            runs.until(lambda: (run.traces / "die").exists() or launch.has_ended(), 60)
         else:
             _wait_for_moment(launch, where, delay)
         victims = launch.processes if who == "all" else [launch.processes[victim]]
@@ -83,44 +83,16 @@ def _trial(
             return Verdict(False, "a process hung", launch.log(codes.index(None)))
         if where in AIMED and -signal.SIGKILL not in codes:
             return Verdict(False, "the trial itself failed", f"nobody got to the point: {launch.log()}")
-    return _resumed(run, before, runs.unbroken(name, stage))
-
-
-def _resumed(run: runs.Run, before: Sequence[runs.Trace], reference: Sequence[runs.Trace]) -> Verdict:
-    again = runs.Run(
-        run.name, run.stage, run.folder, run.folder.parent / "resumed", run.block, tag=run.tag, resumes=True
-    )
-    codes, traces, log = runs.finished(again)
-    if any(codes):
-        return Verdict(False, "did not resume", log)
-    started = traces[0].start
-    confirmed = max(step for trace in before for step in (0, *trace.saved))
-    if started is None or started[0] < confirmed:
-        return Verdict(False, "lost", f"saved at step {confirmed}, resumed at {started}")
-    if difference := runs.differences(traces, reference):
-        return Verdict(False, "silently different", difference)
-    if rubbish := [path.name for path in run.folder.glob(".*")]:
-        return Verdict(False, "left rubbish", ", ".join(rubbish))
-    return Verdict(True, "bit-equal")
-
-
-def _until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-
-
-def _has_ended(launch: runs.Launch) -> bool:
-    return not all(process.is_alive() for process in launch.processes)
+    return runs.resumed(run, before, runs.unbroken(name, stage))
 
 
 def _wait_for_moment(launch: runs.Launch, where: str, delay: float) -> None:
     """ "anywhere": up to the length of a run after its start; "in a save": up to the length of one after one began."""
     if where == "anywhere":
-        _until(lambda: launch.traces()[0].start is not None or _has_ended(launch), 60)
+        runs.until(lambda: launch.traces()[0].start is not None or launch.has_ended(), 60)
         time.sleep(1.5 * delay)
     else:
-        _until(lambda: AT_STEP in launch.traces()[0].saving or _has_ended(launch), 60)
+        runs.until(lambda: AT_STEP in launch.traces()[0].saving or launch.has_ended(), 60)
         time.sleep(0.15 * delay)
 
 

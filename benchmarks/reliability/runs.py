@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ import deepspeed
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-import ds_compress  # noqa: F401  teaches DeepSpeed the block
+import ds_compress
+from benchmarks.reliability.trial import Verdict
 
 PROCESSES = 2
 VOCABULARY = 128
@@ -82,8 +83,9 @@ def block(name: str, folder: Path) -> dict[str, Any]:
 class Run:
     """What one training is told.
 
-    folder: of checkpoints. tag: None for a new one at every save. latest: whether it resumes from what is there.
-    prepare: called in the process with the engine, the step at which to act and the rank; plants a fault.
+    folder: of checkpoints. tag: None for a new one at every save. resumes: from what is there, if anything is.
+    pause_s: after every step, so that a kill can meet a moment. prepare: called in the process with the engine, this
+    and the rank; plants a fault. goes_on: the script catches the error of a save that failed.
     """
 
     name: str
@@ -97,7 +99,7 @@ class Run:
     resumes: bool = False
     pause_s: float = 0.0
     prepare: Callable[[Any, Run, int], None] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    goes_on: bool = False
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -110,7 +112,6 @@ def config_of(run: Run) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "zero_optimization": zero,
         "compression_training": run.block,
-        **run.extra,
     }
 
 
@@ -138,10 +139,33 @@ def train(run: Run, rank: int, trace: Callable[[str], None]) -> None:
         trace(f"step {step} {loss.item().hex()} {_hash_of_masks(engine)}")
         time.sleep(run.pause_s)
         if (step + 1) % run.every == 0:
+            trace(f"memory {step + 1} {_resident_bytes()}")
             trace(f"saving {step + 1}")
-            engine.save_checkpoint(str(run.folder), tag=run.tag)
-            trace(f"saved {step + 1}")
+            try:
+                engine.save_checkpoint(str(run.folder), tag=run.tag)
+            except ds_compress.CheckpointError as error:
+                trace(f"failed {error}".replace("\n", " "))
+                if not run.goes_on:
+                    raise
+            else:
+                trace(f"saved {step + 1}")
     trace(f"final {_hash_of_weights(engine.module)} {_hash_of_masks(engine)}")
+    trace(f"accuracy {_accuracy(engine)}")
+
+
+def _accuracy(engine: Any) -> float:
+    """The share of 400 examples of no step that the model gets right."""
+    right = 0
+    with torch.no_grad():
+        for number in range(100):
+            examples = batch(10**6 + number, 0)
+            right += int((engine(**examples).logits.argmax(-1) == examples["labels"]).sum())
+    return right / 400
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _hash(tensors: dict[str, torch.Tensor]) -> str:
@@ -174,13 +198,17 @@ def _hash_of_weights(model: torch.nn.Module) -> str:
 
 @dataclass
 class Trace:
-    """What one process did. steps: {step: (loss, masks)}; saved: steps of the saves that ended."""
+    """What one process did. steps: {step: (loss, masks)}; saved: steps of the saves that ended; memory: {step: bytes
+    resident}; failed: what saves raised that failed."""
 
     start: tuple[int, int] | None = None
     steps: dict[int, tuple[str, str]] = field(default_factory=dict)
     saving: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
+    memory: dict[int, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
     final: str | None = None
+    accuracy: float | None = None
     error: str = ""
 
     @classmethod
@@ -198,6 +226,12 @@ class Trace:
                     trace.saved.append(int(step))
                 case ["final", *hashes]:
                     trace.final = " ".join(hashes)
+                case ["memory", step, count]:
+                    trace.memory[int(step)] = int(count)
+                case ["failed", *words]:
+                    trace.failed.append(" ".join(words))
+                case ["accuracy", share]:
+                    trace.accuracy = float(share)
                 case ["error", *words]:
                     trace.error = " ".join(words)
         return trace
@@ -237,6 +271,10 @@ class Launch:
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
+
+    def has_ended(self) -> bool:
+        """Whether one of them has."""
+        return not all(process.is_alive() for process in self.processes)
 
     def traces(self) -> list[Trace]:
         return [Trace.read(self.run.traces / str(rank)) for rank in range(len(self.processes))]
@@ -283,6 +321,30 @@ def differences(traces: Sequence[Trace], reference: Sequence[Trace]) -> str:
         if trace.final != other.final:
             return f"the final weights of process {rank} differ"
     return ""
+
+
+def resumed(run: Run, before: Sequence[Trace], reference: Sequence[Trace]) -> Verdict:
+    """Whether a run that was stopped goes on from its last save, as the unbroken one, to the end."""
+    again = replace(run, traces=run.folder.parent / "resumed", resumes=True, prepare=None, pause_s=0.0)
+    codes, traces, log = finished(again)
+    if any(codes):
+        return Verdict(False, "did not resume", log)
+    started = traces[0].start
+    confirmed = max(step for trace in before for step in (0, *trace.saved))
+    if started is None or started[0] < confirmed:
+        return Verdict(False, "lost", f"saved at step {confirmed}, resumed at {started}")
+    if difference := differences(traces, reference):
+        return Verdict(False, "silently different", difference)
+    if rubbish := [path.name for path in run.folder.glob(".*")]:
+        return Verdict(False, "left rubbish", ", ".join(rubbish))
+    return Verdict(True, "bit-equal")
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Returns when it is true, or the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _process(run: Run, rank: int, processes: int, port: int) -> None:
