@@ -122,7 +122,11 @@ EVERY_LOSS = {
     "attention": {"weight": 0.1},
     "contrastive": {"weight": 0.2, "dimension": 8, "queue": 6},
 }
-LLAMA = {"model": floats.small_llama, "data": texts}
+LLAMA: dict[str, Any] = {"model": floats.small_llama, "data": texts}
+WIDE_EXPERTS: dict[str, Any] = {
+    "model": functools.partial(quantized_experts.built, "qwen3_moe"),
+    "data": routed,
+}
 EXPERTS: dict[str, Any] = {"model": experts_model, "data": routed}
 
 CASES: dict[str, Case] = {
@@ -156,6 +160,9 @@ CASES: dict[str, Case] = {
     "int8 kernel": Case(quantization_block({"kernel": "int8"}, {"narrow_range": True})),
     "nvfp4": Case({"scheme": "NVFP4"}, **LLAMA),
     "learned nvfp4, kv cache": Case({**floats.BLOCKS["learned"], "kv_cache": "fp8"}, **LLAMA),
+    "fp8": Case({"scheme": "FP8"}, **LLAMA),
+    "searched nvfp4": Case(floats.BLOCKS["searched"], **LLAMA),
+    "pruned nvfp4": Case(floats.BLOCKS["pruned"], **LLAMA),
     "formats": Case(floats.BLOCKS["schedule"], **LLAMA),
     "distillation": Case(taught(EVERY_LOSS), teacher=teacher_of_more),
     "EMA teacher": Case(
@@ -183,6 +190,7 @@ CASES: dict[str, Case] = {
         {**quantized_experts.BLOCKS["static inputs"], **experts.block("l2", **RAMP)}, **EXPERTS
     ),
     "learned scales of experts": Case(quantized_experts.BLOCKS["learned"], **EXPERTS),
+    "learned nvfp4 of experts": Case(quantized_experts.BLOCKS["learned nvfp4"], **WIDE_EXPERTS),
     "error feedback": compressed(bits=4, error_feedback=True),
     "stochastic gradients": compressed(bits=4, rounding="stochastic"),
     "worker momentum": compressed({"rule": "mean", "max_malicious": 0, "worker_momentum": 0.5}),
