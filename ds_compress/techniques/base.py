@@ -9,7 +9,7 @@ between them stands here, as a method or an attribute.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -92,6 +92,12 @@ class Technique:
         """
         return {}
 
+    def follow(self, predecessor: Technique) -> None:
+        """Before it is attached: it takes the place of `predecessor`, whose model was rebuilt in mid-training.
+
+        For what `attach_engine` would otherwise decide anew; state follows by `load_state_dict`.
+        """
+
     def attach(self, shards: Shards) -> None:
         """The optimizer exists; `shards` gives this process its fragments of the master weights."""
 
@@ -170,6 +176,13 @@ class Technique:
 
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         """Restores what `process_state` returned here; None: nothing that fits was stored, begin anew."""
+
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What each process goes on with, of what `process_state` returned in another number of processes.
+
+        states: of each of them; tensors are functions that read them. Empty: begin anew.
+        """
+        return {}
 
     def kept_units(self) -> Mapping[str, torch.Tensor]:
         """Sorted int64 indices of the units that masks keep now, by name of the prunable group; those with a mask."""

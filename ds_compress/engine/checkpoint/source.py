@@ -13,8 +13,9 @@ from torch import nn
 
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
-from ds_compress.engine.checkpoint import model_file, origin, pickles, tags
+from ds_compress.engine.checkpoint import model_file, origin, tags
 from ds_compress.engine.checkpoint import state as checkpoint_state
+from ds_compress.engine.checkpoint import weights as fp32
 from ds_compress.engine.checkpoint.tags import FOLDER
 from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.source import ExportSource, of_module
@@ -62,7 +63,10 @@ def from_checkpoint(
             f"{folder} has no ds_compress/{model_file.FILE_NAME} that says which model this is: pass model="
         )
     built = model if model is not None else _skeleton(saved or {})
-    weights = _weights(folder, trust_pickle)
+    try:
+        weights = fp32.read(folder, trust_pickle)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     _load(built, weights, getattr(torch, saved["dtype"]) if saved else torch.float32)
     if saved is not None and state is not None:
         _compress(built, saved["compression_training"], state, weights)
@@ -102,34 +106,6 @@ def _skeleton(saved: Mapping[str, Any]) -> nn.Module:
     with init_empty_weights(include_buffers=False), no_init_weights():
         built: nn.Module = cls(cls.config_class.from_dict(saved["config"]))
     return built
-
-
-def _weights(folder: Path, trust_pickle: bool) -> dict[str, Any]:
-    """fp32 by name: tensors, or DeepSpeed's lazy ones, which `contiguous()` makes."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if any(folder.glob("*zero*optim_states.pt")):
-        try:
-            with pickles.only_data(folder, trust_pickle):
-                lazy = get_fp32_state_dict_from_zero_checkpoint(
-                    str(folder.parent), tag=folder.name, lazy_mode=True
-                )
-        except CheckpointError as error:
-            raise ExportError(str(error)) from error
-        except Exception as error:  # a file that is missing shows in many ways
-            raise ExportError(f"{folder} is incomplete or damaged: {error}") from error
-        return dict(lazy)
-    files = sorted(folder.glob("mp_rank_00_model_states.pt"))
-    if not files:
-        raise ExportError(f"{folder} has no model states")
-    try:
-        with pickles.only_data(folder, trust_pickle):
-            weights: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=not trust_pickle)[
-                "module"
-            ]
-    except CheckpointError as error:
-        raise ExportError(str(error)) from error
-    return weights
 
 
 @torch.no_grad()
