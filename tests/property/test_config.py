@@ -33,6 +33,7 @@ COMPLETE: dict[str, Any] = {
             "momentum": 0.5,
             "excluded_modules": ["pooler"],
             "seed": None,
+            "randomize": {"temperature": 0.5, "seed": "secret"},
         },
         "different_groups": {"a": {"params": {"dense_ratio": 0.5}, **GROUP}},
     },
