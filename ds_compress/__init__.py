@@ -29,7 +29,7 @@ from ds_compress.engine.api import export_state_dict, initialize
 from ds_compress.engine.finalize import finalize, redundancy_clean
 from ds_compress.engine.layerwise import distill_layers
 from ds_compress.engine.registration import register, unregister
-from ds_compress.errors import ExportError
+from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.load import from_pretrained
 from ds_compress.hf.auto import join_transformers as _join_transformers
 from ds_compress.version import __version__
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ds_compress.hf import CompressionCallback, DistillationTrainer
 
 __all__ = [
+    "CheckpointError",
     "CompressionCallback",
     "ConfigError",
     "DistillationTrainer",

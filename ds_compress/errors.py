@@ -100,3 +100,10 @@ class ExportError(RuntimeError):
 
     The message names the module and says what else to do. Nothing was left in the output folder.
     """
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is incomplete, damaged or of another model, or it could not be saved.
+
+    The message names the file, and the newest checkpoint beside it that is whole. Raised in every process.
+    """

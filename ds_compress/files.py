@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -45,7 +49,7 @@ def write_tensors(
 
 
 def atomic_write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Replaces the file `path`: a reader finds the old file or the new one, also after a kill.
+    """Replaces the file `path`: a reader finds the old file or the new one, also after a kill or a loss of power.
 
     Args:
         content: text (written as UTF-8), bytes, or what writes a file at the path that it is called with.
@@ -58,36 +62,120 @@ def atomic_write(path: Path, content: str | bytes | Callable[[Path], object]) ->
             temporary.write_bytes(content)
         else:
             content(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
 
-class UnfinishedFolder:
-    """A temporary folder beside `out`, renamed to it by `finish` and removed when the block ends without."""
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk; where a file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
-    def __init__(self, out: Path) -> None:
+
+def replace_folder(new: Path, out: Path) -> None:
+    """Renames the folder `new` to `out`; what was there is replaced at once where the kernel can exchange two names.
+
+    Elsewhere `out` is missing for a moment, and `restore_folder(out)` brings the old one back after a kill in it.
+    """
+    old = _old_of(out)
+    shutil.rmtree(old, ignore_errors=True)
+    if not out.exists():
+        new.rename(out)
+    elif _exchange(new, out):
+        new.rename(old)
+    else:
+        out.rename(old)
+        new.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(out: Path) -> None:
+    """Ends a `replace_folder(_, out)` that was killed: `out` is the old folder or the new one, the other is gone."""
+    old = _old_of(out)
+    if old.is_dir():
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+
+
+def _old_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names at once (renameat2 of Linux); False where that is not possible."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def remove_unfinished(parent: Path, name: str | None = None) -> None:
+    """Removes what killed writers left in the folder: all of it, or that of the folders called `name`."""
+    pattern = "*" if name is None else glob.escape(name)
+    for left in parent.glob(f".{pattern}.unfinished-*"):
+        if (lock := _locked(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+class UnfinishedFolder:
+    """A temporary folder beside `out`, renamed to it by `finish` and removed when the block ends without.
+
+    One that a kill left behind is removed by the next writer of the same `out`: the kernel drops the lock of a process
+    that dies, and whoever still writes holds it.
+    """
+
+    def __init__(self, out: Path, nonce: str | None = None) -> None:
         self.out = out
+        # A name that several processes have to agree on, without having seen the folder.
+        self.path = out.with_name(f".{out.name}.unfinished-{nonce or secrets.token_hex(4)}")
+        self._lock: int | None = None
 
     def __enter__(self) -> UnfinishedFolder:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+        restore_folder(self.out)
+        remove_unfinished(self.out.parent, self.out.name)
+        self.path.mkdir()
+        self._lock = _locked(self.path)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def finish(self) -> None:
-        """Under its final name from here on; what was there is gone."""
-        self.path.chmod(0o755)
-        if self.out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-old-", dir=self.out.parent))
-            self.out.rename(old / self.out.name)
-            self.path.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.path.rename(self.out)
+        """Under its final name from here on, and on the disk; what was there is gone."""
+        for path in self.path.rglob("*"):
+            sync(path)
+        sync(self.path)
+        replace_folder(self.path, self.out)
+
+
+def _locked(folder: Path) -> int | None:
+    """An open lock on the folder; None when another process has it, or the file system knows none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -10,7 +10,7 @@ from torch import nn
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.config.schema.enabled import idle_lines
 from ds_compress.engine import admission, build, registry, run_end
-from ds_compress.engine.checkpoint import state
+from ds_compress.engine.checkpoint.join import join_checkpoints
 from ds_compress.engine.construction import adopt
 from ds_compress.engine.resize import shrink
 from ds_compress.engine.run import CompressionRun
@@ -68,7 +68,7 @@ def attach(run: CompressionRun, engine: Any) -> None:
     _use_kernels(engine, run)
     run_end.watch(engine, run)
     raw_reads.watch(engine, run.patches)
-    state.join_checkpoints(engine, run)
+    join_checkpoints(engine, run)
     if any(technique.shrinks for technique in run.techniques.values()):
         shrink.at_end_of_schedule(engine, run)
 

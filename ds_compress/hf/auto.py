@@ -1,7 +1,7 @@
 """What `import ds_compress` adds to transformers and accelerate, without importing them: whichever comes first.
 
-Trainers get a callback, `from_pretrained` knows folders of `format="torch"`, and an Accelerator of accelerate does not
-leave a block unused.
+Trainers get a callback and resume from checkpoints that are whole, `from_pretrained` knows folders of `format="torch"`,
+and an Accelerator of accelerate does not leave a block unused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ def join_transformers() -> None:
 
 
 def _join_trainers(module: ModuleType) -> None:
+    from ds_compress.hf import resume
     from ds_compress.hf.callback import CompressionCallback
 
     CompressionCallback.join_every_trainer(module)
+    resume.join_every_trainer(module)
 
 
 def _check_accelerators(module: ModuleType) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ds_compress.engine.checkpoint import plain_state
 from tests.e2e.test_launcher import launch
 from tests.e2e.trainer_runs import SAVE_AT, SCRIPTS, STAGES, STEPS, command_line, json_of
 from tests.multirank.launch import run_ranks
@@ -79,7 +80,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one(plain: Any, folder: Path, script
     for name, weight in load_file(whole / "model.safetensors").items():
         assert torch.equal(weight, load_file(resumed / "model.safetensors")[name]), name
     states = [
-        torch.load(path / f"checkpoint-{STEPS}/global_step{STEPS}/ds_compress/state.pt", weights_only=True)
+        plain_state.read(path / f"checkpoint-{STEPS}/global_step{STEPS}/ds_compress/state.safetensors")
         for path in (whole, resumed)
     ]
     assert states[0]["applied_steps"] == states[1]["applied_steps"] == STEPS

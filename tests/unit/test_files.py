@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ds_compress.files import UnfinishedFolder, atomic_write, inside, write_tensors
+from ds_compress import files
+from ds_compress.files import (
+    UnfinishedFolder,
+    atomic_write,
+    inside,
+    replace_folder,
+    restore_folder,
+    write_tensors,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +89,69 @@ def test_others_read_tensors_as_they_read_other_new_files(tmp_path: Path, umask:
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_with_and_without_an_exchange_of_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for text in ("first", "second"):
+        new = tmp_path / f"new-{text}"
+        new.mkdir()
+        (new / text).write_text(text)
+        replace_folder(new, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [text]
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("killed_before", range(5))
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_kill_in_the_replacement_leaves_the_old_or_the_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: int, can_exchange: bool
+) -> None:
+    """Every step of `replace_folder` is the last one once."""
+
+    class Kill(BaseException):
+        pass
+
+    steps = 0
+
+    def counted(step: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: Any, **kwargs: Any) -> object:
+            nonlocal steps
+            steps += 1
+            if steps > killed_before:
+                raise Kill
+            return step(*args, **kwargs)
+
+        return call
+
+    out, new = tmp_path / "out", tmp_path / "new"
+    for folder, text in ((out, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "content").write_text(text)
+    with monkeypatch.context() as patch:
+        exchange = files._exchange if can_exchange else lambda one, other: False
+        patch.setattr(files, "_exchange", counted(exchange))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
+        patch.setattr(files, "sync", counted(files.sync))
+        with contextlib.suppress(Kill):
+            replace_folder(new, out)
+    restore_folder(out)
+    assert (out / "content").read_text() in ("old", "new")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_kill_left_is_removed_by_the_next_writer_and_what_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
+    left = tmp_path / ".out.unfinished-abc"
+    left.mkdir()
+    (left / "half").write_text("")
+    with UnfinishedFolder(tmp_path / "out") as one:
+        assert not left.exists()
+        with UnfinishedFolder(tmp_path / "out") as other:
+            assert one.path.exists() and other.path.exists()

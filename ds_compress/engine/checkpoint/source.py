@@ -13,9 +13,10 @@ from torch import nn
 
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
-from ds_compress.engine.checkpoint import model_file, origin
-from ds_compress.engine.checkpoint.state import FOLDER, STATE, CheckpointError, files_of, latest
-from ds_compress.errors import ExportError
+from ds_compress.engine.checkpoint import model_file, origin, pickles, tags
+from ds_compress.engine.checkpoint import state as checkpoint_state
+from ds_compress.engine.checkpoint.tags import FOLDER
+from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
 from ds_compress.select.gumbel import commitments
@@ -38,7 +39,10 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
     root = Path(path)
     if (root / "config.json").exists() and not (root / "latest").exists():
         return _of_transformers(root)
-    folder = _tag_folder(root)
+    try:
+        folder = tags.verified_folder(root)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     if any(folder.glob("*mp_rank_01_model_states.pt")):
         raise ExportError(
             f"{folder} has layers sharded by tensor parallelism: load it into an engine, and export what a model with "
@@ -46,7 +50,9 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
         )
     try:
         saved = model_file.read(folder / FOLDER)
-        state = _state(folder)
+        state = checkpoint_state.read(folder / FOLDER)
+        if state is not None:
+            checkpoint_state.files_of(folder / FOLDER, state)
     except (ValueError, CheckpointError) as error:
         raise ExportError(str(error)) from error
     if saved is None and model is None:
@@ -84,29 +90,6 @@ def _of_transformers(folder: Path) -> ExportSource:
     return source
 
 
-def _tag_folder(root: Path) -> Path:
-    if (root / "latest").exists():
-        try:
-            return latest(root)
-        except CheckpointError as error:
-            raise ExportError(str(error)) from error
-    if not any(root.glob("*model_states.pt")):
-        raise ExportError(f"{root} is no checkpoint: it has neither a file `latest` nor model states")
-    return root
-
-
-def _state(folder: Path) -> dict[str, Any] | None:
-    path = folder / FOLDER / STATE
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler finds
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    files_of(path.parent, state)
-    return state
-
-
 def _skeleton(saved: Mapping[str, Any]) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
@@ -126,17 +109,21 @@ def _weights(folder: Path) -> dict[str, Any]:
 
     if any(folder.glob("*zero*optim_states.pt")):
         try:
-            lazy = get_fp32_state_dict_from_zero_checkpoint(
-                str(folder.parent), tag=folder.name, lazy_mode=True
-            )
+            with pickles.only_data(folder):
+                lazy = get_fp32_state_dict_from_zero_checkpoint(
+                    str(folder.parent), tag=folder.name, lazy_mode=True
+                )
         except Exception as error:  # a file that is missing shows in many ways
             raise ExportError(f"{folder} is incomplete or damaged: {error}") from error
         return dict(lazy)
     files = sorted(folder.glob("mp_rank_00_model_states.pt"))
     if not files:
         raise ExportError(f"{folder} has no model states")
-    # DeepSpeed's own file: it holds Python objects beside tensors.
-    weights: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=False)["module"]
+    try:
+        with pickles.only_data(folder):
+            weights: dict[str, Any] = torch.load(files[0], map_location="cpu")["module"]
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     return weights
 
 

@@ -14,6 +14,7 @@ from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
+from ds_compress.manifest import FILE_NAME, Manifest
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, engine_of, train
 from tests.multirank.exporting import SCENARIOS
@@ -54,6 +55,9 @@ def test_a_tags_own_folder_is_enough(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_without_a_sidecar_the_model_must_be_given(checkpoint: Path, tmp_path: Path) -> None:
     shutil.rmtree(checkpoint / "here" / "ds_compress")
+    with pytest.raises(ExportError, match=r"ds_compress.* is missing"):
+        export(checkpoint, tmp_path / "out")
+    (checkpoint / "here" / FILE_NAME).unlink()
     with pytest.raises(ExportError, match=r"model\.json.*pass model="):
         export(checkpoint, tmp_path / "out")
     export(checkpoint, tmp_path / "out", model=tiny_bert(layers=4), check=False)
@@ -71,6 +75,9 @@ def test_without_a_sidecar_the_model_must_be_given(checkpoint: Path, tmp_path: P
 )
 def test_damaged_description(checkpoint: Path, tmp_path: Path, damage: str, words: str) -> None:
     (checkpoint / "here" / "ds_compress" / "model.json").write_text(damage)
+    with pytest.raises(ExportError, match=r"model\.json"):
+        export(checkpoint, tmp_path / "out")
+    Manifest.of(checkpoint / "here", {}).write(checkpoint / "here")
     with pytest.raises(ExportError, match=words):
         export(checkpoint, tmp_path / "out")
 
@@ -79,7 +86,7 @@ def test_damaged_description(checkpoint: Path, tmp_path: Path, damage: str, word
     ("file", "words"),
     [
         ("ds_compress/fragments_00000.safetensors", "fragments_00000"),
-        ("mp_rank_00_model_states.pt", "no model states"),
+        ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt is missing"),
     ],
 )
 def test_missing_files_are_named(checkpoint: Path, tmp_path: Path, file: str, words: str) -> None:
@@ -89,6 +96,9 @@ def test_missing_files_are_named(checkpoint: Path, tmp_path: Path, file: str, wo
 
 
 def test_damaged_state(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "here" / "ds_compress" / "state.pt").write_bytes(b"no")
-    with pytest.raises(ExportError, match="damaged"):
+    (checkpoint / "here" / "ds_compress" / "state.safetensors").write_bytes(b"no")
+    with pytest.raises(ExportError, match=r"state\.safetensors has 2 bytes instead of"):
+        export(checkpoint, tmp_path / "out")
+    Manifest.of(checkpoint / "here", {}).write(checkpoint / "here")
+    with pytest.raises(ExportError, match=r"state\.safetensors is damaged"):
         export(checkpoint, tmp_path / "out")

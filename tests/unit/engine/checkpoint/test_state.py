@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import ds_compress
-from ds_compress.engine.checkpoint import state
-from ds_compress.errors import ExportError
+from ds_compress.engine.checkpoint import plain_state, state
+from ds_compress.engine.checkpoint.processes import Processes
+from ds_compress.errors import CheckpointError, ExportError
+from ds_compress.manifest import Manifest
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, full_weights, pruning_block, train
 
@@ -23,6 +25,13 @@ def make_engine(stage: int = 2, method: str = "topk", seed: int = 0) -> Any:
     model = tiny_bert(seed)
     config = ds_config(stage, pruning_block(method))
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def seal(folder: Path) -> None:
+    """The files are what was written, says the manifest."""
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    Manifest.of(folder, manifest.about).write(folder)
 
 
 def test_files_appear_before_latest_points_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +47,7 @@ def test_files_appear_before_latest_points_to_them(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         engine.save_checkpoint(str(tmp_path))
     assert (tmp_path / "latest").read_text() == "global_step2"
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "global_step3").exists()
     engine.destroy()
     resumed = make_engine(seed=3)
     resumed.load_checkpoint(str(tmp_path))
@@ -52,8 +62,9 @@ def test_no_temporary_files_stay_behind(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "here" / "ds_compress")) == [
         "fragments_00000.safetensors",
         "model.json",
-        "state.pt",
+        "state.safetensors",
     ]
+    assert not list(tmp_path.glob(".*")) and sorted(os.listdir(tmp_path))[:2] == ["here", "latest"]
     engine.destroy()
 
 
@@ -62,7 +73,7 @@ def test_a_lost_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     train(engine, batches(2))
     engine.save_checkpoint(str(tmp_path), tag="t")
     (tmp_path / "t" / "ds_compress" / "fragments_00000.safetensors").unlink()
-    with pytest.raises(state.CheckpointError, match="fragments_00000"):
+    with pytest.raises(CheckpointError, match="fragments_00000"):
         engine.load_checkpoint(str(tmp_path), tag="t")
     engine.destroy()
 
@@ -90,7 +101,7 @@ def test_parts_of_another_layout_are_cut_and_joined(tmp_path: Path) -> None:
     engine = make_engine(stage=0)
     train(engine, batches(3))
     session = engine.compression
-    state.save(tmp_path, session)
+    state.save(tmp_path, session, Processes(), lambda write: write())
     stored = state._StoredParts([tmp_path / "fragments_00000.safetensors"])
     name, fragment = next((n, f) for n, f in session.shards.fragments.items() if "query" in n)
     whole = stored.of_technique("sparse_pruning", session)
@@ -107,7 +118,7 @@ def test_parts_of_another_layout_are_cut_and_joined(tmp_path: Path) -> None:
     class Beyond(Piece):
         start = fragment.numel - 50
 
-    with pytest.raises(state.CheckpointError, match="cover 50 of the 100"):
+    with pytest.raises(CheckpointError, match="cover 50 of the 100"):
         state._StoredParts._join(Beyond, stored._parts["sparse_pruning", "mask"][name])
     engine.destroy()
 
@@ -134,11 +145,12 @@ def test_names_that_lead_out_of_the_checkpoint_are_refused(tmp_path: Path, where
         (tmp_path / "here" / "tag").rename(tmp_path / "elsewhere")
         (tmp_path / "here" / "latest").write_text("../elsewhere")
     else:
-        path = tmp_path / "here" / "tag" / "ds_compress" / "state.pt"
-        saved = torch.load(path, weights_only=True)
+        path = tmp_path / "here" / "tag" / "ds_compress" / state.STATE
+        saved = plain_state.read(path)
         path.with_name("fragments_00000.safetensors").rename(tmp_path / "x.safetensors")
-        torch.save(saved | {"files": ["../../../x.safetensors"]}, path)
-    with pytest.raises(state.CheckpointError, match="is no file inside of"):
+        plain_state.write(path, saved | {"files": ["../../../x.safetensors"]})
+        seal(tmp_path / "here" / "tag")
+    with pytest.raises(CheckpointError, match="is no file inside of"):
         engine.load_checkpoint(str(tmp_path / "here"))
     with pytest.raises(ExportError, match="is no file inside of"):
         ds_compress.export(tmp_path / "here", tmp_path / "out", model=tiny_bert(), check=False)
