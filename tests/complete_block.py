@@ -1,0 +1,138 @@
+"""A block with every key that the schema has, of every block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GROUP = {"modules": ["attention"], "related_modules": None}
+COMPLETE: dict[str, Any] = {
+    "kv_cache": {"enabled": True, "format": "fp8", "schedule_offset": 2, "range_momentum": 0.9},
+    "sparse_pruning": {
+        "shared_parameters": {
+            "enabled": True,
+            "method": "snip_momentum",
+            "scope": "layer",
+            "pattern": "4x1",
+            "block_pattern": "4x1",
+            "dense_ratio": 0.5,
+            "schedule": "cubic",
+            "schedule_offset": 1,
+            "schedule_offset_end": 9,
+            "schedule_offset_stride": 2,
+            "regrowth": True,
+            "momentum": 0.5,
+            "excluded_modules": ["pooler"],
+            "seed": None,
+            "randomize": {"temperature": 0.5, "seed": "secret"},
+        },
+        "different_groups": {"a": {"params": {"dense_ratio": 0.5}, **GROUP}},
+    },
+    "weight_quantization": {
+        "shared_parameters": {
+            "enabled": True,
+            "quantizer_kernel": False,
+            "kernel": "float",
+            "schedule_offset": 0,
+            "quantize_groups": 1,
+            "quantize_verbose": False,
+            "quantization_type": "symmetric",
+            "quantize_weight_in_forward": True,
+            "rounding": "nearest",
+            "fp16_mixed_quantize": {"enabled": False, "quantize_change_ratio": 0.1},
+            "granularity": "per_column_group",
+            "group_size": 64,
+            "narrow_range": True,
+            "learned_scale": False,
+            "scales": "dynamic",
+            "train": "all",
+            "frozen_weights": "full",
+            "seed": None,
+            "excluded_modules": [],
+        },
+        "different_groups": {
+            "a": {"params": {"start_bits": 8, "target_bits": 4, "quantization_period": 5}, **GROUP}
+        },
+    },
+    "activation_quantization": {
+        "shared_parameters": {
+            "enabled": True,
+            "quantization_type": "asymmetric",
+            "range_calibration": "static",
+            "schedule_offset": 4,
+            "granularity": None,
+            "narrow_range": False,
+            "range_momentum": 0.9,
+            "excluded_modules": [],
+        },
+        "different_groups": {"a": {"params": {"bits": 8}, **GROUP}},
+    },
+    "row_pruning": {
+        "shared_parameters": {"enabled": False, "method": "l1", "schedule_offset": 1},
+        "different_groups": {"a": {"params": {"dense_ratio": 0.5}, **GROUP}},
+    },
+    "channel_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {}},
+    "head_pruning": {"shared_parameters": {"enabled": False, "num_heads": 12}, "different_groups": {}},
+    "depth_pruning": {
+        "shared_parameters": {"enabled": False, "schedule": "constant"},
+        "different_groups": {},
+    },
+    "hidden_pruning": {"dense_ratio": 0.5, "shared_parameters": {"enabled": False}},
+    "expert_pruning": {
+        "shared_parameters": {"enabled": False, "method": "reap", "merge": True},
+        "different_groups": {"a": {"params": {"dense_ratio": 0.5}, **GROUP}},
+    },
+    "layer_reduction": {
+        "enabled": True,
+        "keep_number_layer": 2,
+        "module_name_prefix": "encoder.layer",
+        "teacher_layer": [0, 5],
+        "other_module_name": ["pooler"],
+    },
+    "distillation": {
+        "enabled": True,
+        "teacher": "x",
+        "teacher_dtype": "bf16",
+        "teacher_zero_stage": 3,
+        "layer_map": [0, 5],
+        "task_loss_weight": 1.0,
+        "losses": {
+            "logits": {"weight": 1.0, "temperature": 2.0},
+            "hidden": {"weight": 1.0, "kind": "mse"},
+            "attention": {"weight": 1.0, "relation_heads": 4},
+        },
+    },
+    "gradient_compression": {
+        "enabled": False,
+        "bits": 4,
+        "block_size": 64,
+        "rounding": "nearest",
+        "error_feedback": True,
+        "error_feedback_bits": 16,
+        "piece_elements": 4096,
+        "hierarchical": True,
+        "warmup_steps": 3,
+        "min_elements": 0,
+        "measure_link": False,
+    },
+    "parameter_compression": {
+        "enabled": True,
+        "bits": 8,
+        "block_size": 512,
+        "piece_elements": 4096,
+        "warmup_steps": 3,
+        "min_elements": 100,
+        "measure_link": True,
+        "refresh_interval": 50,
+    },
+    "robust_reduction": {
+        "enabled": True,
+        "rule": "median",
+        "max_malicious": 2,
+        "on_outlier": "exclude",
+        "outlier_ratio": 4.0,
+        "neighbor_mixing": False,
+        "worker_momentum": 0.9,
+    },
+    "seed": 7,
+    "kernels": "native",
+}
