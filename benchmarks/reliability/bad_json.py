@@ -467,7 +467,8 @@ def _in_file(place: str, path: Path) -> bool:
     """Whether it is below the block, a place in the file, or a key that stands there beside the block."""
     if place == ROOT or place.startswith((f"{ROOT}.", f"{ROOT}[", str(path))):
         return True
-    return f'"{place.split(".")[0]}' in path.read_bytes().decode("utf-8", "replace")
+    key, text = place.split(".")[0], path.read_bytes().decode("utf-8", "replace")
+    return f'"{key}' in text or json.dumps(key)[:-1] in text
 
 
 def _damaged(content: bytes, rng: random.Random) -> bytes:

@@ -31,6 +31,7 @@ def slow_regexes(config: CompressionConfig, entries: Sequence[Entry]) -> list[Pr
 
 
 def _patterns(config: CompressionConfig) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    of_scheme = () if config.scheme is None else ("weight_quantization", "activation_quantization")
     if isinstance(config.scheme, Mapping):
         for name, patterns in config.scheme.items():
             yield from _of_list(("scheme", name), patterns)
@@ -38,7 +39,7 @@ def _patterns(config: CompressionConfig) -> Iterator[tuple[tuple[str | int, ...]
         if isinstance(block, GroupedBlock):
             excluded = getattr(block.settings, "excluded_modules", ())
             yield from _of_list((key, "shared_parameters", "excluded_modules"), excluded)
-            for name, group in block.groups.items():
+            for name, group in block.groups.items() if key not in of_scheme else ():
                 where = (key, "different_groups", name)
                 yield from _of_list((*where, "modules"), group.modules)
                 for index, related in enumerate(group.related_modules or ()):

@@ -19,6 +19,8 @@ from ds_compress.errors import Problem, dotted, listed, nearest, shown
 Where = tuple[str | int, ...]
 NOTHING = "nothing"
 _KEY_OF_OBJECT = "[key]"
+_MOST = 500
+"""Problems that are told one by one: nobody reads more, and each takes a millisecond."""
 _AUTO_IS_NO_VALUE = '"auto" counts as left out, and there is no default: give a value'
 
 
@@ -34,6 +36,7 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
     problems: list[Problem] = []
     suggested: set[Where] = set()
     details = _causes(error.errors(include_url=False))
+    details, more = details[:_MOST], details[_MOST:]
     for detail in details:
         if detail["type"] in ("extra_forbidden", "invalid_key"):
             problem, instead = _unknown_key(detail, root, raw)
@@ -48,6 +51,10 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
                 problems.append(_missing(detail, root, raw))
         elif detail["type"] not in ("extra_forbidden", "invalid_key"):
             problems.append(_bad_value(detail, root))
+    if more:
+        problems.append(
+            Problem(dotted(*_where(more[0])), f"{len(more):,} more problems, this is the first", "none")
+        )
     return problems
 
 
@@ -89,7 +96,8 @@ def _home_of(name: str, root: type[BaseModel], outer: Where, raw: Any) -> str | 
     if not outer:
         homes = [
             f"{block}.{'.'.join(place)}".rstrip(".")
-            for block in (raw if isinstance(raw, Mapping) else ())
+            for block in root.model_fields
+            if isinstance(raw, Mapping) and block in raw
             for place, model in _models_below(slot_at(root, (block,)).annotation)
             if name in model.model_fields
         ]
