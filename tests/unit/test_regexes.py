@@ -33,12 +33,12 @@ HOSTILE = (
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_it_ends(pattern: str) -> None:
     """Found or not, or an error that shows the pattern: what matters is that it ends."""
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         occurs(pattern, NAME)
     except ConfigError as error:
         assert pattern.replace("\\", "\\\\") in str(error)
-    assert time.monotonic() - start < 10 * LONGEST_SEARCH_S
+    assert time.thread_time() - start < 10 * LONGEST_SEARCH_S
 
 
 SLOW = r"(.*?){20}(\w+\s?)*q$"
