@@ -9,6 +9,7 @@ Importing this package is all that a training script needs; the rest is for thos
     export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
     from_pretrained(folder)       what format="torch" stores, on the int8 kernels; transformers' own loads it, too
     distill_layers(engine, ...)   post-training quantization: each layer learns to be what it was, without labels
+    load_verified(folder, key)    a signed model, encrypted or not; `ds_compress.secure` has the rest of it
     cache_teacher(model, ...)     what a teacher says of a data set, stored once
     finalize(engine)              the smaller model that structured pruning leaves
     export_state_dict(engine)     the whole compressed model's weights, on process 0
@@ -32,6 +33,7 @@ from ds_compress.engine.registration import register, unregister
 from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.load import from_pretrained
 from ds_compress.hf.auto import join_transformers as _join_transformers
+from ds_compress.secure import load_verified
 from ds_compress.version import __version__
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ __all__ = [
     "finalize",
     "from_pretrained",
     "initialize",
+    "load_verified",
     "parse_config",
     "plan",
     "redundancy_clean",

@@ -12,6 +12,7 @@ from typing import Any
 ROOT = "compression_training"
 _LONGEST_VALUE_SHOWN = 80
 _SHORTEST_ABBREVIATION = 3
+_SECRETS = ("PRIVATE KEY", "AGE-SECRET-KEY")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ConfigError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """`value` as short JSON; never raises, whatever the value is."""
+    """`value` as short JSON; never raises, whatever the value is. Of a private key it shows nothing."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -62,6 +63,8 @@ def shown(value: Any) -> str:
             text = reprlib.repr(value)
         except Exception:
             text = f"a {type(value).__name__}"
+    if any(word in text.upper() for word in _SECRETS):
+        return "(a private key, hidden)"
     if len(text) <= _LONGEST_VALUE_SHOWN:
         return text
     return text[: _LONGEST_VALUE_SHOWN - 4] + " ..."

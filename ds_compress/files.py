@@ -10,7 +10,6 @@ import glob
 import os
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
@@ -54,7 +53,7 @@ def atomic_write(path: Path, content: str | bytes | Callable[[Path], object]) ->
     Args:
         content: text (written as UTF-8), bytes, or what writes a file at the path that it is called with.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    temporary, lock = _begin(path, secrets.token_hex(4), Path.touch)
     try:
         if isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
@@ -69,6 +68,9 @@ def atomic_write(path: Path, content: str | bytes | Callable[[Path], object]) ->
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def sync(path: Path) -> None:
@@ -126,33 +128,48 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def remove_unfinished(parent: Path, name: str | None = None) -> None:
-    """Removes what killed writers left in the folder: all of it, or that of the folders called `name`."""
+    """Removes what killed writers left in the folder: all of it, or that of what is called `name`.
+
+    The kernel drops the lock of a process that dies, and whoever still writes holds it.
+    """
     pattern = "*" if name is None else glob.escape(name)
     for left in parent.glob(f".{pattern}.unfinished-*"):
         if (lock := _locked(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
             os.close(lock)
+
+
+def _begin(path: Path, nonce: str, make: Callable[[Path], object]) -> tuple[Path, int | None]:
+    """A hidden name beside `path`, made and locked; None for the lock where the file system knows none."""
+    remove_unfinished(path.parent, path.name)
+    temporary = path.with_name(f".{path.name}.unfinished-{nonce}")
+    while True:
+        make(temporary)
+        lock = _locked(temporary)
+        # Somebody may have taken it for a dead one's before it was locked.
+        if lock is None or temporary.exists():
+            return temporary, lock
+        os.close(lock)
 
 
 class UnfinishedFolder:
     """A temporary folder beside `out`, renamed to it by `finish` and removed when the block ends without.
 
-    One that a kill left behind is removed by the next writer of the same `out`: the kernel drops the lock of a process
-    that dies, and whoever still writes holds it.
+    nonce: makes its name, for several processes that have to agree on it without having seen the folder.
     """
 
     def __init__(self, out: Path, nonce: str | None = None) -> None:
-        self.out = out
-        # A name that several processes have to agree on, without having seen the folder.
-        self.path = out.with_name(f".{out.name}.unfinished-{nonce or secrets.token_hex(4)}")
+        self.out, self._nonce = out, nonce or secrets.token_hex(4)
+        self.path = out.with_name(f".{out.name}.unfinished-{self._nonce}")
         self._lock: int | None = None
 
     def __enter__(self) -> UnfinishedFolder:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         restore_folder(self.out)
-        remove_unfinished(self.out.parent, self.out.name)
-        self.path.mkdir()
-        self._lock = _locked(self.path)
+        self.path, self._lock = _begin(self.out, self._nonce, Path.mkdir)
         return self
 
     def __exit__(
@@ -170,9 +187,12 @@ class UnfinishedFolder:
         replace_folder(self.path, self.out)
 
 
-def _locked(folder: Path) -> int | None:
-    """An open lock on the folder; None when another process has it, or the file system knows none."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(path: Path) -> int | None:
+    """An open lock on a file or folder; None when another process has it, it is gone, or there are no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

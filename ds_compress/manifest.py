@@ -86,7 +86,10 @@ class Manifest:
         looked at first; a file is read only when its size is right. Files that the manifest does not know are let be.
         """
         names = list(self.files)[part::parts]
-        return [words for name in names if (words := _problem(folder / name, self.files[name]))]
+        found = [words for name in names if (words := _problem(folder / name, self.files[name]))]
+        if len(found) > 1 and 2 * len(found) > len(names):
+            found.insert(0, f"{folder / FILE_NAME} is of another folder, or most files are")
+        return found
 
 
 def entry_of(path: Path) -> Entry:

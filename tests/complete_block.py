@@ -133,6 +133,7 @@ COMPLETE: dict[str, Any] = {
         "neighbor_mixing": False,
         "worker_momentum": 0.9,
     },
+    "security": {"verify": "require", "public_key": "keys/release.pub", "trust_pickle": False},
     "seed": 7,
     "kernels": "native",
 }

@@ -44,6 +44,8 @@ SHARE = 10
 def chosen(row: Row, seed: int, tenth: bool = False, only: str = "") -> list[Trial]:
     """The trials of a row, in its own order."""
     rng = random.Random(f"{row.NAME} {seed}")
+    if tenth and hasattr(row, "tenth"):
+        return list(row.tenth(rng))
     trials = [trial for trial in row.trials(rng) if only in trial.name]
     if not tenth:
         return trials

@@ -28,7 +28,7 @@ class Trial:
 
 
 class Row(Protocol):
-    """A module of this package: one row of the table."""
+    """A module of this package: one row of the table. It may have a `tenth(rng)` of its own, a shorter trial."""
 
     NAME: str
     WHAT: str

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ds_compress.cli import teachers
+from ds_compress.cli import secure, teachers
 from ds_compress.cli.errors import one_line_errors
 from ds_compress.cli.migrate import migrate
 from ds_compress.sheet import uncut
 
 app = typer.Typer(
-    help="Compressed models: export them, look at an export, see what a config would do, ask a teacher ahead.",
+    help="Compressed models: export them, look at an export, see what a config would do, ask a teacher ahead, sign.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +25,8 @@ _out = Console() if sys.stdout.isatty() else uncut()
 app.command()(migrate)
 app.command()(teachers.cache_teacher)
 app.command()(teachers.teacher_text)
+for command in (secure.keygen, secure.sign, secure.verify, secure.encrypt, secure.decrypt):
+    app.command()(command)
 
 
 class FormatName(StrEnum):
@@ -101,11 +103,14 @@ def export(
 
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="an exported folder")]) -> None:
-    """Prints how every module of an export is stored, its size, and how it was checked."""
+    """Verifies that an export is what was written, and prints how every module is stored, its size and its check."""
     with one_line_errors():
         from ds_compress.export.report import ExportReport
+        from ds_compress.export.whole import refuse_damaged
 
-        _out.print(ExportReport.read(folder))
+        report = ExportReport.read(folder)
+        refuse_damaged(folder)
+        _out.print(report)
 
 
 @app.command()

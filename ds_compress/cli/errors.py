@@ -1,4 +1,7 @@
-"""What a user did wrong, in one line and exit status 2; everything else keeps its traceback."""
+"""What a user did wrong, in one line and exit status 2; what was tampered with, 1; a key that is missing, 3.
+
+Everything else keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,13 @@ import typer
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     from ds_compress.errors import ConfigError, ExportError
+    from ds_compress.secure.errors import KeyUnavailableError, SecurityError
 
     try:
         yield
+    except SecurityError as error:
+        print(f"ds_compress: {error}", file=sys.stderr)
+        raise typer.Exit(3 if isinstance(error, KeyUnavailableError) else 1) from None
     except (ExportError, ConfigError, OSError, ValueError) as error:
         print(f"ds_compress: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

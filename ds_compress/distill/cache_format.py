@@ -1,6 +1,7 @@
 """The format of a teacher cache: the likeliest tokens of a teacher, on disk.
 
-    <folder>/manifest.json                how it was made: see `Manifest`; written last
+    <folder>/teacher_cache.json           how it was made: see `Contents`
+    <folder>/ds_compress_manifest.json    sizes and hashes of all files: see `ds_compress.manifest`; written last
     <folder>/shard_00000.safetensors      some examples: key int64 [examples], start int64 [examples + 1],
                                           indices int32 [positions, k], log_probs fp32 [positions, k]
 
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+CONTENTS = "teacher_cache.json"
 
 
 class CacheError(ValueError):
@@ -27,9 +28,9 @@ class CacheError(ValueError):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Contents:
     """top_k, temperature: of the stored log-probabilities. vocabulary: of the teacher. tokenizer, data: sha256 of the
-    tokenizer and of all examples' keys in order. shards: {file: sha256}. per_token: False where a model gives one
+    tokenizer and of all examples' keys in order. shards: names of files. per_token: False where a model gives one
     prediction for an example."""
 
     top_k: int
@@ -40,17 +41,17 @@ class Manifest:
     teacher: str
     tokenizer: str | None
     data: str
-    shards: dict[str, str]
+    shards: list[str]
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / CONTENTS).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> Contents:
         """Raises CacheError where there is none, or one of another format."""
         try:
-            content = json.loads((folder / MANIFEST).read_text())
+            content = json.loads((folder / CONTENTS).read_text())
             if content["format"] != FORMAT:
                 raise CacheError(
                     f"{folder} has format {content['format']}, this version reads {FORMAT}: make it again"
@@ -79,11 +80,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     else:
         content = tokenizer.get_vocab()
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def real_tokens(ids: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:

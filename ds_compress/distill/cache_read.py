@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ds_compress.distill.cache_format import MANIFEST, CacheError, Manifest, file_hash, key_of, real_tokens
+from ds_compress.distill.cache_format import CONTENTS, CacheError, Contents, key_of, real_tokens
 from ds_compress.distill.sparse_logits import SparseLogits
 from ds_compress.files import inside
+from ds_compress.manifest import FILE_NAME, Manifest, ManifestError
 
 # At padding positions: any finite number, as they have no weight.
 _OF_PADDING = -1.0
@@ -25,15 +26,15 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder)
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            _refuse_damaged(self.folder)
+        self.contents = Contents.read(self.folder)
         self._place: dict[int, tuple[Any, int, int]] = {}
-        for name, expected in self.manifest.shards.items():
+        for name in self.contents.shards:
             try:
                 path = inside(self.folder, name)
             except ValueError as error:
-                raise CacheError(f"{self.folder / MANIFEST}: {error}") from error
-            if not path.is_file() or file_hash(path) != expected:
-                raise CacheError(f"{path} is missing or was changed: make the cache again")
+                raise CacheError(f"{self.folder / CONTENTS}: {error}") from error
             shard = safe_open(path, framework="pt")
             starts = shard.get_tensor("start").tolist()
             for row, key in enumerate(shard.get_tensor("key").tolist()):
@@ -45,7 +46,7 @@ class TeacherCache:
         Raises:
             CacheError: an example is not there.
         """
-        per_token, k = self.manifest.per_token, self.manifest.top_k
+        per_token, k = self.contents.per_token, self.contents.top_k
         shape = (*ids.shape, k) if per_token else (len(ids), k)
         indices = torch.zeros(shape, dtype=torch.int64)
         log_probs = torch.full(shape, _OF_PADDING)
@@ -57,7 +58,7 @@ class TeacherCache:
                     target[real] = value.to(target.dtype)
                 else:
                     target.copy_(value[0])
-        whole = torch.Size((*shape[:-1], self.manifest.vocabulary))
+        whole = torch.Size((*shape[:-1], self.contents.vocabulary))
         return SparseLogits(
             indices.flatten(0, -2).to(ids.device), log_probs.flatten(0, -2).to(ids.device), whole
         )
@@ -70,3 +71,14 @@ class TeacherCache:
                 "from other data, with another tokenizer, or with another maximal length"
             )
         return place
+
+
+def _refuse_damaged(folder: Path) -> None:
+    try:
+        manifest = Manifest.read(folder)
+    except ManifestError as error:
+        raise CacheError(f"{error}: make the cache again") from error
+    if manifest is None:
+        raise CacheError(f"{folder / FILE_NAME} is missing: make the cache again")
+    if problems := manifest.problems(folder):
+        raise CacheError(f"{'; '.join(problems[:3])}: make the cache again")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ds_compress.distill.cache_format import (
+    CONTENTS,
     CacheError,
-    Manifest,
-    file_hash,
+    Contents,
     key_of,
     real_tokens,
     tokenizer_hash,
@@ -21,6 +21,7 @@ from ds_compress.distill.divergence import log_probabilities
 from ds_compress.distill.lazy_logits import LazyLogits
 from ds_compress.distill.lm_head import lazy_head
 from ds_compress.files import UnfinishedFolder, write_tensors
+from ds_compress.manifest import Manifest
 
 _POSITIONS_PER_SHARD = 2**20
 
@@ -35,7 +36,7 @@ def cache_teacher(
     temperature: float = 1.0,
     tokenizer: Any = None,
     overwrite: bool = False,
-) -> Manifest:
+) -> Contents:
     """Stores the `top_k` likeliest tokens of every position of every example, with their log-probabilities.
 
     Args:
@@ -45,7 +46,7 @@ def cache_teacher(
         folder: appears when everything is written.
         top_k: per position; all classes where there are fewer.
         temperature: that of the loss that will use the cache.
-        tokenizer: its hash is stored in the manifest.
+        tokenizer: its hash is stored in the contents.
 
     Raises:
         CacheError: the folder exists, or there was no batch.
@@ -53,6 +54,8 @@ def cache_teacher(
     target = Path(folder)
     if target.exists() and not overwrite:
         raise CacheError(f"{target} exists: choose another folder, or overwrite it")
+    if target.exists() and not (target / CONTENTS).exists():
+        raise CacheError(f"{target} is no teacher cache, and is not replaced: choose another folder")
     with UnfinishedFolder(target) as unfinished:
         writer = _Writer(unfinished.path, top_k, temperature)
         head = lazy_head(model, None)
@@ -63,9 +66,9 @@ def cache_teacher(
             if head is not None:
                 head.remove()
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-        manifest = writer.finish(name, None if tokenizer is None else tokenizer_hash(tokenizer))
+        contents = writer.finish(name, None if tokenizer is None else tokenizer_hash(tokenizer))
         unfinished.finish()
-    return manifest
+    return contents
 
 
 def _predict(model: Any, head: Any, batch: Mapping[str, torch.Tensor]) -> tuple[Any, torch.Tensor, Any]:
@@ -84,7 +87,7 @@ class _Writer:
         self._folder, self._top_k, self._temperature = folder, top_k, temperature
         self._known: set[int] = set()
         self._data = hashlib.sha256()
-        self._shards: dict[str, str] = {}
+        self._shards: list[str] = []
         self._vocabulary, self._per_token = 0, True
         self._empty()
 
@@ -137,15 +140,15 @@ class _Writer:
             "log_probs": torch.cat(self._log_probs),
         }
         write_tensors(self._folder / name, content)
-        self._shards[name] = file_hash(self._folder / name)
+        self._shards.append(name)
         self._empty()
 
-    def finish(self, teacher: str, tokenizer: str | None) -> Manifest:
+    def finish(self, teacher: str, tokenizer: str | None) -> Contents:
         if self._keys:
             self._write()
         if not self._shards:
             raise CacheError("there was no example to store")
-        manifest = Manifest(
+        contents = Contents(
             top_k=min(self._top_k, self._vocabulary),
             temperature=self._temperature,
             vocabulary=self._vocabulary,
@@ -156,5 +159,6 @@ class _Writer:
             data=self._data.hexdigest(),
             shards=self._shards,
         )
-        manifest.write(self._folder)
-        return manifest
+        contents.write(self._folder)
+        Manifest.of(self._folder, {}).write(self._folder)
+        return contents

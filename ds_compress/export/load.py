@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
 from ds_compress.export.serve_experts import serve_experts
 from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_experts, loaded_weight
+from ds_compress.export.whole import refuse_damaged
 from ds_compress.files import inside
 
 logger = logging.getLogger("ds_compress")
@@ -44,9 +45,10 @@ def from_pretrained(
         activations: False does not quantize inputs and computes in floats, with the same values of weights.
 
     Raises:
-        ExportError: the folder is incomplete, or of another format.
+        ExportError: the folder is incomplete, damaged, or of another format.
     """
     path = Path(folder)
+    refuse_damaged(path)
     report = ExportReport.read(path)
     if report.format != "torch":
         raise ExportError(
@@ -54,9 +56,16 @@ def from_pretrained(
         )
     if model is None:
         model = meta_model(path, report.model_class)
+    return of_report(report, model, Stored(path), fused, activations)
+
+
+def of_report(
+    report: ExportReport, model: nn.Module, stored: Stored, fused: bool = True, activations: bool = True
+) -> nn.Module:
+    """`model`, a new instance of the exported class, with what is stored, as the report says how; in place."""
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
-    serve(model, schemes, Stored(path), fused, activations)
+    serve(model, schemes, stored, fused, activations)
     return model
 
 
@@ -104,6 +113,7 @@ class Stored:
 
     def __init__(self, folder: Path, renamed: Callable[[str], str] | None = None) -> None:
         self._renamed = renamed
+        self._in_memory: Mapping[str, torch.Tensor] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
             files = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
@@ -119,14 +129,23 @@ class Stored:
                 raise ExportError(f"{folder} lacks {file}: the export is incomplete")
             with safe_open(path, framework="pt") as opened:
                 self._where |= dict.fromkeys(opened.keys(), path)
-        self._by_module: dict[str, list[str]] = {}
-        for name in self._where:
-            self._by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        self._by_module = _names_by_module(self._where)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Stored:
+        """What the files of a folder hold, where it is in memory already."""
+        stored = cls.__new__(cls)
+        stored._renamed, stored._in_memory = None, tensors
+        stored._by_module = _names_by_module(tensors)
+        return stored
 
     def of_module(self, module: str) -> dict[str, torch.Tensor]:
         """By local name."""
         found = {}
         for name in self._by_module.get(self._renamed(module) if self._renamed else module, ()):
+            if name in self._in_memory:
+                found[name.rpartition(".")[2]] = self._in_memory[name]
+                continue
             with safe_open(self._where[name], framework="pt") as opened:
                 found[name.rpartition(".")[2]] = opened.get_tensor(name)
         if any(name in found for name in INSTEAD_OF_WEIGHT):
@@ -141,18 +160,30 @@ class Stored:
 def meta_model(folder: Path, model_class: str) -> nn.Module:
     """The vanilla HF class without weights; buffers are computed, as they are not all stored."""
     import transformers
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
 
     cls = getattr(transformers, model_class, None)
     if cls is None or not (folder / "config.json").exists():
         raise ExportError(
             f"transformers has no {model_class}: pass model=<a new instance> to from_pretrained"
         )
-    config = cls.config_class.from_pretrained(folder)
+    return empty_model(cls, cls.config_class.from_pretrained(folder))
+
+
+def empty_model(cls: Any, config: Any) -> nn.Module:
+    """An instance of a class of transformers without weights; its buffers are computed."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
     with init_empty_weights(include_buffers=False), no_init_weights():
         built: nn.Module = cls(config)
     return built
+
+
+def _names_by_module(names: Iterable[str]) -> dict[str, list[str]]:
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    return by_module
 
 
 def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:

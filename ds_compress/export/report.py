@@ -89,13 +89,22 @@ class ExportReport:
         """Raises ExportError where there is none, or one of a newer version."""
         path = Path(folder) / FILE_NAME
         try:
-            data = json.loads(path.read_text())
+            text = path.read_text()
+        except OSError as error:
+            raise ExportError(f"{path}: there is no such file; ds_compress.export writes it") from error
+        except ValueError as error:
+            raise ExportError(f"{path} is damaged: {error}") from error
+        return cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str, path: Path) -> ExportReport:
+        """The report that `text` is; path: for messages. Raises ExportError as `read`."""
+        try:
+            data = json.loads(text)
             if data.pop("format_version") != _FORMAT_VERSION:
                 raise ExportError(f"{path} was written by a newer version of ds_compress")
             data.pop("ratio"), data.pop("sparsity")
             return cls(**data)
-        except OSError as error:
-            raise ExportError(f"{path}: there is no such file; ds_compress.export writes it") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{path} is damaged: {error}") from error
 

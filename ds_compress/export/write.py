@@ -30,6 +30,7 @@ from ds_compress.export.shards import ShardWriter
 from ds_compress.export.source import ExportSource
 from ds_compress.export.tokenizer import save_tokenizer
 from ds_compress.export.versions import versions
+from ds_compress.export.whole import refuse_foreign, seal
 from ds_compress.files import UnfinishedFolder
 from ds_compress.modelinfo.adapters import has_adapters
 from ds_compress.modelinfo.auxiliary import is_auxiliary
@@ -76,6 +77,7 @@ def write_export(
         if source.writes:
             if out.exists() and not overwrite and not _is_empty_folder(out):
                 raise ExportError(f"{out} exists: give another folder, or overwrite=True")
+            refuse_foreign(out)
             unfinished = UnfinishedFolder(out).__enter__()
     except (OSError, ExportError) as error:
         failure = error
@@ -268,6 +270,7 @@ class _Export:
             report.attributes = attribute_overrides(self.final, self.final.config)
         report.versions = versions()
         report.write(folder)
+        seal(folder)
         if expected is not None:
             answer = self._reloaded(folder, expected)
             try:
@@ -278,6 +281,7 @@ class _Export:
             if self.format.differences:
                 report.notes.append(f"{'; '.join(self.format.differences)}: logits are the same")
             report.write(folder)
+            seal(folder)
 
     def _likely_cause(self) -> str:
         """What the export did that not every model class takes."""

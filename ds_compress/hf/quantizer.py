@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ds_compress.export.attributes import restore
 from ds_compress.export.load import Stored, serve
 from ds_compress.export.serving_format import QUANT_METHOD
+from ds_compress.export.whole import refuse_damaged
 
 _OURS = {r"(\.|_proj_)weight_(codes|packed|scale|offset|global_scale|values)$"}
 
@@ -86,6 +87,7 @@ class DsCompressQuantizer(HfQuantizer):
                 f"{QUANT_METHOD}: it is loaded from the files that ds_compress.export wrote, got none"
             )
         self._folder = Path(files[0]).parent
+        refuse_damaged(self._folder, only=[self._folder / "config.json", *map(Path, files)])
         self._added, self._removed = _prefixes(model, self.quantization_config)
         config = self.quantization_config
         restore(

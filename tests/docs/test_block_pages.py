@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_compress import secure
 from tests.docs.pages import DOCS
 from tests.docs.training import STEPS, example_of, save_teacher, train_example
 from tests.multirank.launch import run_ranks
@@ -31,6 +32,7 @@ REACHED: dict[str, dict[str, float]] = {
     "expert_pruning": {"expert_pruning/density": 0.5},
     "layer_reduction": {},
     "distillation": {},
+    "security": {},
 }
 """What the examples reach, by metric. No metric: see the test of its own."""
 
@@ -40,6 +42,9 @@ def in_a_folder_with_a_teacher(tmp_path_factory: pytest.TempPathFactory) -> Iter
     init_single_process()
     folder = tmp_path_factory.mktemp("blocks")
     save_teacher(folder / "path" / "to" / "teacher")
+    (folder / "keys").mkdir()
+    signer = secure.generate(folder / "keys" / "release")
+    secure.sign(folder / "path" / "to" / "teacher", signer.private)
     before = Path.cwd()
     os.chdir(folder)
     yield
@@ -63,6 +68,8 @@ def test_the_example_trains_and_reaches_what_it_asks_for(block: str) -> None:
         assert result["layers"] == 3
     if block == "depth_pruning":
         assert result["layers"] == 4
+    if block == "security":
+        assert result["layers"] == 6 and result["metrics"]["distillation/logits"] > 0
     if block == "distillation":
         losses = {
             name: value for name, value in result["metrics"].items() if name.startswith("distillation/")

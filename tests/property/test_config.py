@@ -57,7 +57,13 @@ def test_the_complete_block_is_complete_and_valid() -> None:
     for block in ("sparse_pruning", "weight_quantization", "activation_quantization"):
         shared = getattr(config, block).shared_parameters
         assert set(COMPLETE[block]["shared_parameters"]) == set(type(shared).model_fields)
-    for block in ("kv_cache", "gradient_compression", "parameter_compression", "robust_reduction"):
+    for block in (
+        "kv_cache",
+        "gradient_compression",
+        "parameter_compression",
+        "robust_reduction",
+        "security",
+    ):
         assert set(COMPLETE[block]) == set(type(getattr(config, block)).model_fields)
 
 

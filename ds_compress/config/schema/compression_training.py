@@ -30,6 +30,7 @@ from ds_compress.config.schema.parameter_compression import ParameterCompression
 from ds_compress.config.schema.robust_reduction import RobustReductionConfig
 from ds_compress.config.schema.row_pruning import RowPruningConfig
 from ds_compress.config.schema.scheme import SCHEMA_OF_SCHEME, expanded
+from ds_compress.config.schema.security import SecurityConfig
 from ds_compress.config.schema.sparse_pruning import SparsePruningConfig
 from ds_compress.config.schema.translate import Where, translate
 from ds_compress.config.schema.weight_quantization import WeightQuantizationConfig
@@ -84,6 +85,9 @@ class CompressionConfig(StrictModel):
     )
     robust_reduction: RobustReductionConfig | None = Field(
         default=None, description="Withstand bad gradients of a few workers."
+    )
+    security: SecurityConfig | None = Field(
+        default=None, description="What has to be signed before it is read."
     )
     seed: Seed = Field(default=0, description="Seed of everything random in this block.")
     kernels: Literal["auto", "native", "reference"] = Field(

@@ -21,5 +21,6 @@ def idle_lines(config: CompressionConfig) -> Iterator[str]:
         elif block.is_enabled and block.keeps_everything:
             yield f"{dotted(name)} has a dense_ratio of 1 everywhere, so it removes nothing"
     if not config.enabled_blocks():
-        what = f"of {listed(blocks, 'and')} is enabled" if blocks else "is in it"
+        idle = "but security is in it" if config.security is not None else "is in it"
+        what = f"of {listed(blocks, 'and')} is enabled" if blocks else idle
         yield f"{ROOT} does nothing: nothing {what}, and the model trains uncompressed"

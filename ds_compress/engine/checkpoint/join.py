@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from ds_compress.engine.checkpoint import pickles, state, tags, transaction
+from ds_compress.engine.checkpoint import pickles, signatures, state, tags, transaction
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.run_end import warn_if_unfinished
+from ds_compress.secure import required
 
 
 def join_checkpoints(engine: Any, run: CompressionRun) -> None:
@@ -42,7 +43,9 @@ def join_checkpoints(engine: Any, run: CompressionRun) -> None:
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         root = Path(load_dir)
         pointer = tags.LATEST_UNIVERSAL if engine.load_universal_checkpoint() else tags.LATEST
-        tag = tags.tag_to_load(root, tag, Processes.of(engine), pointer)
+        processes = Processes.of(engine)
+        tag = signatures.signed_tag(root, tag, run.given, processes, pointer)
+        tag = tags.tag_to_load(root, tag, processes, pointer)
         if tag is None:
             return original_load(load_dir, tag, *args, **kwargs)
         saved = state.read(root / tag / tags.FOLDER)
@@ -55,7 +58,7 @@ def join_checkpoints(engine: Any, run: CompressionRun) -> None:
             shrink.shrink_to(run, units)
             return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
         before = run.applied_steps
-        with pickles.only_data(root / tag):
+        with pickles.only_data(root / tag, required.trusts_pickle(run.given)):
             path, client_state = original_load(load_dir, tag, *args, **kwargs)
         if path is not None and not kwargs.get("load_module_only", False):
             state.load(root / tag / tags.FOLDER, run)

@@ -38,11 +38,15 @@ def tag_to_load(root: Path, tag: str | None, processes: Processes, pointer: str 
     if processes.leads:
         with contextlib.suppress(OSError):  # a folder that may only be read
             _tidy(root)
-    pointed = processes.from_first(str(tag) if tag is not None else _outcome(lambda: _pointed(root, pointer)))
+    pointed = processes.from_first(
+        str(tag) if tag is not None else _outcome(lambda: tag_named_in(root, pointer))
+    )
     if isinstance(pointed, Exception):
         raise pointed
     problems = _problems(root, pointed, pointer, processes)
     if not problems:
+        if tag is None and (newer := processes.from_first(_newer(root, str(pointed)))):
+            logger.warning("ds_compress: %s names %s, %s is newer", root / pointer, pointed, root / newer)
         return str(pointed)
     for other in processes.from_first([name for name in by_age(root) if name != pointed]):
         if _problems(root, other, pointer, processes):
@@ -86,6 +90,18 @@ def verified_folder(root: Path) -> Path:
     return root / tag
 
 
+def _newer(root: Path, tag: str) -> str | None:
+    """A tag that was saved as the latest after `tag`: a kill, or somebody, kept `latest` from naming it."""
+    tags = by_age(root)
+    newer = tags[: tags.index(tag)] if tag in tags else []
+    return next((name for name in newer if _was_latest(root / name)), None)
+
+
+def _was_latest(folder: Path) -> bool:
+    manifest = Manifest.read(folder)
+    return manifest is not None and bool(manifest.about.get("latest"))
+
+
 def by_age(root: Path) -> list[str]:
     """Tags with a manifest that can be read, the newest first."""
     ages: list[tuple[Any, str]] = []
@@ -104,7 +120,7 @@ def _tidy(root: Path) -> None:
     remove_unfinished(root)
 
 
-def _pointed(root: Path, pointer: str) -> str | None:
+def tag_named_in(root: Path, pointer: str) -> str | None:
     """The tag that the file names; None where it is missing or empty."""
     try:
         tag = (root / pointer).read_text(encoding="utf-8").strip()

@@ -73,6 +73,7 @@ class _Save:
         folder = self._unfinished.path
         about = {
             "saved": datetime.now(UTC).isoformat(),
+            "latest": latest,
             "global_steps": self._engine.global_steps,
             "applied_steps": self._run.applied_steps,
             "processes": self._processes.count,

@@ -10,6 +10,7 @@ from torch import nn
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.cache_format import CacheError
 from ds_compress.distill.cache_read import TeacherCache
+from ds_compress.engine.signed import refuse_unsigned
 from ds_compress.engine.teachers.sharded import ShardedTeacher
 from ds_compress.errors import ConfigError, Problem, shown
 
@@ -25,11 +26,12 @@ def cached_teacher(config: CompressionConfig, student: nn.Module) -> ShardedTeac
     block = config.distillation
     if block is None or not block.enabled or block.teacher_cache is None:
         return None
+    refuse_unsigned(block.teacher_cache, config, "distillation", "teacher_cache")
     try:
         cache = TeacherCache(block.teacher_cache)
     except CacheError as error:
         raise _error("teacher_cache", block.teacher_cache, f"a complete cache ({error})") from error
-    logits, made = block.losses.logits, cache.manifest
+    logits, made = block.losses.logits, cache.contents
     if logits is not None and logits.temperature != made.temperature:
         allowed = f"{made.temperature}, for which the cache was made"
         raise _error("losses.logits.temperature", logits.temperature, allowed)

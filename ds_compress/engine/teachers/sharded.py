@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig
+from ds_compress.engine.signed import refuse_encrypted, refuse_unsigned, refuse_unsigned_object
 from ds_compress.engine.zero import internals
 from ds_compress.errors import ConfigError, Problem, shown
 from ds_compress.sharding.shards import Shards
@@ -71,6 +72,7 @@ class ShardedTeacher:
         settings = block.teacher_zero_stage, dtype, block.teacher_offload
         if given is not None:
             _refuse_shared(given, student)
+            refuse_unsigned_object(given, config, "distillation", "teacher")
             return cls(given, *settings)
         if block.teacher is None:
             raise _error(
@@ -78,6 +80,8 @@ class ShardedTeacher:
                 "a path or name, an object given to ds_compress.initialize(..., teacher=model), self_teacher or "
                 "teacher_cache",
             )
+        refuse_unsigned(block.teacher, config, "distillation", "teacher")
+        refuse_encrypted(block.teacher, "distillation", "teacher")
         return cls(_load(block.teacher, student, block.teacher_zero_stage, dtype), *settings)
 
     @classmethod
@@ -87,6 +91,7 @@ class ShardedTeacher:
                 "a teacher object", "a block with distillation or layer_reduction enabled, to use it"
             )
         _refuse_shared(given, student)
+        refuse_unsigned_object(given, config, "layer_reduction")
         return cls(given)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -47,10 +47,20 @@ def test_errors_are_one_line_and_code_2(arguments: tuple[str, ...], words: str) 
 
 
 def test_existing_folder_needs_overwrite(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("somebody's")
+    assert invoke("export", model, tmp_path / "out", "--no-check").exit_code == 0
     assert invoke("export", model, tmp_path / "out", "--no-check").exit_code == 2
     assert invoke("export", model, tmp_path / "out", "--no-check", "--overwrite").exit_code == 0
+
+
+def test_damage_is_found_by_inspect(model: Path, tmp_path: Path) -> None:
+    assert invoke("export", model, tmp_path / "out", "--no-check").exit_code == 0
+    assert invoke("inspect", tmp_path / "out").exit_code == 0
+    path = tmp_path / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = invoke("inspect", tmp_path / "out")
+    assert result.exit_code == 2 and "model.safetensors was changed" in result.stderr
 
 
 def test_plan(model: Path, tmp_path: Path) -> None:

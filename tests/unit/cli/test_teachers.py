@@ -59,7 +59,7 @@ def test_a_cache_of_a_text_file_holds_what_the_teacher_says(
     assert "3 examples" in output
     cache = TeacherCache(out)
     words = AutoTokenizer.from_pretrained(teacher)
-    assert cache.manifest.tokenizer == tokenizer_hash(words)
+    assert cache.contents.tokenizer == tokenizer_hash(words)
     ids = torch.tensor([words(texts[3])["input_ids"][:6]])
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(teacher)(input_ids=ids).logits.log_softmax(-1).topk(5)

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 import ds_compress
-from ds_compress.distill.cache_format import MANIFEST, CacheError, Manifest, key_of, tokenizer_hash
+from ds_compress.distill.cache_format import CONTENTS, CacheError, Contents, key_of, tokenizer_hash
 from ds_compress.distill.cache_read import TeacherCache
 from ds_compress.distill.cache_write import cache_teacher
+from ds_compress.manifest import Manifest
 from tests.models import tiny_bert, tiny_llama
 from tests.multirank.common import ds_config, full_weights
 
@@ -135,10 +136,10 @@ def test_a_batch_without_a_mask_is_all_real(folder: Path) -> None:
 def test_another_order_of_writing_gives_the_same_predictions(folder: Path, tmp_path: Path) -> None:
     shuffled = [examples()[index] for index in (4, 2, 0, 5, 3, 1)]
     data = [padded(shuffled[:4], "left"), padded(shuffled[4:] + shuffled[:2], extra=2)]
-    manifest = cache_teacher(
+    contents = cache_teacher(
         llama(3, hidden=24), data, tmp_path / "other", top_k=TOP_K, temperature=TEMPERATURE
     )
-    assert manifest.examples == len(LENGTHS)
+    assert contents.examples == len(LENGTHS)
     batch = padded(examples())
     one, other = (
         TeacherCache(path).logits(batch["input_ids"], batch["attention_mask"])
@@ -150,10 +151,10 @@ def test_another_order_of_writing_gives_the_same_predictions(folder: Path, tmp_p
 
 def test_many_shards_are_one_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ds_compress.distill.cache_write._POSITIONS_PER_SHARD", 8)
-    manifest = cache_teacher(
+    contents = cache_teacher(
         llama(3, hidden=24), batches(1), tmp_path / "shards", top_k=TOP_K, temperature=TEMPERATURE
     )
-    assert len(manifest.shards) > 2
+    assert len(contents.shards) > 2
     batch = padded(examples())
     one, other = (
         TeacherCache(path).logits(batch["input_ids"], batch["attention_mask"])
@@ -166,8 +167,8 @@ def test_a_classifier_says_one_thing_of_an_example(tmp_path: Path) -> None:
     ids = torch.randint(3, 100, (6, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": rows, "labels": torch.zeros(3, dtype=torch.long)} for rows in ids.split(3)]
     teacher = tiny_bert(seed=2, labels=4)
-    manifest = cache_teacher(teacher, data, tmp_path / "cache", top_k=64, temperature=TEMPERATURE)
-    assert (manifest.per_token, manifest.top_k, manifest.vocabulary) == (False, 4, 4)
+    contents = cache_teacher(teacher, data, tmp_path / "cache", top_k=64, temperature=TEMPERATURE)
+    assert (contents.per_token, contents.top_k, contents.vocabulary) == (False, 4, 4)
     got = trained(engine_of(tmp_path / "cache", tiny_bert(seed=1, labels=4)), data)
     live = trained(engine_of(None, tiny_bert(seed=1, labels=4), tiny_bert(seed=2, labels=4)), data)
     # All four classes are stored: what is left for others is a millionth.
@@ -188,6 +189,11 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
+def sealed(cache: Path) -> None:
+    """The files are what was written, says the manifest."""
+    Manifest.of(cache, {}).write(cache)
+
+
 def refusal(cache: Path, path: str, student: nn.Module | None = None, **logits: Any) -> str:
     with pytest.raises(ds_compress.ConfigError) as caught:
         engine_of(cache, student, **logits)
@@ -202,7 +208,7 @@ def test_a_changed_shard(folder: Path, tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert f"{shard.name} is missing or was changed: make the cache again" in refusal(cache, "teacher_cache")
+    assert f"{shard.name} was changed" in refusal(cache, "teacher_cache")
 
 
 def test_a_missing_shard(folder: Path, tmp_path: Path) -> None:
@@ -214,35 +220,40 @@ def test_a_missing_shard(folder: Path, tmp_path: Path) -> None:
 def test_a_shard_outside_of_the_folder(folder: Path, tmp_path: Path) -> None:
     cache = copied(folder, tmp_path)
     (shard,) = cache.glob("*.safetensors")
-    manifest = json.loads((cache / "manifest.json").read_text())
-    manifest["shards"] = {f"../{shard.name}": digest for digest in manifest["shards"].values()}
-    (cache / "manifest.json").write_text(json.dumps(manifest))
+    contents = json.loads((cache / "teacher_cache.json").read_text())
+    contents["shards"] = [f"../{shard.name}"]
+    (cache / "teacher_cache.json").write_text(json.dumps(contents))
     shard.rename(cache.parent / shard.name)
+    sealed(cache)
     assert "is no file inside of" in refusal(cache, "teacher_cache")
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "of other keys", "a list", "no folder"])
 def test_a_missing_or_broken_manifest(folder: Path, tmp_path: Path, damage: str) -> None:
     cache = copied(folder, tmp_path)
-    manifest = cache / MANIFEST
+    contents = cache / CONTENTS
     if damage == "absent":
-        manifest.unlink()
+        contents.unlink()
     elif damage == "cut":
-        manifest.write_text(manifest.read_text()[:40])
+        contents.write_text(contents.read_text()[:40])
     elif damage == "of other keys":
-        manifest.write_text(json.dumps({"format": 1}))
+        contents.write_text(json.dumps({"format": 2}))
     elif damage == "a list":
-        manifest.write_text("[]")
+        contents.write_text("[]")
     else:
         cache = tmp_path / "nowhere"
+    if cache.exists():
+        assert "make the cache again" in refusal(cache, "teacher_cache")
+        sealed(cache)
     assert "is no complete teacher cache" in refusal(cache, "teacher_cache")
 
 
 def test_a_later_format(folder: Path, tmp_path: Path) -> None:
     cache = copied(folder, tmp_path)
-    content = json.loads((cache / MANIFEST).read_text())
-    (cache / MANIFEST).write_text(json.dumps({**content, "format": 99}))
-    assert "format 99, this version reads 1: make it again" in refusal(cache, "teacher_cache")
+    content = json.loads((cache / CONTENTS).read_text())
+    (cache / CONTENTS).write_text(json.dumps({**content, "format": 99}))
+    sealed(cache)
+    assert "format 99, this version reads 2: make it again" in refusal(cache, "teacher_cache")
 
 
 def test_another_temperature(folder: Path) -> None:
@@ -283,12 +294,18 @@ def test_a_model_that_is_called_without_ids(folder: Path) -> None:
 def test_an_existing_folder_is_replaced_only_when_told(tmp_path: Path) -> None:
     target = tmp_path / "cache"
     cache_teacher(llama(3), batches(), target, top_k=2)
-    before = Manifest.read(target)
+    before = Contents.read(target)
     with pytest.raises(CacheError, match="exists: choose another folder, or overwrite it"):
         cache_teacher(llama(4), batches(), target, top_k=3)
-    assert Manifest.read(target) == before
+    assert Contents.read(target) == before
     cache_teacher(llama(4), batches(), target, top_k=3, overwrite=True)
-    assert Manifest.read(target).top_k == 3
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.tex").write_text("years")
+    with pytest.raises(CacheError, match="is no teacher cache, and is not replaced"):
+        cache_teacher(llama(4), batches(), foreign, top_k=3, overwrite=True)
+    assert (foreign / "chapter.tex").read_text() == "years"
+    assert Contents.read(target).top_k == 3
     TeacherCache(target)
 
 
@@ -348,8 +365,8 @@ def test_a_killed_writer_leaves_no_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not target.exists()
-    # What it had begun is there under another name, without a manifest.
-    assert not list(tmp_path.rglob(MANIFEST)) and list(tmp_path.rglob("*.safetensors"))
+    # What it had begun is there under another name, without a contents.
+    assert not list(tmp_path.rglob(CONTENTS)) and list(tmp_path.rglob("*.safetensors"))
     cache_teacher(llama(), batches(), target)
     TeacherCache(target)
 
@@ -390,8 +407,8 @@ def test_the_hash_of_a_tokenizer_is_that_of_what_it_does(tmp_path: Path) -> None
 
 def test_the_manifest_says_what_made_it(tmp_path: Path) -> None:
     own = tokenizer()
-    manifest = cache_teacher(llama(), batches(), tmp_path / "cache", top_k=1000, tokenizer=own)
-    assert manifest == Manifest.read(tmp_path / "cache")
-    assert manifest.tokenizer == tokenizer_hash(own)
-    assert (manifest.top_k, manifest.vocabulary, manifest.per_token) == (VOCABULARY, VOCABULARY, True)
-    assert manifest.examples == len(LENGTHS)
+    contents = cache_teacher(llama(), batches(), tmp_path / "cache", top_k=1000, tokenizer=own)
+    assert contents == Contents.read(tmp_path / "cache")
+    assert contents.tokenizer == tokenizer_hash(own)
+    assert (contents.top_k, contents.vocabulary, contents.per_token) == (VOCABULARY, VOCABULARY, True)
+    assert contents.examples == len(LENGTHS)

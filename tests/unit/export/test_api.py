@@ -23,6 +23,7 @@ from ds_compress.export import check
 from ds_compress.export.inputs import run
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.report import ExportReport
+from ds_compress.manifest import FILE_NAME
 from ds_compress.quant import layers
 from ds_compress.structure.apply_pruning import apply_pruning
 from tests.quantized import quantized
@@ -201,10 +202,15 @@ class TestRefusals:
         (tmp_path / "out" / "mine").write_text("")
         with pytest.raises(ExportError, match="exists"):
             export(bert(), tmp_path / "out")
-        assert (tmp_path / "out" / "mine").exists()
-        export(bert(), tmp_path / "out", overwrite=True, check=False)
+        with pytest.raises(ExportError, match="is no export of ds_compress, and is not replaced"):
+            export(bert(), tmp_path / "out", overwrite=True, check=False)
+        (tmp_path / "out" / "mine").unlink()
+        for overwrite in (False, True):
+            export(bert(), tmp_path / "out", overwrite=overwrite, check=False)
+            (tmp_path / "out" / "old").touch()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-        assert not (tmp_path / "out" / "mine").exists()
+        export(bert(), tmp_path / "out", overwrite=True, check=False)
+        assert not (tmp_path / "out" / "old").exists()
 
 
 class TestCheck:
@@ -265,11 +271,17 @@ class TestDamage:
 
     def test_missing_shard(self, folder: Path) -> None:
         next(folder.glob("model-00002*")).unlink()
+        with pytest.raises(ExportError, match=r"model-00002.* is missing"):
+            from_pretrained(folder)
+        (folder / FILE_NAME).unlink()
         with pytest.raises(ExportError, match="lacks model-00002"):
             from_pretrained(folder)
 
     def test_missing_or_broken_report(self, folder: Path) -> None:
         (folder / "ds_compress.json").write_text("{")
+        with pytest.raises(ExportError, match=r"ds_compress\.json has 1 bytes"):
+            from_pretrained(folder)
+        (folder / FILE_NAME).unlink()
         with pytest.raises(ExportError, match="damaged"):
             from_pretrained(folder)
         (folder / "ds_compress.json").unlink()

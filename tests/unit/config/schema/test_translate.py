@@ -285,7 +285,7 @@ class TestAllAtOnce:
             '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
             '"kv_cache", "row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
             '"expert_pruning", "layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
-            '"robust_reduction", "seed", "kernels", "scheme" and "export_to"\n'
+            '"robust_reduction", "security", "seed", "kernels", "scheme" and "export_to"\n'
             '  hint:    did you mean "seed"?\n'
             "\n"
             "compression_training.distillation.enabled\n"
