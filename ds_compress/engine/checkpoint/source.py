@@ -20,6 +20,7 @@ from ds_compress.engine.checkpoint.tags import FOLDER
 from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
+from ds_compress.select.gumbel import commitments
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.given_scales import given_scales
 from ds_compress.structure.pruning_plan import PruningPlan
@@ -73,6 +74,7 @@ def from_checkpoint(
     source = of_module(built.eval())
     source.parameters = origin.began_with(built)
     source.steps = None if state is None else state["applied_steps"]
+    source.commitments = commitments({} if state is None else state.get("secret_seeds", {}))
     source.export_to = None if saved is None else saved["compression_training"].get("export_to")
     source.description = f"checkpoint {folder.name}"
     return source
