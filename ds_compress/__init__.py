@@ -12,6 +12,7 @@ Importing this package is all that a training script needs; the rest is for thos
     load_verified(folder, key)    a signed model, encrypted or not; `ds_compress.secure` has the rest of it
     cache_teacher(model, ...)     what a teacher says of a data set, stored once
     finalize(engine)              the smaller model that structured pruning leaves
+    to_universal(folder, out)     a checkpoint for another number of processes, or another ZeRO stage
     export_state_dict(engine)     the whole compressed model's weights, on process 0
     CompressionCallback, DistillationTrainer      for Hugging Face's Trainer: see `ds_compress.hf`
 """
@@ -27,6 +28,7 @@ from ds_compress.config import ConfigError, parse_config
 from ds_compress.config.report.plan import Plan
 from ds_compress.distill.cache_write import cache_teacher
 from ds_compress.engine.api import export_state_dict, initialize
+from ds_compress.engine.checkpoint.universal import to_universal
 from ds_compress.engine.finalize import finalize, redundancy_clean
 from ds_compress.engine.layerwise import distill_layers
 from ds_compress.engine.registration import register, unregister
@@ -59,6 +61,7 @@ __all__ = [
     "plan",
     "redundancy_clean",
     "register",
+    "to_universal",
     "unregister",
 ]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ds_compress.cli import secure, teachers
+from ds_compress.cli import checkpoints, secure, teachers
 from ds_compress.cli.errors import one_line_errors
 from ds_compress.cli.migrate import migrate
 from ds_compress.sheet import uncut
@@ -25,6 +25,7 @@ _out = Console() if sys.stdout.isatty() else uncut()
 app.command()(migrate)
 app.command()(teachers.cache_teacher)
 app.command()(teachers.teacher_text)
+app.command()(checkpoints.universal)
 for command in (secure.keygen, secure.sign, secure.verify, secure.encrypt, secure.decrypt):
     app.command()(command)
 

@@ -14,7 +14,7 @@ import typer
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    from ds_compress.errors import ConfigError, ExportError
+    from ds_compress.errors import CheckpointError, ConfigError, ExportError
     from ds_compress.secure.errors import KeyUnavailableError, NotInstalledError, SecurityError
 
     try:
@@ -22,6 +22,6 @@ def one_line_errors() -> Iterator[None]:
     except SecurityError as error:
         print(f"ds_compress: {error}", file=sys.stderr)
         raise typer.Exit(3 if isinstance(error, KeyUnavailableError) else 1) from None
-    except (ExportError, ConfigError, NotInstalledError, OSError, ValueError) as error:
+    except (CheckpointError, ExportError, ConfigError, NotInstalledError, OSError, ValueError) as error:
         print(f"ds_compress: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

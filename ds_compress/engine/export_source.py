@@ -57,6 +57,7 @@ def _of_model(model: nn.Module) -> ExportSource:
     trained = of_module(model)
     trained.parameters = origin.began_with(model)
     trained.metrics = origin.last_metrics(model) if run is None else run.metrics()
+    trained.commitments = origin.last_commitments(model) if run is None else run.commitments
     if run is not None and run.prunable_groups:
         pruning_plan = run.pruning_plan()
         trained.pruning_plan = pruning_plan if pruning_plan.active() else None
@@ -91,6 +92,7 @@ def _of_engine(engine: Any) -> ExportSource:
         export_to=None if run is None else run.config.export_to,
         parameters=origin.began_with(engine.module),
         metrics={} if run is None else run.metrics(),
+        commitments={} if run is None else run.commitments,
         share=_share,
         description=f"engine on ZeRO stage {engine.zero_optimization_stage()}",
     )

@@ -9,7 +9,7 @@ stored runs are split and joined. Nothing here is a collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,29 @@ class Residuals:
         """Puts back one run of `state`, which must have been stored in as many bits."""
         self._runs.setdefault(run["key"], {})[run["start"]] = _Run(run["numel"], stored, run["unit"])
 
+    def mean_of(self, states: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """Runs with the mean over several processes, zero where one has stored nothing.
+
+        states: of each process, {"run": description, "stored": a function that reads the tensor}. Returns the same with
+        tensors. One parameter of every process is in memory at a time.
+        """
+        by_key: dict[str, list[list[Mapping[str, Any]]]] = {}
+        for number, state in enumerate(states):
+            for item in state:
+                own = by_key.setdefault(item["run"]["key"], [[] for _ in states])
+                own[number].append(item)
+        for key, items in by_key.items():
+            theirs = [Residuals(self.bits) for _ in states]
+            for residuals, own_items in zip(theirs, items, strict=True):
+                for item in own_items:
+                    residuals.restore(item["run"], item["stored"]())
+            for start, end in _covered(item["run"] for own_items in items for item in own_items):
+                mean = torch.zeros(end - start)
+                for residuals in theirs:
+                    mean += residuals.load(key, start, end - start, mean.device) / len(states)
+                run = {"key": key, "start": start, "numel": end - start, "unit": 1.0}
+                yield {"run": run, "stored": self._encoded(mean, 1.0).stored}
+
     def _encoded(self, values: torch.Tensor, loss_scale: float) -> _Run:
         if self.bits == 16:
             return _Run(values.numel(), values.to(torch.bfloat16, copy=True), loss_scale)
@@ -124,6 +147,17 @@ class Residuals:
             values = torch.empty(run.numel, device=run.stored.device)
             _codec(run.numel).decode(run.stored, values)
         return values if loss_scale == run.loss_scale else values.mul_(loss_scale / run.loss_scale)
+
+
+def _covered(runs: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """[start, end) of all elements that one of the runs has, joined where they touch."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted((run["start"], run["start"] + run["numel"]) for run in runs):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _codec(numel: int) -> BlockCodec:

@@ -9,7 +9,7 @@ between them stands here, as a method or an attribute.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -92,6 +92,12 @@ class Technique:
         """
         return {}
 
+    def follow(self, predecessor: Technique) -> None:
+        """Before it is attached: it takes the place of `predecessor`, whose model was rebuilt in mid-training.
+
+        For what `attach_engine` would otherwise decide anew; state follows by `load_state_dict`.
+        """
+
     def attach(self, shards: Shards) -> None:
         """The optimizer exists; `shards` gives this process its fragments of the master weights."""
 
@@ -171,6 +177,13 @@ class Technique:
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         """Restores what `process_state` returned here; None: nothing that fits was stored, begin anew."""
 
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What each process goes on with, of what `process_state` returned in another number of processes.
+
+        states: of each of them; tensors are functions that read them. Empty: begin anew.
+        """
+        return {}
+
     def kept_units(self) -> Mapping[str, torch.Tensor]:
         """Sorted int64 indices of the units that masks keep now, by name of the prunable group; those with a mask."""
         return {}
@@ -219,6 +232,11 @@ class Technique:
         if self.is_in_forward:
             reason = "AutoTP replaces layers that fake quantization has changed by its own, which drops it silently"
         yield "", "enabled", "sparse_pruning alone", reason
+
+    @property
+    def secret_seed(self) -> str | None:
+        """Of a random choice, 64 hexadecimal digits, never to be logged; None where there is none."""
+        return None
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""

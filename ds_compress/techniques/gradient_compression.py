@@ -6,8 +6,8 @@ ZeRO stages 2 and 3 reduce after every micro-step, stage 1 once per step: on a s
 sends less than any compression of stage 2 does.
 
 A bucket stays DeepSpeed's own while `warmup_steps` last, when it is smaller than `min_elements`, and always when the
-link was measured and sending more bytes is faster. Gradients of small and one-dimensional parameters are not
-quantized (see `reduce.uncompressed`).
+link was measured at the beginning of the run and sending more bytes is faster (see `link_verdict`). Gradients of small
+and one-dimensional parameters are not quantized (see `reduce.uncompressed`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.slices import Part, Segment
 from ds_compress.reduce.stochastic import Dither, StochasticBlockCodec
 from ds_compress.reduce.uncompressed import is_sent_uncompressed
+from ds_compress.techniques.link_verdict import LinkVerdict, log_once
 from ds_compress.techniques.training_engine import Deliver, TrainingEngine
-
-logger = logging.getLogger("ds_compress")
 
 _KINDS = ("sent", "summed")
 _MUCH = 0.1
@@ -44,13 +43,14 @@ class GradientCompression:
         bits = block.effective_error_feedback_bits
         self.residuals = {kind: Residuals(bits) for kind in _KINDS} if bits else {}
         self._nodes: Nodes | None = None
-        self._is_worthwhile = True
+        self._verdict = LinkVerdict(block.key, block.measure_link)
+        self._is_on_one_node = False
         self._sums: dict[Any, QuantizedSum] = {}
         self._quantized = self._exact = 0
         self._dither: Dither | None = None
 
     def attach(self, engine: TrainingEngine) -> None:
-        """Looks at processes and link; a collective.
+        """Looks at processes and, at the beginning of a run, at the link; a collective.
 
         Raises:
             ConfigError: nodes of unequal size under `hierarchical`.
@@ -61,8 +61,8 @@ class GradientCompression:
         if self.block.rounding == "stochastic":
             self._dither = Dither(dist.get_rank(self.group) / dist.get_world_size(self.group))
         self._report_exact_share()
-        if self.block.measure_link and self._is_worthwhile:
-            self._measure_link()
+        if not self._is_on_one_node:
+            self._verdict.take(lambda: engine.compare_reductions(self.sum_over(self.group)), self.group)
 
     def _find_nodes(self) -> None:
         try:
@@ -71,7 +71,7 @@ class GradientCompression:
             path = "compression_training.gradient_compression.hierarchical"
             raise ConfigError([Problem(path, "true", str(error), "set it to false")]) from error
         if self._nodes is not None and self._nodes.layout.num_nodes == 1:
-            self._is_worthwhile = False
+            self._is_on_one_node = True
             log_once(
                 self.group, "gradient_compression is off: hierarchical, and all processes are on one host"
             )
@@ -86,20 +86,13 @@ class GradientCompression:
         level = logging.INFO if share < _MUCH else logging.WARNING
         log_once(self.group, f"{text}, those of small and one-dimensional parameters", level)
 
-    def _measure_link(self) -> None:
-        if dist.get_world_size(self.group) == 1:
-            return
-        found = self.engine.compare_reductions(self.sum_over(self.group))
-        self._is_worthwhile = found.is_worthwhile
-        state = "on" if found.is_worthwhile else "off on this link; measure_link: false insists"
-        log_once(self.group, f"gradient_compression is {state}: {found}")
-
     # -- buckets ---------------------------------------------------------------------------------------
 
     def quantizes(self, numel: int) -> bool:
         """Whether a bucket of `numel` elements is quantized now; the same in every process."""
         return (
-            self._is_worthwhile
+            self._verdict.is_worthwhile
+            and not self._is_on_one_node
             and numel >= self.block.min_elements
             and self.engine.applied_steps >= self.block.warmup_steps
         )
@@ -153,8 +146,34 @@ class GradientCompression:
     def metrics(self) -> dict[str, float]:
         return {"quantized_elements": float(self._quantized), "exact_elements": float(self._exact)}
 
+    def follow(self, predecessor: GradientCompression) -> None:
+        """Before `attach`: the run of `predecessor` goes on here, with another model."""
+        self._verdict.follow(predecessor._verdict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"link": self._verdict.state(), "nodes": self._layout()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._verdict.restore(state.get("link"), self.group)
+        stored = state.get("nodes")
+        if self.block.hierarchical and stored is not None and stored != self._layout():
+            log_once(
+                self.group,
+                f"gradient_compression.hierarchical: the checkpoint is of processes on nodes {stored}, they are on "
+                f"{self._layout()} now: what is summed exactly differs, and so do the last bits",
+                logging.WARNING,
+            )
+
+    def _layout(self) -> list[list[int]] | None:
+        """Ranks by node; None where each has its own, or where that does not matter."""
+        return None if self._nodes is None else [list(ranks) for ranks in self._nodes.layout.ranks]
+
     def process_state(self) -> dict[str, Any]:
         return {} if self._dither is None else {"buckets": self._dither.buckets}
+
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """All processes have drawn as often."""
+        return {key: value for key, value in states[0].items() if key == "buckets"}
 
     def load_process_state(self, state: Mapping[str, Any]) -> None:
         if self._dither is not None:
@@ -171,9 +190,3 @@ def is_lopsided(segments: Sequence[Segment], owners: int) -> bool:
     for segment in segments:
         of_owner[segment.owner] += segment.numel
     return owners > 2 and max(of_owner) * owners > 2 * sum(of_owner)
-
-
-def log_once(group: Any, text: str, level: int = logging.INFO) -> None:
-    """A line from the first process of the group."""
-    if dist.get_rank(group) == 0:
-        logger.log(level, "ds_compress: %s", text)

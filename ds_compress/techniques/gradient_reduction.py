@@ -20,11 +20,14 @@ from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import RobustSum
 from ds_compress.reduce.slices import Segment
 from ds_compress.techniques.base import Technique, TechniqueContext, engine_only
-from ds_compress.techniques.gradient_compression import GradientCompression, log_once
+from ds_compress.techniques.gradient_compression import GradientCompression
+from ds_compress.techniques.link_verdict import log_once
 from ds_compress.techniques.robust_reduction import RobustReduction
 from ds_compress.techniques.training_engine import Deliver, TrainingEngine
 
 ALONE = "there is one data-parallel process, which sends nothing and has no other to compare with; this does nothing"
+_OF_A_WORKER = ("sent", "momentum")
+"""What belongs to the gradients of one process; "summed" belongs to the slice of a sum that it owns."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -68,6 +71,10 @@ class GradientReduction(Technique):
         return None if self.robust is None else self.robust.last_report
 
     # -- life ------------------------------------------------------------------------------------------
+
+    def follow(self, predecessor: Technique) -> None:
+        if isinstance(predecessor, GradientReduction) and predecessor.compression and self.compression:
+            self.compression.follow(predecessor.compression)
 
     def attach_engine(self, engine: TrainingEngine) -> None:
         """Takes over the reductions of `engine`; a collective.
@@ -165,6 +172,13 @@ class GradientReduction(Technique):
 
     # -- checkpoints -----------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.compression is None else self.compression.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.compression is not None:
+            self.compression.load_state_dict(state)
+
     def process_state(self) -> dict[str, Any]:
         self._settle()
         kept: dict[str, Any] = {
@@ -174,6 +188,17 @@ class GradientReduction(Technique):
         for half in self._halves:
             kept |= half.process_state()
         return kept
+
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        # What one process owes to a sum, all of them owe to a mean: it stays the same when each owes the mean.
+        merged: dict[str, Any] = {
+            kind: list(residuals.mean_of([state.get(kind, ()) for state in states]))
+            for kind, residuals in self.residuals.items()
+            if kind in _OF_A_WORKER
+        }
+        for half in self._halves:
+            merged |= half.merge_process_states(states)
+        return merged
 
     def load_process_state(self, state: Mapping[str, Any] | None) -> None:
         for kind, residuals in self.residuals.items():

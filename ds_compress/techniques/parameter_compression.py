@@ -19,7 +19,8 @@ payload. In eval mode, and for whoever reads weights otherwise, they are exact.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,8 +29,8 @@ from ds_compress.errors import Problem
 from ds_compress.reduce.codec import BlockCodec
 from ds_compress.sharding.shards import Shards
 from ds_compress.techniques.base import Technique, TechniqueContext, engine_only
-from ds_compress.techniques.gradient_compression import log_once
 from ds_compress.techniques.gradient_reduction import ALONE
+from ds_compress.techniques.link_verdict import LinkVerdict, log_once
 from ds_compress.techniques.training_engine import TrainingEngine, WeightTransport
 
 
@@ -43,7 +44,13 @@ class ParameterCompression(Technique):
 
     def __init__(self, block: ParameterCompressionConfig) -> None:
         self.block = block
+        self._verdict = LinkVerdict(block.key, block.measure_link)
+        self._engine: TrainingEngine | None = None
         self._transport: WeightTransport | None = None
+
+    def follow(self, predecessor: Technique) -> None:
+        if isinstance(predecessor, ParameterCompression):
+            self._verdict.follow(predecessor._verdict)
 
     def attach_engine(self, engine: TrainingEngine) -> None:
         """Takes over the all-gathers of `engine`; a collective."""
@@ -51,14 +58,22 @@ class ParameterCompression(Technique):
         if dist.get_world_size(group) == 1:
             log_once(group, f"parameter_compression: {ALONE}", logging.WARNING)
             return
-        codec = BlockCodec(self.block.bits, self.block.effective_block_size)
-        if self.block.measure_link:
-            found = engine.compare_all_gathers(codec)
-            state = "on" if found.is_worthwhile else "off on this link; measure_link: false insists"
-            log_once(group, f"parameter_compression is {state}: {found}")
-            if not found.is_worthwhile:
-                return
-        self._transport = engine.quantize_weight_transport(self.block, codec)
+        self._engine = engine
+        self._verdict.take(lambda: engine.compare_all_gathers(self._codec), group)
+        self._use_verdict()
+
+    @property
+    def _codec(self) -> BlockCodec:
+        return BlockCodec(self.block.bits, self.block.effective_block_size)
+
+    def _use_verdict(self) -> None:
+        """Quantizes from now on, or not; the same in every process, between two steps."""
+        assert self._engine is not None
+        if self._verdict.is_worthwhile and self._transport is None:
+            self._transport = self._engine.quantize_weight_transport(self.block, self._codec)
+        elif not self._verdict.is_worthwhile and self._transport is not None:
+            self._transport.close()
+            self._transport = None
 
     def attach(self, shards: Shards) -> None:
         # Called again when weights were loaded: what the other processes have is what is there now.
@@ -74,6 +89,15 @@ class ParameterCompression(Technique):
             self._transport.refresh()
             self._transport.close()
             self._transport = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"link": self._verdict.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._engine is not None:
+            # Weights were loaded just now: all copies are exact, and a transport begins or ends with them.
+            self._verdict.restore(state.get("link"), self._engine.data_parallel_group)
+            self._use_verdict()
 
     def without_engine(self) -> Iterator[Problem]:
         yield engine_only(self.name, "enabled", "true", "false")

@@ -23,7 +23,7 @@ from ds_compress.reduce.outliers import FlagCounts, OutlierAbortError, OutlierDe
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import Policy, RobustSum, describe_flagged
 from ds_compress.reduce.slices import Segment
-from ds_compress.techniques.gradient_compression import log_once
+from ds_compress.techniques.link_verdict import log_once
 from ds_compress.techniques.training_engine import TrainingEngine
 
 _TWO_MOMENTA = (
@@ -144,6 +144,10 @@ class RobustReduction:
 
     def process_state(self) -> dict[str, Any]:
         return {"watch": self._detector.state()}
+
+    def merge_process_states(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Workers are others: nobody has stood out yet."""
+        return {}
 
     def load_process_state(self, state: Mapping[str, Any]) -> None:
         self._detector.restore(state.get("watch", {}))

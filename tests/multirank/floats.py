@@ -1,4 +1,4 @@
-"""Scenarios: float formats on every stage: losses, what is exported, global scales, and resumed runs."""
+"""Scenarios: float formats on every stage: losses, what is exported, and global scales."""
 
 from __future__ import annotations
 
@@ -115,35 +115,6 @@ def trained(
                     }
                 results[name, stage] = found
     return results
-
-
-def resumed(folder: str, steps: int = 6) -> dict[Any, Any]:
-    """Whether a run that goes on from a checkpoint ends as the unbroken one, by (block, stage)."""
-    results = {}
-    for name in ("FP8", "NVFP4", "kv cache", "learned", "searched", "schedule", "pruned"):
-        for stage in (0, 2, 3):
-            data, finals = texts(steps, dist.get_rank()), []
-            where = f"{folder}/{name}-{stage}"
-            for seed in (0, 7):
-                model = small_llama(seed)
-                with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS[name]))) as engine:
-                    if seed == 0:
-                        train(engine, iter(data[:2]))
-                        engine.save_checkpoint(where)
-                    else:
-                        engine.load_checkpoint(where)
-                    losses = train(engine, iter(data[2:]))
-                    finals.append((losses, full_weights(model), ds_compress.export_state_dict(engine)))
-            results[name, stage] = _equal(*finals)
-    return results
-
-
-def _equal(one: Any, other: Any) -> dict[str, bool]:
-    return {
-        "losses": one[0] == other[0],
-        "weights": all(torch.equal(other[1][key], value) for key, value in one[1].items()),
-        "exported": all(torch.equal(other[2][key], value) for key, value in one[2].items()),
-    }
 
 
 def adapted() -> torch.nn.Module:

@@ -134,37 +134,3 @@ def faults() -> dict[Any, Any]:
                 "sparsity": engine.compression.metrics()["sparse_pruning/sparsity"],
             }
     return results
-
-
-def resume(folder: str, methods: tuple[str, ...], steps: int = 8) -> dict[tuple[str, int], dict[str, Any]]:
-    """Unbroken against saved-and-resumed, bit for bit, on every stage."""
-    results = {}
-    for method in methods:
-        results |= _resume(folder, method, steps)
-    return results
-
-
-def _resume(folder: str, method: str, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
-    results = {}
-    shared: dict[str, Any] = {"schedule_offset_end": 7, "schedule_offset_stride": 2, "scope": "global"}
-    for stage in STAGES:
-        config = ds_config(stage, pruning_block(method, **shared))
-        data = list(batches(steps))
-        model = tiny_bert()
-        with engine_of(model, config) as engine:
-            train(engine, iter(data[: steps // 2]))
-            engine.save_checkpoint(f"{folder}/{method}-{stage}")
-            unbroken = train(engine, iter(data[steps // 2 :]))
-            wanted = full_weights(model)
-        model = tiny_bert(seed=5)
-        with engine_of(model, config) as engine:
-            engine.load_checkpoint(f"{folder}/{method}-{stage}")
-            loaded_steps = engine.compression.applied_steps
-            resumed = train(engine, iter(data[steps // 2 :]))
-            got = full_weights(model)
-        results[method, stage] = {
-            "losses": (unbroken, resumed),
-            "equal": all(torch.equal(wanted[k], got[k]) for k in wanted),
-            "loaded_steps": loaded_steps,
-        }
-    return results

@@ -1,4 +1,4 @@
-"""Scenarios: fused experts are quantized alike at every ZeRO stage, resume exactly, and are exported as computed."""
+"""Scenarios: fused experts are quantized alike at every ZeRO stage, and exported as computed."""
 
 from __future__ import annotations
 
@@ -107,45 +107,6 @@ def trained(
 def ranges_of(engine: Any) -> dict[str, torch.Tensor]:
     technique = engine.compression.techniques.get("activation_quantization")
     return {} if technique is None else dict(technique.state_dict()["ranges"])
-
-
-def resumed(folder: str, steps: int = 4) -> dict[Any, Any]:
-    """Whether a run that goes on from a checkpoint ends as the unbroken one, by (block, stage)."""
-    results = {}
-    for key in ("learned", "static inputs", "nvfp4", "learned nvfp4"):
-        for stage in STAGES:
-            finals = []
-            where = f"{folder}/{key}-{stage}"
-            for seed in (0, 7):
-                model = built("qwen3_moe", seed)
-                with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS[key]))) as engine:
-                    if seed == 0:
-                        for number in range(2):
-                            step(engine, 10 * dist.get_rank() + number)
-                        engine.save_checkpoint(where)
-                    else:
-                        engine.load_checkpoint(where)
-                    losses = [
-                        step(engine, 100 + 10 * dist.get_rank() + number) for number in range(steps - 2)
-                    ]
-                    finals.append(
-                        (
-                            losses,
-                            full_weights(model),
-                            ds_compress.export_state_dict(engine),
-                            ranges_of(engine),
-                        )
-                    )
-            results[key, stage] = _equal(*finals)
-    return results
-
-
-def _equal(one: Any, other: Any) -> dict[str, bool]:
-    same = {"losses": one[0] == other[0]}
-    for position, what in enumerate(("weights", "exported", "ranges"), start=1):
-        pairs = [(value, other[position][key]) for key, value in one[position].items()]
-        same[what] = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
-    return same
 
 
 def shrunk(keys: Sequence[str] = ("int4", "learned", "static inputs", "nvfp4")) -> dict[Any, Any]:

@@ -221,8 +221,8 @@ def special_steps() -> dict[str, Any]:
     logging.getLogger("ds_compress").setLevel(logging.INFO)
     for kind, comparison in (
         ("really", None),
-        ("slow", Comparison(2.0, 1.0, 1)),
-        ("fast", Comparison(1.0, 2.0, 1)),
+        ("slow", Comparison(2.0, 1.0, 0.5, 1, 5)),
+        ("fast", Comparison(1.0, 2.0, 2.0, 1, 5)),
     ):
         measure = measuring.compare_reductions
         if comparison is not None:

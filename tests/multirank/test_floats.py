@@ -1,4 +1,4 @@
-"""Float formats on every ZeRO stage, from JSON alone: the same losses, the same bytes, exact resume."""
+"""Float formats on every ZeRO stage, from JSON alone: the same losses, the same bytes."""
 
 from __future__ import annotations
 
@@ -75,17 +75,6 @@ def test_scales_alone_train(runs: Any) -> None:
                 assert torch.equal(final[key], value)
     losses = before["losses"]
     assert len(set(losses)) == len(losses)
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_ranks(2, "tests.multirank.floats:resumed", folder=str(tmp_path_factory.mktemp("resumed")))[0]
-
-
-@pytest.mark.parametrize("name", ["FP8", "NVFP4", "kv cache", "learned", "searched", "schedule", "pruned"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_resumed_run_ends_bit_equal(resumed: Any, name: str, stage: int) -> None:
-    assert resumed[name, stage] == {"losses": True, "weights": True, "exported": True}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ RUNS = {
     2: (STAGES, tuple(METHODS)),
     4: ((0, 2, 3), ("l1", "l1-cubic-global", "topk", "movement", "snip_momentum-4x1")),
 }
-RESUMED = ("l1", "topk", "movement", "snip_momentum")
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +130,3 @@ def test_a_nan_gradient_skips_the_step_and_is_not_counted(by_fault: Any, stage: 
     assert (result["counted"], result["then"], result["skipped"]) == (1, 4, 1)
     assert result["finite"]
     assert result["sparsity"] == pytest.approx(0.7, abs=1e-2)
-
-
-@pytest.fixture(scope="module")
-def by_resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(2, "tests.multirank.pruning:resume", folder=folder, methods=RESUMED)[0]
-
-
-@pytest.mark.parametrize("method", RESUMED)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_ends_bit_equal(by_resumed: Any, method: str, stage: int) -> None:
-    result = by_resumed[method, stage]
-    unbroken, resumed = result["losses"]
-    assert resumed == unbroken
-    assert result["equal"]
-    assert result["loaded_steps"] == 4

@@ -1,4 +1,4 @@
-"""Quantized experts on every ZeRO stage, from JSON alone: the same losses and exports, exact resume, no NaN."""
+"""Quantized experts on every ZeRO stage, from JSON alone: the same losses and exports, no NaN."""
 
 from __future__ import annotations
 
@@ -101,18 +101,6 @@ def test_half_precision() -> None:
         if stages == [3]:
             assert result["losses"] == pytest.approx(found[name, key, 2]["losses"], abs=2e-2)
         assert all(bool(values.isfinite().all()) for values in result["final"].values())
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = str(tmp_path_factory.mktemp("resumed"))
-    return run_ranks(2, "tests.multirank.quantized_experts:resumed", folder=folder)[0]
-
-
-@pytest.mark.parametrize("key", ["learned", "static inputs", "nvfp4", "learned nvfp4"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_ends_bit_equal(resumed: Any, key: str, stage: int) -> None:
-    assert resumed[key, stage] == {"losses": True, "weights": True, "exported": True, "ranges": True}
 
 
 @pytest.fixture(scope="module")

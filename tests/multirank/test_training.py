@@ -35,22 +35,6 @@ def test_static_ranges_are_equal_in_every_process(losses: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = str(tmp_path_factory.mktemp("resumed"))
-    return run_ranks(2, "tests.multirank.training:resumed_quantization", folder=folder)[0]
-
-
-@pytest.mark.parametrize("name", ["static", "stochastic", "learned"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_resumed_quantized_run_ends_bit_equal(resumed: Any, name: str, stage: int) -> None:
-    result = resumed[name, stage]
-    assert result["losses"][0] == result["losses"][1]
-    assert result["equal"]
-    assert result["metrics"][0] == result["metrics"][1]
-    assert result["metrics"][0]["weight_quantization/mean_bits"] == 4
-
-
-@pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = str(tmp_path_factory.mktemp("everything"))
     return run_ranks(2, "tests.multirank.training:everything", folder=folder)

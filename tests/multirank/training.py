@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -58,35 +57,6 @@ def plain_and_quantized(steps: int = 6) -> dict[tuple[str, int], list[float]]:
                 if name == "static":
                     ranges = engine.compression.techniques["activation_quantization"].state_dict()["ranges"]
                     results["ranges", stage] = {k: v.tolist() for k, v in ranges.items()}
-    return results
-
-
-def resumed_quantization(folder: str, steps: int = 6) -> dict[tuple[str, int], Any]:
-    """Ranges, bits, noise and learned scales of a resumed run against the unbroken one."""
-    results = {}
-    for name in ("static", "stochastic", "learned"):
-        block = copy.deepcopy(QUANTIZATIONS[name])
-        ladder = {"start_bits": 6, "target_bits": 4, "quantization_period": 2}
-        block["weight_quantization"]["different_groups"]["all"]["params"] = ladder
-        for stage in (0, 2, 3):
-            data, finals = list(batches(steps, rank=dist.get_rank())), []
-            for seed in (0, 7):
-                model = tiny_bert(seed)
-                with engine_of(model, ds_config(stage, block)) as engine:
-                    where = f"{folder}/{name}-{stage}"
-                    if seed == 0:
-                        train(engine, iter(data[:3]))
-                        engine.save_checkpoint(where)
-                    else:
-                        engine.load_checkpoint(where)
-                    losses = train(engine, iter(data[3:]))
-                    finals.append((losses, full_weights(model), engine.compression.metrics()))
-            (losses, weights, metrics), (resumed, got, metrics_too) = finals
-            results[name, stage] = {
-                "losses": (losses, resumed),
-                "equal": all(torch.equal(got[k], v) for k, v in weights.items()),
-                "metrics": (metrics, metrics_too),
-            }
     return results
 
 

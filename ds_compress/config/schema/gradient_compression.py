@@ -55,7 +55,10 @@ class QuantizedTransport(Block):
     )
     measure_link: StrictBool = Field(
         default=True,
-        description="Time both ways at start and stay with DeepSpeed's where it is faster; false: always quantize.",
+        description=(
+            "Time both ways when a run begins and stay with DeepSpeed's where it is faster; checkpoints keep the "
+            "verdict. false: always quantize."
+        ),
     )
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_compress.engine.checkpoint import pickles, signatures, state, tags, transaction
+from ds_compress.engine.checkpoint import pickles, signatures, state, tags, transaction, universal_load
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run import CompressionRun
@@ -58,8 +58,13 @@ def join_checkpoints(engine: Any, run: CompressionRun) -> None:
             shrink.shrink_to(run, units)
             return engine.load_checkpoint(load_dir, tag, *args, **kwargs)
         before = run.applied_steps
+        if engine.load_universal_checkpoint():
+            universal_load.refuse(engine, root / tag)
         with pickles.only_data(root / tag, required.trusts_pickle(run.given)):
             path, client_state = original_load(load_dir, tag, *args, **kwargs)
+        if engine.load_universal_checkpoint():
+            moments = kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False)
+            universal_load.complete(engine, root / tag, moments)
         if path is not None and not kwargs.get("load_module_only", False):
             state.load(root / tag / tags.FOLDER, run)
             if run.applied_steps < before:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,13 +38,23 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no such file, or damaged.
     """
+    with opened(path) as state:
+        return cast(dict[str, Any], _loaded(state))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read`, but every tensor is a function that reads it, inside of the block.
+
+    Raises:
+        CheckpointError: it is no such file, or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})["state"]
-            state: dict[str, Any] = _with_tensors(json.loads(text), file)
+            yield _with_tensors(json.loads(text), file)
     except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    return state
 
 
 def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -66,6 +77,14 @@ def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _with_tensors(value: Any, file: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
-            return file.get_tensor(value[_TENSOR])
+            return partial(file.get_tensor, value[_TENSOR])
         return {key: _with_tensors(item, file) for key, item in value.items()}
     return [_with_tensors(item, file) for item in value] if isinstance(value, list) else value
+
+
+def _loaded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _loaded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_loaded(item) for item in value]
+    return value() if isinstance(value, partial) else value

@@ -13,12 +13,14 @@ from torch import nn
 
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
-from ds_compress.engine.checkpoint import model_file, origin, pickles, tags
+from ds_compress.engine.checkpoint import model_file, origin, tags
 from ds_compress.engine.checkpoint import state as checkpoint_state
+from ds_compress.engine.checkpoint import weights as fp32
 from ds_compress.engine.checkpoint.tags import FOLDER
 from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
+from ds_compress.select.gumbel import commitments
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.given_scales import given_scales
 from ds_compress.structure.pruning_plan import PruningPlan
@@ -62,13 +64,17 @@ def from_checkpoint(
             f"{folder} has no ds_compress/{model_file.FILE_NAME} that says which model this is: pass model="
         )
     built = model if model is not None else _skeleton(saved or {})
-    weights = _weights(folder, trust_pickle)
+    try:
+        weights = fp32.read(folder, trust_pickle)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     _load(built, weights, getattr(torch, saved["dtype"]) if saved else torch.float32)
     if saved is not None and state is not None:
         _compress(built, saved["compression_training"], state, weights)
     source = of_module(built.eval())
     source.parameters = origin.began_with(built)
     source.steps = None if state is None else state["applied_steps"]
+    source.commitments = commitments({} if state is None else state.get("secret_seeds", {}))
     source.export_to = None if saved is None else saved["compression_training"].get("export_to")
     source.description = f"checkpoint {folder.name}"
     return source
@@ -102,34 +108,6 @@ def _skeleton(saved: Mapping[str, Any]) -> nn.Module:
     with init_empty_weights(include_buffers=False), no_init_weights():
         built: nn.Module = cls(cls.config_class.from_dict(saved["config"]))
     return built
-
-
-def _weights(folder: Path, trust_pickle: bool) -> dict[str, Any]:
-    """fp32 by name: tensors, or DeepSpeed's lazy ones, which `contiguous()` makes."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if any(folder.glob("*zero*optim_states.pt")):
-        try:
-            with pickles.only_data(folder, trust_pickle):
-                lazy = get_fp32_state_dict_from_zero_checkpoint(
-                    str(folder.parent), tag=folder.name, lazy_mode=True
-                )
-        except CheckpointError as error:
-            raise ExportError(str(error)) from error
-        except Exception as error:  # a file that is missing shows in many ways
-            raise ExportError(f"{folder} is incomplete or damaged: {error}") from error
-        return dict(lazy)
-    files = sorted(folder.glob("mp_rank_00_model_states.pt"))
-    if not files:
-        raise ExportError(f"{folder} has no model states")
-    try:
-        with pickles.only_data(folder, trust_pickle):
-            weights: dict[str, Any] = torch.load(files[0], map_location="cpu", weights_only=not trust_pickle)[
-                "module"
-            ]
-    except CheckpointError as error:
-        raise ExportError(str(error)) from error
-    return weights
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ layout can cut and join what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -110,16 +111,40 @@ def _load_process_state(folder: Path, stored_world_size: int, run: CompressionRu
     own: dict[str, Any] = {}
     if stored_world_size == processes.count:
         own = plain_state.read(path) if path.exists() else {}
-    elif any(folder.glob("process_*.safetensors")):
-        logger.warning(
-            "ds_compress: %s was stored by %s processes, there are %s now; error feedback, worker momenta and who "
-            "stood out begin anew",
-            folder.parent,
-            stored_world_size,
-            processes.count,
-        )
+    else:
+        files = [folder / _process_file(rank) for rank in range(stored_world_size)]
+        own = _merged_process_state([path for path in files if path.exists()], processes.count, run)
     for name, technique in run.techniques.items():
         technique.load_process_state(own.get(name))
+
+
+def _merged_process_state(files: list[Path], count: int, run: CompressionRun) -> dict[str, Any]:
+    """What each of `count` processes goes on with, of what other processes have stored."""
+    if not files:
+        return {}
+    with contextlib.ExitStack() as stack:
+        states = [stack.enter_context(plain_state.opened(path)) for path in files]
+        merged = {
+            name: technique.merge_process_states([state.get(name, {}) for state in states])
+            for name, technique in run.techniques.items()
+        }
+        if not any(map(_has_tensors, states)):
+            return {}
+    logger.warning(
+        "ds_compress: %s was stored by %d processes, there are %d now: each goes on with the mean of their error "
+        "feedback and of their worker momenta; errors of sums, and who stood out, begin anew",
+        files[0].parent.parent,
+        len(files),
+        count,
+    )
+    return {name: state for name, state in merged.items() if state}
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether there is one in the state of a process: alone, a process has nothing to remember of others."""
+    if isinstance(value, Mapping):
+        return any(map(_has_tensors, value.values()))
+    return any(map(_has_tensors, value)) if isinstance(value, list) else callable(value)
 
 
 def _write_fragments(path: Path, run: CompressionRun) -> None:

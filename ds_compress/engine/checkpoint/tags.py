@@ -45,10 +45,10 @@ def tag_to_load(root: Path, tag: str | None, processes: Processes, pointer: str 
         raise pointed
     problems = _problems(root, pointed, pointer, processes)
     if not problems:
-        if tag is None and (newer := processes.from_first(_newer(root, str(pointed)))):
+        if tag is None and (newer := processes.from_first(_newer(root, str(pointed), pointer))):
             logger.warning("ds_compress: %s names %s, %s is newer", root / pointer, pointed, root / newer)
         return str(pointed)
-    for other in processes.from_first([name for name in by_age(root) if name != pointed]):
+    for other in processes.from_first([name for name in by_age(root, pointer) if name != pointed]):
         if _problems(root, other, pointer, processes):
             continue
         if tag is not None:
@@ -84,15 +84,15 @@ def verified_folder(root: Path) -> Path:
         if problems := _problems_here(root, Processes()):
             raise CheckpointError(_told(problems))
         return root
-    tag = tag_to_load(root, None, Processes())
+    tag = tag_to_load(root, None, Processes()) or tag_to_load(root, None, Processes(), LATEST_UNIVERSAL)
     if tag is None:
         raise CheckpointError(f"{root} is no checkpoint: it has neither a file `latest` nor model states")
     return root / tag
 
 
-def _newer(root: Path, tag: str) -> str | None:
+def _newer(root: Path, tag: str, pointer: str) -> str | None:
     """A tag that was saved as the latest after `tag`: a kill, or somebody, kept `latest` from naming it."""
-    tags = by_age(root)
+    tags = by_age(root, pointer)
     newer = tags[: tags.index(tag)] if tag in tags else []
     return next((name for name in newer if _was_latest(root / name)), None)
 
@@ -102,13 +102,15 @@ def _was_latest(folder: Path) -> bool:
     return manifest is not None and bool(manifest.about.get("latest"))
 
 
-def by_age(root: Path) -> list[str]:
-    """Tags with a manifest that can be read, the newest first."""
+def by_age(root: Path, pointer: str = LATEST) -> list[str]:
+    """Tags with a manifest that can be read, of those that the file `pointer` may name, the newest first."""
     ages: list[tuple[Any, str]] = []
     for path in root.glob(f"*/{FILE_NAME}"):
         with contextlib.suppress(ManifestError):
             manifest = Manifest.read(path.parent)
-            if manifest is not None and not path.parent.name.startswith("."):
+            if manifest is None or path.parent.name.startswith("."):
+                continue
+            if bool(manifest.about.get("universal")) == (pointer == LATEST_UNIVERSAL):
                 ages.append(((str(manifest.about.get("saved")), path.parent.name), path.parent.name))
     return [name for _, name in sorted(ages, reverse=True)]
 

@@ -19,7 +19,7 @@ def compare_reductions(engine: Any, quantized: QuantizedSum) -> bandwidth.Compar
     """Times one reduction of the engine's kind, plain and quantized."""
     wrapper, group, device = engine.optimizer, quantized.group, torch.device(engine.device)
     dtype = engine.communication_data_type
-    flat = torch.randn(bandwidth.PROBE_ELEMENTS, device=device).to(dtype)
+    flat = _probe(bandwidth.PROBE_ELEMENTS, device, dtype)
     size = dist.get_world_size(group)
     scatters = internals.is_zero3(wrapper) or (internals.is_zero12(wrapper) and wrapper.reduce_scatter)
 
@@ -46,7 +46,7 @@ def compare_all_gathers(engine: Any, codec: BlockCodec) -> bandwidth.Comparison:
     group = internals.data_parallel_group(engine)
     device, size = torch.device(engine.device), dist.get_world_size(group)
     dtype = next(p.dtype for p in engine.module.parameters() if p.requires_grad)
-    shard = torch.randn(bandwidth.PROBE_ELEMENTS // size, device=device).to(dtype)
+    shard = _probe(bandwidth.PROBE_ELEMENTS // size, device, dtype)
     whole = torch.empty(shard.numel() * size, dtype=dtype, device=device)
     copies = ReplicatedWeights(torch.zeros_like(whole), group, codec)
     return bandwidth.compare(
@@ -56,3 +56,8 @@ def compare_all_gathers(engine: Any, codec: BlockCodec) -> bandwidth.Comparison:
         device,
         (size - 1) * shard.nbytes,
     )
+
+
+def _probe(numel: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Random values; torch's own generators, which the training draws from, are where they were."""
+    return torch.randn(numel, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)

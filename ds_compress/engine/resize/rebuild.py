@@ -36,7 +36,8 @@ def rebuild_smaller(
         if technique.survives_shrink:
             technique.drop_layers(removed)
             successor.techniques[name] = technique
-    successor.ended_metrics = run.metrics()
+    successor.ended_metrics, successor.ended_seeds = run.metrics(), run.secret_seeds
+    _follow(successor, run)
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     successor.start_at(run.applied_steps)
     renamed = _renamed_modules(pruning_plan)
@@ -56,8 +57,15 @@ def rebuild_full(run: CompressionRun, engine: Any, uncut: Uncut) -> CompressionR
         successor = with_techniques(model, run.given, run.given, run.teacher)
     successor.kernels = run.kernels
     adopt(successor, arguments)
+    _follow(successor, run)
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     return successor
+
+
+def _follow(successor: CompressionRun, run: CompressionRun) -> None:
+    for name, technique in successor.techniques.items():
+        if name in run.techniques and technique is not run.techniques[name]:
+            technique.follow(run.techniques[name])
 
 
 def _removed_layers(run: CompressionRun) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -83,3 +85,25 @@ def test_a_checkpoint_has_the_same_bits(residuals: Residuals) -> None:
     for run, stored in residuals.state():
         restored.restore(run, stored.clone())
     assert restored.load("w", 3, 730, CPU).equal(residuals.load("w", 3, 730, CPU))
+
+
+def stored(residuals: Residuals) -> list[dict[str, Any]]:
+    """As a checkpoint gives it: tensors are read when they are asked for."""
+    return [{"run": dict(run), "stored": lambda values=values: values} for run, values in residuals.state()]
+
+
+def test_other_processes_go_on_with_the_mean_whatever_buckets_these_were(residuals: Residuals) -> None:
+    """So the mean over all of them is what it was, for any number of processes."""
+    theirs = [Residuals(residuals.bits) for _ in range(3)]
+    values = torch.randn(3, 100)
+    theirs[0].store("w", 0, values[0])
+    theirs[1].store("w", 0, values[1, :60])
+    theirs[1].store("w", 60, values[1, 60:])
+    theirs[2].store("w", 0, values[2] * 8, loss_scale=8.0)
+    theirs[2].store("v", 5, values[2, :7])
+    for item in residuals.mean_of([stored(own) for own in theirs]):
+        residuals.restore(item["run"], item["stored"])
+    assert close(residuals.load("w", 0, 100, CPU), values.mean(0))
+    assert residuals.covers("w", 0, 100) and not residuals.covers("w", 0, 101)
+    assert close(residuals.load("v", 5, 7, CPU), values[2, :7] / 3), "the others lost nothing there"
+    assert residuals.covers("v", 5, 7) and not residuals.covers("v", 4, 2)

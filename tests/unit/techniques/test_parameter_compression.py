@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import json
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from ds_compress.config.schema.parameter_compression import ParameterCompressionConfig
+from ds_compress.reduce.bandwidth import Comparison
 from ds_compress.reduce.codec import BlockCodec
-from ds_compress.techniques import parameter_compression
+from ds_compress.techniques import link_verdict
 from ds_compress.techniques.parameter_compression import ParameterCompression
 from tests.models import tiny_bert
 from tests.multirank.common import ds_config, engine_of
@@ -46,7 +47,7 @@ class Engine:
 
     def compare_all_gathers(self, codec: BlockCodec) -> Any:
         self.measured += 1
-        return SimpleNamespace(is_worthwhile=self.is_worthwhile)
+        return Comparison(2.0, 1.0, 0.5, 1, 5) if self.is_worthwhile else Comparison(1.0, 2.0, 2.0, 1, 5)
 
     def quantize_weight_transport(self, block: ParameterCompressionConfig, codec: BlockCodec) -> Transport:
         self.codec = codec
@@ -56,7 +57,7 @@ class Engine:
 @pytest.fixture
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(parameter_compression, "log_once", lambda *_: None)
+    monkeypatch.setattr(link_verdict, "log_once", lambda *_: None)
 
 
 def attached(engine: Any, **keys: Any) -> ParameterCompression:
@@ -85,6 +86,35 @@ def test_a_fast_link_keeps_its_own_gathers(is_worthwhile: bool, calls: list[str]
     attached(engine, measure_link=True)
     assert engine.measured == 1
     assert engine.transport.calls == calls
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("found_then", [True, False])
+def test_a_resumed_run_goes_on_as_it_began_whatever_the_link_is_now(found_then: bool) -> None:
+    began, now = attached(Engine(found_then)), Engine(not found_then)
+    resumed = attached(now)
+    resumed.load_state_dict(json.loads(json.dumps(began.state_dict())))
+    # A real transport starts in its constructor, too.
+    assert now.transport.calls == ([] if found_then else ["start", "close"])
+    assert (resumed.metrics() != {}) is found_then
+    assert resumed.state_dict() == began.state_dict()
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_who_insists_has_no_verdict() -> None:
+    resumed = attached(Engine(), measure_link=False)
+    assert resumed.state_dict() == {"link": None}
+    resumed.load_state_dict(attached(Engine(False)).state_dict())
+    assert resumed.metrics() != {}
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_rebuilt_engine_does_not_measure_again() -> None:
+    began, engine = attached(Engine(False)), Engine(True)
+    rebuilt = ParameterCompression(ParameterCompressionConfig(enabled=True))
+    rebuilt.follow(began)
+    rebuilt.attach_engine(engine)  # type: ignore[arg-type]
+    assert engine.measured == 0 and engine.transport.calls == []
 
 
 def test_one_process_says_that_nothing_travels(caplog: pytest.LogCaptureFixture) -> None:
