@@ -85,7 +85,11 @@ def sign(
 def write_signature(root: Path, signer: Any) -> Path:
     """Signs a folder as it is. signer: `signing_config(...)`."""
     signature = root / SIGNATURE
-    atomic_write(signature, lambda temporary: signer.sign(root, temporary))
+    # Made before anything is written: a temporary file in the folder would be signed, too.
+    with in_memory(b"") as path:
+        signer.sign(root, path)
+        content = Path(path).read_bytes()
+    atomic_write(signature, content)
     return signature
 
 
