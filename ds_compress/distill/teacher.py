@@ -25,6 +25,12 @@ class Teacher(Protocol):
     def place(self, student: nn.Module, shards: Shards) -> None:
         """The student's engine exists, and its masters are at `shards`."""
 
+    def identity(self) -> str | None:
+        """What tells it from other teachers, the same in every process; a collective.
+
+        None: it is part of the run, and its weights are the student's or are in checkpoints.
+        """
+
     def follow(self, student: nn.Module) -> None:
         """The student took a step."""
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
     from ds_compress.techniques.training_engine import TrainingEngine
 
 _PATH = "compression_training.distillation"
+_ANOTHER_TEACHER = (
+    "distillation: the teacher is not the one that the checkpoint was trained with, so losses differ from those of an "
+    'unbroken run. Give it the same one; self_teacher.weights "initial" is what the model was built with'
+)
+
+logger = logging.getLogger("ds_compress")
 
 
 class Distillation(Technique):
@@ -89,6 +96,8 @@ class Distillation(Technique):
         self._stack = ""
         self._mapped: tuple[int, ...] = ()
         self._step = 0
+        self._identity: str | None = None
+        self._teacher_is_known = False
         self._theirs: CapturedActivations | None = None
         self._pending: list[tuple[bool, Callable[[], torch.Tensor]]] = []
         self._last: dict[str, torch.Tensor] = {}
@@ -297,10 +306,13 @@ class Distillation(Technique):
         self.teacher.follow(self._student)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "losses": {name: loss.state_dict() for name, loss in self.losses.items()}}
+        losses = {name: loss.state_dict() for name, loss in self.losses.items()}
+        return {"step": self._step, "losses": losses, "teacher": self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step = int(state.get("step", 0))
+        if self._identity is not None and state.get("teacher") not in (None, self._identity):
+            logger.warning("ds_compress: %s", _ANOTHER_TEACHER)
         for name, remembered in state.get("losses", {}).items():
             if remembered and name in self.losses:
                 self.losses[name].load_state_dict(remembered)
@@ -314,6 +326,8 @@ class Distillation(Technique):
     def attach(self, shards: Any) -> None:
         self._fragments = shards
         self.teacher.place(self._student, shards)
+        if not self._teacher_is_known:
+            self._identity, self._teacher_is_known = self.teacher.identity(), True
 
     def metrics(self) -> dict[str, float]:
         """The last value of each loss, unweighted."""

@@ -279,6 +279,8 @@ def _found(engine: Any) -> dict[str, Any]:
         "masters": {name: _digest(f.values) for name, f in run.shards.fragments.items()},
         "kept": _flat(kept),
         "state": _flat(run.state_dict()),
+        # Sharded by now, where it was whole at the start.
+        "teacher": {"identity": str(None if run.teacher is None else run.teacher.identity())},
         "process": _flat({name: t.process_state() for name, t in run.techniques.items()}),
     }
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from ds_compress.engine.teachers.identity import identity
 from tests.multirank.launch import run_ranks
-from tests.multirank.resume import BEFORE, CASES, STEPS
+from tests.multirank.resume import CASES, STEPS, teacher_of_more
 
 SCENARIO = "tests.multirank.resume:"
 NAMES = tuple(CASES)
@@ -35,7 +36,7 @@ def test_a_resumed_run_ends_bit_equal(found: Any, name: str, stage: int, at: int
         unbroken, resumed = found[0][rank][name, stage], found[1][rank][name, stage, at]
         micro_steps = len(unbroken["losses"]) // STEPS
         assert resumed["losses"] == unbroken["losses"][at * micro_steps :]
-        for part in ("weights", "masters", "kept", "state", "process"):
+        for part in ("weights", "masters", "kept", "state", "teacher", "process"):
             differ = {key for key, value in unbroken[part].items() if resumed[part].get(key) != value}
             assert not differ and resumed[part].keys() == unbroken[part].keys(), part
 
@@ -45,7 +46,11 @@ def test_the_runs_are_what_they_claim_to_be(found: Any) -> None:
     """Each case changes what it is about after the first checkpoint, and cases differ from each other."""
     unbroken = found[0][0]
     assert all(len(set(result["losses"])) > 1 for result in unbroken.values())
-    finals = {name: tuple(unbroken[name, CASES[name].stages[-1]]["losses"][BEFORE:]) for name in NAMES}
+    finals = {name: tuple(unbroken[name, CASES[name].stages[-1]]["weights"].values()) for name in NAMES}
     assert len(set(finals.values())) == len(finals)
+    for stage in CASES["distillation"].stages:
+        result = unbroken["distillation", stage]
+        known = result["state"]["/stages/distillation/teacher"], result["teacher"]["identity"]
+        assert known == (repr(identity(teacher_of_more())), identity(teacher_of_more())), "of any shards"
     state = unbroken["measured link", 2]["state"]
     assert state["/stages/gradient_reduction/link/ratio"] == "0.5", "what the first launch has measured"

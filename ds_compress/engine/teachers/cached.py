@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ds_compress.distill.cache_read import TeacherCache
 from ds_compress.engine.signed import refuse_unsigned
 from ds_compress.engine.teachers.sharded import ShardedTeacher
 from ds_compress.errors import ConfigError, Problem, shown
+from ds_compress.manifest import Manifest
 
 _PATH = "compression_training.distillation"
 
@@ -54,6 +56,11 @@ class CachedTeacher(ShardedTeacher):
     def __init__(self, cache: TeacherCache) -> None:
         self.model = None
         self.cache = cache
+
+    def identity(self) -> str:
+        manifest = Manifest.read(self.cache.folder)
+        files = [] if manifest is None else sorted(manifest.files.items())
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)

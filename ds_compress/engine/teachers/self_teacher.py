@@ -61,6 +61,9 @@ class CurrentTeacher(ShardedTeacher):
     def __init__(self, student: nn.Module) -> None:
         self.model = student
 
+    def identity(self) -> None:
+        return None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
         with torch.no_grad(), quantizers_off(self.model), evaluating(self.model):
@@ -80,6 +83,9 @@ class EmaTeacher(ShardedTeacher):
         super().__init__(frozen_copy(student, stage, torch.float32), stage, None, offload)
         self._decay = decay
         self._student = student
+
+    def identity(self) -> None:
+        return None
 
     def place(self, student: nn.Module, shards: Shards) -> None:
         self._student = student

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.engine.signed import refuse_encrypted, refuse_unsigned, refuse_unsigned_object
+from ds_compress.engine.teachers.identity import identity
 from ds_compress.engine.zero import internals
 from ds_compress.errors import ConfigError, Problem, shown
 from ds_compress.sharding.shards import Shards
@@ -107,6 +108,11 @@ class ShardedTeacher:
 
     def place(self, student: nn.Module, shards: Shards) -> None:
         """The student's engine exists, and its masters are at `shards`."""
+
+    def identity(self) -> str | None:
+        """What tells it from other teachers; a collective."""
+        assert self.model is not None
+        return identity(self.model)
 
     def follow(self, student: nn.Module) -> None:
         """The student took a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -157,3 +158,20 @@ def test_the_student_cannot_teach_itself() -> None:
             config=ds_config(0, {"distillation": {"enabled": True}}),
             teacher=student,
         )
+
+
+@pytest.mark.parametrize(("seed", "warns"), [(2, False), (3, True)])
+def test_a_resumed_run_with_another_teacher_is_told(
+    seed: int, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, *_ = engine_with_teacher(logits={})
+    engine.save_checkpoint(str(tmp_path))
+    student, block = tiny_bert(seed=1), {"distillation": {"enabled": True, "losses": {"logits": {}}}}
+    config = ds_config(0, block)
+    resumed, *_ = ds_compress.initialize(
+        model=student, model_parameters=student.parameters(), config=config, teacher=tiny_bert(seed=seed)
+    )
+    resumed.load_checkpoint(str(tmp_path))
+    assert ("the teacher is not the one" in caplog.text) is warns
+    engine.destroy()
+    resumed.destroy()

@@ -14,6 +14,7 @@ import torch
 
 import ds_compress
 from ds_compress.select.gumbel import GumbelNoise, commitment
+from ds_compress.techniques.sparse_pruning import SparsePruning
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, engine_of, pruning_block, structured_block, train
 
@@ -279,3 +280,9 @@ def test_what_may_stand_there(block: str, value: Any, where: str, allowed: str) 
 def test_the_plan_says_it() -> None:
     plan = str(ds_compress.plan(tiny_bert(), pruning_block(randomize=randomize(0.5, "secret"))))
     assert "chosen at random at temperature 0.5, by a secret seed" in plan
+
+
+def test_layers_that_processes_share_have_no_noise() -> None:
+    plan = ds_compress.plan(tiny_bert(), pruning_block(randomize=randomize()))
+    keys = [key for key, *_ in SparsePruning(plan.techniques["sparse_pruning"]).with_tensor_parallelism()]
+    assert keys == ["shared_parameters.randomize"]
