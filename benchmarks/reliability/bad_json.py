@@ -242,7 +242,7 @@ def _blocks_by_hand() -> Iterator[tuple[str, Any, str]]:
     for odd in (None, 5, "text", [], True, math.nan):
         yield f"the block is {odd!r}", odd, ROOT
     yield "an unknown block", {"sparse_prunning": {}}, f"{ROOT}.sparse_prunning"
-    yield "an unknown key", _groups(methd="l1"), f"{shared}.methd"
+    yield "an unknown key", _groups(methods="l1"), f"{shared}.methods"
     yield "a lone surrogate", _groups(method="\ud800"), f"{shared}.method"
     yield "a lone surrogate as a key", {"\ud800": {}}, ""
     yield (

@@ -10,7 +10,7 @@ from benchmarks.reliability.__main__ import ROWS, chosen, load, run
 @pytest.mark.parametrize("name", ROWS)
 def test_a_tenth_of_a_row(name: str) -> None:
     row = load(name)
-    assert row.NAME == name and row.WHAT and row.PASS
+    assert name == row.NAME and row.WHAT and row.PASS
     results = run(chosen(row, seed=0, tenth=True))
     assert results
     failed = [
