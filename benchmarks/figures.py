@@ -219,6 +219,26 @@ def expert_steps() -> Lines:
     return markdown(["", "CPU time, ratio to plain DeepSpeed", "quartiles"], map(row, wanted), r.sources)
 
 
+def checkpoints() -> Lines:
+    r = Results("checkpoints")
+    rows = [
+        [name, f"{r.value(name, 'wall_s'):.2f} s", f"{r.value(name, 'ratio'):.2f}"] for name in r.variants()
+    ]
+    return markdown(["109 M parameters, ZeRO-2", "time", "of DeepSpeed's own"], rows, r.sources)
+
+
+def reliability() -> Lines:
+    rows: list[list[str]] = []
+    sources: dict[str, None] = {}
+    for path in sorted((record.RESULTS / "reliability").glob("*.json")):
+        found = json.loads(path.read_text())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+        rows.append([found["row"], found["what"], f"{found['passed']} of {found['trials']}", kinds])
+        where = (found["cpu"], f"{found['cores']} cores", found["versions"], found["time"].partition("T")[0])
+        sources["; ".join(where)] = None
+    return markdown(["", "what", "as promised", "how it ended"], rows, lambda: list(sources))
+
+
 def shrink() -> Lines:
     r = Results("shrink")
 
@@ -366,6 +386,8 @@ TABLES: dict[str, Callable[[], Lines]] = {
         memory,
         experts,
         expert_steps,
+        checkpoints,
+        reliability,
         shrink,
         distillation_quality,
         reduction_steps,

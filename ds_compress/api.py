@@ -59,6 +59,7 @@ def export(
     embeddings: str | None = None,
     scheme: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    trust_pickle: bool = False,
 ) -> ExportReport:
     """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
 
@@ -71,18 +72,20 @@ def export(
         model: with a checkpoint, an instance of the trained class when that is none of transformers.
         inputs: what to check with, by argument name; None: made up from the config.
         check: False writes without loading.
-        overwrite: replace `out_dir` if it exists.
+        overwrite: replace `out_dir` if an export wrote it.
         dtype: in which tensors that are not quantized are stored; None: as they are.
         embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
         scheme: rounds a model that was not trained quantized, by the name that servers have for it, e.g. "FP8_DYNAMIC",
             "NVFP4A16", "MXFP4", "W4A16": any whose inputs need no observed ranges ("fp8" means "FP8_DYNAMIC").
         shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
 
+        trust_pickle: a checkpoint's pickles may hold more than data, which can run any code when it is read.
+
     Raises:
         ExportError: with a reason that names the module; `out_dir` is then as it was before.
     """
     return write_export(
-        load_source(source, model),
+        load_source(source, model, trust_pickle),
         out_dir,
         format,
         Options(dtype, embeddings, scheme),

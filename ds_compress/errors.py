@@ -82,6 +82,8 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     def plain(name: str) -> str:
         return name.strip().casefold().replace("-", "_").replace(" ", "_")
 
+    if len(word) > _LONGEST_VALUE_SHOWN:
+        return None
     wanted, by_plain = plain(word), {plain(name): name for name in candidates}
     close = difflib.get_close_matches(wanted, by_plain, n=1, cutoff=cutoff)
     if not close and len(wanted) >= _SHORTEST_ABBREVIATION:

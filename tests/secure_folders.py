@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,7 @@ class Keys:
 def keys() -> Keys:
     """Made once for all tests of a process."""
     folder = Path(mkdtemp(prefix="ds_compress_keys_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Keys(
         secure.generate(folder / "release"),
         secure.generate(folder / "other"),

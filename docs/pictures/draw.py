@@ -65,6 +65,7 @@ CAPTIONS = {
     "hf": "the Trainer's callback",
     "api": "the public names",
     "engine": "the only package that knows DeepSpeed",
+    "secure": "signed and encrypted models",
     "export": "folders that other programs load",
     "techniques": "one file for each JSON block",
     "distill": "losses, teachers' caches",

@@ -76,7 +76,12 @@ def export(
         typer.Option(help="tables that were not trained in integers: torch rounds them to int8"),
     ] = None,
     check: Annotated[bool, typer.Option(help="load the folder in a fresh process and compare logits")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace OUT, if an export wrote it")
+    ] = False,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="read pickles of SOURCE that can run any code")
+    ] = False,
 ) -> None:
     """Writes a trained model as a folder that other programs load, and checks it."""
     with one_line_errors():
@@ -94,6 +99,7 @@ def export(
             embeddings=None if embeddings is None else embeddings.value,
             check=check,
             overwrite=overwrite,
+            trust_pickle=trust_pickle,
         )
         _out.print(str(report))
         for note in report.notes:

@@ -15,13 +15,13 @@ import typer
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     from ds_compress.errors import CheckpointError, ConfigError, ExportError
-    from ds_compress.secure.errors import KeyUnavailableError, SecurityError
+    from ds_compress.secure.errors import KeyUnavailableError, NotInstalledError, SecurityError
 
     try:
         yield
     except SecurityError as error:
         print(f"ds_compress: {error}", file=sys.stderr)
         raise typer.Exit(3 if isinstance(error, KeyUnavailableError) else 1) from None
-    except (CheckpointError, ExportError, ConfigError, OSError, ValueError) as error:
+    except (CheckpointError, ExportError, ConfigError, NotInstalledError, OSError, ValueError) as error:
         print(f"ds_compress: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -18,7 +18,7 @@ logger = logging.getLogger("ds_compress")
 
 
 def announce_start(run: CompressionRun, engine: Any) -> None:
-    """One line for the run, one for each enabled block, one for what a default left out."""
+    """One line for the run, one for each enabled block, one for what a default left out; hashes of secret seeds."""
     plan = run.plan
     count = sum(weight.numel for weight in plan.weights)
     processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -30,6 +30,8 @@ def announce_start(run: CompressionRun, engine: Any) -> None:
     logger.info("%s with %s parameters, %s", type(run.model).__name__, f"{count:,}", where)
     for key, what in describe(plan):
         logger.info("%s: %s", key, what)
+    for seed, commitment in run.commitments.items():
+        logger.info("%s is secret, commitment %s", seed, commitment)
     for key, technique in run.techniques.items():
         if whole := technique.untouched():
             logger.warning(

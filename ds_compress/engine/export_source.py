@@ -23,14 +23,14 @@ from ds_compress.export.source import ExportSource, of_module
 from ds_compress.quant import layers
 
 
-def load_source(source: Any, model: nn.Module | None = None) -> ExportSource:
-    """`source` as an export reads it; `model` is for checkpoints of models that transformers does not know.
+def load_source(source: Any, model: nn.Module | None = None, trust_pickle: bool = False) -> ExportSource:
+    """`source` as an export reads it; the rest is for checkpoints, see `from_checkpoint`.
 
     Raises:
         ExportError: it is none of these, or an incomplete checkpoint.
     """
     if isinstance(source, str | PathLike):
-        return from_checkpoint(source, model)
+        return from_checkpoint(source, model, trust_pickle)
     if hasattr(source, "model_wrapped") and hasattr(source, "accelerator"):
         return _of_trainer(source)
     if isinstance(source, nn.Module) and not hasattr(source, "module"):
@@ -57,6 +57,7 @@ def _of_model(model: nn.Module) -> ExportSource:
     trained = of_module(model)
     trained.parameters = origin.began_with(model)
     trained.metrics = origin.last_metrics(model) if run is None else run.metrics()
+    trained.commitments = origin.last_commitments(model) if run is None else run.commitments
     if run is not None and run.prunable_groups:
         pruning_plan = run.pruning_plan()
         trained.pruning_plan = pruning_plan if pruning_plan.active() else None
@@ -91,6 +92,7 @@ def _of_engine(engine: Any) -> ExportSource:
         export_to=None if run is None else run.config.export_to,
         parameters=origin.began_with(engine.module),
         metrics={} if run is None else run.metrics(),
+        commitments={} if run is None else run.commitments,
         share=_share,
         description=f"engine on ZeRO stage {engine.zero_optimization_stage()}",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from os import PathLike
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,14 @@ from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.resize.cut import cut_in_place
 from ds_compress.engine.run_end import warn_if_unfinished
+from ds_compress.select.gumbel import GumbelNoise, commitments
 from ds_compress.select.scores import SCORES
 from ds_compress.select.units import top_units, unit_sums
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.expert_merging import merge_experts
 from ds_compress.structure.pruning_plan import PruningPlan
+from ds_compress.techniques.masked import noise_of
 from ds_compress.techniques.sparse_pruning import SparsePruning
 
 if TYPE_CHECKING:
@@ -80,11 +83,12 @@ def _finalize_engine(engine: Any) -> nn.Module:
     run.refresh_weights()
     warn_if_unfinished(run)
     origin.remember_metrics(run.model, run.metrics())
+    origin.remember_commitments(run.model, run.commitments)
     run.end()
     cut_in_place(engine, pruning_plan)
     _keep_experts(run, pruning_plan)
     if untouched:
-        return _finalize_model(model, _of_weights(run))
+        return _finalize_model(model, _of_weights(run), run.secret_seeds)
     origin.mark(model, [name for name in run.unfinished if name in origin.QUANTIZERS])
     return model
 
@@ -93,9 +97,10 @@ def _finalize_loop(run: CompressionRun) -> nn.Module:
     pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     warn_if_unfinished(run)
     origin.remember_metrics(run.model, run.metrics())
+    origin.remember_commitments(run.model, run.commitments)
     run.end()
     if untouched:
-        return _finalize_model(run.model, _of_weights(run))
+        return _finalize_model(run.model, _of_weights(run), run.secret_seeds)
     apply_pruning(run.model, pruning_plan)
     _keep_experts(run, pruning_plan)
     origin.mark(run.model, [name for name in run.unfinished if name in origin.QUANTIZERS])
@@ -122,37 +127,52 @@ def _of_weights(run: CompressionRun) -> CompressionConfig:
 
 
 @torch.no_grad()
-def _finalize_model(model: nn.Module, config: CompressionConfig) -> nn.Module:
+def _finalize_model(
+    model: nn.Module, config: CompressionConfig, secret_seeds: Mapping[str, str] = MappingProxyType({})
+) -> nn.Module:
     resolved = resolve(model, config)
     origin.remember(model)
+
+    def noise_for(block: str, shared: Any) -> GumbelNoise | None:
+        noise = noise_of(block, shared, config.seed)
+        if noise is not None:
+            noise.restore({"secret_seed": secret_seeds.get(block)})
+            noise.draw(lambda own: Shards.of_model(model).from_first_process(own))
+            if noise.secret_seed is not None:
+                origin.remember_commitments(model, commitments({block: noise.secret_seed}))
+        return noise
+
     if SparsePruning.name in resolved.techniques:
-        _prune_smallest(model, resolved.techniques[SparsePruning.name])
-    kept = {
-        target.structure.name: _largest_units(model, structures, target)
-        for structures in resolved.structures.values()
-        for target in structures.targets
-    }
-    for plan in resolved.structures.values():
-        if getattr(plan.shared, "merge", False):
-            for target in plan.targets:
+        plan = resolved.techniques[SparsePruning.name]
+        _prune_smallest(model, plan, noise_for(SparsePruning.name, plan.shared))
+    kept: dict[str, torch.Tensor] = {}
+    for key, structures in resolved.structures.items():
+        noise = noise_for(key, structures.shared)
+        for target in structures.targets:
+            kept[target.structure.name] = _largest_units(model, structures, target, noise)
+    for structures in resolved.structures.values():
+        if getattr(structures.shared, "merge", False):
+            for target in structures.targets:
                 merge_experts(model, target.structure, kept[target.structure.name])
-    structures = [t.structure for p in resolved.structures.values() for t in p.targets]
-    apply_pruning(model, PruningPlan.of(structures, kept))
+    groups = [t.structure for p in resolved.structures.values() for t in p.targets]
+    apply_pruning(model, PruningPlan.of(groups, kept))
     origin.mark(model, [name for name in origin.unfinished(model) if name in origin.QUANTIZERS])
     return model
 
 
-def _prune_smallest(model: nn.Module, plan: TechniquePlan) -> None:
+def _prune_smallest(model: nn.Module, plan: TechniquePlan, noise: GumbelNoise | None) -> None:
     """The final masks of `sparse_pruning` by magnitude. A model that was masked already has them, as its zeros."""
     technique = SparsePruning(plan)
-    technique.score = SCORES["l1"]()
+    technique.score, technique.noise = SCORES["l1"](), noise
     shards = Shards.of_model(model)
     technique.attach(shards)
     technique.update_masks(max(technique.schedule.begin, technique.schedule.end or 0))
     technique.on_update([shards.fragments[name] for name in technique.masks])
 
 
-def _largest_units(model: nn.Module, structures: StructurePlan, target: StructureTarget) -> torch.Tensor:
+def _largest_units(
+    model: nn.Module, structures: StructurePlan, target: StructureTarget, noise: GumbelNoise | None
+) -> torch.Tensor:
     structure = target.structure
     parameters = dict(model.named_parameters())
     total = torch.zeros(structure.units, dtype=torch.float64)
@@ -165,4 +185,5 @@ def _largest_units(model: nn.Module, structures: StructurePlan, target: Structur
     for unit, layer in enumerate(structure.layers):
         total[unit] = sum(p.detach().double().abs().sum() for p in model.get_submodule(layer).parameters())
     count = units_left(structure, target.dense_ratio, structures.shared)
-    return top_units(total, count, structure.parts)
+    scores = total if noise is None else noise.perturbed(total.float(), structure.aligned or structure.name)
+    return top_units(scores, count, structure.parts)

@@ -19,6 +19,7 @@ from ds_compress.engine.patches import Patches
 from ds_compress.engine.step.hooks import StepHooks
 from ds_compress.engine.step.loop import LoopHooks
 from ds_compress.engine.zero import copies
+from ds_compress.select.gumbel import commitments
 from ds_compress.sharding.shards import Shards
 from ds_compress.structure.prunable_group import PrunableGroup
 from ds_compress.structure.pruning_plan import PruningPlan
@@ -37,6 +38,7 @@ class CompressionRun:
         shards: this process' fragments of the masters, once attached.
         removed, added, frozen: parameters that preparing the model took away, new ones that an optimizer has to train,
             and those that it has to train no longer, or that are gone.
+        ended_metrics, ended_seeds: last numbers and secret seeds of techniques that a shrink has ended.
         shrunk_units: what is left of the prunable groups that a shrink removed, by name; empty before.
         patches: what is replaced on the engine while the run is attached.
         at_release: what is called once when the run is over, or goes on in another one.
@@ -65,6 +67,7 @@ class CompressionRun:
         self.frozen: list[nn.Parameter] = []
         self.shrunk_units: dict[str, torch.Tensor] = {}
         self.ended_metrics: dict[str, float] = {}
+        self.ended_seeds: dict[str, str] = {}
         self.patches = Patches()
         self.kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self.construction: Any = None
@@ -234,6 +237,19 @@ class CompressionRun:
         }
         return {**self.ended_metrics, **numbers}
 
+    @property
+    def secret_seeds(self) -> dict[str, str]:
+        """{technique: secret seed of its random choice}, for checkpoints only."""
+        own = {
+            n: seed for n, technique in self.techniques.items() if (seed := technique.secret_seed) is not None
+        }
+        return {**self.ended_seeds, **own}
+
+    @property
+    def commitments(self) -> dict[str, str]:
+        """{"<technique>.randomize.seed": hash of the secret seed}, which everybody may know."""
+        return commitments(self.secret_seeds)
+
     # -- state, for checkpoints ------------------------------------------------------------------------
     # Techniques stand under "stages" in checkpoints since the first of them.
 
@@ -242,6 +258,7 @@ class CompressionRun:
         return {
             "applied_steps": self.applied_steps,
             "shrunk_units": self.shrunk_units,
+            "secret_seeds": self.secret_seeds,
             "stages": {name: technique.state_dict() for name, technique in self.techniques.items()},
         }
 
@@ -249,6 +266,7 @@ class CompressionRun:
         """Restores counters and replicated state after the masters were loaded; fragments are found anew."""
         self.find_fragments()
         self.start_at(int(state["applied_steps"]))
+        self.ended_seeds = dict(state.get("secret_seeds", {}))
         for name, technique in self.techniques.items():
             if name in state["stages"]:
                 technique.load_state_dict(state["stages"][name])

@@ -26,8 +26,9 @@ class ExportReport:
     """bytes: of the weight files. dense_bytes: of the parameters of the model at the start of training, before any
     pruning, in fp32. ratio: how many times smaller. nonzeros: of the parameters that are left. modules: how each module
     with parameters is stored. steps: optimizer steps that the training had applied, if known. metrics: the last numbers
-    of the techniques, such as the load of experts. check: how the folder was loaded, and the difference of its logits
-    from the trained model's; empty without a check.
+    of the techniques, such as the load of experts. commitments: hashes of the secret seeds of blocks that choose at
+    random. check: how the folder was loaded, and the difference of its logits from the trained model's; empty without a
+    check.
     """
 
     folder: str
@@ -42,6 +43,7 @@ class ExportReport:
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    commitments: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     check: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -144,6 +146,8 @@ class ExportReport:
         yield "parameters", f"{self.parameters:,} ({self.sparsity:.1%} zeros)"
         if self.metrics:
             yield "metrics", ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        for seed, commitment in self.commitments.items():
+            yield seed, f"secret, commitment {commitment}"
         if self.check:
             yield "check", f"{self.check['loaded']}: {self.check['verdict']}"
         else:

@@ -34,7 +34,8 @@ class ExportSource:
     process writes. pruning_plan: masked units, which the export removes. broadcast_error: raises, in every process, the
     error of the writing one. changed: a context in which parameters have other values, by name. steps: applied
     optimizer steps, if known. export_to: the format that the block names. parameters: of the model at the start of
-    training, if known. metrics: the last numbers of the techniques. tokenizer: that of a Trainer. share: broadcasts an
+    training, if known. metrics: the last numbers of the techniques. commitments: hashes of
+    their secret seeds. tokenizer: that of a Trainer. share: broadcasts an
     object of the writing process. description: what the source is, for the report.
     """
 
@@ -50,6 +51,7 @@ class ExportSource:
     export_to: str | None = None
     parameters: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    commitments: dict[str, str] = field(default_factory=dict)
     tokenizer: Any = None
     share: Callable[[Any], Any] = _itself
     description: str = "model"

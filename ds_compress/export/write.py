@@ -140,6 +140,7 @@ class _Export:
         source, report = self.source, self.report
         report.folder = str(out)
         report.steps, report.metrics = source.steps, source.metrics
+        report.commitments = source.commitments
         report.dense_bytes = 4 * (source.parameters or sum(_sizes(source.model)))
         failure: BaseException | None = None
         try:

@@ -19,6 +19,8 @@ from ds_compress.regexes import occurs
 EVERY_LAYER = "*"
 """The pattern for all Linear, Conv1D and Conv2d layers and experts; also what an absent `modules` means."""
 _NAMES_SUGGESTED = 3
+_LONGEST_NAME = 200
+"""No name of a module is longer; comparing takes the product of both lengths."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
     for name in names:
         if name:
             first_of_kind.setdefault(re.sub(r"\d+", "#", name), name)
-    wanted = _literal_text(pattern)
+    wanted = _literal_text(pattern[:_LONGEST_NAME])
     ranked = sorted(first_of_kind.values(), key=lambda name: -_likeness(wanted, name))
     return ranked[:_NAMES_SUGGESTED]
 

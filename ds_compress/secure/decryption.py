@@ -34,9 +34,9 @@ def decrypt(
         TamperedError: a signature is not good, or the plaintext is not what was signed.
         KeyUnavailableError: a key is missing or locked, or is none that this folder was encrypted to.
         ValueError: the folder is not encrypted.
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists; with `overwrite`, it is no signed folder.
     """
-    target = new_folder(out, overwrite)
+    target = new_folder(out, folder, overwrite, signing.SIGNATURE)
     opened = VerifiedFolder(
         folder, public_key, identity, password=password, name=name, min_version=min_version, seen=seen
     )

@@ -46,18 +46,18 @@ def encrypt(
         recipients: age1... keys, paths or `env:NAME`; each one's identity decrypts.
         key: that signs the ciphertext; see `secure.keys`.
         public_key: of `key`; only a PKCS#11 key needs it said.
-        overwrite: replace `out`.
+        overwrite: replace `out`, which has to be an encrypted folder.
 
     Raises:
         TamperedError: the folder is unsigned, changed, or signed by another key.
-        ValueError: it is encrypted already, or there is no recipient.
-        FileExistsError: `out` exists.
+        ValueError: it is encrypted already, or there is no recipient, or `out` is inside of it.
+        FileExistsError: `out` exists, or is none that may be replaced.
     """
     pyrage = keys.needed("pyrage")
     if not recipients:
         raise ValueError("encrypt: there is no recipient, so nobody could read the result")
     to = [keys.recipient(source) for source in recipients]
-    target = new_folder(out, overwrite)
+    target = new_folder(out, folder, overwrite, PLAINTEXT_SIGNATURE)
     signer = signing.signing_config(key, password)
     signed = signing.verify_with(folder, _public_key_of(key, password, public_key))
     if PLAINTEXT_SIGNATURE in signed.digests or any(name.endswith(ENCRYPTED) for name in signed.digests):
@@ -96,11 +96,26 @@ def _public_key_of(
     return keys.public_pem(keys.private_key(key, password).public_key())
 
 
-def new_folder(out: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`out`; raises FileExistsError where it is there and not to be replaced."""
+def new_folder(
+    out: str | os.PathLike[str], source: str | os.PathLike[str], overwrite: bool, mark: str
+) -> Path:
+    """`out`, for what is made of the folder `source`. mark: a file of those folders that may be replaced.
+
+    Raises:
+        FileExistsError: it is there and not to be replaced, or nothing that this library wrote.
+        ValueError: one of the two is inside of the other.
+    """
     target = Path(out)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: choose another folder, or overwrite it")
+    one, other = target.resolve(), Path(source).resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ValueError(
+            f"{target} and {source} are one folder, or one is inside of the other: choose another"
+        )
+    if os.path.lexists(target):
+        if not overwrite:
+            raise FileExistsError(f"{target} exists: choose another folder, or overwrite it")
+        if target.is_symlink() or not (target / mark).is_file():
+            raise FileExistsError(f"{target} has no {mark}, so it is not replaced: choose another folder")
     return target
 
 

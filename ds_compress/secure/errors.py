@@ -7,6 +7,10 @@ class SecurityError(RuntimeError):
     """Nothing of the folder was used; the message names the folder, the file and what to do."""
 
 
+class NotInstalledError(ImportError):
+    """The extra `secure` is not installed, or not all of it; nothing was verified. The commands exit with 2."""
+
+
 class TamperedError(SecurityError):
     """A folder is not what its signer signed, or not signed by whom it should be. The commands exit with 1."""
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_compress.secure.errors import KeyLockedError, KeyUnavailableError
+from ds_compress.secure.errors import KeyLockedError, KeyUnavailableError, NotInstalledError
 
 logger = logging.getLogger("ds_compress")
 
@@ -46,12 +46,12 @@ def needed(module: str) -> Any:
     """A module of the extra `secure`.
 
     Raises:
-        ImportError: it is not installed.
+        NotInstalledError: it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
+        raise NotInstalledError(
             f"signing and encryption need {module}: pip install 'ds_compress[secure]' ({error})"
         ) from error
 

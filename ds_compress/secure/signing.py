@@ -77,7 +77,7 @@ def sign(
         least = max(0, before.version if before is not None else 0)
         raise ValueError(f"version {made.version} of {root} is lower than {least}: versions grow")
     signer = _signer(key, password)
-    _digests_of(root)
+    _refuse_links(root)
     atomic_write(path, made.text())
     return write_signature(root, signer)
 
@@ -85,7 +85,11 @@ def sign(
 def write_signature(root: Path, signer: Any) -> Path:
     """Signs a folder as it is. signer: `signing_config(...)`."""
     signature = root / SIGNATURE
-    atomic_write(signature, lambda temporary: signer.sign(root, temporary))
+    # Made before anything is written: a temporary file in the folder would be signed, too.
+    with in_memory(b"") as path:
+        signer.sign(root, path)
+        content = Path(path).read_bytes()
+    atomic_write(signature, content)
     return signature
 
 
@@ -251,6 +255,14 @@ def _hashing() -> Any:
 def _digests_of(root: Path) -> dict[str, str]:
     manifest = _hashing().hash(root)
     return {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
+
+
+def _refuse_links(root: Path) -> None:
+    """What the signer would refuse, before anything is written."""
+    for path in root.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            kind = "symlink" if path.is_symlink() else "special file"
+            raise ValueError(f"{path} is a {kind}, which no signature covers: replace it by what it leads to")
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:

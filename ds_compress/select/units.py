@@ -13,6 +13,8 @@ from collections.abc import MutableMapping, Sequence
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ds_compress.select.gumbel import LOG_OF_ZERO
+
 
 def unit_sums(
     values: torch.Tensor,
@@ -112,15 +114,22 @@ def top_units(scores: torch.Tensor, count: int, parts: int = 1) -> torch.Tensor:
     return (best + torch.arange(parts, device=scores.device).unsqueeze(1) * runs.shape[1]).flatten()
 
 
-def global_counts(scores: Sequence[torch.Tensor], total: int, multiples: int | Sequence[int]) -> list[int]:
+def global_counts(
+    scores: Sequence[torch.Tensor],
+    total: int,
+    multiples: int | Sequence[int],
+    noise: Sequence[torch.Tensor] | None = None,
+) -> list[int]:
     """How many units each group keeps when the units of all groups compete for `total` places.
 
     Scores are divided by the norm of their group first (Molchanov et al. 2017). Counts are rounded to the nearest
     multiple of `multiples`, that of all groups or of each, at least one and at most all, so that their sum may differ
-    from `total` a little.
+    from `total` a little. noise: what is added to the logarithms of the divided scores, shaped like them.
     """
     lowest = torch.finfo(torch.float32).min
     normed = [_normed(s.double(), s.double() <= lowest) for s in scores]
+    if noise is not None:
+        normed = [_noisy_logs(s, z.to(s)) for s, z in zip(normed, noise, strict=True)]
     owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(normed)])
     wanted = torch.bincount(owner[top_indices(torch.cat(normed), total)], minlength=len(normed)).tolist()
     if isinstance(multiples, int):
@@ -129,6 +138,14 @@ def global_counts(scores: Sequence[torch.Tensor], total: int, multiples: int | S
         min(s.numel(), multiple * max(1, (2 * want + multiple) // (2 * multiple)))
         for s, want, multiple in zip(normed, wanted, multiples, strict=True)
     ]
+
+
+def _noisy_logs(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """fp64, as `GumbelNoise.perturbed`; -inf stays."""
+    logs = (
+        scores.clamp_min(torch.finfo(torch.float64).tiny).log().masked_fill(scores <= 0, LOG_OF_ZERO) + noise
+    )
+    return torch.where(scores.isneginf(), scores, logs)
 
 
 def _normed(scores: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:

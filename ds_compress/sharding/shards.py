@@ -97,6 +97,14 @@ class Shards:
         dist.all_gather_object(everyone, own, group=self._group)
         return everyone
 
+    def from_first_process(self, own: Any) -> Any:
+        """The object of process 0 of all, small and picklable; a collective of every process."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return own
+        held = [own]
+        dist.broadcast_object_list(held, src=0, device=self._device)
+        return held[0]
+
     def _any(self, flag: bool) -> bool:
         return bool(self.reduce_max(torch.tensor(int(flag))).item())
 

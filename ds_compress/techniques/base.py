@@ -233,6 +233,11 @@ class Technique:
             reason = "AutoTP replaces layers that fake quantization has changed by its own, which drops it silently"
         yield "", "enabled", "sparse_pruning alone", reason
 
+    @property
+    def secret_seed(self) -> str | None:
+        """Of a random choice, 64 hexadecimal digits, never to be logged; None where there is none."""
+        return None
+
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""
         return {}

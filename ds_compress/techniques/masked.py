@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ds_compress.config.schema.randomize import SECRET
 from ds_compress.ops import bitmask
+from ds_compress.select.gumbel import GumbelNoise
 from ds_compress.select.schedules import DensitySchedule
 from ds_compress.techniques.base import Technique
 
@@ -30,6 +32,15 @@ def schedule_of(shared: Any, needs_gradient: bool) -> DensitySchedule:
     )
 
 
+def noise_of(block: str, shared: Any, seed: int) -> GumbelNoise | None:
+    """What `shared_parameters.randomize` adds to log-scores; None: nothing. `seed`: that of the whole config."""
+    randomize = shared.randomize
+    if randomize is None or not randomize.temperature:
+        return None
+    given = seed if randomize.seed is None else randomize.seed
+    return GumbelNoise(block, randomize.temperature, None if given == SECRET else given)
+
+
 class MaskedTechnique(Technique):
     """Keeps one packed bit per weight of this process' fragments, and applies them to the masters after each update.
 
@@ -39,9 +50,10 @@ class MaskedTechnique(Technique):
 
     schedule: DensitySchedule
 
-    def __init__(self, names: Collection[str]) -> None:
-        """`names`: of all weights that may be masked."""
+    def __init__(self, names: Collection[str], noise: GumbelNoise | None = None) -> None:
+        """`names`: of all weights that may be masked; `noise`: of a random choice."""
         self._masked_names = names
+        self.noise = noise
         self._fragments: dict[str, Fragment] = {}
         self.masks: dict[str, torch.Tensor] = {}
         """Packed masks of this process' fragments (`ops.bitmask`), by name."""
@@ -50,6 +62,8 @@ class MaskedTechnique(Technique):
         self._step = 0
 
     def attach(self, shards: Shards) -> None:
+        if self.noise is not None:
+            self.noise.draw(shards.from_first_process)
         self._shards = shards
         self._fragments = shards.select(list(self._masked_names))
 
@@ -96,6 +110,18 @@ class MaskedTechnique(Technique):
 
     def load_fragment_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self.latent = dict(state.get(_LATENT, {}))
+
+    @property
+    def secret_seed(self) -> str | None:
+        return None if self.noise is None else self.noise.secret_seed
+
+    def state_dict(self) -> dict[str, Any]:
+        secret = self.secret_seed
+        return {} if secret is None else {"secret_seed": secret}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.noise is not None:
+            self.noise.restore(state)
 
     def mask_bytes(self) -> int:
         """Bytes of masks that this process holds."""

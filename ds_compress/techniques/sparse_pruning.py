@@ -12,6 +12,7 @@
 | `pattern` | unstructured, `NxM` blocks, `N:M` groups along the inputs |
 | `schedule` | `constant`, `linear`, `cubic` density from `schedule_offset` to `schedule_offset_end` |
 | `regrowth` | a masked weight keeps its hidden value, goes on training and may return |
+| `randomize` | a random choice by scores (`select.gumbel`), of weights, blocks, or within N:M groups |
 
 A stack of experts is one weight, and as many matrices as it has experts.
 
@@ -42,9 +43,10 @@ from ds_compress.errors import listed, shown
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
+from ds_compress.select.gumbel import PRUNED
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.scores import SCORES
-from ds_compress.techniques.masked import MaskedTechnique, schedule_of
+from ds_compress.techniques.masked import MaskedTechnique, noise_of, schedule_of
 
 if TYPE_CHECKING:
     from ds_compress.config.targets import Target, TechniquePlan
@@ -66,7 +68,7 @@ class SparsePruning(MaskedTechnique):
         shared = technique.shared
         self.scope = shared.scope
         self.targets: dict[str, Target] = {target.param_name: target for target in technique.targets}
-        super().__init__(self.targets)
+        super().__init__(self.targets, noise_of(self.name, shared, seed))
         self._method, self._pattern = shared.method, shared.effective_pattern
         self.score = SCORES[shared.method](seed if shared.seed is None else shared.seed, shared.momentum)
         self.regrowth = shared.effective_regrowth or self.score.mask_may_change
@@ -186,11 +188,18 @@ class SparsePruning(MaskedTechnique):
                 sum(grid.num_kept for grid in self.grids.values()),
                 sum(numels.values()),
             )
-            yield from ((name, self.grids[name].n_of_m_mask(values)) for name, values in scores.items())
+            for name, values in scores.items():
+                start = self._fragments[name].start
+                whole_rows = start - start % block_rows[name]
+                yield name, self.grids[name].n_of_m_mask(self._randomized(values, name, whole_rows))
             return
-        blocks = {
-            name: radix.sort_keys_(self.grids[name].block_scores(values)) for name, values in scores.items()
-        }
+        blocks = {}
+        for name, values in scores.items():
+            first, of_blocks = (
+                self.grids[name].first_unit(self._fragments[name].start),
+                self.grids[name].block_scores(values),
+            )
+            blocks[name] = radix.sort_keys_(self._randomized(of_blocks, name, first))
         keys = {name: partial(_given, values) for name, values in blocks.items()}
         for name, keep in self._by_threshold(keys, step):
             yield name, self.grids[name].expand_block_mask(keep, scores[name].numel())
@@ -244,15 +253,21 @@ class SparsePruning(MaskedTechnique):
         return member if member in self.targets else member.rpartition(_MATRIX)[0]
 
     def _element_keys(self, fragment: Fragment) -> torch.Tensor:
-        signed = self.score.is_signed or (not self.regrowth and fragment.name in self.masks)
-        return radix.sort_keys_(self._element_scores(fragment), non_negative=not signed)
+        is_pruned = not self.regrowth and fragment.name in self.masks
+        signed = self.score.is_signed or is_pruned or self.noise is not None
+        scores = self._randomized(self._element_scores(fragment), fragment.name, fragment.start)
+        return radix.sort_keys_(scores, non_negative=not signed)
+
+    def _randomized(self, scores: torch.Tensor, name: str, first: int) -> torch.Tensor:
+        """What to select by: `scores` of the units of a weight from the `first` on, as they are or with noise."""
+        return scores if self.noise is None else self.noise.perturbed(scores, name, first)
 
     def _element_scores(self, fragment: Fragment) -> torch.Tensor:
         weights = self.latent.get(fragment.name)
         scores = self.score.scores_of(fragment, fragment.values if weights is None else weights)
         if not self.regrowth and fragment.name in self.masks:
             # Every score without regrowth is >= 0, so a pruned weight ranks below all others and stays pruned.
-            bitmask.apply_(scores, self.masks[fragment.name], fill=-1.0)
+            bitmask.apply_(scores, self.masks[fragment.name], fill=PRUNED)
         return scores
 
     def _selection_groups(self, step: int) -> list[radix.SelectionGroup]:
@@ -292,9 +307,10 @@ class SparsePruning(MaskedTechnique):
     # -- state -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "total": self.total}
+        return {"kept": self.kept, "total": self.total, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self.kept, self.total = int(state["kept"]), int(state["total"])
 
     def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -331,6 +347,9 @@ class SparsePruning(MaskedTechnique):
         if self._method not in _METHODS_ON_SHARDS:
             reason = "its numbers are drawn by the position in the whole weight"
             yield "shared_parameters.method", shown(self._method), listed(_METHODS_ON_SHARDS), reason
+        if self.noise is not None:
+            reason = "its noise is drawn by the position in the whole weight"
+            yield "shared_parameters.randomize", "a temperature above 0", "nothing", reason
         if any(not grid.is_elementwise for grid in self.grids.values()):
             reason = "a block may lie across two processes"
             yield "shared_parameters.pattern", shown(self._pattern), shown(UNSTRUCTURED), reason

@@ -12,6 +12,7 @@
 | `scope` | `uniform`: each structure keeps the same number; `global`: the units of all structures compete |
 | `round_to` | kept counts are multiples of it |
 | `schedule` | `constant`, `linear`, `cubic` density from `schedule_offset` to `schedule_offset_end` |
+| `randomize` | units are chosen at random by their scores (`select.gumbel`) |
 | `shrink_at_end_of_schedule` | cut model and optimizer as soon as the masks are final |
 
 What belongs to a unit is found from the model (`structure.find`) or stated by `related_modules`. While the schedule
@@ -38,7 +39,7 @@ from ds_compress.ops import bitmask
 from ds_compress.select.unit_scores import UNIT_SCORES, MeanActivation, UnitScore
 from ds_compress.select.units import global_counts, on_device, top_units, unit_mask, unit_sums
 from ds_compress.techniques.base import engine_only
-from ds_compress.techniques.masked import MaskedTechnique, schedule_of
+from ds_compress.techniques.masked import MaskedTechnique, noise_of, schedule_of
 
 if TYPE_CHECKING:
     from ds_compress.config.structure_targets import StructurePlan
@@ -78,7 +79,7 @@ class StructuredPruning(MaskedTechnique):
         for structure in self.structures.values():
             for member in structure.slices:
                 self._places.setdefault(member.tensor, []).append((structure, member))
-        super().__init__(self._places)
+        super().__init__(self._places, noise_of(self.name, shared, seed))
         self._applied, self._done = True, False
         self._handles: list[Any] = []
 
@@ -215,7 +216,7 @@ class StructuredPruning(MaskedTechnique):
         pools = self._pools(scores)
         counts = self._counts(pools, step)
         self.kept = {
-            name: top_units(values, count, self.structures[name].parts)
+            name: top_units(self._randomized(values, names[0]), count, self.structures[name].parts)
             for (names, values), count in zip(pools, counts, strict=True)
             for name in names
         }
@@ -267,7 +268,14 @@ class StructuredPruning(MaskedTechnique):
             return own
         groups = [self.structures[names[0]] for names, _ in pools]
         multiples = [math.lcm(self._round_to, group.multiple) * group.parts for group in groups]
-        return global_counts([values for _, values in pools], sum(own), multiples)
+        noise = None
+        if self.noise is not None:
+            noise = [self.noise.gumbel(names[0], 0, len(v)) * self.noise.temperature for names, v in pools]
+        return global_counts([values for _, values in pools], sum(own), multiples, noise)
+
+    def _randomized(self, scores: torch.Tensor, pool: str) -> torch.Tensor:
+        """What to select by: `scores`, fp32 (units,), as they are or with noise."""
+        return scores if self.noise is None else self.noise.perturbed(scores, pool)
 
     def units_kept(self, name: str, step: int) -> int:
         """How many units the structure keeps at `step`, when each keeps its own share."""
@@ -342,9 +350,11 @@ class StructuredPruning(MaskedTechnique):
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: units.clone() for name, units in self.kept.items()}
-        return {"step": self._step, "done": self._done, "kept": kept, "score": self.score.state_dict()}
+        own = {"step": self._step, "done": self._done, "kept": kept, "score": self.score.state_dict()}
+        return {**own, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._step, self._done = int(state["step"]), bool(state["done"])
         self.kept = {name: units.clone() for name, units in state["kept"].items()}
         self.score.load_state_dict(state["score"])

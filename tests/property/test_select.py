@@ -8,14 +8,18 @@ from fractions import Fraction
 from functools import partial
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from ds_compress.config import parse_config
+from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.targets import exact_ceil
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.schedules import DensitySchedule
+from ds_compress.techniques.sparse_pruning import SparsePruning
 from tests.shard_ranks import RankShards, joined, run_ranks_of_shards
 from tests.unit.select.test_radix import by_stable_sort, select
 
@@ -82,6 +86,49 @@ def test_block_masks_do_not_depend_on_the_layout(
     dead = [means[i, j] for i, j in means if not alone[i, j]]
     assert len(alive) == keep
     assert not alive or not dead or min(alive) >= max(dead) - 1e-6
+
+
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    pattern=st.sampled_from(["unstructured", "2x3", "3x4", "2:4"]),
+    scope=st.sampled_from(["layer", "global"]),
+    regrowth=st.booleans(),
+    temperature=st.sampled_from([0.01, 1.0, 40.0]),
+    seed=st.integers(0, 2**256 - 1),
+)
+def test_random_masks_do_not_depend_on_the_layout(
+    data: st.DataObject,
+    blocks: tuple[int, int],
+    pattern: str,
+    scope: str,
+    regrowth: bool,
+    temperature: float,
+    seed: int,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(4 * b, 5 * b, bias=False) for b in blocks))
+    with torch.no_grad():
+        model[0].weight.flatten()[::3] = 0.0  # ties
+    shared = {"enabled": True, "pattern": pattern, "scope": "layer" if pattern == "2:4" else scope}
+    shared |= {} if pattern == "2:4" else {"dense_ratio": data.draw(st.sampled_from([0.1, 0.5, 0.9]))}
+    shared |= {"regrowth": regrowth, "randomize": {"temperature": temperature, "seed": seed}}
+    plan = resolve(model, parse_config({"sparse_pruning": {"shared_parameters": shared}}))
+    full = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    cuts = data.draw(st.lists(st.integers(0, sum(t.numel() for t in full.values())), max_size=4))
+
+    def work(shards: RankShards) -> dict[str, torch.Tensor]:
+        technique = SparsePruning(plan.techniques["sparse_pruning"])
+        technique.attach(shards)
+        technique.update_masks(1)
+        technique.on_update(shards.fragments.values())
+        technique.update_masks(2)
+        return {n: bitmask.unpack(mask, shards.fragments[n].numel) for n, mask in technique.masks.items()}
+
+    spread = joined(full, run_ranks_of_shards(full, cuts, work))
+    alone = joined(full, run_ranks_of_shards(full, [], work))
+    for name, mask in alone.items():
+        assert torch.equal(spread[name], mask)
 
 
 @given(

@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_compress.config.report.plan import Plan
 from ds_compress.config.resolve.pruned import with_pruned_marked
+from ds_compress.config.resolve.slow_regexes import slow_regexes
 from ds_compress.config.resolve.structures import resolve_structures
 from ds_compress.config.schema.block import WeightBlock
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
@@ -50,6 +51,8 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
     problems: list[Problem] = []
     removed = _removed_layers(parsed, model, problems)
     entries = tuple(entry for entry in entries_of(model) if not f"{entry.name}.".startswith(removed))
+    if slow := slow_regexes(parsed, entries):
+        raise ConfigError(problems + slow)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     problems += _layer_reduction_problems(parsed, entries)
     techniques, blocks = {}, weight_blocks(parsed)

@@ -103,10 +103,15 @@ Regex = Annotated[
 Ratio = Annotated[StrictFloat, Field(gt=0, le=1)]
 Step = Annotated[StrictInt, Field(ge=0)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63), Description("a whole number >= 0 (and < 2^63)")]
-Patterns = Annotated[tuple[Regex, ...], Field(min_length=1)]
+_MOST_REGEXES = 1000
+"""In one list; each is searched in the names of all modules."""
+Patterns = Annotated[tuple[Regex, ...], Field(min_length=1, max_length=_MOST_REGEXES)]
 ExcludedModules = Annotated[
     tuple[Regex, ...],
-    Field(description="Regexes (re.search) of module names that this block leaves alone."),
+    Field(
+        max_length=_MOST_REGEXES,
+        description="Regexes (re.search) of module names that this block leaves alone.",
+    ),
 ]
 
 

@@ -119,7 +119,7 @@ def _is_list_of_regexes(value: Any) -> bool:
 
 
 def _block(key: str, specs: Mapping[str, tuple[QuantizerSpec, list[str] | None]], own: Any) -> Any:
-    if not isinstance(own, Mapping):
+    if not isinstance(own, Mapping) or not isinstance(own.get("shared_parameters") or {}, Mapping):
         return own  # the error that follows names it
     shared: dict[str, Any] = {"enabled": True}
     if key == _INPUTS and any(spec.format == "int" for spec, _ in specs.values()):

@@ -91,6 +91,8 @@ def read_json(path: str) -> Any:
         raise ConfigError([Problem(place, shown(_line(text, lineno)), "JSON", message)]) from None
     except RecursionError:
         raise ConfigError([Problem(path, "very many objects or lists in one another", "JSON")]) from None
+    except ValueError:
+        raise ConfigError([Problem(path, "a number of more than 4,300 digits", "JSON")]) from None
 
 
 class _Broken(NamedTuple):
@@ -108,7 +110,7 @@ def _read_hjson(text: str, objects: Callable[[list[tuple[str, Any]]], dict[str, 
         found = hjson.loads(text, object_pairs_hook=objects)
     except hjson.HjsonDecodeError as error:
         return _Broken(error.msg, error.lineno, error.colno)
-    except RecursionError:
+    except (RecursionError, ValueError, IndexError):  # the last where a text ends too early
         return _Broken()
     return found if isinstance(found, Mapping) and found else _Broken()
 

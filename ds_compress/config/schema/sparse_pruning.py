@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from ds_compress.config.schema.fields import (
     without_effect,
 )
 from ds_compress.config.schema.patterns import UNSTRUCTURED, PatternText, density_conflict, parse_pattern
+from ds_compress.config.schema.randomize import Randomize, randomize_conflicts
 from ds_compress.config.targets import Target, TechniquePlan, exact_ceil, inputs_of
 from ds_compress.errors import Problem, dotted, listed, shown
 from ds_compress.modelinfo.inventory import exact_pattern, few
@@ -112,6 +113,9 @@ class SparsePruningShared(StrictModel):
     seed: Seed | None = Field(
         default=None, description="Seed of methods topk and random; absent: the seed of the whole block."
     )
+    randomize: Randomize | None = Field(
+        default=None, description="Keeps a random choice by scores; absent: the largest."
+    )
 
     @property
     def effective_pattern(self) -> str:
@@ -173,6 +177,7 @@ class SparsePruningShared(StrictModel):
         yield from without_effect(
             self, "seed", self.method not in _METHODS_WITH_SEED, f"method is {listed(_METHODS_WITH_SEED)}"
         )
+        yield from randomize_conflicts(self.randomize, self.method, get_args(Method))
         # Configs that spell out every default of the removed library say 1.
         once = (
             self.schedule_offset_end is None
@@ -258,6 +263,8 @@ class SparsePruningConfig(WeightBlock):
             facts.append(f"a new mask every {plural(shared.schedule_offset_stride, 'step')}")
         if shared.effective_regrowth:
             facts.append("masked weights may come back")
+        if shared.randomize is not None and shared.randomize.temperature:
+            facts.append(shared.randomize.describe())
         return ", ".join(facts)
 
     def describe_target(self, target: Target) -> str:

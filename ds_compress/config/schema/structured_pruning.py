@@ -25,6 +25,7 @@ from ds_compress.config.schema.fields import (
     StrictModel,
     without_effect,
 )
+from ds_compress.config.schema.randomize import Randomize, randomize_conflicts
 from ds_compress.config.schema.sparse_pruning import Schedule
 from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_left
 from ds_compress.errors import listed
@@ -98,6 +99,9 @@ class StructuredShared(StrictModel):
     seed: Seed | None = Field(
         default=None, description="Seed of methods topk and random; absent: the seed of the whole block."
     )
+    randomize: Randomize | None = Field(
+        default=None, description="Keeps a random choice by scores; absent: the largest."
+    )
 
     @property
     def rounds_up(self) -> bool:
@@ -127,6 +131,7 @@ class StructuredShared(StrictModel):
         yield from without_effect(
             self, "seed", self.method not in with_seed, f"method is {listed(with_seed, 'or')}"
         )
+        yield from randomize_conflicts(self.randomize, self.method, known)
         yield from without_effect(
             self,
             "schedule_offset_stride",
@@ -237,6 +242,8 @@ class StructuredPruningConfig(GroupedBlock):
             facts.append("units of all structures compete")
         if shared.effective_schedule != "constant":
             facts.append(f"{shared.effective_schedule} schedule")
+        if shared.randomize is not None and shared.randomize.temperature:
+            facts.append(shared.randomize.describe())
         if shared.shrink_at_end_of_schedule:
             facts.append("then removed from model and optimizer")
         count = 0 if plan is None else len(plan.targets)

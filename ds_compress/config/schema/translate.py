@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from ds_compress.errors import Problem, dotted, listed, nearest, shown
 Where = tuple[str | int, ...]
 NOTHING = "nothing"
 _KEY_OF_OBJECT = "[key]"
+_MOST = 500
+"""Problems that are told one by one: nobody reads more, and each takes a millisecond."""
 _AUTO_IS_NO_VALUE = '"auto" counts as left out, and there is no default: give a value'
 
 
@@ -33,6 +36,7 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
     problems: list[Problem] = []
     suggested: set[Where] = set()
     details = _causes(error.errors(include_url=False))
+    details, more = details[:_MOST], details[_MOST:]
     for detail in details:
         if detail["type"] in ("extra_forbidden", "invalid_key"):
             problem, instead = _unknown_key(detail, root, raw)
@@ -47,6 +51,10 @@ def translate(error: ValidationError, root: type[BaseModel], raw: Any) -> list[P
                 problems.append(_missing(detail, root, raw))
         elif detail["type"] not in ("extra_forbidden", "invalid_key"):
             problems.append(_bad_value(detail, root))
+    if more:
+        problems.append(
+            Problem(dotted(*_where(more[0])), f"{len(more):,} more problems, this is the first", "none")
+        )
     return problems
 
 
@@ -88,7 +96,8 @@ def _home_of(name: str, root: type[BaseModel], outer: Where, raw: Any) -> str | 
     if not outer:
         homes = [
             f"{block}.{'.'.join(place)}".rstrip(".")
-            for block in (raw if isinstance(raw, Mapping) else ())
+            for block in root.model_fields
+            if isinstance(raw, Mapping) and block in raw
             for place, model in _models_below(slot_at(root, (block,)).annotation)
             if name in model.model_fields
         ]
@@ -100,18 +109,21 @@ def _home_of(name: str, root: type[BaseModel], outer: Where, raw: Any) -> str | 
     return None
 
 
-def _models_below(
-    model: Any, place: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+@functools.cache
+def _models_below(model: Any) -> tuple[tuple[tuple[str, ...], type[BaseModel]], ...]:
+    return tuple(_walk(model, ()))
+
+
+def _walk(model: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
     if not _is_model(model):
         return
     yield place, model
     for name, field in model.model_fields.items():
         inner, _ = _unwrap(field.annotation, ())
         if get_origin(inner) is dict:
-            yield from _models_below(get_args(inner)[1], (*place, name, "NAME"))
+            yield from _walk(get_args(inner)[1], (*place, name, "NAME"))
         else:
-            yield from _models_below(inner, (*place, name))
+            yield from _walk(inner, (*place, name))
 
 
 def _missing(detail: ErrorDetails, root: type[BaseModel], raw: Any) -> Problem:
@@ -225,17 +237,18 @@ def in_words(slot: Slot) -> str:
         return 'an object of groups: {"name of your choice": {"params": {...}, "modules": [...]}}'
     if kind is tuple:
         item = in_words(Slot(*_unwrap(get_args(annotation)[0], ())))
-        return (
-            f"a list, not empty; each entry: {item}"
-            if _needs_entries(constraints)
-            else f"a list; each entry: {item}"
-        )
+        length = "".join(f" of at most {most:,}" for most in _most_entries(constraints))
+        return f"a list{length}{', not empty' if _needs_entries(constraints) else ''}; each entry: {item}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     return " and ".join([names.get(annotation, "nothing"), *_bounds(constraints)]).replace(" and ", " ", 1)
 
 
 def _needs_entries(constraints: tuple[Any, ...]) -> bool:
     return any(isinstance(constraint, annotated_types.MinLen) for constraint in constraints)
+
+
+def _most_entries(constraints: tuple[Any, ...]) -> Iterator[int]:
+    return (c.max_length for c in constraints if isinstance(c, annotated_types.MaxLen))
 
 
 def _bounds(constraints: tuple[Any, ...]) -> Iterator[str]:

@@ -24,6 +24,7 @@ QUANTIZERS = tuple(name for name, technique in TECHNIQUES.items() if technique.i
 """Blocks whose result stays on the modules, and is stored with them."""
 _PARAMETERS = "_ds_compress_parameters"
 _METRICS = "_ds_compress_metrics"
+_COMMITMENTS = "_ds_compress_commitments"
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -56,6 +57,16 @@ def remember_metrics(model: nn.Module, metrics: Mapping[str, float]) -> None:
 def last_metrics(model: nn.Module) -> dict[str, float]:
     """What `remember_metrics` was given; empty without."""
     return dict(vars(model).get(_METRICS, {}))
+
+
+def remember_commitments(model: nn.Module, commitments: Mapping[str, str]) -> None:
+    """Hashes of the secret seeds of a random choice, for the same report."""
+    model.__dict__[_COMMITMENTS] = {**last_commitments(model), **commitments}
+
+
+def last_commitments(model: nn.Module) -> dict[str, str]:
+    """What `remember_commitments` was given; empty without."""
+    return dict(vars(model).get(_COMMITMENTS, {}))
 
 
 def mark(model: nn.Module, blocks: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ def only_data(folder: Path, trusted: bool = False) -> Iterator[None]:
         with torch.serialization.safe_globals(_allowed()):
             yield
     except pickle.UnpicklingError as error:
-        first = str(error).partition("\n")[0]
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = named[1] if named else "an operation that data does not need"
         raise CheckpointError(
-            f"{folder} holds a pickle with more than data, which could run any code, and is not loaded: {first}"
+            f"{folder} holds a pickle with more than data, which could run any code, and is not loaded: {what}. If you "
+            'trust whoever wrote it: "trust_pickle": true in compression_training.security, or trust_pickle=True '
+            "(--trust-pickle) of an export"
         ) from error
     finally:
         if before is None:
@@ -63,9 +67,6 @@ def _allowed() -> list[Any]:
 def _of_client_states() -> list[Any]:
     """What scripts put beside: states of random generators, numbers of numpy, their arguments."""
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"}
-    builders = [
-        np.zeros(0).__reduce__()[0],
-        np.float64(0).__reduce__()[0],
-    ]  # where they lie depends on the version
-    arrays = [*builders, np.ndarray, np.dtype]
-    return [*arrays, *dtypes, argparse.Namespace]
+    # Where these two functions lie depends on the version of numpy.
+    builders = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    return [*builders, np.ndarray, np.dtype, *dtypes, argparse.Namespace]

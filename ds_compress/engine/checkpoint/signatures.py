@@ -12,6 +12,8 @@ from ds_compress.secure import required
 from ds_compress.secure.errors import SecurityError, TamperedError
 from ds_compress.secure.signing import SIGNATURE
 
+_OF_A_TRAINER = "trainer_state.json"
+
 
 def signed_tag(
     root: Path, tag: str | None, config: CompressionConfig, processes: Processes, pointer: str = tags.LATEST
@@ -54,6 +56,9 @@ def _checked(root: Path, tag: str | None, config: CompressionConfig, pointer: st
 
 
 def _signed_part(root: Path, tag: str) -> Path:
-    """What has the signature that covers the tag: the tag's folder, or else the whole folder of checkpoints."""
+    """What has the signature that covers the tag: the tag's folder, or else the whole folder of checkpoints.
+
+    A Trainer reads files of its own beside the tag: its folder is signed whole.
+    """
     whole = not (root / tag / SIGNATURE).exists() and (root / SIGNATURE).exists()
-    return root if whole else root / tag
+    return root if whole or (root / _OF_A_TRAINER).exists() else root / tag

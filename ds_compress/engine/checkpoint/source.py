@@ -20,6 +20,7 @@ from ds_compress.engine.checkpoint.tags import FOLDER
 from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
+from ds_compress.select.gumbel import commitments
 from ds_compress.structure.apply_pruning import apply_pruning
 from ds_compress.structure.given_scales import given_scales
 from ds_compress.structure.pruning_plan import PruningPlan
@@ -27,11 +28,14 @@ from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import TechniqueContext
 
 
-def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -> ExportSource:
+def from_checkpoint(
+    path: str | PathLike[str], model: nn.Module | None = None, trust_pickle: bool = False
+) -> ExportSource:
     """The trained model: masked structures are cut, and its quantizers attached as they were when it was saved.
 
     path: what `engine.save_checkpoint` was given, or one tag's folder in it; or a folder of transformers' own.
     model: an instance of the trained class, before compression, for models that transformers does not know.
+    trust_pickle: DeepSpeed's pickles may hold more than data, and run it.
 
     Raises:
         ExportError: a file is missing or damaged, or there is no way to know the model's class.
@@ -61,7 +65,7 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
         )
     built = model if model is not None else _skeleton(saved or {})
     try:
-        weights = fp32.read(folder)
+        weights = fp32.read(folder, trust_pickle)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
     _load(built, weights, getattr(torch, saved["dtype"]) if saved else torch.float32)
@@ -70,6 +74,7 @@ def from_checkpoint(path: str | PathLike[str], model: nn.Module | None = None) -
     source = of_module(built.eval())
     source.parameters = origin.began_with(built)
     source.steps = None if state is None else state["applied_steps"]
+    source.commitments = commitments({} if state is None else state.get("secret_seeds", {}))
     source.export_to = None if saved is None else saved["compression_training"].get("export_to")
     source.description = f"checkpoint {folder.name}"
     return source

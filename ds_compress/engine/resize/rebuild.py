@@ -36,7 +36,7 @@ def rebuild_smaller(
         if technique.survives_shrink:
             technique.drop_layers(removed)
             successor.techniques[name] = technique
-    successor.ended_metrics = run.metrics()
+    successor.ended_metrics, successor.ended_seeds = run.metrics(), run.secret_seeds
     _follow(successor, run)
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)
     successor.start_at(run.applied_steps)

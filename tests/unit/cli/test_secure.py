@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,16 @@ def test_2_is_usage(tmp_path: Path) -> None:
     refused(invoke("verify", folder, *public, "--seen", tmp_path / "seen.json"), 2, "is damaged")
     assert invoke("verify", folder).exit_code == 2  # no --public-key
     assert invoke("keygen", tmp_path / "k", "--curve", "P-521").exit_code == 2
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = signed_folder(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "model_signing.verifying", None)
+    refused(
+        invoke("verify", folder, "--public-key", keys().signing.public),
+        2,
+        "pip install 'ds_compress[secure]'",
+    )
 
 
 def test_3_is_a_key_that_is_missing_or_does_not_fit(tmp_path: Path) -> None:

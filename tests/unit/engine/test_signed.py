@@ -121,7 +121,8 @@ def test_caches(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> No
         engine_of(tiny_bert(1), block)
         return
     if kind == "changed":
-        (cache / "manifest.json").write_text((cache / "manifest.json").read_text() + " ")
+        manifest = next(path for path in cache.glob("*.json") if path.name != "release.json")
+        manifest.write_text(manifest.read_text() + " ")
     request.getfixturevalue("unread")
     with pytest.raises(ConfigError) as caught:
         engine_of(tiny_bert(1), block)
@@ -168,6 +169,30 @@ def test_a_signature_over_all_of_a_folder_will_do(tmp_path: Path) -> None:
     (root / "latest").write_text("global_step1")
     with pytest.raises(TamperedError, match="changed: latest"):
         load(root)
+
+
+def test_a_trainers_folder_is_signed_whole(tmp_path: Path) -> None:
+    """It reads its own files beside the tag, pickles among them."""
+    root = saved(tmp_path / "checkpoint-1")
+    (root / "trainer_state.json").write_text("{}")
+    secure.sign(root / "global_step1", keys().signing.private)
+    with pytest.raises(TamperedError, match="checkpoint-1 is not signed"):
+        load(root)
+    secure.sign(root, keys().signing.private)
+    assert load(root)[1] == 1
+    (root / "rng_state_0.pth").write_bytes(b"")
+    with pytest.raises(TamperedError, match="added: rng_state_0"):
+        load(root)
+
+
+def test_checkpoints_name_keys_and_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem = keys().signing.public.read_text()
+    monkeypatch.setenv("SIGNER", pem)
+    engine = engine_of(tiny_bert(), pruning(verify="require", public_key="env:SIGNER"))
+    engine.save_checkpoint(str(tmp_path), "tag")
+    contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"env:SIGNER" in content for content in contents)
+    assert not any(pem.splitlines()[1].encode() in content for content in contents)
 
 
 def flipped(root: Path) -> None:

@@ -152,6 +152,37 @@ def test_what_is_not_encrypted(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_else_is_replaced(folder: Path, tmp_path: Path) -> None:
+    """Neither what nobody here wrote, nor the plaintext, nor anything around them."""
+    plain, to, key = plain_of(folder), [keys().reading.public], keys().signing.private
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    for out, error in (
+        (tmp_path / "mine", FileExistsError),
+        (tmp_path / "link", FileExistsError),
+        (plain, ValueError),
+        (plain / "sealed", ValueError),
+        (tmp_path, ValueError),
+    ):
+        with pytest.raises(error):
+            secure.encrypt(plain, out, to, key, overwrite=True)
+    opening = keys().reading.private, keys().signing.public
+    for out, error in (
+        (tmp_path / "mine", FileExistsError),
+        (folder, ValueError),
+        (folder / "open", ValueError),
+        (tmp_path, ValueError),
+    ):
+        with pytest.raises(error):
+            secure.decrypt(folder, out, *opening, overwrite=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    secure.verify(plain, keys().signing.public)
+    secure.verify(folder, keys().signing.public)
+    secure.decrypt(folder, plain, *opening, overwrite=True)
+    secure.verify(plain, keys().signing.public)
+
+
 def test_overwrite_replaces(folder: Path) -> None:
     plain = plain_of(folder)
     secure.encrypt(plain, folder, [keys().stranger.public], keys().signing.private, overwrite=True)

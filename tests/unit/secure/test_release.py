@@ -74,7 +74,7 @@ def test_a_folder_without_a_release_is_refused_where_one_is_asked_for(tmp_path: 
     assert secure.verify(tmp_path / "model", keys().signing.public).release is None
     for asked in ({"name": "bert"}, {"min_version": 0}, {"seen": tmp_path / "seen.json"}):
         with pytest.raises(TamperedError, match=r"has no release\.json"):
-            secure.verify(tmp_path / "model", keys().signing.public, **asked)  # type: ignore[arg-type]
+            secure.verify(tmp_path / "model", keys().signing.public, **asked)
 
 
 def test_versions_grow_when_a_folder_is_signed_again(tmp_path: Path) -> None:

@@ -247,6 +247,20 @@ class TestSchedule:
                 assert str(after[key]) == str(before[key])
             assert technique._routings["model.layers.0.mlp:experts"].kept is None
 
+    @pytest.mark.parametrize("method", ["reap", "frequency"])
+    def test_they_may_be_chosen_at_random_by_their_scores(self, method: str) -> None:
+        kept = []
+        for temperature, seed in ((0, 1), (5, 1), (5, 1), (5, 2), (5, 3)):
+            randomize = {"temperature": temperature, "seed": seed}
+            keys = block(method, schedule_offset=1, randomize=randomize)
+            with engine_of(mixture("mixtral"), ds_config(0, keys)) as engine:
+                train(engine, 2)
+                kept.append({n: u.tolist() for n, u in engine.compression.kept_units.items()})
+        assert kept[1] == kept[2] and any(other != kept[1] for other in kept[3:])
+        assert {str([len(u) for u in units.values()]) for units in kept} == {
+            str([len(u) for u in kept[0].values()])
+        }
+
     def test_experts_go_one_after_the_other(self) -> None:
         keys = block("reap", schedule_offset=1, schedule_offset_end=4, schedule="linear", dense_ratio=0.25)
         seen = []
