@@ -46,6 +46,11 @@ def trials(rng: random.Random) -> list[Trial]:
     ]
 
 
+def tenth(rng: random.Random) -> list[Trial]:
+    """One pair of sizes, whose trials share their launches."""
+    return [trial for trial in trials(rng) if trial.name.startswith("1->2")]
+
+
 def _trial(old: int, new: int, was: int, then: int, folder: Path) -> Verdict:
     saved, loaded = _saved(old)[was], _loaded(old, new, was, then)
     if isinstance(loaded, str):
