@@ -43,11 +43,9 @@ def test_a_resumed_run_ends_bit_equal(found: Any, name: str, stage: int, at: int
 
 @pytest.mark.timeout(1500)
 def test_the_runs_are_what_they_claim_to_be(found: Any) -> None:
-    """Each case changes what it is about after the first checkpoint, and cases differ from each other."""
+    """They train, their teacher is known whatever its shards, and what a link was found to be is kept."""
     unbroken = found[0][0]
     assert all(len(set(result["losses"])) > 1 for result in unbroken.values())
-    finals = {name: tuple(unbroken[name, CASES[name].stages[-1]]["weights"].values()) for name in NAMES}
-    assert len(set(finals.values())) == len(finals)
     for stage in CASES["distillation"].stages:
         result = unbroken["distillation", stage]
         known = result["state"]["/stages/distillation/teacher"], result["teacher"]["identity"]
