@@ -26,6 +26,7 @@ from rich.table import Table
 
 import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
 from ds_compress import files
+from ds_compress.engine.checkpoint import transaction
 
 from . import record, timing
 from .engines import BERT_BASE, bert, deepspeed_config, random_batch, sparse_block, start_single_process
@@ -87,8 +88,12 @@ def _engine() -> Any:
 
 
 def _not_synced(engine: Any, folder: Path, tag: str) -> None:
-    with mock.patch.object(files, "sync", lambda path: None):
+    with mock.patch.object(files, "sync", _nothing), mock.patch.object(transaction, "sync", _nothing):
         engine.save_checkpoint(str(folder), tag=tag)
+
+
+def _nothing(path: Path) -> None:
+    """In place of `files.sync`."""
 
 
 def _print(figures: dict[str, dict[str, float]]) -> None:

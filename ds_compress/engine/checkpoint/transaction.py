@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ds_compress.engine.checkpoint.tags import FOLDER, LATEST
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.run import CompressionRun
 from ds_compress.errors import CheckpointError
-from ds_compress.files import UnfinishedFolder, atomic_write
+from ds_compress.files import UnfinishedFolder, atomic_write, sync
 from ds_compress.manifest import Entry, Manifest, entry_of
 
 
@@ -86,7 +88,7 @@ class _Save:
 
     @contextlib.contextmanager
     def _writes_are_attempts(self) -> Iterator[None]:
-        """DeepSpeed's writer goes on after a failure, and what it has written is synced and hashed."""
+        """DeepSpeed's writer goes on after a failure; what it has written is hashed and synced beside its next file."""
         writer = self._engine.checkpoint_engine
         # Other writers may still be at it when `save` returns.
         is_done_at_return = type(writer).__name__ == "TorchCheckpointEngine"
@@ -95,10 +97,12 @@ class _Save:
             def write() -> None:
                 original_save(state_dict, path, *args, **kwargs)
                 if is_done_at_return:
-                    name = Path(path).relative_to(self._unfinished.path).as_posix()
-                    self._written[name] = entry_of(Path(path))
+                    settled.append((Path(path), beside.submit(_settled, Path(path))))
 
             self._attempt(write)
+
+        def note(path: Path, entry: Future[Entry]) -> None:
+            self._written[path.relative_to(self._unfinished.path).as_posix()] = entry.result()
 
         def makedirs(path: str, exist_ok: bool = False) -> None:
             self._attempt(lambda: original_makedirs(path, exist_ok=exist_ok))
@@ -110,10 +114,14 @@ class _Save:
         original_save = patches.install(writer, "save", save)
         original_makedirs = patches.install(writer, "makedirs", makedirs)
         original_copy = patches.install(self._engine, "_copy_recovery_script", copy_recovery_script)
-        try:
-            yield
-        finally:
-            patches.close()
+        settled: list[tuple[Path, Future[Entry]]] = []
+        with ThreadPoolExecutor(1) as beside:
+            try:
+                yield
+            finally:
+                patches.close()
+            for path, entry in settled:
+                self._attempt(partial(note, path, entry))
 
     def _attempt(self, write: Callable[[], object]) -> None:
         """A failure is kept for the vote."""
@@ -136,6 +144,12 @@ class _Save:
                 f"{self._save_dir / self._tag} was not saved, what was there before is as it was: {'; '.join(failed)}"
             ) from (self._failures[0] if self._failures else None)
         return {name: entry for _, written in told for name, entry in written.items()}
+
+
+def _settled(path: Path) -> Entry:
+    entry = entry_of(path)
+    sync(path)
+    return entry
 
 
 def _words(error: BaseException) -> str:
