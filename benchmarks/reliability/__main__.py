@@ -105,6 +105,8 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(ROWS)}")
+    if args.record and args.only:
+        parser.error("--record is for whole rows: a part would take their place")
     all_passed = True
     for name in args.rows or ROWS:
         row, began = load(name), time.monotonic()

@@ -61,8 +61,8 @@ def run_ranks(
                 )
         failed = _wait(processes, timeout_s)
         if failed is not None:
-            log = Path(f"{folder}/{failed}.log").read_text()[-6000:]
-            raise AssertionError(f"rank {failed} of {function} failed or hung:\n{log}")
+            said = Path(f"{folder}/{failed}.log").read_text()[-6000:]
+            raise AssertionError(f"rank {failed} of {function} failed or hung:\n{said}")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -48,7 +48,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 
 def plain_and_quantized(steps: int = 6) -> dict[tuple[str, int], list[float]]:
     """Losses of plain DeepSpeed and of each quantization on each stage; every process has its own data."""
-    results = {}
+    results: dict[Any, Any] = {}
     for name, block in {"plain": None, **QUANTIZATIONS}.items():
         for stage in STAGES:
             model = tiny_bert()
@@ -81,7 +81,8 @@ def everything_block(teacher: str | None) -> dict[str, Any]:
 def everything(folder: str, steps: int = 5) -> dict[Any, Any]:
     """Layer reduction, distillation, pruning and QAT in one run, from a path and from an object, and resumed."""
     if dist.get_rank() == 0:
-        tiny_bert(seed=3, layers=4).save_pretrained(f"{folder}/teacher")
+        teacher: Any = tiny_bert(seed=3, layers=4)
+        teacher.save_pretrained(f"{folder}/teacher")
     dist.barrier()
     results: dict[Any, Any] = {}
     for stage in STAGES:
@@ -111,7 +112,7 @@ def everything(folder: str, steps: int = 5) -> dict[Any, Any]:
     return results
 
 
-def _student(folder: str, stage: int) -> torch.nn.Module:
+def _student(folder: str, stage: int) -> Any:
     """At stage 3 as Hugging Face does it: loaded under zero.Init, partitioned before we see it."""
     if stage != 3:
         return tiny_bert(seed=3, layers=4)
