@@ -170,3 +170,22 @@ def damages(folder: str) -> dict[Any, Any]:
                 "warnings": [line for line in lines.lines if "whole" in line],
             }
     return results
+
+
+def on_machines(folder: str) -> dict[Any, Any]:
+    """Each process on a machine of its own: {stage: what is written there, what was saved, what is loaded}."""
+    results: dict[Any, Any] = {}
+    root = Path(folder) / f"machine-{dist.get_rank()}"
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for stage in STAGES:
+        config = _config(stage) | {"checkpoint": {"use_node_local_storage": True}}
+        with engine_of(tiny_bert(0), config) as engine:
+            train(engine, batches(3))
+            engine.save_checkpoint(str(root), tag=f"stage{stage}")
+            saved = _state(engine)
+        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        with engine_of(tiny_bert(4), config) as engine:
+            engine.load_checkpoint(str(root))
+            results[stage] = {"files": files, "saved": saved, "loaded": _state(engine)}
+            results[stage]["metrics"] = engine.compression.metrics()
+    return results

@@ -61,3 +61,14 @@ def test_damage_is_found_by_all_and_the_newest_whole_one_is_loaded(
             assert equal(found["loaded"], found["older"])
         if rank == 0:
             assert len(found["warnings"]) == 1
+
+
+def test_machines_with_folders_of_their_own(tmp_path: Path) -> None:
+    for rank, result in enumerate(run_ranks(2, "tests.multirank.saving:on_machines", folder=str(tmp_path))):
+        for stage in STAGES:
+            found = result[stage]
+            assert equal(found["loaded"], found["saved"]), stage
+            own = [name for name in found["files"] if name.startswith(f"stage{stage}/")]
+            assert f"stage{stage}/ds_compress_manifest.json" in own and "latest" in found["files"]
+            fragments = [name for name in own if "fragments" in name]
+            assert fragments == [f"stage{stage}/ds_compress/fragments_{rank:05d}.safetensors"]

@@ -13,16 +13,20 @@ import torch.distributed as dist
 class Processes:
     """This process among those that share a checkpoint.
 
-    rank, count: among all. leads: whether it writes what a folder needs once; one process where all see one folder, one
-    on every machine where each machine has its own (`"use_node_local_storage": true`). part, parts: its share of the
-    work on the files of a folder.
+    rank, count: among all. leader: who writes what a folder needs once; one process where all see one folder, one on
+    every machine where each machine has its own (`"use_node_local_storage": true`). part, parts: its share of the work
+    on the files of a folder.
     """
 
     rank: int = 0
     count: int = 1
-    leads: bool = True
+    leader: int = 0
     part: int = 0
     parts: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == self.leader
 
     @classmethod
     def of(cls, engine: Any = None) -> Processes:
@@ -31,8 +35,9 @@ class Processes:
         rank, count = dist.get_rank(), dist.get_world_size()
         if engine is not None and engine.use_node_local_storage():
             local, together = int(engine.local_rank), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            return cls(rank, count, local == 0, local, max(together, local + 1))
-        return cls(rank, count, rank == 0, rank, count)
+            # Launchers number the processes of a machine in a row.
+            return cls(rank, count, rank - local, local, max(together, local + 1))
+        return cls(rank, count, 0, rank, count)
 
     def gather(self, own: Any) -> list[Any]:
         """What every process gives, small and picklable, by rank; a collective."""

@@ -48,8 +48,9 @@ def save(
     attempt: called with every write; what fails there must not keep this process from the collectives.
     """
     run.refresh_weights()
-    is_writer = run.shards.is_sharded or processes.rank == 0
-    writers = [rank for rank, writes in enumerate(processes.gather(is_writer)) if writes]
+    is_writer = run.shards.is_sharded or processes.leads
+    everyone = processes.gather((is_writer, processes.leader))
+    writers = [rank for rank, told in enumerate(everyone) if told == (True, processes.leader)]
     attempt(lambda: folder.mkdir(parents=True, exist_ok=True))
     if is_writer:
         attempt(lambda: _write_fragments(folder / _file_name(processes.rank), run))

@@ -131,19 +131,20 @@ class _Save:
             self._failures.append(error)
 
     def _vote(self) -> dict[str, Entry]:
-        """What all processes have written; a collective.
+        """What the processes of this folder have written; a collective of all.
 
         Raises:
             CheckpointError: in every process, when one has failed.
         """
         own = None if not self._failures else _words(self._failures[0])
-        told = self._processes.gather((own, self._written))
-        failed = [f"process {rank}: {words}" for rank, (words, _) in enumerate(told) if words is not None]
+        told = self._processes.gather((own, self._processes.leader, self._written))
+        failed = [f"process {rank}: {words}" for rank, (words, *_) in enumerate(told) if words is not None]
         if failed:
             raise CheckpointError(
                 f"{self._save_dir / self._tag} was not saved, what was there before is as it was: {'; '.join(failed)}"
             ) from (self._failures[0] if self._failures else None)
-        return {name: entry for _, written in told for name, entry in written.items()}
+        here = [written for _, leader, written in told if leader == self._processes.leader]
+        return {name: entry for written in here for name, entry in written.items()}
 
 
 def _settled(path: Path) -> Entry:
