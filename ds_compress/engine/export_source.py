@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
+from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.checkpoint.source import from_checkpoint
 from ds_compress.engine.gather import full_modules
 from ds_compress.engine.registry import run_of
@@ -100,33 +101,21 @@ def _of_engine(engine: Any) -> ExportSource:
 
 def _agree(failure: BaseException | None) -> None:
     """The writing process' failure, or anybody's own, is raised everywhere."""
-    if not dist.is_initialized():
-        if failure is not None:
-            raise failure
-        return
-    told: list[str | None] = [None if failure is None else str(failure)]
-    dist.broadcast_object_list(told, src=0)
+    told = Processes.of().from_first(None if failure is None else str(failure))
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        raise ExportError(told[0])
+    if told is not None:
+        raise ExportError(told)
 
 
 def _share(value: Any) -> Any:
-    if not dist.is_initialized():
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+    return Processes.of().from_first(value)
 
 
 @contextlib.contextmanager
 def _changed(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    names: list[Any] = [list(values)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names, src=0)
     before: dict[str, torch.Tensor] = {}
-    for name in names[0]:
+    for name in _share(list(values)):
         before[name] = _write(model.get_parameter(name), values.get(name))
     try:
         yield
