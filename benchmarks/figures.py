@@ -229,14 +229,16 @@ def checkpoints() -> Lines:
 
 def reliability() -> Lines:
     rows: list[list[str]] = []
-    sources: dict[str, None] = {}
+    commits: dict[str, list[str]] = {}
     for path in sorted((record.RESULTS / "reliability").glob("*.json")):
         found = json.loads(path.read_text())
         kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
         rows.append([found["row"], found["what"], f"{found['passed']} of {found['trials']}", kinds])
-        where = (found["cpu"], f"{found['cores']} cores", found["versions"], found["time"].partition("T")[0])
-        sources["; ".join(where)] = None
-    return markdown(["", "what", "as promised", "how it ended"], rows, lambda: list(sources))
+        where = f"{found['cpu']}, {found['cores']} cores; {found['versions']}"
+        day = found["time"].partition("T")[0]
+        commits.setdefault(where, []).append(f"{found['commit']} of {day} ({found['row']})")
+    sources = [f"{where}; commit {', '.join(named)}" for where, named in commits.items()]
+    return markdown(["", "what", "as promised", "how it ended"], rows, lambda: sources)
 
 
 def shrink() -> Lines:

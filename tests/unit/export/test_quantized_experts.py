@@ -15,6 +15,7 @@ from torch import nn
 import ds_compress
 from ds_compress.errors import ConfigError, ExportError
 from ds_compress.export.serve_experts import STACKS, ServedExperts
+from ds_compress.manifest import Manifest
 from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.quant import layers
 from tests.multirank.common import ds_config, engine_of
@@ -275,5 +276,6 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
     (tmp_path / "x" / file).rename(tmp_path / file)
     content["weight_map"] = {n: f"../{f}" if f == file else f for n, f in content["weight_map"].items()}
     index.write_text(json.dumps(content))
+    Manifest.of(tmp_path / "x", {}).write(tmp_path / "x")
     with pytest.raises(ExportError, match="is no file inside of"):
         ds_compress.from_pretrained(tmp_path / "x")
