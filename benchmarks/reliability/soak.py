@@ -68,7 +68,7 @@ def _trial(steps: int, moments: Sequence[float], folder: Path) -> Verdict:
             break
         if codes[0] is None or codes[0] > 0:
             return Verdict(False, "did not resume", log)
-        kills, started = kills + 1, (trace.start or (0, 0))[0]
+        kills, started = kills + 1, max(trace.steps, default=started)
     else:
         return Verdict(False, "did not end", log)
     whole = runs.unbroken("ramp", 2, steps)
@@ -78,4 +78,4 @@ def _trial(steps: int, moments: Sequence[float], folder: Path) -> Verdict:
     print(f"  {told}", flush=True)
     same = trace.final == whole[0].final
     good = abs(accuracy - expected) <= 0.003 and growth < _MOST_GROWTH
-    return Verdict(good, f"{kills} kills, {'bit-equal' if same else 'not bit-equal'}", told)
+    return Verdict(good, f"{'bit-equal' if same else 'not bit-equal'} after {kills} kills", told)
