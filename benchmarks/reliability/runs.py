@@ -149,8 +149,8 @@ def train(run: Run, rank: int, trace: Callable[[str], None]) -> None:
                     raise
             else:
                 trace(f"saved {step + 1}")
-    trace(f"final {_hash_of_weights(engine.module)} {_hash_of_masks(engine)}")
     trace(f"accuracy {_accuracy(engine)}")
+    trace(f"final {_hash_of_weights(engine.module)} {_hash_of_masks(engine)}")  # the last line of a whole trace
 
 
 def _accuracy(engine: Any) -> float:

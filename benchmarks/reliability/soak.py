@@ -56,8 +56,9 @@ def _trial(steps: int, moments: Sequence[float], folder: Path) -> Verdict:
                 ),
                 _LONGEST_STEP_S * steps,
             )
-            for process in launch.processes:
-                process.kill()
+            if not launch.has_ended():  # where one has, the other is about to
+                for process in launch.processes:
+                    process.kill()
             codes = launch.wait(60)
             trace = launch.traces()[0]
             memory += [size for _, size in sorted(trace.memory.items())][1:]

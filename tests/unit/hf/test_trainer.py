@@ -25,6 +25,7 @@ def fresh_accelerator() -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     init_single_process()
+    AcceleratorState._reset_state(True)  # a test of another file may have left its plugin
     yield
     AcceleratorState._reset_state(True)
     unset_hf_deepspeed_config()
