@@ -23,6 +23,20 @@ def unpack(packed: torch.Tensor, numel: int) -> torch.Tensor:
     return kernels().mask_unpack(packed, numel)
 
 
+def window(
+    scores: torch.Tensor, competing: torch.Tensor | None, low: int, high: int, magnitude: bool, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mask_window` of the kernels: the packed bits of scores above a window of keys, and what lies inside."""
+    packed, keys, places, counts = kernels().mask_window(scores, competing, low, high, magnitude, capacity)
+    return packed, keys, places, counts
+
+
+@torch.no_grad()
+def set_bits_(packed: torch.Tensor, places: torch.Tensor) -> None:
+    """Sets the bits of these elements, int32 (n,), none of which is set or occurs twice."""
+    packed.index_add_(0, places >> 3, (1 << (places & 7)).to(torch.uint8))
+
+
 @torch.no_grad()
 def apply_(weights: torch.Tensor, packed: torch.Tensor, fill: float = 0.0) -> None:
     """Sets the weights whose bit is cleared to `fill`, in place.

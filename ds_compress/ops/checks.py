@@ -90,6 +90,17 @@ def check_n_of_m(op: str, scores: Tensor, n: int, m: int) -> None:
     require(0 <= n <= m and m >= 1, lambda: f"{op}: 0 <= n <= m and m >= 1 are needed, got n = {n}, m = {m}")
 
 
+def check_window(scores: Tensor, competing: Tensor | None, low: int, high: int, capacity: int) -> None:
+    op, numel = "mask_window", scores.numel()
+    check_tensor(op, "scores", scores, 1, (torch.float32,))
+    require(numel <= LARGEST_SUM, lambda: f"{op}: scores has at most 2^31 - 1 elements, got {numel}")
+    if competing is not None:
+        check_device(op, "competing", competing, scores)
+        check_bits(op, competing, numel, 0)
+    require(-(2**31) <= low <= high < 2**31, lambda: f"{op}: low <= high are int32, got {low} and {high}")
+    require(capacity >= 0, lambda: f"{op}: a capacity of {capacity} is negative")
+
+
 # --- fake quantization -----------------------------------------------------------------------------------------
 
 

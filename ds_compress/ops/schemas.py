@@ -186,6 +186,15 @@ def _(scores: Tensor, n: int, m: int) -> Tensor:
     return _bytes(scores, -(-scores.numel() // 8))
 
 
+@_fake("mask_window")
+def _(
+    scores: Tensor, competing: Tensor | None, low: int, high: int, magnitude: bool, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_window(scores, competing, low, high, capacity)
+    keys, places = (scores.new_empty((capacity,), dtype=torch.int32) for _ in range(2))
+    return _bytes(scores, -(-scores.numel() // 8)), keys, places, scores.new_empty((3,), dtype=torch.int64)
+
+
 @_fake("block_quantize")
 def _(x: Tensor, payloads: Tensor, residual: Tensor | None, chunk: int, bits: int, block: int) -> None:
     checks.check_block_quantize(x, payloads, residual, chunk, bits, block)

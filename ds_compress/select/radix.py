@@ -82,22 +82,52 @@ def select(
     Raises:
         NonFiniteScoresError: in every process alike, before any mask is made.
     """
-    names = [name for group in groups for name in group.members]
+    cuts = find_cuts(scores, groups, reductions)
+    return ((name, _mask(scores[name], cut)) for name, cut in cuts.items() if name in scores)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of one parameter are kept: the units whose key is above `threshold`, and the first `quota` of those equal to it,
+    of which all processes have `total`, and those before this one `before`."""
+
+    threshold: int
+    quota: int
+    total: int
+    before: int
+
+
+def find_cuts(
+    scores: Mapping[str, ParameterScores], groups: Sequence[SelectionGroup], reductions: Reductions
+) -> dict[str, Cut]:
+    """The cut of each parameter of the groups, in their order; `select` makes the masks.
+
+    Raises: as `select`.
+    """
     thresholds, kept_ties, tie_counts = _thresholds(scores, groups, reductions)
+    return cuts_of(groups, thresholds, kept_ties, tie_counts, reductions)
+
+
+def cuts_of(
+    groups: Sequence[SelectionGroup],
+    thresholds: torch.Tensor,
+    kept_ties: torch.Tensor,
+    tie_counts: torch.Tensor,
+    reductions: Reductions,
+) -> dict[str, Cut]:
+    """From the threshold of each group and how many units equal to it are kept; `tie_counts`: how many units of this
+    process are equal to it, per parameter."""
+    names = [name for group in groups for name in group.members]
     totals = reductions.sum(tie_counts)
     quota, boundary = _tie_quotas(groups, totals, kept_ties)
     # Only a parameter in which the quota runs out needs to know how many ties lie before this process.
     before = reductions.exclusive_prefix_sum(tie_counts[boundary]) if len(boundary) else tie_counts[:0]
     before_of = dict(zip(boundary.tolist(), before.tolist(), strict=True))
     threshold_of = {name: int(thresholds[i]) for i, group in enumerate(groups) for name in group.members}
-    return (
-        (
-            name,
-            _mask(scores[name], threshold_of[name], int(quota[i]), int(totals[i]), before_of.get(i, 0)),
-        )
+    return {
+        name: Cut(threshold_of[name], int(quota[i]), int(totals[i]), before_of.get(i, 0))
         for i, name in enumerate(names)
-        if name in scores
-    )
+    }
 
 
 def _thresholds(
@@ -118,10 +148,7 @@ def _thresholds(
         histogram = reductions.sum(histogram)
         if digit == 0:
             _check_finite(histogram)
-        from_top = histogram.flip(1).cumsum(1)
-        bin_from_top = (from_top < remaining[:, None]).sum(1).clamp_(max=bins - 1)
-        remaining -= (from_top - histogram.flip(1)).gather(1, bin_from_top[:, None]).squeeze(1)
-        value = bins - 1 - bin_from_top
+        value, remaining = digit_of(histogram, remaining)
         prefix = value - 1024 if digit == 0 else prefix * bins + value
         for index, group in enumerate(groups):
             for name in group.members:
@@ -130,6 +157,15 @@ def _thresholds(
                     survivors[name] = _with_prefix(keys, int(prefix[index]), shift)
     ties = [survivors[n].numel() if n in survivors else 0 for group in groups for n in group.members]
     return prefix, remaining, torch.tensor(ties, dtype=torch.int64)
+
+
+def digit_of(histogram: torch.Tensor, remaining: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per group, of a histogram (groups, bins): the bin of its `remaining`-th largest, and which of that bin it is."""
+    bins = histogram.shape[1]
+    from_top = histogram.flip(1).cumsum(1)
+    bin_from_top = (from_top < remaining[:, None]).sum(1).clamp_(max=bins - 1)
+    before = (from_top - histogram.flip(1)).gather(1, bin_from_top[:, None]).squeeze(1)
+    return bins - 1 - bin_from_top, remaining - before
 
 
 def _owned(scores: ParameterScores) -> torch.Tensor:
@@ -162,17 +198,20 @@ def _check_finite(histogram: torch.Tensor) -> None:
         raise NonFiniteScoresError(bad.nonzero().flatten().tolist())
 
 
-def _mask(scores: ParameterScores, threshold: int, quota: int, total: int, before: int) -> torch.Tensor:
-    """Keeps what is above the threshold and the first `quota` of the `total` ties, `before` of which lie earlier."""
-    keys = scores.keys()
-    if quota >= total:
-        return keys >= threshold
-    if quota == 0:
-        return keys > threshold
-    equal = keys == threshold
+def _mask(scores: ParameterScores, cut: Cut) -> torch.Tensor:
+    return keys_kept(scores.keys(), cut, scores.num_halo)
+
+
+def keys_kept(keys: torch.Tensor, cut: Cut, num_halo: int = 0) -> torch.Tensor:
+    """bool like `keys`: those that the cut keeps."""
+    if cut.quota >= cut.total:
+        return keys >= cut.threshold
+    if cut.quota == 0:
+        return keys > cut.threshold
+    equal = keys == cut.threshold
     # The halo is the last units of earlier ranks, so its ties end at `before`.
-    first = before - int(equal[: scores.num_halo].count_nonzero())
-    return (keys > threshold) | (equal & (equal.cumsum(0) <= quota - first))
+    first = cut.before - int(equal[:num_halo].count_nonzero())
+    return (keys > cut.threshold) | (equal & (equal.cumsum(0) <= cut.quota - first))
 
 
 def _tie_quotas(

@@ -60,6 +60,11 @@ class Score:
         """fp32 scores of shape (fragment.numel,), larger is kept; the caller may overwrite them."""
         raise NotImplementedError
 
+    def in_place(self, fragment: ScoredFragment, weights: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """fp32 (fragment.numel,), only to be read, and whether the scores are their absolute values; no copy is made
+        where the scores are at hand."""
+        return self.scores_of(fragment, weights), False
+
     def after_selection(self) -> None:
         """A mask was just made from these scores; replaces `tensors`, or leaves them alone, but never changes one."""
 
@@ -85,6 +90,9 @@ class Magnitude(Score):
     def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return weights.float().abs()
 
+    def in_place(self, fragment: ScoredFragment, weights: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return weights.float(), True
+
 
 class Random(Score):
     """A number in [0, 1) that depends only on (seed, parameter, element): the control of every pruning paper."""
@@ -106,6 +114,9 @@ class Taylor(Score):
     def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._accumulator(fragment).clone()
 
+    def in_place(self, fragment: ScoredFragment, weights: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return self._accumulator(fragment), False
+
     def after_selection(self) -> None:
         # Not in place: the step may be skipped, and its mask with it.
         self.tensors = {}
@@ -122,6 +133,9 @@ class SnipMomentum(Score):
 
     def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._accumulator(fragment).clone()
+
+    def in_place(self, fragment: ScoredFragment, weights: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return self._accumulator(fragment), False
 
 
 class Movement(Score):
@@ -140,6 +154,9 @@ class Movement(Score):
 
     def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._accumulator(fragment).clone()
+
+    def in_place(self, fragment: ScoredFragment, weights: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return self._accumulator(fragment), False
 
 
 _LEARN_TOGETHER = 1 << 24
@@ -187,6 +204,9 @@ class Learned(Score):
 
     def scores_of(self, fragment: ScoredFragment, weights: torch.Tensor) -> torch.Tensor:
         return self._score(fragment).clone()
+
+    def in_place(self, fragment: ScoredFragment, weights: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return self._score(fragment), False
 
     def clear(self) -> None:
         super().clear()

@@ -44,6 +44,7 @@ from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.ops import bitmask
 from ds_compress.select import radix
 from ds_compress.select.gumbel import PRUNED
+from ds_compress.select.moving import Candidates, MovingThresholds
 from ds_compress.select.patterns import BlockGrid
 from ds_compress.select.scores import SCORES
 from ds_compress.techniques.masked import MaskedTechnique, noise_of, schedule_of
@@ -80,6 +81,7 @@ class SparsePruning(MaskedTechnique):
             for name, target in self.targets.items()
         }
         self._active_masks = self.masks
+        self._thresholds = MovingThresholds()
         self.kept, self.total = 0, 0
         self._model_numel = 0
 
@@ -156,10 +158,7 @@ class SparsePruning(MaskedTechnique):
         """
         before = self.kept, self.total
         try:
-            self.masks = {
-                name: bitmask.pack(self._cut(keep, self._fragments[name]))
-                for name, keep in self._select(step)
-            }
+            self.masks = dict(self._select(step))
         except radix.NonFiniteScoresError as error:
             self.kept, self.total = before
             groups = self._selection_groups(step)
@@ -174,11 +173,21 @@ class SparsePruning(MaskedTechnique):
         self.score.after_selection()
 
     def _select(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, element mask over the whole bands that the fragment touches), one weight at a time."""
-        if any(grid.is_elementwise for grid in self.grids.values()):
+        """(name, packed mask of the fragment), one weight at a time."""
+        if not any(grid.is_elementwise for grid in self.grids.values()):
+            for name, keep in self._select_blocks(step):
+                yield name, bitmask.pack(self._cut(keep, self._fragments[name]))
+        elif any(self._matrices(name) > 1 for name in self.targets):
             keys = {name: partial(self._element_keys, fragment) for name, fragment in self._fragments.items()}
-            yield from self._by_threshold(keys, step)
-            return
+            for name, keep in self._by_threshold(keys, step):
+                yield name, bitmask.pack(keep)
+        else:
+            groups = self._counted(self._selection_groups(step))
+            candidates = {name: self._candidates(fragment) for name, fragment in self._fragments.items()}
+            yield from self._thresholds.select(candidates, groups, self._shards)
+
+    def _select_blocks(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, element mask over the whole bands that the fragment touches), one weight at a time."""
         block_rows = {name: grid.block_row_numel for name, grid in self.grids.items()}
         numels = {name: math.prod(target.shape) for name, target in self.targets.items()}
         own = {name: self._element_scores(fragment) for name, fragment in self._fragments.items()}
@@ -216,13 +225,19 @@ class SparsePruning(MaskedTechnique):
                 scores_of[name] = radix.ParameterScores(make_keys, num_halo)
             else:
                 scores_of |= self._matrix_scores(name, partial(last.part, name, make_keys), num_halo)
-        groups = self._selection_groups(step)
-        masks = radix.select(scores_of, groups, self._shards)
-        self.kept, self.total = (
-            sum(group.num_kept for group in groups),
-            sum(grid.units for grid in self.grids.values()),
-        )
-        return self._joined(masks)
+        groups = self._counted(self._selection_groups(step))
+        return self._joined(radix.select(scores_of, groups, self._shards))
+
+    def _counted(self, groups: list[radix.SelectionGroup]) -> list[radix.SelectionGroup]:
+        self.kept = sum(group.num_kept for group in groups)
+        self.total = sum(grid.units for grid in self.grids.values())
+        return groups
+
+    def _candidates(self, fragment: Fragment) -> Candidates:
+        if self.noise is not None:
+            return Candidates(lambda: (self._randomized_scores(fragment), False), None)
+        competing = None if self.regrowth else self.masks.get(fragment.name)
+        return Candidates(lambda: self.score.in_place(fragment, self._weights(fragment)), competing)
 
     def _matrices(self, name: str) -> int:
         """How many matrices of the weight have a threshold of their own."""
@@ -255,16 +270,20 @@ class SparsePruning(MaskedTechnique):
     def _element_keys(self, fragment: Fragment) -> torch.Tensor:
         is_pruned = not self.regrowth and fragment.name in self.masks
         signed = self.score.is_signed or is_pruned or self.noise is not None
-        scores = self._randomized(self._element_scores(fragment), fragment.name, fragment.start)
-        return radix.sort_keys_(scores, non_negative=not signed)
+        return radix.sort_keys_(self._randomized_scores(fragment), non_negative=not signed)
+
+    def _randomized_scores(self, fragment: Fragment) -> torch.Tensor:
+        return self._randomized(self._element_scores(fragment), fragment.name, fragment.start)
 
     def _randomized(self, scores: torch.Tensor, name: str, first: int) -> torch.Tensor:
         """What to select by: `scores` of the units of a weight from the `first` on, as they are or with noise."""
         return scores if self.noise is None else self.noise.perturbed(scores, name, first)
 
+    def _weights(self, fragment: Fragment) -> torch.Tensor:
+        return self.latent.get(fragment.name, fragment.values)
+
     def _element_scores(self, fragment: Fragment) -> torch.Tensor:
-        weights = self.latent.get(fragment.name)
-        scores = self.score.scores_of(fragment, fragment.values if weights is None else weights)
+        scores = self.score.scores_of(fragment, self._weights(fragment))
         if not self.regrowth and fragment.name in self.masks:
             # Every score without regrowth is >= 0, so a pruned weight ranks below all others and stays pruned.
             bitmask.apply_(scores, self.masks[fragment.name], fill=PRUNED)

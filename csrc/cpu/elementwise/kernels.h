@@ -26,6 +26,23 @@ struct Span {
     uint32_t largest_bits;
 };
 
+// Keys of scores: of their absolute values, or in the order of signed ones. What is above `high` is kept, what lies in
+// [low, high] is found.
+struct Window {
+    int32_t low;
+    int32_t high;
+    bool magnitude;
+};
+
+// `keys` and `places` have `inside` entries.
+struct WindowFound {
+    int64_t above;
+    int64_t inside;
+    int64_t non_finite;
+    int32_t* keys;
+    int32_t* places;
+};
+
 struct Grid {
     float scale;
     float offset;
@@ -58,6 +75,10 @@ struct ElementwiseKernels {
     void (*mask_unpack)(Mask mask, int64_t count, uint8_t* to);
     // `rows` rows of `columns` scores; writes whole bytes, the first row begins at a byte.
     void (*mask_n_of_m)(const float* scores, int64_t rows, int64_t columns, int n, int m, uint8_t* packed);
+    // The bits of what competes (all where that is null) and is above the window; writes whole bytes. `keys` and
+    // `places`, which count from `first`, have room for `count` entries.
+    WindowFound (*mask_window)(const float* scores, const uint8_t* competing, int64_t count, int32_t first,
+                               Window window, uint8_t* packed, int32_t* keys, int32_t* places);
 
     // `symmetric` leaves lowest and highest unset.
     Span (*measure)(const void* values, Float type, int64_t count, bool symmetric);

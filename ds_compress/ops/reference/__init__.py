@@ -15,6 +15,7 @@ from ds_compress.ops.reference import (
     grouped_linear,
     linear,
     mask,
+    window,
 )
 
 _OPS: tuple[Callable[..., Any], ...] = (
@@ -32,6 +33,7 @@ _OPS: tuple[Callable[..., Any], ...] = (
     mask.mask_pack,
     mask.mask_unpack,
     mask.mask_n_of_m,
+    window.mask_window,
     block_quantize.block_quantize,
     block_quantize.block_dequantize,
     block_quantize.block_reduce,
