@@ -31,6 +31,12 @@ def window(
     return packed, keys, places, counts
 
 
+def square_sums(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """fp64 (2,): the sum of all squares, and of those whose bit is set."""
+    sums: torch.Tensor = kernels().mask_square_sums(values, packed)
+    return sums
+
+
 @torch.no_grad()
 def set_bits_(packed: torch.Tensor, places: torch.Tensor) -> None:
     """Sets the bits of these elements, int32 (n,), none of which is set or occurs twice."""

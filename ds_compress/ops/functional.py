@@ -9,8 +9,8 @@ Integer linear layers    int8_linear, int4_linear, and a `_pack` for the weight 
                          pack where you multiply, and store the quantized values; int8_grouped_linear and
                          int4_grouped_linear multiply the rows of all experts of a mixture at once
 Fake quantization        fake_quantize (integers), fake_quantize_float
-Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_window, mask_apply_, mask_apply_many_: bit i of byte
-                         j is element 8 j + i; a trailing underscore writes in place
+Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_window, mask_square_sums, mask_apply_,
+                         mask_apply_many_: bit i of byte j is element 8 j + i; a trailing underscore writes in place
 Quantized payloads       block_quantize, block_dequantize, block_reduce, block_reduce_quantize: a payload is one fp32
                          scale per block, then whole blocks of quantized values; `payload_bytes` gives its size
 
@@ -55,6 +55,7 @@ mask_apply_many_ = _preferred(reference.mask.mask_apply_many_)
 mask_pack = _preferred(reference.mask.mask_pack)
 mask_unpack = _preferred(reference.mask.mask_unpack)
 mask_n_of_m = _preferred(reference.mask.mask_n_of_m)
+mask_square_sums = _preferred(reference.squares.mask_square_sums)
 mask_window = _preferred(reference.window.mask_window)
 block_quantize = _preferred(reference.block_quantize.block_quantize)
 block_dequantize = _preferred(reference.block_quantize.block_dequantize)

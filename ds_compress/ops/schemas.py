@@ -195,6 +195,12 @@ def _(
     return _bytes(scores, -(-scores.numel() // 8)), keys, places, scores.new_empty((3,), dtype=torch.int64)
 
 
+@_fake("mask_square_sums")
+def _(values: Tensor, packed: Tensor) -> Tensor:
+    checks.check_square_sums(values, packed)
+    return values.new_empty((2,), dtype=torch.float64)
+
+
 @_fake("block_quantize")
 def _(x: Tensor, payloads: Tensor, residual: Tensor | None, chunk: int, bits: int, block: int) -> None:
     checks.check_block_quantize(x, payloads, residual, chunk, bits, block)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_compress.ops.reference import mask as reference
+from ds_compress.ops.reference import squares as squares_reference
 from tests.native.elementwise import (
     LENGTHS,
     Fakes,
@@ -201,3 +202,37 @@ def test_wrong_arguments_are_refused_alike(message: str) -> None:
     for ops in (native_ops(), reference, Fakes()):
         with pytest.raises(ValueError, match=message):
             BAD_CALLS[message](ops, torch.ones(16), torch.zeros(2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(numel=st.sampled_from(LENGTHS) | st.integers(0, 900), offset=st.integers(0, 3), seed=seeds)
+def test_square_sums(dtype: torch.dtype, numel: int, offset: int, seed: int) -> None:
+    packed = mask_for(numel, 0, seed)
+    values = random_values(numel, dtype, seed, specials=0.0, offset=offset)
+    squares = values.double().square()
+    expected = torch.stack([squares.sum(), squares[bits_of(packed, numel, 0)].sum()])
+    for op in (native_ops().mask_square_sums, squares_reference.mask_square_sums):
+        torch.testing.assert_close(op(values, packed), expected, rtol=1e-12, atol=0)
+
+
+def test_square_sums_leave_masked_nan_out() -> None:
+    values = torch.ones(200)
+    values[70], values[5] = math.nan, math.inf
+    for count, expected in ((1, 199.0), (2, 198.0)):
+        mask = torch.ones(200, dtype=torch.bool)
+        mask[[70, 5][:count]] = False
+        for op in (native_ops().mask_square_sums, squares_reference.mask_square_sums):
+            total, kept = op(values, reference.mask_pack(mask)).tolist()
+            assert math.isnan(total) and kept == (math.inf if count == 1 else expected)
+
+
+def test_square_sums_do_not_depend_on_threads() -> None:
+    values, packed = random_values(300_007, torch.float32, 2), mask_for(300_007, 0, 1)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(native_ops().mask_square_sums(values, packed))
+        finally:
+            torch.set_num_threads(1)
+    assert same(*results)

@@ -7,15 +7,16 @@
 #include "kernels.h"
 #include "mask.h"
 #include "select.h"
+#include "squares.h"
 #include "window.h"
 
 namespace ds_compress::cpu {
 namespace {
 
 constexpr ElementwiseKernels kTable = {
-    mask_apply,       mask_pack,     mask_unpack,           mask_n_of_m,         mask_window,
-    measure,          fake_quantize, float_scales,          fake_quantize_float, block_quantize,
-    block_dequantize, block_reduce,  block_reduce_quantize,
+    mask_apply,       mask_pack,        mask_unpack,   mask_n_of_m,           mask_window,
+    mask_square_sums, measure,          fake_quantize, float_scales,          fake_quantize_float,
+    block_quantize,   block_dequantize, block_reduce,  block_reduce_quantize,
 };
 
 }  // namespace

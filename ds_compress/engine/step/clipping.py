@@ -11,6 +11,7 @@ clipping nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -56,17 +57,21 @@ class AppliedNorm:
         """The same in every process."""
         return any(technique.clears_gradients for technique in self._techniques)
 
-    def _applied(self, fragment: Fragment, gradient: torch.Tensor) -> torch.Tensor:
-        """`gradient` of a fragment, (numel,), as it will be applied; itself where all of it is."""
+    def _mask_of(self, fragment: Fragment) -> torch.Tensor | None:
+        """The packed bits of what of a gradient will be applied; None: all of it."""
         masks = [
             mask
             for technique in self._techniques
             if (mask := technique.gradient_mask(fragment.name)) is not None
         ]
-        if masks:
+        return functools.reduce(torch.bitwise_and, masks) if masks else None
+
+    def _applied(self, fragment: Fragment, gradient: torch.Tensor) -> torch.Tensor:
+        """`gradient` of a fragment, (numel,), as it will be applied; itself where all of it is."""
+        mask = self._mask_of(fragment)
+        if mask is not None:
             gradient = gradient.clone()
-            for mask in masks:
-                bitmask.apply_(gradient, mask)
+            bitmask.apply_(gradient, mask)
         return gradient
 
     # -- ZeRO ------------------------------------------------------------------------------------------
@@ -76,7 +81,19 @@ class AppliedNorm:
         if not self._counts(total):
             return total
         own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-        return self._direct([self._part(g, p) for g, p in zip(own, params, strict=False)], params, norm_type)
+        part = self._norm_of_part if norm_type == 2 else self._part
+        return self._direct([part(g, p) for g, p in zip(own, params, strict=False)], params, norm_type)
+
+    def _norm_of_part(self, gradient: torch.Tensor, parameter: Any) -> torch.Tensor:
+        """(1,), as long as the part that will be applied: DeepSpeed sums up norms, and one number is its own."""
+        fragment = self._by_parameter.get(id(parameter))
+        mask = None if fragment is None else self._mask_of(fragment)
+        if fragment is None or mask is None:
+            return gradient
+        flat = gradient.view(-1)
+        square = bitmask.square_sums(flat[: fragment.numel], mask)[1]
+        # What lies behind the end of a parameter is padding of the last slice.
+        return (square + flat[fragment.numel :].double().square().sum()).sqrt().view(1)
 
     def _part(self, gradient: torch.Tensor, parameter: Any) -> torch.Tensor:
         fragment = self._by_parameter.get(id(parameter))
@@ -137,20 +154,19 @@ class AppliedNorm:
 
     def _ratio(self) -> float:
         """The norm of all gradients over that of the applied ones; 1 where there is none."""
-        norms: list[torch.Tensor] = []
+        squares: list[torch.Tensor] = []
         for parameter, gradient in internals.full_gradients(self._engine):
             fragment = self._by_parameter.get(id(parameter))
             if fragment is not None and self._is_ours_to_count(parameter):
                 dense = gradient.to_dense() if gradient.is_sparse else gradient
                 # Of a weight whose shards are in several processes, this one's gradient begins where its shard does.
                 start = fragment.start - (self._layers.start_of(fragment.name) if self._layers else 0)
-                part = dense.view(-1)[start : start + fragment.numel].float()
-                applied = self._applied(fragment, part)
-                norm = part.norm(2)
-                norms += [norm, norm if applied is part else applied.norm(2)]
+                part, mask = dense.view(-1)[start : start + fragment.numel], self._mask_of(fragment)
+                if mask is None:
+                    squares.append(part.norm(2, dtype=torch.float32).double().square().expand(2))
+                else:
+                    squares.append(bitmask.square_sums(part, mask))
         # One look at all of them: every single one would wait for the device.
-        squares = (
-            torch.stack(norms).double().square().view(-1, 2).sum(0) if norms else torch.zeros(2).double()
-        )
-        total, counted = self._shards.sum(squares).tolist()
+        sums = torch.stack(squares).sum(0) if squares else torch.zeros(2).double()
+        total, counted = self._shards.sum(sums).tolist()
         return math.sqrt(total / counted) if counted > 0 and math.isfinite(total) else 1.0

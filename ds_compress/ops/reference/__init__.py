@@ -15,6 +15,7 @@ from ds_compress.ops.reference import (
     grouped_linear,
     linear,
     mask,
+    squares,
     window,
 )
 
@@ -34,6 +35,7 @@ _OPS: tuple[Callable[..., Any], ...] = (
     mask.mask_unpack,
     mask.mask_n_of_m,
     window.mask_window,
+    squares.mask_square_sums,
     block_quantize.block_quantize,
     block_quantize.block_dequantize,
     block_quantize.block_reduce,
