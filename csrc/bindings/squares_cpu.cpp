@@ -9,12 +9,14 @@ namespace {
 
 constexpr int64_t kPart = 1 << 16;  // elements that are summed up in one go: the sum does not depend on the threads
 
-Tensor mask_square_sums(const Tensor& values, const Tensor& packed) {
+Tensor mask_square_sums(const Tensor& values, const std::optional<Tensor>& packed) {
     const char* op = "mask_square_sums";
     check(op, "values", values, 1, {kFp32, kBf16, kFp16});
-    check_same_device(op, "packed", packed, values);
     const int64_t count = values.numel(), parts = (count + kPart - 1) / kPart;
-    check_bits(op, packed, count, 0);
+    if (packed) {
+        check_same_device(op, "packed", *packed, values);
+        check_bits(op, *packed, count, 0);
+    }
     const cpu::ElementwiseKernels& kernels = cpu::elementwise();
     const auto* from = static_cast<const uint8_t*>(values.const_data_ptr());
     const auto size = static_cast<int64_t>(values.element_size());
@@ -22,7 +24,7 @@ Tensor mask_square_sums(const Tensor& values, const Tensor& packed) {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; part++) {
             const int64_t begin = part * kPart;
-            const cpu::Mask mask{const_data<uint8_t>(packed), packed.numel(), begin};
+            const cpu::Mask mask{const_data_or_null<uint8_t>(packed), packed ? packed->numel() : 0, begin};
             kernels.mask_square_sums(from + begin * size, float_of(values), std::min(kPart, count - begin), mask,
                                      sums.data() + 2 * part);
         }

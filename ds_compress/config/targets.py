@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,6 +80,7 @@ def inputs_of(target: Target) -> int:
     return target.shape[0] if target.kind.is_transposed else math.prod(target.shape[1:])
 
 
+@functools.lru_cache(maxsize=4096)
 def exact_ceil(density: float, units: int) -> int:
     """ceil(density * units) for the decimal that the JSON shows: 0.07 of 100 is 7, not 8."""
     return math.ceil(Fraction(repr(density)) * units)

@@ -31,8 +31,8 @@ def window(
     return packed, keys, places, counts
 
 
-def square_sums(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """fp64 (2,): the sum of all squares, and of those whose bit is set."""
+def square_sums(values: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
+    """fp64 (2,): the sum of all squares, and of those whose bit is set (all without a mask)."""
     sums: torch.Tensor = kernels().mask_square_sums(values, packed)
     return sums
 

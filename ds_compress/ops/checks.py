@@ -101,11 +101,12 @@ def check_window(scores: Tensor, competing: Tensor | None, low: int, high: int, 
     require(capacity >= 0, lambda: f"{op}: a capacity of {capacity} is negative")
 
 
-def check_square_sums(values: Tensor, packed: Tensor) -> None:
+def check_square_sums(values: Tensor, packed: Tensor | None) -> None:
     op = "mask_square_sums"
     check_tensor(op, "values", values, 1, FLOATS)
-    check_device(op, "packed", packed, values)
-    check_bits(op, packed, values.numel(), 0)
+    if packed is not None:
+        check_device(op, "packed", packed, values)
+        check_bits(op, packed, values.numel(), 0)
 
 
 # --- fake quantization -----------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def _(
 
 
 @_fake("mask_square_sums")
-def _(values: Tensor, packed: Tensor) -> Tensor:
+def _(values: Tensor, packed: Tensor | None) -> Tensor:
     checks.check_square_sums(values, packed)
     return values.new_empty((2,), dtype=torch.float64)
 

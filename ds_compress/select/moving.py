@@ -24,6 +24,7 @@ _DIGITS = ((21, 2048), (10, 2048), (0, 1024))
 """(shift, bins) that find a key by its distance from the low end of a window."""
 _INSIDE_AT_MOST, _CAPACITY_AT_LEAST = 16, 1 << 10
 """One score of so many may lie inside the window, but for small parameters."""
+_NOTHING = (0, 0, 0, False)
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -96,11 +97,8 @@ class MovingThresholds:
         """By members, of each group whose threshold lies in its window: how many units from inside are kept."""
         if not groups:
             return {}
-        counts = torch.zeros(len(groups), 4, dtype=torch.int64)
-        for index, group in enumerate(groups):
-            for name in group.members:
-                if name in found:
-                    counts[index] += found[name].counts
+        own = [[found[name].counts for name in group.members if name in found] for group in groups]
+        counts = torch.tensor([[sum(column) for column in zip(_NOTHING, *rows, strict=True)] for rows in own])
         missing = {}
         for group, row in zip(groups, reductions.sum(counts).tolist(), strict=True):
             above, inside, non_finite, overflowed = row
@@ -213,13 +211,15 @@ def _score_of(key: int) -> float:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a pass over the scores of a parameter found. counts: int64 (4,) on the CPU: above the window, inside, not
-    finite, 1 where not all that lies inside is at hand."""
+    """What a pass over the scores of a parameter found.
+
+    counts: above the window, inside, not finite, and whether not all that lies inside is at hand.
+    """
 
     packed: torch.Tensor
     keys: torch.Tensor
     places: torch.Tensor
-    counts: torch.Tensor
+    counts: tuple[int, int, int, bool]
 
     @classmethod
     def of(cls, candidates: Candidates, window: tuple[int, int]) -> _Found:
@@ -229,9 +229,9 @@ class _Found:
             scores, candidates.competing, *window, magnitude, capacity
         )
         above, inside, non_finite = counts.tolist()
-        known = torch.tensor([above, inside, non_finite, inside > capacity])
         # Copies: what the pass had room for is many times what it found.
-        return cls(packed, keys[:inside].clone(), places[:inside].clone(), known)
+        found = keys[:inside].clone(), places[:inside].clone()
+        return cls(packed, *found, (above, inside, non_finite, inside > capacity))
 
     def kept(self, cut: Cut) -> torch.Tensor:
         """The packed mask."""

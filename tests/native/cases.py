@@ -266,6 +266,7 @@ CASES = [
     Case("mask_n_of_m", "9x22-2:4", lambda: ((torch.randn(9, 22), 2, 4), {})),
     Case("mask_window", "1003", lambda: ((torch.randn(1003), None, 2**29, 2**30 - 2**20, True, 99), {})),
     Case("mask_square_sums", "1003", lambda: ((torch.randn(1003), _bits(1003)), {}), exact=False),
+    Case("mask_square_sums", "130-all", lambda: ((torch.randn(130), None), {}), exact=False),
     Case("mask_square_sums", "77", lambda: ((torch.randn(77).bfloat16(), _bits(77)), {}), exact=False),
     Case("mask_window", "77-some", lambda: ((torch.randn(77), _bits(77), -(2**30), 2**28, False, 7), {})),
     *_block_cases(8, 512, 1300),

@@ -80,7 +80,7 @@ struct ElementwiseKernels {
     WindowFound (*mask_window)(const float* scores, const uint8_t* competing, int64_t count, int32_t first,
                                Window window, uint8_t* packed, int32_t* keys, int32_t* places);
 
-    // Adds the squares of all values to sums[0], those of set bits to sums[1].
+    // Adds the squares of all values to sums[0], those of set bits (all without a mask) to sums[1].
     void (*mask_square_sums)(const void* values, Float type, int64_t count, Mask mask, double* sums);
 
     // `symmetric` leaves lowest and highest unset.

@@ -16,12 +16,13 @@ DSC_INLINE Doubles widened(Floats values, int half) {
     return __builtin_convertvector(part, Doubles);
 }
 
+// Where there is no mask all is kept.
 template <class T>
 void add_squares(const typename T::Stored* values, int64_t count, Mask mask, double* sums) {
     Doubles kept[2] = {}, lost[2] = {};
-    const int64_t whole = whole_windows(mask, count);
+    const int64_t whole = mask.packed ? whole_windows(mask, count) : count / 64 * 64;
     for (int64_t i = 0; i < whole; i += 64) {
-        const uint64_t bits = window(mask.packed, mask.bit + i);
+        const uint64_t bits = mask.packed ? window(mask.packed, mask.bit + i) : ~uint64_t{0};
 #pragma GCC unroll 16
         for (int at = 0; at < 64; at += kLanes) {
             const Ints spread = splat(static_cast<int32_t>(bits >> (at / 32 * 32)));
@@ -40,7 +41,7 @@ void add_squares(const typename T::Stored* values, int64_t count, Mask mask, dou
     double both[2] = {};
     for (int64_t i = whole; i < count; i++) {
         const double value = T::widen(values[i]);
-        both[bit_at(mask, i)] += value * value;
+        both[!mask.packed || bit_at(mask, i)] += value * value;
     }
     for (int half = 0; half < 2; half++)
         for (int lane = 0; lane < kDoubles; lane++) {

@@ -161,11 +161,8 @@ class AppliedNorm:
                 dense = gradient.to_dense() if gradient.is_sparse else gradient
                 # Of a weight whose shards are in several processes, this one's gradient begins where its shard does.
                 start = fragment.start - (self._layers.start_of(fragment.name) if self._layers else 0)
-                part, mask = dense.view(-1)[start : start + fragment.numel], self._mask_of(fragment)
-                if mask is None:
-                    squares.append(part.norm(2, dtype=torch.float32).double().square().expand(2))
-                else:
-                    squares.append(bitmask.square_sums(part, mask))
+                part = dense.view(-1)[start : start + fragment.numel]
+                squares.append(bitmask.square_sums(part, self._mask_of(fragment)))
         # One look at all of them: every single one would wait for the device.
         sums = torch.stack(squares).sum(0) if squares else torch.zeros(2).double()
         total, counted = self._shards.sum(sums).tolist()

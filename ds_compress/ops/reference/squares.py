@@ -11,7 +11,7 @@ _CHUNK = 1 << 18
 
 
 @torch.no_grad()
-def mask_square_sums(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+def mask_square_sums(values: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
     """fp64 (2,): the sum of the squares of all values, and of those whose bit is set.
 
     Squares and sums are fp64; implementations differ in the order of the sums alone. A NaN or Inf counts in the first
@@ -19,7 +19,7 @@ def mask_square_sums(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor
 
     Args:
         values: (n,) contiguous, fp32, bf16 or fp16.
-        packed: uint8 (at least ceil(n / 8),) contiguous, on the same device.
+        packed: uint8 (at least ceil(n / 8),) contiguous, on the same device; None: all bits are set.
 
     >>> F.mask_square_sums(torch.tensor([1.0, 2.0, 3.0]), F.mask_pack(torch.tensor([True, False, True])))
     tensor([14., 10.], dtype=torch.float64)
@@ -28,6 +28,8 @@ def mask_square_sums(values: torch.Tensor, packed: torch.Tensor) -> torch.Tensor
     total = values.new_zeros(2, dtype=torch.float64)
     for begin in range(0, values.numel(), _CHUNK):
         squares = values[begin : begin + _CHUNK].double().square_()
-        kept = mask_unpack(packed[begin // 8 :], squares.numel())
-        total += torch.stack([squares.sum(), squares.masked_fill_(~kept, 0.0).sum()])
+        of_all = squares.sum()
+        if packed is not None:
+            squares.masked_fill_(~mask_unpack(packed[begin // 8 :], squares.numel()), 0.0)
+        total += torch.stack([of_all, squares.sum()])
     return total
