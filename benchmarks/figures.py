@@ -109,6 +109,29 @@ def compression_curve() -> Lines:
     return markdown(head, map(row, r.variants()), r.sources)
 
 
+def demo() -> Lines:
+    r = Results("demo")
+    models = [v for v in r.variants() if v != "the run" and not v.endswith(", exported")]
+
+    def row(variant: str) -> list[str]:
+        exported = f"{variant}, exported"
+        cells = [variant, f"{100 * r.value(variant, 'training: accuracy'):.2f} %"]
+        cells += [f"{r.value(variant, 'training: sentences'):,.0f}", f"{r.value(variant, 'bytes') / 1e6:.1f}"]
+        if exported not in r.variants():
+            return [*cells, "", "", ""]
+        size, faster = r.value(exported, "bytes") / 1e6, r.value(exported, "times faster")
+        bf16 = r.value(exported, "times faster than bf16")
+        return [*cells, f"{size:.1f}", f"{faster:.2f}x", f"{bf16:.2f}x"]
+
+    head = ["", "accuracy", "sentences", "MB, fp32", "MB, integers", "faster than fp32", "than bf16"]
+
+    def sources() -> Iterable[str]:
+        minutes = r.value("the run", "minutes")
+        return [f"{source}; {minutes:.1f} minutes" for source in r.sources()]
+
+    return markdown(head, map(row, models), sources)
+
+
 def step_overhead() -> Lines:
     r = Results("step_overhead", AVX512)
     wanted = [v for v in r.variants() if v != "plain DeepSpeed"]
@@ -138,7 +161,7 @@ def int8_linear() -> Lines:
 
 
 ELEMENTWISE = {
-    "`mask_apply_`": ("mask_apply", "25165824 fp32", "mask_apply_", "mul_ by a bool mask"),
+    "`mask_apply_`": ("mask_apply", "25165824 fp32", "mask_apply_", "mul_ by a float mask"),
     "`fake_quantize`, per channel": (
         "fake_quantize",
         "weight 3072 x 768, float32",
@@ -382,6 +405,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     table.__name__: table
     for table in (
         compression_curve,
+        demo,
         step_overhead,
         int8_linear,
         elementwise,

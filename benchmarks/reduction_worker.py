@@ -57,9 +57,11 @@ def collectives(elements: int) -> Mapping[str, Callable[[], object]]:
     world = dist.get_world_size()
     gradients = torch.randn(elements)
     half = gradients.bfloat16()
+    own = half.new_empty(elements // world)
     runs: dict[str, Callable[[], object]] = {
         "all-reduce bf16": lambda: dist.all_reduce(half),
         "all-reduce fp32": lambda: dist.all_reduce(gradients),
+        "reduce-scatter bf16": lambda: dist.reduce_scatter_tensor(own, half[: own.numel() * world]),
     }
     for name, bits, block in (("int8", 8, 512), ("int4", 4, 128), ("int4 block 512", 4, 512)):
         quantized = QuantizedSum(None, BlockCodec(bits, block))

@@ -24,9 +24,12 @@ def train(
     folder: Path,
     seed: int,
     freeze_embeddings: bool = False,
+    every: int = 1,
     export: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One `deepspeed` run of the training script; returns its `metrics.json`. `export`: formats to write.
+    """One `deepspeed` run of the training script; returns its `metrics.json`.
+
+    every: it trains on each so manieth sentence. export: formats to write.
 
     Its log goes to `<folder>.log`, its progress to stderr. Raises `StepFailed`.
     """
@@ -38,7 +41,9 @@ def train(
     command += ["--master_port", str(free_port())]
     command += ["--module", "ds_compress.examples.train", "--deepspeed_config", str(config_file)]
     command += ["--model", str(model), "--output", str(folder), "--steps", str(steps), "--seed", str(seed)]
-    command += ["--title", f"    {folder.name}"] + ["--freeze_embeddings"] * freeze_embeddings
+    command += ["--every", str(every), "--title", f"    {folder.name}"] + [
+        "--freeze_embeddings"
+    ] * freeze_embeddings
     command += ["--export", *export] if export else []
     print(f"    starting {PROCESSES} processes; log: {folder.with_suffix('.log')}", flush=True)
     with open(folder.with_suffix(".log"), "w") as log:

@@ -34,8 +34,9 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, count: int) -> Sentences:
-        return Sentences(self.tokens[:count], self.labels[:count], self.pad_id)
+    def every(self, step: int) -> Sentences:
+        """Each `step`-th sentence; the file is in no random order, so its first ones would be of a kind."""
+        return Sentences(self.tokens[::step], self.labels[::step], self.pad_id)
 
     def batch(self, rows: list[int], length: int | None = None) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask [len(rows), length] and labels [len(rows)], all int64.

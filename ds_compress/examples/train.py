@@ -47,8 +47,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     training, held_out = movie_reviews.load(tokenizer)
-    if args.sentences:
-        training = training.first(args.sentences)
+    training = training.every(args.every)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2)
     if args.freeze_embeddings:
         model.base_model.embeddings.requires_grad_(False)
@@ -68,6 +67,7 @@ def main() -> None:
     figures = {
         "accuracy": accuracy(logits["logits"], held_out.labels),
         "held_out": len(held_out),
+        "sentences": len(training),
         "steps": len(losses),
         "batch": engine.train_batch_size(),
         "processes": dist.get_world_size(),
@@ -87,7 +87,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder to write the trained model to")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sentences", type=int, default=0, help="train on the first so many sentences only")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train on every N-th sentence only, as if no other had a label",
+    )
     parser.add_argument(
         "--freeze_embeddings", action="store_true", help="half of a small encoder, and rarely worth it"
     )
