@@ -30,17 +30,18 @@ export TOKENIZERS_PARALLELISM := false
 # A build of a DeepSpeed op that was killed leaves a lock on which every later launch waits silently and for ever.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup test demo lint docs benchmark gpu-wheels gpu-check clean
+.PHONY: help setup test demo lint docs benchmark peers gpu-wheels gpu-check clean
 
 help:
 	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest; JOBS=1)"
 	@echo "make demo       set up $(VENV), compress a real encoder  (ARGS='--output DIR' goes to the demo)"
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
+	@echo "make peers      what a user would pick instead, beside ours (ARGS='--only encoder_ours encoder_nncf'; makes .venv-peers)"
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
 	@echo "make lint       ruff, mypy, clang-format, typos, vulture, import-linter, and whether tables and workflows are in order"
 	@echo "make docs       build the documentation into site/, warnings are errors"
-	@echo "make clean      remove $(VENV) and .venv-gpu"
+	@echo "make clean      remove $(VENV), .venv-gpu and .venv-peers"
 
 setup: $(INSTALLED)
 
@@ -75,6 +76,10 @@ demo: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_overhead --quick $(ARGS)
 
+# Each peer in a pinned environment of its own, in .venv-peers: some gigabytes.
+peers: $(INSTALLED)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 gpu-wheels:
 	$(PYTHON) -m benchmarks.gpu_wheels collect $(WHEELS) $(ARGS)
 
@@ -103,4 +108,4 @@ docs: $(DOCTOOLS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) .venv-gpu site
+	rm -rf $(VENV) .venv-gpu .venv-peers site

@@ -56,12 +56,19 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report(
-    benchmark: str, figures: Figures, args: argparse.Namespace, recorded: Figures | None = None
+    benchmark: str,
+    figures: Figures,
+    args: argparse.Namespace,
+    recorded: Figures | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints and records as the arguments ask for; `recorded`: what is recorded, where that is less than everything."""
+    """Prints and records as the arguments ask for.
+
+    recorded: what is recorded, where that is less than everything. versions: of packages in other environments.
+    """
     if args.record is not None:
         arguments = " ".join(_without_places(sys.argv[1:], str(args.record)))
-        path = write(benchmark, arguments, figures if recorded is None else recorded, args.record)
+        path = write(benchmark, arguments, figures if recorded is None else recorded, args.record, versions)
         print(f"written to {path}")
     if args.json:
         print(json_line(benchmark, figures))
@@ -77,9 +84,15 @@ def _without_places(given: Sequence[str], recorded: str) -> Iterator[str]:
             yield word
 
 
-def write(benchmark: str, arguments: str, figures: Figures, folder: Path = RESULTS) -> Path:
+def write(
+    benchmark: str,
+    arguments: str,
+    figures: Figures,
+    folder: Path = RESULTS,
+    versions: Mapping[str, str] | None = None,
+) -> Path:
     """Writes all figures of one run to `<folder>/<benchmark>.csv`, in place of those that they repeat; its path."""
-    path, where = folder / f"{benchmark}.csv", conditions()
+    path, where = folder / f"{benchmark}.csv", conditions(versions)
     rows = [
         {**where, "arguments": arguments, "variant": variant, "figure": figure, "value": f"{value:.6g}"}
         for variant, values in figures.items()
@@ -132,13 +145,17 @@ def _store(path: Path, rows: Iterable[Row]) -> None:
     os.replace(temporary, path)
 
 
-def conditions() -> dict[str, str]:
-    """time (UTC), commit, CPU model, cores and the versions that matter.
+def conditions(others: Mapping[str, str] | None = None) -> dict[str, str]:
+    """time (UTC), commit, CPU model, cores and the versions that matter; `others`: of packages that are not here.
 
     The commit has a "+" when the tree has changes; of a copy, $BENCHMARK_COMMIT may name it.
     """
     packages = ("torch", "deepspeed", "transformers")
-    versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+    named = {name: _version(name) for name in packages} | dict(others or {})
+    versions = [
+        f"python {platform.python_version()}",
+        *(f"{name} {version}" for name, version in named.items()),
+    ]
     return {
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
