@@ -23,18 +23,18 @@ struct OrderedInt16Values {
 
 // A group's blocks for kRows rows: 4 sums a row, added to rows of `to` that are kStripOutputs apart.
 template <int kRows>
-[[gnu::noinline]] void block_sparse_group(const int16_t* quantized, int64_t stride, const uint16_t* inputs,
-                                          const int8_t* values, int64_t count, int32_t* to) {
+[[gnu::noinline]] void block_sparse_group(const int16_t* quantized, const uint16_t* inputs, const int8_t* values,
+                                          int64_t count, int32_t* to) {
     __m256i s[kRows][kBlockOutputs];
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
         for (int o = 0; o < kBlockOutputs; o++) s[r][o] = _mm256_setzero_si256();
     for (int64_t i = 0; i < count; i++, values += kSparseBlockBytes) {
-        const int16_t* a = quantized + static_cast<int64_t>(inputs[i]) * kBlockInputs;
+        const int16_t* a = quantized + static_cast<int64_t>(inputs[i]) * (kRows * kBlockInputs);
         __m256i x[kRows];
 #pragma GCC unroll 2
-        for (int r = 0; r < kRows; r++) x[r] = load_as<__m256i>(a + r * stride);
+        for (int r = 0; r < kRows; r++) x[r] = load_as<__m256i>(a + r * kBlockInputs);
 #pragma GCC unroll 4
         for (int o = 0; o < kBlockOutputs; o++) {
             const __m256i w = _mm256_cvtepi8_epi16(load_as<__m128i>(values + o * kBlockInputs));
@@ -58,12 +58,12 @@ struct BlockSparseAvx2 {
 
     static int32_t start(const int32_t*, int64_t) { return 0; }
 
-    static void tile(int64_t rows, const int16_t* quantized, int64_t stride, const StripPart& part, int32_t* sums) {
+    static void tile(int64_t rows, const int16_t* quantized, const StripPart& part, int32_t* sums) {
         const auto group = rows == 2 ? block_sparse_group<2> : block_sparse_group<1>;
         int64_t begin = part.begin;
         for (int g = 0; g < kStripGroups; g++) {
             const int64_t end = part.ends[g];
-            group(quantized, stride, part.inputs + begin, part.values + begin * kSparseBlockBytes, end - begin,
+            group(quantized, part.inputs + begin, part.values + begin * kSparseBlockBytes, end - begin,
                   sums + g * kBlockOutputs);
             begin = end;
         }

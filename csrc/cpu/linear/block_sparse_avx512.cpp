@@ -16,8 +16,8 @@ constexpr int kGroupsAtOnce = 4;  // 16 outputs: a register of finished sums
 // For kRows rows, a group's sums in four parts: lane 4 o + i has what bytes 4 i to 4 i + 3 of a block gave output o.
 // Few rows spread their blocks over kCopies registers of sums, which do not wait for each other.
 template <int kRows>
-[[gnu::noinline]] void block_sparse_group(const uint8_t* quantized, int64_t stride, const uint16_t* inputs,
-                                          const int8_t* values, int64_t count, int32_t* to) {
+[[gnu::noinline]] void block_sparse_group(const uint8_t* quantized, const uint16_t* inputs, const int8_t* values,
+                                          int64_t count, int32_t* to) {
     constexpr int kCopies = kRows == 1 ? 4 : kRows <= 4 ? 2 : 1;
     __m512i s[kCopies][kRows];
 #pragma GCC unroll 4
@@ -26,10 +26,11 @@ template <int kRows>
         for (int r = 0; r < kRows; r++) s[c][r] = _mm512_setzero_si512();
     const auto add = [&](__m512i* sums, int64_t i) __attribute__((always_inline)) {
         const __m512i w = _mm512_loadu_si512(values + i * kSparseBlockBytes);
-        const uint8_t* a = quantized + static_cast<int64_t>(inputs[i]) * kBlockInputs;
+        const uint8_t* a = quantized + static_cast<int64_t>(inputs[i]) * (kRows * kBlockInputs);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; r++) {
-            const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + r * stride)));
+            const __m512i x =
+                _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + r * kBlockInputs)));
             DSC_VPDPBUSD(sums[r], x, w);
         }
     };
@@ -65,7 +66,7 @@ struct BlockSparseAvx512 {
 
     static int32_t start(const int32_t* corrections, int64_t output) { return corrections[output]; }
 
-    static void tile(int64_t rows, const uint8_t* quantized, int64_t stride, const StripPart& part, int32_t* sums) {
+    static void tile(int64_t rows, const uint8_t* quantized, const StripPart& part, int32_t* sums) {
         using Group = decltype(block_sparse_group<1>);
         static constexpr Group* kGroups[] = {
             block_sparse_group<1>,  block_sparse_group<2>,  block_sparse_group<3>,  block_sparse_group<4>,
@@ -78,8 +79,7 @@ struct BlockSparseAvx512 {
         for (int first = 0; first < kStripGroups; first += kGroupsAtOnce) {
             for (int g = 0; g < kGroupsAtOnce; g++) {
                 const int64_t end = part.ends[first + g];
-                group(quantized, stride, part.inputs + begin, part.values + begin * kSparseBlockBytes, end - begin,
-                      parts[g]);
+                group(quantized, part.inputs + begin, part.values + begin * kSparseBlockBytes, end - begin, parts[g]);
                 begin = end;
             }
             for (int64_t r = 0; r < rows; r++) {

@@ -29,7 +29,7 @@ struct BlockSparseScalar {
 
     static int32_t start(const int32_t*, int64_t) { return 0; }
 
-    static void tile(int64_t, const int16_t* quantized, int64_t, const StripPart& part, int32_t* sums) {
+    static void tile(int64_t, const int16_t* quantized, const StripPart& part, int32_t* sums) {
         int64_t begin = part.begin;
         for (int g = 0; g < kStripGroups; g++)
             for (; begin < part.ends[g]; begin++) {
