@@ -112,7 +112,8 @@ def _linear(
 def _(quantized: Tensor, blocks: int) -> Tensor:
     checks.check_quantized(quantized)
     checks.check_block_count(blocks)
-    return _bytes(quantized, BlockSparseLayout.of(*quantized.shape, blocks).total)
+    rows, columns = quantized.shape
+    return _bytes(quantized, BlockSparseLayout.of(rows, columns, blocks).total)
 
 
 @_fake("block_sparse_int8_linear")

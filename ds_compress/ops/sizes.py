@@ -8,6 +8,10 @@ HEADER_BYTES = 64
 """Packed weights begin with eight int64: magic, layout, rows N, columns K, groups, three spare."""
 
 
+BLOCK_OUTPUTS, BLOCK_INPUTS = 4, 16
+"""Of a block of a block-sparse weight."""
+
+
 def payload_bytes(numel: int, bits: int, block: int) -> int:
     """Bytes of the payload of `numel` elements: one fp32 scale a block, then whole blocks of quantized values."""
     blocks = -(-numel // block)

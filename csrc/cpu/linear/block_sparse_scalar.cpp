@@ -31,17 +31,36 @@ struct BlockSparseScalar {
 
     static void tile(int64_t, const int16_t* quantized, const StripPart& part, int32_t* sums) {
         int64_t begin = part.begin;
-        for (int g = 0; g < kStripGroups; g++)
-            for (; begin < part.ends[g]; begin++) {
-                const int16_t* a = quantized + static_cast<int64_t>(part.inputs[begin]) * kBlockInputs;
-                for (int o = 0; o < kBlockOutputs; o++) {
-                    const int8_t* w = part.values + begin * kSparseBlockBytes + o * kBlockInputs;
-                    int32_t sum = 0;
-                    for (int i = 0; i < kBlockInputs; i++) sum += a[i] * w[i];
-                    sums[g * kBlockOutputs + o] += sum;
-                }
+        for (int g = 0; g < kStripGroups; begin = part.ends[g++]) {
+            Sums group[kBlockOutputs] = {};
+            for (int64_t block = begin; block < part.ends[g]; block++) {
+                const int16_t* a = quantized + static_cast<int64_t>(part.inputs[block]) * kBlockInputs;
+                const int8_t* w = part.values + block * kSparseBlockBytes;
+                for (int o = 0; o < kBlockOutputs; o++) group[o].add(a, w + o * kBlockInputs);
             }
+            for (int o = 0; o < kBlockOutputs; o++) sums[g * kBlockOutputs + o] += group[o].total();
+        }
     }
+
+private:
+    // What one output has of a group's blocks; in four parts, so that they are added up once.
+    struct Sums {
+        int32_t parts[4] = {};
+
+        DSC_INLINE void add(const int16_t* a, const int8_t* w) {
+#if defined(DSC_SSE2)  // the compiler does not find pmaddwd
+            const __m128i bytes = load_as<__m128i>(w), zero = _mm_setzero_si128();
+            const __m128i low = _mm_srai_epi16(_mm_unpacklo_epi8(zero, bytes), 8);
+            const __m128i high = _mm_srai_epi16(_mm_unpackhi_epi8(zero, bytes), 8);
+            const __m128i sum =
+                _mm_add_epi32(_mm_madd_epi16(load_as<__m128i>(a), low), _mm_madd_epi16(load_as<__m128i>(a + 8), high));
+            store(parts, _mm_add_epi32(load_as<__m128i>(parts), sum));
+#else
+            for (int i = 0; i < kBlockInputs; i++) parts[i % 4] += a[i] * w[i];
+#endif
+        }
+        int32_t total() const { return parts[0] + parts[1] + parts[2] + parts[3]; }
+    };
 };
 
 const BlockSparseKernels* table_of(Isa isa) {

@@ -18,13 +18,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from ds_compress.ops.checks import check_block_count, check_quantized, check_weight_scale, described
+from ds_compress.ops.checks import check_block_count, check_quantized, described
 from ds_compress.ops.reference.linear import MAGIC, int8_linear, int8_linear_pack
+from ds_compress.ops.sizes import BLOCK_INPUTS as INPUTS
+from ds_compress.ops.sizes import BLOCK_OUTPUTS as OUTPUTS
 from ds_compress.ops.sizes import HEADER_BYTES, BlockSparseLayout
 
 LAYOUT = 12
-OUTPUTS, INPUTS = 4, 16
-"""Of a block."""
 _STRIP_OUTPUTS, _CHUNK_INPUTS = 48, 2048
 _GROUPS = _STRIP_OUTPUTS // OUTPUTS
 
