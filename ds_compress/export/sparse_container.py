@@ -158,12 +158,11 @@ def _inflated(stream: memoryview, how: str, size: int, what: str) -> bytearray:
         try:
             found = bytearray(inflate.decompress(stream, size + 1))
         except zlib.error as error:
-            raise ValueError(f"its {what} are damaged: {error}") from error
+            raise ValueError(f"the bytes of its {what} are damaged: {error}") from error
         whole = inflate.eof and not inflate.unused_data
     if len(found) != size or not whole:
-        raise ValueError(
-            f"its {what} have {'another length' if whole else 'no end'}, {size} bytes are expected"
-        )
+        problem = "have another length" if whole else "do not end there"
+        raise ValueError(f"the bytes of its {what} {problem}: {size} are expected")
     return found
 
 

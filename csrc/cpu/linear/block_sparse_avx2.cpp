@@ -39,7 +39,11 @@ template <int kRows>
         for (int o = 0; o < kBlockOutputs; o++) {
             const __m256i w = _mm256_cvtepi8_epi16(load_as<__m128i>(values + o * kBlockInputs));
 #pragma GCC unroll 2
-            for (int r = 0; r < kRows; r++) s[r][o] = _mm256_add_epi32(s[r][o], _mm256_madd_epi16(x[r], w));
+            for (int r = 0; r < kRows; r++) {
+                const __m256i product = _mm256_madd_epi16(x[r], w);
+                // In assembly because gcc 12 copies every sum once more, and one of them to the stack.
+                asm("vpaddd %1, %0, %0" : "+x"(s[r][o]) : "x"(product));
+            }
         }
     }
 #pragma GCC unroll 2
