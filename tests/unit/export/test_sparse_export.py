@@ -233,7 +233,7 @@ def products_of(model: nn.Module) -> dict[str, Int8Product]:
 
 def test_blocks_of_zeros_run_on_the_sparse_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(pruned(bert(), 0.85, (4, 16)), 8, DYNAMIC, ("layer",))
-    export(model, tmp_path / "out", "torch")
+    export(model, tmp_path / "out", "torch", check=False)
     given = inputs_of(model)
     served = from_pretrained(tmp_path / "out")
     mine = outputs(served, given)
