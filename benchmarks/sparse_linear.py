@@ -10,8 +10,7 @@ median over rounds with its quartiles.
 Then the folder of an encoder of MiniLM's size (6 layers of 384, 30,522 words) whose linear layers, or whose tables as
 well, are pruned in single weights or in blocks, and exported with int8 weights or with floats: bytes of the weight
 files, of the linear layers alone, how many times smaller than without zeros, and seconds of `from_pretrained`. The
-weights are normal random numbers of which the smallest (by magnitude, of blocks by their mean) are zero: trained ones deflate
-about as well.
+weights are normal random numbers of which the smallest are zero, by magnitude, of blocks by its mean.
 """
 
 from __future__ import annotations
