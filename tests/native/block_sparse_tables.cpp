@@ -31,10 +31,9 @@ extern "C" __attribute__((visibility("default"))) int dsc_test_block_sparse(int 
     const BlockSparseKernels& kernels = *tables[which]();
     const BlockSparseLayout layout(a->out_features, a->columns, a->blocks);
     const uint8_t* body = a->packed + sizeof(PackedHeader);
-    const BlockSparseWeight weight{reinterpret_cast<const int32_t*>(body),
-                                   reinterpret_cast<const int32_t*>(body + layout.ends),
-                                   reinterpret_cast<const uint16_t*>(body + layout.inputs),
-                                   reinterpret_cast<const int8_t*>(body + layout.values)};
+    const BlockSparseWeight weight{
+        reinterpret_cast<const int32_t*>(body), reinterpret_cast<const int32_t*>(body + layout.ends),
+        reinterpret_cast<const uint16_t*>(body + layout.inputs), reinterpret_cast<const int8_t*>(body + layout.values)};
     const LinearCall call{a->x,
                           static_cast<LinearType>(a->x_type),
                           a->rows,
