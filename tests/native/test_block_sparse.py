@@ -56,7 +56,7 @@ def test_extreme_codes_do_not_saturate(table: str, steps: int) -> None:
     codes = torch.tensor(
         [[127, 127], [127, -128], [-128, -128], [-128, 127], [0, -128]], dtype=torch.int8
     ).repeat(1, 40)
-    a = {"x": x, "codes": codes, "weight_scale": torch.ones(5) * 1e-3, "steps": steps}
+    a: dict[str, Any] = {"x": x, "codes": codes, "weight_scale": torch.ones(5) * 1e-3, "steps": steps}
     assert same(block_sparse_tables.linear(table, **a), expected_int8(a))
 
 

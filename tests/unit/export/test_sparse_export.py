@@ -116,7 +116,8 @@ def test_it_is_smaller_and_the_same_to_the_last_bit(
     dense = dense_twin(model, tmp_path / "dense", monkeypatch, **options)
     assert weight_bytes(tmp_path / "sparse") < 0.9 * weight_bytes(dense)
     given = inputs_of(model)
-    for rest in ({}, {"fused": False}, {"activations": False}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"fused": False}, {"activations": False})
+    for rest in ways:
         mine, theirs = from_pretrained(tmp_path / "sparse", **rest), from_pretrained(dense, **rest)
         assert torch.equal(outputs(mine, given), outputs(theirs, given)), rest
         for (name, one), (_, other) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
