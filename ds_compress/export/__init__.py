@@ -10,5 +10,5 @@ shards      safetensors files of bounded size, written tensor by tensor
 compatibility, trial_load    which formats a plan can be exported in, asked before training
 check       the folder is loaded by a fresh process (reload_*), and its logits compared
 report      `ds_compress.json`
-load        `from_pretrained`, for the `torch` format; serve, fuse: the modules that it runs; int8_product: on which kernel
+load        `from_pretrained`, for the `torch` format; serve, fuse: the modules that it runs; int8_product: their kernel
 """

@@ -40,7 +40,13 @@ from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
 from ds_compress.export.serve_experts import misfit_of_experts
-from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_experts, stored_weight, weight_scheme
+from ds_compress.export.serving_tensors import (
+    PLAIN_VALUES,
+    stored_experts,
+    stored_weight,
+    weight_scheme,
+    with_container,
+)
 from ds_compress.export.source import ExportSource
 from ds_compress.export.sparse_container import packed, sparse_name
 from ds_compress.modelinfo.experts import follows_registry, fused_experts
@@ -166,7 +172,8 @@ class ServingFormat(Format):
                 "floats are dequantized when they are loaded: smaller in the folder, no faster on the CPU"
             )
         try:
-            return {layer.full(name): tensor for name, tensor in stored_weight(quantized).items()}
+            stored = with_container(stored_weight(quantized), quantized.values)
+            return {layer.full(name): tensor for name, tensor in stored.items()}
         except ValueError as error:
             raise ExportError(f"{layer.name}: {error}") from error
 
@@ -184,7 +191,8 @@ class ServingFormat(Format):
 
     def _stored_experts(self, layer: Layer, name: str, experts: QuantizedExperts) -> dict[str, torch.Tensor]:
         try:
-            stored = stored_experts(name, experts)
+            codes = torch.stack([matrix.values for matrix in experts.matrices])
+            stored = with_container(stored_experts(name, experts), codes, f"{name}_")
         except ValueError as error:
             raise ExportError(f"{layer.full(name)}: {error}") from error
         # Empty, as `weight` is.

@@ -1,7 +1,7 @@
 """What format `torch` stores of a quantized weight, and how that is read back; `serving_format` says where it lies.
 
 Codes of floats are packed like unsigned integers, and their scales take 8 bits where the format says so (see `scales`).
-Codes of a weight with many zeros are in a container, where that is smaller (see `sparse_container`).
+`with_container` puts the codes of a weight with many zeros into a container, where that is smaller.
 """
 
 from __future__ import annotations
@@ -37,27 +37,11 @@ def weight_scheme(quantized: QuantizedMatrix) -> dict[str, Any]:
 
 
 def stored_weight(quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
-    """`loaded_weight` reads it back, once `load.Stored` has unpacked a container.
+    """`loaded_weight` reads it back.
 
     Raises:
         ValueError: a scale is none that the number format can store.
     """
-    return with_container(_dense(quantized), quantized.values)
-
-
-def with_container(
-    stored: dict[str, torch.Tensor], codes: torch.Tensor, name: str = ""
-) -> dict[str, torch.Tensor]:
-    """`stored` with a container of `codes` in place of them, where that is smaller; name: before that of each."""
-    dense = name + (CODES if name + CODES in stored else PACKED)
-    container = packed(codes, stored[dense].nbytes)
-    if container is None:
-        return stored
-    rest = {key: tensor for key, tensor in stored.items() if key != dense}
-    return {**rest, sparse_name(name + CODES): container}
-
-
-def _dense(quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     stored = {"weight_scale": stored_scale(quantized)}
@@ -73,6 +57,21 @@ def _dense(quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
     if _is_unsigned(quantized.format, quantized.offset):  # packing is for signed integers
         values = (values.to(torch.int16) - 2 ** (quantized.bits - 1)).to(torch.int8)
     return {**stored, PACKED: pack_to_int32(values, bits)}
+
+
+def with_container(
+    stored: dict[str, torch.Tensor], codes: torch.Tensor, name: str = ""
+) -> dict[str, torch.Tensor]:
+    """`stored` with a container of its `codes` in place of them, where that is smaller; name: before that of each.
+
+    `load.Stored` unpacks it: `loaded_weight` and `loaded_experts` see the codes.
+    """
+    dense = name + (CODES if name + CODES in stored else PACKED)
+    container = packed(codes, stored[dense].nbytes)
+    if container is None:
+        return stored
+    rest = {key: tensor for key, tensor in stored.items() if key != dense}
+    return {**rest, sparse_name(name + CODES): container}
 
 
 def loaded_weight(stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> QuantizedMatrix:
@@ -118,10 +117,8 @@ def stored_experts(name: str, experts: QuantizedExperts) -> dict[str, torch.Tens
     Raises:
         ValueError: a scale is none that the number format can store.
     """
-    each = [_dense(matrix) for matrix in experts.matrices]
-    stacked = {f"{name}_{key}": torch.stack([stored[key] for stored in each]) for key in each[0]}
-    codes = torch.stack([matrix.values for matrix in experts.matrices])
-    return with_container(stacked, codes, f"{name}_")
+    each = [stored_weight(matrix) for matrix in experts.matrices]
+    return {f"{name}_{key}": torch.stack([stored[key] for stored in each]) for key in each[0]}
 
 
 def loaded_experts(name: str, stored: dict[str, torch.Tensor], scheme: dict[str, Any]) -> QuantizedExperts:
