@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.export.int8_product import Int8Product
+from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_out
 from ds_compress.export.serve import Int8Linear
 from ds_compress.export.shape_only import ShapeOnly
 
@@ -82,7 +82,8 @@ class _FusedLinear:
         self.bias = None if all(m.bias is None for m in members) else torch.cat(biases)
         self.scale = torch.cat([member.scale for member in members])
         self.input_scale, self.scale_divisor = first.input_scale, first.scale_divisor
-        self.product = Int8Product.of(torch.cat([member.int_weight for member in members]))
+        values = torch.cat([member.int_weight for member in members])
+        self.product = Int8Product.of(values, blocks_worth_leaving_out(values))
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...], list[bool]] | None = None
 
     def part(self, x: torch.Tensor, number: int) -> torch.Tensor:

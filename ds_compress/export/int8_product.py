@@ -23,9 +23,12 @@ class Int8Product:
     is_block_sparse: bool
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> Int8Product:
-        """Of int8 values (out_features, in_features)."""
-        ops, blocks = kernels(), _blocks_worth_leaving_out(values)
+    def of(cls, values: torch.Tensor, blocks: int | None) -> Int8Product:
+        """Of int8 values (out_features, in_features); blocks: what `blocks_worth_leaving_out` says of them.
+
+        It looks at no value, so that torch.compile traces it.
+        """
+        ops = kernels()
         if blocks is None:
             return cls(ops.int8_linear_pack(values), False)
         return cls(ops.block_sparse_int8_linear_pack(values, blocks), True)
@@ -48,8 +51,8 @@ class Int8Product:
         return y
 
 
-def _blocks_worth_leaving_out(values: torch.Tensor) -> int | None:
-    """How many blocks have a value other than 0, None where too many have."""
+def blocks_worth_leaving_out(values: torch.Tensor) -> int | None:
+    """How many blocks of int8 values have one other than 0; None where so many have that the dense kernel is faster."""
     rows, columns = values.shape
     if int(values.count_nonzero()) > (1 - LEAST_ZERO_BLOCKS) * values.numel():
         return None

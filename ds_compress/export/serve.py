@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_compress.export.int8_product import Int8Product
+from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_out
 from ds_compress.export.integer_kernels import misfit, takes_groups
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
@@ -35,6 +35,7 @@ class Int8Linear(nn.Module):
             self.input_scale = qparams_from_range(lowest, highest, used.grid).scale.reshape(1)
         self._packed: torch.Tensor | None = None
         self._product: Int8Product | None = None
+        self._blocks = blocks_worth_leaving_out(self.int_weight) if type(self) is Int8Linear else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -43,7 +44,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self._product is None:
-            self._product = Int8Product.of(self.int_weight)
+            self._product = Int8Product.of(self.int_weight, self._blocks)
             self.int_weight = self.int_weight.new_empty(0)
         return self._product(
             input if input.is_contiguous() else input.contiguous(),

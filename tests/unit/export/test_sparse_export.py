@@ -17,7 +17,7 @@ from ds_compress.api import export
 from ds_compress.errors import ExportError
 from ds_compress.export import int8_product, sparse_container
 from ds_compress.export.fuse import FusedPart
-from ds_compress.export.int8_product import Int8Product
+from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_out
 from ds_compress.export.load import from_pretrained
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import Int8Linear
@@ -257,10 +257,23 @@ def test_only_where_it_pays(zeros: float, block: tuple[int, int], expected: bool
     blocks.view(-1)[torch.randperm(blocks.numel())[: round(zeros * blocks.numel())]] = 0
     values = torch.randint(1, 100, (rows, columns), dtype=torch.int8)
     values *= blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1).to(torch.int8)
-    product = Int8Product.of(values)
+    product = Int8Product.of(values, blocks_worth_leaving_out(values))
     assert product.is_block_sparse == expected
     x, scale = torch.randn(3, columns), torch.rand(rows)
     assert torch.equal(
         product(x, scale, None, None, 127),
         ds_compress.ops.functional.int8_linear(x, ds_compress.ops.functional.int8_linear_pack(values), scale),
     )
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.9])
+def test_a_layer_compiles_before_it_has_run(tmp_path: Path, zeros: float) -> None:
+    """Packed within the graph, at the first call."""
+    model = quantized(pruned(bert(), zeros, (4, 16)), 8, DYNAMIC, ("layer",))
+    export(model, tmp_path / "out", "torch", check=False)
+    name, x = "bert.encoder.layer.0.output.dense", torch.randn(3, 192)
+    layer, other = (from_pretrained(tmp_path / "out").get_submodule(name) for _ in range(2))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), other(x))
+    assert isinstance(other, Int8Linear) and other._product is not None
+    assert other._product.is_block_sparse == bool(zeros)
