@@ -107,7 +107,7 @@ struct Linear {
         m.impl("int4_linear", TORCH_BOX(&int4_linear));
     }
 
-private:
+protected:
     template <class Multiply>
     static Tensor run(const Tensor& given, const Tensor& packed, const WeightShape& weight, const Tensor* weight_scale,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale, int64_t steps,

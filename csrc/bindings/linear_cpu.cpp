@@ -62,32 +62,11 @@ void for_panels(const LinearKernels& kernels, const LinearWeight& weight, const 
 
 // --- multiplying ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kRowsWorthATask = 16;  // so many rows use a panel of weights well
-
-/// Cuts the result among the threads: by rows where there are many, so that each row is quantized once, else by panels.
 template <class Kernel>
 void run(const LinearKernels& kernels, const cpu::LinearCall& call, Kernel kernel) {
-    const int64_t panels = panels_of(kernels, call.weight.rows);
-    if (call.rows == 0 || panels == 0) return;
     const int64_t bytes = kernels.scratch_bytes(call.weight.columns, call.weight.groups);
-    const bool serial = call.rows * call.weight.rows * call.weight.columns < kSerialProducts;
-    const int64_t threads = serial ? 1 : torch::stable::get_num_threads();
-    if (threads == 1) return kernel(call, Range{0, call.rows}, Range{0, panels}, thread_scratch(bytes));
-    int64_t row_parts = threads;
-    while (row_parts > 1 && (threads % row_parts != 0 || call.rows / row_parts < kRowsWorthATask)) row_parts--;
-    const int64_t panel_parts = std::min(panels, threads / row_parts);
-    torch::stable::parallel_for(0, row_parts * panel_parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; task++) {
-            const int64_t row = task / panel_parts, panel = task % panel_parts;
-            // Whole tiles of 8 rows, but for the last part.
-            const auto row_of = [&](int64_t part) {
-                return part == row_parts ? call.rows : call.rows * part / row_parts / 8 * 8;
-            };
-            const Range rows{row_of(row), row_of(row + 1)};
-            const Range columns{panels * panel / panel_parts, panels * (panel + 1) / panel_parts};
-            kernel(call, rows, columns, thread_scratch(bytes));
-        }
-    });
+    for_rectangles(call, panels_of(kernels, call.weight.rows),
+                   [&](Range rows, Range panels) { kernel(call, rows, panels, thread_scratch(bytes)); });
 }
 
 PackedHeader header_of(const Tensor& packed, int64_t layout) {

@@ -1,6 +1,7 @@
 // What the bindings of integer linear layers share on the CPU: scratch memory, and the heads of packed weights.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -43,6 +44,32 @@ inline cpu::LinearType type_of(const Tensor& tensor) {
 
 inline int64_t panels_of(const cpu::LinearKernels& kernels, int64_t rows) {
     return (rows + kernels.panel_columns - 1) / kernels.panel_columns;
+}
+
+constexpr int64_t kRowsWorthATask = 16;  // so many rows use a panel of weights well
+
+/// Cuts the result among the threads: by rows where there are many, so that each row is quantized once, else by panels.
+template <class Work>
+void for_rectangles(const cpu::LinearCall& call, int64_t panels, const Work& work) {
+    using cpu::Range;
+    if (call.rows == 0 || panels == 0) return;
+    const bool serial = call.rows * call.weight.rows * call.weight.columns < kSerialProducts;
+    const int64_t threads = serial ? 1 : torch::stable::get_num_threads();
+    if (threads == 1) return work(Range{0, call.rows}, Range{0, panels});
+    int64_t row_parts = threads;
+    while (row_parts > 1 && (threads % row_parts != 0 || call.rows / row_parts < kRowsWorthATask)) row_parts--;
+    const int64_t panel_parts = std::min(panels, threads / row_parts);
+    torch::stable::parallel_for(0, row_parts * panel_parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t row = task / panel_parts, panel = task % panel_parts;
+            // Whole tiles of 8 rows, but for the last part.
+            const auto row_of = [&](int64_t part) {
+                return part == row_parts ? call.rows : call.rows * part / row_parts / 8 * 8;
+            };
+            work(Range{row_of(row), row_of(row + 1)},
+                 Range{panels * panel / panel_parts, panels * (panel + 1) / panel_parts});
+        }
+    });
 }
 
 /// The head of the packed weight of `size` bytes at `bytes`, checked.

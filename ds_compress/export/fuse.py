@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_out
 from ds_compress.export.serve import Int8Linear
 from ds_compress.export.shape_only import ShapeOnly
-from ds_compress.ops import kernels
 
 _ACTIVATED = (
     ("dense", "intermediate_act_fn"),
@@ -82,15 +82,14 @@ class _FusedLinear:
         self.bias = None if all(m.bias is None for m in members) else torch.cat(biases)
         self.scale = torch.cat([member.scale for member in members])
         self.input_scale, self.scale_divisor = first.input_scale, first.scale_divisor
-        self.packed = kernels().int8_linear_pack(torch.cat([member.int_weight for member in members]))
+        values = torch.cat([member.int_weight for member in members])
+        self.product = Int8Product.of(values, blocks_worth_leaving_out(values))
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...], list[bool]] | None = None
 
     def part(self, x: torch.Tensor, number: int) -> torch.Tensor:
         last = self._last
         if last is None or last[0] is not x or last[2][number]:
-            y = kernels().int8_linear(
-                x.contiguous(), self.packed, self.scale, self.bias, self.input_scale, steps=self.scale_divisor
-            )
+            y = self.product(x.contiguous(), self.scale, self.bias, self.input_scale, self.scale_divisor)
             self._last = last = (x, y.split(self.parts, dim=-1), [False] * len(self.parts))
         last[2][number] = True
         if all(last[2]):

@@ -16,17 +16,26 @@ from torch import nn
 from ds_compress.errors import ExportError
 from ds_compress.export.attributes import restore
 from ds_compress.export.fuse import fuse
+from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
 from ds_compress.export.serve_experts import serve_experts
-from ds_compress.export.serving_tensors import INSTEAD_OF_WEIGHT, PLAIN_VALUES, loaded_experts, loaded_weight
+from ds_compress.export.serving_tensors import (
+    CODES,
+    INSTEAD_OF_WEIGHT,
+    PACKED,
+    PLAIN_VALUES,
+    loaded_experts,
+    loaded_weight,
+)
+from ds_compress.export.sparse_container import dense_name, unpacked
 from ds_compress.export.whole import refuse_damaged
 from ds_compress.files import inside
 
 logger = logging.getLogger("ds_compress")
 
-_OF_WEIGHT = ("weight_codes", "weight_packed", "weight_scale", "weight_offset", "weight_global_scale")
+_OF_WEIGHT = (CODES, PACKED, "weight_scale", "weight_offset", "weight_global_scale")
 
 
 def from_pretrained(
@@ -89,11 +98,14 @@ def serve(
             for name, scheme in schemes.items()
         }
     for name, module in list(model.named_modules()):
-        fill(module, stored.of_module(name))
+        fill(module, stored.of_module(name, codes=False))
     dequantized = {}
     for name, scheme in schemes.items():
         if "experts" in scheme:
-            reason = _serve_experts(model.get_submodule(name), scheme, stored.of_module(name))
+            try:
+                reason = _serve_experts(model.get_submodule(name), scheme, stored.of_module(name))
+            except ValueError as error:
+                raise ExportError(f"{name}: {error}") from error
             if reason is not None and activations:
                 dequantized[name] = reason
         _serve(model, name, scheme, stored)
@@ -106,7 +118,8 @@ def serve(
 
 
 class Stored:
-    """Tensors by name, from one file or several. A weight that is stored in integers is not among them.
+    """Tensors by name, from one file or several. A weight that is stored in integers is not among them, and what is
+    stored in a container (see `sparse_container`) has the name and the values that it had before.
 
     renamed: the name in the files for that of a module, where they differ.
     """
@@ -135,19 +148,26 @@ class Stored:
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Stored:
         """What the files of a folder hold, where it is in memory already."""
         stored = cls.__new__(cls)
-        stored._renamed, stored._in_memory = None, tensors
+        stored._renamed, stored._in_memory, stored._where = None, tensors, {}
         stored._by_module = _names_by_module(tensors)
         return stored
 
-    def of_module(self, module: str) -> dict[str, torch.Tensor]:
-        """By local name."""
-        found = {}
+    def of_module(self, module: str, codes: bool = True) -> dict[str, torch.Tensor]:
+        """By local name; codes: False leaves containers of codes packed, for who does not look at them.
+
+        Raises:
+            ExportError: a container is damaged.
+        """
+        found, containers = {}, {}
         for name in self._by_module.get(self._renamed(module) if self._renamed else module, ()):
-            if name in self._in_memory:
-                found[name.rpartition(".")[2]] = self._in_memory[name]
-                continue
-            with safe_open(self._where[name], framework="pt") as opened:
-                found[name.rpartition(".")[2]] = opened.get_tensor(name)
+            local, tensor = name.rpartition(".")[2], self._tensor(name)
+            dense = dense_name(local, tensor)
+            if dense is None:
+                found[local] = tensor
+            else:
+                is_needed = codes or not dense.endswith(CODES)
+                containers[dense] = self._unpacked(name, tensor) if is_needed else tensor
+        found |= containers
         if any(name in found for name in INSTEAD_OF_WEIGHT):
             found.pop("weight", None)
             if (values := found.pop(PLAIN_VALUES, None)) is not None:
@@ -155,6 +175,20 @@ class Stored:
         for name in [name for name in found if f"{name}_weight_scale" in found]:
             del found[name]  # empty, beside the tensors of quantized experts
         return found
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name in self._in_memory:
+            return self._in_memory[name]
+        with safe_open(self._where[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    def _unpacked(self, name: str, container: torch.Tensor) -> torch.Tensor:
+        try:
+            return unpacked(container)
+        except ValueError as error:
+            where = f"{self._where[name]}: " if name in self._where else ""
+            raise ExportError(f"{where}{name} is damaged: {error}") from error
 
 
 def meta_model(folder: Path, model_class: str) -> nn.Module:
@@ -210,12 +244,19 @@ def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Store
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
-    quantized = loaded_weight(tensors, scheme["weight"]) if "weight" in scheme else None
+    quantized = _loaded(name, tensors, scheme["weight"]) if "weight" in scheme else None
     used = InputScheme.from_json(scheme["input"]) if "input" in scheme else None
     served = serving_module(model.get_submodule(name), quantized, used)
     if name:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, served)
+
+
+def _loaded(name: str, tensors: dict[str, torch.Tensor], scheme: dict[str, Any]) -> QuantizedMatrix:
+    try:
+        return loaded_weight(tensors, scheme)
+    except ValueError as error:
+        raise ExportError(f"{name}: {error}") from error
 
 
 def _serve_experts(
@@ -247,7 +288,7 @@ def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Sto
             module = model.get_submodule(name)
             if "weight" in schemes.get(owner, {}) and first_local == "weight":
                 tensors = stored.of_module(owner)
-                quantized = loaded_weight(tensors, schemes[owner]["weight"])
+                quantized = _loaded(owner, tensors, schemes[owner]["weight"])
                 if isinstance(module, nn.Embedding):
                     _replace(model, name, serving_module(module, quantized, None))
                     continue

@@ -12,12 +12,14 @@ import torch
 
 from ds_compress.errors import ExportError
 from ds_compress.export.read import Layer
+from ds_compress.export.sparse_container import dense_name
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 FILE_NAME = "ds_compress.json"
-_FORMAT_VERSION = 1
+_FORMAT_VERSIONS = (1, 2)
+"""2: a tensor is in a container (`sparse_container`), which older versions do not know."""
 _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
 
 
@@ -76,11 +78,17 @@ class ExportReport:
                 "sparsity": round(1 - nonzeros / numbers, 4),
                 "bytes": sum(t.nbytes for t in stored.values()),
             }
+            containers = sum(
+                dense_name(name.rpartition(".")[2], tensor) is not None for name, tensor in stored.items()
+            )
+            if containers:
+                self.modules[layer.name]["containers"] = containers
 
     def write(self, folder: Path) -> None:
         """`ds_compress.json` in `folder`."""
         self.bytes = sum(file.stat().st_size for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-        data = {"format_version": _FORMAT_VERSION, **asdict(self)}
+        version = _FORMAT_VERSIONS[any(module.get("containers") for module in self.modules.values())]
+        data = {"format_version": version, **asdict(self)}
         data |= {"ratio": round(self.ratio, 3), "sparsity": round(self.sparsity, 4)}
         (folder / FILE_NAME).write_text(json.dumps(data, indent=1) + "\n")
 
@@ -101,7 +109,7 @@ class ExportReport:
         """The report that `text` is; path: for messages. Raises ExportError as `read`."""
         try:
             data = json.loads(text)
-            if data.pop("format_version") != _FORMAT_VERSION:
+            if data.pop("format_version") not in _FORMAT_VERSIONS:
                 raise ExportError(f"{path} was written by a newer version of ds_compress")
             data.pop("ratio"), data.pop("sparsity")
             return cls(**data)
@@ -165,7 +173,8 @@ def _scheme(module: dict[str, Any]) -> str:
     if inputs:
         static = inputs.get("range") is not None or inputs.get("dynamic") in (False, "local")
         parts.append(f"inputs {_numbers(inputs)} {'static' if static else 'dynamic'}")
-    return ", ".join(parts) or "float"
+    words = ", ".join(parts) or "float"
+    return f"{words}, without its zeros" if module.get("containers") else words
 
 
 def _numbers(how: dict[str, Any]) -> str:

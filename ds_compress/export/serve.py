@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_out
 from ds_compress.export.integer_kernels import misfit, takes_groups
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
@@ -33,6 +34,8 @@ class Int8Linear(nn.Module):
             lowest, highest = used.input_range[0], used.input_range[1]
             self.input_scale = qparams_from_range(lowest, highest, used.grid).scale.reshape(1)
         self._packed: torch.Tensor | None = None
+        self._product: Int8Product | None = None
+        self._blocks = blocks_worth_leaving_out(self.int_weight) if type(self) is Int8Linear else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -40,20 +43,17 @@ class Int8Linear(nn.Module):
         return ShapeOnly.of(self.out_features, self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        ops = kernels()
-        if self._packed is None:
-            self._packed = ops.int8_linear_pack(self.int_weight)
+        if self._product is None:
+            self._product = Int8Product.of(self.int_weight, self._blocks)
             self.int_weight = self.int_weight.new_empty(0)
-        y: torch.Tensor = ops.int8_linear(
+        return self._product(
             input if input.is_contiguous() else input.contiguous(),
-            self._packed,
             self.scale,
             self.bias,
             self.input_scale,
-            steps=self.scale_divisor,
-            activation=self.activation,
+            self.scale_divisor,
+            self.activation,
         )
-        return y
 
     def extra_repr(self) -> str:
         return (

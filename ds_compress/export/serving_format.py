@@ -4,6 +4,8 @@
     weight_scale    fp32 `[out, groups]`; weight_offset: likewise, of asymmetric weights; of floats in the dtype of the
                     number format, and beside weight_global_scale where that has one
     <matrix>_weight_codes, ...   of fused experts: those of each expert, stacked `[experts, ...]`
+    <tensor>_sparse     uint8, in place of weight_codes, weight_packed, or a weight of floats with many zeros: one bit
+                        per element and the other elements, deflated; see `sparse_container`
     weight          empty: its shape fits no model, so that transformers without ds_compress refuses the folder
                     instead of initializing what it does not find at random
 
@@ -38,8 +40,15 @@ from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
 from ds_compress.export.serve_experts import misfit_of_experts
-from ds_compress.export.serving_tensors import PLAIN_VALUES, stored_experts, stored_weight, weight_scheme
+from ds_compress.export.serving_tensors import (
+    PLAIN_VALUES,
+    stored_experts,
+    stored_weight,
+    weight_scheme,
+    with_container,
+)
 from ds_compress.export.source import ExportSource
+from ds_compress.export.sparse_container import packed, sparse_name
 from ds_compress.modelinfo.experts import follows_registry, fused_experts
 from ds_compress.modelinfo.kinds import ModuleKind
 
@@ -129,9 +138,33 @@ class ServingFormat(Format):
             scheme["input"] = layer.input.as_json()
         if layer.ties:
             scheme["ties"] = layer.ties
+        shapes = self._make_sparse(layer, stored)
+        if shapes:
+            scheme["sparse"] = shapes
         if scheme:
             self.schemes[layer.name] = scheme
         return stored
+
+    def _make_sparse(self, layer: Layer, stored: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+        """Weights of floats with many zeros into containers; {parameter: the shape that its place has in the file}."""
+        shapes = {}
+        for local, given in layer.tensors.items():
+            is_plain = layer.full(local) in stored
+            name = layer.full(local if is_plain else PLAIN_VALUES)
+            if (local != "weight" and given.dim() < 3) or given.dim() < 2 or name not in stored:
+                continue
+            tensor = stored[name]
+            container = (
+                packed(tensor, tensor.nbytes) if tensor.is_floating_point() and tensor.numel() else None
+            )
+            if container is None:
+                continue
+            stored[sparse_name(name)] = container
+            del stored[name]
+            if is_plain:  # empty, as beside codes
+                stored[name] = torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype)
+                shapes[local] = [0, *tensor.shape[1:]]
+        return shapes
 
     def _stored(self, layer: Layer, quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
         if quantized.format != "int":
@@ -139,7 +172,8 @@ class ServingFormat(Format):
                 "floats are dequantized when they are loaded: smaller in the folder, no faster on the CPU"
             )
         try:
-            return {layer.full(name): tensor for name, tensor in stored_weight(quantized).items()}
+            stored = with_container(stored_weight(quantized), quantized.values)
+            return {layer.full(name): tensor for name, tensor in stored.items()}
         except ValueError as error:
             raise ExportError(f"{layer.name}: {error}") from error
 
@@ -157,7 +191,8 @@ class ServingFormat(Format):
 
     def _stored_experts(self, layer: Layer, name: str, experts: QuantizedExperts) -> dict[str, torch.Tensor]:
         try:
-            stored = stored_experts(name, experts)
+            codes = torch.stack([matrix.values for matrix in experts.matrices])
+            stored = with_container(stored_experts(name, experts), codes, f"{name}_")
         except ValueError as error:
             raise ExportError(f"{layer.full(name)}: {error}") from error
         # Empty, as `weight` is.

@@ -344,8 +344,8 @@ def _class_name(model: nn.Module) -> str:
 
 
 def _sparsity_notes(report: ExportReport) -> list[str]:
-    if report.sparsity < 0.3:
+    if report.sparsity < 0.3 or report.format == "torch":
         return []
     return [
-        "zeros are stored like all other weights: no format here is sparse, and neither is any served 2:4 format"
+        'zeros are stored like all other weights: only format="torch" is sparse, and no served 2:4 format is'
     ]

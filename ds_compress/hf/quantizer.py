@@ -25,7 +25,7 @@ from ds_compress.export.load import Stored, serve
 from ds_compress.export.serving_format import QUANT_METHOD
 from ds_compress.export.whole import refuse_damaged
 
-_OURS = {r"(\.|_proj_)weight_(codes|packed|scale|offset|global_scale|values)$"}
+_OURS = {r"(\.|_proj_)weight_(codes|packed|scale|offset|global_scale|values)(_sparse)?$", r"[^.]_sparse$"}
 
 
 class DsCompressConfig(QuantizationConfigMixin):
@@ -100,6 +100,8 @@ class DsCompressQuantizer(HfQuantizer):
         for name, scheme in config.modules.items():
             if not self._has(model, name):
                 continue
+            for local, shape in scheme.get("sparse", {}).items():
+                self._shape(model, f"{name}.{local}", shape)
             for matrix, own in scheme.get("experts", {}).items():
                 self._shape(model, f"{name}.{matrix}", [0, *own["shape"]])
             if "weight" in scheme:

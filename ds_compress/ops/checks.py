@@ -382,6 +382,10 @@ def _check_vector(name: str, vector: Tensor, length: int) -> None:
     )
 
 
+def check_block_count(blocks: int) -> None:
+    require(blocks >= 0, lambda: f"blocks is how many have a value other than 0, got {blocks}")
+
+
 # --- integer linear layers of many experts ----------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@
 
 Integer linear layers    int8_linear, int4_linear, and a `_pack` for the weight of each: layouts differ between CPUs, so
                          pack where you multiply, and store the quantized values; int8_grouped_linear and
-                         int4_grouped_linear multiply the rows of all experts of a mixture at once
+                         int4_grouped_linear multiply the rows of all experts of a mixture at once;
+                         block_sparse_int8_linear leaves out blocks of 4 outputs x 16 inputs that are zero
 Fake quantization        fake_quantize (integers), fake_quantize_float
 Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_window, mask_square_sums, mask_apply_,
                          mask_apply_many_: bit i of byte j is element 8 j + i; a trailing underscore writes in place
@@ -46,6 +47,8 @@ int8_linear_quantize_pack = _preferred(reference.linear.int8_linear_quantize_pac
 int8_linear = _preferred(reference.linear.int8_linear)
 int4_linear_pack = _preferred(reference.linear.int4_linear_pack)
 int4_linear = _preferred(reference.linear.int4_linear)
+block_sparse_int8_linear_pack = _preferred(reference.block_sparse.block_sparse_int8_linear_pack)
+block_sparse_int8_linear = _preferred(reference.block_sparse.block_sparse_int8_linear)
 int8_grouped_linear = _preferred(reference.grouped_linear.int8_grouped_linear)
 int4_grouped_linear = _preferred(reference.grouped_linear.int4_grouped_linear)
 fake_quantize = _preferred(reference.fake_quantize.fake_quantize)

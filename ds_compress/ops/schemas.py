@@ -5,7 +5,8 @@ op its signature and an implementation in plain torch, the compiled library (see
 CUDA. The numerics that all of them share, bit for bit, are stated in `csrc/README.md`.
 
 linear        int8_linear and int4_linear: quantize the rows of x, multiply integers, dequantize, add, activate;
-              int8_grouped_linear, int4_grouped_linear: of all experts of a mixture, in one launch
+              int8_grouped_linear, int4_grouped_linear: of all experts of a mixture, in one launch;
+              block_sparse_int8_linear: without the blocks of zeros of its weight
 fake_quantize quantize and read back in one pass, with the mask of what was not clipped; _float: to small floats
 mask          bit-packed masks on flat tensors of any float dtype, in place
 block         the parts of a quantized reduction: payloads of scales and int8 or int4 values
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ds_compress.ops import checks
 from ds_compress.ops.reference import IMPLEMENTATIONS, MUTATED
-from ds_compress.ops.sizes import packed_bytes
+from ds_compress.ops.sizes import BlockSparseLayout, packed_bytes
 
 NAMESPACE = "ds_compress"
 
@@ -104,6 +105,25 @@ def _linear(
 ) -> Tensor:
     checks.check_linear(x, rows, x.shape[-1], out_dtype=out_dtype, **rest)
     checks.check_packed(packed, rows, x.shape[-1], groups)
+    return x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype)
+
+
+@_fake("block_sparse_int8_linear_pack")
+def _(quantized: Tensor, blocks: int) -> Tensor:
+    checks.check_quantized(quantized)
+    checks.check_block_count(blocks)
+    rows, columns = quantized.shape
+    return _bytes(quantized, BlockSparseLayout.of(rows, columns, blocks).total)
+
+
+@_fake("block_sparse_int8_linear")
+def _(
+    x: Tensor, packed: Tensor, weight_scale: Tensor, *, out_dtype: torch.dtype | None, **rest: Any
+) -> Tensor:
+    rows = weight_scale.shape[0] if weight_scale.dim() else 0
+    checks.check_weight_scale(weight_scale, rows)
+    checks.check_linear(x, rows, x.shape[-1], out_dtype=out_dtype, **rest)
+    checks.check_tensor("block_sparse_int8_linear", "packed", packed, 1, (torch.uint8,))
     return x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype)
 
 

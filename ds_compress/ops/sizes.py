@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 HEADER_BYTES = 64
 """Packed weights begin with eight int64: magic, layout, rows N, columns K, groups, three spare."""
+
+
+BLOCK_OUTPUTS, BLOCK_INPUTS = 4, 16
+"""Of a block of a block-sparse weight."""
 
 
 def payload_bytes(numel: int, bits: int, block: int) -> int:
@@ -19,3 +25,27 @@ def packed_bytes(rows: int, columns: int, bits: int = 8, groups: int = 0) -> int
     """
     padded_rows = -(-rows // 48) * 48
     return HEADER_BYTES + padded_rows * (-(-columns // 64) * 64 * bits // 8 + 8 + 8 * groups)
+
+
+@dataclass(frozen=True)
+class BlockSparseLayout:
+    """Where the arrays of a packed block-sparse weight begin, and its bytes; see `reference.block_sparse`."""
+
+    corrections: int
+    ends: int
+    inputs: int
+    values: int
+    total: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, blocks: int) -> BlockSparseLayout:
+        """Of a weight (rows, columns) with so many blocks of 4 x 16."""
+
+        def lines(size: int) -> int:
+            return -(-size // 64) * 64
+
+        outputs = -(-rows // 48) * 48
+        ends = HEADER_BYTES + lines(4 * outputs)
+        inputs = ends + lines(outputs * -(-columns // 2048))
+        values = inputs + lines(2 * blocks)
+        return cls(HEADER_BYTES, ends, inputs, values, values + 64 * blocks)

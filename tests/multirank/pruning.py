@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     ),
     "l1-regrowth": pruning_block("l1", regrowth=True, scope="group", schedule_offset_end=8),
     "l1-4x3": pruning_block("l1", pattern="4x3", scope="global"),
+    "l1-4x16": pruning_block("l1", pattern="4x16", schedule_offset_end=8, schedule_offset_stride=3),
+    "movement-4x16": pruning_block("movement", pattern="4x16", scope="group"),
     "l1-2:4": pruning_block("l1", density=0.5, pattern="2:4"),
     "topk": pruning_block("topk"),
     "taylor-global": pruning_block("taylor", scope="global", schedule_offset_end=8, schedule_offset_stride=3),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.multirank.launch import run_ranks
 from tests.multirank.pruning import METHODS, STAGES, WRAPPERS
@@ -74,6 +75,20 @@ def test_blocks_live_or_die_whole(by_world_size: Any) -> None:
         rows, columns = weights.shape
         alive = (weights.view(rows // 4, 4, columns) != 0).sum(1)
         assert set(alive.unique().tolist()) <= {0, 4}
+
+
+def test_the_blocks_of_the_sparse_kernel_are_kept_to_the_block(by_world_size: Any) -> None:
+    """4 outputs x 16 inputs, cut by the borders of partitions."""
+    for results in by_world_size.values():
+        for _, result in _of_method(results, "l1-4x16"):
+            for name, weights in result["weights"].items():
+                rows, columns = weights.shape
+                blocks = F.pad(weights, (0, -columns % 16, 0, -rows % 4))
+                blocks = blocks.view(-(-rows // 4), 4, -(-columns // 16), 16)
+                alive = blocks.count_nonzero((1, 3))
+                assert int((alive > 0).sum()) == math.ceil(0.3 * alive.numel()), name
+                full = alive[: rows // 4, : columns // 16]
+                assert set(full.unique().tolist()) <= {0, 64}, name
 
 
 def test_masks_cost_one_bit_per_weight_spread_over_the_processes(by_world_size: Any) -> None:

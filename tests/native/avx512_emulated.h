@@ -182,6 +182,42 @@ inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
     sum = lanes.as<__m512i>();
 }
 
+// VPADDD: modulo 2^32.
+inline __m512i add_epi32(__m512i a, __m512i b) {
+    return each<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x + y; });
+}
+// VBROADCASTI32X4: 16 bytes, four times.
+inline __m512i broadcast_i32x4(__m128i a) {
+    __m512i result;
+    for (int i = 0; i < 4; i++) std::memcpy(reinterpret_cast<char*>(&result) + 16 * i, &a, 16);
+    return result;
+}
+// VPUNPCK[LH][DQ|QDQ]: the lower or upper half of each 16 bytes of `a` and of `b`, lane by lane in turn.
+template <class Lane, int kHalf>
+__m512i unpack(__m512i a, __m512i b) {
+    constexpr int kLanes = 16 / sizeof(Lane);
+    const auto x = Lanes<Lane>::of(a), y = Lanes<Lane>::of(b);
+    Lanes<Lane> result;
+    for (int quarter = 0; quarter < 4 * kLanes; quarter += kLanes)
+        for (int i = 0; i < kLanes / 2; i++) {
+            result.lane[quarter + 2 * i] = x.lane[quarter + kHalf * kLanes / 2 + i];
+            result.lane[quarter + 2 * i + 1] = y.lane[quarter + kHalf * kLanes / 2 + i];
+        }
+    return result.template as<__m512i>();
+}
+// VPERMD: the lanes of `a` that `index` names.
+inline __m512i permutexvar_epi32(__m512i index, __m512i a) {
+    const auto which = Lanes<uint32_t>::of(index), x = Lanes<uint32_t>::of(a);
+    Lanes<uint32_t> result;
+    for (int i = 0; i < 16; i++) result.lane[i] = x.lane[which.lane[i] % 16];
+    return result.as<__m512i>();
+}
+template <class... Numbers>
+__m512i setr_epi32(Numbers... numbers) {
+    static_assert(sizeof...(Numbers) == 16);
+    return Lanes<int32_t>{{numbers...}}.template as<__m512i>();
+}
+
 }  // namespace emulated
 
 #define _mm512_max_ps emulated::max_ps
@@ -208,6 +244,17 @@ inline void dpbusd(__m512i& sum, __m512i a, __m512i b) {
 #define _mm512_set1_epi8 emulated::broadcast<int8_t>
 #define _mm512_loadu_si512 emulated::load
 #define _mm512_storeu_si512 emulated::store
+#define _mm512_load_si512 emulated::load
+#define _mm512_setzero_si512() emulated::broadcast<int32_t>(0)
+#define _mm512_add_epi32 emulated::add_epi32
+#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
+#define _mm512_unpacklo_epi32 (emulated::unpack<uint32_t, 0>)
+#define _mm512_unpackhi_epi32 (emulated::unpack<uint32_t, 1>)
+#define _mm512_unpacklo_epi64 (emulated::unpack<uint64_t, 0>)
+#define _mm512_unpackhi_epi64 (emulated::unpack<uint64_t, 1>)
+#define _mm512_permutexvar_epi32 emulated::permutexvar_epi32
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32 emulated::setr_epi32
 #define _mm512_movepi32_mask emulated::movepi32_mask
 #define _mm512_movepi16_mask emulated::movepi16_mask
 #define DSC_VPDPBUSD(sum, a, b) emulated::dpbusd(sum, a, b)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_compress.ops.reference import IMPLEMENTATIONS
+from ds_compress.ops.reference.block_sparse import count_blocks
 from ds_compress.ops.reference.float_formats import E2M1, E4M3, FloatFormat, ScaleKind
 from ds_compress.ops.sizes import payload_bytes
 
@@ -40,7 +41,7 @@ class Packed:
     """A weight that is packed by `op` on the device of the call: layouts differ between implementations."""
 
     op: str
-    arguments: tuple[torch.Tensor, ...]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
 
 def _on(value: Any, device: str) -> Any:
     if isinstance(value, Packed):
-        return Packed(value.op, tuple(tensor.to(device) for tensor in value.arguments))
+        return Packed(value.op, tuple(_on(argument, device) for argument in value.arguments))
     if isinstance(value, PackedExperts):
         return PackedExperts(tuple(_on(each, device) for each in value.weights))
     if isinstance(value, list):
@@ -100,6 +101,24 @@ def _int4(m: int, n: int, k: int, group: int) -> Case:
         return (torch.randn(m, k), packed, n, group, torch.randn(n)), {}
 
     return Case("int4_linear", f"{m}x{n}x{k}-group{group}", make)
+
+
+def _block_sparse(m: int, n: int, k: int, activation: str = "none", static: bool = False) -> Case:
+    def make() -> Arguments:
+        weight = with_zero_blocks(codes(n, k), 0.7)
+        packed = Packed("block_sparse_int8_linear_pack", (weight, count_blocks(weight)))
+        args = torch.randn(m, k), packed, torch.rand(n) / 100, torch.randn(n)
+        return (*args, torch.rand(1) if static else None), {"activation": activation, "steps": 128}
+
+    exact = activation in ("none", "relu")
+    return Case("block_sparse_int8_linear", f"{m}x{n}x{k}-{activation}{'-static' * static}", make, exact)
+
+
+def with_zero_blocks(weight: torch.Tensor, share: float) -> torch.Tensor:
+    """`weight` (N, K) with so many of its blocks of 4 x 16 set to zero, drawn from torch's generator."""
+    rows, columns = weight.shape
+    kept = torch.rand(-(-rows // 4), -(-columns // 16)) >= share
+    return weight * kept.repeat_interleave(4, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
 
 
 def _grouped(counts: list[int], n: int, k: int, group: int = 0, tail: int = 0, static: bool = False) -> Case:
@@ -248,6 +267,10 @@ CASES = [
     _linear(4, 9, 33, "silu", scale=torch.tensor([0.02]), steps=128),
     _int4(5, 17, 70, 32),
     _int4(1, 50, 256, 128),
+    Case("block_sparse_int8_linear_pack", "17x70", lambda: ((codes(17, 70), 25), {})),
+    _block_sparse(5, 17, 70),
+    _block_sparse(1, 50, 2100, "relu"),
+    _block_sparse(33, 100, 130, "gelu_erf", static=True),
     _grouped([3, 0, 5, 1], 17, 70),
     _grouped([0, 40, 2], 50, 130, tail=3, static=True),
     _grouped([1, 0, 20], 17, 70, group=32, tail=2),

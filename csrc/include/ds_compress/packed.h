@@ -27,6 +27,7 @@ enum PackedLayout : int64_t {
     kLayoutInt4Scalar = 4,
     kLayoutInt4Avx2 = 5,
     kLayoutInt4Avx512 = 6,
+    kLayoutBlockSparse = 12,  // of plain torch and of every instruction set; see cpu/linear/block_sparse.h
 };
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

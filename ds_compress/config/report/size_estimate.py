@@ -92,7 +92,8 @@ def _stored_weight(plan: ResolvedPlan, weight: Weight, claims: dict[str, Target]
     if size.is_sparse:
         bitmask = _bytes(numel) + _bytes(size.nonzeros * size.bits) + size.scale_bytes
     before = math.prod(weight.shape) * weight.itemsize
-    after = int(size.bytes * share)
+    # A container of format "torch" is smaller still: it deflates both, and leaves out what rounding makes 0, too.
+    after = int((min(size.bytes, bitmask) if format == "torch" else size.bytes) * share)
     active = Fraction(weight.chosen, weight.experts)
     is_stack = len(weight.shape) > 1 and weight.shape[0] == weight.experts
     # A stack of experts loses a part of each tensor, a list of them whole tensors.

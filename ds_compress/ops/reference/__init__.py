@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_compress.ops.reference import (
     block_quantize,
+    block_sparse,
     fake_quantize,
     fake_quantize_float,
     grouped_linear,
@@ -25,6 +26,8 @@ _OPS: tuple[Callable[..., Any], ...] = (
     linear.int8_linear,
     linear.int4_linear_pack,
     linear.int4_linear,
+    block_sparse.block_sparse_int8_linear_pack,
+    block_sparse.block_sparse_int8_linear,
     grouped_linear.int8_grouped_linear,
     grouped_linear.int4_grouped_linear,
     fake_quantize.fake_quantize,

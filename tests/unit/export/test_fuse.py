@@ -31,7 +31,8 @@ def layer(seed: int, outputs: int = 8, inputs: int = 16, bias: bool = True, **ch
     made.int_weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     made.scale = torch.rand(outputs, generator=generator) / 100
     made.bias = torch.randn(outputs, generator=generator) if bias else None
-    made.scale_divisor, made.activation, made.input_scale, made._packed = 127, "none", None, None
+    made.scale_divisor, made.activation, made.input_scale = 127, "none", None
+    made._product, made._blocks = None, None
     for name, value in changed.items():
         setattr(made, name, value)
     return made
