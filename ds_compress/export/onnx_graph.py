@@ -20,7 +20,7 @@ _PREFIX = "model."
 _INT4_BITS = 4
 
 
-def quantize_graph(model: Any, layers: Iterable[Layer]) -> list[str]:
+def quantize_graph(model: Any, layers: Iterable[Layer], dtype: torch.dtype | None = None) -> list[str]:
     """Replaces the weights of `layers` in place; returns the names of those whose node was not found."""
     graph = model.graph
     by_module: dict[str, Any] = {}

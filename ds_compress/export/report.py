@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "ds_compress.json"
 _FORMAT_VERSION = 1
-_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
+_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "model.xml", "model.bin")
 
 
 @dataclass
