@@ -32,7 +32,8 @@ def expected_of(
     changed = source.changed(format.rounded)
     with kv_cache.full_precision_cache(model), in_fp32(model, format.rounds_plain_to), changed:
         with ptq.inputs_rounded(model, source.share(rounded_inputs), format.scheme):
-            logits = run(model, inputs, torch.float32)
+            with exact_activations(model, source.share(format.ignored_inputs)):
+                logits = run(model, inputs, torch.float32)
         with exact_activations(model):
             exact = run(model, inputs, torch.float32)
     rounding = 0.0

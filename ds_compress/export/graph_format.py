@@ -167,9 +167,7 @@ class Positional(nn.Module):
 def free_axes(inputs: dict[str, torch.Tensor]) -> tuple[dict[int, Any], ...]:
     """Axes of each input that stay free in the graph: the batch, and of tokens their number."""
     dynamic = torch.export.Dim.DYNAMIC
-    return tuple(
-        {0: dynamic, 1: dynamic} if _is_text(value) else {0: dynamic} for value in inputs.values()
-    )
+    return tuple({0: dynamic, 1: dynamic} if _is_text(value) else {0: dynamic} for value in inputs.values())
 
 
 def _is_text(value: torch.Tensor) -> bool:

@@ -22,8 +22,11 @@ from ds_compress.export.inputs import example_inputs
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
 from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.quant.grid import TokenGranularity
 
 FILE_NAME = "model.onnx"
+_OPSET = 23
+"""The first with Attention, which onnxruntime and OpenVINO run as one operator; Gelu and LayerNormalization are older."""
 _PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 
 
@@ -37,17 +40,20 @@ class OnnxFormat(GraphFormat):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = super().tensors(layer)
+        added = self.layers[-1]
         is_static = layer.input is not None and layer.input.input_range is not None
-        if layer.input is not None and not is_static:
-            self.ignores_inputs = True
+        if layer.input is not None and not is_static and not integer_inputs(added):
+            self.ignored_inputs.append(layer.name)
             self.note(
-                "inputs with a range per token stay floats: no operator of ONNX rounds them as training did"
+                "inputs that are rounded per token stay floats where their weight has groups or zero points, as those "
+                f"of {self.ignored_inputs[0]}: no operator of ONNX multiplies such integers"
             )
-        if layer.quantized is not None and layer.kind in _PRODUCTS and not is_static:
-            self.note(
-                "onnxruntime rounds the inputs of weight-only products to int8 unless the session option "
-                "session.qdq_matmulnbits_accuracy_level is 1, which the check sets"
-            )
+        if added.quantized is not None and not is_static and added.kind in _PRODUCTS:
+            if added.quantized.bits <= 4 and not integer_inputs(added):
+                self.note(
+                    "onnxruntime rounds the inputs of int4 products to int8 unless the session option "
+                    "session.qdq_matmulnbits_accuracy_level is 1, which the check sets"
+                )
         return stored
 
     @torch.no_grad()
@@ -69,6 +75,21 @@ class OnnxFormat(GraphFormat):
         onnx.checker.check_model(str(folder / FILE_NAME))
 
 
+def integer_inputs(layer: Layer) -> bool:
+    """Whether MatMulInteger multiplies its inputs, rounded per token, by its weight, as training did."""
+    quantized, used = layer.quantized, layer.input
+    return (
+        quantized is not None
+        and used is not None
+        and used.input_range is None
+        and layer.kind in _PRODUCTS
+        and quantized.groups == 1
+        and quantized.offset is None
+        and used.grid.symmetric
+        and used.grid.granularity is TokenGranularity.PER_TOKEN
+    )
+
+
 def exported(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     """The onnx.ModelProto of a float model; batch and sequence length stay free."""
     program = torch.onnx.export(
@@ -78,7 +99,7 @@ def exported(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
         output_names=["logits"],
         dynamo=True,
         dynamic_shapes=(free_axes(inputs),),
-        opset_version=21,
+        opset_version=_OPSET,
         verbose=False,
     )
     assert program is not None

@@ -40,7 +40,7 @@ class OpenVinoFormat(GraphFormat):
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = super().tensors(layer)
         if layer.input is not None and layer.input.input_range is None:
-            self.ignores_inputs = True
+            self.ignored_inputs.append(layer.name)
             self.note(
                 "inputs with a range per token are floats in the graph: OpenVINO rounds them, in groups, where its "
                 "property DYNAMIC_QUANTIZATION_GROUP_SIZE is not 0; the check sets 0"
@@ -77,7 +77,9 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            Positional(model, list(inputs)).eval(), tuple(inputs.values()), dynamic_shapes=(free_axes(inputs),)
+            Positional(model, list(inputs)).eval(),
+            tuple(inputs.values()),
+            dynamic_shapes=(free_axes(inputs),),
         )
         graph = openvino.convert_model(program)
     for entry, (name, value) in zip(graph.inputs, inputs.items(), strict=True):

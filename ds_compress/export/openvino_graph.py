@@ -150,7 +150,9 @@ def _round_input(node: Any, used: InputScheme, quantizers: dict[tuple[str, int, 
     key = (source.get_node().get_name(), source.get_index(), low, high)
     quantizer = quantizers.get(key)
     if quantizer is None:
-        ends = [np.array(end, np.float32).reshape([1] * len(source.get_partial_shape())) for end in (low, high)]
+        ends = [
+            np.array(end, np.float32).reshape([1] * len(source.get_partial_shape())) for end in (low, high)
+        ]
         levels = int(grid.quant_max - grid.quant_min) + 1
         quantizer = quantizers[key] = ops.fake_quantize(source, *ends, *ends, levels)
     node.input(0).replace_source_output(quantizer.output(0))
@@ -163,7 +165,11 @@ def _store_in_16_bits(graph: Any, dtype: torch.dtype) -> None:
             continue
         values = torch.from_numpy(np.array(node.data))
         readers = {reader.get_node().get_type_name() for reader in node.output(0).get_target_inputs()}
-        if values.numel() < 2 or "FakeQuantize" in readers or not torch.equal(values.to(dtype).float(), values):
+        if (
+            values.numel() < 2
+            or "FakeQuantize" in readers
+            or not torch.equal(values.to(dtype).float(), values)
+        ):
             continue
         halved = ops.constant(values.numpy(), dtype=_16_BIT[dtype])
         halved.set_friendly_name(node.get_friendly_name())
