@@ -31,9 +31,9 @@ def expected_of(
     model = source.model
     changed = source.changed(format.rounded)
     with kv_cache.full_precision_cache(model), in_fp32(model, format.rounds_plain_to), changed:
-        with ptq.inputs_rounded(model, source.share(rounded_inputs), format.scheme):
-            with exact_activations(model, source.share(format.ignored_inputs)):
-                logits = run(model, inputs, torch.float32)
+        rounded, ignored = source.share((list(rounded_inputs), format.ignored_inputs))
+        with ptq.inputs_rounded(model, rounded, format.scheme), exact_activations(model, ignored):
+            logits = run(model, inputs, torch.float32)
         with exact_activations(model):
             exact = run(model, inputs, torch.float32)
     rounding = 0.0

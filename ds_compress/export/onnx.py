@@ -26,7 +26,7 @@ from ds_compress.quant.grid import TokenGranularity
 
 FILE_NAME = "model.onnx"
 _OPSET = 23
-"""The first with Attention, which onnxruntime and OpenVINO run as one operator; Gelu and LayerNormalization are older."""
+"""The first with Attention, which onnxruntime and OpenVINO run as one operator."""
 _PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 
 
@@ -48,12 +48,12 @@ class OnnxFormat(GraphFormat):
                 "inputs that are rounded per token stay floats where their weight has groups or zero points, as those "
                 f"of {self.ignored_inputs[0]}: no operator of ONNX multiplies such integers"
             )
-        if added.quantized is not None and not is_static and added.kind in _PRODUCTS:
-            if added.quantized.bits <= 4 and not integer_inputs(added):
-                self.note(
-                    "onnxruntime rounds the inputs of int4 products to int8 unless the session option "
-                    "session.qdq_matmulnbits_accuracy_level is 1, which the check sets"
-                )
+        is_weight_only = added.kind in _PRODUCTS and not is_static and not integer_inputs(added)
+        if added.quantized is not None and is_weight_only and added.quantized.bits <= 4:
+            self.note(
+                "onnxruntime rounds the inputs of int4 products to int8 unless the session option "
+                "session.qdq_matmulnbits_accuracy_level is 1, which the check sets"
+            )
         return stored
 
     @torch.no_grad()

@@ -2,13 +2,13 @@
 
 The float model is traced and converted, and each quantized weight becomes a constant of integers (int4 where 4 bits
 suffice) with the operations that dequantize it, which OpenVINO's CPU plugin keeps as integers. A static input range
-becomes a FakeQuantize, from which its low-precision transformations make int8 products. Per-token ranges are a property
-of the runtime, not of the graph, see `reload_openvino`; the report notes it.
+becomes a FakeQuantize, from which its low-precision transformations make int8 products. Ranges per token are a property
+of the runtime, not of the graph; the file has its value.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,12 @@ from ds_compress.export.graph_format import GraphFormat, Positional, free_axes
 from ds_compress.export.inputs import example_inputs
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
+from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.quant.grid import TokenGranularity
 
 FILE_NAME = "model.xml"
-"""Of the graph, by the name that `optimum-intel` calls `openvino_model.xml` looks different only in its stem."""
+_PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
+_ALIGNED = 16  # of groups that OpenVINO's kernels round by themselves
 
 
 @dataclass
@@ -39,13 +42,51 @@ class OpenVinoFormat(GraphFormat):
 
     def tensors(self, layer: Layer) -> dict[str, torch.Tensor]:
         stored = super().tensors(layer)
-        if layer.input is not None and layer.input.input_range is None:
-            self.ignored_inputs.append(layer.name)
-            self.note(
-                "inputs with a range per token are floats in the graph: OpenVINO rounds them, in groups, where its "
-                "property DYNAMIC_QUANTIZATION_GROUP_SIZE is not 0; the check sets 0"
-            )
+        rounding = self._dynamic_inputs()
+        self.same_activations = rounding == 0
+        self.ignored_inputs = (
+            [] if rounding else [each.name for each in self.layers if _has_dynamic_input(each)]
+        )
         return stored
+
+    def _dynamic_inputs(self) -> int:
+        """Of how many columns OpenVINO rounds inputs together, for all products without a static range; 0: it does not.
+
+        One property decides for a whole model. A group must divide all inputs, so that it is a part of a token.
+        """
+        size = 0
+        for layer in self.layers:
+            if layer.input is not None and layer.input.input_range is not None:
+                continue
+            quantized = layer.quantized
+            if layer.input is None:
+                if quantized is not None and layer.kind in _PRODUCTS:
+                    return 0  # trained without rounding of its inputs
+                continue
+            grid = layer.input.grid
+            is_like = grid.symmetric and grid.bits == 8 and grid.granularity is TokenGranularity.PER_TOKEN
+            if not is_like or quantized is None or layer.kind not in _PRODUCTS:
+                return 0
+            size = math.gcd(size, quantized.values.shape[1] // quantized.groups)
+        return 0 if size % _ALIGNED else size
+
+    def _note_inputs(self) -> None:
+        size = self._dynamic_inputs()
+        if size:
+            self.note(
+                f"inputs that are rounded per token have one scale for {size} of their columns: OpenVINO's property "
+                f"DYNAMIC_QUANTIZATION_GROUP_SIZE is {size} in the file; where a CPU has no kernel for it, they are floats"
+            )
+        elif self.ignored_inputs:
+            self.note(
+                f"inputs with a range that is not static stay floats, as those of {self.ignored_inputs[0]}: OpenVINO "
+                "rounds either all of them per token or none"
+            )
+        if not size and any(layer.quantized is not None and layer.kind in _PRODUCTS for layer in self.layers):
+            self.note(
+                "OpenVINO rounds the inputs of products without a static range to int8, in groups of 32 columns, unless "
+                "its property DYNAMIC_QUANTIZATION_GROUP_SIZE is 0, which the check sets"
+            )
 
     @torch.no_grad()
     def finish(
@@ -63,8 +104,16 @@ class OpenVinoFormat(GraphFormat):
             raise ExportError(
                 f"{unquantized[0]}: its operation was not found in the converted graph; {OTHER_FORMAT}"
             )
+        self._note_inputs()
+        size = self._dynamic_inputs()
+        if size:
+            graph.set_rt_info(str(size), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         # compress_to_fp16 would round what training kept in fp32.
         openvino.save_model(graph, folder / FILE_NAME, compress_to_fp16=False)
+
+
+def _has_dynamic_input(layer: Layer) -> bool:
+    return layer.input is not None and layer.input.input_range is None
 
 
 def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, list[str]]]:

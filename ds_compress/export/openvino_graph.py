@@ -17,7 +17,6 @@ from openvino import opset13 as ops
 from ds_compress.errors import ExportError
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme, Layer
-from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.quant.qparams import qparams_from_range
 
 _PLACE_OF_WEIGHT = {"MatMul": 1, "Gather": 0, "Convolution": 1, "GroupConvolution": 1}
@@ -42,7 +41,6 @@ def quantize_graph(
         if node.get_type_name() in _PLACE_OF_WEIGHT:
             by_place.setdefault(node.get_friendly_name().split("/")[0], []).append(node)
     quantizers: dict[tuple[str, int, float, float], Any] = {}
-    replaced: dict[str, Any] = {}
     missing = []
     for layer in layers:
         nodes = [node for place in places.get(layer.name, ()) for node in by_place.get(place, ())]
@@ -51,7 +49,7 @@ def quantize_graph(
             missing.append(layer.name)
         for number, node in enumerate(nodes):
             node.set_friendly_name(layer.name + (f":{number}" if number else ""))
-            _replace_weight(node, layer, replaced)
+            _replace_weight(node, layer)
             if layer.input is not None and layer.input.input_range is not None:
                 _round_input(node, layer.input, quantizers)
     if dtype in _16_BIT:
@@ -68,7 +66,7 @@ def _weight_of(node: Any) -> Any | None:
     return found if found.get_type_name() == "Constant" else None
 
 
-def _replace_weight(node: Any, layer: Layer, replaced: dict[str, Any]) -> None:
+def _replace_weight(node: Any, layer: Layer) -> None:
     """For all operations that read the constant: a tied weight, or one of a module that is called again."""
     assert layer.quantized is not None
     constant = _weight_of(node)
@@ -78,20 +76,23 @@ def _replace_weight(node: Any, layer: Layer, replaced: dict[str, Any]) -> None:
     if not np.array_equal(constant.data, trained):
         raise ExportError(f"{layer.name}: the converted graph has another weight at its place")
     name = layer.full("weight")
-    output = dequantized(layer.quantized, name, layer.kind)
-    replaced[name] = output
+    is_rounded = layer.input is not None and layer.input.input_range is not None
+    output = dequantized(layer.quantized, name, in_bytes=is_rounded)
     constant.output(0).replace(output.output(0))
 
 
-def dequantized(quantized: QuantizedMatrix, name: str, kind: ModuleKind | None) -> Any:
-    """The operation that gives the weight in its own shape, in fp32; named `name`, its constants after it."""
+def dequantized(quantized: QuantizedMatrix, name: str, in_bytes: bool = False) -> Any:
+    """The operation that gives the weight in its own shape, in fp32; named `name`, its constants after it.
+
+    in_bytes: int4 values become bytes when the model is loaded, for products with rounded inputs.
+    """
     values, scale, offset = quantized.values, quantized.scale, quantized.offset
     rows, columns = values.shape
-    shape, axis = [*quantized.shape], 0
+    shape = [*quantized.shape]
     zero = None if offset is None else (-torch.round(offset / scale)).clamp(0, 255)
     if quantized.groups > 1:
         # [out, groups, columns], which a Reshape joins to the weight again.
-        shape, axis = [rows, quantized.groups, columns // quantized.groups], 2
+        shape = [rows, quantized.groups, columns // quantized.groups]
         if quantized.transposed:
             shape = [quantized.groups, columns // quantized.groups, rows]
     of_scale = _scale_shape(quantized, shape)
@@ -106,7 +107,10 @@ def dequantized(quantized: QuantizedMatrix, name: str, kind: ModuleKind | None) 
     }
     stored = kinds[zero is None, quantized.bits <= _INT4_BITS]
     integers = values.contiguous().numpy().reshape(shape)
-    result = _as_float(_integers(integers, stored, f"{name}_codes"))
+    codes = _integers(integers, stored, f"{name}_codes")
+    if in_bytes and quantized.bits <= _INT4_BITS and quantized.groups == 1:
+        codes = ops.convert(codes, "i8" if zero is None else "u8")
+    result = _as_float(codes)
     if zero is not None:
         points = zero.to(torch.uint8).contiguous().numpy().reshape(of_scale)
         result = ops.subtract(result, _as_float(_integers(points, stored, f"{name}_zero_point")))

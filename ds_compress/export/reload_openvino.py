@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 _WEIGHTS = {"MatMul": 1, "Gather": 0, "Convolution": 1, "GroupConvolution": 1}
 _CHUNK = 2**20
+_GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
 def main() -> None:
@@ -26,10 +27,11 @@ def main() -> None:
             inputs = load_file(request["inputs"])
             core = openvino.Core()
             model = core.read_model(f"{request['folder']}/model.xml")
-            tensors["logits"] = logits(core, model, inputs)
+            has_size = model.has_rt_info(["runtime_options", _GROUP_SIZE])
+            tensors["logits"] = logits(core, model, inputs, {} if has_size else {_GROUP_SIZE: 0})
             found = fingerprints(core, model)
             without_rounding_of_inputs(model)
-            tensors["exact_logits"] = logits(core, model, inputs)
+            tensors["exact_logits"] = logits(core, model, inputs, {_GROUP_SIZE: 0})
             loaded = f"openvino {openvino.__version__.split('-')[0]}"
             metadata = {"loaded": loaded, "fingerprints": json.dumps(found)}
             imported = [name for name in ("torch", "transformers", "ds_compress") if name in sys.modules]
@@ -40,14 +42,13 @@ def main() -> None:
         save_file(tensors, request["outputs"], metadata=metadata)
 
 
-def logits(core: Any, model: Any, inputs: dict[str, Any]) -> Any:
-    """fp32; by default the CPU plugin computes in bfloat16, and rounds the inputs of weight-only products to int8."""
-    properties = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": 1,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-    }
-    compiled = core.compile_model(model, "CPU", properties)
+def logits(core: Any, model: Any, inputs: dict[str, Any], properties: dict[str, Any]) -> Any:
+    """fp32; by default the CPU plugin computes in bfloat16 where it can.
+
+    properties: whether it rounds the inputs of weight-only products to int8, which it does by default, too.
+    """
+    given = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, **properties}
+    compiled = core.compile_model(model, "CPU", given)
     names = {entry.get_any_name() for entry in compiled.inputs}
     output = compiled({name: value for name, value in inputs.items() if name in names})["logits"]
     return np.ascontiguousarray(output, np.float32)
