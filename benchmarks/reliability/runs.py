@@ -150,7 +150,9 @@ def train(run: Run, rank: int, trace: Callable[[str], None]) -> None:
             else:
                 trace(f"saved {step + 1}")
     trace(f"accuracy {_accuracy(engine)}")
-    trace(f"final {_hash_of_weights(engine.module)} {_hash_of_masks(engine)}")  # the last line of a whole trace
+    trace(
+        f"final {_hash_of_weights(engine.module)} {_hash_of_masks(engine)}"
+    )  # the last line of a whole trace
 
 
 def _accuracy(engine: Any) -> float:

@@ -70,22 +70,28 @@ class OpenVinoFormat(GraphFormat):
             size = math.gcd(size, quantized.values.shape[1] // quantized.groups)
         return 0 if size % _ALIGNED else size
 
+    def _products(self) -> list[Layer]:
+        return [layer for layer in self.quantized_layers if layer.kind in _PRODUCTS]
+
     def _note_inputs(self) -> None:
         size = self._dynamic_inputs()
         if size:
             self.note(
-                f"inputs that are rounded per token have one scale for {size} of their columns: OpenVINO's property "
-                f"DYNAMIC_QUANTIZATION_GROUP_SIZE is {size} in the file; where a CPU has no kernel for it, they are floats"
+                f"inputs that are rounded per token have one scale for {size} of their columns: that is OpenVINO's "
+                "DYNAMIC_QUANTIZATION_GROUP_SIZE in the file; a CPU without a kernel for it leaves them floats"
             )
         elif self.ignored_inputs:
             self.note(
                 f"inputs with a range that is not static stay floats, as those of {self.ignored_inputs[0]}: OpenVINO "
                 "rounds either all of them per token or none"
             )
-        if not size and any(layer.quantized is not None and layer.kind in _PRODUCTS for layer in self.layers):
+        is_static = all(
+            layer.input is not None and not _has_dynamic_input(layer) for layer in self._products()
+        )
+        if not size and not is_static:
             self.note(
-                "OpenVINO rounds the inputs of products without a static range to int8, in groups of 32 columns, unless "
-                "its property DYNAMIC_QUANTIZATION_GROUP_SIZE is 0, which the check sets"
+                "OpenVINO rounds the inputs of products without a static range to int8, in groups of 32 columns, "
+                "unless its property DYNAMIC_QUANTIZATION_GROUP_SIZE is 0, which the check sets"
             )
 
     @torch.no_grad()

@@ -282,6 +282,11 @@ class _Export:
                 raise ExportError(f"{suspect}{error}{')' if suspect.endswith('(') else ''}") from error
             if self.format.differences:
                 report.notes.append(f"{'; '.join(self.format.differences)}: logits are the same")
+            if expected.rounding_cost is not None:
+                report.notes.append(
+                    f"what was rounded by this export, and not in training, changes logits by "
+                    f"{expected.rounding_cost:.2g} at most; the largest is {report.check['largest_logit']:.3g}"
+                )
             report.write(folder)
             seal(folder)
 
