@@ -104,6 +104,8 @@ class GraphFormat(Format):
                 model.get_submodule(layer.name)._parameters[local] = model.get_parameter(first)
         if any(layer.quantized is not None and layer.kind is ModuleKind.CONV2D for layer in self.layers):
             _keep_normalizations(model)
+        if getattr(getattr(model, "config", None), "use_cache", None):
+            model.config.use_cache = False  # type: ignore[union-attr]
         return model.requires_grad_(False).eval()
 
     @property

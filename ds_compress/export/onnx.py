@@ -45,8 +45,8 @@ class OnnxFormat(GraphFormat):
         if layer.input is not None and not is_static and not integer_inputs(added):
             self.ignored_inputs.append(layer.name)
             self.note(
-                "inputs that are rounded per token stay floats where their weight has groups or zero points, as those "
-                f"of {self.ignored_inputs[0]}: no operator of ONNX multiplies such integers"
+                "inputs that are rounded per token stay floats where they or their weight have zero points or groups, "
+                f"as those of {self.ignored_inputs[0]}: no operator of ONNX multiplies such integers"
             )
         is_weight_only = added.kind in _PRODUCTS and not is_static and not integer_inputs(added)
         if added.quantized is not None and is_weight_only and added.quantized.bits <= 4:

@@ -8,9 +8,11 @@ of the runtime, not of the graph; the file has its value.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,6 +130,8 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
     Batch and sequence length stay free; inputs have the names of `inputs`, the output is "logits".
     """
     import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -136,7 +140,14 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
             tuple(inputs.values()),
             dynamic_shapes=(free_axes(inputs),),
         )
-        graph = openvino.convert_model(program)
+        with _quiet():
+            decoder = TorchFXPythonDecoder.from_exported_program(program)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # openvino.convert_model would fold a multiplication into the convolution before it.
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        graph = openvino.Model(frontend.convert(frontend.load(decoder)))
+    else:
+        graph = openvino.convert_model(decoder)
     for entry, (name, value) in zip(graph.inputs, inputs.items(), strict=True):
         entry.get_tensor().set_names({name})
         entry.get_node().set_friendly_name(name)
@@ -146,13 +157,25 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
         entry.get_node().set_partial_shape(shape)
     graph.outputs[0].get_tensor().set_names({"logits"})
     graph.validate_nodes_and_infer_types()
-    return graph, _places(program)
+    return graph, _places(decoder.pt_module.graph)
 
 
-def _places(program: Any) -> dict[str, list[str]]:
-    """The converter names an operation "<node>/<target>/<operation>" after the node of the traced program."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings with a traceback for each operator that a version of torch does not have."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+
+
+def _places(traced: Any) -> dict[str, list[str]]:
+    """The converter names an operation "<node>/<target>/<operation>" after the node of the traced graph."""
     found: dict[str, list[str]] = {}
-    for node in program.graph.nodes:
+    for node in traced.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         if node.op == "call_function" and stack:
             path = str(stack[-1][0]).split("@")[0]
