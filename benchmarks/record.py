@@ -137,7 +137,8 @@ def conditions() -> dict[str, str]:
 
     The commit has a "+" when the tree has changes; of a copy, $BENCHMARK_COMMIT may name it.
     """
-    packages = ("torch", "deepspeed", "transformers")
+    used = [name for name in ("onnxruntime", "openvino", "nncf") if name in sys.modules]
+    packages = ("torch", "deepspeed", "transformers", *used)
     versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
     return {
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
