@@ -85,8 +85,9 @@ def quantized(model: nn.Module, scheme: str) -> nn.Module:
             "shared_parameters": {**always, "range_calibration": ranges},
             "different_groups": {"all": {"params": {"bits": 8}, "modules": [WEIGHTS]}},
         }
+    techniques: Any = TECHNIQUES
     for name, technique in ds_compress.plan(model, block).techniques.items():
-        TECHNIQUES[name](technique, 0).prepare(model)
+        techniques[name](technique, 0).prepare(model)
     if ranges == "static":
         model.train()(**inputs_of(model, 8))
         model.eval()

@@ -26,7 +26,7 @@ from ds_compress.export.graph_format import GraphFormat, Positional, free_axes
 from ds_compress.export.inputs import example_inputs
 from ds_compress.export.read import Layer
 from ds_compress.export.source import ExportSource
-from ds_compress.modelinfo.kinds import ModuleKind
+from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.quant.grid import TokenGranularity
 
 FILE_NAME = "model.xml"
@@ -142,8 +142,9 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
         )
         with _quiet():
             decoder = TorchFXPythonDecoder.from_exported_program(program)
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        # openvino.convert_model would fold a multiplication into the convolution before it.
+    if any(kind_of(module) in (ModuleKind.CONV1D, ModuleKind.CONV2D) for module in model.modules()):
+        # openvino.convert_model, which makes smaller graphs, would transpose the weight of a Conv1D, and fold a
+        # multiplication into the convolution before it.
         frontend = FrontEndManager().load_by_framework("pytorch")
         graph = openvino.Model(frontend.convert(frontend.load(decoder)))
     else:
