@@ -331,10 +331,10 @@ def _drop_unused(graph: Any) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    described = [value for value in graph.value_info if value.name in used]
+    # Shapes that a runtime infers, and where in torch a graph came from.
     del graph.value_info[:]
-    graph.value_info.extend(described)
-    for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
+    graph.ClearField("metadata_props")
+    for value in (*graph.input, *graph.output, *graph.initializer):
         if hasattr(value, "metadata_props"):
             value.ClearField("metadata_props")
 
