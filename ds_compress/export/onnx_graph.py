@@ -94,7 +94,7 @@ class _Edits:
         outputs_first = _outputs_first(node)
         values, scale, zero = _laid_out(quantized, node.op_type == "Conv", outputs_first)
         axis = 0 if outputs_first or node.op_type == "Conv" else 1
-        suffix = "" if axis == 0 else "_transposed"
+        suffix = "" if axis == 0 else "_t"
         packs = quantized.bits <= _INT4_BITS
         kind = _KINDS[zero is None, packs]
         inputs = [self._integers(f"{name}_codes{suffix}", values, kind)]
@@ -331,8 +331,12 @@ def _drop_unused(graph: Any) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    # Shapes that a runtime infers, and where in torch a graph came from.
+    # onnxruntime infers shapes, but fuses a residual with its normalization only where the file has theirs.
+    summed = {name for node in graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}
+    described = [value for value in graph.value_info if value.name in used & summed]
     del graph.value_info[:]
+    graph.value_info.extend(described)
+    # Where in torch the graph came from.
     graph.ClearField("metadata_props")
     for value in (*graph.input, *graph.output, *graph.initializer):
         if hasattr(value, "metadata_props"):
