@@ -82,6 +82,7 @@ class _Edits:
     def __init__(self, graph: Any) -> None:
         self.graph = graph
         self._known: set[str] = set()
+        self._layouts: dict[str, int] = {}
         self._rounded: dict[tuple[str, int, int], tuple[str, str, str]] = {}
 
     def replace_weight(self, node: Any, layer: Layer) -> None:
@@ -94,7 +95,8 @@ class _Edits:
         outputs_first = _outputs_first(node)
         values, scale, zero = _laid_out(quantized, node.op_type == "Conv", outputs_first)
         axis = 0 if outputs_first or node.op_type == "Conv" else 1
-        suffix = "" if axis == 0 else "_t"
+        # A tied weight may be read in both layouts.
+        suffix = "" if self._layouts.setdefault(name, axis) == axis else "_t"
         packs = quantized.bits <= _INT4_BITS
         kind = _KINDS[zero is None, packs]
         inputs = [self._integers(f"{name}_codes{suffix}", values, kind)]
