@@ -22,6 +22,7 @@ from ds_compress.quant.qparams import qparams_from_range
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PREFIX = "model."
 _INT4_BITS = 4
+_WORTHWHILE = 512  # numbers, of which half the bytes are more than what says so
 _MIDDLE = 128  # uint8 of an int8 zero: onnxruntime multiplies signed inputs on few CPUs
 _16_BIT = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 _KINDS = {
@@ -266,7 +267,7 @@ class _Edits:
             if tensor.data_type != TensorProto.FLOAT or tensor.name in of_quantizers:
                 continue
             values = torch.from_numpy(numpy_helper.to_array(tensor).copy())
-            if values.numel() < 2 or not torch.equal(values.to(dtype).float(), values):
+            if values.numel() < _WORTHWHILE or not torch.equal(values.to(dtype).float(), values):
                 continue
             raw = values.to(dtype).contiguous().view(torch.int16).numpy().tobytes()
             name = f"{tensor.name}_in_16_bits"

@@ -22,6 +22,7 @@ from ds_compress.quant.qparams import qparams_from_range
 _PLACE_OF_WEIGHT = {"MatMul": 1, "Gather": 0, "Convolution": 1, "GroupConvolution": 1}
 _ON_THE_WAY = ("Reshape", "Transpose", "Convert")
 _INT4_BITS = 4
+_WORTHWHILE = 512  # numbers, of which half the bytes are more than what says so
 _16_BIT = {torch.float16: openvino.Type.f16, torch.bfloat16: openvino.Type.bf16}
 
 
