@@ -150,8 +150,10 @@ def conditions(others: Mapping[str, str] | None = None) -> dict[str, str]:
 
     The commit has a "+" when the tree has changes; of a copy, $BENCHMARK_COMMIT may name it.
     """
-    packages = ("torch", "deepspeed", "transformers")
-    named = {name: _version(name) for name in packages} | dict(others or {})
+    used = [name for name in ("onnxruntime", "openvino", "nncf") if name in sys.modules]
+    named = {name: _version(name) for name in ("torch", "deepspeed", "transformers", *used)} | dict(
+        others or {}
+    )
     versions = [
         f"python {platform.python_version()}",
         *(f"{name} {version}" for name, version in named.items()),

@@ -66,15 +66,17 @@ def export(
     Args:
         source: a DeepSpeed engine or Hugging Face's Trainer (a collective: every process calls it, one writes), an
             `nn.Module` with or without quantizers, or the path of a DeepSpeed checkpoint.
-        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`) or "onnx"; None: the
-            block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where something is.
+        format: "hf", "compressed-tensors", "torch" (ours, for `ds_compress.from_pretrained`), "onnx" or "openvino";
+            None: the block's `export_to`, else "hf" where nothing is quantized and "compressed-tensors" where
+            something is.
         tokenizer: an object with `save_pretrained`, or a folder to copy one from; None: a Trainer's own, if any.
         model: with a checkpoint, an instance of the trained class when that is none of transformers.
         inputs: what to check with, by argument name; None: made up from the config.
         check: False writes without loading.
         overwrite: replace `out_dir` if an export wrote it.
         dtype: in which tensors that are not quantized are stored; None: as they are.
-        embeddings: "int8" or "float", for tables that were not trained in integers; only "torch" rounds by default.
+        embeddings: "int8" or "float", for tables that were not trained in integers; "torch", "onnx" and "openvino"
+            round them by default.
         scheme: rounds a model that was not trained quantized, by the name that servers have for it, e.g. "FP8_DYNAMIC",
             "NVFP4A16", "MXFP4", "W4A16": any whose inputs need no observed ranges ("fp8" means "FP8_DYNAMIC").
         shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.

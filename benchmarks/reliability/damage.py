@@ -28,7 +28,7 @@ WHAT = "damage to every file of checkpoints, exports and teacher caches"
 PASS = "found, the file named, another checkpoint offered"
 
 STAGES = (0, 2, 3)
-FORMATS = ("hf", "compressed-tensors", "torch", "onnx")
+FORMATS = ("hf", "compressed-tensors", "torch", "onnx", "openvino")
 KINDS = ("early bit", "late bit", "cut", "empty", "deleted", "of another step")
 
 

@@ -37,6 +37,7 @@ class FormatName(StrEnum):
     COMPRESSED_TENSORS = "compressed-tensors"
     TORCH = "torch"
     ONNX = "onnx"
+    OPENVINO = "openvino"
 
 
 class DtypeName(StrEnum):
@@ -73,7 +74,9 @@ def export(
     ] = None,
     embeddings: Annotated[
         EmbeddingsName | None,
-        typer.Option(help="tables that were not trained in integers: torch rounds them to int8"),
+        typer.Option(
+            help="tables that were not trained in integers: torch, onnx and openvino round them to int8"
+        ),
     ] = None,
     check: Annotated[bool, typer.Option(help="load the folder in a fresh process and compare logits")] = True,
     overwrite: Annotated[

@@ -41,6 +41,7 @@ _TIMES_SAME_ROUNDING = 2.0
 class Expected:
     """The trained model's logits, and exact_logits with no activation quantized.
 
+    rounding_cost: the largest change of a logit by what only the export rounds; None: it rounds nothing.
     dtype: fp32, or the one to which values are rounded where the trained model cannot compute with the rounded ones.
     rounding: the largest change of a logit by computing in 16 bits, where the trained model could not compute in fp32.
     same_activations: the format quantizes activations as training did, but for the order of sums: a value may be
@@ -55,11 +56,13 @@ class Expected:
     rounding: float = 0.0
     same_activations: bool = False
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+    rounding_cost: float | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A folder to load in a fresh process. loader: "vanilla_hf" (transformers), "ours" (`from_pretrained`), "onnx".
+    """A folder to load in a fresh process. loader: "vanilla_hf" (transformers), "ours" (`from_pretrained`), "onnx",
+    "openvino".
 
     unread: tensors that the loader may leave unread.
     """

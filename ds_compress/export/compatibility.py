@@ -19,7 +19,7 @@ from ds_compress.export import trial_load
 from ds_compress.export.expert_misfits import expert_misfits
 from ds_compress.export.float_misfits import float_misfits
 from ds_compress.export.format import is_hf_model
-from ds_compress.export.onnx import generates
+from ds_compress.export.graph_format import GRAPHS, generates
 from ds_compress.modelinfo.kinds import ModuleKind
 from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.structure.vanilla_hf import vanilla_hf_obstacles
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ds_compress.config.report.plan import Plan
     from ds_compress.config.targets import Target
 
-FORMATS = ("hf", "compressed-tensors", "torch", "onnx")
+FORMATS = ("hf", "compressed-tensors", "torch", "onnx", "openvino")
 _VANILLA_HF = ("hf", "compressed-tensors")
 
 
@@ -85,7 +85,7 @@ def misfits(plan: Plan, model: nn.Module, format: str) -> list[str]:
 def _of_model(model: nn.Module, format: str) -> Iterator[str]:
     if format in _VANILLA_HF and not is_hf_model(model):
         yield f"a {type(model).__name__} is no model of transformers"
-    if format == "onnx" and generates(model):
+    if format in GRAPHS and generates(model):
         yield f"a {type(model).__name__} generates, with a cache, and the format is for encoders"
 
 

@@ -30,8 +30,14 @@ def expected_of(
     """
     model = source.model
     changed = source.changed(format.rounded)
+    before = None
+    if source.share(bool(format.rounded)):
+        cache = kv_cache.full_precision_cache(model)
+        with cache, in_fp32(model, format.rounds_plain_to), exact_activations(model):
+            before = run(model, inputs, torch.float32)
     with kv_cache.full_precision_cache(model), in_fp32(model, format.rounds_plain_to), changed:
-        with ptq.inputs_rounded(model, source.share(rounded_inputs), format.scheme):
+        rounded, ignored = source.share((list(rounded_inputs), format.ignored_inputs))
+        with ptq.inputs_rounded(model, rounded, format.scheme), exact_activations(model, ignored):
             logits = run(model, inputs, torch.float32)
         with exact_activations(model):
             exact = run(model, inputs, torch.float32)
@@ -48,6 +54,7 @@ def expected_of(
         rounding,
         same_activations=format.same_activations,
         fingerprints=fingerprints,
+        rounding_cost=None if before is None else float((before - exact).abs().max()),
     )
 
 

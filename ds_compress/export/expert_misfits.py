@@ -10,6 +10,7 @@ from torch import nn
 from ds_compress.config.targets import inputs_of
 from ds_compress.export.compressed_tensors.experts import FUSED_ON_HUB, INSTEAD, has_single_matrices, misread
 from ds_compress.export.format import is_hf_model
+from ds_compress.export.graph_format import GRAPHS
 from ds_compress.export.hub_names import hub_names
 from ds_compress.modelinfo.experts import fused_experts
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def expert_misfits(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
     """Sentences that name the module."""
     weights, inputs = _experts(plan, "weight_quantization"), _experts(plan, "activation_quantization")
-    if format == "onnx" and (weights or inputs):
+    if format in GRAPHS and (weights or inputs):
         first = [*weights, *inputs][0]
         yield f"{first.module_name} is a matrix of fused experts, which the format does not quantize"
     if format != "compressed-tensors" or not is_hf_model(model) or not (weights or inputs):

@@ -12,6 +12,7 @@ from ds_compress.export import trial_load
 from ds_compress.export.compressed_tensors.floats import COMPRESSORS, PACKED
 from ds_compress.export.compressed_tensors.inputs import FLOATS
 from ds_compress.export.format import is_hf_model
+from ds_compress.export.graph_format import GRAPHS
 from ds_compress.modelinfo.kinds import ModuleKind
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _INTEGERS = "int"
 def float_misfits(plan: Plan, model: nn.Module, format: str) -> Iterator[str]:
     """Sentences that name the module."""
     weights, inputs = _floats(plan, "weight_quantization"), _floats(plan, "activation_quantization")
-    if format == "onnx":
+    if format in GRAPHS:
         for target in (*weights, *inputs)[:1]:
             yield f"{target.module_name} is quantized to {target.params.format}, and the format stores integers only"
     if format == "compressed-tensors":

@@ -52,7 +52,8 @@ class Format(ABC):
 
     schemes: JSON of how each module is stored, by name. notes: sentences for whoever reads the report. rounded:
     values that only the export rounded, by parameter name, so that the check compares like with like. untied:
-    modules whose tied weight is stored a second time. ignores_inputs: what is loaded does not quantize activations.
+    modules whose tied weight is stored a second time. ignores_inputs: what is loaded does not quantize activations;
+    ignored_inputs: not those of these modules.
     trained_dtype: of the trained model. checked: what is written will be loaded and compared. doubts: how a model that
     is built from the config differs, where only logits can tell whether it matters. scheme: to which the export rounds
     weights. rounds_weights: a loader rounds quantized weights. same_activations: what is loaded rounds activations as
@@ -73,6 +74,7 @@ class Format(ABC):
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
     ignores_inputs: bool = False
+    ignored_inputs: list[str] = field(default_factory=list)
     trained_dtype: torch.dtype = torch.float32
     checked: bool = True
     differences: list[str] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,9 +112,14 @@ def run(
 
 
 @contextlib.contextmanager
-def exact_activations(model: nn.Module) -> Iterator[None]:
-    """No input is quantized inside."""
-    quantizers = [q for module in model.modules() for q in input_quantizers_of(module).values()]
+def exact_activations(model: nn.Module, only: Collection[str] | None = None) -> Iterator[None]:
+    """No input is quantized inside. only: of the modules with these names; None: of all."""
+    quantizers = [
+        quantizer
+        for name, module in model.named_modules()
+        if only is None or name in only
+        for quantizer in input_quantizers_of(module).values()
+    ]
     before = [quantizer.enabled for quantizer in quantizers]
     for quantizer in quantizers:
         quantizer.enabled = False

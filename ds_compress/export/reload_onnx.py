@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 fingerprint = runpy.run_path(str(Path(__file__).with_name("fingerprint.py")))["fingerprint"]
@@ -53,6 +54,9 @@ def logits(model: str | bytes, inputs: dict[str, Any]) -> torch.Tensor:
 def without_rounding_of_inputs(graph: Any) -> None:
     """Whoever reads what went through QuantizeLinear and DequantizeLinear reads what came before them."""
     rounded = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    clips = [node for node in graph.node if node.op_type == "Clip" and node.input[0] in rounded]
+    rounded |= {node.output[0]: rounded[node.input[0]] for node in clips}
+    integer_products_in_floats(graph, rounded)
     plain = {
         node.output[0]: rounded[node.input[0]]
         for node in graph.node
@@ -61,6 +65,30 @@ def without_rounding_of_inputs(graph: Any) -> None:
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = plain.get(name, name)
+
+
+def integer_products_in_floats(graph: Any, rounded: dict[str, str]) -> None:
+    """MatMulInteger of rounded rows, times the scales of the rows, becomes MatMul of the rows, times one."""
+    nodes = list(graph.node)
+    readers = {name: node for node in nodes for name in node.input}
+    products = [node for node in nodes if node.op_type == "MatMulInteger"]
+    one = numpy_helper.from_array(np.array([[1]], np.float32), "check_one")
+    graph.initializer.extend([one] if products else [])
+    before = []
+    for node in products:
+        floats = f"{node.output[0]}_check_floats"
+        before.append((node, helper.make_node("Cast", [node.input[1]], [floats], to=onnx.TensorProto.FLOAT)))
+        rows = rounded[node.input[0]]
+        del node.input[:]
+        node.input.extend([rows, floats])
+        node.op_type = "MatMul"
+        cast = readers[node.output[0]]
+        readers[cast.output[0]].input[1] = one.name
+    casts = {id(node): cast for node, cast in before}
+    ordered = [new for node in nodes for new in (casts.get(id(node)), node) if new is not None]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 if __name__ == "__main__":

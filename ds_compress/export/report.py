@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE_NAME = "ds_compress.json"
 _FORMAT_VERSIONS = (1, 2)
 """2: a tensor is in a container (`sparse_container`), which older versions do not know."""
-_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data")
+_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "model.xml", "model.bin")
 
 
 @dataclass

@@ -6,7 +6,7 @@ from importlib import metadata
 
 from ds_compress.version import __version__
 
-_PACKAGES = ("torch", "transformers", "compressed-tensors", "onnx", "onnxruntime")
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "onnx", "onnxruntime", "openvino")
 
 
 def versions() -> dict[str, str]:

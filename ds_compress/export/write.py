@@ -23,6 +23,7 @@ from ds_compress.export.format import OTHER_FORMAT, Format, Options, another_mod
 from ds_compress.export.hf import HfFormat
 from ds_compress.export.inputs import checked_inputs, example_inputs, unknown_inputs
 from ds_compress.export.onnx import OnnxFormat
+from ds_compress.export.openvino import OpenVinoFormat
 from ds_compress.export.read import Layer, read_layers
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serving_format import ServingFormat
@@ -42,7 +43,8 @@ from ds_compress.structure.apply_pruning import apply_pruning
 _MANY_ZERO_UNITS = 0.1
 
 FORMATS: dict[str, type[Format]] = {
-    format.name: format for format in (HfFormat, CompressedTensorsFormat, ServingFormat, OnnxFormat)
+    format.name: format
+    for format in (HfFormat, CompressedTensorsFormat, ServingFormat, OnnxFormat, OpenVinoFormat)
 }
 
 
@@ -280,6 +282,11 @@ class _Export:
                 raise ExportError(f"{suspect}{error}{')' if suspect.endswith('(') else ''}") from error
             if self.format.differences:
                 report.notes.append(f"{'; '.join(self.format.differences)}: logits are the same")
+            if expected.rounding_cost is not None:
+                report.notes.append(
+                    f"what was rounded by this export, and not in training, changes logits by "
+                    f"{expected.rounding_cost:.2g} at most; the largest is {report.check['largest_logit']:.3g}"
+                )
             report.write(folder)
             seal(folder)
 

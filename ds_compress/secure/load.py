@@ -35,7 +35,7 @@ def load_verified(
     Encrypted weights are decrypted to memory, one file at a time: about twice the largest file beside the model.
 
     Args:
-        folder: of transformers (`save_pretrained`), or of `ds_compress.export` in any format but "onnx".
+        folder: of transformers (`save_pretrained`), or of `ds_compress.export` in any format but "onnx" and "openvino".
         public_key: path or `env:NAME` of the signer's key.
         identity: path or `env:NAME` of the age identity, for an encrypted folder.
         password: of the identity.
@@ -56,6 +56,11 @@ def load_verified(
     if report is not None and report.format == "onnx":
         raise ExportError(
             f"{opened.signed.folder} is an ONNX model: run onnxruntime on secure.VerifiedFolder(...).read('model.onnx')"
+        )
+    if report is not None and report.format == "openvino":
+        raise ExportError(
+            f"{opened.signed.folder} is an OpenVINO model: give openvino.Core().read_model what "
+            "secure.VerifiedFolder(...).read('model.xml') and read('model.bin') return"
         )
     tensors = _tensors(opened)
     if report is not None and report.format == "torch":

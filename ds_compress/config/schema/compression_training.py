@@ -109,7 +109,7 @@ class CompressionConfig(StrictModel):
             "as it is unless a regex names it."
         ),
     )
-    export_to: Literal["hf", "compressed-tensors", "torch", "onnx"] | None = Field(
+    export_to: Literal["hf", "compressed-tensors", "torch", "onnx", "openvino"] | None = Field(
         default=None,
         description=(
             "The format of ds_compress.export that the result is for: refused at start where it could not say what "

@@ -17,13 +17,14 @@ from ds_compress.modelinfo.kinds import ModuleKind
 _FP32, _WORD = 4, 32
 _SHAPE_BYTES = 16
 _TABLES = ("Embedding",)
+_GRAPHS = ("onnx", "openvino")
 
 
 def plain_bytes(weight: Weight, shape: tuple[int, ...], format: str) -> int:
     """Of a parameter that is not quantized."""
-    if format == "torch" and weight.owner in _TABLES and len(shape) == 2:
+    if format in ("torch", *_GRAPHS) and weight.owner in _TABLES and len(shape) == 2:
         return math.prod(shape) + _FP32 * shape[0]  # int8, one scale per row
-    return math.prod(shape) * (_FP32 if format == "onnx" else weight.itemsize)
+    return math.prod(shape) * (_FP32 if format in _GRAPHS else weight.itemsize)
 
 
 def quantized(size: WeightSize, target: Target, shared: Any, format: str, packs: bool) -> WeightSize:
@@ -58,7 +59,7 @@ def _bytes(size: WeightSize, target: Target, shared: Any, format: str, packs: bo
         bits = 2  # for -1, 0 and 1
     has_offset = shared.quantization_type == "asymmetric" and bits > 2
     scales = _FP32 * rows * groups
-    if format == "onnx":
+    if format in _GRAPHS:
         bits = 4 if bits <= 4 else 8
         return -(-rows * columns * bits // 8) + scales + (rows * groups * bits // 8 if has_offset else 0)
     is_packed = bits < 8 and (format == "torch" or packs)

@@ -99,19 +99,22 @@ IMAGE = {"image": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_see
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("format", ["torch", "onnx", "openvino"])
 def test_any_module(tmp_path: Path, residual: nn.Module, format: str, bits: int | None) -> None:
     if format == "onnx":
         pytest.importorskip("onnxscript")
+    if format == "openvino":
+        pytest.importorskip("openvino")
     model = residual if bits is None else quantized(residual, bits)
     report = export(model, tmp_path / "out", format, inputs=IMAGE)
     assert report.check["max_difference"] < 1e-4
-    assert report.ratio > {None: 0.3, 8: 0.4, 4: 0.4}[bits]
+    # A graph in XML is larger than these few weights.
+    assert report.ratio > (0.05 if format == "openvino" else {None: 0.3, 8: 0.4, 4: 0.4}[bits])
     if format == "onnx":
         import onnx
 
         operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
-        assert operators.count("DequantizeLinear") == (0 if bits is None else 3)
+        assert operators.count("DequantizeLinear") == {None: 0, 8: 2, 4: 3}[bits]
 
 
 def test_other_batches_run_in_onnx(tmp_path: Path, residual: nn.Module) -> None:

@@ -150,15 +150,55 @@ class TestOnnx:
         onnx = pytest.importorskip("onnx")
         model = bert()
         quantized(model, 8, {"range_calibration": "static"}, ("layer",), inputs_of(model))
-        report = export(model, tmp_path / "out", "onnx", embeddings="int8")
+        report = export(model, tmp_path / "out", "onnx")
         operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
         assert operators.count("QuantizeLinear") == 24 and operators.count("DequantizeLinear") == 48
         assert report.check["loaded"].startswith("onnxruntime")
 
-    def test_ranges_per_token_stay_floats_and_the_report_says_so(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_ranges_per_token_are_integers_too(self, tmp_path: Path, bits: int) -> None:
+        """Weights and inputs of training in MatMulInteger: the logits are those of training."""
+        onnx = pytest.importorskip("onnx")
+        model = quantized(bert(), bits, DYNAMIC, ("layer",))
+        report = export(model, tmp_path / "out", "onnx")
+        operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+        assert operators.count("MatMulInteger") == 24 and operators.count("QuantizeLinear") == 16
+        assert report.check["max_difference"] < 1e-5 < report.check["rms_of_activation_rounding"]
+
+    def test_ranges_per_token_beside_groups_stay_floats_and_the_report_says_so(self, tmp_path: Path) -> None:
         pytest.importorskip("onnx")
-        report = export(quantized(bert(), 4, DYNAMIC, ("layer",)), tmp_path / "out", "onnx")
+        grid = {"granularity": "per_column_group", "group_size": 16}
+        report = export(quantized(bert(), 4, DYNAMIC, ("layer",), **grid), tmp_path / "out", "onnx")
         assert any("per token" in note for note in report.notes) and report.check["max_difference"] < 1e-4
+
+    def test_patterns_that_onnxruntime_fuses(self, tmp_path: Path) -> None:
+        onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+        model = bert()
+        quantized(model, 8, {"range_calibration": "static"}, ("layer",), inputs_of(model))
+        export(model, tmp_path / "out", "onnx", check=False)
+        options = runtime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+        runtime.InferenceSession(tmp_path / "out" / "model.onnx", options)
+        operators = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+        assert operators.count("Attention") == 4 and operators.count("MatMulIntegerToFloat") == 24
+        assert operators.count("SkipLayerNormalization") == 8 and operators.count("BiasGelu") == 4
+
+    def test_tables_are_integers_by_default_and_the_report_says_what_it_costs(self, tmp_path: Path) -> None:
+        onnx = pytest.importorskip("onnx")
+        report = export(bert(), tmp_path / "out", "onnx")
+        stored = {t.name: t.data_type for t in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer}
+        assert stored["bert.embeddings.word_embeddings.weight_codes"] == onnx.TensorProto.INT8
+        assert "model.bert.embeddings.word_embeddings.weight" not in stored
+        assert any("changes logits by" in note for note in report.notes)
+        whole = export(bert(), tmp_path / "whole", "onnx", embeddings="float")
+        assert not whole.notes and whole.bytes > report.bytes
+
+    def test_16_bit_floats(self, tmp_path: Path) -> None:
+        pytest.importorskip("onnx")
+        model = quantized(bert(), 8, None, ("layer",))
+        whole = export(model, tmp_path / "whole", "onnx", check=False)
+        report = export(model, tmp_path / "half", "onnx", dtype=torch.bfloat16)
+        assert report.check["max_difference"] < 1e-4 and report.bytes < whole.bytes
 
     def test_generating_models_are_refused(self, tmp_path: Path) -> None:
         pytest.importorskip("onnx")

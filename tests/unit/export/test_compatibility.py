@@ -87,6 +87,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     ),
     "no transformers": (small_convolutions, weights(["*"]), "hf", "no model of transformers"),
     "a decoder in ONNX": (ZOO["llama"], weights(["mlp"]), "onnx", "generates"),
+    "a decoder in OpenVINO": (ZOO["llama"], weights(["mlp"]), "openvino", "generates"),
     "nf4": (
         ZOO["bert_classifier"],
         floats("nf4", [r"layer\.\d\.output"]),
@@ -134,6 +135,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str, str]] = {
         "onnx",
         "stores integers only",
     ),
+    "floats in OpenVINO": (
+        ZOO["bert_classifier"],
+        floats("mxfp4", ["intermediate"]),
+        "openvino",
+        "stores integers only",
+    ),
     "nothing quantized": (ZOO["llama"], half("row_pruning"), "compressed-tensors", "nothing is quantized"),
 }
 
@@ -169,14 +176,16 @@ def test_refused_by_initialize() -> None:
 def test_the_plan_says_what_can_be_written() -> None:
     text = str(ds_compress.plan(ZOO["bert_classifier"](), half("head_pruning")))
     assert (
-        'exports as "torch" or "onnx"' in text
+        'exports as "torch", "onnx" or "openvino"' in text
         and "not as hf: stock transformers would load another model" in text
     )
 
 
 @pytest.mark.parametrize("name", ["bert_classifier", "gpt2", "vit", "t5", "resnet"])
-@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "torch", "onnx"])
+@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "torch", "onnx", "openvino"])
 def test_what_it_says_is_what_an_export_does(tmp_path: Path, name: str, format: str) -> None:
+    if format == "openvino":
+        pytest.importorskip("openvino")
     model = ZOO[name]()
     reasons = compatibility.misfits(ds_compress.plan(model, weights(["*"])), model, format)
     model = quantized(model, 4)

@@ -126,6 +126,16 @@ def test_versions_and_names(tmp_path: Path) -> None:
         ds_compress.load_verified(*opened, min_version=4)
 
 
+def test_openvino_is_for_openvino(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    ds_compress.export(tiny_bert().eval(), tmp_path / "export", "openvino", check=False)
+    folder = encrypted(tmp_path / "export")
+    with pytest.raises(ExportError, match="OpenVINO model"):
+        ds_compress.load_verified(folder, keys().signing.public, keys().reading.private)
+    opened = secure.VerifiedFolder(folder, keys().signing.public, keys().reading.private)
+    assert openvino.Core().read_model(opened.read("model.xml"), opened.read("model.bin")).inputs
+
+
 def test_onnx_is_for_onnxruntime(tmp_path: Path) -> None:
     import onnxruntime
 
