@@ -1,6 +1,10 @@
 // What the bindings of integer linear layers share on the CPU: scratch memory, and the heads of packed weights.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -28,6 +32,16 @@ inline void* thread_scratch(int64_t bytes) {
         memory.bytes = bytes;
     }
     return memory.data;
+}
+
+// Asks for huge pages: a product that reads weights from memory waits for the addresses of small ones, too.
+inline void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kHuge = 2 << 20;
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail
+#endif
 }
 
 inline cpu::LinearType type_of(const Tensor& tensor) {

@@ -40,7 +40,7 @@ class Packed:
     """A weight that is packed by `op` on the device of the call: layouts differ between implementations."""
 
     op: str
-    arguments: tuple[torch.Tensor, ...]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
 
 def _on(value: Any, device: str) -> Any:
     if isinstance(value, Packed):
-        return Packed(value.op, tuple(tensor.to(device) for tensor in value.arguments))
+        return Packed(value.op, tuple(_on(each, device) for each in value.arguments))
     if isinstance(value, PackedExperts):
         return PackedExperts(tuple(_on(each, device) for each in value.weights))
     if isinstance(value, list):
@@ -100,6 +100,20 @@ def _int4(m: int, n: int, k: int, group: int) -> Case:
         return (torch.randn(m, k), packed, n, group, torch.randn(n)), {}
 
     return Case("int4_linear", f"{m}x{n}x{k}-group{group}", make)
+
+
+def _weight_only(
+    m: int, n: int, k: int, group: int, bits: int, dtype: torch.dtype = torch.float32, offset: bool = False
+) -> Case:
+    def make() -> Arguments:
+        shape = n, -(-k // group)
+        values = codes(n, k, bits).view(torch.uint8) & (2**bits - 1) if offset else codes(n, k, bits)
+        offsets = torch.randn(shape) / 30 if offset else None
+        arguments = (values, torch.rand(shape) / 100, offsets, group, f"int{bits}")
+        return (torch.randn(m, k).to(dtype), Packed("weight_only_linear_pack", arguments), n, torch.randn(n)), {}
+
+    title = f"{m}x{n}x{k}-group{group}-int{bits}-{str(dtype)[6:]}{'-offset' * offset}"
+    return Case("weight_only_linear", title, make)
 
 
 def _grouped(counts: list[int], n: int, k: int, group: int = 0, tail: int = 0, static: bool = False) -> Case:
@@ -248,6 +262,14 @@ CASES = [
     _linear(4, 9, 33, "silu", scale=torch.tensor([0.02]), steps=128),
     _int4(5, 17, 70, 32),
     _int4(1, 50, 256, 128),
+    Case(
+        "weight_only_linear_pack",
+        "17x70",
+        lambda: ((codes(17, 70, bits=4), torch.rand(17, 3), None, 32, "int4"), {}),
+    ),
+    _weight_only(5, 17, 70, 32, 4),
+    _weight_only(1, 70, 256, 128, 8, torch.bfloat16),
+    _weight_only(3, 17, 70, 70, 2, torch.float16, offset=True),
     _grouped([3, 0, 5, 1], 17, 70),
     _grouped([0, 40, 2], 50, 130, tail=3, static=True),
     _grouped([1, 0, 20], 17, 70, group=32, tail=2),

@@ -13,8 +13,8 @@ struct PackedHeader {
     int64_t layout;
     int64_t rows;     // N, out_features
     int64_t columns;  // K, in_features
-    int64_t groups;   // int4: scales of a row; int8: 0
-    int64_t spare[3];
+    int64_t groups;   // int4 and weight-only: scales of a row; int8: 0
+    int64_t spare[3];  // weight-only: group_size, storage, whether there are offsets
 };
 static_assert(sizeof(PackedHeader) == 64);
 
@@ -27,6 +27,8 @@ enum PackedLayout : int64_t {
     kLayoutInt4Scalar = 4,
     kLayoutInt4Avx2 = 5,
     kLayoutInt4Avx512 = 6,
+    kLayoutWeightOnly = 7,  // for all CPUs
+    kLayoutWeightOnlyReference = 8,
 };
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

@@ -15,6 +15,7 @@ from ds_compress.ops.reference import (
     grouped_linear,
     linear,
     mask,
+    weight_only,
 )
 
 _OPS: tuple[Callable[..., Any], ...] = (
@@ -25,6 +26,8 @@ _OPS: tuple[Callable[..., Any], ...] = (
     linear.int4_linear,
     grouped_linear.int8_grouped_linear,
     grouped_linear.int4_grouped_linear,
+    weight_only.weight_only_linear_pack,
+    weight_only.weight_only_linear,
     fake_quantize.fake_quantize,
     fake_quantize_float.fake_quantize_float,
     mask.mask_apply_,
