@@ -114,6 +114,14 @@ WeightOnlyWeight packed_weight(const Tensor& packed, int64_t out_features) {
     return weight;
 }
 
+const cpu::WeightOnlyAmx* weight_only_amx_here() {
+#if defined(__x86_64__)
+    return cpu::has_amx_bf16() ? cpu::weight_only_amx() : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
 Tensor weight_only_linear(const Tensor& given, const Tensor& packed, int64_t out_features, std::optional<Tensor> bias,
                           std::string activation, std::optional<ScalarType> out_dtype) {
     require_float(given.scalar_type(), "x");
@@ -135,12 +143,18 @@ Tensor weight_only_linear(const Tensor& given, const Tensor& packed, int64_t out
     shape.push_back(weight.rows);
     const Tensor y = new_tensor(x, shape, out_dtype.value_or(x.scalar_type()));
     if (rows == 0 || weight.rows == 0) return y;
-    const cpu::WeightOnlyKernels& kernels = cpu::weight_only_kernels();
-    const int64_t scratch = kernels.scratch_bytes(weight, rows);
     const cpu::WeightOnlyCall call{x.const_data_ptr(), type_of(x),        rows, weight, const_data_or_null<float>(bias),
                                    activation_number,  y.mutable_data_ptr(), type_of(y)};
-    for_panels(weight.panels(), rows * weight.rows * weight.columns,
-               [&](Range panels) { kernels.linear(call, Range{0, rows}, panels, thread_scratch(scratch)); });
+    const auto run = [&](const auto& kernels) {
+        const int64_t scratch = kernels.scratch_bytes(weight, rows);
+        for_panels(weight.panels(), rows * weight.rows * weight.columns,
+                   [&](Range panels) { kernels.linear(call, Range{0, rows}, panels, thread_scratch(scratch)); });
+    };
+    const cpu::WeightOnlyAmx* amx = weight_only_amx_here();
+    if (amx != nullptr && amx->takes(call))
+        run(*amx);
+    else
+        run(cpu::weight_only_kernels());
     return y;
 }
 

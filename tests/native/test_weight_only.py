@@ -158,6 +158,26 @@ def test_activations_are_near_those_of_float64(table: str, activation: str) -> N
     assert bool(((y - truth).abs() <= 2e-6 * truth.abs() + 2e-7).all())
 
 
+@pytest.mark.skipif(not tables.TABLES or not tables.has_amx(), reason="this CPU has no AMX")
+def test_many_rows_by_tiles_are_within_their_bound() -> None:
+    """The weight is rounded to bf16; sums are fp32, in another order."""
+    draw = random.Random(4)
+    for m, n, k, group_size in ((20, 64, 32, 32), (33, 70, 320, 64), (100, 130, 1536, 1536), (300, 65, 1152, 128)):
+        storage = draw.choice(STORAGES)
+        for has_offset in (False, storage != "e2m1"):
+            weight = random_weight(n, k, group_size, storage, has_offset)
+            x, bias = torch.randn(m, k).bfloat16(), torch.randn(n)
+            rounded = numbers_of(weight).float().bfloat16().double()
+            parts = draw.choice([(1, 1), (3, 2)])
+            y = tables.linear("amx", x, weight, bias, out_dtype=torch.float32, parts=parts).double()
+            exact = x.double() @ rounded.T
+            magnitudes = x.double().abs() @ rounded.abs().T
+            # One step more where the product with the scale and the sum with the offset are rounded before.
+            bound = (k + 8) * 2.0**-24 * magnitudes + 2.0**-9 * 2.0**-14 * magnitudes + 1e-6
+            assert bool(((y - exact - bias).abs() <= bound + 2.0**-8 * magnitudes / k**0.5 * has_offset).all())
+            assert not torch.equal(y[0], y[1])
+
+
 @pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
 def test_a_row_with_nan_or_inf_is_nan_and_no_other(value: float) -> None:
     ops, weight = native_ops(), random_weight(33, 300, 128, "int4", False)

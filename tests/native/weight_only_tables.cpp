@@ -21,8 +21,6 @@ struct Guarded {
     std::vector<uint8_t> data;
 };
 
-}  // namespace
-
 struct Arguments {
     const void* x;
     void* y;
@@ -32,10 +30,8 @@ struct Arguments {
     int32_t x_type, y_type, storage, excess, activation, row_parts, panel_parts;
 };
 
-// Packs and multiplies in row_parts x panel_parts pieces. 0, or 1 where something was written out of bounds.
-extern "C" __attribute__((visibility("default"))) int dsc_test_weight_only(int which, const Arguments* a) {
-    const WeightOnlyKernels* (*const tables[])() = {weight_only_scalar, weight_only_avx2, weight_only_avx512};
-    const WeightOnlyKernels& kernels = *tables[which]();
+template <class Kernels>
+int run(const Kernels& kernels, const Arguments* a) {
     WeightOnlyWeight weight{nullptr,       a->out_features,
                             a->columns,    a->groups,
                             a->group_size, static_cast<Storage>(a->storage),
@@ -61,4 +57,13 @@ extern "C" __attribute__((visibility("default"))) int dsc_test_weight_only(int w
             kernels.linear(call, rows, part, scratch.begin());
         }
     return packed.intact() && scratch.intact() ? 0 : 1;
+}
+
+}  // namespace
+
+// Packs and multiplies in row_parts x panel_parts pieces. 0, or 1 where something was written out of bounds, 2 where this CPU has no such kernels.
+extern "C" __attribute__((visibility("default"))) int dsc_test_weight_only(int which, const Arguments* a) {
+    if (which == 3) return has_amx_bf16() ? run(*weight_only_amx(), a) : 2;
+    const WeightOnlyKernels* (*const tables[])() = {weight_only_scalar, weight_only_avx2, weight_only_avx512};
+    return run(*tables[which](), a);
 }

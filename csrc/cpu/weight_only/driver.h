@@ -73,6 +73,25 @@ DSC_INLINE void add_block(const Ints* sums, const BlockHead& head, const float* 
     store(values, value);
 }
 
+// y = activation(value + bias) for rows of one panel.
+inline void finish_rows(const WeightOnlyCall& call, int64_t row, int64_t rows, int64_t column,
+                        const float* values) {
+    const int64_t left = call.weight.rows - column;
+    const int64_t count = left < kWeightOnlyColumns ? left : kWeightOnlyColumns;
+    alignas(64) float bias[kWeightOnlyColumns];
+    for (float& b : bias) b = -0.0f;  // adds nothing, not even to -0.0
+    if (call.bias != nullptr) memcpy(bias, call.bias + column, static_cast<size_t>(count) * sizeof(float));
+    with_format(call.y_type, [&]<class Format>() {
+        with_activation(call.activation, [&]<Activation kActivation>() {
+            auto* y = static_cast<typename Format::Stored*>(call.y) + row * call.weight.rows + column;
+            for (int64_t m = 0; m < rows; m++, y += call.weight.rows, values += kWeightOnlyColumns)
+                for (int j = 0; j < kWeightOnlyColumns; j += kLanes)
+                    finish<Format, kActivation>(y, j, count,
+                                                load_as<Floats>(values + j) + load_as<Floats>(bias + j));
+        });
+    });
+}
+
 template <class Engine>
 struct WeightOnlyDriver {
     struct Shape {
@@ -236,24 +255,6 @@ struct WeightOnlyDriver {
             case Storage::e2m1:
                 return Engine::template tile<Storage::e2m1, kBytes>(tile);
         }
-    }
-
-    static void finish_rows(const WeightOnlyCall& call, int64_t row, int64_t rows, int64_t column,
-                            const float* values) {
-        const int64_t left = call.weight.rows - column;
-        const int64_t count = left < kWeightOnlyColumns ? left : kWeightOnlyColumns;
-        alignas(64) float bias[kWeightOnlyColumns];
-        for (float& b : bias) b = -0.0f;  // adds nothing, not even to -0.0
-        if (call.bias != nullptr) memcpy(bias, call.bias + column, static_cast<size_t>(count) * sizeof(float));
-        with_format(call.y_type, [&]<class Format>() {
-            with_activation(call.activation, [&]<Activation kActivation>() {
-                auto* y = static_cast<typename Format::Stored*>(call.y) + row * call.weight.rows + column;
-                for (int64_t m = 0; m < rows; m++, y += call.weight.rows, values += kWeightOnlyColumns)
-                    for (int j = 0; j < kWeightOnlyColumns; j += kLanes)
-                        finish<Format, kActivation>(y, j, count,
-                                                    load_as<Floats>(values + j) + load_as<Floats>(bias + j));
-            });
-        });
     }
 };
 

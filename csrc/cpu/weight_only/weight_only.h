@@ -72,4 +72,13 @@ const WeightOnlyKernels* weight_only_scalar();
 const WeightOnlyKernels* weight_only_avx2();
 const WeightOnlyKernels* weight_only_avx512();
 
+// For many rows of bf16 on CPUs with AMX, the weight is rounded to bf16, a panel at a time, and products are summed in
+// fp32 by tiles: faster, with other bits than the tables give. Null where the compiler was not told of AVX-512.
+struct WeightOnlyAmx {
+    bool (*takes)(const WeightOnlyCall& call);
+    void (*linear)(const WeightOnlyCall& call, Range rows, Range panels, void* scratch);
+    int64_t (*scratch_bytes)(const WeightOnlyWeight& weight, int64_t rows);
+};
+const WeightOnlyAmx* weight_only_amx();
+
 }  // namespace ds_compress::cpu
