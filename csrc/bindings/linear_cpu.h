@@ -39,8 +39,10 @@ inline void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] i
 #if defined(__linux__)
     constexpr uintptr_t kHuge = 2 << 20;
     const auto address = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail
+    // With what lies around it in the first and the last page: two small weights have one together.
+    const uintptr_t begin = address / kHuge * kHuge, end = (address + bytes + kHuge - 1) / kHuge * kHuge;
+    if (bytes >= static_cast<int64_t>(kHuge / 4))
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail
 #endif
 }
 

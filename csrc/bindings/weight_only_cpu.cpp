@@ -28,8 +28,9 @@ int excess_of(Storage storage, bool has_offset) {
 WeightOnlyWeight weight_of(const PackedHeader& header) {
     const auto storage = static_cast<Storage>(header.spare[1]);
     const bool has_offset = header.spare[2] != 0;
-    return {nullptr, header.rows, header.columns, header.groups, header.spare[0], storage,
-            excess_of(storage, has_offset), has_offset};
+    return {
+        nullptr,   header.rows, header.columns, header.groups, header.spare[0], storage, excess_of(storage, has_offset),
+        has_offset};
 }
 
 int64_t bytes_of(const WeightOnlyWeight& weight) {
@@ -66,9 +67,8 @@ void for_panels(int64_t panels, int64_t products, const F& cut) {
     const int64_t threads = products < kSerialProducts ? 1 : torch::stable::get_num_threads();
     if (threads == 1) return cut(Range{0, panels});
     const int64_t parts = std::min(panels, threads);
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        cut(Range{panels * begin / parts, panels * end / parts});
-    });
+    torch::stable::parallel_for(
+        0, parts, 1, [&](int64_t begin, int64_t end) { cut(Range{panels * begin / parts, panels * end / parts}); });
 }
 
 Tensor weight_only_linear_pack(const Tensor& given, const Tensor& scale, std::optional<Tensor> offset,
@@ -81,8 +81,9 @@ Tensor weight_only_linear_pack(const Tensor& given, const Tensor& scale, std::op
     const int64_t rows = values.size(0), columns = values.size(1), groups = (columns + group_size - 1) / group_size;
     require_scales("scale", scale, rows, groups);
     if (offset) require_scales("offset", *offset, rows, groups);
-    const PackedHeader header{kPackedMagic, kLayoutWeightOnly, rows, columns, groups,
-                              {group_size, static_cast<int64_t>(storage), offset.has_value()}};
+    const PackedHeader header{kPackedMagic, kLayoutWeightOnly,
+                              rows,         columns,
+                              groups,       {group_size, static_cast<int64_t>(storage), offset.has_value()}};
     const WeightOnlyWeight weight = weight_of(header);
     const Tensor packed = new_tensor(values, {bytes_of(weight)}, kByte);
     auto* to = data<uint8_t>(packed);
@@ -143,8 +144,9 @@ Tensor weight_only_linear(const Tensor& given, const Tensor& packed, int64_t out
     shape.push_back(weight.rows);
     const Tensor y = new_tensor(x, shape, out_dtype.value_or(x.scalar_type()));
     if (rows == 0 || weight.rows == 0) return y;
-    const cpu::WeightOnlyCall call{x.const_data_ptr(), type_of(x),        rows, weight, const_data_or_null<float>(bias),
-                                   activation_number,  y.mutable_data_ptr(), type_of(y)};
+    const cpu::WeightOnlyCall call{
+        x.const_data_ptr(), type_of(x),           rows,      weight, const_data_or_null<float>(bias),
+        activation_number,  y.mutable_data_ptr(), type_of(y)};
     const auto run = [&](const auto& kernels) {
         const int64_t scratch = kernels.scratch_bytes(weight, rows);
         for_panels(weight.panels(), rows * weight.rows * weight.columns,

@@ -207,9 +207,7 @@ def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
             module.num_embeddings, module.embedding_dim = rows, columns
 
 
-def _serve(
-    model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored, weight_only: bool
-) -> None:
+def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored, weight_only: bool) -> None:
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}

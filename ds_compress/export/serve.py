@@ -18,7 +18,6 @@ from ds_compress.ops import kernels
 from ds_compress.quant import layers
 from ds_compress.quant.qparams import qparams_from_range
 
-
 _PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 
 
@@ -93,7 +92,7 @@ class Int4Linear(Int8Linear):
 
 
 class Int8Embedding(nn.Module):
-    """Rows of int8 values, dequantized in fp32 when they are looked up; rounded to the model's dtype after `.to(dtype)`."""
+    """Rows of int8 values, dequantized in fp32 when they are looked up, then rounded to the model's dtype."""
 
     def __init__(self, quantized: QuantizedMatrix, padding_idx: int | None) -> None:
         super().__init__()

@@ -8,9 +8,9 @@
                     instead of initializing what it does not find at random
 
 Linear layers stay as small in memory: they run on the integer kernels (`serve`), or, where inputs are floats, multiply
-by the weight as it is stored (`serve_weight_only`). What no kernel has is smaller in the folder only: fp8, nf4, inputs that
-are quantized to floats, convolutions. It is dequantized when it is loaded, and runs as fp32; so do experts, unless their
-matrices and inputs are integers that the grouped kernels fit (`serve_experts`).
+by the weight as it is stored (`serve_weight_only`). What no kernel has is smaller in the folder only: fp8, nf4, inputs
+that are quantized to floats, convolutions. It is dequantized when it is loaded, and runs as fp32; so do experts, unless
+their matrices and inputs are integers that the grouped kernels fit (`serve_experts`).
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
 

@@ -143,7 +143,8 @@ def _grouped_linear(
 @_fake("weight_only_linear_pack")
 def _(values: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, storage: str) -> Tensor:
     check_weight_only_pack(values, scale, offset, group_size, storage)
-    return _bytes(values, weight_only_bytes(*values.shape, group_size, storage, offset is not None))
+    rows, columns = values.shape
+    return _bytes(values, weight_only_bytes(rows, columns, group_size, storage, offset is not None))
 
 
 @_fake("weight_only_linear")

@@ -12,9 +12,7 @@ from ds_compress.ops.sizes import STORAGE_BITS
 def check_weight_only_pack(
     values: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, storage: str
 ) -> None:
-    require(
-        storage in STORAGE_BITS, lambda: f"storage is one of {', '.join(STORAGE_BITS)}, got {storage!r}"
-    )
+    require(storage in STORAGE_BITS, lambda: f"storage is one of {', '.join(STORAGE_BITS)}, got {storage!r}")
     require(offset is None or storage != "e2m1", lambda: "e2m1 has no offsets")
     wanted = torch.uint8 if offset is not None or storage == "e2m1" else torch.int8
     require(
@@ -46,8 +44,15 @@ def check_weight_only(
     )
     require(
         bias is None
-        or (bias.dtype is torch.float32 and bias.dim() == 1 and bias.shape[0] == out_features and bias.is_contiguous()),
-        lambda: f"bias is contiguous float32 ({out_features},), got {described(bias) if bias is not None else ''}",
+        or (
+            bias.dtype is torch.float32
+            and bias.dim() == 1
+            and bias.shape[0] == out_features
+            and bias.is_contiguous()
+        ),
+        lambda: (
+            f"bias is contiguous float32 ({out_features},), got {described(bias) if bias is not None else ''}"
+        ),
     )
     require(
         activation in ACTIVATIONS,

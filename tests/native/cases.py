@@ -110,7 +110,12 @@ def _weight_only(
         values = codes(n, k, bits).view(torch.uint8) & (2**bits - 1) if offset else codes(n, k, bits)
         offsets = torch.randn(shape) / 30 if offset else None
         arguments = (values, torch.rand(shape) / 100, offsets, group, f"int{bits}")
-        return (torch.randn(m, k).to(dtype), Packed("weight_only_linear_pack", arguments), n, torch.randn(n)), {}
+        return (
+            torch.randn(m, k).to(dtype),
+            Packed("weight_only_linear_pack", arguments),
+            n,
+            torch.randn(n),
+        ), {}
 
     title = f"{m}x{n}x{k}-group{group}-int{bits}-{str(dtype)[6:]}{'-offset' * offset}"
     return Case("weight_only_linear", title, make)

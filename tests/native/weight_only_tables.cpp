@@ -1,4 +1,5 @@
-// The tables of weight-only kernels of every instruction set behind a C function, for tests that call each in one process.
+// The tables of weight-only kernels of every instruction set behind a C function, for tests that call each in one
+// process.
 #include <cstring>
 #include <vector>
 
@@ -32,24 +33,18 @@ struct Arguments {
 
 template <class Kernels>
 int run(const Kernels& kernels, const Arguments* a) {
-    WeightOnlyWeight weight{nullptr,       a->out_features,
-                            a->columns,    a->groups,
-                            a->group_size, static_cast<Storage>(a->storage),
-                            a->excess,     a->offset != nullptr};
+    WeightOnlyWeight weight{nullptr,   a->out_features,     a->columns,
+                            a->groups, a->group_size,       static_cast<Storage>(a->storage),
+                            a->excess, a->offset != nullptr};
     const int64_t panels = weight.panels();
     Guarded packed(panels * weight.panel_bytes());
     Guarded scratch(kernels.scratch_bytes(weight, a->rows));
     for (int64_t panel = 0; panel < panels; panel++)
         weight_only_pack(a->values, a->scale, a->offset, weight, Range{panel, panel + 1}, packed.begin());
     weight.body = packed.begin();
-    const WeightOnlyCall call{a->x,
-                              static_cast<LinearType>(a->x_type),
-                              a->rows,
-                              weight,
-                              a->bias,
-                              static_cast<Activation>(a->activation),
-                              a->y,
-                              static_cast<LinearType>(a->y_type)};
+    const WeightOnlyCall call{
+        a->x,    static_cast<LinearType>(a->x_type),     a->rows, weight,
+        a->bias, static_cast<Activation>(a->activation), a->y,    static_cast<LinearType>(a->y_type)};
     for (int64_t i = 0; i < a->row_parts; i++)
         for (int64_t j = 0; j < a->panel_parts; j++) {
             const Range rows{a->rows * i / a->row_parts, a->rows * (i + 1) / a->row_parts};
@@ -61,7 +56,8 @@ int run(const Kernels& kernels, const Arguments* a) {
 
 }  // namespace
 
-// Packs and multiplies in row_parts x panel_parts pieces. 0, or 1 where something was written out of bounds, 2 where this CPU has no such kernels.
+// Packs and multiplies in row_parts x panel_parts pieces. 0, or 1 where something was written out of bounds, 2 where
+// this CPU has no such kernels.
 extern "C" __attribute__((visibility("default"))) int dsc_test_weight_only(int which, const Arguments* a) {
     if (which == 3) return has_amx_bf16() ? run(*weight_only_amx(), a) : 2;
     const WeightOnlyKernels* (*const tables[])() = {weight_only_scalar, weight_only_avx2, weight_only_avx512};

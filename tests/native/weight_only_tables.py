@@ -35,7 +35,9 @@ class Weight:
 def has_amx() -> bool:
     weight = Weight(torch.zeros(1, 32, dtype=torch.int8), torch.ones(1, 1), None, 32, "int4")
     y, x = torch.empty(64), torch.zeros(1, 32, dtype=torch.bfloat16)
-    return library().dsc_test_weight_only(3, ctypes.byref(_arguments(x, y, weight, None, "none", (1, 1)))) == 0
+    return (
+        library().dsc_test_weight_only(3, ctypes.byref(_arguments(x, y, weight, None, "none", (1, 1)))) == 0
+    )
 
 
 class Arguments(ctypes.Structure):

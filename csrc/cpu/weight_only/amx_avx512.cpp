@@ -33,9 +33,8 @@ static_assert(sizeof(TileConfig) == 64);
 
 // The two floats of every column, rounded to bf16, in one lane.
 DSC_INLINE __m512i pairs_of(__m512 even, __m512 odd) {
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                         3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512i both;
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(odd), "v"(even));
     return _mm512_permutexvar_epi16(order, both);
@@ -89,11 +88,11 @@ void dequantize_panel(const uint8_t* panel, const WeightOnlyWeight& weight, Rang
                     weight.has_offset ? _mm512_loadu_ps(scales + kWeightOnlyColumns + 16 * c) : _mm512_setzero_ps();
                 uint8_t* to = tiles + (at / kTileInputs * 4 + c) * kTileBytes + at % kTileInputs / 2 * 64;
                 const auto store_pair = [&]<int kPair>() __attribute__((always_inline)) {
-                    _mm512_store_si512(to + 64 * kPair,
-                                       pairs_of(input_of<kStorage, 2 * kPair>(packed, table, excess, scale, offset,
-                                                                              weight.has_offset),
-                                                input_of<kStorage, 2 * kPair + 1>(packed, table, excess, scale, offset,
-                                                                                  weight.has_offset)));
+                    _mm512_store_si512(
+                        to + 64 * kPair,
+                        pairs_of(input_of<kStorage, 2 * kPair>(packed, table, excess, scale, offset, weight.has_offset),
+                                 input_of<kStorage, 2 * kPair + 1>(packed, table, excess, scale, offset,
+                                                                   weight.has_offset)));
                 };
                 store_pair.template operator()<0>();
                 store_pair.template operator()<1>();
@@ -176,8 +175,8 @@ void tile_rows(const uint16_t* x, int64_t count, int64_t rows, int64_t depth, ui
     for (int64_t m = 0; m < rows; m++) {
         uint8_t* line = to + (m / kTileRows * depth) * kTileBytes + m % kTileRows * 64;
         for (int64_t k = 0; k < depth; k++, line += kTileBytes)
-            _mm512_storeu_si512(line, m < count ? _mm512_loadu_si512(x + (m * depth + k) * kTileInputs)
-                                                : _mm512_setzero_si512());
+            _mm512_storeu_si512(
+                line, m < count ? _mm512_loadu_si512(x + (m * depth + k) * kTileInputs) : _mm512_setzero_si512());
     }
 }
 
@@ -233,10 +232,9 @@ bool amx_takes(const WeightOnlyCall& call) {
 
 const ds_compress::cpu::WeightOnlyAmx* ds_compress::cpu::weight_only_amx() {
     static constexpr WeightOnlyAmx kFunctions = {
-        .takes = amx_takes,
-        .linear = amx_linear,
-        .scratch_bytes = [](const WeightOnlyWeight& weight,
-                            int64_t rows) { return AmxScratch(nullptr, AmxShape(weight, rows)).bytes; }};
+        .takes = amx_takes, .linear = amx_linear, .scratch_bytes = [](const WeightOnlyWeight& weight, int64_t rows) {
+            return AmxScratch(nullptr, AmxShape(weight, rows)).bytes;
+        }};
     return &kFunctions;
 }
 #else

@@ -13,16 +13,17 @@
 namespace ds_compress::cpu {
 namespace {
 
-constexpr int64_t kQuadBytes = 16;  // of x: the bytes of 4 inputs, the lowest of all four first; the last 4 are not read
+constexpr int64_t kQuadBytes =
+    16;  // of x: the bytes of 4 inputs, the lowest of all four first; the last 4 are not read
 constexpr int64_t kXBytes = 512 << 10;  // of a block of rows in fixed point, so that it stays in the second-level cache
 constexpr int64_t kMostRows = 96, kLeastRows = 12;
 constexpr int64_t kPrefetchAhead = 8192;
 
 // What belongs to the inputs that share a power of two.
 struct BlockHead {
-    float unit;        // what the fixed-point numbers are multiplied by
-    float sum;         // of the inputs; only for weights with offsets
-    int32_t from[3];   // what the sums of products start from, by byte: -excess times the sum of the bytes
+    float unit;       // what the fixed-point numbers are multiplied by
+    float sum;        // of the inputs; only for weights with offsets
+    int32_t from[3];  // what the sums of products start from, by byte: -excess times the sum of the bytes
     int32_t spare[3];
 };
 static_assert(sizeof(BlockHead) == 32);
@@ -74,8 +75,7 @@ DSC_INLINE void add_block(const Ints* sums, const BlockHead& head, const float* 
 }
 
 // y = activation(value + bias) for rows of one panel.
-inline void finish_rows(const WeightOnlyCall& call, int64_t row, int64_t rows, int64_t column,
-                        const float* values) {
+inline void finish_rows(const WeightOnlyCall& call, int64_t row, int64_t rows, int64_t column, const float* values) {
     const int64_t left = call.weight.rows - column;
     const int64_t count = left < kWeightOnlyColumns ? left : kWeightOnlyColumns;
     alignas(64) float bias[kWeightOnlyColumns];
@@ -86,8 +86,7 @@ inline void finish_rows(const WeightOnlyCall& call, int64_t row, int64_t rows, i
             auto* y = static_cast<typename Format::Stored*>(call.y) + row * call.weight.rows + column;
             for (int64_t m = 0; m < rows; m++, y += call.weight.rows, values += kWeightOnlyColumns)
                 for (int j = 0; j < kWeightOnlyColumns; j += kLanes)
-                    finish<Format, kActivation>(y, j, count,
-                                                load_as<Floats>(values + j) + load_as<Floats>(bias + j));
+                    finish<Format, kActivation>(y, j, count, load_as<Floats>(values + j) + load_as<Floats>(bias + j));
         });
     });
 }
@@ -226,14 +225,10 @@ struct WeightOnlyDriver {
         for (int64_t m = 0; m < count; m += Engine::kRows) {
             const int64_t rows = count - m < Engine::kRows ? count - m : Engine::kRows;
             memset(scratch.values, 0, static_cast<size_t>(rows * kWeightOnlyColumns) * sizeof(float));
-            const Tile tile{rows,
-                            scratch.x + m * shape.x_stride,
-                            shape.x_stride,
-                            scratch.heads + m * shape.blocks,
-                            shape.blocks,
-                            weight.body + panel * weight.panel_bytes(),
-                            &weight,
-                            scratch.values,
+            const Tile tile{rows,           scratch.x + m * shape.x_stride,
+                            shape.x_stride, scratch.heads + m * shape.blocks,
+                            shape.blocks,   weight.body + panel * weight.panel_bytes(),
+                            &weight,        scratch.values,
                             m == 0};
             if (call.x_type == LinearType::fp32)
                 multiply<3>(weight.storage, tile);

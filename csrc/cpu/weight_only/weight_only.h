@@ -1,12 +1,12 @@
 // Linear layers whose weights alone are quantized, on the CPU, as a table of plain functions per instruction set.
 //
-// A weight is packed in panels of 64 output columns, in one layout for all instruction sets: for each group of inputs 64
-// fp32 scales, 64 fp32 offsets where there are any, then words of 4 bytes, one for each column: the values of 4 inputs
-// (8 bits), 8 inputs (4 bits; the first four in the low nibbles) or 16 inputs (2 bits). Inputs of a group are padded to a
-// multiple of 16 with zeros. So a product reads each panel once, from its first byte to its last.
+// A weight is packed in panels of 64 output columns, in one layout for all instruction sets: for each group of inputs
+// 64 fp32 scales, 64 fp32 offsets where there are any, then words of 4 bytes, one for each column: the values of 4
+// inputs (8 bits), 8 inputs (4 bits; the first four in the low nibbles) or 16 inputs (2 bits). Inputs of a group are
+// padded to a multiple of 16 with zeros. So a product reads each panel once, from its first byte to its last.
 //
-// Values of x become fixed-point numbers of three signed bytes (fp32) or two (bf16, fp16) that share a power of two with
-// at most 127 neighbours; bytes are multiplied by quantized values in integers, exactly. The numerics are those of
+// Values of x become fixed-point numbers of three signed bytes (fp32) or two (bf16, fp16) that share a power of two
+// with at most 127 neighbours; bytes are multiplied by quantized values in integers, exactly. The numerics are those of
 // ds_compress/ops/reference/weight_only.py, bit for bit for the activations none and relu.
 #pragma once
 

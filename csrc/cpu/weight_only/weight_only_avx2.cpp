@@ -12,11 +12,9 @@ namespace {
 template <Storage kStorage>
 DSC_INLINE __m256i unpacked(__m256i words, int part) {
     constexpr int kBits = bits_of_storage(kStorage);
-    const __m256i stored =
-        _mm256_and_si256(_mm256_srli_epi16(words, part * kBits), _mm256_set1_epi8((1 << kBits) - 1));
+    const __m256i stored = _mm256_and_si256(_mm256_srli_epi16(words, part * kBits), _mm256_set1_epi8((1 << kBits) - 1));
     if constexpr (kStorage != Storage::e2m1) return stored;
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kE2m1Values)));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kE2m1Values)));
     return _mm256_shuffle_epi8(table, stored);
 }
 
@@ -43,8 +41,8 @@ struct Avx2Engine {
     static constexpr int kWidth = 4;  // times 8 columns, half a panel
 
     static DSC_INLINE void transpose(Ints bytes, uint8_t* to) {
-        const __m256i order = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        const __m256i order =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         store(to, _mm256_shuffle_epi8((__m256i)bytes, order));
     }
 
@@ -67,12 +65,11 @@ struct Avx2Engine {
                     for (int part = 0; part < kParts; part++, x += kQuadBytes) {
                         __m256i u[kWidth];
 #pragma GCC unroll 4
-                        for (int c = 0; c < kWidth; c++)
-                            u[c] = unpacked<kStorage>(load_as<__m256i>(w + 32 * c), part);
+                        for (int c = 0; c < kWidth; c++) u[c] = unpacked<kStorage>(load_as<__m256i>(w + 32 * c), part);
 #pragma GCC unroll 3
                         for (int byte = 0; byte < kBytes; byte++)
-                            multiply_add_bytes<kStorage, kWidth>(
-                                u, _mm256_set1_epi32(load_as<int32_t>(x + 4 * byte)), sums[byte]);
+                            multiply_add_bytes<kStorage, kWidth>(u, _mm256_set1_epi32(load_as<int32_t>(x + 4 * byte)),
+                                                                 sums[byte]);
                     }
                 }
                 for (int c = 0; c < kWidth; c++) {

@@ -97,9 +97,13 @@ struct Avx512Engine {
     template <Storage kStorage, int kBytes>
     static void tile(const Tile& tile) {
         // As many sums as the registers hold: 24.
-        static constexpr void (*kTiles[])(const Tile&) = {
-            weight_only_tile<kStorage, kBytes, 1, 4>, weight_only_tile<kStorage, kBytes, 2, 4>,
-            weight_only_tile<kStorage, kBytes, 3, kBytes == 2 ? 4 : 2>, weight_only_tile<kStorage, kBytes, 4, 2>};
+        static constexpr void (*kTiles[])(const Tile&) = {weight_only_tile<kStorage, kBytes, 1, 4>,
+                                                          weight_only_tile<kStorage, kBytes, 2, 4>,
+                                                          weight_only_tile < kStorage,
+                                                          kBytes,
+                                                          3,
+                                                          kBytes == 2 ? 4 : 2 >,
+                                                          weight_only_tile<kStorage, kBytes, 4, 2>};
         kTiles[tile.rows - 1](tile);
     }
 };

@@ -17,27 +17,27 @@ struct ScalarEngine {
     template <Storage kStorage, int kBytes>
     static void tile(const Tile& tile) {
         constexpr int kBits = bits_of_storage(kStorage), kParts = 8 / kBits;
-        for_blocks<4 * kParts>(tile, [&](const uint8_t* words, int64_t count, int64_t block, int64_t quad,
-                                         const float* scales) {
-            const BlockHead& head = tile.heads[block];
-            for (int j = 0; j < kWeightOnlyColumns; j += kLanes) {
-                Ints sums[kBytes];
-                for (int byte = 0; byte < kBytes; byte++) sums[byte] = splat(head.from[byte]);
-                for (int64_t word = 0; word < count; word++)
-                    for (int part = 0; part < kParts; part++) {
-                        const uint8_t* x = tile.x + (quad + word * kParts + part) * kQuadBytes;
-                        for (int lane = 0; lane < kLanes; lane++) {
-                            const uint8_t* w = words + (word * kWeightOnlyColumns + j + lane) * 4;
-                            for (int i = 0; i < 4; i++) {
-                                const int value = value_of<kStorage>((w[i] >> (part * kBits)) & ((1 << kBits) - 1));
-                                for (int byte = 0; byte < kBytes; byte++)
-                                    sums[byte][lane] += value * static_cast<int8_t>(x[4 * byte + i]);
+        for_blocks<4 * kParts>(
+            tile, [&](const uint8_t* words, int64_t count, int64_t block, int64_t quad, const float* scales) {
+                const BlockHead& head = tile.heads[block];
+                for (int j = 0; j < kWeightOnlyColumns; j += kLanes) {
+                    Ints sums[kBytes];
+                    for (int byte = 0; byte < kBytes; byte++) sums[byte] = splat(head.from[byte]);
+                    for (int64_t word = 0; word < count; word++)
+                        for (int part = 0; part < kParts; part++) {
+                            const uint8_t* x = tile.x + (quad + word * kParts + part) * kQuadBytes;
+                            for (int lane = 0; lane < kLanes; lane++) {
+                                const uint8_t* w = words + (word * kWeightOnlyColumns + j + lane) * 4;
+                                for (int i = 0; i < 4; i++) {
+                                    const int value = value_of<kStorage>((w[i] >> (part * kBits)) & ((1 << kBits) - 1));
+                                    for (int byte = 0; byte < kBytes; byte++)
+                                        sums[byte][lane] += value * static_cast<int8_t>(x[4 * byte + i]);
+                                }
                             }
                         }
-                    }
-                add_block<kBytes>(sums, head, scales + j, tile.weight->has_offset, tile.values + j);
-            }
-        });
+                    add_block<kBytes>(sums, head, scales + j, tile.weight->has_offset, tile.values + j);
+                }
+            });
     }
 };
 

@@ -11,9 +11,9 @@ constexpr int64_t kPackedMagic = 0x314B434150435344;  // "DSCPACK1"
 struct PackedHeader {
     int64_t magic;
     int64_t layout;
-    int64_t rows;     // N, out_features
-    int64_t columns;  // K, in_features
-    int64_t groups;   // int4 and weight-only: scales of a row; int8: 0
+    int64_t rows;      // N, out_features
+    int64_t columns;   // K, in_features
+    int64_t groups;    // int4 and weight-only: scales of a row; int8: 0
     int64_t spare[3];  // weight-only: group_size, storage, whether there are offsets
 };
 static_assert(sizeof(PackedHeader) == 64);

@@ -1,23 +1,25 @@
 """Linear layers whose weights alone are quantized, in plain torch: what the kernels compute, bit for bit.
 
-    y = activation(x @ weight.T + bias),  weight[n, k] = scale[n, g] * value[n, k] (+ offset[n, g]),  g = k // group_size
+    y = activation(x @ weight.T + bias)
+    weight[n, k] = scale[n, g] * value[n, k] (+ offset[n, g]),  g = k // group_size
 
-Values stay integers and x becomes fixed point, so that the sums of products are exact and the same on every machine:
+Values stay integers and x becomes fixed point, so that sums of products are exact and the same on every machine:
 
 1. The inputs of a group are cut into blocks of at most 128. A block of x becomes integers X = rint(x / unit) of 24 bits
    where x is fp32, of 16 bits where it is bf16 or fp16; unit is the least power of two with which its largest magnitude
-   fits. So an input is off by at most 2^-24 (2^-16) of the largest magnitude in its block: by nothing where it is at least
-   as large as 2^-15 (bf16) of it. A block with NaN or Inf makes its row NaN.
-2. X = 65536 a + 256 b + c, signed bytes (16 bits: 256 b + c). The sums of their products with the block's values are exact.
-3. fp32: sum = float(65536 sum_a) + float(256 sum_b + sum_c); y += (sum unit) scale; y += (float(sum of X) unit) offset, in
-   the order of the blocks, beginning with 0; then the bias, the activation, the cast.
+   fits (with 1 % to spare). An input is off by less than 2^-22 (2^-14) of the largest magnitude of its block, in bf16
+   by nothing where it is at least 2^-6 of that. A block with NaN or Inf makes its row NaN.
+2. X = 65536 a + 256 b + c, signed bytes (16 bits: 256 b + c). Sums of their products with the block's values are exact.
+3. fp32: sum = float(65536 sum_a) + float(256 sum_b + sum_c); y += (sum unit) scale; y += (float(sum of X) unit) offset,
+   in the order of the blocks, beginning with 0; then the bias, the activation, the cast.
 
 Without activation, or with relu, the kernels give the same bits; the other activations are as in `linear`.
 Against x @ weight.T in exact arithmetic an element of y is off by at most
 
-    sum over blocks of 2^-24 (2^-16) max|x| sum|weight|  +  (blocks + 4) 2^-23 sum|x weight|
+    sum over blocks of 2^-22 (2^-14) max|x| sum|weight|  +  (blocks + 4) 2^-23 sum|x weight|
 
-(an fp32 product of K inputs has the bound K 2^-24 sum|x weight|).
+(an fp32 product of K inputs has the bound K 2^-24 sum|x weight|; scale and offset count on their own in sum|weight|).
+For many rows of bf16 the kernels of CPUs with AMX round the weight to bf16 in place of this; see csrc/README.md.
 
 A packed weight of this module is the header, the fp32 scales, the fp32 offsets, and rows of values in `bits` bits.
 """
@@ -62,7 +64,9 @@ def weight_only_linear_pack(
     check_weight_only_pack(values, scale, offset, group_size, storage)
     rows, columns = values.shape
     bits = STORAGE_BITS[storage]
-    stored = values if values.dtype is torch.uint8 else (values.to(torch.int16) + EXCESS[storage]).to(torch.uint8)
+    stored = (
+        values if values.dtype is torch.uint8 else (values.to(torch.int16) + EXCESS[storage]).to(torch.uint8)
+    )
     if stored.numel() and int(stored.max()) >= 2**bits:  # what is below wraps to above
         lowest = 0 if values.dtype is torch.uint8 else -EXCESS[storage]
         raise ValueError(f"values lie in [{lowest}, {lowest + 2**bits - 1}]")
@@ -77,7 +81,16 @@ def weight_only_linear_pack(
         weight_only_bytes(rows, columns, group_size, storage, offset is not None), dtype=torch.uint8
     )
     header = torch.tensor(
-        [MAGIC, LAYOUT, rows, columns, scale.shape[1], group_size, STORAGES.index(storage), offset is not None],
+        [
+            MAGIC,
+            LAYOUT,
+            rows,
+            columns,
+            scale.shape[1],
+            group_size,
+            STORAGES.index(storage),
+            offset is not None,
+        ],
         dtype=torch.int64,
     )
     body = torch.cat([header.view(torch.uint8).to(packed.device), *parts])
@@ -96,27 +109,26 @@ def weight_only_linear(
 ) -> torch.Tensor:
     """activation(x @ weight.T + bias), of a weight of 2 to 8 bits that is dequantized while it is multiplied.
 
-    x (..., K) fp32, bf16 or fp16; packed from `weight_only_linear_pack`; bias fp32 (N,); activation: none, relu, gelu_erf,
-    gelu_tanh, silu. A row with NaN or Inf gives NaN. Returns (..., N) in out_dtype (fp32, bf16, fp16), by default that of x.
+    x (..., K) fp32, bf16 or fp16; packed from `weight_only_linear_pack`; bias fp32 (N,); activation: none, relu,
+    gelu_erf, gelu_tanh, silu. A row with NaN or Inf gives NaN. Returns (..., N) in out_dtype (fp32, bf16, fp16), by
+    default that of x.
 
     Raises:
         ValueError: wrong dtype, shape or activation, or a weight that was packed for other kernels.
 
-    >>> packed = F.weight_only_linear_pack(torch.full((2, 32), 7, dtype=torch.int8), torch.full((2, 1), 0.5), None, 32, "int4")
+    >>> values, scale = torch.full((2, 32), 7, dtype=torch.int8), torch.full((2, 1), 0.5)
+    >>> packed = F.weight_only_linear_pack(values, scale, None, 32, "int4")
     >>> F.weight_only_linear(torch.ones(1, 32), packed, out_features=2)
     tensor([[112., 112.]])
     """
     header = _header_of(packed)
-    rows, columns, groups, group_size = header[2:6]
+    rows, columns, _, group_size = header[2:6]
     require(out_features == rows, lambda: f"this weight has {rows} out_features, got {out_features}")
     check_weight_only(x, out_features, bias, activation, out_dtype)
-    require(
-        x.shape[-1] == columns, lambda: f"x is (..., {columns}), got {tuple(x.shape)}"
-    )
+    require(x.shape[-1] == columns, lambda: f"x is (..., {columns}), got {tuple(x.shape)}")
     values, scale, offset = _unpacked(packed, header)
     y = x.new_zeros((math.prod(x.shape[:-1]), rows), dtype=torch.float32)
-    for block, begin, end, group in _blocks(columns, group_size):
-        del block
+    for begin, end, group in _blocks(columns, group_size):
         part = x.reshape(len(y), columns)[:, begin:end]
         unit, digits = _fixed_point(part)
         sums = [digit @ values[:, begin:end].T for digit in digits]
@@ -130,13 +142,13 @@ def weight_only_linear(
     return _finish(y, x, bias, activation, out_dtype)
 
 
-def _blocks(columns: int, group_size: int) -> list[tuple[int, int, int, int]]:
-    """(number, first input, behind the last one, group) of each."""
+def _blocks(columns: int, group_size: int) -> list[tuple[int, int, int]]:
+    """(first input, behind the last one, group) of each."""
     found = []
     for group in range(-(-columns // group_size)):
         end = min(columns, (group + 1) * group_size)
         for begin in range(group * group_size, end, BLOCK):
-            found.append((len(found), begin, min(end, begin + BLOCK), group))
+            found.append((begin, min(end, begin + BLOCK), group))
     return found
 
 
@@ -186,7 +198,9 @@ def _unpacked(
     _, _, rows, columns, groups, _, storage_number, has_offset = header
     storage, body = STORAGES[storage_number], packed[HEADER_BYTES:]
     bits = STORAGE_BITS[storage]
-    scales = body[: 4 * rows * groups * (1 + has_offset)].view(torch.float32).view(1 + has_offset, rows, groups)
+    scales = (
+        body[: 4 * rows * groups * (1 + has_offset)].view(torch.float32).view(1 + has_offset, rows, groups)
+    )
     width = -(-columns * bits // 8)
     stored = body[scales.numel() * 4 :][: rows * width].view(rows, width, 1)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)

@@ -183,7 +183,7 @@ def test_a_copy_says_the_same(folder: Path) -> None:
 
 
 def test_activations_behind_a_layer_are_fused(folder: Path) -> None:
-    served, dense = loaded(folder)
+    served, _ = loaded(folder)
     mlp = served.get_submodule("model.layers.0.mlp")
     assert mlp.gate_proj.activation == "silu" and isinstance(mlp.act_fn, nn.Identity)
     unfused = from_pretrained(folder, fused=False)
@@ -201,7 +201,9 @@ def test_conv1d_and_asymmetric_weights_are_served(tmp_path: Path) -> None:
     assert not any("dequantized" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("scheme", "is_served"), [("NVFP4A16", True), ("MXFP4A16", True), ("MXFP8A16", False)])
+@pytest.mark.parametrize(
+    ("scheme", "is_served"), [("NVFP4A16", True), ("MXFP4A16", True), ("MXFP8A16", False)]
+)
 def test_floats_are_served_where_a_kernel_has_them(scheme: str, is_served: bool, tmp_path: Path) -> None:
     model = quantized_to(model_of("llama"), scheme)
     report = export(model, tmp_path / "x", "torch", embeddings="float", check=False)
