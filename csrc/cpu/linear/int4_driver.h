@@ -2,9 +2,6 @@
 //
 // An `Engine` has kColumns and kRows as in int8_driver.h, Values (int8), and
 //     multiply(rows, tile)       fills `values` of a tile of up to kRows rows
-// and, if unpacking a panel once for all rows pays,
-//     kUnpackedRows, unpack(weights, blocks, to), multiply_unpacked(rows, tile)
-//                                the same of weights that `unpack` made, with one byte for each value
 // A panel is the scales, (groups, kColumns) fp32, then for every 8 columns of K, up to a multiple of 32, 4 bytes for
 // each column of the panel: the first four in the low nibbles, the others in the high ones.
 // A quantized value q is stored as q + 8 so that unpacking needs no sign; 8 times the sum of a row is taken off again.
@@ -39,12 +36,6 @@ struct Int4Driver {
     using Finish = decltype(rescale<Fp32, Activation::none, kColumns>);
     static constexpr int64_t kBlockBytes = kInt4Depth * kColumns / 2;
 
-    static constexpr int64_t kMostRows = [] {
-        if constexpr (requires { Engine::kUnpackedRows; }) return Engine::kUnpackedRows;
-        return Engine::kRows;
-    }();
-    static constexpr int64_t kRowsWorthUnpacking = 2 * kMostRows;
-
     static int64_t stride_of(int64_t columns) { return round_up(columns, 64) + 64; }
     static int64_t blocks_of(int64_t columns) { return (columns + kInt4Depth - 1) / kInt4Depth; }
     static int64_t panel_bytes(const LinearWeight& weight) {
@@ -57,17 +48,15 @@ struct Int4Driver {
         int32_t* excess;
         int32_t* partial;
         float* values;
-        uint8_t* unpacked;
         int64_t bytes;
 
         Scratch(void* memory, int64_t columns, int64_t groups) {
             ScratchArrays arrays(memory);
             scale = arrays.take<float>(kInt4BlockRows);
-            partial = arrays.take<int32_t>(kMostRows * kColumns);
-            values = arrays.take<float>(kMostRows * kColumns);
+            partial = arrays.take<int32_t>(Engine::kRows * kColumns);
+            values = arrays.take<float>(Engine::kRows * kColumns);
             excess = arrays.take<int32_t>(kInt4BlockRows * groups);
             quantized = arrays.take<int8_t>(kInt4BlockRows * stride_of(columns));
-            unpacked = arrays.take<uint8_t>(kMostRows > Engine::kRows ? blocks_of(columns) * 2 * kBlockBytes : 0);
             bytes = arrays.bytes();
         }
     };
@@ -120,29 +109,20 @@ struct Int4Driver {
         const int64_t stride = stride_of(weight.columns);
         const uint8_t* packed = weight.body + panel * panel_bytes(weight);
         const PanelColumns<kColumns> columns(call, panel * kColumns);
-        const uint8_t* nibbles = packed + 4 * weight.groups * kColumns;
-        const auto compute = [&](int64_t tile_rows, const uint8_t* weights, auto multiply) {
-            for (int64_t m = 0; m < count; m += tile_rows) {
-                const int64_t rows = count - m < tile_rows ? count - m : tile_rows;
-                const Rectangle y{call, begin + m, rows, panel * kColumns, columns.count};
-                y.prefetch();
-                if (weight.groups == 0)
-                    memset(scratch.values, 0, rows * kColumns * sizeof(float));
-                else
-                    multiply(rows, Int4Tile{scratch.quantized + m * stride, stride,
-                                            reinterpret_cast<const float*>(packed), weights, blocks_of(weight.columns),
-                                            weight.group_size / kInt4Depth, scratch.excess + m * weight.groups,
-                                            weight.groups, scratch.partial, scratch.values});
-                finish_tile(scratch.values, scratch.scale + m, columns, y);
-            }
-        };
-        if constexpr (kMostRows > Engine::kRows) {
-            if (count >= kRowsWorthUnpacking) {
-                Engine::unpack(nibbles, blocks_of(weight.columns), scratch.unpacked);
-                return compute(kMostRows, scratch.unpacked, Engine::multiply_unpacked);
-            }
+        for (int64_t m = 0; m < count; m += Engine::kRows) {
+            const int64_t rows = count - m < Engine::kRows ? count - m : Engine::kRows;
+            const Rectangle y{call, begin + m, rows, panel * kColumns, columns.count};
+            y.prefetch();
+            if (weight.groups == 0)
+                memset(scratch.values, 0, rows * kColumns * sizeof(float));
+            else
+                Engine::multiply(
+                    rows, Int4Tile{scratch.quantized + m * stride, stride, reinterpret_cast<const float*>(packed),
+                                   packed + 4 * weight.groups * kColumns, blocks_of(weight.columns),
+                                   weight.group_size / kInt4Depth, scratch.excess + m * weight.groups, weight.groups,
+                                   scratch.partial, scratch.values});
+            finish_tile(scratch.values, scratch.scale + m, columns, y);
         }
-        compute(Engine::kRows, nibbles, Engine::multiply);
     }
 
     static void pack(const int8_t* quantized, const float* scale, const LinearWeight& weight, Range panels,

@@ -1,9 +1,10 @@
 // Many rows of bf16 by AMX tiles. Compiled with the AVX-512 flags; the instructions of AMX and AVX512_BF16, which need
 // none, are written out.
 //
-// Loops, from the outside: blocks of rows, copied to tiles of 16 rows by 32 inputs; panels; chunks of inputs, which are
-// dequantized in fp32, rounded to bf16 and laid out as tiles of 32 inputs by 16 columns, pairs of inputs side by side;
-// halves of the panel, whose tiles stay in the first-level cache; 32 rows of the block, whose sums wait in fp32.
+// Loops, from the outside: blocks of rows; chunks of inputs, for which the rows of x are copied to tiles of 16 rows by
+// 32 inputs; panels, whose chunk is dequantized in fp32, rounded to bf16 and laid out as tiles of 32 inputs by 16
+// columns, pairs of inputs side by side; halves of the panel, whose tiles stay in the first-level cache; 32 rows, whose
+// sums wait in fp32. So a weight is dequantized once for all rows of a block.
 #include "weight_only.h"
 
 // gcc 12 finds its own intrinsics' "undefined" operands uninitialized.
@@ -19,9 +20,11 @@ namespace ds_compress::cpu {
 namespace {
 
 constexpr int64_t kTileBytes = 1024, kTileRows = 16, kTileInputs = 32;
-constexpr int64_t kFewestRows = 20;       // fewer are faster as integers
-constexpr int64_t kChunk = 512;           // inputs
-constexpr int64_t kBlockBytes = 5 << 18;  // of x, so that it stays in the second-level cache
+constexpr int64_t kFewestRows = 20;      // fewer are faster as integers
+constexpr int64_t kChunk = 512;          // inputs
+constexpr int64_t kMostBlockRows = 512;  // so that their chunk stays in the second-level cache
+constexpr int64_t kLeastBlockRows = 64;
+constexpr int64_t kSumBytes = 4 << 20;  // of a block's results
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0;
@@ -81,7 +84,7 @@ void dequantize_panel(const uint8_t* panel, const WeightOnlyWeight& weight, Rang
             const int64_t at = k - inputs.begin;
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) {
-                __builtin_prefetch(w + kPrefetchAhead + 64 * c);
+                __builtin_prefetch(w + weight.panel_bytes() + 64 * c);  // of the next panel
                 const __m512i packed = _mm512_loadu_si512(w + 64 * c);
                 const __m512 scale = _mm512_loadu_ps(scales + 16 * c);
                 const __m512 offset =
@@ -145,38 +148,35 @@ void multiply_tiles(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_
         : "memory");
 }
 
-struct AmxShape {
-    int64_t depth, rows;  // tiles of K; rows of a block
-
-    AmxShape(const WeightOnlyWeight& weight, int64_t most) {
-        depth = weight.columns / kTileInputs;
-        const int64_t fitting = kBlockBytes / (weight.columns * 2) / 32 * 32;
-        rows = fitting < 64 ? 64 : fitting;
-        if (rows > round_up(most, 32)) rows = round_up(most, 32);
-    }
-};
+int64_t amx_block_rows(const WeightOnlyWeight& weight, int64_t rows) {
+    const int64_t fitting = kSumBytes / (weight.panels() * kWeightOnlyColumns * 4) / 32 * 32;
+    const int64_t most = fitting < kLeastBlockRows  ? kLeastBlockRows
+                         : fitting > kMostBlockRows ? kMostBlockRows
+                                                    : fitting;
+    return rows < most ? round_up(rows, 32) : most;
+}
 
 struct AmxScratch {
     uint8_t *x, *panel;
-    float* values;
+    float* values;  // [panels][rows][64]
     int64_t bytes;
 
-    AmxScratch(void* memory, const AmxShape& shape) {
+    AmxScratch(void* memory, int64_t rows, int64_t panels) {
         ScratchArrays arrays(memory);
-        x = arrays.take<uint8_t>(shape.rows / kTileRows * shape.depth * kTileBytes);
+        x = arrays.take<uint8_t>(rows * kChunk * 2);
         panel = arrays.take<uint8_t>(kChunk * kWeightOnlyColumns * 2);
-        values = arrays.take<float>(shape.rows * kWeightOnlyColumns);
+        values = arrays.take<float>(panels * rows * kWeightOnlyColumns);
         bytes = arrays.bytes();
     }
 };
 
-// Rows of x as tiles, [rows / 16][depth]; rows that are not there are zeros.
-void tile_rows(const uint16_t* x, int64_t count, int64_t rows, int64_t depth, uint8_t* to) {
+// Rows of x, `stride` apart, as tiles, [rows / 16][depth]; rows from `count` on are zeros.
+void tile_rows(const uint16_t* x, int64_t stride, int64_t count, int64_t rows, int64_t depth, uint8_t* to) {
     for (int64_t m = 0; m < rows; m++) {
         uint8_t* line = to + (m / kTileRows * depth) * kTileBytes + m % kTileRows * 64;
         for (int64_t k = 0; k < depth; k++, line += kTileBytes)
             _mm512_storeu_si512(
-                line, m < count ? _mm512_loadu_si512(x + (m * depth + k) * kTileInputs) : _mm512_setzero_si512());
+                line, m < count ? _mm512_loadu_si512(x + m * stride + k * kTileInputs) : _mm512_setzero_si512());
     }
 }
 
@@ -195,28 +195,32 @@ void dequantize_panel(const uint8_t* panel, const WeightOnlyWeight& weight, Rang
 
 void amx_linear(const WeightOnlyCall& call, Range rows, Range panels, void* memory) {
     const WeightOnlyWeight& weight = call.weight;
-    const AmxShape shape(weight, rows.end - rows.begin);
-    const AmxScratch scratch(memory, shape);
+    const int64_t block = amx_block_rows(weight, rows.end - rows.begin);
+    const AmxScratch scratch(memory, block, weight.panels());
     const TileConfig config;
     asm volatile("ldtilecfg %0" ::"m"(config));
-    for (int64_t begin = rows.begin; begin < rows.end; begin += shape.rows) {
-        const int64_t left = rows.end - begin, count = left < shape.rows ? left : shape.rows;
-        tile_rows(static_cast<const uint16_t*>(call.x) + begin * weight.columns, count, round_up(count, 32),
-                  shape.depth, scratch.x);
-        for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-            const uint8_t* packed = weight.body + panel * weight.panel_bytes();
-            memset(scratch.values, 0, static_cast<size_t>(round_up(count, 32) * kWeightOnlyColumns) * sizeof(float));
-            for (int64_t k = 0; k < weight.columns; k += kChunk) {
-                const int64_t end = k + kChunk < weight.columns ? k + kChunk : weight.columns;
-                dequantize_panel(packed, weight, {k, end}, scratch.panel);
+    for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
+        const int64_t count = rows.end - begin < block ? rows.end - begin : block, padded = round_up(count, 32);
+        const int64_t panel_values = padded * kWeightOnlyColumns;
+        memset(scratch.values, 0, static_cast<size_t>((panels.end - panels.begin) * panel_values) * sizeof(float));
+        const auto* x = static_cast<const uint16_t*>(call.x) + begin * weight.columns;
+        for (int64_t k = 0; k < weight.columns; k += kChunk) {
+            const int64_t end = k + kChunk < weight.columns ? k + kChunk : weight.columns;
+            const int64_t depth = (end - k) / kTileInputs;
+            tile_rows(x + k, weight.columns, count, padded, depth, scratch.x);
+            for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+                dequantize_panel(weight.body + panel * weight.panel_bytes(), weight, {k, end}, scratch.panel);
+                float* values = scratch.values + (panel - panels.begin) * panel_values;
                 for (int half = 0; half < 2; half++)
-                    for (int64_t m = 0; m < count; m += 32)
-                        multiply_tiles(scratch.x + (m / kTileRows * shape.depth + k / kTileInputs) * kTileBytes,
-                                       shape.depth * kTileBytes, scratch.panel + half * 2 * kTileBytes,
-                                       (end - k) / kTileInputs, scratch.values + m * kWeightOnlyColumns + 32 * half);
+                    for (int64_t m = 0; m < padded; m += 32)
+                        multiply_tiles(scratch.x + m / kTileRows * depth * kTileBytes, depth * kTileBytes,
+                                       scratch.panel + half * 2 * kTileBytes, depth,
+                                       values + m * kWeightOnlyColumns + 32 * half);
             }
-            finish_rows(call, begin, count, panel * kWeightOnlyColumns, scratch.values);
         }
+        for (int64_t panel = panels.begin; panel < panels.end; panel++)
+            finish_rows(call, begin, count, panel * kWeightOnlyColumns,
+                        scratch.values + (panel - panels.begin) * panel_values);
     }
     asm volatile("tilerelease");
 }
@@ -233,7 +237,7 @@ bool amx_takes(const WeightOnlyCall& call) {
 const ds_compress::cpu::WeightOnlyAmx* ds_compress::cpu::weight_only_amx() {
     static constexpr WeightOnlyAmx kFunctions = {
         .takes = amx_takes, .linear = amx_linear, .scratch_bytes = [](const WeightOnlyWeight& weight, int64_t rows) {
-            return AmxScratch(nullptr, AmxShape(weight, rows)).bytes;
+            return AmxScratch(nullptr, amx_block_rows(weight, rows), weight.panels()).bytes;
         }};
     return &kFunctions;
 }
