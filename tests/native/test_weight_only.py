@@ -14,6 +14,7 @@ from ds_compress.ops.reference import weight_only as reference
 from ds_compress.ops.reference.weight_only import E2M1_IN_HALVES, STORAGES
 from tests.native import weight_only_tables as tables
 from tests.native.elementwise import native_ops, same
+from tests.native.test_linear_code import disassembled, innermost_loop
 from tests.native.weight_only_tables import Weight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +64,8 @@ def random_call(m: int, n: int, k: int, draw: random.Random) -> dict[str, Any]:
         x[draw.randrange(m), draw.randrange(k)] = draw.choice([NAN, INF, -INF, 3e38, -1e-38, 1e-44, -NAN])
     if m and draw.random() < 0.2:
         x[draw.randrange(m)] = 0.0
+    if m and draw.random() < 0.3:  # whose powers of two are at the ends of fp32
+        x[draw.randrange(m)] *= draw.choice([1e-41, 1e-37, 1e-34, 1e35])
     return {
         "x": x.to(draw.choice(FLOATS)),
         "weight": random_weight(
@@ -246,3 +249,17 @@ def test_threads_and_views_change_no_bit() -> None:
     wide[..., ::2] = x
     assert torch.equal(ops.weight_only_linear(wide[..., ::2], packed, 400), y)
     assert torch.equal(ops.weight_only_linear(x[3, 8], packed, 400), y[3, 8])
+
+
+@pytest.mark.skipif("avx512" not in tables.TABLES, reason="this CPU has no AVX-512 VNNI")
+@pytest.mark.parametrize(
+    ("tile", "products"), [("1, 3, 1, 4", 24), ("1, 3, 4, 2", 48), ("1, 2, 4, 2", 32), ("2, 3, 1, 4", 12)]
+)
+def test_the_inner_loop_keeps_its_sums_in_registers(tile: str, products: int) -> None:
+    """storage, bytes, rows, width"""
+    storage, rest = tile.split(", ", 1)
+    name = f"weight_only_tile<(ds_compress::cpu::Storage){storage}, {rest}>"
+    code = disassembled(tables.object_file("avx512"), name)
+    loop = innermost_loop(code)
+    assert sum(text.startswith("vpdpbusd") for text in loop) == products
+    assert not [text for text in loop if "zmm" in text and "(%rsp" in text]
