@@ -1,10 +1,6 @@
 // The integer linear layers on CPU tensors: packing, and the cutting of the work for threads.
 #include "linear_cpu.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 
 namespace ds_compress::bindings {
@@ -21,16 +17,6 @@ LinearWeight shape_of_weight(const Tensor& weight, int64_t groups = 0) {
 }
 
 // --- packing -------------------------------------------------------------------------------------------------------
-
-// Asks for huge pages: a product that reads weights from memory waits for the addresses of small ones, too.
-void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t kHuge = 2 << 20;
-    const auto address = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail
-#endif
-}
 
 // With its header, and zeros behind the panels: equal weights have equal bytes.
 Tensor new_packed(const Tensor& like, int64_t layout, const LinearWeight& weight, int64_t body_bytes) {

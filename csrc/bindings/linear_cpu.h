@@ -2,6 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -29,6 +33,18 @@ inline void* thread_scratch(int64_t bytes) {
         memory.bytes = bytes;
     }
     return memory.data;
+}
+
+// Asks for huge pages: a product that reads weights from memory waits for the addresses of small ones, too.
+inline void advise_huge_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kHuge = 2 << 20;
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    // With what lies around it in the first and the last page: two small weights have one together.
+    const uintptr_t begin = address / kHuge * kHuge, end = (address + bytes + kHuge - 1) / kHuge * kHuge;
+    if (bytes >= static_cast<int64_t>(kHuge / 4))
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail
+#endif
 }
 
 inline cpu::LinearType type_of(const Tensor& tensor) {

@@ -5,6 +5,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace ds_compress::cpu {
 namespace {
 
@@ -46,7 +52,27 @@ Isa choose() {
     throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(requested) + ": allowed are scalar, avx2 and avx512");
 }
 
+bool find_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+    const char* requested = std::getenv("DS_COMPRESS_CPU_ISA");
+    if (isa() != Isa::avx512 || (requested != nullptr && *requested != '\0')) return false;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool has_tiles = (d >> 24 & 1) && (d >> 22 & 1);
+    if (!has_tiles || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
+
+bool has_amx_bf16() {
+    static const bool found = find_amx_bf16();
+    return found;
+}
 
 Isa isa() {
     static const Isa chosen = choose();

@@ -24,7 +24,7 @@ from torch import nn
 import ds_compress
 from ds_compress.examples.cpu import keep_freed_memory
 from ds_compress.examples.stock_check import LATENCY_BATCH, LATENCY_TOKENS, predict
-from ds_compress.export.serve import Int8Embedding, Int8Linear
+from ds_compress.export.serve import Int8Embedding
 
 ROUNDS = 21
 
@@ -38,7 +38,8 @@ def main() -> None:
     folders = [Path(folder) for folder in sys.argv[2:]]
     stock = AutoModelForSequenceClassification.from_pretrained(folders[0]).eval()
     models: list[nn.Module] = [stock, *(ds_compress.from_pretrained(folder) for folder in folders[1:])]
-    cuts = [in_floats(ds_compress.from_pretrained(folder, fused=False)) for folder in folders[1:]]
+    dense = [ds_compress.from_pretrained(folder, fused=False, activations=False) for folder in folders[1:]]
+    cuts = [in_floats(model) for model in dense]
     found = []
     for folder, model in zip(folders, models, strict=True):
         logits = predict(model, sentences, folder.parent.name)
@@ -58,21 +59,11 @@ def main() -> None:
 
 
 def in_floats(model: nn.Module) -> nn.Module:
-    """The same layers with weights read back to fp32 and inputs as they are."""
+    """A model whose linear layers are in floats, with its tables in floats, too."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Int8Linear):
-            rows, columns = module.int_weight.shape
-            scale = module.scale.view(rows, -1)
-            weight = module.int_weight.float() * scale.repeat_interleave(columns // scale.shape[1], 1)
-            bias = {} if module.bias is None else {"bias": module.bias}
-            layer: nn.Module = nn.Linear(columns, rows, bias=bool(bias))
-            layer.load_state_dict({"weight": weight, **bias})
-        elif isinstance(module, Int8Embedding):
-            layer = nn.Embedding.from_pretrained(module.weight)
-        else:
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
+        if isinstance(module, Int8Embedding):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, nn.Embedding.from_pretrained(module.weight))
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_out
 from ds_compress.export.serve import Int8Linear
+from ds_compress.export.serve_weight_only import WeightOnlyLinear
 from ds_compress.export.shape_only import ShapeOnly
 
 _ACTIVATED = (
@@ -46,7 +47,7 @@ def fuse(model: nn.Module) -> None:
 def _fuse_activation(module: nn.Module, product: str, activation: str) -> None:
     linear = getattr(module, product, None)
     word = _word_for(getattr(module, activation, None))
-    if isinstance(linear, Int8Linear) and word and linear.activation == "none":
+    if isinstance(linear, (Int8Linear, WeightOnlyLinear)) and word and linear.activation == "none":
         linear.activation = word
         if activation in module._modules:
             module._modules[activation] = nn.Identity()

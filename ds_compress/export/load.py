@@ -51,7 +51,8 @@ def from_pretrained(
         folder: with `ds_compress.json`.
         model: a new instance to load into, for models that transformers cannot build from `config.json`.
         fused: whether layers that share an input or feed an activation run as one kernel.
-        activations: False does not quantize inputs and computes in floats, with the same values of weights.
+        activations: False does not quantize inputs and computes in floats, with the same values of weights, which are
+            dequantized when they are loaded.
 
     Raises:
         ExportError: the folder is incomplete, damaged, or of another format.
@@ -108,9 +109,9 @@ def serve(
                 raise ExportError(f"{name}: {error}") from error
             if reason is not None and activations:
                 dequantized[name] = reason
-        _serve(model, name, scheme, stored)
+        _serve(model, name, scheme, stored, weight_only=activations)
     _log_dequantized(dequantized)
-    _tie(model, schemes, stored)
+    _tie(model, schemes, stored, weight_only=activations)
     _check_complete(model)
     model.requires_grad_(False).eval()
     if fused:
@@ -240,13 +241,13 @@ def fill(module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
             module.num_embeddings, module.embedding_dim = rows, columns
 
 
-def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored) -> None:
+def _serve(model: nn.Module, name: str, scheme: Mapping[str, Any], stored: Stored, weight_only: bool) -> None:
     if "weight" not in scheme and "input" not in scheme:
         return
     tensors = {local: tensor for local, tensor in stored.of_module(name).items() if local in _OF_WEIGHT}
     quantized = _loaded(name, tensors, scheme["weight"]) if "weight" in scheme else None
     used = InputScheme.from_json(scheme["input"]) if "input" in scheme else None
-    served = serving_module(model.get_submodule(name), quantized, used)
+    served = serving_module(model.get_submodule(name), quantized, used, weight_only)
     if name:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, served)
@@ -281,7 +282,9 @@ def _log_dequantized(reasons: Mapping[str, str]) -> None:
         logger.warning("ds_compress: experts are dequantized and compute in fp32: %s", "; ".join(parts))
 
 
-def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored) -> None:
+def _tie(
+    model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored, weight_only: bool
+) -> None:
     for name, scheme in schemes.items():
         for local, first in scheme.get("ties", {}).items():
             owner, _, first_local = first.rpartition(".")
@@ -289,10 +292,8 @@ def _tie(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Sto
             if "weight" in schemes.get(owner, {}) and first_local == "weight":
                 tensors = stored.of_module(owner)
                 quantized = _loaded(owner, tensors, schemes[owner]["weight"])
-                if isinstance(module, nn.Embedding):
-                    _replace(model, name, serving_module(module, quantized, None))
-                    continue
-                value = nn.Parameter(quantized.dequantize(), requires_grad=False)
+                _replace(model, name, serving_module(module, quantized, None, weight_only))
+                continue
             else:
                 value = model.get_parameter(first)
             module._parameters[local] = value

@@ -1,6 +1,8 @@
-"""Layers that run on stored integers; those of floats run as fp32, dequantized once."""
+"""Layers that run on stored integers and small floats; what no kernel has runs as fp32, dequantized once."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,14 @@ from ds_compress.export.int8_product import Int8Product, blocks_worth_leaving_ou
 from ds_compress.export.integer_kernels import misfit, takes_groups
 from ds_compress.export.quantized_matrix import QuantizedMatrix
 from ds_compress.export.read import InputScheme
+from ds_compress.export.serve_weight_only import WeightOnlyLinear, weight_only_misfit
 from ds_compress.export.shape_only import ShapeOnly
 from ds_compress.modelinfo.kinds import ModuleKind, kind_of
 from ds_compress.ops import kernels
 from ds_compress.quant import layers
 from ds_compress.quant.qparams import qparams_from_range
+
+_PRODUCTS = (ModuleKind.LINEAR, ModuleKind.CONV1D)
 
 
 class Int8Linear(nn.Module):
@@ -87,47 +92,65 @@ class Int4Linear(Int8Linear):
 
 
 class Int8Embedding(nn.Module):
-    """Rows of int8 values, dequantized to fp32 when they are looked up."""
+    """Rows of int8 values, dequantized in fp32 when they are looked up, then rounded to the model's dtype."""
 
     def __init__(self, quantized: QuantizedMatrix, padding_idx: int | None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = quantized.shape
         self.padding_idx = padding_idx
         self.int_weight, self.scale = quantized.values, quantized.scale
+        self.dtype = torch.float32
 
     @property
     def weight(self) -> torch.Tensor:
         """All rows as floats, made anew; for models that read the table without a lookup."""
-        return self.int_weight.float() * self.scale
+        return (self.int_weight.float() * self.scale).to(self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input, self.int_weight) * F.embedding(input, self.scale)
+        return (F.embedding(input, self.int_weight) * F.embedding(input, self.scale)).to(self.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Embedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        return self
 
 
 def serving_module(
-    module: nn.Module, quantized: QuantizedMatrix | None, used: InputScheme | None
+    module: nn.Module, quantized: QuantizedMatrix | None, used: InputScheme | None, weight_only: bool = True
 ) -> nn.Module:
     """The module that replaces `module`: a float layer whose bias is loaded, and whose weight is, if not `quantized`.
 
-    One that runs on the integer kernels where they compute what training did; else the layer itself with the weight
-    dequantized, and a quantizer for its input where that was quantized.
+    One that runs on the integer kernels where they compute what training did, or, where inputs are floats, with the
+    weight as it is stored; else the layer itself with the weight dequantized, and a quantizer for its input where that
+    was quantized. weight_only: False dequantizes where inputs are floats.
     """
     kind = kind_of(module)
     bias = module._parameters.get("bias")
-    if (
-        kind is ModuleKind.EMBEDDING
-        and quantized is not None
-        and quantized.format == "int"
-        and quantized.groups == 1
-        and quantized.offset is None
-    ):
+    if quantized is not None and kind is ModuleKind.EMBEDDING and _is_plain_table(quantized):
         return Int8Embedding(quantized, getattr(module, "padding_idx", None))
-    is_product = kind in (ModuleKind.LINEAR, ModuleKind.CONV1D)
-    if is_product and quantized is not None and used is not None and misfit(quantized, used) is None:
-        return (Int4Linear if takes_groups(quantized) else Int8Linear)(quantized, bias, used)
+    if quantized is not None and kind in _PRODUCTS:
+        if used is not None and misfit(quantized, used) is None:
+            return (Int4Linear if takes_groups(quantized) else Int8Linear)(quantized, bias, used)
+        if used is None and weight_only and weight_only_misfit(quantized) is None:
+            return WeightOnlyLinear(quantized, bias)
     if quantized is not None:
         module._parameters["weight"] = nn.Parameter(quantized.dequantize(), requires_grad=False)
     if used is not None:
         quantizer = layers.InputQuantizer(used.grid, enabled=True, input_range=used.input_range)
         layers.attach(module).input_quantizer = quantizer
     return module
+
+
+def dequantized_because(
+    kind: ModuleKind | None, quantized: QuantizedMatrix, used: InputScheme | None
+) -> str | None:
+    """Why `serving_module` dequantizes this weight; None where it keeps it as it is stored."""
+    if kind is ModuleKind.EMBEDDING:
+        return None if _is_plain_table(quantized) else "tables in groups or floats"
+    if kind not in _PRODUCTS:
+        return "layers that are not linear"
+    return weight_only_misfit(quantized) if used is None else misfit(quantized, used)
+
+
+def _is_plain_table(quantized: QuantizedMatrix) -> bool:
+    return quantized.format == "int" and quantized.groups == 1 and quantized.offset is None

@@ -9,7 +9,9 @@
     weight          empty: its shape fits no model, so that transformers without ds_compress refuses the folder
                     instead of initializing what it does not find at random
 
-Floats are smaller in the folder only: they are dequantized when they are loaded, and run as fp32; so do experts, unless
+Linear layers stay as small in memory: they run on the integer kernels (`serve`), or, where inputs are floats, multiply
+by the weight as it is stored (`serve_weight_only`). What no kernel has is smaller in the folder only: fp8, nf4, inputs
+that are quantized to floats, convolutions. It is dequantized when it is loaded, and runs as fp32; so do experts, unless
 their matrices and inputs are integers that the grouped kernels fit (`serve_experts`).
 
 Embeddings that were not trained in integers are rounded to int8 per row unless embeddings="float".
@@ -39,6 +41,7 @@ from ds_compress.export.loaded_tensors import fingerprints_of, input_scales
 from ds_compress.export.quantized_experts import QuantizedExperts
 from ds_compress.export.quantized_matrix import QuantizedMatrix, quantize_rows
 from ds_compress.export.read import Layer
+from ds_compress.export.serve import dequantized_because
 from ds_compress.export.serve_experts import misfit_of_experts
 from ds_compress.export.serving_tensors import (
     PLAIN_VALUES,
@@ -167,15 +170,20 @@ class ServingFormat(Format):
         return shapes
 
     def _stored(self, layer: Layer, quantized: QuantizedMatrix) -> dict[str, torch.Tensor]:
-        if quantized.format != "int":
-            self.note(
-                "floats are dequantized when they are loaded: smaller in the folder, no faster on the CPU"
-            )
+        self._note_dequantized(layer, quantized)
         try:
             stored = with_container(stored_weight(quantized), quantized.values)
             return {layer.full(name): tensor for name, tensor in stored.items()}
         except ValueError as error:
             raise ExportError(f"{layer.name}: {error}") from error
+
+    def _note_dequantized(self, layer: Layer, quantized: QuantizedMatrix) -> None:
+        reason = dequantized_because(layer.kind, quantized, layer.input)
+        if reason is not None:
+            self.note(
+                "weights are dequantized to fp32 when they are loaded, smaller in the folder, no faster on the CPU: "
+                + reason
+            )
 
     def _note_experts(self, layer: Layer) -> None:
         if not layer.experts:

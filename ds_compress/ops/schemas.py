@@ -7,6 +7,7 @@ CUDA. The numerics that all of them share, bit for bit, are stated in `csrc/READ
 linear        int8_linear and int4_linear: quantize the rows of x, multiply integers, dequantize, add, activate;
               int8_grouped_linear, int4_grouped_linear: of all experts of a mixture, in one launch;
               block_sparse_int8_linear: without the blocks of zeros of its weight
+weight_only   weight_only_linear: weights alone are quantized, and dequantized while they are multiplied
 fake_quantize quantize and read back in one pass, with the mask of what was not clipped; _float: to small floats
 mask          bit-packed masks on flat tensors of any float dtype, in place
 block         the parts of a quantized reduction: payloads of scales and int8 or int4 values
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from ds_compress.ops import checks
 from ds_compress.ops.reference import IMPLEMENTATIONS, MUTATED
-from ds_compress.ops.sizes import BlockSparseLayout, packed_bytes
+from ds_compress.ops.sizes import BlockSparseLayout, packed_bytes, weight_only_bytes
+from ds_compress.ops.weight_only_checks import check_weight_only, check_weight_only_pack
 
 NAMESPACE = "ds_compress"
 
@@ -156,6 +158,19 @@ def _grouped_linear(
     checks.check_linear(x, rows, x.shape[1], None, None, steps, "none", out_dtype)
     checks.check_packed_experts(packed, rows, x.shape[1], groups)
     return x.new_empty((x.shape[0], rows), dtype=out_dtype or x.dtype)
+
+
+@_fake("weight_only_linear_pack")
+def _(values: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, storage: str) -> Tensor:
+    check_weight_only_pack(values, scale, offset, group_size, storage)
+    rows, columns = values.shape
+    return _bytes(values, weight_only_bytes(rows, columns, group_size, storage, offset is not None))
+
+
+@_fake("weight_only_linear")
+def _(x: Tensor, packed: Tensor, out_features: int, *, out_dtype: torch.dtype | None, **rest: Any) -> Tensor:
+    check_weight_only(x, out_features, out_dtype=out_dtype, **rest)
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
 
 
 @_fake("fake_quantize")

@@ -49,3 +49,14 @@ class BlockSparseLayout:
         inputs = ends + lines(outputs * -(-columns // 2048))
         values = inputs + lines(2 * blocks)
         return cls(HEADER_BYTES, ends, inputs, values, values + 64 * blocks)
+
+
+STORAGE_BITS = {"int2": 2, "int4": 4, "int8": 8, "e2m1": 4}
+"""Of weight-only values, in the order of their numbers in packed weights."""
+
+
+def weight_only_bytes(rows: int, columns: int, group_size: int, storage: str, has_offset: bool) -> int:
+    """Bytes of a packed weight of `weight_only_linear`: rows are padded to 64, the inputs of each group to 16."""
+    groups = -(-columns // group_size)
+    inputs = -(-group_size // 16) * 16 * STORAGE_BITS[storage] // 8
+    return HEADER_BYTES + -(-rows // 64) * 64 * groups * (inputs + 4 + 4 * has_offset)

@@ -65,7 +65,7 @@ def resolve_packed(arguments: Arguments, ops: Any) -> Arguments:
 
 def _on(value: Any, device: str) -> Any:
     if isinstance(value, Packed):
-        return Packed(value.op, tuple(_on(argument, device) for argument in value.arguments))
+        return Packed(value.op, tuple(_on(each, device) for each in value.arguments))
     if isinstance(value, PackedExperts):
         return PackedExperts(tuple(_on(each, device) for each in value.weights))
     if isinstance(value, list):
@@ -119,6 +119,25 @@ def with_zero_blocks(weight: torch.Tensor, share: float) -> torch.Tensor:
     rows, columns = weight.shape
     kept = torch.rand(-(-rows // 4), -(-columns // 16)) >= share
     return weight * kept.repeat_interleave(4, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+
+
+def _weight_only(
+    m: int, n: int, k: int, group: int, bits: int, dtype: torch.dtype = torch.float32, offset: bool = False
+) -> Case:
+    def make() -> Arguments:
+        shape = n, -(-k // group)
+        values = codes(n, k, bits).view(torch.uint8) & (2**bits - 1) if offset else codes(n, k, bits)
+        offsets = torch.randn(shape) / 30 if offset else None
+        arguments = (values, torch.rand(shape) / 100, offsets, group, f"int{bits}")
+        return (
+            torch.randn(m, k).to(dtype),
+            Packed("weight_only_linear_pack", arguments),
+            n,
+            torch.randn(n),
+        ), {}
+
+    title = f"{m}x{n}x{k}-group{group}-int{bits}-{str(dtype)[6:]}{'-offset' * offset}"
+    return Case("weight_only_linear", title, make)
 
 
 def _grouped(counts: list[int], n: int, k: int, group: int = 0, tail: int = 0, static: bool = False) -> Case:
@@ -271,6 +290,14 @@ CASES = [
     _block_sparse(5, 17, 70),
     _block_sparse(1, 50, 2100, "relu"),
     _block_sparse(33, 100, 130, "gelu_erf", static=True),
+    Case(
+        "weight_only_linear_pack",
+        "17x70",
+        lambda: ((codes(17, 70, bits=4), torch.rand(17, 3), None, 32, "int4"), {}),
+    ),
+    _weight_only(5, 17, 70, 32, 4),
+    _weight_only(1, 70, 256, 128, 8, torch.bfloat16),
+    _weight_only(3, 17, 70, 70, 2, torch.float16, offset=True),
     _grouped([3, 0, 5, 1], 17, 70),
     _grouped([0, 40, 2], 50, 130, tail=3, static=True),
     _grouped([1, 0, 20], 17, 70, group=32, tail=2),

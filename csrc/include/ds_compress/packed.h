@@ -11,10 +11,10 @@ constexpr int64_t kPackedMagic = 0x314B434150435344;  // "DSCPACK1"
 struct PackedHeader {
     int64_t magic;
     int64_t layout;
-    int64_t rows;     // N, out_features
-    int64_t columns;  // K, in_features
-    int64_t groups;   // int4: scales of a row; int8: 0
-    int64_t spare[3];
+    int64_t rows;      // N, out_features
+    int64_t columns;   // K, in_features
+    int64_t groups;    // int4 and weight-only: scales of a row; int8: 0
+    int64_t spare[3];  // weight-only: group_size, storage, whether there are offsets
 };
 static_assert(sizeof(PackedHeader) == 64);
 
@@ -28,6 +28,8 @@ enum PackedLayout : int64_t {
     kLayoutInt4Avx2 = 5,
     kLayoutInt4Avx512 = 6,
     kLayoutBlockSparse = 12,  // of plain torch and of every instruction set; see cpu/linear/block_sparse.h
+    kLayoutWeightOnly = 7,    // for all CPUs
+    kLayoutWeightOnlyReference = 8,
 };
 
 inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

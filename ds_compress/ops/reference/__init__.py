@@ -17,6 +17,7 @@ from ds_compress.ops.reference import (
     linear,
     mask,
     squares,
+    weight_only,
     window,
 )
 
@@ -30,6 +31,8 @@ _OPS: tuple[Callable[..., Any], ...] = (
     block_sparse.block_sparse_int8_linear,
     grouped_linear.int8_grouped_linear,
     grouped_linear.int4_grouped_linear,
+    weight_only.weight_only_linear_pack,
+    weight_only.weight_only_linear,
     fake_quantize.fake_quantize,
     fake_quantize_float.fake_quantize_float,
     mask.mask_apply_,
