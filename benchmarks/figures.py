@@ -19,74 +19,17 @@ import argparse
 import difflib
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from . import gpu_goals, record
+from .figure_rows import AVX2, AVX512, FigureError, Lines, Results, markdown
+from .front_page import front_page, front_page_zh
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- figures:(?P<name>\w+) -->\n(?P<content>.*?)<!-- end figures -->", flags=re.DOTALL)
-AVX512, AVX2 = "avx512", "avx2"
-
-Lines = list[str]
-
-
-class FigureError(ValueError):
-    """A page asks for a table that there is not, or a table for a figure that was not measured."""
-
-
-class Results:
-    """The figures of one benchmark; `machine`: part of the CPU's label, `setting`: part of the arguments."""
-
-    def __init__(self, benchmark: str, machine: str = "", setting: str = "") -> None:
-        self.benchmark = benchmark
-        rows = record.read(record.RESULTS / f"{benchmark}.csv")
-        rows = [r for r in rows if machine in r["cpu"] and setting in r["arguments"]]
-        self.rows = sorted(rows, key=lambda row: row["time"])
-        self._used: dict[tuple[str, ...], None] = {}
-
-    def value(self, variant: str, figure: str) -> float:
-        """The newest one.
-
-        Raises:
-            FigureError: there is none.
-        """
-        for row in reversed(self.rows):
-            if (row["variant"], row["figure"]) == (variant, figure):
-                self._used[self._how(row)] = None
-                return float(row["value"])
-        raise FigureError(f"{self.benchmark}.csv has no {figure!r} of {variant!r}")
-
-    def variants(self, ending: str = "") -> list[str]:
-        return list(dict.fromkeys(row["variant"] for row in self.rows if row["variant"].endswith(ending)))
-
-    def sources(self, title: str = "") -> Lines:
-        """How the figures that were asked for were measured: the commands, then what they ran on."""
-        by_machine: dict[tuple[str, ...], list[str]] = {}
-        for command, *where in self._used:
-            by_machine.setdefault(tuple(where), []).append(f"`{command}`")
-        return [f"{title}{', '.join(commands)}; {'; '.join(where)}" for where, commands in by_machine.items()]
-
-    def _how(self, row: record.Row) -> tuple[str, ...]:
-        options = re.split(r" (?=--)", record.setting_of(row["arguments"]))
-        pairs = [part for option in options for part in option.split(" ", 1) if part]
-        command = f"python -m benchmarks.{self.benchmark} {shlex.join(pairs)}".strip()
-        versions = ", ".join(v for v in row["versions"].split(", ") if not v.startswith("python"))
-        day = row["time"].partition("T")[0]
-        return command, f"{row['cpu']}, {row['cores']} cores", versions, f"commit {row['commit']}, {day}"
-
-
-def markdown(
-    head: Sequence[str], rows: Iterable[Sequence[str]], sources: Callable[[], Iterable[str]]
-) -> Lines:
-    """A table, the first column to the left and numbers to the right; below it `sources`, once the rows are made."""
-    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    return [*lines, "", "<small>" + ".<br>\n".join(sources()) + ".</small>"]
-
 
 # --- one function a table -------------------------------------------------------------------
 
@@ -406,6 +349,8 @@ TABLES: dict[str, Callable[[], Lines]] = {
     for table in (
         compression_curve,
         demo,
+        front_page,
+        front_page_zh,
         step_overhead,
         int8_linear,
         elementwise,
