@@ -64,4 +64,4 @@ def _front_page(language: str) -> Lines:
         ],
         [link, speeds[0].format(faster[0]), speeds[1], speeds[2].format(faster[1])],
     ]
-    return markdown(head, rows, lambda: chain(*(r.sources() for r in (demo, step, reduction))))
+    return markdown(head, rows, lambda: [". ".join(chain(*(r.sources() for r in (demo, step, reduction))))])
