@@ -125,7 +125,7 @@ def blocks() -> dict[str, dict[str, Any] | None]:
 
     variants: dict[str, dict[str, Any] | None] = {PLAIN: None, AUTOCAST: None}
     variants |= {f"{method}, stride {STRIDE}": pruned(method) for method in METHODS}
-    variants |= {f"{method}, stride 1": pruned(method, 1) for method in ("topk", "movement")}
+    variants |= {f"{method}, stride 1": pruned(method, 1) for method in ("l1", "topk", "movement")}
     calibrations = ("dynamic", "static")
     variants |= {f"W8A8 {calibration}": w8a8_block(calibration) for calibration in calibrations}
     variants |= {

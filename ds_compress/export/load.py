@@ -285,18 +285,18 @@ def _log_dequantized(reasons: Mapping[str, str]) -> None:
 def _tie(
     model: nn.Module, schemes: Mapping[str, Mapping[str, Any]], stored: Stored, weight_only: bool
 ) -> None:
+    tables: dict[str, str] = {}
     for name, scheme in schemes.items():
         for local, first in scheme.get("ties", {}).items():
             owner, _, first_local = first.rpartition(".")
-            module = model.get_submodule(name)
             if "weight" in schemes.get(owner, {}) and first_local == "weight":
-                tensors = stored.of_module(owner)
-                quantized = _loaded(owner, tensors, schemes[owner]["weight"])
-                _replace(model, name, serving_module(module, quantized, None, weight_only))
-                continue
+                tables[name] = owner
             else:
-                value = model.get_parameter(first)
-            module._parameters[local] = value
+                model.get_submodule(name)._parameters[local] = model.get_parameter(first)
+    # Last: the module that takes such a weight copies its bias, which may be tied, too.
+    for name, owner in tables.items():
+        quantized = _loaded(owner, stored.of_module(owner), schemes[owner]["weight"])
+        _replace(model, name, serving_module(model.get_submodule(name), quantized, None, weight_only))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

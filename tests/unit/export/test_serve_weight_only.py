@@ -212,3 +212,18 @@ def test_floats_are_served_where_a_kernel_has_them(scheme: str, is_served: bool,
     assert any("no faster on the CPU: weights are mxfp8" in n for n in report.notes) is not is_served
     logits, expected = run(model_again, float_tokens()), run(model, float_tokens())
     assert torch.allclose(logits, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_tied_head_takes_the_bias_that_is_tied_too(tmp_path: Path) -> None:
+    """A masked language model: its decoder shares the weight of the words and the bias of its parent."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = hf.BertForMaskedLM(hf.BertConfig(vocab_size=100, **sizes)).eval()
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    export(quantized(model, 8), tmp_path / "model", "torch", check=False)
+    served = from_pretrained(tmp_path / "model")
+    dequantized = from_pretrained(tmp_path / "model", activations=False)
+    assert isinstance(served.get_submodule("cls.predictions.decoder"), WeightOnlyLinear)
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(served(ids).logits, dequantized(ids).logits, rtol=1e-4, atol=1e-4)
