@@ -115,8 +115,8 @@ def test_a_slow_schedule_is_followed_by_guesses(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_broken_score_is_told_with_the_index_of_its_group(broken: float) -> None:
     thresholds = MovingThresholds()
-    full = {"a": torch.rand(100), "b": torch.rand(100)}
-    groups = [radix.SelectionGroup((name,), 50) for name in full]
+    full = {"a": torch.rand(4000), "b": torch.rand(4000)}  # so many that the guess is right all the same
+    groups = [radix.SelectionGroup((name,), 2000) for name in full]
 
     def work(shards: RankShards) -> tuple[int, ...]:
         dict(thresholds.select({n: candidates_of(v, False) for n, v in full.items()}, groups, shards))
@@ -126,3 +126,18 @@ def test_a_broken_score_is_told_with_the_index_of_its_group(broken: float) -> No
         return caught.value.groups
 
     assert run_ranks_of_shards(full, [], work) == [(1,)]
+
+
+def test_more_scores_inside_than_there_is_room_for() -> None:
+    """Half of all scores are equal, and the threshold is among them: the guess is right, and of no use."""
+    torch.manual_seed(0)
+    scores, thresholds = torch.randn(40_000), MovingThresholds()
+    scores[::2] = 0.5
+
+    def work(shards: RankShards) -> None:
+        for kept in (12_000, 11_900, 11_000, 9_000):
+            group = radix.SelectionGroup(("w",), kept)
+            ((_, packed),) = thresholds.select({"w": candidates_of(scores, False)}, [group], shards)
+            assert torch.equal(bitmask.unpack(packed, 40_000), by_stable_sort(scores, kept))
+
+    run_ranks_of_shards({"w": scores}, [], work)
