@@ -54,7 +54,7 @@ def started(chosen: dict[str, str], folder: Path, stack: contextlib.ExitStack) -
         try:
             peer = stack.enter_context(Peer(module, environment, [str(folder)]))
             peer.ready()
-        except (environments.EnvironmentError_, PeerError) as error:
+        except (environments.UnavailableError, PeerError) as error:
             print(f"left out: {module}: {error}", file=sys.stderr)
         else:
             peers.append(peer)

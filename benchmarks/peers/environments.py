@@ -17,7 +17,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 
-class EnvironmentError_(RuntimeError):
+class UnavailableError(RuntimeError):
     """An environment cannot be made here; says why."""
 
 
@@ -25,7 +25,7 @@ def python_of(name: str) -> Path:
     """The interpreter of an environment, which is made if it is not there; ours is the one that runs.
 
     Raises:
-        EnvironmentError_: its packages cannot be installed.
+        UnavailableError: its packages cannot be installed.
     """
     if name == OURS:
         return Path(sys.executable)
@@ -40,6 +40,6 @@ def python_of(name: str) -> Path:
             command = [str(python), "-m", "pip", "install", "--quiet", *wanted]
             installed = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             if installed.returncode != 0:
-                raise EnvironmentError_(installed.stderr.strip().splitlines()[-1])
+                raise UnavailableError(installed.stderr.strip().splitlines()[-1])
         done.touch()
     return python
