@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 # Before torch is imported: its thread pools read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.fork_server import fork_server
 
 torch.set_num_threads(1)
 
@@ -38,6 +42,36 @@ def no_autocast_of_an_earlier_test() -> Iterator[None]:
     module = sys.modules.get("deepspeed.runtime.torch_autocast")
     if module is not None:
         module.TORCH_AUTOCAST_INITIALIZED, module.TORCH_AUTOCAST_DTYPE = False, None  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exports_are_checked_in_forks() -> Iterator[None]:
+    """What loads an export is a process as fresh as ever, but it need not import torch and transformers once more.
+
+    That a new Python process does the same is left to the tests of the launcher, whose scripts know no fixture.
+    """
+    from ds_compress.export import check
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(check, "fresh_python", _forked(check.fresh_python))
+        yield
+
+
+def _forked(
+    fresh_python: Callable[[Sequence[str]], tuple[int, str]],
+) -> Callable[[Sequence[str]], tuple[int, str]]:
+    def run(arguments: Sequence[str]) -> tuple[int, str]:
+        program = arguments[-2]
+        if "openvino" in program:  # holds that torch is not there
+            return fresh_python(arguments)
+        imported = ["ds_compress"] if "ours" in program else ["torch", "transformers"]
+        with tempfile.NamedTemporaryFile("r") as output:
+            process = fork_server(0, *imported).start(
+                [argument for argument in arguments if argument != "-P"], Path(output.name)
+            )
+            return process.wait(), output.read()
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

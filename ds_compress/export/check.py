@@ -107,11 +107,17 @@ def reload(requests: Sequence[Request]) -> list[Answer]:
         program = ["-P", str(Path(__file__).with_name(f"reload_{loader}.py"))]
         if loader == "ours":
             program = ["-m", "ds_compress.export.reload_ours"]
-        command = [sys.executable, *program, str(folder / "requests.json")]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if process.returncode:
-            raise ExportError(f"the process that loads the export died: {process.stderr.strip()[-2000:]}")
+        code, output = fresh_python([*program, str(folder / "requests.json")])
+        if code:
+            raise ExportError(f"the process that loads the export died: {output.strip()[-2000:]}")
         return [_answer(Path(entry["outputs"])) for entry in listed]
+
+
+def fresh_python(arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit code and output of `python ARGUMENTS`, which has imported nothing that this process has."""
+    command = [sys.executable, *arguments]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return process.returncode, process.stdout
 
 
 def verdict(expected: Expected, answer: Answer) -> dict[str, Any]:

@@ -64,35 +64,34 @@ def built(name: str) -> Any:
 
 
 def compressed(
-    names: Sequence[str], folder: str, blocks: Sequence[str] = tuple(BLOCKS), stages: Sequence[int] = STAGES
+    cells: Sequence[tuple[str, str]], folder: str, stages: Sequence[int] = STAGES
 ) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """{(architecture, block, stage): what is left, logits before and after the rest is removed, config}.
+    """{(architecture, block, stage): what is left, logits before and after the rest is removed, config}, of `cells`.
 
     The run of the last stage is exported to folder/architecture/block in the format that stock tools read, with its
     logits as `expected.pt`, without quantization of inputs, of which stock transformers does none in fused experts;
     "refused": why it was not, or None.
     """
     results = {}
-    for name in names:
-        for block in blocks:
-            for stage in stages:
-                model = built(name)
-                with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS[block]))) as engine:
-                    result: dict[str, Any] = {"losses": train(engine, 4)}
-                    units = engine.compression.kept_units.items()
-                    result["kept"] = {group: kept.tolist() for group, kept in units}
-                    result["nonzero"] = {
-                        key: (value != 0) for key, value in full_weights(model).items() if value.dim() > 1
-                    }
-                    result["metrics"] = engine.compression.metrics()
-                    result["masked"] = evaluated(engine)
-                    if stage == stages[-1]:
-                        result["refused"] = _export(engine, Path(folder) / name / block)
-                    final: Any = ds_compress.finalize(engine)
-                    result["final"] = evaluated(final)
-                    result["config"] = final.config.to_dict()
-                    result["parameters"] = sum(p.numel() for p in final.parameters())
-                results[name, block, stage] = result
+    for name, block in cells:
+        for stage in stages:
+            model = built(name)
+            with engine_of(model, ds_config(stage, copy.deepcopy(BLOCKS[block]))) as engine:
+                result: dict[str, Any] = {"losses": train(engine, 4)}
+                units = engine.compression.kept_units.items()
+                result["kept"] = {group: kept.tolist() for group, kept in units}
+                result["nonzero"] = {
+                    key: (value != 0) for key, value in full_weights(model).items() if value.dim() > 1
+                }
+                result["metrics"] = engine.compression.metrics()
+                result["masked"] = evaluated(engine)
+                if stage == stages[-1]:
+                    result["refused"] = _export(engine, Path(folder) / name / block)
+                final: Any = ds_compress.finalize(engine)
+                result["final"] = evaluated(final)
+                result["config"] = final.config.to_dict()
+                result["parameters"] = sum(p.numel() for p in final.parameters())
+            results[name, block, stage] = result
     return results
 
 

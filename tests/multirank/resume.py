@@ -20,6 +20,7 @@ from torch import nn
 import ds_compress
 from ds_compress.engine.comm import measure
 from ds_compress.reduce.bandwidth import Comparison
+from tests.grids import in_turn
 from tests.models import tiny_bert
 from tests.multirank import experts, floats, quantized_experts
 from tests.multirank.common import (
@@ -224,6 +225,14 @@ CASES: dict[str, Case] = {
         config={"gradient_accumulation_steps": 2, "gradient_clipping": 0.5},
     ),
 }
+RUNS = {
+    name: {
+        stage: in_turn(case.saves, number + turn)
+        for turn, stage in enumerate(in_turn(case.stages, number, count=2))
+    }
+    for number, (name, case) in enumerate(CASES.items())
+}
+"""{case: {stage: when it is saved}}"""
 SCHEDULER = {
     "type": "WarmupDecayLR",
     "params": {"total_num_steps": 12, "warmup_num_steps": 3, "warmup_max_lr": 2e-3, "warmup_type": "linear"},
@@ -237,10 +246,10 @@ def _link(is_slow: bool) -> None:
     measure.compare_all_gathers = lambda engine, codec: found
 
 
-def _runs(names: tuple[str, ...]) -> Iterator[tuple[str, int, Case]]:
+def _runs(names: tuple[str, ...]) -> Iterator[tuple[str, int, Case, tuple[int, ...]]]:
     for name in names:
-        for stage in CASES[name].stages:
-            yield name, stage, CASES[name]
+        for stage, saves in RUNS[name].items():
+            yield name, stage, CASES[name], saves
 
 
 def _engine(case: Case, stage: int, seed: int) -> Any:
@@ -304,17 +313,17 @@ def unbroken(folder: str, names: tuple[str, ...] = tuple(CASES)) -> dict[Any, An
     """{(case, stage): losses and what is there in the end}; saves on the way."""
     _link(is_slow=True)
     results: dict[Any, Any] = {}
-    for name, stage, case in _runs(names):
+    for name, stage, case, saves in _runs(names):
         engine = _engine(case, stage, seed=0)
-        losses = _train_and_save(engine, case, 0, f"{folder}/{name}-{stage}")
+        losses = _train_and_save(engine, case, saves, 0, f"{folder}/{name}-{stage}")
         results[name, stage] = {"losses": losses, **_found(engine)}
         engine.destroy()
     return results
 
 
-def _train_and_save(engine: Any, case: Case, begin: int, folder: str) -> list[float]:
+def _train_and_save(engine: Any, case: Case, saves: tuple[int, ...], begin: int, folder: str) -> list[float]:
     losses = []
-    for at in (*(at for at in case.saves if at > begin), STEPS):
+    for at in (*(at for at in saves if at > begin), STEPS):
         losses += _train(engine, case, begin, at)
         if at < STEPS:
             engine.save_checkpoint(folder, tag=str(at))
@@ -326,12 +335,12 @@ def resumed(folder: str, names: tuple[str, ...] = tuple(CASES)) -> dict[Any, Any
     """{(case, stage, step of the checkpoint): the same}, each begun anew."""
     _link(is_slow=False)
     results: dict[Any, Any] = {}
-    for name, stage, case in _runs(names):
-        for at in case.saves:
+    for name, stage, case, saves in _runs(names):
+        for at in saves:
             engine = _engine(case, stage, case.resumed_seed)
             engine.load_checkpoint(f"{folder}/{name}-{stage}", tag=str(at))
             if case.saves_again:
-                losses = _train_and_save(engine, case, at, f"{folder}/again")
+                losses = _train_and_save(engine, case, saves, at, f"{folder}/again")
             else:
                 losses = _train(engine, case, at, STEPS)
             results[name, stage, at] = {"losses": losses, **_found(engine)}

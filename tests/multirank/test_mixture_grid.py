@@ -11,12 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.grids import in_turn
 from tests.multirank import experts, mixture_grid
 from tests.multirank.launch import run_ranks
 from tests.multirank.mixture_grid import BLOCKS, QUANTIZED, STAGES
 from tests.zoo.mixtures import ARCHITECTURES
 
 NAMES = tuple(ARCHITECTURES)
+CELLS = [
+    (name, block)
+    for number, name in enumerate(NAMES)
+    for block in (*in_turn([block for block in BLOCKS if block != "all"], number), "all")
+]
 FUSED_ON_HUB = ("gpt_oss", "llama4", "granite_moe")
 ONE_WIDTH = ("llama4", "hunyuan_moe", "jamba")
 """A shared expert, or a dense layer, has its size from the same key of the config, and keeps it here."""
@@ -48,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def grid(folder: Path) -> dict[Any, Any]:
     return run_ranks(
-        2, "tests.multirank.mixture_grid:compressed", timeout_s=1200, names=NAMES, folder=str(folder)
+        2, "tests.multirank.mixture_grid:compressed", timeout_s=1200, cells=CELLS, folder=str(folder)
     )[0]
 
 
@@ -64,8 +70,7 @@ def reloaded(grid: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return found
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "block"), CELLS)
 class TestGrid:
     def test_the_same_is_left_at_every_stage(self, grid: Any, name: str, block: str) -> None:
         first = grid[name, block, STAGES[0]]
