@@ -30,10 +30,11 @@ export TOKENIZERS_PARALLELISM := false
 # A build of a DeepSpeed op that was killed leaves a lock on which every later launch waits silently and for ever.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup test demo lint docs benchmark peers gpu-wheels gpu-check clean
+.PHONY: help setup test test-all demo lint docs benchmark peers gpu-wheels gpu-check clean
 
 help:
 	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest; JOBS=1)"
+	@echo "make test-all   the same, with every cell of the grids of cases"
 	@echo "make demo       set up $(VENV), compress a real encoder  (ARGS='--output DIR' goes to the demo)"
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
 	@echo "make peers      what a user would pick instead, beside ours (ARGS='--only encoder_ours encoder_nncf'; makes .venv-peers)"
@@ -69,6 +70,10 @@ $(LINTERS): $(INSTALLED)
 test: $(INSTALLED)
 	-$(BIN)/python -m ds_compress.ops --cuda
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Every cell of the grids that take turns in `make test` (tests/grids.py): about twice the time.
+test-all: export DS_COMPRESS_TESTS = all
+test-all: test
 
 demo: $(INSTALLED)
 	$(BIN)/python -m ds_compress.examples.demo $(ARGS)

@@ -57,6 +57,14 @@ def exports_are_checked_in_forks() -> Iterator[None]:
         yield
 
 
+STOCK = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "compressed_tensors",
+)
+
+
 def _forked(
     fresh_python: Callable[[Sequence[str]], tuple[int, str]],
 ) -> Callable[[Sequence[str]], tuple[int, str]]:
@@ -64,7 +72,7 @@ def _forked(
         program = arguments[-2]
         if "openvino" in program:  # holds that torch is not there
             return fresh_python(arguments)
-        imported = ["ds_compress"] if "ours" in program else ["torch", "transformers"]
+        imported = [*STOCK, "ds_compress"] if "ours" in program else STOCK
         with tempfile.NamedTemporaryFile("r") as output:
             process = fork_server(0, *imported).start(
                 [argument for argument in arguments if argument != "-P"], Path(output.name)

@@ -60,17 +60,7 @@ private:
 
 void multiply(const LinearCall& call, const BlockSparseWeight& weight) {
     const BlockSparseKernels& kernels = cpu::block_sparse_kernels();
-    const cpu::LinearCall plain{call.x.const_data_ptr(),
-                                type_of(call.x),
-                                call.rows,
-                                {nullptr, call.weight.rows, call.weight.columns, 0, 0},
-                                call.weight_scale,
-                                call.bias,
-                                call.input_scale,
-                                call.steps,
-                                static_cast<cpu::Activation>(call.activation),
-                                call.y.mutable_data_ptr(),
-                                type_of(call.y)};
+    const cpu::LinearCall plain = plain_call(call, nullptr);
     const int64_t strips = round_up(call.weight.rows, cpu::kStripOutputs) / cpu::kStripOutputs;
     const int64_t bytes = kernels.scratch_bytes(call.weight.columns);
     for_rectangles(plain, strips,

@@ -58,6 +58,35 @@ inline int activation_of(const std::string& name) {
     throw std::invalid_argument("activation is one of none, relu, gelu_erf, gelu_tanh, silu, got '" + name + "'");
 }
 
+/// What every linear layer asks of x, bias and the dtype of its result.
+inline void require_layer(const Tensor& x, int64_t in_features, int64_t out_features, const std::optional<Tensor>& bias,
+                          std::optional<ScalarType> out_dtype) {
+    require_float(x.scalar_type(), "x");
+    require(x.dim() > 0 && x.size(x.dim() - 1) == in_features, "x is (..., ", in_features, "), got ", shape_of(x));
+    require(!bias || is_vector(*bias, out_features), "bias is contiguous float32 (", out_features, ",), got ",
+            bias ? described(*bias) : "");
+    if (out_dtype) require_float(*out_dtype, "out_dtype");
+}
+
+/// Contiguous x, as rows, and the new result of a layer.
+struct Rows {
+    Tensor x, y;
+    int64_t count = 1;
+
+    Rows(const Tensor& given, int64_t out_features, std::optional<ScalarType> out_dtype)
+        : x(as_contiguous(given)), y(new_tensor(x, shape_with(out_features), out_dtype.value_or(x.scalar_type()))) {
+        for (int64_t i = 0; i + 1 < x.dim(); i++) count *= x.size(i);
+    }
+
+private:
+    std::vector<int64_t> shape_with(int64_t out_features) const {
+        std::vector<int64_t> shape;
+        for (int64_t i = 0; i + 1 < x.dim(); i++) shape.push_back(x.size(i));
+        shape.push_back(out_features);
+        return shape;
+    }
+};
+
 template <class Device>
 struct Linear {
     static Tensor int8_linear_pack(const Tensor& quantized) {
@@ -112,31 +141,17 @@ protected:
     static Tensor run(const Tensor& given, const Tensor& packed, const WeightShape& weight, const Tensor* weight_scale,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale, int64_t steps,
                       const std::string& activation, std::optional<ScalarType> out_dtype, const Multiply& multiply) {
-        require_float(given.scalar_type(), "x");
-        require(given.dim() > 0 && given.size(given.dim() - 1) == weight.columns, "x is (..., ", weight.columns,
-                "), got ", shape_of(given));
-        require(!bias || is_vector(*bias, weight.rows), "bias is contiguous float32 (", weight.rows, ",), got ",
-                bias ? described(*bias) : "");
+        require_layer(given, weight.columns, weight.rows, bias, out_dtype);
         require(!input_scale || is_vector(*input_scale, 1), "input_scale is float32 (1,), got ",
                 input_scale ? described(*input_scale) : "");
         require_steps(steps);
-        if (out_dtype) require_float(*out_dtype, "out_dtype");
         require_sums_fit(weight, steps);
         const int activation_number = activation_of(activation);
-
-        const Tensor x = as_contiguous(given);
-        std::vector<int64_t> shape;
-        int64_t rows = 1;
-        for (int64_t i = 0; i + 1 < x.dim(); i++) {
-            shape.push_back(x.size(i));
-            rows *= x.size(i);
-        }
-        shape.push_back(weight.rows);
-        const Tensor y = new_tensor(x, shape, out_dtype.value_or(x.scalar_type()));
-        multiply(LinearCall{x, packed, y, rows, weight, weight_scale ? const_data<float>(*weight_scale) : nullptr,
-                            const_data_or_null<float>(bias), const_data_or_null<float>(input_scale),
-                            static_cast<int>(steps), activation_number});
-        return y;
+        const Rows rows(given, weight.rows, out_dtype);
+        multiply(LinearCall{rows.x, packed, rows.y, rows.count, weight,
+                            weight_scale ? const_data<float>(*weight_scale) : nullptr, const_data_or_null<float>(bias),
+                            const_data_or_null<float>(input_scale), static_cast<int>(steps), activation_number});
+        return rows.y;
     }
 };
 

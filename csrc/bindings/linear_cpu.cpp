@@ -63,20 +63,7 @@ PackedHeader header_of(const Tensor& packed, int64_t layout) {
 
 void multiply(const LinearCall& call, void (*LinearKernels::*kernel)(const cpu::LinearCall&, Range, Range, void*)) {
     const LinearKernels& kernels = cpu::linear_kernels();
-    const auto& [rows, columns, groups, group_size] = call.weight;
-    run(kernels,
-        {call.x.const_data_ptr(),
-         type_of(call.x),
-         call.rows,
-         {body_of(call.packed), rows, columns, groups, group_size},
-         call.weight_scale,
-         call.bias,
-         call.input_scale,
-         call.steps,
-         static_cast<cpu::Activation>(call.activation),
-         call.y.mutable_data_ptr(),
-         type_of(call.y)},
-        kernels.*kernel);
+    run(kernels, plain_call(call, body_of(call.packed)), kernels.*kernel);
 }
 
 struct Cpu {

@@ -58,6 +58,22 @@ inline cpu::LinearType type_of(const Tensor& tensor) {
     }
 }
 
+/// The call for kernels, which read the packed weight at `body`.
+inline cpu::LinearCall plain_call(const LinearCall& call, const uint8_t* body) {
+    const auto& [rows, columns, groups, group_size] = call.weight;
+    return {call.x.const_data_ptr(),
+            type_of(call.x),
+            call.rows,
+            {body, rows, columns, groups, group_size},
+            call.weight_scale,
+            call.bias,
+            call.input_scale,
+            call.steps,
+            static_cast<cpu::Activation>(call.activation),
+            call.y.mutable_data_ptr(),
+            type_of(call.y)};
+}
+
 inline int64_t panels_of(const cpu::LinearKernels& kernels, int64_t rows) {
     return (rows + kernels.panel_columns - 1) / kernels.panel_columns;
 }

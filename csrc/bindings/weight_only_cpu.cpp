@@ -125,39 +125,25 @@ const cpu::WeightOnlyAmx* weight_only_amx_here() {
 
 Tensor weight_only_linear(const Tensor& given, const Tensor& packed, int64_t out_features, std::optional<Tensor> bias,
                           std::string activation, std::optional<ScalarType> out_dtype) {
-    require_float(given.scalar_type(), "x");
     const WeightOnlyWeight weight = packed_weight(packed, out_features);
-    require(given.dim() > 0 && given.size(given.dim() - 1) == weight.columns, "x is (..., ", weight.columns, "), got ",
-            shape_of(given));
-    require(!bias || is_vector(*bias, weight.rows), "bias is contiguous float32 (", weight.rows, ",), got ",
-            bias ? described(*bias) : "");
-    if (out_dtype) require_float(*out_dtype, "out_dtype");
+    require_layer(given, weight.columns, weight.rows, bias, out_dtype);
     const auto activation_number = static_cast<cpu::Activation>(activation_of(activation));
-
-    const Tensor x = as_contiguous(given);
-    std::vector<int64_t> shape;
-    int64_t rows = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); i++) {
-        shape.push_back(x.size(i));
-        rows *= x.size(i);
-    }
-    shape.push_back(weight.rows);
-    const Tensor y = new_tensor(x, shape, out_dtype.value_or(x.scalar_type()));
-    if (rows == 0 || weight.rows == 0) return y;
+    const Rows rows(given, weight.rows, out_dtype);
+    if (rows.count == 0 || weight.rows == 0) return rows.y;
     const cpu::WeightOnlyCall call{
-        x.const_data_ptr(), type_of(x),           rows,      weight, const_data_or_null<float>(bias),
-        activation_number,  y.mutable_data_ptr(), type_of(y)};
+        rows.x.const_data_ptr(), type_of(rows.x),           rows.count,     weight, const_data_or_null<float>(bias),
+        activation_number,       rows.y.mutable_data_ptr(), type_of(rows.y)};
     const auto run = [&](const auto& kernels) {
-        const int64_t scratch = kernels.scratch_bytes(weight, rows);
-        for_panels(weight.panels(), rows * weight.rows * weight.columns,
-                   [&](Range panels) { kernels.linear(call, Range{0, rows}, panels, thread_scratch(scratch)); });
+        const int64_t scratch = kernels.scratch_bytes(weight, rows.count);
+        for_panels(weight.panels(), rows.count * weight.rows * weight.columns,
+                   [&](Range panels) { kernels.linear(call, Range{0, rows.count}, panels, thread_scratch(scratch)); });
     };
     const cpu::WeightOnlyAmx* amx = weight_only_amx_here();
     if (amx != nullptr && amx->takes(call))
         run(*amx);
     else
         run(cpu::weight_only_kernels());
-    return y;
+    return rows.y;
 }
 
 }  // namespace

@@ -52,27 +52,34 @@ Isa choose() {
     throw std::runtime_error("DS_COMPRESS_CPU_ISA=" + std::string(requested) + ": allowed are scalar, avx2 and avx512");
 }
 
-bool find_amx_bf16() {
+struct Amx {
+    bool int8 = false, bf16 = false;
+};
+
+Amx find_amx() {
 #if defined(__x86_64__) && defined(__linux__)
     const char* requested = std::getenv("DS_COMPRESS_CPU_ISA");
-    if (isa() != Isa::avx512 || (requested != nullptr && *requested != '\0')) return false;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool has_tiles = (d >> 24 & 1) && (d >> 22 & 1);
-    if (!has_tiles || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
+    if (isa() != Isa::avx512 || (requested != nullptr && *requested != '\0')) return {};
+    unsigned a = 0, b = 0, c = 0, d = 0, d1 = 0, a1 = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1)) return {};
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return {};
+    const bool avx512_bf16 = __get_cpuid_count(7, 1, &a1, &b, &c, &d1) && (a1 >> 5 & 1);
+    return {.int8 = (d >> 25 & 1) != 0, .bf16 = (d >> 22 & 1) != 0 && avx512_bf16};
 #else
-    return false;
+    return {};
 #endif
+}
+
+const Amx& amx() {
+    static const Amx found = find_amx();
+    return found;
 }
 
 }  // namespace
 
-bool has_amx_bf16() {
-    static const bool found = find_amx_bf16();
-    return found;
-}
+bool has_amx_int8() { return amx().int8; }
+bool has_amx_bf16() { return amx().bf16; }
 
 Isa isa() {
     static const Isa chosen = choose();

@@ -13,8 +13,9 @@ Isa isa();
 
 const char* name_of(Isa isa);
 
-// Whether kernels may use AMX with bf16 numbers: `isa()` was not named by the environment, and CPU and system allow it.
-// Asks the system for this process's tiles the first time.
+// Whether kernels may use AMX with int8 values, with bf16 numbers: `isa()` was not named by the environment, and CPU
+// and system allow it. Asks the system for this process's tiles the first time.
+bool has_amx_int8();
 bool has_amx_bf16();
 
 }  // namespace ds_compress::cpu

@@ -130,6 +130,7 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
     Batch and sequence length stay free; inputs have the names of `inputs`, the output is "logits".
     """
     import openvino
+    from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
@@ -142,13 +143,13 @@ def converted(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, d
         )
         with _quiet():
             decoder = TorchFXPythonDecoder.from_exported_program(program)
-    if any(kind_of(module) in (ModuleKind.CONV1D, ModuleKind.CONV2D) for module in model.modules()):
-        # openvino.convert_model, which makes smaller graphs, would transpose the weight of a Conv1D, and fold a
-        # multiplication into the convolution before it.
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        graph = openvino.Model(frontend.convert(frontend.load(decoder)))
-    else:
-        graph = openvino.convert_model(decoder)
+    # The steps of openvino.convert_model, which would tell its makers of each conversion over the network.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    graph = openvino.Model(frontend.convert(frontend.load(decoder)))
+    if not any(kind_of(module) in (ModuleKind.CONV1D, ModuleKind.CONV2D) for module in model.modules()):
+        # A smaller graph; it would transpose the weight of a Conv1D, and fold a multiplication into the convolution
+        # before it.
+        apply_moc_transformations(graph, cf=False, smart_reshape=True)
     for entry, (name, value) in zip(graph.inputs, inputs.items(), strict=True):
         entry.get_tensor().set_names({name})
         entry.get_node().set_friendly_name(name)

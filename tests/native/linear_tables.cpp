@@ -7,7 +7,8 @@
 
 namespace ds_compress::cpu {
 const LinearKernels* linear_avx512_emulated();
-}
+const LinearKernels* linear_amx_emulated();
+}  // namespace ds_compress::cpu
 
 using namespace ds_compress;
 using namespace ds_compress::cpu;
@@ -15,7 +16,8 @@ using namespace ds_compress::cpu;
 namespace {
 
 const LinearKernels* table_of(int which) {
-    const LinearKernels* (*const tables[])() = {linear_scalar, linear_avx2, linear_avx512, linear_avx512_emulated};
+    const LinearKernels* (*const tables[])() = {linear_scalar,          linear_avx2, linear_avx512,
+                                                linear_avx512_emulated, linear_amx,  linear_amx_emulated};
     return tables[which]();
 }
 
@@ -46,6 +48,8 @@ struct Arguments {
     int64_t rows, out_features, columns, groups, group_size;
     int32_t x_type, y_type, steps, activation, row_parts, panel_parts;
 };
+
+EXPORT int dsc_test_has_amx() { return has_amx_int8(); }
 
 // Packs and multiplies in row_parts x panel_parts pieces. 0, or 1 where something was written out of bounds.
 EXPORT int dsc_test_linear(int which, const Arguments* a) {

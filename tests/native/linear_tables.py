@@ -23,19 +23,23 @@ KERNELS = CSRC / "cpu" / "linear"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("none", "relu", "gelu_erf", "gelu_tanh", "silu")
 TABLES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512 emulated": 3}
+AMX_TABLES = {"amx": 4, "amx emulated": 5}
+"""Of the int8 layer alone."""
 _FLAGS_OF_TABLE = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"},
 }
 
 
-def available_tables() -> list[str]:
-    """Those that this CPU can run."""
+def available_tables(of_int8: bool = False) -> list[str]:
+    """Those that this CPU can run; of_int8: of the int8 layer."""
     if platform.machine() != "x86_64":
         return []
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    return [name for name in TABLES if _FLAGS_OF_TABLE.get(name, set()) <= flags]
+    tables = [*TABLES, *AMX_TABLES] if of_int8 else TABLES
+    return [name for name in tables if _FLAGS_OF_TABLE.get(name, set()) <= flags]
 
 
 @cache
@@ -47,7 +51,7 @@ def build() -> Build:
 def folder() -> Path:
     """Objects and library, compiled at the first call."""
     digest = hashlib.sha256(repr([build().name, os.environ.get("CXX")]).encode())
-    for path in (HERE / "linear_tables.cpp", HERE / "avx512_emulated.h"):
+    for path in (HERE / "linear_tables.cpp", HERE / "avx512_emulated.h", HERE / "amx_emulated.h", Path(__file__)):
         digest.update(path.read_bytes())
     made = cache_folder() / "tests" / f"linear-{digest.hexdigest()[:16]}"
     if not (made / "linear.so").is_file():
@@ -61,13 +65,15 @@ def _compile(made: Path) -> None:
         name: build().command(KERNELS / f"linear_{name}.cpp", made / f"{name}.o")
         for name in ("scalar", "avx2", "avx512")
     }
+    commands["isa"] = build().command(CSRC / "cpu" / "isa.cpp", made / "isa.o")
     baseline = [part for part in commands["scalar"] if part != "-O3"]
     emulated = [
         str(KERNELS / "linear_avx512.cpp") if part.endswith("_scalar.cpp") else part for part in baseline
     ]
     emulated[-1] = str(made / "emulated.o")
-    renamed = "-Dlinear_avx512=linear_avx512_emulated"
-    emulated += ["-O1", "-Wno-psabi", renamed, "-include", str(HERE / "avx512_emulated.h")]
+    emulated += ["-O1", "-Wno-psabi"]
+    for name in ("avx512", "amx"):
+        emulated += [f"-Dlinear_{name}=linear_{name}_emulated", "-include", str(HERE / f"{name}_emulated.h")]
     tables = [str(HERE / "linear_tables.cpp") if part.endswith("_scalar.cpp") else part for part in baseline]
     tables[-1] = str(made / "tables.o")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -119,7 +125,9 @@ def linear(
         x.shape[0], codes.shape[0], x.shape[1], weight_scale.shape[1] if group_size else 0, group_size,
         TYPES[x.dtype], TYPES[y.dtype], steps, ACTIVATIONS.index(activation), *parts,
     )  # fmt: skip
-    assert library().dsc_test_linear(TABLES[table], ctypes.byref(arguments)) == 0, "out of bounds"
+    which = (TABLES | AMX_TABLES)[table]
+    assert table != "amx" or library().dsc_test_has_amx(), "the system lends no tiles"
+    assert library().dsc_test_linear(which, ctypes.byref(arguments)) == 0, "out of bounds"
     assert bool((y[-guard:] == 77.0).all()), "written behind the result"
     return y[:-guard].view(x.shape[0], codes.shape[0])
 

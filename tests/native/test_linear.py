@@ -18,6 +18,7 @@ from tests.native import linear_tables
 from tests.native.elementwise import native_ops, same
 
 TABLES = linear_tables.available_tables()
+INT8_TABLES = linear_tables.available_tables(of_int8=True)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 15, 16, 17, 63, 65, 100, 129)
 EXACT = ("none", "relu")
@@ -72,7 +73,7 @@ def expected_int4(a: dict[str, Any], group: int) -> torch.Tensor:
 # --- every instruction set ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", INT8_TABLES)
 def test_int8_has_the_bits_of_the_reference(table: str) -> None:
     """All pairs of odd sizes for each of M, N and K, the third at random, and some long and empty ones."""
     draw = random.Random(1)
@@ -96,12 +97,12 @@ def test_int4_has_the_bits_of_the_reference(table: str) -> None:
         assert same(mine, expected_int4(a, group)), (m, n, k, group, a)
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", INT8_TABLES)
 @pytest.mark.parametrize("steps", (127, 128))
 def test_extreme_codes_do_not_saturate(table: str, steps: int) -> None:
     """Rows of the largest codes of either sign against columns of such: where 16-bit sums would overflow."""
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
-    x = signs.repeat(2, 40)
+    x = signs.repeat(6, 40)
     x[3:] *= 3e38
     codes = torch.tensor(
         [[127, 127], [127, -128], [-128, -128], [-128, 127], [0, -128]], dtype=torch.int8

@@ -27,6 +27,7 @@ BUDGETS = {
     ("avx2", "int4_tile<4>"): {"vpmaddubsw": 64, "vpaddw": 64, "vpbroadcastd": 32, "vpmaddwd": 8},
     ("avx512", "int8_tile<8>"): {"vpdpbusd": 24, "vpbroadcastd": 8},
     ("avx512", "int8_tile<1>"): {"vpdpbusd": 3, "vpbroadcastd": 1},
+    ("avx512", "int8_amx_tile"): {"tdpbusd": 3, "tileloadd": 4},
     ("avx512", "int4_tile<6>"): {"vpdpbusd": 36, "vpbroadcastd": 12, "vpsrlw": 3},
 }
 SPILLING = """
@@ -56,7 +57,7 @@ def innermost_loop(code: Code) -> list[str]:
         jump = re.match(r"j\w+\s+([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address:
             body = [t for at, t in code if int(jump[1], 16) <= at <= address]
-            if any(re.match(r"vpmadd|vpdp", t) for t in body):
+            if any(re.match(r"vpmadd|vpdp|tdpb", t) for t in body):
                 loops.append(body)
     return min(loops, key=len)
 
@@ -73,7 +74,7 @@ def disassembled(object_file: Path, function: str) -> Code:
 
 def stack_moves(code: Code) -> list[str]:
     """Vector instructions with an operand on the stack."""
-    return [text for _, text in code if re.search(r"[xyz]mm", text) and re.search(r"\(%r[sb]p", text)]
+    return [text for _, text in code if re.search(r"[txyz]mm", text) and re.search(r"\(%r[sb]p", text)]
 
 
 @pytest.mark.parametrize(("table", "function"), BUDGETS, ids=lambda value: str(value))

@@ -14,7 +14,7 @@ const LinearKernels* table_of(Isa isa) {
         case Isa::avx2:
             return linear_avx2();
         case Isa::avx512:
-            return linear_avx512();
+            return has_amx_int8() ? linear_amx() : linear_avx512();
 #endif
         default:
             return nullptr;

@@ -34,6 +34,7 @@ struct Int16Values {
 
 struct Int8Avx2 {
     using Values = Int16Values;
+    using Session = NoSession;
     static constexpr int kColumns = kTileColumns;
     static constexpr int kRows = 4;
     static constexpr int64_t kDepth = 8;

@@ -56,6 +56,7 @@ template <int kRows>
 
 struct Int8Avx512 {
     using Values = Uint8Values;
+    using Session = NoSession;
     static constexpr int kColumns = 48;
     static constexpr int kRows = 8;
     static constexpr int64_t kDepth = 4;

@@ -5,6 +5,7 @@
 //     kChunk                     columns of K of which a panel stays in the cache that tiles read it from
 //     kPrefetchParts             tiles that together prefetch as many weights as each of them reads
 //     kAheadBytes                how far ahead few rows (one tile) prefetch their own weights
+//     Session                    what a call needs of the processor while it multiplies
 //     Values                      see quantize.h; weights are brought to this form too before they are packed
 //     panel_bytes(depth)         of one packed panel: kColumns int32 that sums start from, then the weights
 //     pack(rows, stride, depth, corrections, panel)
@@ -31,6 +32,8 @@ constexpr int64_t kBlockBytes = 8 << 20;  // quantized values of a block, where 
 constexpr int64_t kScaleRows = 4;
 constexpr int64_t kSliceColumns = 256;
 
+struct NoSession {};
+
 // Row-major int8 as an input of `quantize_row`: with scale 1 a value is its own quantization.
 struct Int8 {
     using Stored = int8_t;
@@ -42,6 +45,7 @@ struct Int8 {
 
 template <class Engine>
 struct Int8Driver {
+    static_assert(kBlockRows % Engine::kRows == 0);
     using Values = typename Engine::Values;
     using Stored = typename Values::Stored;
     static constexpr int kColumns = Engine::kColumns;
@@ -85,6 +89,7 @@ struct Int8Driver {
     }
 
     static void linear(const LinearCall& call, Range rows, Range panels, void* memory) {
+        [[maybe_unused]] const typename Engine::Session session;
         const int64_t columns = call.weight.columns;
         const int64_t block = block_rows(columns);
         const Scratch scratch(memory, block, columns);

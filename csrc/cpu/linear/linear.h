@@ -74,5 +74,7 @@ const LinearKernels& linear_kernels();
 const LinearKernels* linear_scalar();
 const LinearKernels* linear_avx2();
 const LinearKernels* linear_avx512();
+// That of AVX-512, where tiles of AMX multiply int8 values.
+const LinearKernels* linear_amx();
 
 }  // namespace ds_compress::cpu

@@ -25,6 +25,7 @@ struct PlainValues {
 // multiplies no bytes.
 struct Int8Scalar {
     using Values = PlainValues<int16_t>;
+    using Session = NoSession;
     static constexpr int kColumns = 8;
     static constexpr int64_t kRows = 1;
     static constexpr int64_t kDepth = 8;

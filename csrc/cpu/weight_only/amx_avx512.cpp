@@ -13,26 +13,19 @@
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
 
+#include "../amx.h"
 #include "driver.h"
 #include "values.h"
 
 namespace ds_compress::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = 1024, kTileRows = 16, kTileInputs = 32;
+constexpr int64_t kTileInputs = 32;
 constexpr int64_t kFewestRows = 20;      // fewer are faster as integers
 constexpr int64_t kChunk = 512;          // inputs
 constexpr int64_t kMostBlockRows = 512;  // so that their chunk stays in the second-level cache
 constexpr int64_t kLeastBlockRows = 64;
 constexpr int64_t kSumBytes = 4 << 20;  // of a block's results
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
 
 // The two floats of every column, rounded to bf16, in one lane.
 DSC_INLINE __m512i pairs_of(__m512 even, __m512 odd) {
@@ -197,8 +190,7 @@ void amx_linear(const WeightOnlyCall& call, Range rows, Range panels, void* memo
     const WeightOnlyWeight& weight = call.weight;
     const int64_t block = amx_block_rows(weight, rows.end - rows.begin);
     const AmxScratch scratch(memory, block, weight.panels());
-    const TileConfig config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    const Tiles tiles;
     for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
         const int64_t count = rows.end - begin < block ? rows.end - begin : block, padded = round_up(count, 32);
         const int64_t panel_values = padded * kWeightOnlyColumns;
@@ -222,7 +214,6 @@ void amx_linear(const WeightOnlyCall& call, Range rows, Range panels, void* memo
             finish_rows(call, begin, count, panel * kWeightOnlyColumns,
                         scratch.values + (panel - panels.begin) * panel_values);
     }
-    asm volatile("tilerelease");
 }
 
 bool amx_takes(const WeightOnlyCall& call) {

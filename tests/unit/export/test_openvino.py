@@ -88,7 +88,10 @@ def test_the_integers_are_those_of_training(tmp_path: Path, bits: int, grid: str
     shared = {"granularity": "per_column_group", "group_size": 16} if "groups" in grid else {}
     if grid.startswith("asymmetric"):
         shared["quantization_type"] = "asymmetric"
-    model = quantized(bert(), bits, None, ("layer",), **shared)
+    small: Any = bert()
+    small.bert.encoder.layer = small.bert.encoder.layer[:2]
+    small.config.num_hidden_layers = 2
+    model = quantized(small, bits, None, ("layer",), **shared)
     report = export(model, tmp_path / "out", "openvino", check=bits == 3)
     assert bits != 3 or report.check["max_difference"] < 1e-5
     stored = {node.get_friendly_name(): node for node in read(tmp_path / "out").get_ops()}
@@ -266,3 +269,16 @@ class TestRefusals:
         with pytest.raises(ExportError, match="another weight at its place"):
             export(static(bert()), tmp_path / "out", "openvino", check=False)
         assert not list(tmp_path.iterdir())
+
+
+def test_no_conversion_is_told_over_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As openvino.convert_model does, where its package for that is installed."""
+    from openvino.tools.ovc import convert_impl
+
+    def told(*_: Any) -> None:
+        raise AssertionError("telemetry")
+
+    monkeypatch.setattr(convert_impl, "init_ovc_telemetry", told)
+    with pytest.raises(AssertionError, match="telemetry"):
+        openvino.convert_model(nn.Linear(2, 2), example_input=torch.zeros(1, 2))
+    export(quantized(bert(), 8, None, ("layer",)), tmp_path / "out", "openvino", check=False)
