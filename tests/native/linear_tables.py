@@ -51,7 +51,12 @@ def build() -> Build:
 def folder() -> Path:
     """Objects and library, compiled at the first call."""
     digest = hashlib.sha256(repr([build().name, os.environ.get("CXX")]).encode())
-    for path in (HERE / "linear_tables.cpp", HERE / "avx512_emulated.h", HERE / "amx_emulated.h", Path(__file__)):
+    for path in (
+        HERE / "linear_tables.cpp",
+        HERE / "avx512_emulated.h",
+        HERE / "amx_emulated.h",
+        Path(__file__),
+    ):
         digest.update(path.read_bytes())
     made = cache_folder() / "tests" / f"linear-{digest.hexdigest()[:16]}"
     if not (made / "linear.so").is_file():
