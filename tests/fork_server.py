@@ -51,9 +51,12 @@ class ForkServer:
     def start(
         self, arguments: Sequence[str], output: Path, environment: Mapping[str, str] = os.environ
     ) -> ForkedProcess:
-        """`python ARGUMENTS` ("-m" and a module, or a script, and what it takes) with stdout and stderr in a file."""
+        """`python ARGUMENTS` ("-m" and a module, or a script, and what it takes) in the folder that this process is in.
+
+        Its stdout and stderr are in `output`.
+        """
         request = {"arguments": list(arguments), "output": str(output), "environment": dict(environment)}
-        return ForkedProcess(self, self.ask(request))
+        return ForkedProcess(self, self.ask(request | {"folder": str(Path.cwd())}))
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -112,7 +115,8 @@ def _serve(preloaded: Sequence[str]) -> None:
         answers.flush()
 
 
-def _become(arguments: Sequence[str], output: str, environment: Mapping[str, str]) -> NoReturn:
+def _become(arguments: Sequence[str], output: str, environment: Mapping[str, str], folder: str) -> NoReturn:
+    os.chdir(folder)
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(written, 1)
