@@ -173,6 +173,9 @@ def served(folder: Path, quick: bool) -> tuple[dict[str, Serve], dict[str, float
             ds_compress.export(trained, place, format, check=False)
         ours = of_torch(ds_compress.from_pretrained(places["torch"]))
         add(f"{scheme}, our loader", places["torch"], lambda ours=ours: ours)  # type: ignore[misc]
+        if scheme != "W4A16":
+            graph = torch.compile(ds_compress.from_pretrained(places["torch"]), dynamic=False)
+            add(f"{scheme}, our loader, torch.compile", places["torch"], lambda graph=graph: of_torch(graph))  # type: ignore[misc]
         for rounds in (False, True) if scheme == "W4A16" else (True,):
             words = ", rounds inputs" if scheme == "W4A16" and rounds else ""
             onnx, ir = places["onnx"], places["openvino"]
