@@ -93,13 +93,14 @@ def sparse_block(method: str, stride: int, dense_ratio: float, end: int, **share
     return {"sparse_pruning": _block(settings, {"dense_ratio": dense_ratio})}
 
 
-def w8a8_block(calibration: str, kernel: str = "float") -> dict[str, Any]:
+def w8a8_block(calibration: str, kernel: str = "float", backward: str = "float") -> dict[str, Any]:
     """8-bit weights per output channel and 8-bit activations (`dynamic` per token or `static`)."""
     weights = {
         "enabled": True,
         "quantize_weight_in_forward": True,
         "granularity": "per_channel",
         "kernel": kernel,
+        "backward": backward,
     }
     activations = {"enabled": True, "range_calibration": calibration}
     return {

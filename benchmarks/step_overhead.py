@@ -131,6 +131,10 @@ def blocks() -> dict[str, dict[str, Any] | None]:
     variants |= {
         f"W8A8 {calibration}, int8 kernel": w8a8_block(calibration, "int8") for calibration in calibrations
     }
+    variants |= {
+        f"W8A8 {calibration}, int8 kernel, int8 backward": w8a8_block(calibration, "int8", "int8")
+        for calibration in calibrations
+    }
     variants |= {f"scheme {scheme}": {"scheme": {scheme: ["encoder.layer"]}} for scheme in SCHEMES}
     variants["l1 + W8A8 dynamic"] = pruned("l1") | w8a8_block("dynamic")
     return variants

@@ -32,6 +32,7 @@ COMPLETE: dict[str, Any] = {
             "enabled": True,
             "quantizer_kernel": False,
             "kernel": "float",
+            "backward": "float",
             "schedule_offset": 0,
             "quantize_groups": 1,
             "quantize_verbose": False,

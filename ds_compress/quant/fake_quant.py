@@ -34,8 +34,9 @@ class FakeQuantConfig:
     multiplied by where the grid has fewer or more values than the one that it was made for. clipped_ste: whether
     clipped weights get no gradient (learned scales need that) or a plain straight-through one. kernel: what a layer
     multiplies once its input is quantized too: "float" numbers on their grids, or the codes themselves, "int8"
-    (`integer_linear`) or "fp8" (`fp8_linear`). global_scale: fp32 (1,) of a grid that has one, of a stack one for each
-    matrix; None: that of the weight at hand.
+    (`integer_linear`) or "fp8" (`fp8_linear`). backward: how the gradient of the input is multiplied, "float" or "int8"
+    (`integer_linear.input_gradient`, beside that kernel only). global_scale: fp32 (1,) of a grid that has one, of a
+    stack one for each matrix; None: that of the weight at hand.
     """
 
     grid: WeightGrid
@@ -44,6 +45,7 @@ class FakeQuantConfig:
     step_ratio: float = 1.0
     clipped_ste: bool = True
     kernel: str = "float"
+    backward: str = "float"
     global_scale: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property

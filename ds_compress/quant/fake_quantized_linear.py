@@ -8,8 +8,8 @@ recomputation is elementwise, and cheap beside the matrix products.
 Gradients are straight through: as if the quantizer were the identity, but zero where a value clips (torch's rule:
 passed on where quant_min <= round(x / scale) <= quant_max). Ternary and binary weights never clip. With a
 `FakeQuantConfig.kernel` of "int8" or "fp8", forward multiplies the codes themselves (`integer_linear`, `fp8_linear`);
-backward is the same. Under autocast the quantizer reads input and weight in their own precision and computes in fp32;
-the linear op runs in the autocast dtype.
+backward is the same, unless `FakeQuantConfig.backward` is "int8". Under autocast the quantizer reads input and weight
+in their own precision and computes in fp32; the linear op runs in the autocast dtype.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ from ds_compress.quant.fp8_linear import fp8_linear, runs_on_fp8
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import straight_through, weight_backward
 from ds_compress.quant.grid import ActivationGrid
-from ds_compress.quant.integer_linear import integer_linear, runs_on_integers
+from ds_compress.quant.integer_linear import (
+    input_gradient,
+    integer_linear,
+    multiplies_gradients,
+    runs_on_integers,
+)
 from ds_compress.quant.linear_ops import LinearOp
 from ds_compress.quant.qparams import QParams
 
@@ -106,7 +111,10 @@ class _FakeQuantizedLinear(Function):
         if fake_quant is not None and weight is not None and not w_qparams:
             w_qparams = weight_qparams(weight, fake_quant, step_size)
         grad_x = grad_weight = grad_step = unclipped = None
-        if needs_x:
+        on_integers = fake_quant is not None and input_grid is not None
+        if needs_x and on_integers and multiplies_gradients(fake_quant, grad):
+            grad_x = input_gradient(grad, weight, fake_quant, w_qparams).to(ctx.x_dtype)
+        elif needs_x:
             used_weight = weight
             if fake_quant is not None:
                 masks = needs_weight and fake_quant.changes_gradient and not fake_quant.grid.learned

@@ -2,7 +2,10 @@
 
 y = (sum over k of q_x[m, k] * q_w[n, k]) * (scale_x[m] * scale_w[n]) + bias[n], by the op `int8_linear`, in which the
 sum is exact. The float path multiplies the same numbers after scaling them, so both differ by rounding only.
-Backward is that of the float path: straight through, in the training dtype.
+
+Backward is that of the float path: straight through, in the training dtype. With `FakeQuantConfig.backward` "int8" the
+gradient of the input is a product of integers, too, as in SwitchBack (Wortsman et al. 2023, "Stable and low-precision
+training for large-scale vision-language models", algorithm 1); that of the weight, whose sums are long, never is.
 """
 
 from __future__ import annotations
@@ -49,17 +52,59 @@ def integer_linear(
     return y, x_qparams, qparams
 
 
+def multiplies_gradients(fake_quant: FakeQuantConfig, grad: torch.Tensor) -> bool:
+    """Whether the gradient of the input of a layer that `runs_on_integers` is a product of integers."""
+    return fake_quant.backward == "int8" and runs_on_integers(fake_quant, grad)
+
+
+def input_gradient(
+    grad: torch.Tensor, weight: torch.Tensor, fake_quant: FakeQuantConfig, qparams: list[QParams]
+) -> torch.Tensor:
+    """grad `[..., out]` times the quantized weight, `[..., in]` in the dtype of `grad`.
+
+    The sum runs over outputs, so the scales of the weight belong to grad: each row of grad * scale_w is rounded to the
+    nearest of 255 integers, with a scale of its own, and multiplied by the integers of the weight. A row with NaN or
+    Inf stays one, which is how a step with fp16 finds out that it must be skipped.
+    """
+    scaled = grad.float() * _scale_per_output(weight, fake_quant.grid, qparams)
+    packed = _packed_by_input(weight, fake_quant, qparams)
+    inputs = weight.shape[1 - fake_quant.grid.channel_axis]
+    return kernels().int8_linear(
+        scaled.contiguous(), packed, scaled.new_ones(inputs), None, None, steps=127, out_dtype=grad.dtype
+    )
+
+
 def _packed(weight: torch.Tensor, fake_quant: FakeQuantConfig, qparams: list[QParams]) -> torch.Tensor:
     grid = fake_quant.grid
-    one_pass = (
-        grid.levels is Levels.UNIFORM and grid.bits == 8 and not grid.stochastic and not grid.channel_axis
-    )
-    if one_pass:
+    if _is_rounded_while_packing(grid) and not grid.channel_axis:
         scale = _scale_per_output(weight, grid, qparams)
         return kernels().int8_linear_quantize_pack(weight.contiguous(), scale, grid.scale_divisor)
-    blocks = quantize_blocks(weight, qparams, grid, rounding_noise(weight, fake_quant))
-    quantized = join_weight(blocks, weight.shape, grid).nan_to_num_(0.0).to(torch.int8)
-    return kernels().int8_linear_pack((quantized.t() if grid.channel_axis else quantized).contiguous())
+    codes = _codes(weight, fake_quant, qparams)
+    return kernels().int8_linear_pack((codes.t() if grid.channel_axis else codes).contiguous())
+
+
+def _packed_by_input(
+    weight: torch.Tensor, fake_quant: FakeQuantConfig, qparams: list[QParams]
+) -> torch.Tensor:
+    """The same codes, transposed."""
+    grid = fake_quant.grid
+    if _is_rounded_while_packing(grid):
+        scale = _scale_per_output(weight, grid, qparams)
+        by_input = weight / scale if grid.channel_axis else (weight / scale.unsqueeze(1)).t()
+        return kernels().int8_linear_quantize_pack(
+            by_input.contiguous(), scale.new_ones(1), grid.scale_divisor
+        )
+    codes = _codes(weight, fake_quant, qparams)
+    return kernels().int8_linear_pack((codes if grid.channel_axis else codes.t()).contiguous())
+
+
+def _is_rounded_while_packing(grid: WeightGrid) -> bool:
+    return grid.levels is Levels.UNIFORM and grid.bits == 8 and not grid.stochastic
+
+
+def _codes(weight: torch.Tensor, fake_quant: FakeQuantConfig, qparams: list[QParams]) -> torch.Tensor:
+    blocks = quantize_blocks(weight, qparams, fake_quant.grid, rounding_noise(weight, fake_quant))
+    return join_weight(blocks, weight.shape, fake_quant.grid).nan_to_num_(0.0).to(torch.int8)
 
 
 def _scale_per_output(weight: torch.Tensor, grid: WeightGrid, qparams: list[QParams]) -> torch.Tensor:

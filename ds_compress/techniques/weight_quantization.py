@@ -297,6 +297,7 @@ class WeightQuantization(Technique):
             step_ratio=final.quant_max / grid.quant_max if grid.learned else 1.0,
             clipped_ste=self._clips(grid),
             kernel=shared.kernel if target.kind is not ModuleKind.EMBEDDING else "float",
+            backward=shared.backward,
         )
         return self._with_global_scale(target, fake_quant)
 

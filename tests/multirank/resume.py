@@ -159,6 +159,9 @@ CASES: dict[str, Case] = {
     "dynamic": Case(quantization_block()),
     "EMA ranges": Case({**ladder(), **ranges()}),
     "int8 kernel": Case(quantization_block({"kernel": "int8"}, {"narrow_range": True})),
+    "int8 backward": Case(
+        quantization_block({"kernel": "int8", "backward": "int8"}, {"narrow_range": True}), dtype="bf16"
+    ),
     "nvfp4": Case({"scheme": "NVFP4"}, **LLAMA),
     "learned nvfp4, kv cache": Case({**floats.BLOCKS["learned"], "kv_cache": "fp8"}, **LLAMA),
     "fp8": Case({"scheme": "FP8"}, **LLAMA),

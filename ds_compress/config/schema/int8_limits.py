@@ -13,6 +13,7 @@ from ds_compress.modelinfo.kinds import ModuleKind
 _WEIGHTS, _INPUTS = "weight_quantization", "activation_quantization"
 _PATH = dotted(_WEIGHTS, "shared_parameters", "kernel")
 _BITS_OF_CODES = 8
+_MOST_OUTPUTS = (2**31 - 1) // (128 * 127)
 
 
 def problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
@@ -50,6 +51,8 @@ def problems(techniques: Mapping[str, TechniquePlan]) -> Iterator[Problem]:
     layers = [target for target in layers if not target.kind.is_experts]
     yield from _inputs_not_in_codes([t for t in layers if t.kind is not ModuleKind.CONV2D], inputs)
     yield from _scales_inside_channels(layers, weights)
+    if weights.shared.backward == "int8":
+        yield from _sums_too_long(layers)
 
 
 def _not_matrices(layers: list[Target]) -> Iterator[Problem]:
@@ -94,6 +97,18 @@ def _inputs_not_in_codes(layers: list[Target], inputs: TechniquePlan) -> Iterato
                 str(target.params.final_bits),
                 f'{_BITS_OF_CODES}, because weight_quantization has kernel "int8"',
             )
+
+
+def _sums_too_long(layers: list[Target]) -> Iterator[Problem]:
+    """The gradient of an input is a sum over all outputs."""
+    wide = [t for t in layers if math.prod(t.shape) // inputs_of(t) > _MOST_OUTPUTS]
+    if wide:
+        yield Problem(
+            dotted(_WEIGHTS, "shared_parameters", "backward"),
+            f'"int8" with {few([t.module_name for t in wide])}, of more than {_MOST_OUTPUTS:,} outputs',
+            '"float" where sums over outputs may overflow 32 bits',
+            f'add {shown(exact_pattern(wide[0].module_name))} to shared_parameters.excluded_modules, or use "float"',
+        )
 
 
 def _scales_inside_channels(layers: list[Target], weights: TechniquePlan) -> Iterator[Problem]:

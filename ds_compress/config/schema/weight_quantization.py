@@ -133,6 +133,8 @@ class WeightQuantizationConfig(WeightBlock):
             facts = [shared.quantization_type, rounding, grid, *facts]
         if shared.has_given_scales:
             facts.append(f"{shared.effective_scales} scales")
+        if shared.backward == "int8":
+            facts.append("gradients of inputs by int8 products")
         if shared.train == "scales":
             facts.append("nothing else trains")
         if shared.fp16_mixed_quantize.enabled:

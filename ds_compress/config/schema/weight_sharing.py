@@ -50,6 +50,13 @@ class WeightQuantizationShared(StrictModel):
             "int8, fp8: the 8-bit codes themselves, as deployment will (needs activation_quantization)."
         ),
     )
+    backward: Literal["float", "int8"] = Field(
+        default="float",
+        description=(
+            'How the gradient of an input is multiplied beside kernel "int8": float: with the quantized weight, '
+            "exactly; int8: its rows are rounded to 8-bit integers, too."
+        ),
+    )
     schedule_offset: Step = Field(
         default=0, description="Applied optimizer steps before weights are quantized."
     )
@@ -175,6 +182,13 @@ class WeightQuantizationShared(StrictModel):
                 self.quantize_groups,
                 f"1 when granularity is {self.granularity}",
                 'remove "quantize_groups", or set granularity to "per_group"',
+            )
+        if self.backward == "int8" and self.kernel != "int8":
+            yield Conflict(
+                ("backward",),
+                "int8",
+                '"float", unless kernel is "int8"',
+                'set kernel to "int8", or remove it',
             )
         yield from without_effect(self, "seed", self.rounding == "nearest", 'rounding is "stochastic"')
         if self.learned_scale and self.scales not in (None, "learned"):

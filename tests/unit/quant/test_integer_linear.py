@@ -1,4 +1,4 @@
-"""`"kernel": "int8"`: forward multiplies the codes; backward is that of the float path."""
+"""`"kernel": "int8"`: forward multiplies the codes; backward is that of the float path, or integers, too."""
 
 from __future__ import annotations
 
@@ -125,6 +125,77 @@ def test_autocast_decides_the_dtype_of_the_result() -> None:
     torch.testing.assert_close(mine.float(), integer(x), rtol=2**-8, atol=1e-6)
 
 
+class TestBackward:
+    """`"backward": "int8"`: only the gradient of the input is another, by what rounding the gradient's rows changes."""
+
+    @pytest.mark.parametrize("input_grid", [NARROW, LEGACY], ids=["narrow", "legacy"])
+    @pytest.mark.parametrize("name", GRIDS)
+    def test_the_input_s_gradient_is_that_of_rounded_rows(
+        self, name: str, input_grid: ActivationGrid
+    ) -> None:
+        floating, exact = twins(GRIDS[name], input_grid, layer())
+        rounded = twins(GRIDS[name], input_grid, layer(), backward="int8")[1]
+        x, grad = torch.randn(3, 5, 37), torch.randn(3, 5, 24)
+        mine, theirs = gradients(rounded, x, grad), gradients(exact, x, grad)
+        for own, other in zip(mine[1:], theirs[1:], strict=True):
+            assert torch.equal(own, other)
+        difference = (mine[0] - theirs[0]).norm() / theirs[0].norm()
+        assert 1e-4 < difference < 0.02
+        assert torch.equal(gradients(floating, x, grad)[0], theirs[0])
+
+    def test_it_is_the_exact_sum_over_the_codes(self) -> None:
+        module = twins(GRIDS["narrow, per channel"], NARROW, layer(), backward="int8")[1]
+        grad = torch.randn(6, 24) * 10.0 ** torch.arange(-3.0, 3.0).unsqueeze(1)
+        codes = quantize(module.weight.detach(), GRIDS["narrow, per channel"])
+        scaled = grad * codes.scale.reshape(-1)
+        scale = scaled.abs().amax(1, keepdim=True) / 127
+        total = (torch.round(scaled / scale).double() @ codes.values.double()).float()
+        assert torch.equal(gradients(module, torch.randn(6, 37), grad)[0], total * scale)
+
+    def test_conv1d_and_codes_that_are_rounded_before_they_are_packed(self) -> None:
+        x, grad = torch.randn(4, 37), torch.randn(4, 24)
+        grid = replace(GRIDS["narrow, per channel"], channel_axis=1)
+        for chosen in (grid, replace(grid, bits=4)):
+            exact = twins(chosen, NARROW, layer("conv1d"))[1]
+            rounded = twins(chosen, NARROW, layer("conv1d"), backward="int8")[1]
+            mine, theirs = gradients(rounded, x, grad), gradients(exact, x, grad)
+            assert 1e-4 < (mine[0] - theirs[0]).norm() / theirs[0].norm() < 0.02
+            assert torch.equal(mine[1], theirs[1])
+
+    def test_clipped_inputs_get_no_gradient(self) -> None:
+        static = ActivationGrid(8, static=True, granularity=TokenGranularity.PER_TENSOR)
+        module = twins(GRIDS["narrow, per channel"], static, layer(), backward="int8")[1].eval()
+        x = torch.full((2, 37), 0.5)
+        x[:, 7] = 9.0  # the range ends at 1.5
+        grad = gradients(module, x, torch.randn(2, 24))[0]
+        assert bool((grad[:, 7] == 0).all()) and bool((grad[:, :7] != 0).all())
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_a_gradient_that_is_no_number_shows(self, bad: float) -> None:
+        module = twins(GRIDS["narrow, per channel"], NARROW, layer(), backward="int8")[1]
+        grad = torch.randn(3, 24)
+        grad[1, 5], grad[2] = bad, 0.0
+        found = gradients(module, torch.randn(3, 37), grad)[0]
+        assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
+        assert bool((found[2] == 0).all())
+
+    def test_under_autocast_it_has_the_dtype_of_the_input(self) -> None:
+        exact = twins(GRIDS["narrow, per channel"], NARROW, layer())[1]
+        rounded = twins(GRIDS["narrow, per channel"], NARROW, layer(), backward="int8")[1]
+        x, grad = torch.randn(4, 37), torch.randn(4, 24).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            mine, theirs = gradients(rounded, x, grad)[0], gradients(exact, x, grad)[0]
+        assert mine.dtype is theirs.dtype is torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.05)
+
+    def test_a_blended_weight_takes_the_float_path(self) -> None:
+        settings: dict[str, Any] = {"blend_ratio": 0.25}
+        exact = twins(GRIDS["narrow, per channel"], NARROW, layer(), **settings)[1]
+        other = twins(GRIDS["narrow, per channel"], NARROW, layer(), backward="int8", **settings)[1]
+        x, grad = torch.randn(4, 37), torch.randn(4, 24)
+        assert torch.equal(gradients(exact, x, grad)[0], gradients(other, x, grad)[0])
+
+
 def test_a_blended_weight_has_no_codes_and_takes_the_float_path() -> None:
     floating, integer = twins(GRIDS["narrow, per channel"], NARROW, layer(), blend_ratio=0.25)
     x = torch.randn(4, 37)
@@ -171,12 +242,15 @@ def block(weights: dict[str, Any], inputs: dict[str, Any] | None, bits: int = 8)
 
 
 MODEL = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
+WIDE = nn.Linear(1, 132_105, bias=False)
 IMAGES = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(12, 8))
 
 
 def test_the_plan_accepts_what_the_kernel_can_do() -> None:
     assert plan(MODEL, block({}, {})).techniques["weight_quantization"].shared.kernel == "int8"
     plan(MODEL, block({"granularity": None, "quantize_groups": 2}, {"range_calibration": "static"}))
+    plan(MODEL, block({"backward": "int8"}, {}))
+    plan(WIDE, block({}, {}))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +289,18 @@ def test_the_plan_accepts_what_the_kernel_can_do() -> None:
             "whose input is not quantized",
         ),
         (IMAGES, block({}, {}), "weight_quantization.shared_parameters.kernel", "Conv2d"),
+        (
+            MODEL,
+            block({"kernel": "float", "backward": "int8"}, {}),
+            "weight_quantization.shared_parameters.backward",
+            'unless kernel is "int8"',
+        ),
+        (
+            WIDE,
+            block({"backward": "int8"}, {}),
+            "weight_quantization.shared_parameters.backward",
+            "of more than 132,104 outputs",
+        ),
     ],
     ids=lambda value: value.split(".")[-1] if isinstance(value, str) else "",
 )
