@@ -9,10 +9,14 @@ import torch
 from ds_compress.ops import kernels
 from ds_compress.ops.reference.block_sparse import count_blocks
 from ds_compress.ops.sizes import BLOCK_INPUTS, BLOCK_OUTPUTS
+from ds_compress.ops.tiles import has_int8_tiles
 
 LEAST_ZERO_BLOCKS = 0.69
 """With this share of blocks of zeros and more, `block_sparse_int8_linear` takes less time at every size that
 `benchmarks/sparse_linear.py` measures; with 60 % it does at most."""
+LEAST_ZERO_BLOCKS_BESIDE_TILES = 0.89
+"""Where AMX multiplies the dense weight, and 16 rows and more take half the time. One row wins with fewer, too, but how
+many rows come is not known when a model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ class Int8Product:
 def blocks_worth_leaving_out(values: torch.Tensor) -> int | None:
     """How many blocks of int8 values have one other than 0; None where so many have that the dense kernel is faster."""
     rows, columns = values.shape
-    if int(values.count_nonzero()) > (1 - LEAST_ZERO_BLOCKS) * values.numel():
+    least = LEAST_ZERO_BLOCKS_BESIDE_TILES if has_int8_tiles() else LEAST_ZERO_BLOCKS
+    if int(values.count_nonzero()) > (1 - least) * values.numel():
         return None
     blocks = count_blocks(values)
     total = -(-rows // BLOCK_OUTPUTS) * -(-columns // BLOCK_INPUTS)
-    return blocks if blocks <= (1 - LEAST_ZERO_BLOCKS) * total else None
+    return blocks if blocks <= (1 - least) * total else None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from ds_compress.ops.reference import linear as reference
+from ds_compress.ops.tiles import has_int8_tiles
 from tests.native import linear_tables
 from tests.native.elementwise import native_ops, same
 
@@ -84,6 +85,11 @@ def test_int8_has_the_bits_of_the_reference(table: str) -> None:
         a = int8_arguments(m, n, k, draw)
         parts = (draw.choice([1, 2]), draw.choice([1, 2]))
         assert same(linear_tables.linear(table, **a, parts=parts), expected_int8(a)), (m, n, k, a)
+
+
+@pytest.mark.skipif(not TABLES, reason="the kernels are for x86-64")
+def test_python_knows_of_the_tiles_that_the_kernels_use() -> None:
+    assert has_int8_tiles() == bool(linear_tables.library().dsc_test_has_amx())
 
 
 @pytest.mark.parametrize("table", TABLES)

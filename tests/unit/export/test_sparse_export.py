@@ -221,6 +221,12 @@ def test_codes_of_another_shape_are_an_error(tmp_path: Path) -> None:
 # --- the kernel that leaves out blocks ------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AMX, whichever this one is."""
+    monkeypatch.setattr(int8_product, "has_int8_tiles", lambda: False)
+
+
 def products_of(model: nn.Module) -> dict[str, Int8Product]:
     """Of every layer that has run, fused ones by their first part."""
     found = {}
@@ -232,6 +238,7 @@ def products_of(model: nn.Module) -> dict[str, Int8Product]:
     return found
 
 
+@pytest.mark.usefixtures("no_tiles")
 def test_blocks_of_zeros_run_on_the_sparse_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(pruned(bert(), 0.85, (4, 16)), 8, DYNAMIC, ("layer",))
     export(model, tmp_path / "out", "torch", check=False)
@@ -248,9 +255,19 @@ def test_blocks_of_zeros_run_on_the_sparse_kernel(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("zeros", "block", "expected"), [(0.7, (4, 16), True), (0.6, (4, 16), False), (0.8, (1, 16), False)]
+    ("tiles", "zeros", "block", "expected"),
+    [
+        (False, 0.7, (4, 16), True),
+        (False, 0.6, (4, 16), False),
+        (False, 0.8, (1, 16), False),
+        (True, 0.9, (4, 16), True),
+        (True, 0.85, (4, 16), False),
+    ],
 )
-def test_only_where_it_pays(zeros: float, block: tuple[int, int], expected: bool) -> None:
+def test_only_where_it_pays(
+    tiles: bool, zeros: float, block: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_product, "has_int8_tiles", lambda: tiles)
     rows, columns = 400, 640
     blocks = torch.ones(rows // block[0], columns // block[1])
     torch.manual_seed(0)
@@ -266,6 +283,7 @@ def test_only_where_it_pays(zeros: float, block: tuple[int, int], expected: bool
     )
 
 
+@pytest.mark.usefixtures("no_tiles")
 @pytest.mark.parametrize("zeros", [0.0, 0.9])
 def test_a_layer_compiles_before_it_has_run(tmp_path: Path, zeros: float) -> None:
     """Packed within the graph, at the first call."""
