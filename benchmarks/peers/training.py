@@ -12,12 +12,14 @@ from benchmarks.peers import encoder
 SHAPE = "a step of 32 x 40"
 PEERS = {
     "training_ours": "ours",
+    "training_ours_compiled": "ours",
     "training_torch": "ours",
     "training_modelopt": "modelopt",
     "training_torchao": "torchao",
+    "training_compiled": "torchao",
 }
 """Module and environment."""
-UNQUANTIZED = ("torch fp32", "DeepSpeed fp32")
+UNQUANTIZED = ("torch fp32", "torch fp32, compiled", "DeepSpeed fp32", "DeepSpeed fp32, compiled")
 LAYERS = "encoder.layer"
 """In the names of the layers that are quantized."""
 GROUPS = (32, 128)

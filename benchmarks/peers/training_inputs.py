@@ -42,22 +42,22 @@ def torch_step(trained: Any, autocast: bool = False) -> Step:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.item())
 
     return step
 
 
-def checked(name: str, step: Step, quantized: Any = None) -> tuple[str, Step]:
-    """(the name of the run, its step), after two steps. quantized: a model that must compute other logits than fp32.
+def require_quantized(name: str, trained: Any) -> None:
+    """Raises RuntimeError where a model in training mode computes the logits of the fp32 model."""
+    given = batch()
+    with torch.no_grad():
+        same = torch.equal(trained(**given).logits, model()(**given).logits)
+    if same:
+        raise RuntimeError(f"{name}: nothing is quantized in training mode")
 
-    Raises:
-        RuntimeError: the quantized model computes what the fp32 model does, or the loss does not fall.
-    """
-    if quantized is not None:
-        with torch.no_grad():
-            same = torch.equal(quantized(**batch()).logits, model()(**batch()).logits)
-        if same:
-            raise RuntimeError(f"{name}: nothing is quantized in training mode")
+
+def checked(name: str, step: Step) -> tuple[str, Step]:
+    """(name of the run, its step), after two steps; raises RuntimeError where the loss does not fall."""
     losses = step(), step()
     if not (math.isfinite(losses[1]) and losses[1] < losses[0]):
         raise RuntimeError(f"{name}: the loss does not fall: {losses[0]}, then {losses[1]}")

@@ -13,7 +13,7 @@ import modelopt.torch.quantization as mtq
 
 from benchmarks.peers import worker
 from benchmarks.peers.training import GROUPS, LAYERS
-from benchmarks.peers.training_inputs import batch, checked, model, torch_step
+from benchmarks.peers.training_inputs import batch, checked, model, require_quantized, torch_step
 
 
 def restricted(config: Any, group_size: int | None = None) -> Any:
@@ -36,5 +36,6 @@ def main() -> None:
     for name, config in configs.items():
         trained = model()
         mtq.quantize(trained, config, lambda calibrated: calibrated(**batch()))
-        runs.append(checked(name, torch_step(trained), trained))
+        require_quantized(name, trained)
+        runs.append(checked(name, torch_step(trained)))
     worker.serve(dict(runs), ["nvidia-modelopt", "torch", "transformers"])

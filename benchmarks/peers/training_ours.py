@@ -14,7 +14,7 @@ import ds_compress  # noqa: F401  (teaches DeepSpeed the key)
 from benchmarks.engines import deepspeed_config, start_single_process, w4_block, w8a8_block
 from benchmarks.peers import worker
 from benchmarks.peers.training import GROUPS, LEARNING_RATE
-from benchmarks.peers.training_inputs import Step, batch, checked, model
+from benchmarks.peers.training_inputs import Step, batch, checked, model, require_quantized
 
 
 def engine_of(block: dict[str, Any] | None) -> Any:
@@ -32,21 +32,28 @@ def step_of(engine: Any) -> Step:
         loss = engine(**given).loss
         engine.backward(loss)
         engine.step()
-        return float(loss)
+        return float(loss.item())
 
     return step
 
 
-def main() -> None:
-    start_single_process()
-    blocks = {
+def engines() -> dict[str, Any]:
+    """{the name of a run: its engine}"""
+    blocks: dict[str, dict[str, Any] | None] = {"DeepSpeed fp32": None}
+    blocks |= {
         f"ds_compress W8A8 {calibration}{name}": w8a8_block(calibration, kernel)
         for calibration in ("dynamic", "static")
         for name, kernel in (("", "float"), (", int8 kernel", "int8"))
     }
     blocks |= {f"ds_compress W4 groups of {size}": w4_block(size) for size in GROUPS}
-    runs = [checked("DeepSpeed fp32", step_of(engine_of(None)))]
+    found = {name: engine_of(block) for name, block in blocks.items()}
     for name, block in blocks.items():
-        engine = engine_of(block)
-        runs.append(checked(name, step_of(engine), engine))
+        if block is not None:
+            require_quantized(name, found[name])
+    return found
+
+
+def main() -> None:
+    start_single_process()
+    runs = [checked(name, step_of(engine)) for name, engine in engines().items()]
     worker.serve(dict(runs), ["deepspeed", "torch", "transformers"])

@@ -7,6 +7,8 @@ those of weights and inputs that were not rounded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
@@ -15,12 +17,13 @@ from torchao.quantization.qat import QATConfig
 
 from benchmarks.peers import worker
 from benchmarks.peers.training import GROUPS
-from benchmarks.peers.training_inputs import checked, is_quantized, model, torch_step
+from benchmarks.peers.training_inputs import checked, is_quantized, model, require_quantized, torch_step
 
 
-def main() -> None:
+def configs() -> dict[str, QATConfig | Int8MixedPrecisionTrainingConfig]:
+    """{the name of a run: what `quantize_` gets}"""
     int8 = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
-    configs = {
+    found: dict[str, QATConfig | Int8MixedPrecisionTrainingConfig] = {
         "torchao QAT W8A8 dynamic": QATConfig(int8, step="prepare"),
         "torchao int8 mixed precision, forward": Int8MixedPrecisionTrainingConfig(
             grad_input=False, grad_weight=False, module_swap=True
@@ -28,10 +31,17 @@ def main() -> None:
     }
     for size in GROUPS:
         int4 = IntxWeightOnlyConfig(torch.int4, PerGroup(size))  # type: ignore[attr-defined]
-        configs[f"torchao QAT W4 groups of {size}"] = QATConfig(int4, step="prepare")
-    runs = []
-    for name, config in configs.items():
-        trained = model()
-        quantize_(trained, config, is_quantized)
-        runs.append(checked(name, torch_step(trained), trained))
+        found[f"torchao QAT W4 groups of {size}"] = QATConfig(int4, step="prepare")
+    return found
+
+
+def quantized(name: str, config: QATConfig | Int8MixedPrecisionTrainingConfig) -> Any:
+    trained = model()
+    quantize_(trained, config, is_quantized)
+    require_quantized(name, trained)
+    return trained
+
+
+def main() -> None:
+    runs = [checked(name, torch_step(quantized(name, config))) for name, config in configs().items()]
     worker.serve(dict(runs), ["torchao", "torch", "transformers"])
