@@ -15,8 +15,9 @@ PEERS = {
     "training_ours_compiled": "ours",
     "training_torch": "ours",
     "training_modelopt": "modelopt",
+    "training_modelopt_compiled": "modelopt",
     "training_torchao": "torchao",
-    "training_compiled": "torchao",
+    "training_torchao_compiled": "torchao",
 }
 """Module and environment."""
 UNQUANTIZED = ("torch fp32", "torch fp32, compiled", "DeepSpeed fp32", "DeepSpeed fp32, compiled")

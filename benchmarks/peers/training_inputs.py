@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from benchmarks.peers.encoder_inputs import batches, stock_model
 from benchmarks.peers.training import LAYERS, LEARNING_RATE, SHAPE
@@ -45,6 +46,11 @@ def torch_step(trained: Any, autocast: bool = False) -> Step:
         return float(loss.item())
 
     return step
+
+
+def allow_recompilation() -> None:
+    """For several compiled models in a process: torch goes on without compiling after a few versions of one function."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
 
 
 def require_quantized(name: str, trained: Any) -> None:

@@ -28,14 +28,18 @@ def restricted(config: Any, group_size: int | None = None) -> Any:
     return config
 
 
-def main() -> None:
+def quantized() -> dict[str, Any]:
+    """{the name of a run: its model}"""
     configs = {"ModelOpt W8A8 static": restricted(mtq.INT8_DEFAULT_CFG)}
     for size in GROUPS:
         configs[f"ModelOpt W4 groups of {size}"] = restricted(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, size)
-    runs = []
-    for name, config in configs.items():
-        trained = model()
-        mtq.quantize(trained, config, lambda calibrated: calibrated(**batch()))
+    models = {name: model() for name in configs}
+    for name, trained in models.items():
+        mtq.quantize(trained, configs[name], lambda calibrated: calibrated(**batch()))
         require_quantized(name, trained)
-        runs.append(checked(name, torch_step(trained)))
+    return models
+
+
+def main() -> None:
+    runs = [checked(name, torch_step(trained)) for name, trained in quantized().items()]
     worker.serve(dict(runs), ["nvidia-modelopt", "torch", "transformers"])
