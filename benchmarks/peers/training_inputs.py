@@ -49,7 +49,7 @@ def torch_step(trained: Any, autocast: bool = False) -> Step:
 
 
 def allow_recompilation() -> None:
-    """For several compiled models in a process: torch goes on without compiling after a few versions of one function."""
+    """For several compiled models in a process: after a few versions of one function torch stops compiling it."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
 
 
