@@ -37,7 +37,7 @@ help:
 	@echo "make test-all   the same, with every cell of the grids of cases"
 	@echo "make demo       set up $(VENV), compress a real encoder  (ARGS='--output DIR' goes to the demo)"
 	@echo "make benchmark  step-time ratios to plain DeepSpeed, quick"
-	@echo "make peers      what a user would pick instead, beside ours (ARGS='--only encoder_ours encoder_nncf'; makes .venv-peers)"
+	@echo "make peers      what a user would pick instead, beside ours (ARGS='--job training' or '--only encoder_ours encoder_nncf'; makes .venv-peers)"
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
 	@echo "make lint       ruff, mypy, clang-format, typos, vulture, import-linter, and whether tables and workflows are in order"

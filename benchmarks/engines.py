@@ -109,6 +109,17 @@ def w8a8_block(calibration: str, kernel: str = "float", backward: str = "float")
     }
 
 
+def w4_block(group_size: int) -> dict[str, Any]:
+    """4-bit weights with a scale for each group of columns; activations stay floats."""
+    shared = {
+        "enabled": True,
+        "quantize_weight_in_forward": True,
+        "granularity": "per_column_group",
+        "group_size": group_size,
+    }
+    return {"weight_quantization": _block(shared, {"start_bits": 4, "target_bits": 4})}
+
+
 def _block(shared: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     groups = {"encoder": {"params": params, "modules": [r"encoder\.layer"]}}
     return {"shared_parameters": shared, "different_groups": groups}

@@ -7,6 +7,9 @@ time.
 environments   the pinned packages of each
 start, worker  what a peer's process does: prepares, then runs what it is told, one run at a time
 process        the other end of that
+jobs, figures  what is measured, how it is compared, and shown
 encoder        a BERT of MiniLM's size as a service: which peers there are
 encoder_*      one peer each, with nothing but its own packages
+training       a step of quantization-aware training of the same model: which peers there are
+training_*     one peer each
 """

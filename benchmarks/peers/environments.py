@@ -11,6 +11,11 @@ FOLDER = Path(__file__).resolve().parents[2] / ".venv-peers"
 OURS = "ours"
 _MODEL = ("torch==2.13.0", "transformers==5.24.0", "numpy==2.4.1")
 PACKAGES: dict[str, tuple[str, ...]] = {
+    "modelopt": (
+        *_MODEL,
+        "nvidia-modelopt==0.47.0",
+        "requests==2.34.2",
+    ),  # it imports that without asking for it
     "nncf": (*_MODEL, "openvino==2026.4.1", "nncf==3.4.0"),
     "onnxruntime": (*_MODEL, "onnx==1.22.0", "onnxscript==0.7.1", "onnxruntime==1.32.0"),
     "torchao": (*_MODEL, "torchao==0.18.0"),

@@ -14,6 +14,14 @@ from typing import Any
 from . import environments
 
 _ROOT = Path(__file__).resolve().parents[2]
+_SAME_FOR_ALL = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(_ROOT),
+    "PYTHONWARNINGS": "ignore",
+    # What `keep_freed_memory` does in ours: else glibc unmaps and faults in anew what each step or batch allocates.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 
 
 class PeerError(RuntimeError):
@@ -34,7 +42,7 @@ class Peer:
             text=True,
             bufsize=1,
             cwd=_ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, **_SAME_FOR_ALL},
         )
 
     def ready(self) -> None:
