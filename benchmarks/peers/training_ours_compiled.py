@@ -1,5 +1,7 @@
-"""What `training_ours` runs, with `engine.compile()`. A peer of its own, for that needs a C++ compiler. Torch's limit of
-recompilations is left as it is, unlike in the other peers: at most our own steps get longer by that."""
+"""What `training_ours` runs, with `engine.compile()`. A peer of its own, for that needs a C++ compiler.
+
+Torch's limit of recompilations is left as it is, unlike in the other peers: at most our own steps get longer by that.
+"""
 
 from __future__ import annotations
 
