@@ -1,4 +1,4 @@
-"""What `training_ours` runs, with `engine.compile()`; a peer of its own, for that needs a C++ compiler.
+"""What `training_ours` runs, with `engine.compile()`. A peer of its own, for that needs a C++ compiler.
 
 Torch's limit of recompilations is left as it is, unlike in the other peers: at most our own steps get longer by that.
 """
