@@ -92,7 +92,8 @@ def has(isa: str) -> bool:
 def library_with(folder: Path, *flags: str) -> Path:
     """The elementwise ops alone; `flags` make another instruction set of the kernels for every CPU."""
     build = wanted_build()
-    bindings = [path for path in (CSRC / "bindings").glob("*_cpu.cpp") if "linear" not in path.stem]
+    every = sorted((CSRC / "bindings").glob("*_cpu.cpp"))
+    bindings = [path for path in every if '#include "elementwise_cpu.h"' in path.read_text()]
     sources = [*bindings, *sorted(KERNELS.glob("*.cpp")), CSRC / "cpu" / "isa.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     running = []
