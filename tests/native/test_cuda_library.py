@@ -20,8 +20,17 @@ import ds_compress.ops.schemas as schemas
 torch.ops.load_library(sys.argv[1])
 native = [n for n in schemas.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"ds_compress::{n}", "CUDA")]
 packed = torch.ops.ds_compress.mask_pack(torch.tensor([True, False, True]))
-print(len(native), packed.tolist())
+print(*native, packed.tolist())
 """
+PLAIN_TORCH_ON_CUDA = {
+    "block_sparse_int8_linear_pack",
+    "block_sparse_int8_linear",
+    "weight_only_linear_pack",
+    "weight_only_linear",
+    "mask_window",
+    "mask_square_sums",
+}
+"""Kernels of the CPU, whose docs say so."""
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +38,14 @@ def library() -> Path:
     return build.ensure_built(build.Build.for_this_machine(with_cuda=True))
 
 
-def test_every_op_has_a_cuda_kernel_and_the_cpu_ones_still_run(library: Path) -> None:
+def test_every_other_op_has_a_cuda_kernel_and_the_cpu_ones_still_run(library: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _LOAD, str(library)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == f"{len(SCHEMAS)} [5]"
+    *native, packed = done.stdout.splitlines()[-1].split()
+    assert packed == "[5]"
+    assert set(native) == set(SCHEMAS) - PLAIN_TORCH_ON_CUDA
 
 
 def test_it_carries_machine_code_for_both_architectures_and_ptx_for_later_ones(library: Path) -> None:
