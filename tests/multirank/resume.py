@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
 RUNS = {
     name: {
         stage: in_turn(case.saves, number + turn)
-        for turn, stage in enumerate(in_turn(case.stages, number, count=2))
+        for turn, stage in enumerate(in_turn(case.stages, number + number // len(case.stages)))
     }
     for number, (name, case) in enumerate(CASES.items())
 }

@@ -22,6 +22,7 @@ from ds_compress.export.fingerprint import fingerprint as fingerprint_of_torch
 from ds_compress.export.inputs import run
 from ds_compress.export.reload_openvino import dequantized, fingerprint, integers
 from ds_compress.quant import layers
+from tests.grids import in_turn
 from tests.quantized import quantized
 from tests.zoo.models import ZOO, inputs_of
 
@@ -80,8 +81,11 @@ def test_static_ranges_run_as_int8_products(tmp_path: Path, bits: int) -> None:
     assert report.check["loaded"].startswith("openvino 20")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("grid", ["channel", "groups", "asymmetric groups"])
+GRIDS = ("channel", "groups", "asymmetric groups")
+CELLS = [(grid, bits) for number, bits in enumerate((2, 3, 4, 5, 8)) for grid in in_turn(GRIDS, number)]
+
+
+@pytest.mark.parametrize(("grid", "bits"), CELLS)
 def test_the_integers_are_those_of_training(tmp_path: Path, bits: int, grid: str) -> None:
     if grid.startswith("asymmetric") and bits < 3:
         pytest.skip("no such grid")
