@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ds_compress.config import CompressionConfig, ConfigError, parse_config
 from ds_compress.config.report.table import LineItem, collapse
+from ds_compress.config.schema.translate import _models_below
 from ds_compress.modelinfo.inventory import nearest_names
 from tests.complete_block import COMPLETE
 
@@ -26,7 +27,9 @@ def key_paths(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 PATHS = key_paths(COMPLETE)
-KEYS = {path[-1] for path in PATHS}
+
+# Every key of the schema, for the complete block has one teacher of several kinds, and one format of an export.
+KEYS = {key for _, model in _models_below(CompressionConfig) for key in model.model_fields}
 
 
 @st.composite
