@@ -21,6 +21,7 @@ from ds_compress.export.read import InputScheme
 from ds_compress.export.report import ExportReport
 from ds_compress.export.serve import serving_module
 from ds_compress.export.serve_experts import serve_experts
+from ds_compress.export.served_attention import use_served_attention
 from ds_compress.export.serving_tensors import (
     CODES,
     INSTEAD_OF_WEIGHT,
@@ -50,7 +51,8 @@ def from_pretrained(
     Args:
         folder: with `ds_compress.json`.
         model: a new instance to load into, for models that transformers cannot build from `config.json`.
-        fused: whether layers that share an input or feed an activation run as one kernel.
+        fused: whether layers that share an input or feed an activation run as one kernel, and attention of short
+            sequences by this library's.
         activations: False does not quantize inputs and computes in floats, with the same values of weights, which are
             dequantized when they are loaded.
 
@@ -116,6 +118,7 @@ def serve(
     model.requires_grad_(False).eval()
     if fused:
         fuse(model)
+        use_served_attention(model)
 
 
 class Stored:

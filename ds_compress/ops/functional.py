@@ -10,6 +10,7 @@ Integer linear layers    int8_linear, int4_linear, and a `_pack` for the weight 
                          int4_grouped_linear multiply the rows of all experts of a mixture at once;
                          block_sparse_int8_linear leaves out blocks of 4 outputs x 16 inputs that are zero
 Weight-only layers       weight_only_linear and its _pack: weights of 2 to 8 bits, inputs in floats
+Attention                attention: of short sequences, where most of a served model's time would be torch's
 Fake quantization        fake_quantize (integers), fake_quantize_float
 Bit masks                mask_pack, mask_unpack, mask_n_of_m, mask_window, mask_square_sums, mask_apply_,
                          mask_apply_many_: bit i of byte j is element 8 j + i; a trailing underscore writes in place
@@ -54,6 +55,7 @@ int8_grouped_linear = _preferred(reference.grouped_linear.int8_grouped_linear)
 int4_grouped_linear = _preferred(reference.grouped_linear.int4_grouped_linear)
 weight_only_linear_pack = _preferred(reference.weight_only.weight_only_linear_pack)
 weight_only_linear = _preferred(reference.weight_only.weight_only_linear)
+attention = _preferred(reference.attention.attention)
 fake_quantize = _preferred(reference.fake_quantize.fake_quantize)
 fake_quantize_float = _preferred(reference.fake_quantize_float.fake_quantize_float)
 mask_apply_ = _preferred(reference.mask.mask_apply_)

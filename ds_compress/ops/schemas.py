@@ -8,6 +8,7 @@ linear        int8_linear and int4_linear: quantize the rows of x, multiply inte
               int8_grouped_linear, int4_grouped_linear: of all experts of a mixture, in one launch;
               block_sparse_int8_linear: without the blocks of zeros of its weight
 weight_only   weight_only_linear: weights alone are quantized, and dequantized while they are multiplied
+attention     of short sequences, beside integer linear layers
 fake_quantize quantize and read back in one pass, with the mask of what was not clipped; _float: to small floats
 mask          bit-packed masks on flat tensors of any float dtype, in place
 block         the parts of a quantized reduction: payloads of scales and int8 or int4 values
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ds_compress.ops import checks
+from ds_compress.ops.attention_checks import check_attention
 from ds_compress.ops.reference import IMPLEMENTATIONS, MUTATED
 from ds_compress.ops.sizes import BlockSparseLayout, packed_bytes, weight_only_bytes
 from ds_compress.ops.weight_only_checks import check_weight_only, check_weight_only_pack
@@ -171,6 +173,13 @@ def _(values: Tensor, scale: Tensor, offset: Tensor | None, group_size: int, sto
 def _(x: Tensor, packed: Tensor, out_features: int, *, out_dtype: torch.dtype | None, **rest: Any) -> Tensor:
     check_weight_only(x, out_features, out_dtype=out_dtype, **rest)
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
+
+
+@_fake("attention")
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Tensor:
+    check_attention(query, key, value, mask)
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[3]))
 
 
 @_fake("fake_quantize")

@@ -140,6 +140,29 @@ def _weight_only(
     return Case("weight_only_linear", title, make)
 
 
+def _attention(
+    heads: int,
+    groups: int,
+    queries: int,
+    keys: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    mask: str = "",
+) -> Case:
+    """mask: "added", "bool", "causal" or ""."""
+
+    def make() -> Arguments:
+        q, k = torch.randn(2, heads, queries, width), torch.randn(2, groups, keys, width)
+        given = {"added": torch.randn(2, 1, 1, keys), "bool": torch.rand(1, heads, queries, keys) < 0.7}.get(
+            mask
+        )
+        v = torch.randn(2, keys, groups, width).transpose(1, 2)
+        return (q.to(dtype), k.to(dtype), v.to(dtype), given), {"scale": 0.3, "is_causal": mask == "causal"}
+
+    title = f"{heads}-{groups}x{queries}x{keys}x{width}-{str(dtype)[6:]}-{mask or 'all'}"
+    return Case("attention", title, make, exact=False)
+
+
 def _grouped(counts: list[int], n: int, k: int, group: int = 0, tail: int = 0, static: bool = False) -> Case:
     """Of experts with so many rows each; `tail` rows behind them."""
     experts = len(counts)
@@ -298,6 +321,10 @@ CASES = [
     _weight_only(5, 17, 70, 32, 4),
     _weight_only(1, 70, 256, 128, 8, torch.bfloat16),
     _weight_only(3, 17, 70, 70, 2, torch.float16, offset=True),
+    _attention(4, 4, 9, 9, 16),
+    _attention(6, 2, 5, 40, 33, mask="added"),
+    _attention(2, 1, 40, 40, 32, torch.bfloat16, "bool"),
+    _attention(3, 3, 17, 17, 8, torch.float16, "causal"),
     _grouped([3, 0, 5, 1], 17, 70),
     _grouped([0, 40, 2], 50, 130, tail=3, static=True),
     _grouped([1, 0, 20], 17, 70, group=32, tail=2),

@@ -23,6 +23,7 @@ packed = torch.ops.ds_compress.mask_pack(torch.tensor([True, False, True]))
 print(*native, packed.tolist())
 """
 PLAIN_TORCH_ON_CUDA = {
+    "attention",
     "block_sparse_int8_linear_pack",
     "block_sparse_int8_linear",
     "weight_only_linear_pack",

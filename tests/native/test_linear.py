@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from ds_compress.ops.reference import linear as reference
-from ds_compress.ops.tiles import has_int8_tiles
+from ds_compress.ops.tiles import has_avx512, has_int8_tiles
 from tests.native import linear_tables
 from tests.native.elementwise import native_ops, same
 
@@ -88,8 +88,9 @@ def test_int8_has_the_bits_of_the_reference(table: str) -> None:
 
 
 @pytest.mark.skipif(not TABLES, reason="the kernels are for x86-64")
-def test_python_knows_of_the_tiles_that_the_kernels_use() -> None:
+def test_python_knows_of_the_instructions_that_the_kernels_use() -> None:
     assert has_int8_tiles() == bool(linear_tables.library().dsc_test_has_amx())
+    assert has_avx512() == ("avx512" in TABLES)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -136,6 +137,24 @@ def test_quantizing_while_packing_gives_the_codes_of_the_formula(table: str, dty
         assert linear_tables.quantize_pack_equals(table, weight, scale, steps, codes.to(torch.int8)), (n, k)
         codes[0, 0] += 1 if codes[0, 0] < 127 else -1
         assert not linear_tables.quantize_pack_equals(table, weight, scale, steps, codes.to(torch.int8))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_values_beside_a_tie_go_where_a_true_division_sends_them(table: str) -> None:
+    """Half integers times scales of every size, and the floats just above and below: no estimate may decide them."""
+    torch.manual_seed(4)
+    sizes = torch.tensor([-130, -127, -101, -100, -99, -60, -7, 0, 3, 60, 99, 100, 101, 118])
+    scale = torch.ldexp(1 + torch.rand(40, len(sizes)), sizes).flatten()
+    scale[:3] = torch.tensor([0.5, 1.0, 2.0**-9])
+    halves = torch.arange(-131, 131) + 0.5
+    at = scale.unsqueeze(1) * halves
+    above, below = at.nextafter(torch.tensor(INF)), at.nextafter(torch.tensor(-INF))
+    far = torch.tensor([INF, -INF, 3e38, -3e38, 1e-45, -0.0]).expand(len(scale), -1)
+    weight = torch.cat([at, above, below, above.nextafter(torch.tensor(INF)), far], 1)
+    codes = (weight / scale.unsqueeze(1)).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
+    assert linear_tables.quantize_pack_equals(table, weight, scale, 127, codes)
+    by_product = (weight * (1 / scale).unsqueeze(1)).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
+    assert not torch.equal(by_product, codes), "these values tell a product by the reciprocal from a division"
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -87,6 +87,22 @@ DSC_INLINE Floats smaller(Floats a, Floats b) {
 #endif
 }
 
+// a b + c, rounded once where the CPU can (kFuses).
+#if defined(DSC_AVX512) || defined(DSC_AVX2)
+constexpr bool kFuses = true;
+#else
+constexpr bool kFuses = false;
+#endif
+DSC_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(DSC_AVX512)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(DSC_AVX2)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // NaN stays NaN, as in math::clamp.
 DSC_INLINE Floats clamp(Floats value, Floats low, Floats high) { return smaller(high, larger(low, value)); }
 

@@ -8,16 +8,6 @@
 namespace ds_compress::cpu {
 namespace {
 
-DSC_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
 template <int kCount>
 DSC_INLINE Floats sum_of_powers(Floats* terms, Floats x) {
     if constexpr (kCount == 1) return terms[0];

@@ -62,17 +62,44 @@ DSC_INLINE RowScale row_scale(const typename Format::Stored* x, int64_t count, c
     return {math::row_scale(largest, static_cast<float>(steps)), largest >= math::kInfinityBits};
 }
 
-// `count` values, quantized, then zeros up to a multiple of kQuantizedStrip. kNanIsZero: a quotient that is NaN becomes
-// 0.
-template <class Values, class Format, bool kNanIsZero>
-DSC_INLINE void quantize_row(const typename Format::Stored* x, int64_t count, float scale, int steps,
-                             typename Values::Stored* quantized, typename Values::Correction& correction) {
-    const Floats divisor = splat(scale);
-    const Floats low = splat(static_cast<float>(-steps)), high = splat(127.0f);
+// x / divisor, clamped, to the nearest integer. A division takes the processor as long as four fused products do.
+// kByReciprocal: the estimate x / divisor is mended by its remainder (see division.h, whose numbers these are), so that
+// the integer is that of the true quotient; for divisors from 2^-100 to 2^100.
+template <bool kByReciprocal>
+struct Quantizer {
+    Floats low, high;
+    Floats divisor, reciprocal, rest, limit;
+
+    DSC_INLINE Quantizer(float scale, int steps)
+        : low(splat(static_cast<float>(-steps))), high(splat(127.0f)), divisor(splat(scale)) {
+        if constexpr (kByReciprocal) {
+            reciprocal = 1.0f / divisor;
+            rest = multiply_add(-divisor, reciprocal, splat(1.0f)) * reciprocal;
+            limit = divisor * 1024.0f;  // an Inf would have no remainder
+        }
+    }
+    DSC_INLINE Floats quotient(Floats x) const {
+        if constexpr (kByReciprocal) {
+            x = clamp(x, -limit, limit);
+            const Floats estimate = multiply_add(x, reciprocal, x * rest);
+            return multiply_add(multiply_add(-estimate, divisor, x), reciprocal, estimate);
+        } else {
+            return x / divisor;
+        }
+    }
+    template <bool kNanIsZero>
+    DSC_INLINE Ints operator()(Floats x) const {
+        const Floats found = quotient(x);
+        const Ints whole = nearest(clamp(found, low, high));
+        return kNanIsZero ? whole & (Ints)(found == found) : whole;
+    }
+};
+
+template <class Values, class Format, bool kNanIsZero, class Quantize>
+DSC_INLINE void quantize_row_by(const Quantize& quantize, const typename Format::Stored* x, int64_t count,
+                                typename Values::Stored* quantized, typename Values::Correction& correction) {
     const auto q = [&](const typename Format::Stored* from) __attribute__((always_inline)) {
-        const Floats quotient = Format::load(from) / divisor;
-        const Ints whole = nearest(clamp(quotient, low, high));
-        return kNanIsZero ? whole & (Ints)(quotient == quotient) : whole;
+        return quantize.template operator()<kNanIsZero>(Format::load(from));
     };
     int64_t i = 0;
     for (; i + kQuantizedStrip <= count; i += kQuantizedStrip)
@@ -81,6 +108,17 @@ DSC_INLINE void quantize_row(const typename Format::Stored* x, int64_t count, fl
     typename Format::Stored rest[kQuantizedStrip] = {};
     for (int64_t j = i; j < count; j++) rest[j - i] = x[j];
     correction.add(Values::store(quantized + i, q(rest), q(rest + kLanes)));
+}
+
+// `count` values, quantized, then zeros up to a multiple of kQuantizedStrip. kNanIsZero: a quotient that is NaN becomes
+// 0.
+template <class Values, class Format, bool kNanIsZero>
+DSC_INLINE void quantize_row(const typename Format::Stored* x, int64_t count, float scale, int steps,
+                             typename Values::Stored* quantized, typename Values::Correction& correction) {
+    if (kFuses && scale >= 0x1p-100f && scale <= 0x1p100f)
+        quantize_row_by<Values, Format, kNanIsZero>(Quantizer<true>(scale, steps), x, count, quantized, correction);
+    else
+        quantize_row_by<Values, Format, kNanIsZero>(Quantizer<false>(scale, steps), x, count, quantized, correction);
 }
 
 template <class Values>

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_compress.ops.reference import (
+    attention,
     block_quantize,
     block_sparse,
     fake_quantize,
@@ -33,6 +34,7 @@ _OPS: tuple[Callable[..., Any], ...] = (
     grouped_linear.int4_grouped_linear,
     weight_only.weight_only_linear_pack,
     weight_only.weight_only_linear,
+    attention.attention,
     fake_quantize.fake_quantize,
     fake_quantize_float.fake_quantize_float,
     mask.mask_apply_,
