@@ -80,6 +80,9 @@ def _without_places(given: Sequence[str], recorded: str) -> Iterator[str]:
     for word in words:
         if word in ("--output", "--teacher"):
             next(words, None)
+        elif word == "--llama-cpp":
+            next(words, None)
+            yield from (word, "PYTHON")
         elif word not in ("--record", recorded):
             yield word
 

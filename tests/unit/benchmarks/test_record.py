@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import subprocess
@@ -52,6 +53,17 @@ class TestWrite:
     def test_the_committed_files_repeat_nothing(self) -> None:
         for path in record.RESULTS.glob("*.csv"):
             assert len(record.thinned(rows(path))) == len(rows(path)), path.name
+
+    def test_no_row_names_a_folder_of_a_machine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = ["x", "--llama-cpp", "/a/python", "--teacher", "/b", "--record", str(tmp_path), "--rounds", "3"]
+        monkeypatch.setattr("sys.argv", given)
+        args = argparse.Namespace(record=tmp_path, json=False)
+        record.report("thing", {"a": {"x": 1.0}}, args)
+        assert rows(tmp_path / "thing.csv")[0]["arguments"] == "--llama-cpp PYTHON --rounds 3"
+        for path in record.RESULTS.glob("*.csv"):
+            assert not any(" /" in f" {row['arguments']}" for row in rows(path)), path.name
 
     def test_json_is_one_line_with_every_figure(self) -> None:
         line = record.json_line("thing", {"a": {"x": 1.5, "y": 2.0}})
