@@ -78,16 +78,39 @@ void multiply(int64_t rows, const float* from, int64_t from_stride, const float*
         products<1>(from + r * from_stride, from_stride, by, stride, depth, columns, to + r * to_stride, to_stride);
 }
 
+// Where each lane of a shuffle comes from; as constants, for gcc builds an index that it computes lane by lane.
+struct Lanes {
+    alignas(64) int32_t from[kLanes];
+};
+template <class From>
+constexpr Lanes lanes(const From& from) {
+    Lanes found{};
+    for (int i = 0; i < kLanes; i++) found.from[i] = from(i);
+    return found;
+}
+constexpr int kHalvings = __builtin_ctz(kLanes);
+struct Shuffles {
+    Lanes by_half[kHalvings];
+};
+// from(i, half) for half = 1, 2, 4, ...
+template <class From>
+constexpr Shuffles shuffles(const From& from) {
+    Shuffles found{};
+    for (int n = 0; n < kHalvings; n++) found.by_half[n] = lanes([&](int i) { return from(i, 1 << n); });
+    return found;
+}
+constexpr Lanes kLane = lanes([](int i) { return i; });
+constexpr Shuffles kRotated = shuffles([](int i, int half) { return (i + half) % kLanes; });
+// Of two rows of a square, above and below: what swapping off-diagonal halves leaves in each.
+constexpr Shuffles kAbove = shuffles([](int i, int half) { return i & half ? kLanes + i - half : i; });
+constexpr Shuffles kBelow = shuffles([](int i, int half) { return i & half ? kLanes + i : i + half; });
+
 // All lanes joined by `join`, by halves.
 template <class Join>
 DSC_INLINE float over_lanes(Floats value, const Join& join) {
 #pragma GCC unroll 4
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        Ints from;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) from[i] = (i + half) % kLanes;
-        value = join(value, __builtin_shuffle(value, from));
-    }
+    for (int n = 0; n < kHalvings; n++)
+        value = join(value, __builtin_shuffle(value, load_as<Ints>(kRotated.by_half[n].from)));
     return value[0];
 }
 
@@ -120,9 +143,7 @@ DSC_INLINE Floats kept(Ints is_kept, Floats score) { return is_kept ? score : sp
 // bias, allowed: of the query, or null.
 DSC_INLINE float powers_of_scores(float* scores, int64_t count, int64_t padded, const float* bias,
                                   const bool* allowed) {
-    Ints lane;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    const Ints lane = load_as<Ints>(kLane.from);
     Floats most = splat(-__builtin_inff());
     for (int64_t i = 0; i < padded; i += kLanes) {
         const int64_t left = count > i ? count - i : 0;
@@ -198,19 +219,15 @@ void attend(const AttentionCall& call, int64_t batch, int64_t head, const Attent
 // Rows become columns, by swapping the off-diagonal halves of ever larger squares.
 DSC_INLINE void transpose(Floats (&rows)[kLanes]) {
 #pragma GCC unroll 4
-    for (int half = 1; half < kLanes; half *= 2) {
-        Ints upper, lower;
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; j++) {
-            upper[j] = j & half ? kLanes + j - half : j;
-            lower[j] = j & half ? kLanes + j : j + half;
-        }
+    for (int n = 0; n < kHalvings; n++) {
+        const int half = 1 << n;
+        const Ints to_above = load_as<Ints>(kAbove.by_half[n].from), to_below = load_as<Ints>(kBelow.by_half[n].from);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) {
             if (i & half) continue;
             const Floats above = rows[i], below = rows[i + half];
-            rows[i] = __builtin_shuffle(above, below, upper);
-            rows[i + half] = __builtin_shuffle(above, below, lower);
+            rows[i] = __builtin_shuffle(above, below, to_above);
+            rows[i + half] = __builtin_shuffle(above, below, to_below);
         }
     }
 }
