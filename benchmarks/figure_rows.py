@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from . import record
 
-AVX512, AVX2 = "avx512", "avx2"
+AVX512, AVX2, TILES = "avx512", "avx2", "amx_int8"
 
 Lines = list[str]
 
@@ -18,12 +18,17 @@ class FigureError(ValueError):
 
 
 class Results:
-    """The figures of one benchmark; `machine`: part of the CPU's label, `setting`: part of the arguments."""
+    """The figures of one benchmark; `machine`: part of the CPU's label, `setting`: part of the arguments.
+
+    AVX512 is a machine without TILES, which do the same work in other times.
+    """
 
     def __init__(self, benchmark: str, machine: str = "", setting: str = "") -> None:
         self.benchmark = benchmark
         rows = record.read(record.RESULTS / f"{benchmark}.csv")
         rows = [r for r in rows if machine in r["cpu"] and setting in r["arguments"]]
+        if machine == AVX512:
+            rows = [r for r in rows if TILES not in r["cpu"]]
         self.rows = sorted(rows, key=lambda row: row["time"])
         self._used: dict[tuple[str, ...], None] = {}
 

@@ -25,8 +25,16 @@ from itertools import chain
 from pathlib import Path
 
 from . import gpu_goals, record
-from .figure_rows import AVX2, AVX512, FigureError, Lines, Results, markdown
+from .figure_rows import AVX2, AVX512, TILES, FigureError, Lines, Results, markdown
 from .front_page import front_page, front_page_zh
+from .served_tables import (
+    block_sparse,
+    served_formats,
+    stored_zeros,
+    training_peers,
+    weight_only,
+    weight_only_decode,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- figures:(?P<name>\w+) -->\n(?P<content>.*?)<!-- end figures -->", flags=re.DOTALL)
@@ -86,6 +94,11 @@ def step_overhead() -> Lines:
 def masks_at_every_step() -> Lines:
     r = Results("step_overhead", AVX512)
     return _step_ratios(r, r.variants(EVERY_STEP))
+
+
+def int8_backward() -> Lines:
+    r = Results("step_overhead", TILES)
+    return _step_ratios(r, [v for v in r.variants() if "int8 kernel" in v])
 
 
 def _step_ratios(r: Results, wanted: Sequence[str]) -> Lines:
@@ -363,6 +376,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
         front_page_zh,
         step_overhead,
         masks_at_every_step,
+        int8_backward,
         int8_linear,
         elementwise,
         memory,
@@ -376,6 +390,12 @@ TABLES: dict[str, Callable[[], Lines]] = {
         reduction_convergence,
         robust,
         float_formats,
+        served_formats,
+        block_sparse,
+        stored_zeros,
+        weight_only,
+        weight_only_decode,
+        training_peers,
         gpu_check,
     )
 }
