@@ -28,6 +28,7 @@ from . import gpu_goals, record
 from .figure_rows import AVX2, AVX512, TILES, FigureError, Lines, Results, markdown
 from .front_page import front_page, front_page_zh
 from .served_tables import (
+    attention,
     block_sparse,
     served_formats,
     stored_zeros,
@@ -391,6 +392,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
         robust,
         float_formats,
         served_formats,
+        attention,
         block_sparse,
         stored_zeros,
         weight_only,

@@ -1,8 +1,8 @@
 // Attention of short sequences on the CPU as plain functions, one for each instruction set.
 //
-// What torch has for this is made for long sequences: with 40 tokens it takes most of its time to set its tiles up. A
-// kernel here is serial and computes all queries of some heads; who calls it cuts the work for threads, and no cut
-// changes a bit. None checks its arguments. The formula is that of ds_compress/ops/reference/attention.py.
+// What torch has for this is made for long sequences (benchmarks/attention.py compares them). A kernel here is serial
+// and computes all queries of some heads; who calls it cuts the work for threads, and no cut changes a bit. None checks
+// its arguments. The formula is that of ds_compress/ops/reference/attention.py.
 #pragma once
 
 #include <cstdint>
