@@ -57,7 +57,17 @@ class TestWrite:
     def test_no_row_names_a_folder_of_a_machine(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        given = ["x", "--llama-cpp", "/a/python", "--teacher", "/b", "--record", str(tmp_path), "--rounds", "3"]
+        given = [
+            "x",
+            "--llama-cpp",
+            "/a/python",
+            "--teacher",
+            "/b",
+            "--record",
+            str(tmp_path),
+            "--rounds",
+            "3",
+        ]
         monkeypatch.setattr("sys.argv", given)
         args = argparse.Namespace(record=tmp_path, json=False)
         record.report("thing", {"a": {"x": 1.0}}, args)
