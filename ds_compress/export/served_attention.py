@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.export.fuse import FusedPart
+from ds_compress.export.serve import Int8Linear
+from ds_compress.export.serve_weight_only import WeightOnlyLinear
 from ds_compress.modelinfo.attention_kernels import can_open
 from ds_compress.ops import kernels
 from ds_compress.ops.tiles import has_avx512
 
 NAME = "ds_compress_served"
+_ON_KERNELS = (Int8Linear, FusedPart, WeightOnlyLinear)
 _REPLACED = "sdpa"
 _MOST_KEYS = 1024
 _MOST_KEYS_IN_HALVES = 48  # beyond it torch is faster with tiles of bf16, where the CPU has them
@@ -25,8 +29,16 @@ _UNKNOWN = ("position_bias", "softcap", "s_aux", "output_attentions")
 
 
 def use_served_attention(model: nn.Module) -> None:
-    """In place, for a model of transformers whose attention is torch's; with vectors of 32 bytes nothing is won."""
-    if has_avx512() and can_open(model) and _is_torchs(model.config):
+    """In place, for a model of transformers whose attention is torch's; with vectors of 32 bytes nothing is won.
+
+    One without a layer that multiplies on a kernel is as slow as its floats, and keeps their bits instead.
+    """
+    if (
+        has_avx512()
+        and any(isinstance(m, _ON_KERNELS) for m in model.modules())
+        and can_open(model)
+        and _is_torchs(model.config)
+    ):
         _register()
         model.set_attn_implementation(NAME)  # type: ignore[operator]
 

@@ -121,15 +121,30 @@ def test_a_served_model_uses_it_unless_it_is_not_fused(
     assert attention.NAME not in (tmp_path / "again" / "config.json").read_text()
 
 
-def test_other_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That which a model chose, and torch's where our vectors are no wider than its."""
+@pytest.mark.parametrize("scheme", ["FP8", "W8A8"])
+def test_a_model_that_multiplies_in_floats_keeps_their_bits(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "has_avx512", lambda: True)
     model = ZOO["bert_classifier"]()
+    ds_compress.export(model, tmp_path / "out", format="torch", scheme=scheme, inputs=inputs_of(model))
+    served: Any = ds_compress.from_pretrained(tmp_path / "out")
+    assert (served.config._attn_implementation == attention.NAME) == (scheme == "W8A8")
+
+
+def test_other_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That which a model chose, and torch's where our vectors are no wider than its."""
+    monkeypatch.setattr(attention, "_ON_KERNELS", torch.nn.Module)
+    monkeypatch.setattr(attention, "has_avx512", lambda: True)
+    model: Any = ZOO["bert_classifier"]()
     model.set_attn_implementation("eager")
     attention.use_served_attention(model)
     assert model.config._attn_implementation == "eager"
     attention.use_served_attention(torch.nn.Linear(2, 2))
-    monkeypatch.setattr(attention, "has_avx512", lambda: False)
     model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(attention, "has_avx512", lambda: False)
     attention.use_served_attention(model)
     assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(attention, "has_avx512", lambda: True)
+    attention.use_served_attention(model)
+    assert model.config._attn_implementation == attention.NAME
