@@ -1,4 +1,4 @@
-"""Tables of what serves a compressed model on a CPU; see `figures`."""
+"""Tables of models and kernels that are served on a CPU, and of a training step beside its peers; see `figures`."""
 
 from __future__ import annotations
 

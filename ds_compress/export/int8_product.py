@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ds_compress.ops import kernels
+from ds_compress.ops.instructions import has_int8_tiles
 from ds_compress.ops.reference.block_sparse import count_blocks
 from ds_compress.ops.sizes import BLOCK_INPUTS, BLOCK_OUTPUTS
-from ds_compress.ops.tiles import has_int8_tiles
 
 LEAST_ZERO_BLOCKS = 0.69
 """With this share of blocks of zeros and more, `block_sparse_int8_linear` takes less time at every size that

@@ -17,7 +17,7 @@ from ds_compress.export.serve import Int8Linear
 from ds_compress.export.serve_weight_only import WeightOnlyLinear
 from ds_compress.modelinfo.attention_kernels import can_open
 from ds_compress.ops import kernels
-from ds_compress.ops.tiles import has_avx512
+from ds_compress.ops.instructions import has_avx512
 
 NAME = "ds_compress_served"
 _ON_KERNELS = (Int8Linear, FusedPart, WeightOnlyLinear)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from ds_compress.ops.instructions import has_avx512, has_int8_tiles
 from ds_compress.ops.reference import linear as reference
-from ds_compress.ops.tiles import has_avx512, has_int8_tiles
 from tests.native import linear_tables
 from tests.native.elementwise import native_ops, same
 

@@ -62,7 +62,7 @@ DSC_INLINE RowScale row_scale(const typename Format::Stored* x, int64_t count, c
     return {math::row_scale(largest, static_cast<float>(steps)), largest >= math::kInfinityBits};
 }
 
-// x / divisor, clamped, to the nearest integer. A division takes the processor as long as four fused products do.
+// x / divisor, clamped, to the nearest integer. A division takes the processor longer than four fused products.
 // kByReciprocal: the estimate x / divisor is mended by its remainder (see division.h, whose numbers these are), so that
 // the integer is that of the true quotient; for divisors from 2^-100 to 2^100.
 template <bool kByReciprocal>
