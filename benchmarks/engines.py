@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 from typing import Any
 
 import torch
@@ -27,21 +26,13 @@ def start_single_process() -> None:
     """A process group of this process alone, without the launcher; quiet, on one thread."""
     import deepspeed
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    single = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.update(single)
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     torch.set_num_threads(1)
     keep_freed_memory()
     quiet()
     skip_shared_memory_build()
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed()
     # A gloo thread that outlives the interpreter aborts it.
     atexit.register(dist.destroy_process_group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 
 import deepspeed
 import deepspeed.ops
@@ -16,16 +15,16 @@ def init_single_process() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
         return
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-    }
-    deepspeed.init_distributed("gloo")
+    group_of_one("gloo")
     # A gloo thread that outlives the interpreter aborts it.
     atexit.register(dist.destroy_process_group)
+
+
+def group_of_one(backend: str) -> None:
+    """This process alone on `backend`, in DeepSpeed, too.
+
+    It meets itself in memory: a port found free may be taken before it is listened on.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -28,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import ds_compress
 from benchmarks.reliability.trial import Verdict
+from ds_compress.examples.launch import free_port
 
 PROCESSES = 2
 VOCABULARY = 128
@@ -249,9 +249,7 @@ class Launch:
             old.unlink()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
+        port = free_port()
         self.processes: list[BaseProcess] = [
             context.Process(target=_process, args=(run, rank, processes, port)) for rank in range(processes)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -63,10 +64,16 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody uses now: the launcher's own default is everybody's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody uses now, drawn at random: the launcher's own default is everybody's.
+
+    It lies below those that the kernel gives to any connection that asks for none, so that no such connection takes
+    it before the launcher listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def load_json(path: Path) -> dict[str, Any]:

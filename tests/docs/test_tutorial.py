@@ -6,13 +6,13 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ds_compress.examples.launch import free_port
 from tests.docs import execution
 from tests.docs.pages import DOCS, ROOT, Block, blocks_of
 
@@ -41,10 +41,7 @@ def run(line: str, folder: Path) -> str:
     bin_folder = Path(sys.executable).parent
     if words[0] == "deepspeed":
         at = words.index("train.py")
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
-        words[at:at] = ["--master_port", port, "--module", "tests.docs.without_builds"]
+        words[at:at] = ["--master_port", str(free_port()), "--module", "tests.docs.without_builds"]
     words[0] = sys.executable if words[0] == "python" else str(bin_folder / words[0])
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_compress.examples.launch import free_port
 from tests.models import tiny_bert
 from tests.multirank.common import ds_config
 from tests.multirank.training import everything_block
@@ -22,16 +22,13 @@ _HERE = Path(__file__).parent
 
 def launch(*command: str) -> str:
     """Runs the launcher that belongs to this interpreter, 2 ranks on a port of its own; returns its output."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     environment = os.environ | {"PYTHONPATH": str(_HERE.parents[1]), "OMP_NUM_THREADS": "1"}
     environment = {
         k: v for k, v in environment.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     }
     done = subprocess.run(
-        [launcher, "--num_gpus", "2", "--master_port", port, *command],
+        [launcher, "--num_gpus", "2", "--master_port", str(free_port()), *command],
         env=environment,
         capture_output=True,
         text=True,

@@ -9,7 +9,6 @@ Set it before Python starts: DeepSpeed asks for its accelerator once.
 from __future__ import annotations
 
 import os
-import socket
 
 ON = os.environ.get("DS_COMPRESS_GPU_TESTS_ON", "cuda")
 ON_CUDA = ON == "cuda"
@@ -24,28 +23,16 @@ def init_process_group() -> None:
         return
     if not ON_CUDA:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from tests.single import init_single_process
+    from tests.single import group_of_one, init_single_process
 
     if not ON_CUDA:
         init_single_process()
         _allow_fp16()
         return
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-    }
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    import deepspeed
-
     torch.cuda.set_device(0)
     make_deterministic()
-    deepspeed.init_distributed("nccl")
+    group_of_one("nccl")
 
 
 def make_deterministic() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,6 @@ def run_ranks(
 
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, f"{folder}/arguments.pt")
-        port = _free_port()
         processes = []
         for rank in range(world_size):
             environment = os.environ | {
@@ -45,7 +43,7 @@ def run_ranks(
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": "0",  # DeepSpeed asks for one; the ranks meet in a file instead (`_main`)
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "DS_COMPRESS_TEST_BACKEND": backend,
@@ -104,12 +102,6 @@ def _wait(processes: list[Process], timeout_s: float) -> int | None:
     return failed
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def _main() -> None:
     function, folder = sys.argv[1:]
     import torch
@@ -127,7 +119,13 @@ def _main() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
-    deepspeed.init_distributed(BACKEND)
+    deepspeed.init_distributed(
+        BACKEND,
+        # A port found free may be taken before rank 0 listens on it, with thousands of launches beside each other.
+        init_method=f"file://{folder}/ranks_meet_here",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     module, _, name = function.partition(":")
     function_to_run = getattr(importlib.import_module(module), name)
     freeze_imports()
