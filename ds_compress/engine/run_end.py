@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
-_LAST_CALLS = ("save_16bit_model", "destroy")
+_SAVES = "save_16bit_model"
+_LAST_CALLS = (_SAVES, "destroy")
 _LENGTHS = ("total_num_steps", "total_steps")
 _running: weakref.WeakSet[CompressionRun] = weakref.WeakSet()
 
@@ -38,7 +39,7 @@ def watch(engine: Any, run: CompressionRun) -> None:
             source = f"{name} of {type(engine.lr_scheduler).__name__}"
             refuse_unfinished(run.config, steps, source)
     for name in _LAST_CALLS:
-        _warn_first(engine, name, run)
+        _prepend(engine, name, run)
     _running.add(run)
 
 
@@ -70,12 +71,15 @@ def warn_if_alone(processes: int | None = None) -> None:
         )
 
 
-def _warn_first(engine: Any, name: str, run: CompressionRun) -> None:
-    def warn_first(*args: Any, **kwargs: Any) -> Any:
+def _prepend(engine: Any, name: str, run: CompressionRun) -> None:
+    def prepended(*args: Any, **kwargs: Any) -> Any:
         warn_if_unfinished(run)
+        if name == _SAVES and run.is_running:
+            # DeepSpeed has every process call it, and writes what forward reads.
+            run.refresh_weights()
         return call(*args, **kwargs)
 
-    call = run.patches.install(engine, name, warn_first)
+    call = run.patches.install(engine, name, prepended)
 
 
 @atexit.register

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
 
 from ds_compress.config.schema.run_length import refuse_unfinished
 from ds_compress.engine.registry import run_of
@@ -19,6 +20,9 @@ PREFIX = "compression"
 class CompressionCallback(TrainerCallback):
     """Checks the schedules against the Trainer's `max_steps`, adds numbers to its logs, and says what was reached.
 
+    Before each checkpoint of the Trainer and at the end of training it makes the weights of every process exact, so
+    that the Trainer saves those that the optimizer stepped and not copies that were sent rounded.
+
     Each log of a training loss gets `compression/<technique>/<number>`, all of `engine.compression.metrics()`: on the
     console, in `trainer.state.log_history`, and in what `report_to` names (TensorBoard, W&B, ...), because a Trainer
     calls its default callbacks, of which `import ds_compress` makes this one, before those of `report_to`.
@@ -27,10 +31,12 @@ class CompressionCallback(TrainerCallback):
 
     @classmethod
     def add_to(cls, trainer: Any) -> CompressionCallback:
-        """Makes a callback the first of `trainer`, in place of one that it may have already."""
+        """Puts a callback before all of `trainer` but the one that decides when to save; there may be one already."""
         callbacks = trainer.callback_handler.callbacks
         callback = next((c for c in callbacks if isinstance(c, cls)), None) or cls()
-        callbacks[:] = [callback, *(c for c in callbacks if not isinstance(c, cls))]
+        deciding = [c for c in callbacks if isinstance(c, DefaultFlowCallback)]
+        others = [c for c in callbacks if not isinstance(c, cls | DefaultFlowCallback)]
+        callbacks[:] = [*deciding, callback, *others]
         return callback
 
     @classmethod
@@ -47,6 +53,18 @@ class CompressionCallback(TrainerCallback):
         if run is not None and run.engine is not None and state.max_steps > 0:
             refuse_unfinished(run.config, state.max_steps, "the Trainer's max_steps")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before_saving(control, kwargs["model"])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before_saving(control, kwargs["model"])
+
+    @staticmethod
+    def _before_saving(control: Any, model: Any) -> None:
+        run = run_of(model)
+        if control.should_save and run is not None and run.engine is not None:
+            run.refresh_weights()
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs, run = kwargs.get("logs"), run_of(kwargs["model"])
         if not logs or "loss" not in logs or run is None or not state.is_world_process_zero:
@@ -61,6 +79,8 @@ class CompressionCallback(TrainerCallback):
         if run is None or run.engine is None:
             return
         warn_if_unfinished(run)
+        # Here, where every process comes by, and not in save_model, which a script may call in one of them.
+        run.refresh_weights()
         if run.logged_result_at != run.applied_steps:
             run.logged_result_at = run.applied_steps
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in run.metrics().items())

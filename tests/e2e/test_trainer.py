@@ -113,6 +113,22 @@ def test_without_gathering_zero3_saves_shards_that_an_export_makes_a_model_of(
             assert bool(((weight - whole.get_parameter(name)).abs() <= 0.51 * step).all())
 
 
+def test_what_a_trainer_saves_is_what_the_optimizer_stepped(folder: Path) -> None:
+    """And not the copies that the processes sent each other rounded."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    run_ranks(2, "tests.e2e.trainer_runs:weights_sent_rounded", folder=str(folder))
+    last = folder / "rounded" / f"checkpoint-{STEPS}"
+    for saved, checkpoint in (
+        (folder / "rounded" / f"checkpoint-{SAVE_AT}", folder / "rounded" / f"checkpoint-{SAVE_AT}"),
+        (last, last),
+        (folder / "rounded", last),
+    ):
+        masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        for name, weight in load_file(saved / "model.safetensors").items():
+            assert torch.equal(weight, masters[name]), (saved, name)
+
+
 @pytest.mark.parametrize(("script", "stage"), [("run_glue", 2), ("run_clm", 3)])
 def test_an_unmodified_script_through_the_launcher(plain: Any, folder: Path, script: str, stage: int) -> None:
     path = Path(__file__).with_name(f"{script}.py")

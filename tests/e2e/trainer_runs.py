@@ -201,6 +201,24 @@ def ungathered(folder: str) -> None:
     dist.barrier()
 
 
+def weights_sent_rounded(folder: str) -> None:
+    """Stage 2 with weights that travel in 4 bits and are never sent exactly before a save."""
+    script, config = "run_clm", f"{folder}/rounded.json"
+    if dist.get_rank() == 0:
+        SCRIPTS[script]["model"]().save_pretrained(f"{folder}/rounded-start")
+        rounded = {
+            "enabled": True,
+            "bits": 4,
+            "refresh_interval": 1000,
+            "min_elements": 0,
+            "measure_link": False,
+        }
+        block = {"compression_training": {"parameter_compression": rounded}}
+        Path(config).write_text(json.dumps(json_of(script, 2) | block))
+    dist.barrier()
+    run_script(script, command_line(script, f"{folder}/rounded-start", f"{folder}/rounded", config))
+
+
 # -- accelerate ----------------------------------------------------------------------------------------
 
 
