@@ -32,8 +32,8 @@ from ds_compress.examples.launch import StepFailed, environment, load_json, trai
 LABELLED = 10
 """One sentence of so many has a label, for the run that has no teacher."""
 ALONE, DISTILLED = "compressed, a tenth of the labels", "compressed, distilled, no label"
-FROZEN = {"freeze_embeddings": True}
-"""Half of the encoder, and most of the bytes that a step clips, reduces and updates."""
+FROZEN = True
+"""Embeddings: half of the encoder, and most of the bytes that a step clips, reduces and updates."""
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
@@ -62,17 +62,27 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.print("[bold]2/5[/] the teacher: all 6 layers, plain DeepSpeed, 2 processes, ZeRO-2")
     teacher = args.teacher.resolve() if args.teacher else output / "teacher"
     if not args.teacher:
-        train(load_json(args.configs / "teacher_zero2.json"), encoder, teacher, args.seed, **FROZEN)
+        train(
+            load_json(args.configs / "teacher_zero2.json"),
+            encoder,
+            teacher,
+            args.seed,
+            freeze_embeddings=FROZEN,
+        )
 
     console.print("[bold]3/5[/] 3 layers, 50 % sparse, W8A8, distilled from text without a label: one run")
     config = load_json(args.configs / "demo_zero2.json")
     config["compression_training"]["distillation"]["teacher"] = str(teacher)
-    train(config, teacher, output / "with_distillation", args.seed, export=["torch"], **FROZEN)
+    train(
+        config, teacher, output / "with_distillation", args.seed, export=["torch"], freeze_embeddings=FROZEN
+    )
 
     console.print("[bold]4/5[/] the same without the teacher, from the labels of a tenth of the sentences")
     alone = {**config, "compression_training": dict(config["compression_training"])}
     del alone["compression_training"]["distillation"]
-    train(alone, teacher, output / "without_distillation", args.seed, every=LABELLED, **FROZEN)
+    train(
+        alone, teacher, output / "without_distillation", args.seed, every=LABELLED, freeze_embeddings=FROZEN
+    )
 
     console.print("[bold]5/5[/] another process, with stock transformers only")
     folders = {
