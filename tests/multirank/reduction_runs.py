@@ -197,6 +197,9 @@ def weights_on_the_wire(folder: str) -> dict[str, Any]:
             case["zeros"] = zeros
         with engine_for(layout, block) as engine:
             train(engine, batches(2, rank=rank))
+            case["saved as stepped"] = layout["stage"] == 3 or _saves_masters(
+                engine, f"{folder}/{name}-16bit"
+            )
             engine.save_checkpoint(f"{folder}/{name}")
             train(engine, batches(2, seed=2, rank=rank))
             unbroken = full_weights(engine.module)
@@ -211,6 +214,16 @@ def weights_on_the_wire(folder: str) -> dict[str, Any]:
         case["resumed"] = all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
         found[name] = case
     return found
+
+
+def _saves_masters(engine: Any, folder: str) -> bool:
+    """Whether `save_16bit_model` writes the rounded masters; asked in the process that writes, true in the others."""
+    engine.save_16bit_model(folder)
+    masters = master_weights(engine)
+    if dist.get_rank() != 0:
+        return True
+    saved = torch.load(f"{folder}/pytorch_model.bin")
+    return all(torch.equal(saved[name].cpu(), masters[name].to(saved[name].dtype)) for name in masters)
 
 
 def master_weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -140,6 +140,7 @@ class TestWeightsOnTheWire:
     def test_copies_are_exact_after_a_refresh_and_close_before(self, two: Results, name: str) -> None:
         case = two[0]["weights"][name]
         assert case["refreshed"]
+        assert case["saved as stepped"]
         assert case["to exact"] <= (2**-7 if "bf16" in name else 1e-4), "a unit of bfloat16 between 1 and 2"
 
     def test_a_new_mask_is_exact_at_once_and_stays(self, two: Results, name: str) -> None:
