@@ -31,7 +31,7 @@ from ds_compress.examples.launch import free_port
 
 PROCESSES = 2
 VOCABULARY = 128
-PRELOADED = ["benchmarks.reliability.runs"]
+PRELOADED = ["benchmarks.reliability.preloaded"]
 
 
 def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
