@@ -85,9 +85,11 @@ def plain_waits() -> dict[str, int]:
 
 def compare(block: dict[str, Any] | None, in_force: int | None = -3) -> None:
     """The same numbers as on the CPU; from step `in_force` on, no wait that plain training has not."""
-    from tests.simulated_device import DEVICE
+    from tests.simulated_device import DEVICE, without_it
 
-    expected, got = train(block, "cpu"), train(block, DEVICE)
+    with without_it():
+        expected = train(block, "cpu")
+    got = train(block, DEVICE)
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=0, atol=1e-4)
     for name, weight in expected["weights"].items():
         assert torch.equal(got["weights"][name] != 0, weight != 0), f"zeros of {name}"
@@ -207,7 +209,7 @@ def _half_of_all() -> dict[str, Any]:
 def losses_of_distillation() -> None:
     """A student with every loss and a whole teacher, logits in chunks and whole; and in few waits."""
     from tests.multirank.distilling import EVERY_LOSS, LANGUAGE_LOSSES
-    from tests.simulated_device import DEVICE
+    from tests.simulated_device import DEVICE, without_it
 
     crd = {**EVERY_LOSS, **LANGUAGE_LOSSES["crd"]}
     for losses in (
@@ -216,7 +218,9 @@ def losses_of_distillation() -> None:
         crd,
         LANGUAGE_LOSSES["reverse"],
     ):
-        expected, got = (_distilled(losses, device) for device in ("cpu", DEVICE))
+        with without_it():
+            expected = _distilled(losses, "cpu")
+        got = _distilled(losses, DEVICE)
         torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-4)
         # Two in each model, for its attention mask, and two for the factors of the chunked losses.
         allowed = 4 if losses.get("logits", {}).get("chunk_tokens") == 0 else 6

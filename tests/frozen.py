@@ -12,8 +12,13 @@ import importlib
 _IMPORTS = (
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
+    # What every engine with ZeRO asks whether its optimizer is of; brings torch's inductor along.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer",
     "torch._dynamo",
     "ds_compress",
+    "ds_compress.engine.attach",
+    "ds_compress.engine.internals_check",
 )
 
 

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    return_and_correct_aliasing,
+)
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "gpu"
@@ -96,9 +99,7 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if _is_ours(kwargs.get("device")) or any(
-            isinstance(x, OnDevice) for x in pytree.tree_leaves((args, kwargs))
-        ):
+        if _is_ours(kwargs.get("device")) or any(isinstance(x, OnDevice) for x in _tensors((args, kwargs))):
             return _run(func, tuple(args), kwargs)
         return func(*args, **kwargs)
 
@@ -110,12 +111,45 @@ def simulated_device() -> Iterator[torch.device]:
         yield DEVICE
 
 
+@contextlib.contextmanager
+def without_it() -> Iterator[None]:
+    """As outside of `simulated_device`, where an op of the CPU is not looked at: it is faster."""
+    with _disable_current_modes():
+        yield
+
+
 def _is_ours(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
+# What an op takes and gives are tensors, and lists, tuples and dictionaries of them: pytree, which knows more, took
+# most of the time of these tests.
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], values: Any) -> Any:
+    """The same, with `function` of each tensor."""
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, list | tuple):
+        mapped = [_map(function, value) for value in values]
+        return mapped if isinstance(values, list) else tuple(mapped)
+    if isinstance(values, dict):
+        return {key: _map(function, value) for key, value in values.items()}
+    return values
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    leaves = list(_tensors((args, kwargs)))
     ours = [x for x in leaves if isinstance(x, OnDevice)]
     asked = kwargs.get("device")
     to_ours = _is_ours(asked) or (asked is None and bool(ours))
@@ -131,7 +165,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _wait(func)
     if ours and func in _DIVISIONS and not isinstance(args[1], OnDevice) and args[0].is_floating_point():
         return _run(_DIVISIONS[func], (args[0], _reciprocal(args[0], args[1])), kwargs)
-    inner_args, inner_kwargs = pytree.tree_map_only(OnDevice, lambda x: x.inner, (args, kwargs))
+    inner_args, inner_kwargs = _map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))
     if "device" in inner_kwargs and inner_kwargs["device"] is not None:
         inner_kwargs["device"] = torch.device("cpu")
     result = func(*inner_args, **inner_kwargs)
@@ -142,7 +176,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return known[id(value)]
         return OnDevice(value) if to_ours else value
 
-    out = pytree.tree_map_only(torch.Tensor, wrapped, result)
+    out = _map(wrapped, result)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours and to_ours else out
 
 

@@ -44,6 +44,7 @@ def _trial(steps: int, moments: Sequence[float], folder: Path) -> Verdict:
         steps,
         EVERY,
         resumes=True,
+        asks_accuracy=True,
     )
     kills, started, memory = 0, 0, []
     for moment in [*moments, float("inf")]:
@@ -72,7 +73,7 @@ def _trial(steps: int, moments: Sequence[float], folder: Path) -> Verdict:
         kills, started = kills + 1, max(trace.steps, default=started)
     else:
         return Verdict(False, "did not end", log)
-    whole = runs.unbroken("ramp", 2, steps)
+    whole = runs.unbroken("ramp", 2, steps, asks_accuracy=True)
     growth = max(memory) / memory[0] if memory else 1.0
     accuracy, expected = trace.accuracy or 0.0, whole[0].accuracy or 0.0
     told = f"{kills} kills, accuracy {accuracy:.2%} and {expected:.2%} unbroken, memory x {growth:.3f}"
