@@ -32,7 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     stale = sorted(name for name in {*there, *wanted} if there.get(name) != wanted.get(name))
     if check:
         for name in stale:
-            print(f"{folder / name} is stale: run python -m ds_compress.config.recipes {folder}", file=sys.stderr)
+            print(
+                f"{folder / name} is stale: run python -m ds_compress.config.recipes {folder}",
+                file=sys.stderr,
+            )
         return 1 if stale else 0
     folder.mkdir(parents=True, exist_ok=True)
     for name in stale:

@@ -29,9 +29,9 @@ def whole_config(
 ) -> dict[str, Any]:
     """A DeepSpeed config that trains by `recipe`, its block written out.
 
-    overrides: merged over the block. batch_size: of each process. steps: optimizer steps of the run, which schedules and
-    the learning rate end with. on_gpu: with DeepSpeed's fused Adam, which it compiles; else torch's own. for_trainer:
-    what TrainingArguments decide is "auto".
+    overrides: merged over the block. batch_size: of each process. steps: optimizer steps of the run, with which
+    schedules and the learning rate end. on_gpu: with DeepSpeed's fused Adam, which it compiles; else torch's own.
+    for_trainer: what TrainingArguments decide is "auto".
     """
     base: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -84,7 +84,8 @@ def _text(value: Any, indent: int, before: int = 0) -> str:
     else:
         keys = [json.dumps(key, ensure_ascii=False) for key in value]
         rows = [
-            f"{key}: {_text(item, inner, len(key) + 3)}" for key, item in zip(keys, value.values(), strict=True)
+            f"{key}: {_text(item, inner, len(key) + 3)}"
+            for key, item in zip(keys, value.values(), strict=True)
         ]
     first, last = "{}" if isinstance(value, dict) else "[]"
     body = ",\n".join(f"{' ' * inner}{row}" for row in rows)

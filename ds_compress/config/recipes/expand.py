@@ -51,7 +51,9 @@ class Applied:
         elif problem.got.startswith("the unknown key"):
             return problem
         else:
-            note = f'merged over the recipe "{self.recipe.label}", which sets {listed(self.recipe.block, "and")}'
+            note = (
+                f'merged over the recipe "{self.recipe.label}", which sets {listed(self.recipe.block, "and")}'
+            )
         return replace(problem, hint=f"{problem.hint}; {note}" if problem.hint else note)
 
 

@@ -31,11 +31,17 @@ def holds(value: Any, path: str) -> bool:
         return any(
             holds(item, path[len(key) :].removeprefix("."))
             for key, item in value.items()
-            if isinstance(key, str) and path.startswith(key) and path[len(key) : len(key) + 1] in ("", ".", "[")
+            if isinstance(key, str)
+            and path.startswith(key)
+            and path[len(key) : len(key) + 1] in ("", ".", "[")
         )
     if isinstance(value, list | tuple) and path.startswith("["):
         number, _, rest = path[1:].partition("]")
-        return number.isdigit() and int(number) < len(value) and holds(value[int(number)], rest.removeprefix("."))
+        return (
+            number.isdigit()
+            and int(number) < len(value)
+            and holds(value[int(number)], rest.removeprefix("."))
+        )
     return False
 
 

@@ -51,8 +51,8 @@ class CompressionConfig(StrictModel):
         # What is saved is the block as the recipe made it: a later version would make another one of the name.
         exclude=True,
         description=(
-            'A named preset, "w4a16", or one version of it, "w4a16@1": the other keys are merged over it. Objects merge, '
-            "any other value replaces, null removes a key."
+            'A named preset, "w4a16", or one version of it, "w4a16@1": the other keys are merged over it. Objects '
+            "merge, any other value replaces, null removes a key."
         ),
     )
     sparse_pruning: SparsePruningConfig | None = Field(

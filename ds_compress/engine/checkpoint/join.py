@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from ds_compress.engine.checkpoint import pickles, recipe, signatures, state, tags, transaction, universal_load
+from ds_compress.engine.checkpoint import (
+    pickles,
+    recipe,
+    signatures,
+    state,
+    tags,
+    transaction,
+    universal_load,
+)
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run import CompressionRun

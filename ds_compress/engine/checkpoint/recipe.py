@@ -1,4 +1,4 @@
-"""A resumed run and its recipe: a version of the package that means something else by a name does not change the run."""
+"""A resumed run and its recipe: a package that means something else by a name does not change the run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def refuse_newer_version(folder: Path, now: Applied | None) -> None:
         return
     if saved.partition("@")[0] == now.recipe.name and not now.is_pinned:
         raise CheckpointError(
-            f'{folder} was trained with the recipe "{saved}", and "{now.recipe.name}" means "{now.recipe.label}" in this '
-            f'version of ds_compress: write "recipe": "{saved}" to go on as it began, or "{now.recipe.label}" to go on '
-            "with the new one"
+            f'{folder} was trained with the recipe "{saved}", and "{now.recipe.name}" means "{now.recipe.label}" in '
+            f'this version of ds_compress: write "recipe": "{saved}" to go on as it began, or '
+            f'"{now.recipe.label}" to go on with the new one'
         )
     logger.warning(
         '%s was trained with the recipe "%s"; it goes on with "%s"', folder, saved, now.recipe.label
