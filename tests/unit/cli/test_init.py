@@ -91,7 +91,7 @@ def test_nothing_is_overwritten_unasked(out: Path) -> None:
         (("--recipe", "w8a8", "--model", "nowhere"), "no folder with a config.json"),
         (("--recipe", "bad_workers", "--processes", "2"), "needs 3 processes"),
         (("--recipe", "ternary", "--steps", "5"), "within the 5 optimizer steps"),
-        (("--recipe", "w8a8", "--set", "sheme=W4A16"), "unknown key"),
+        (("--recipe", "w8a8", "--set", "zzz=W4A16"), "unknown key"),
         (("--recipe", "w8a8", "--set", "seed"), "say KEY=VALUE"),
         (("--recipe", "w8a8", "--set", "seed=1", "--set", "seed=2"), "say KEY=VALUE once"),
         (("--recipe", "w8a8", "--set", "seed=1", "--set", "seed.a=2"), "say KEY=VALUE once"),
