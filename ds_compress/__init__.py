@@ -4,6 +4,7 @@ with distillation, switched on by a `compression_training` block in the DeepSpee
 Importing this package is all that a training script needs; the rest is for those who want to look or steer:
 
     plan(model, config)           what would happen to which weight, and the predicted bytes; trains nothing
+    recipe(name, **overrides)     a named preset of the block, as a dict: what `"recipe": name` in the JSON means
     initialize(..., teacher=m)    deepspeed.initialize with a teacher object for distillation
     engine.compression            the attached run: .plan, .techniques, .applied_steps, .metrics(), .detach()
     export(engine, folder)        the result on disk: smaller, in integers, checked by loading it in a fresh process
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ds_compress import log
 from ds_compress.api import export, plan
 from ds_compress.config import ConfigError, parse_config
+from ds_compress.config.recipes import recipe
 from ds_compress.config.report.plan import Plan
 from ds_compress.distill.cache_write import cache_teacher
 from ds_compress.engine.api import export_state_dict, initialize
@@ -59,6 +61,7 @@ __all__ = [
     "load_verified",
     "parse_config",
     "plan",
+    "recipe",
     "redundancy_clean",
     "register",
     "to_universal",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_compress.config.recipes.expand import telling
 from ds_compress.config.report.plan import Plan
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig
@@ -37,7 +38,8 @@ def plan(
     resolved = resolve(model, config if isinstance(config, CompressionConfig) else block_of(config))
     resolved.world_size = world_size
     # Not for whoever only resolves: models are built for it, without weights.
-    compatibility.refuse_unfit(resolved, model)
+    with telling(resolved.config.applied_recipe):
+        compatibility.refuse_unfit(resolved, model)
     resolved.packs = compatibility.loads_packed(resolved, model)
     resolved.notes = (
         tuple(compatibility.notes(resolved, model)) if resolved.techniques or resolved.structures else ()

@@ -342,7 +342,7 @@ def sources() -> tuple[tuple[str, Mapping[str, Any]], ...]:
     from tests.complete_block import COMPLETE
 
     found: list[tuple[str, Mapping[str, Any]]] = [("complete", COMPLETE)]
-    texts = [(path.stem, [path.read_text()]) for path in sorted((_REPOSITORY / "ds_configs").glob("*.json"))]
+    texts = [(path.stem, [path.read_text()]) for path in sorted((_REPOSITORY / "ds_configs").rglob("*.json"))]
     for page in sorted((_REPOSITORY / "docs").rglob("*.md")):
         texts.append((page.stem, re.findall(r"```json[^\n]*\n(.*?)```", page.read_text(), re.DOTALL)))
     for place, examples in texts:

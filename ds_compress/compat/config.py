@@ -28,6 +28,8 @@ from ds_compress.compat.constants import (
     WEIGHT_QUANTIZE_CHANGE_RATIO,
     WEIGHT_QUANTIZE_FP16_MIXED_QUANTIZE,
 )
+from ds_compress.config.recipes.catalog import KEY as RECIPE
+from ds_compress.config.recipes.expand import expanded
 from ds_compress.config.schema.compression_training import block_classes, parse_config, without_auto
 from ds_compress.config.schema.formats import FormatParams
 from ds_compress.config.schema.source import read_json
@@ -81,7 +83,7 @@ def block_of_config(config: Mapping[str, Any] | str | PathLike[str]) -> dict[str
     whole = deepspeed_config(config)
     if COMPRESSION_TRAINING in whole:
         block = whole[COMPRESSION_TRAINING]
-    elif whole.keys() & block_classes().keys():
+    elif whole.keys() & {*block_classes(), RECIPE}:
         block = whole
     else:
         near = next((key for key in map(str, whole) if nearest(key, [COMPRESSION_TRAINING], 0.8)), None)
@@ -91,7 +93,7 @@ def block_of_config(config: Mapping[str, Any] | str | PathLike[str]) -> dict[str
         return None
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(COMPRESSION_TRAINING, shown(block), "an object")])
-    return _schema_form(block) if block else None
+    return _schema_form(expanded(block)) if block else None
 
 
 def enabled_blocks(block: Mapping[str, Any]) -> list[str]:

@@ -101,6 +101,7 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
         config = getattr(config_class, _CONFIG, None) or _config_of_prepared(call.arguments["model"])
         trains = _trains(call.arguments["optimizer"], config_class)
         if config is not None and trains:
+            from ds_compress.config.recipes.expand import telling
             from ds_compress.engine import attach, internals_check
             from ds_compress.engine.announce import announce_start
             from ds_compress.engine.construction import construct
@@ -108,7 +109,8 @@ def _wrap_engine(original: Callable[..., None]) -> Callable[..., None]:
 
             internals_check.require_known_internals()
             warn_if_alone()
-            run = attach.prepare(call.arguments, config, type(engine).__name__)
+            with telling(config.applied_recipe):
+                run = attach.prepare(call.arguments, config, type(engine).__name__)
             arguments = {name: value for name, value in call.arguments.items() if name != "self"}
             construct(run, engine, arguments, original, attach.attach)
             announce_start(run, engine)

@@ -38,7 +38,7 @@ def test_json_is_accepted(block: Block) -> None:
     ds_compress.parse_config(content)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").rglob("*.json")), ids=lambda path: path.name)
 def test_complete_examples_are_accepted(path: Any) -> None:
     content = json.loads(path.read_text())
     ds_compress.parse_config(block_of({"compression_training": {}, **content}))

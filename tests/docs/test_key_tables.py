@@ -6,7 +6,7 @@ import ds_compress
 from tests.docs.key_tables import WHOLE, stale_pages, tables_in
 from tests.docs.pages import DOCS
 
-BESIDE_THE_BLOCKS = {"seed", "kernels", "scheme", "export_to"}
+BESIDE_THE_BLOCKS = {"recipe", "seed", "kernels", "scheme", "export_to"}
 
 
 def test_every_block_has_a_page_with_its_keys() -> None:

@@ -55,8 +55,9 @@ def value_at(block: Any, path: tuple[str, ...]) -> Any:
 def test_the_complete_block_is_complete_and_valid() -> None:
     config = parse_config(COMPLETE)
     fields = set(CompressionConfig.model_fields)
-    # Which format an export will have is said beside the blocks that decide whether it can; a scheme stands for blocks.
-    assert set(COMPLETE) == fields - {"export_to", "scheme"}
+    # Which format an export will have is said beside the blocks that decide whether it can; a scheme and a recipe stand
+    # for blocks.
+    assert set(COMPLETE) == fields - {"export_to", "scheme", "recipe"}
     for block in ("sparse_pruning", "weight_quantization", "activation_quantization"):
         shared = getattr(config, block).shared_parameters
         assert set(COMPLETE[block]["shared_parameters"]) == set(type(shared).model_fields)

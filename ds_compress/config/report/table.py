@@ -73,7 +73,12 @@ def renderables(plan: ResolvedPlan, width: int) -> Iterator[RenderableType]:
 
 
 def describe(plan: ResolvedPlan) -> Iterator[tuple[str, str]]:
-    """(key of the block, what it does) of each enabled block; those that remove structures come first."""
+    """(key of the block, what it does) of each enabled block; those that remove structures come first.
+
+    Before them the recipe that the JSON named, if it did.
+    """
+    if plan.config.applied_recipe is not None:
+        yield "recipe", plan.config.applied_recipe.describe()
     claims = {**plan.structures, **plan.techniques}
     enabled = plan.config.enabled_blocks()
     first = [key for key in enabled if key in plan.structures]

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.config.recipes.expand import telling
 from ds_compress.config.report.plan import Plan
 from ds_compress.config.resolve.pruned import with_pruned_marked
 from ds_compress.config.resolve.slow_regexes import slow_regexes
@@ -48,6 +49,11 @@ def resolve(model: nn.Module, config: CompressionConfig | Mapping[str, Any]) -> 
         ConfigError: everything that is wrong with the block, or with what it asks of this model.
     """
     parsed = config if isinstance(config, CompressionConfig) else parse_config(config)
+    with telling(parsed.applied_recipe):
+        return _resolved(model, parsed)
+
+
+def _resolved(model: nn.Module, parsed: CompressionConfig) -> Plan:
     problems: list[Problem] = []
     removed = _removed_layers(parsed, model, problems)
     entries = tuple(entry for entry in entries_of(model) if not f"{entry.name}.".startswith(removed))

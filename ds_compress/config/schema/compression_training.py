@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, WithJsonSchema, create_model
+from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema, create_model
 
+from ds_compress.config.recipes.expand import Applied, applied
 from ds_compress.config.schema import qad
 from ds_compress.config.schema.activation_quantization import ActivationQuantizationConfig
 from ds_compress.config.schema.block import Block
@@ -45,6 +46,15 @@ AUTO = "auto"
 class CompressionConfig(StrictModel):
     """The `compression_training` block of a DeepSpeed config; a block that is absent is None."""
 
+    recipe: str | None = Field(
+        default=None,
+        # What is saved is the block as the recipe made it: a later version would make another one of the name.
+        exclude=True,
+        description=(
+            'A named preset, "w4a16", or one version of it, "w4a16@1": the other keys are merged over it. Objects '
+            "merge, any other value replaces, null removes a key."
+        ),
+    )
     sparse_pruning: SparsePruningConfig | None = Field(
         default=None, description="Set single weights to zero."
     )
@@ -116,6 +126,13 @@ class CompressionConfig(StrictModel):
             "these blocks make of this model. An export without format= uses it."
         ),
     )
+
+    _applied: Applied | None = PrivateAttr(default=None)
+
+    @property
+    def applied_recipe(self) -> Applied | None:
+        """The recipe that the JSON named, and what it says beside it."""
+        return self._applied
 
     def blocks(self) -> dict[str, Block]:
         """The blocks that are there, enabled or not, by key."""
@@ -236,15 +253,21 @@ def parse_config(block: Mapping[str, Any]) -> CompressionConfig:
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(ROOT, shown(block), "an object")])
     model = config_model()
-    written, problems = expanded(without_auto(block))
+    given = without_auto(block)
+    recipe = applied(given)
+    if recipe is not None:
+        given = {**recipe.block, "recipe": recipe.recipe.label}
+    written, problems = expanded(given)
     written = qad.with_defaults(written)
     try:
         parsed = model.model_validate(written)
     except ValidationError as error:
-        problems += translate(error, model, block)
+        raw = block if recipe is None else {**written, **block}
+        problems += translate(error, model, raw)
         problems += _hidden_by_bad_groups(written, error, problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems if recipe is None else recipe.told(problems))
+    parsed._applied = recipe
     return parsed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ds_compress.config.recipes.expand import telling
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.errors import ConfigError, Problem, dotted
 
@@ -51,7 +52,8 @@ def refuse_unfinished(config: CompressionConfig, steps: int, source: str) -> Non
         for end in unfinished(config, steps)
     ]
     if problems:
-        raise ConfigError(problems)
+        with telling(config.applied_recipe):
+            raise ConfigError(problems)
 
 
 def unfinished_line(config: CompressionConfig, steps: int) -> str | None:

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from ds_compress.engine.checkpoint import pickles, signatures, state, tags, transaction, universal_load
+from ds_compress.engine.checkpoint import (
+    pickles,
+    recipe,
+    signatures,
+    state,
+    tags,
+    transaction,
+    universal_load,
+)
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run import CompressionRun
@@ -48,6 +56,7 @@ def join_checkpoints(engine: Any, run: CompressionRun) -> None:
         tag = tags.tag_to_load(root, tag, processes, pointer)
         if tag is None:
             return original_load(load_dir, tag, *args, **kwargs)
+        recipe.refuse_newer_version(root / tag / tags.FOLDER, run.given.applied_recipe)
         saved = state.read(root / tag / tags.FOLDER)
         units: dict[str, torch.Tensor] | None = None if saved is None else saved["shrunk_units"]
         # Where the weights that were saved have another shape: become that model first, then load into it.

@@ -1,7 +1,9 @@
 """`model.json` beside a checkpoint's compression state: what the folder alone must say for an export.
 
-    {"format": 1, "class": "BertModel", "config": {...} or null, "dtype": "float32", "compression_training": {...}}
+    {"format": 1, "class": "BertModel", "config": {...} or null, "dtype": "float32", "recipe": "w8a8@1" or null,
+     "compression_training": {...}}
 
+The block is written out, as the recipe made it, and does not name the recipe: a later version cannot change it.
 `config` is that of the model as it was saved, in transformers' form; null for other models, whose class an export must
 be given.
 """
@@ -28,6 +30,7 @@ def write(folder: Path, run: CompressionRun) -> None:
         "class": type(run.model).__name__,
         "config": config.to_dict() if hasattr(config, "to_diff_dict") else None,
         "dtype": str(next(p.dtype for p in run.model.parameters())).removeprefix("torch."),
+        "recipe": run.given.recipe,
         "compression_training": run.block,
     }
     atomic_write(folder / FILE_NAME, json.dumps(data, indent=1, default=str) + "\n")

@@ -110,7 +110,9 @@ class TestLaunch:
 
 
 class TestConfigs:
-    @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+    @pytest.mark.parametrize(
+        "path", sorted((REPOSITORY / "ds_configs").rglob("*.json")), ids=lambda p: p.name
+    )
     def test_shipped_configs_are_valid(self, path: Path) -> None:
         from ds_compress import parse_config
 

@@ -282,7 +282,7 @@ class TestAllAtOnce:
             "\n"
             "compression_training.sed\n"
             '  got:     the unknown key "sed"\n'
-            '  allowed: the keys "sparse_pruning", "weight_quantization", "activation_quantization", '
+            '  allowed: the keys "recipe", "sparse_pruning", "weight_quantization", "activation_quantization", '
             '"kv_cache", "row_pruning", "head_pruning", "channel_pruning", "depth_pruning", "hidden_pruning", '
             '"expert_pruning", "layer_reduction", "distillation", "gradient_compression", "parameter_compression", '
             '"robust_reduction", "security", "seed", "kernels", "scheme" and "export_to"\n'
