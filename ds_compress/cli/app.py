@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ds_compress.cli import checkpoints, secure, teachers
+from ds_compress.cli.doctor import doctor
 from ds_compress.cli.errors import one_line_errors
 from ds_compress.cli.migrate import migrate
 from ds_compress.sheet import uncut
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out = Console() if sys.stdout.isatty() else uncut()
+app.command()(doctor)
 app.command()(migrate)
 app.command()(teachers.cache_teacher)
 app.command()(teachers.teacher_text)
