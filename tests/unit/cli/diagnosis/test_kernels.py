@@ -1,73 +1,71 @@
-"""The section on kernels in fresh processes: whether a library is there is a matter of the process."""
+"""The section on kernels: what is there, and that nothing is built for it."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from ds_compress.ops import schemas
+import pytest
 
-PROGRAM = """
-import json
 from ds_compress.cli.diagnosis import kernels
 from ds_compress.cli.diagnosis.section import Section
-section = Section("kernels")
-kernels.look(section)
-print(json.dumps([section.data(), [[f.what, f.remedy] for f in section.findings]]))
-"""
+from ds_compress.ops import build, library, schemas
 
 
-def look(**environment: str) -> tuple[dict[str, Any], list[list[str]]]:
-    settings = {k: v for k, v in os.environ.items() if k not in ("DS_COMPRESS_KERNELS", "CXX")}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=settings | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    facts, findings = json.loads(done.stdout.splitlines()[-1])
-    return facts, findings
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a process that has called no op, without a library that came with the package."""
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "_reason", None)
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    for name in ("DS_COMPRESS_KERNELS", "CXX"):
+        monkeypatch.delenv(name, raising=False)
 
 
-def test_every_op_is_told_once() -> None:
-    subprocess.run([sys.executable, "-m", "ds_compress.ops"], check=True, capture_output=True)
+def look() -> tuple[dict[str, Any], list[str]]:
+    section = Section("kernels")
+    kernels.look(section)
+    return section.data(), [finding.what for finding in section.findings]
+
+
+def test_every_op_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.load()
     facts, findings = look()
     assert findings == [] and facts["library"]["state"] == "loaded"
     ops = facts["ops on CPU"]
     assert sorted(ops["compiled"] + ops["plain_torch"]) == sorted(schemas.SCHEMAS)
     assert "int8_linear" in ops["compiled"]
-    assert look(DS_COMPRESS_KERNELS="reference")[0]["ops on CPU"]["compiled"] == []
+    monkeypatch.setenv("DS_COMPRESS_KERNELS", "reference")
+    assert look()[0]["ops on CPU"]["compiled"] == []
 
 
-def test_nothing_is_built_or_created(tmp_path: Path) -> None:
+def test_nothing_is_built_or_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
-    facts, findings = look(DS_COMPRESS_CACHE=str(cache))
-    if facts["library"]["state"] == "loaded":  # one that came with the package
-        return
+    monkeypatch.setenv("DS_COMPRESS_CACHE", str(cache))
+    facts, findings = look()
     assert facts["library"]["state"] == "not built" and findings == []
     assert not cache.exists() and facts["ops on CPU"]["compiled"] == []
+    cache.mkdir()
+    assert look()[0]["library"]["state"] == "not built" and list(cache.iterdir()) == []
 
 
-def test_without_a_compiler(tmp_path: Path) -> None:
-    without = {"PATH": "", "DS_COMPRESS_CACHE": str(tmp_path)}
-    facts, findings = look(**without)
-    assert facts["library"]["state"] in ("cannot be built", "loaded") and findings == []
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("DS_COMPRESS_CACHE", str(tmp_path))
+    facts, findings = look()
+    assert facts["library"]["state"] == "cannot be built" and findings == []
     assert facts["C++ compiler"].startswith("none: no C++ compiler")
-    if facts["library"]["state"] != "loaded":
-        _, findings = look(**without, DS_COMPRESS_KERNELS="native")
-        assert "native kernels are asked for" in findings[0][0]
+    monkeypatch.setenv("DS_COMPRESS_KERNELS", "native")
+    assert "native kernels are asked for" in look()[1][0]
 
 
-def test_a_library_that_others_can_write_and_a_wrong_word(tmp_path: Path) -> None:
+def test_a_library_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o777)
-    facts, findings = look(DS_COMPRESS_CACHE=str(tmp_path))
-    assert facts["library"]["state"] in ("refused", "loaded")
-    if facts["library"]["state"] == "refused":
-        assert "may be written by everybody" in findings[0][0]
-    _, findings = look(DS_COMPRESS_KERNELS="fast")
-    assert "DS_COMPRESS_KERNELS=fast" in findings[0][0]
+    monkeypatch.setenv("DS_COMPRESS_CACHE", str(tmp_path))
+    facts, findings = look()
+    assert facts["library"]["state"] == "refused" and "may be written by everybody" in findings[0]
+
+
+def test_a_wrong_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_COMPRESS_KERNELS", "fast")
+    assert "DS_COMPRESS_KERNELS=fast" in look()[1][0]
