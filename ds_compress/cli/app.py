@@ -15,6 +15,7 @@ from ds_compress.cli.doctor import doctor
 from ds_compress.cli.errors import one_line_errors
 from ds_compress.cli.migrate import migrate
 from ds_compress.cli.schema import schema
+from ds_compress.cli.validate import validate
 from ds_compress.sheet import uncut
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 _out = Console() if sys.stdout.isatty() else uncut()
 app.command()(doctor)
 app.command()(schema)
+app.command()(validate)
 app.command()(migrate)
 app.command()(teachers.cache_teacher)
 app.command()(teachers.teacher_text)

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds_compress.cli.diagnosis.section import Section
 from ds_compress.version import __version__
@@ -67,8 +67,7 @@ def _ourselves(section: Section, imports: Imports) -> None:
     others_work = not any(imports.errors.values())
     error = imports.attempt("ds_compress.public")
     broken = f"; cannot be imported: {error}" if error else ""
-    data = {"installed": __version__, "supported": "", "fits": True, "import_error": error, "extra": None}
-    section.add("ds_compress", f"{__version__}{broken}", data)
+    section.add("ds_compress", f"{__version__}{broken}", _data(__version__, "", True, error))
     if error and others_work:
         section.find(
             f"ds_compress {__version__} cannot be imported: {error}",
@@ -78,11 +77,10 @@ def _ourselves(section: Section, imports: Imports) -> None:
 
 def _python(section: Section) -> None:
     found, wanted = platform.python_version(), ""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        wanted = metadata.metadata("ds_compress").get("Requires-Python") or ""
+    with contextlib.suppress(metadata.PackageNotFoundError, KeyError):
+        wanted = metadata.metadata("ds_compress")["Requires-Python"] or ""
     fits = _fits(found, wanted)
-    data = {"installed": found, "supported": wanted, "fits": fits, "import_error": None, "extra": None}
-    section.add("python", f"{found}{_range(wanted, fits)}", data)
+    section.add("python", f"{found}{_range(wanted, fits)}", _data(found, wanted, fits))
     if not fits:
         section.find(f"Python {found} is not one of {wanted}", "install ds_compress into a newer Python")
 
@@ -93,17 +91,16 @@ def _package(section: Section, imports: Imports, requirement: Requirement, extra
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
-        data = {"installed": None, "supported": wanted, "fits": None, "import_error": None}
         words = f"not installed; wanted for {extra}: {pip}" if extra else "not installed"
-        section.add(name, words, {**data, "extra": extra or None})
+        section.add(name, words, _data(None, wanted, None, None, extra))
         if not extra:
             section.find(f"{name} is not installed, and ds_compress cannot work without it", pip)
         return
     fits = _fits(installed, wanted)
     error = None if name in _NOT_IMPORTED else imports.attempt(name)
     broken = f"; cannot be imported: {error}" if error else ""
-    data = {"installed": installed, "supported": wanted, "fits": fits, "import_error": error}
-    section.add(name, f"{installed}{_range(wanted, fits)}{broken}", {**data, "extra": extra or None})
+    data = _data(installed, wanted, fits, error, extra)
+    section.add(name, f"{installed}{_range(wanted, fits)}{broken}", data)
     if not fits:
         section.find(f"{name} {installed} is outside of the supported range {wanted}", pip)
     if error and (name == "torch" or imports.can_use("torch")):
@@ -141,6 +138,19 @@ def _fits(version: str, wanted: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _data(
+    installed: str | None, supported: str, fits: bool | None, import_error: str | None = None, extra: str = ""
+) -> dict[str, Any]:
+    """A package in JSON; fits is null where it is not installed, extra where it is no part of one."""
+    return {
+        "installed": installed,
+        "supported": supported,
+        "fits": fits,
+        "import_error": import_error,
+        "extra": extra or None,
+    }
 
 
 def _range(wanted: str, fits: bool) -> str:
