@@ -89,15 +89,15 @@ def _check_deepspeed(config: Mapping[str, Any], model: nn.Module | None, found: 
         own[_BATCH[1]] = 1
     try:
         parsed: Any = DeepSpeedConfig(_for_one_process(own, found))
-    except (
-        Exception
-    ) as error:  # of any kind: assertions, pydantic's, its own, TypeErrors of values that it computes with
+    except ConfigError:  # of `registration`, for blocks outside: `found` has them
+        return None
+    except Exception as error:  # assertions, pydantic's, its own, TypeErrors of values that it computes with
         found.problems += _of_deepspeed(error)
         return None
     hybrid = getattr(parsed, "hybrid_engine", None)
     engine = "DeepSpeedHybridEngine" if getattr(hybrid, "enabled", False) else "DeepSpeedEngine"
     try:
-        admission.refuse_unsupported(model or nn.Module(), engine, parsed, found.config)
+        admission.refuse_unsupported(nn.Module() if model is None else model, engine, parsed, found.config)
     except ConfigError as error:
         found.problems += error.problems
     return parsed
