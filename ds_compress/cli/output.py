@@ -12,13 +12,51 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
+from ds_compress.cli.errors import one_line_errors
+from ds_compress.sheet import uncut
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object, and nothing else to standard output")
 ]
+
+
+@dataclass
+class Output:
+    """What one command says: `say` and `show` for a person, `done` for a program; each does nothing for the other."""
+
+    as_json: bool
+    result: Mapping[str, Any] | None = None
+
+    def say(self, line: str) -> None:
+        """One line, as it is."""
+        if not self.as_json:
+            typer.echo(line)
+
+    def show(self, what: Any) -> None:
+        """A report that prints itself by rich."""
+        if not self.as_json:
+            (Console() if sys.stdout.isatty() else uncut()).print(what)
+
+    def done(self, **result: Any) -> None:
+        """The result, whose keys `cli.results` describes."""
+        self.result = result
+
+
+@contextlib.contextmanager
+def output(as_json: bool) -> Iterator[Output]:
+    """The work of a command: its errors are one line, and with `as_json` its result is printed at the end."""
+    made = Output(as_json)
+    with stdout_to_stderr(as_json), one_line_errors():
+        yield made
+    if as_json:
+        assert made.result is not None
+        print_json({"ok": True, **made.result})
 
 
 def print_json(result: Mapping[str, Any]) -> None:
