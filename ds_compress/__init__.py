@@ -23,25 +23,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ds_compress import log
-from ds_compress.api import export, plan
-from ds_compress.config import ConfigError, parse_config
-from ds_compress.config.recipes import recipe
-from ds_compress.config.report.plan import Plan
-from ds_compress.distill.cache_write import cache_teacher
-from ds_compress.engine.api import export_state_dict, initialize
-from ds_compress.engine.checkpoint.universal import to_universal
-from ds_compress.engine.finalize import finalize, redundancy_clean
-from ds_compress.engine.layerwise import distill_layers
-from ds_compress.engine.registration import register, unregister
-from ds_compress.errors import CheckpointError, ExportError
-from ds_compress.export.load import from_pretrained
-from ds_compress.hf.auto import join_transformers as _join_transformers
-from ds_compress.secure import load_verified
+from ds_compress.imports import is_command_line
 from ds_compress.version import __version__
 
 if TYPE_CHECKING:
     from ds_compress.hf import CompressionCallback, DistillationTrainer
+    from ds_compress.public import (
+        CheckpointError,
+        ConfigError,
+        ExportError,
+        Plan,
+        cache_teacher,
+        distill_layers,
+        export,
+        export_state_dict,
+        finalize,
+        from_pretrained,
+        initialize,
+        load_verified,
+        parse_config,
+        plan,
+        recipe,
+        redundancy_clean,
+        register,
+        to_universal,
+        unregister,
+    )
 
 __all__ = [
     "CheckpointError",
@@ -78,6 +85,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("ds_compress.hf"), name)
     if name in _LAZY_MODULES:
         return importlib.import_module(f"ds_compress.{name}")
+    if name in __all__:
+        complete()
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -85,7 +95,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_LAZY_MODULES})
 
 
-log.set_up()
-log.print_one_traceback()
-register()
-_join_transformers()
+def complete() -> None:
+    """Brings the public names and teaches DeepSpeed the block, where that has waited; idempotent."""
+    if "register" in globals():
+        return
+    public = importlib.import_module("ds_compress.public")
+    # By hand, because submodules set attributes of their own names: `ds_compress.export` is the function.
+    globals().update({name: getattr(public, name) for name in public.__all__})
+
+
+if not is_command_line():
+    complete()

@@ -1,4 +1,4 @@
-"""Doing something when a heavy module is imported, whichever comes first, without importing it for that.
+"""Heavy modules: doing something when one is imported, without importing it for that; and where none is wanted yet.
 
 `transformers` takes seconds to import and a plain DeepSpeed script may never need it; a Trainer script does, before
 or after it imports us.
@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,19 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _finder.actions.setdefault(name, []).append(action)
+
+
+def is_command_line() -> bool:
+    """Whether this process is the command `ds_compress` (or `python -m ds_compress`), and no script or worker.
+
+    By what the interpreter was started with: `sys.argv` is that of the parent in a spawned worker.
+    """
+    arguments, given = sys.argv[1:], list(sys.orig_argv)
+    head = given[: len(given) - len(arguments)]
+    if len(head) < 2 or given[len(head) :] != arguments:
+        return False
+    script = Path(head[-1])
+    return head[-2:] == ["-m", "ds_compress"] or (script.stem == "ds_compress" and script.is_file())
 
 
 class _Finder:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ds_compress.cli import checkpoints, secure, teachers
-from ds_compress.cli.errors import one_line_errors
+from ds_compress.cli.doctor import doctor
+from ds_compress.cli.examples import add
 from ds_compress.cli.init import init
 from ds_compress.cli.migrate import migrate
-from ds_compress.sheet import uncut
+from ds_compress.cli.output import AsJson, output
+from ds_compress.cli.schema import schema
+from ds_compress.cli.validate import validate
 
 app = typer.Typer(
-    help="Compressed models: export them, look at an export, see what a config would do, ask a teacher ahead, sign.",
+    help="Compressed models: check a config and an install, export a model, look at an export, ask a teacher, sign.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console() if sys.stdout.isatty() else uncut()
-app.command()(init)
-app.command()(migrate)
-app.command()(teachers.cache_teacher)
-app.command()(teachers.teacher_text)
-app.command()(checkpoints.universal)
-for command in (secure.keygen, secure.sign, secure.verify, secure.encrypt, secure.decrypt):
-    app.command()(command)
+add(app, doctor, "ds_compress doctor")
+add(app, schema, "ds_compress schema --out ds_compress.schema.json")
+add(app, validate, "ds_compress validate ds_config.json --model path/to/model")
+add(app, init, "ds_compress init --recipe w4a16 --model decoder")
+add(app, migrate, "ds_compress migrate old.json --output new.json")
+add(app, teachers.cache_teacher, "ds_compress cache-teacher path/to/teacher train.jsonl cache --top-k 32")
+add(app, teachers.teacher_text, "ds_compress teacher-text path/to/teacher text.jsonl --samples 500")
+add(app, checkpoints.universal, "ds_compress universal checkpoints checkpoints")
+add(app, secure.keygen, "ds_compress keygen release")
+add(app, secure.sign, "ds_compress sign small --key release.key --name encoder")
+add(app, secure.verify, "ds_compress verify small --public-key release.pub")
+add(app, secure.encrypt, "ds_compress encrypt small sealed --recipient my.recipient --key release.key")
+add(app, secure.decrypt, "ds_compress decrypt sealed out --identity my.identity --public-key key.pub")
 
 
 class FormatName(StrEnum):
@@ -57,7 +62,6 @@ class EmbeddingsName(StrEnum):
     FLOAT = "float"
 
 
-@app.command()
 def export(
     source: Annotated[
         Path, typer.Argument(help="folder of a DeepSpeed checkpoint, or of a transformers model")
@@ -87,9 +91,10 @@ def export(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="read pickles of SOURCE that can run any code")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Writes a trained model as a folder that other programs load, and checks it."""
-    with one_line_errors():
+    with output(as_json) as printed:
         import torch
 
         from ds_compress.api import export as run
@@ -106,33 +111,44 @@ def export(
             overwrite=overwrite,
             trust_pickle=trust_pickle,
         )
-        _out.print(str(report))
+        printed.say(str(report))
         for note in report.notes:
-            _out.print(f"note: {note}")
+            printed.say(f"note: {note}")
         if report.check:
-            _out.print(f"checked with {report.check['loaded']}: {report.check['verdict']}")
+            printed.say(f"checked with {report.check['loaded']}: {report.check['verdict']}")
+        printed.done(**report.as_data())
 
 
-@app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="an exported folder")]) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="an exported folder")], as_json: AsJson = False
+) -> None:
     """Verifies that an export is what was written, and prints how every module is stored, its size and its check."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress.export.report import ExportReport
         from ds_compress.export.whole import refuse_damaged
 
         report = ExportReport.read(folder)
         refuse_damaged(folder)
-        _out.print(report)
+        printed.show(report)
+        printed.done(**report.as_data())
 
 
-@app.command()
 def plan(
     model: Annotated[Path, typer.Argument(help="folder of a transformers model")],
     config: Annotated[Path, typer.Argument(help="DeepSpeed JSON, or its compression_training block")],
+    as_json: AsJson = False,
 ) -> None:
     """Prints what a config would do to which weight, and the predicted bytes; reads no weights."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress.api import plan as make
         from ds_compress.cli.models import skeleton
+        from ds_compress.config.report.data import as_data
 
-        _out.print(make(skeleton(model), str(config)))
+        made = make(skeleton(model), str(config))
+        printed.show(made)
+        printed.done(model=str(model), config=str(config), **as_data(made))
+
+
+add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")
+add(app, inspect, "ds_compress inspect small")
+add(app, plan, "ds_compress plan path/to/model ds_config.json")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ds_compress.cli.errors import one_line_errors
+from ds_compress.cli.output import AsJson, output
 
 
 def universal(
@@ -18,10 +18,12 @@ def universal(
         bool,
         typer.Option("--trust-pickle", help="read pickles that hold more than data: they can run any code"),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Converts a checkpoint of ZeRO 1 to 3 for another number of processes, or another stage."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress.engine.checkpoint.universal import to_universal
 
         made = to_universal(checkpoint, out, workers=workers, trust_pickle=trust_pickle)
-        typer.echo(f'{made}: load {made.parent} with "checkpoint": {{"load_universal": true}}')
+        printed.say(f'{made}: load {made.parent} with "checkpoint": {{"load_universal": true}}')
+        printed.done(folder=str(made), load_from=str(made.parent))

@@ -14,10 +14,13 @@ import typer
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
+    import ds_compress
     from ds_compress.errors import CheckpointError, ConfigError, ExportError
     from ds_compress.secure.errors import KeyUnavailableError, NotInstalledError, SecurityError
 
     try:
+        # Deferred for `--help`: see ds_compress.public.
+        ds_compress.complete()
         yield
     except SecurityError as error:
         print(f"ds_compress: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ds_compress.cli.output import AsJson, print_json, stdout_to_stderr
 from ds_compress.errors import ConfigError, Problem
 from ds_compress.files import atomic_write
 
@@ -23,10 +24,12 @@ def migrate(
         Path | None, typer.Option(help="file to write; without it the new JSON goes to standard output")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing OUTPUT")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rewrites a JSON of the removed deepspeed.compression (or MoQ), and explains what changes."""
-    from ds_compress.compat.migrate import migrate as run
-    from ds_compress.config.schema.source import read_json
+    with stdout_to_stderr(as_json):
+        from ds_compress.compat.migrate import migrate as run
+        from ds_compress.config.schema.source import read_json
 
     try:
         if output is not None and output.exists() and not overwrite:
@@ -39,6 +42,11 @@ def migrate(
         raise _refused("; ".join(_one_line(problem) for problem in error.problems)) from None
     except OSError as error:
         raise _refused(str(error)) from None
+    if as_json:
+        notes = [{"path": note.path, "kind": note.kind.value, "text": note.text} for note in result.notes]
+        written = None if output is None else str(output)
+        print_json({"ok": True, "config": result.config, "notes": notes, "written": written})
+        return
     if output is None:
         typer.echo(text, nl=False)
     # Explanations must not get between the braces of a JSON that is piped on.

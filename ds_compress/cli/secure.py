@@ -6,11 +6,14 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ds_compress.cli.errors import one_line_errors
+from ds_compress.cli.output import AsJson, output
+
+if TYPE_CHECKING:
+    from ds_compress.secure.signing import Signed
 
 _KEY = "path, env:NAME or pkcs11: URI of the private key"
 _PASSWORD = "path or env:NAME of the key's password; asked for at a terminal"
@@ -41,14 +44,16 @@ def keygen(
     password: Annotated[
         str | None, typer.Option(help="path or env:NAME of a password that locks the private key")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Makes a key pair to sign with, or to encrypt to."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress.secure import keys
 
         made = keys.generate(out, kind.value, curve=curve.value, password=keys.read_password(password))
-        typer.echo(f"keep secret: {made.private}")
-        typer.echo(f"hand out:    {made.public}")
+        printed.say(f"keep secret: {made.private}")
+        printed.say(f"hand out:    {made.public}")
+        printed.done(private=str(made.private), public=str(made.public))
 
 
 def sign(
@@ -59,15 +64,17 @@ def sign(
     version: Annotated[
         int | None, typer.Option(min=0, help="higher than the last; by default seconds since 1970")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Signs a folder: release.json and model.sig beside the weights."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress import secure
 
         _with_password(
             lambda given: secure.sign(folder, key, password=given, name=name, version=version), password
         )
-        typer.echo(f"signed: {folder}")
+        printed.say(f"signed: {folder}")
+        printed.done(folder=str(folder))
 
 
 def verify(
@@ -82,14 +89,17 @@ def verify(
         int | None, typer.Option(min=0, help="the lowest version that is accepted")
     ] = None,
     seen: Annotated[Path | None, typer.Option(help=_SEEN)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Checks that every file of a folder is what its signer signed."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress import secure
 
         asked: dict[str, Any] = {"name": name, "min_version": min_version, "seen": seen}
         if identity is None:
-            typer.echo(f"good: {secure.verify(folder, public_key, **asked)}")
+            signed = secure.verify(folder, public_key, **asked)
+            printed.say(f"good: {signed}")
+            printed.done(**_signed(signed), plaintext=False)
             return
         opened = _with_password(
             lambda given: secure.VerifiedFolder(folder, public_key, identity, password=given, **asked),
@@ -97,7 +107,8 @@ def verify(
         )
         for file in opened.names:
             opened.read(file)
-        typer.echo(f"good: {opened.signed}{', and its plaintext' if opened.is_encrypted else ''}")
+        printed.say(f"good: {opened.signed}{', and its plaintext' if opened.is_encrypted else ''}")
+        printed.done(**_signed(opened.signed), plaintext=opened.is_encrypted)
 
 
 def encrypt(
@@ -110,9 +121,10 @@ def encrypt(
     password: Annotated[str | None, typer.Option(help=_PASSWORD)] = None,
     public_key: Annotated[str | None, typer.Option(help="of a pkcs11: key")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Encrypts the weights of a signed folder, and signs the result."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress import secure
 
         _with_password(
@@ -121,7 +133,8 @@ def encrypt(
             ),
             password,
         )
-        typer.echo(f"encrypted and signed: {out}")
+        printed.say(f"encrypted and signed: {out}")
+        printed.done(folder=str(out))
 
 
 def decrypt(
@@ -136,9 +149,10 @@ def decrypt(
     ] = None,
     seen: Annotated[Path | None, typer.Option(help=_SEEN)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Verifies and decrypts a folder to disk. To load a model, load_verified needs no such copy."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress import secure
 
         _with_password(
@@ -155,7 +169,19 @@ def decrypt(
             ),
             password,
         )
-        typer.echo(f"decrypted: {out}")
+        printed.say(f"decrypted: {out}")
+        printed.done(folder=str(out))
+
+
+def _signed(signed: Signed) -> dict[str, Any]:
+    release = signed.release
+    return {
+        "folder": str(signed.folder),
+        "name": release.name if release else None,
+        "version": release.version if release else None,
+        "files": len(signed.digests),
+        "signer": signed.signer,
+    }
 
 
 def _with_password(run: Any, source: str | None) -> Any:

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from ds_compress.cli.errors import one_line_errors
-
-_out = Console()
+from ds_compress.cli.output import AsJson, output
 
 
 def cache_teacher(
@@ -26,9 +23,10 @@ def cache_teacher(
     column: Annotated[str, typer.Option(help="of a .jsonl: text, or token ids")] = "text",
     tokenizer: Annotated[str | None, typer.Option(help="by default the teacher's")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Stores what a teacher predicts of every example, for `distillation.teacher_cache`."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress.distill.cache_write import cache_teacher as write
         from ds_compress.distill.text_data import read_examples, token_batches
 
@@ -43,10 +41,13 @@ def cache_teacher(
             tokenizer=words,
             overwrite=overwrite,
         )
-        _out.print(
+        size = _bytes(out)
+        printed.say(
             f"{made.examples:,} examples, the {made.top_k} likeliest of {made.vocabulary:,}, at temperature "
-            f"{made.temperature:g}: {_size(out)}"
+            f"{made.temperature:g}: {_size(out, size)}"
         )
+        facts = {key: getattr(made, key) for key in ("examples", "top_k", "vocabulary", "temperature")}
+        printed.done(out=str(out), bytes=size, **facts)
 
 
 def teacher_text(
@@ -63,9 +64,10 @@ def teacher_text(
     batch: Annotated[int, typer.Option(min=1, help="texts at a time")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Lets a teacher write the text that a student will be distilled on, where there is no data."""
-    with one_line_errors():
+    with output(as_json) as printed:
         from ds_compress.distill.teacher_text import teacher_text as write
         from ds_compress.distill.teacher_text import write_lines
         from ds_compress.distill.text_data import read_examples
@@ -93,7 +95,9 @@ def teacher_text(
             seed=seed,
         )
         rows = ({"text": words.decode(ids, skip_special_tokens=True), "input_ids": ids} for ids in written)
-        _out.print(f"{write_lines(out, _progress(rows, 'texts')):,} texts: {_size(out)}")
+        count = write_lines(out, _progress(rows, "texts"))
+        printed.say(f"{count:,} texts: {_size(out, _bytes(out))}")
+        printed.done(out=str(out), bytes=_bytes(out), texts=count)
 
 
 def _model(name: str) -> Any:
@@ -126,6 +130,10 @@ def _progress(items: Any, unit: str) -> Any:
     return tqdm(items, unit=f" batches of {unit}" if unit == "examples" else f" {unit}", disable=None)
 
 
-def _size(path: Path) -> str:
+def _bytes(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB in {path}"
+    return sum(file.stat().st_size for file in files)
+
+
+def _size(path: Path, size: int) -> str:
+    return f"{size / 1e6:.1f} MB in {path}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_compress.config.report.plan import Plan
 from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.teacher import Teacher
@@ -80,9 +81,7 @@ def with_techniques(
     """
     plan = resolve(model, config)
     compatibility.refuse_unfit(plan, model)
-    context = TechniqueContext(config, plan, model, teacher, parameters.all_gather_rows)
-    made = (_make(cls, context) for cls in TECHNIQUES.values())
-    run = CompressionRun(given, plan, {t.name: t for t in made if t is not None}, model, teacher)
+    run = CompressionRun(given, plan, make_techniques(model, plan, teacher), model, teacher)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for technique in run.techniques.values():
         run.added += technique.prepare(model, parameters.full_parameters).values()
@@ -92,6 +91,17 @@ def with_techniques(
     run.frozen = [p for p, trained in before if id(p) not in left or (trained and not p.requires_grad)]
     origin.mark(model, run.unfinished)
     return run
+
+
+def make_techniques(model: nn.Module, plan: Plan, teacher: Teacher | None = None) -> dict[str, Technique]:
+    """The techniques of a plan by name, not prepared; without a teacher there is none that needs one.
+
+    Raises:
+        ConfigError: what only a technique can judge.
+    """
+    context = TechniqueContext(plan.config, plan, model, teacher, parameters.all_gather_rows)
+    made = (_make(cls, context) for cls in TECHNIQUES.values())
+    return {technique.name: technique for technique in made if technique is not None}
 
 
 def _make(cls: type[Technique], context: TechniqueContext) -> Technique | None:

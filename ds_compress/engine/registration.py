@@ -73,7 +73,7 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
         parsed = None
         if mapping is not None:
             # Bad input is an error before any model is partitioned or any process group is asked.
-            from ds_compress.config.schema.compression_training import parse_config
+            from ds_compress.config.schema.compression_training import SCHEMA_KEY, parse_config
             from ds_compress.config.schema.placement import refuse_misplaced
 
             refuse_misplaced(mapping)
@@ -83,7 +83,7 @@ def _wrap_config(original: Callable[..., None]) -> Callable[..., None]:
                     logger.warning("%s is null: nothing is enabled, and the model trains uncompressed", KEY)
                 else:
                     parsed = parse_config(block)
-                config = {key: value for key, value in mapping.items() if key != KEY}
+                config = {key: value for key, value in mapping.items() if key not in (KEY, SCHEMA_KEY)}
         original(self, config, *args, **kwargs)
         setattr(self, _CONFIG, parsed)
 

@@ -88,9 +88,12 @@ class ExportReport:
         """`ds_compress.json` in `folder`."""
         self.bytes = sum(file.stat().st_size for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
         version = _FORMAT_VERSIONS[any(module.get("containers") for module in self.modules.values())]
-        data = {"format_version": version, **asdict(self)}
-        data |= {"ratio": round(self.ratio, 3), "sparsity": round(self.sparsity, 4)}
+        data = {"format_version": version, **self.as_data()}
         (folder / FILE_NAME).write_text(json.dumps(data, indent=1) + "\n")
+
+    def as_data(self) -> dict[str, Any]:
+        """All fields, and the two figures that follow from them."""
+        return {**asdict(self), "ratio": round(self.ratio, 3), "sparsity": round(self.sparsity, 4)}
 
     @classmethod
     def read(cls, folder: str | Path) -> ExportReport:

@@ -46,14 +46,10 @@ def report() -> list[tuple[str, str]]:
         ),
     ]
     for key in ("CPU", "CUDA"):
-        native = [n for n in schemas.SCHEMAS if _has_kernel(n, key)]
+        native = [n for n in schemas.SCHEMAS if library.has_kernel(n, key)]
         missing = [n for n in schemas.SCHEMAS if n not in native]
         lines.append((f"native on {key}", f"{len(native)} of {len(schemas.SCHEMAS)}" + _list(missing)))
     return lines
-
-
-def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schemas.NAMESPACE}::{name}", key)
 
 
 def _list(missing: list[str]) -> str:

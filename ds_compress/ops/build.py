@@ -38,6 +38,7 @@ from ds_compress.ops.library_file import (
     check_file,
     damage,
     make_safe_folder,
+    safe_folder,
     write_checksum,
 )
 from ds_compress.ops.toolchain import (
@@ -218,6 +219,18 @@ def ensure_built(build: Build, say: Callable[[str], object] = lambda line: None)
             say(f"ds_compress: compiling native ops anew: {library} {damage(library)}")
         _remove_abandoned(folder)
         return compile_library(build, library, say)
+
+
+def find_built(build: Build) -> Path | None:
+    """The library in the cache, if it is there and whole; compiles and creates nothing.
+
+    Raises:
+        UnsafeLibraryError: others could have written it.
+    """
+    if not cache_folder().is_dir():
+        return None
+    library = safe_folder(cache_folder()) / build.name
+    return library if _is_whole(library) else None
 
 
 def _is_whole(library: Path) -> bool:

@@ -201,6 +201,21 @@ def load() -> bool:
     return True
 
 
+def find() -> Path | None:
+    """The library that `load` would load without compiling anything; None where it would have to be built.
+
+    Raises:
+        ToolchainError: it is not there, and could not be built.
+        UnsafeLibraryError: as `load`.
+    """
+    return build.find_prebuilt(wants_cuda()) or build.find_built(wanted_build())
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether the op `name` has a compiled kernel for `key`, "CPU" or "CUDA", in this process."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{schemas.NAMESPACE}::{name}", key))
+
+
 def wants_cuda() -> bool:
     """Where torch has CUDA, unless `DS_COMPRESS_CUDA` says 1 or 0."""
     insists = os.environ.get("DS_COMPRESS_CUDA")

@@ -99,6 +99,7 @@ def test_wrong_commands_are_found() -> None:
         "make tset",
         "ds_compress exprot in out",
         "ds_compress export in out --formt hf",
+        "ds_compress --instal-completion",
         "python -m benchmarks.nothing",
         "python -m benchmarks.shrink --quik",
         "deepspeed --num_gpu_s 2 train.py",
@@ -147,6 +148,9 @@ def _extras(word: str) -> list[str]:
 
 def _of_typer(arguments: list[str]) -> str:
     group: Any = typer.main.get_command(app)
+    of_all = {option for parameter in group.params for option in parameter.opts}
+    if set(arguments) <= of_all:  # none shows the help
+        return ""
     command = group.commands.get(arguments[0]) if arguments else None
     if command is None:
         return f"no command {arguments[:1]}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from ds_compress.imports import when_imported
+from ds_compress.imports import is_command_line, when_imported
 
 
 def test_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +35,49 @@ def test_a_module_that_is_not_there_stays_an_import_error() -> None:
     when_imported("not_there_at_all", lambda module: None)
     with pytest.raises(ModuleNotFoundError):
         import not_there_at_all  # type: ignore[import-not-found]  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("started", "arguments", "is_it"),
+    [
+        (["python", "-m", "ds_compress", "doctor"], ["-m", "doctor"], True),
+        (["python", "-X", "importtime", "-m", "ds_compress"], ["-m"], True),
+        (["python", "BIN/ds_compress", "plan", "-m", "x"], ["BIN/ds_compress", "plan", "-m", "x"], True),
+        (["python", "-m", "ds_compress.run", "train.py"], ["-m", "train.py"], False),
+        (["python", "train.py", "-m", "ds_compress"], ["train.py", "-m", "ds_compress"], False),
+        (["python", "-m", "train", "-m", "ds_compress"], ["-m", "-m", "ds_compress"], False),
+        (["python", "-c", "spawn_main()", "--multiprocessing-fork"], ["BIN/ds_compress", "universal"], False),
+        (["python", "BIN/pytest", "ds_compress"], ["BIN/pytest", "ds_compress"], False),
+        (["python"], [""], False),
+    ],
+)
+def test_which_process_is_the_command(
+    started: list[str], arguments: list[str], is_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ds_compress", "pytest"):
+        (tmp_path / name).touch()
+
+    def placed(words: list[str]) -> list[str]:
+        return [word.replace("BIN", str(tmp_path)) for word in words]
+
+    monkeypatch.setattr(sys, "orig_argv", placed(started))
+    monkeypatch.setattr(sys, "argv", placed(arguments))
+    assert is_command_line() is is_it
+
+
+def test_the_command_gets_the_whole_library_when_it_asks() -> None:
+    """As if started by `python -m ds_compress`: nothing heavy at first, then the function and not the package."""
+    program = """
+import subprocess
+import sys
+sys.orig_argv, sys.argv = ["python", "-m", "ds_compress"], ["-m"]
+import ds_compress
+assert "torch" not in sys.modules
+import ds_compress.export.report
+assert callable(ds_compress.plan) and callable(ds_compress.export) and "deepspeed" in sys.modules
+from deepspeed.runtime.config import DeepSpeedConfig
+block = {"compression_training": {"seed": 3}, "train_micro_batch_size_per_gpu": 1}
+assert DeepSpeedConfig(block)._ds_compress_config.seed == 3
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

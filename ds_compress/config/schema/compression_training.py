@@ -39,6 +39,8 @@ from ds_compress.errors import ROOT, ConfigError, Problem, shown
 from ds_compress.files import atomic_write
 
 SCHEMA_FILE = Path(__file__).with_name("compression_training.schema.json")
+SCHEMA_KEY = "$schema"
+"""By which a JSON file tells an editor where its schema lies; nothing else reads it."""
 AUTO = "auto"
 """Hugging Face's word for a value that is worked out elsewhere; in this block it means: left out."""
 
@@ -252,6 +254,8 @@ def parse_config(block: Mapping[str, Any]) -> CompressionConfig:
     """Validates the value of `compression_training`; raises ConfigError with all problems in one pass."""
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(ROOT, shown(block), "an object")])
+    if isinstance(block.get(SCHEMA_KEY), str):
+        block = {key: value for key, value in block.items() if key != SCHEMA_KEY}
     model = config_model()
     given = without_auto(block)
     recipe = applied(given)
@@ -326,11 +330,18 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a DeepSpeed config file, of which it describes the `compression_training` key only."""
     block = config_model().model_json_schema()
     definitions = block.pop("$defs")
+    address = {
+        "type": "string",
+        "description": "Where an editor finds this schema: a file that `ds_compress schema --out FILE` wrote.",
+    }
+    # A file may hold the block alone, and then has the key there.
+    block["properties"] = {SCHEMA_KEY: address, **block["properties"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:ds_compress:deepspeed-config",
         "title": "DeepSpeed config with a compression_training block",
         "type": "object",
-        "properties": {ROOT: {"$ref": "#/$defs/CompressionConfig"}},
+        "properties": {SCHEMA_KEY: address, ROOT: {"$ref": "#/$defs/CompressionConfig"}},
         "$defs": {"CompressionConfig": block, **definitions},
     }
 

@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_compress.config.schema.compression_training import config_model
+from ds_compress.config.schema.compression_training import SCHEMA_KEY, config_model
 from ds_compress.config.schema.placement import refuse_misplaced
 from ds_compress.errors import ROOT, ConfigError, Problem, nearest, shown
 
@@ -41,7 +41,7 @@ def block_of(config: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, An
         config = read_json(source)
     if not isinstance(config, Mapping):
         raise ConfigError([Problem(source, shown(config), "an object, or the path of a JSON file with one")])
-    keys = [key for key in config if isinstance(key, str)]
+    keys = [key for key in config if isinstance(key, str) and key != SCHEMA_KEY]
     if ROOT in config or _OF_DEEPSPEED.intersection(keys):
         refuse_misplaced(config)
     if ROOT in config:

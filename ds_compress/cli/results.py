@@ -1,0 +1,92 @@
+"""What `--json` prints, by command: key and meaning. The page of commands shows it; tests hold the commands to it."""
+
+from __future__ import annotations
+
+_REPORT = {
+    "folder": "the export",
+    "format": "hf, compressed-tensors, torch, onnx or openvino",
+    "model_class": "class of transformers, or the model's own",
+    "source": "what was exported: checkpoint or model",
+    "steps": "optimizer steps that the training had applied; null where nobody knows",
+    "bytes": "of the weight files",
+    "dense_bytes": "of the model that training began with, in fp32",
+    "ratio": "dense_bytes / bytes",
+    "parameters": "numbers that are left",
+    "nonzeros": "of them, those that are not zero",
+    "sparsity": "share of zeros",
+    "modules": "by module: how it is stored, its bytes, its zeros",
+    "attributes": "by module: numbers that changed with pruning",
+    "metrics": "last numbers of the techniques",
+    "commitments": "hashes of secret seeds",
+    "notes": "what is worth knowing of this export",
+    "check": "how the folder was loaded in a fresh process, and how far its logits are off; empty without a check",
+    "versions": "of the packages that wrote it",
+}
+_OUT = {"folder": "that was written"}
+
+RESULTS: dict[str, dict[str, str]] = {
+    "doctor": {
+        "findings": "what will fail or hang, each with section, what and remedy",
+        "versions": "by package: installed, supported, fits, import_error, extra",
+        "machine": "system, processor, memory, instructions, devices",
+        "kernels": "toolchain, library, and on what each op runs",
+        "locks": "of torch's extension builder: searched, a folder; locks, each with path, op, age_s and holder",
+        "deepspeed_internals": "tested versions, and what differs from them",
+    },
+    "validate": {
+        "config": "the file",
+        "model": "the folder, or null",
+        "problems": "each with path, got, allowed and hint",
+        "enabled_blocks": "names of blocks that do something",
+        "notes": "what is worth a look, and what was not checked",
+    },
+    "migrate": {
+        "config": "the new JSON",
+        "notes": "each with path, kind (changed, now, better) and text",
+        "written": "the file, or null",
+    },
+    "cache-teacher": {
+        "out": "the folder",
+        "bytes": "of it",
+        "examples": "that are stored",
+        "top_k": "tokens of each position",
+        "vocabulary": "of the teacher",
+        "temperature": "of the stored predictions",
+    },
+    "teacher-text": {"out": "the file", "bytes": "of it", "texts": "that were written"},
+    "universal": {
+        "folder": "of the new checkpoint",
+        "load_from": "what `load_checkpoint` takes",
+    },
+    "keygen": {"private": "file of the key to keep secret", "public": "file of the key to hand out"},
+    "sign": {"folder": "that is signed now"},
+    "verify": {
+        "folder": "that is as it was signed",
+        "name": "of the model, or null",
+        "version": "of the release, or null",
+        "files": "how many are signed",
+        "signer": "sha256 of the public key",
+        "plaintext": "whether encrypted files were decrypted and checked, too",
+    },
+    "encrypt": _OUT,
+    "decrypt": _OUT,
+    "export": _REPORT,
+    "inspect": _REPORT,
+    "plan": {
+        "model": "the folder",
+        "config": "the file",
+        "blocks": "by enabled block: what it does",
+        "weights": (
+            "for each weight and block that claims it: module, parameter, shape, block, group, treatment, "
+            "bytes_before, bytes_after, nonzeros"
+        ),
+        "structures": "prunable groups, each with structure, block, group and kept",
+        "bytes": "of the whole model: before, after, as_bitmask, and the format that after counts",
+        "parameters": "of the model",
+        "nonzeros": "that are left",
+        "training_state_bytes": "masks, latent_weights and scores, in each process",
+        "left_out": "what a block without a regex does not reach",
+        "notes": "such as the formats that the result can be exported in",
+    },
+}
+"""All have `ok` before these: true, or false where doctor or validate found something."""

@@ -1,0 +1,141 @@
+"""`--json`: one object on standard output, with the keys that are described, whatever libraries print there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ds_compress.cli import app
+from ds_compress.cli.output import print_json, stdout_to_stderr
+from ds_compress.cli.results import RESULTS
+from tests.models import tiny_bert
+from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
+from tests.zoo.models import ZOO
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def result(command: str, *arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, [command, *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert next(iter(found)) == "ok" and set(found) == {"ok", *RESULTS[command]} and found["ok"] is True
+    return found
+
+
+def test_export_inspect_plan_validate() -> None:
+    ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
+    Path("config.json").write_text(json.dumps(ds_config(2, pruning_block())))
+    exported = result("export", "model", "small", "--no-check")
+    assert exported["bytes"] == Path("small/model.safetensors").stat().st_size
+    assert result("inspect", "small") == exported
+    planned = result("plan", "model", "config.json")
+    assert planned["weights"] and {entry["block"] for entry in planned["weights"]} == {"sparse_pruning"}
+    assert planned["nonzeros"] < planned["parameters"] == exported["parameters"]
+    checked = result("validate", "config.json", "--model", "model")
+    assert checked["enabled_blocks"] == ["sparse_pruning"]
+
+
+def test_the_structures_of_a_plan() -> None:
+    ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
+    groups = {"ffn": {"params": {"dense_ratio": 0.5}, "modules": ["intermediate"]}}
+    block = {"row_pruning": {"shared_parameters": {"enabled": True}, "different_groups": groups}}
+    Path("config.json").write_text(json.dumps(block))
+    planned = result("plan", "model", "config.json")
+    assert planned["structures"] and set(planned["structures"][0]) == {"structure", "block", "group", "kept"}
+    assert planned["bytes"]["after"] < planned["bytes"]["before"]
+
+
+def test_migrate_and_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
+    monkeypatch.delenv("DS_COMPRESS_KERNELS", raising=False)
+    old = {"compression_training": {"layer_reduction": {"enabled": False}}}
+    Path("old.json").write_text(json.dumps(old))
+    assert result("migrate", "old.json")["written"] is None
+    made = result("migrate", "old.json", "--output", "new.json")
+    assert made["written"] == "new.json" and json.loads(Path("new.json").read_text()) == made["config"]
+    result("doctor")
+
+
+def test_signed_folders() -> None:
+    tiny_bert().save_pretrained("model")
+    for name, kind in (("release", "signing"), ("reader", "encryption")):
+        made = result("keygen", name, "--kind", kind)
+        assert Path(made["private"]).is_file() and Path(made["public"]).is_file()
+    result("sign", "model", "--key", "release.key", "--name", "encoder", "--version", "3")
+    public = ("--public-key", "release.pub")
+    found = result("verify", "model", *public)
+    assert (found["name"], found["version"], found["plaintext"]) == ("encoder", 3, False)
+    result("encrypt", "model", "sealed", "--recipient", "reader.recipient", "--key", "release.key")
+    reader = ("--identity", "reader.identity")
+    assert result("verify", "sealed", *public, *reader)["plaintext"] is True
+    assert result("decrypt", "sealed", "opened", *reader, *public)["folder"] == "opened"
+
+
+@pytest.mark.usefixtures("single_process")
+def test_universal() -> None:
+    with engine_of(tiny_bert(), ds_config(2, pruning_block())) as engine:
+        train(engine, batches(1))
+        engine.save_checkpoint("run")
+    made = result("universal", "run", "run")
+    assert Path(made["folder"]).is_dir() and made["load_from"] == "run"
+
+
+def test_an_error_leaves_standard_output_empty() -> None:
+    for command, *arguments in (
+        ["inspect", "nowhere"],
+        ["migrate", "nowhere.json"],
+        ["plan", "no", "no.json"],
+    ):
+        done = CliRunner().invoke(app, [command, *arguments, "--json"])
+        assert done.exit_code == 2 and done.stdout == "" and done.stderr.startswith("ds_compress: ")
+
+
+def test_standard_output_stays_clean_in_a_real_process() -> None:
+    """DeepSpeed logs to it at import, and so may a child process."""
+    Path("config.json").write_text(json.dumps(ds_config(2, pruning_block())))
+    command = [sys.executable, "-m", "ds_compress", "validate", "config.json", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["ok"] is True
+
+
+def test_what_children_and_print_write_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with stdout_to_stderr():
+        print("of print")
+        subprocess.run(["sh", "-c", "echo of a child"], check=True)
+        os.write(1, b"of a library\n")
+    print("after")
+    out, err = capfd.readouterr()
+    assert out == "after\n"
+    assert all(words in err for words in ("of print", "of a child", "of a library"))
+
+
+def test_numbers_that_json_has_not_are_strings(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), float("-inf"), 1.5], "b": {"c": Path("x"), "d": None}})
+    assert json.loads(capsys.readouterr().out) == {"a": ["nan", "-inf", 1.5], "b": {"c": "x", "d": None}}
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("ds_compress val", "validate"), ("ds_compress validate --mo", "--model")]
+)
+def test_the_tab_key(words: str, completed: str) -> None:
+    environment = {
+        **os.environ,
+        "_DS_COMPRESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    command = [sys.executable, "-X", "importtime", "-m", "ds_compress"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [completed]
+    assert not {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()} & {"torch", "deepspeed"}
