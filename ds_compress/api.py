@@ -61,6 +61,7 @@ def export(
     embeddings: str | None = None,
     scheme: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    card: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
 ) -> ExportReport:
     """Writes `out_dir`, loads it in a fresh process, compares logits, and says what was done.
@@ -82,7 +83,9 @@ def export(
         scheme: rounds a model that was not trained quantized, by the name that servers have for it, e.g. "FP8_DYNAMIC",
             "NVFP4A16", "MXFP4", "W4A16": any whose inputs need no observed ranges ("fp8" means "FP8_DYNAMIC").
         shard_bytes: largest weight file, and about what the writing process holds beside the largest layer.
-
+        card: fields of `huggingface_hub.ModelCardData` for the head of the folder's README.md: license, base_model,
+            datasets, ...; `eval_results` may be mappings, e.g. {"task_type": "text-classification", "dataset_type":
+            "glue", "dataset_name": "GLUE SST-2", "metric_type": "accuracy", "metric_value": 0.91}.
         trust_pickle: a checkpoint's pickles may hold more than data, which can run any code when it is read.
 
     Raises:
@@ -98,4 +101,5 @@ def export(
         check=check,
         overwrite=overwrite,
         shard_bytes=shard_bytes,
+        card=card,
     )

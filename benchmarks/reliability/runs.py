@@ -85,8 +85,8 @@ class Run:
 
     folder: of checkpoints. tag: None for a new one at every save. resumes: from what is there, if anything is.
     pause_s: after every step, so that a kill can meet a moment. prepare: called in the process with the engine, this
-    and the rank; plants a fault. goes_on: the script catches the error of a save that failed. asks_accuracy: in the end;
-    it takes longer than 12 steps.
+    and the rank; plants a fault. goes_on: the script catches the error of a save that failed. asks_accuracy: at the
+    end, which takes longer than 12 steps.
     """
 
     name: str

@@ -88,6 +88,10 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace OUT, if an export wrote it")
     ] = False,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON for the head of the model card: license, base_model, datasets, ..."),
+    ] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="read pickles of SOURCE that can run any code")
     ] = False,
@@ -98,6 +102,7 @@ def export(
         import torch
 
         from ds_compress.api import export as run
+        from ds_compress.export.model_card import read_fields
 
         report = run(
             source,
@@ -109,6 +114,7 @@ def export(
             embeddings=None if embeddings is None else embeddings.value,
             check=check,
             overwrite=overwrite,
+            card=None if card is None else read_fields(card),
             trust_pickle=trust_pickle,
         )
         printed.say(str(report))

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
-from ds_compress.export import kv_cache, ptq
+from ds_compress.export import kv_cache, model_card, ptq
 from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
 from ds_compress.export.expected import dtype_of, expected_of, is_quantized
@@ -70,6 +70,7 @@ def write_export(
     check: bool,
     overwrite: bool,
     shard_bytes: int,
+    card: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """`ds_compress.export` of what was loaded from its source; the arguments are those of that function."""
     out = Path(out_dir)
@@ -85,7 +86,7 @@ def write_export(
         failure = error
     try:
         source.broadcast_error(failure)
-        job = _Export(source, format, options, inputs, check)
+        job = _Export(source, format, options, inputs, check, out.name, card)
         job.write(unfinished.path if unfinished else out, shard_bytes, tokenizer, out)
         try:
             if unfinished is not None:
@@ -110,8 +111,10 @@ class _Export:
         options: Options,
         inputs: Mapping[str, torch.Tensor] | None,
         check: bool,
+        name: str,
+        card: Mapping[str, Any] | None,
     ) -> None:
-        self.source = source
+        self.source, self.name = source, name
         if has_adapters(source.model):
             raise ExportError(
                 "the model has adapters of PEFT beside its weights, which no format here can say: merge them first "
@@ -137,6 +140,7 @@ class _Export:
         self.rounded_inputs: list[str] = []
         self.fingerprints: dict[str, Fingerprint] = {}
         self.report = ExportReport("", name, _class_name(source.model), source.description)
+        self.card = model_card.card_data(card, name, self.report.model_class, self.name)
 
     def write(self, folder: Path, shard_bytes: int, tokenizer: Any, out: Path) -> None:
         source, report = self.source, self.report
@@ -289,6 +293,7 @@ class _Export:
                 )
             report.write(folder)
             seal(folder)
+        model_card.write_card(folder, report, self.card, self.name)
 
     def _likely_cause(self) -> str:
         """What the export did that not every model class takes."""
