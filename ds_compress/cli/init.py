@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ds_compress.cli.errors import one_line_errors
+from ds_compress.cli.output import AsJson, output
 from ds_compress.cli.questions import KINDS, Answers, ask, kind_of
 
 if TYPE_CHECKING:
@@ -59,29 +59,34 @@ def init(
     lists: Annotated[
         bool, typer.Option("--list", help="print the recipes, a line each, and write nothing")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Writes a DeepSpeed JSON from a recipe; without --recipe it asks for everything, at a terminal."""
-    with one_line_errors():
-        from ds_compress.config.recipes import newest
+    with output(as_json) as printed:
+        from ds_compress.config.recipes import find, newest
         from ds_compress.errors import ConfigError
 
         if lists:
             for each in newest().values():
-                typer.echo(f"{each.name:12} {each.use}")
+                printed.say(f"{each.name:12} {each.use}")
+            printed.done(out=None, recipes={each.label: each.use for each in newest().values()}, notes=[])
             return
         if out.exists() and not overwrite:
             raise ValueError(f"{out} exists: give another file by --out, or say --overwrite")
         known = Answers(recipe, model, hardware, processes, zero_stage, batch_size, steps)
         if recipe is None:
-            if not _is_at_a_terminal():
+            if as_json or not _is_at_a_terminal():
                 raise ValueError("which recipe? say --recipe NAME; ds_compress init --list has the names")
             known = ask(known, list(newest().values()))
+        known = known.with_defaults()
         try:
-            lines = _write(known.with_defaults(), _overrides(override or ()), trainer, out)
+            lines = _write(known, _overrides(override or ()), trainer, out)
         except ConfigError as error:
             raise ValueError("; ".join(map(_one_line, error.problems))) from None
         for line in lines:
-            typer.echo(line)
+            printed.say(line)
+        taken = find(known.recipe)
+        printed.done(out=str(out), recipes={taken.label: taken.use}, notes=lines)
 
 
 def _is_at_a_terminal() -> bool:

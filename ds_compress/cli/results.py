@@ -40,6 +40,11 @@ RESULTS: dict[str, dict[str, str]] = {
         "enabled_blocks": "names of blocks that do something",
         "notes": "what is worth a look, and what was not checked",
     },
+    "init": {
+        "out": "the file, or null with --list",
+        "recipes": "by name and version, when to take it: the one that was written, or with --list all",
+        "notes": "what is said of the file: where it loads, what it needs, how to train with it",
+    },
     "migrate": {
         "config": "the new JSON",
         "notes": "each with path, kind (changed, now, better) and text",

@@ -56,6 +56,17 @@ def test_the_structures_of_a_plan() -> None:
     assert planned["bytes"]["after"] < planned["bytes"]["before"]
 
 
+def test_init_and_its_list() -> None:
+    listed = result("init", "--list")
+    assert listed["out"] is None and len(listed["recipes"]) > 10
+    written = result("init", "--recipe", "w4a16", "--model", "decoder")
+    assert "scheme" in json.loads(Path(written["out"]).read_text())["compression_training"]
+    ((label, use),) = written["recipes"].items()
+    assert label.startswith("w4a16@") and listed["recipes"][label] == use
+    asked = CliRunner().invoke(app, ["init", "--json", "--out", "other.json"])
+    assert asked.exit_code == 2 and not asked.stdout and not Path("other.json").exists()
+
+
 def test_migrate_and_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     monkeypatch.delenv("DS_COMPRESS_KERNELS", raising=False)
