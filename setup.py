@@ -6,7 +6,7 @@ ahead of time, into the wheel, by
     DS_COMPRESS_BUILD_OPS=1 pip install .              (DS_COMPRESS_CUDA=1: with CUDA kernels)
 
 which uses the torch of the environment that pip belongs to, whether or not pip isolates the build. The kernels'
-microbenchmarks come along as `ds_compress.benchmarks`: `python -m ds_compress.benchmarks.mask_apply --quick`.
+microbenchmarks come along as `ds_compress.benchmarks`: `ds_compress bench mask_apply --quick`.
 """
 
 from __future__ import annotations

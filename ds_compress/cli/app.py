@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ds_compress.cli import checkpoints, secure, teachers
+from ds_compress.cli.bench import bench
 from ds_compress.cli.doctor import doctor
 from ds_compress.cli.examples import add
 from ds_compress.cli.init import init
@@ -158,3 +159,4 @@ def plan(
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")
 add(app, inspect, "ds_compress inspect small")
 add(app, plan, "ds_compress plan path/to/model ds_config.json")
+add(app, bench, "ds_compress bench int8_linear --quick")

@@ -45,6 +45,12 @@ RESULTS: dict[str, dict[str, str]] = {
         "recipes": "by name and version, when to take it: the one that was written, or with --list all",
         "notes": "what is said of the file: where it loads, what it needs, how to train with it",
     },
+    "bench": {
+        "benchmark": "the kernel, or null where they are listed",
+        "conditions": "time, commit, cpu, cores and versions",
+        "figures": "by shape and contender: figures, whose names end in their units",
+        "measures": "where they are listed, by kernel: what is measured",
+    },
     "migrate": {
         "config": "the new JSON",
         "notes": "each with path, kind (changed, now, better) and text",
