@@ -78,6 +78,9 @@ def of_report(
     restore(model, report.attributes)
     schemes = {name: module.get("scheme", {}) for name, module in report.modules.items()}
     serve(model, schemes, stored, fused, activations)
+    for method in ("save_pretrained", "push_to_hub"):
+        if hasattr(model, method):
+            vars(model)[method] = _refuse_to_save
     return model
 
 
@@ -119,6 +122,15 @@ def serve(
     if fused:
         fuse(model)
         use_served_attention(model)
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """In place of a served model's own methods: transformers finds its integers in no parameter, and would write a
+    folder without them."""
+    raise ExportError(
+        "this model serves an export, and the folder of that is its saved form: copy the folder, or upload it by "
+        "`hf upload` or huggingface_hub's upload_folder"
+    )
 
 
 class Stored:

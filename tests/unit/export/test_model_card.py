@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -108,6 +109,19 @@ def test_an_edited_card_is_no_damage(tmp_path: Path) -> None:
         file.write("\nTrained on reviews.\n")
     from_pretrained(folder)
     assert ExportReport.read(folder).format == "torch"
+
+
+def test_a_served_model_is_not_saved_without_its_weights(tmp_path: Path) -> None:
+    """transformers would write none of the integers, and say nothing."""
+    export(bert(), tmp_path / "small", "torch", check=False)
+    served = from_pretrained(tmp_path / "small")
+    for save in (served.save_pretrained, served.push_to_hub):
+        with pytest.raises(ExportError, match="upload_folder"):
+            save(str(tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+    copied = copy.deepcopy(served)
+    with pytest.raises(ExportError, match="upload_folder"):
+        copied.save_pretrained(tmp_path / "again")
 
 
 def test_many_notes_are_cut(tmp_path: Path) -> None:
