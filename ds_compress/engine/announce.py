@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ds_compress")
 
+_NUMBER = "<10.4g"
+"""As wide as any: rows are as wide in each run, whatever the numbers."""
 _CLOSE = 0.01
 """Of a planned number: units and masks are whole, so that a share is met up to rounding."""
 _MOST_NUMBERS = 12
@@ -126,10 +128,10 @@ def _reached(run: CompressionRun) -> Iterator[str]:
     yield f"after {run.applied_steps:,} steps{verdict}{size}"
     rows = []
     for name, value in expected.numbers.items():
-        got = f"{numbers[name]:.4g}" if name in numbers else "-"
+        got = f"{numbers[name]:{_NUMBER}}" if name in numbers else "-"
         rows.append((name, got, f"planned {value:.4g}"))
     others = {name: value for name, value in numbers.items() if name not in expected.numbers}
-    rows += [(name, f"{value:.4g}", "") for name, value in [*others.items()][:_MOST_NUMBERS]]
+    rows += [(name, f"{value:{_NUMBER}}", "") for name, value in [*others.items()][:_MOST_NUMBERS]]
     yield from _columns(rows)
     if len(others) > _MOST_NUMBERS:
         yield f"  and {len(others) - _MOST_NUMBERS} more in engine.compression.metrics()"
