@@ -15,6 +15,7 @@ from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.config.schema.source import block_of
 from ds_compress.engine.export_source import load_source
+from ds_compress.engine.run_end import remember_export
 from ds_compress.export import compatibility
 from ds_compress.export.format import Options
 from ds_compress.export.report import ExportReport
@@ -91,7 +92,7 @@ def export(
     Raises:
         ExportError: with a reason that names the module; `out_dir` is then as it was before.
     """
-    return write_export(
+    report = write_export(
         load_source(source, model, trust_pickle),
         out_dir,
         format,
@@ -103,3 +104,5 @@ def export(
         shard_bytes=shard_bytes,
         card=card,
     )
+    remember_export(source, report.folder)
+    return report

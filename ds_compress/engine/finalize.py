@@ -19,7 +19,7 @@ from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.registry import run_of
 from ds_compress.engine.resize.cut import cut_in_place
-from ds_compress.engine.run_end import warn_if_unfinished
+from ds_compress.engine.run_end import say_end
 from ds_compress.select.gumbel import GumbelNoise, commitments
 from ds_compress.select.scores import SCORES
 from ds_compress.select.units import top_units, unit_sums
@@ -81,7 +81,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
     run, model = engine.compression, engine.module
     pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
     run.refresh_weights()
-    warn_if_unfinished(run)
+    say_end(run, "model")
     origin.remember_metrics(run.model, run.metrics())
     origin.remember_commitments(run.model, run.commitments)
     run.end()
@@ -95,7 +95,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
 
 def _finalize_loop(run: CompressionRun) -> nn.Module:
     pruning_plan, untouched = run.pruning_plan(), _is_untouched(run)
-    warn_if_unfinished(run)
+    say_end(run, "model")
     origin.remember_metrics(run.model, run.metrics())
     origin.remember_commitments(run.model, run.commitments)
     run.end()

@@ -15,6 +15,7 @@ from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.teacher import Teacher
 from ds_compress.engine.admission import refuse_learning_of_frozen
 from ds_compress.engine.checkpoint import origin
+from ds_compress.engine.outcome import Outcome
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.step.hooks import StepHooks
 from ds_compress.engine.step.loop import LoopHooks
@@ -44,6 +45,7 @@ class CompressionRun:
         at_release: what is called once when the run is over, or goes on in another one.
         kernels: a block of code in which ops run as the JSON's `kernels` says; entered around the engine's steps.
         construction: how the engine was constructed, for those who do it again (`engine.construction`).
+        outcome: what it was started for, and where its results lie.
         uncut: the model before a shrink, for the way back (`engine.resize.grow`).
     """
 
@@ -73,7 +75,8 @@ class CompressionRun:
         self.construction: Any = None
         self.uncut: Any = None
         self.at_release: list[Callable[[], None]] = []
-        self.warned_unfinished_at = self.logged_result_at = -1
+        self.warned_unfinished_at = -1
+        self.outcome = Outcome()
         self._hooks: StepHooks | LoopHooks | None = None
         self._is_released = False
         self._at_start: dict[str, Any] = {}

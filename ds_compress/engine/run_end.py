@@ -1,4 +1,6 @@
-"""A run that ends before its schedules do says so: at start where its length is known, else where it is saved or ends.
+"""What a run says when it ends; one that ends before its schedules do says so where it is saved, too.
+
+Where the length of a run is known at start, a schedule that ends later is an error then.
 
 Known lengths: `total_num_steps` of DeepSpeed's schedulers, `total_steps` of torch's OneCycleLR, and a Trainer's
 `max_steps` (see `hf.callback`).
@@ -9,12 +11,17 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ds_compress.config.schema.run_length import refuse_unfinished, unfinished_line
+from ds_compress.engine.announce import announce_end
+from ds_compress.engine.outcome import Place
+from ds_compress.engine.registry import run_of
 
 if TYPE_CHECKING:
     from ds_compress.engine.run import CompressionRun
@@ -52,6 +59,22 @@ def warn_if_unfinished(run: CompressionRun) -> None:
         logger.warning("%s", line)
 
 
+def say_end(run: CompressionRun, source: str = "engine") -> None:
+    """What was reached, loud where it is less than the config says; `source`: see `announce_end`."""
+    warn_if_unfinished(run)
+    announce_end(run, source)
+
+
+def remember_export(source: Any, folder: str) -> None:
+    """`folder` is an export of `source`: of an engine, a Trainer or a model that is in training, see `export`."""
+    engine = getattr(source, "deepspeed", None) or source
+    run = getattr(engine, "compression", None)
+    if run is None and isinstance(source, nn.Module):
+        run = run_of(source)
+    if run is not None:
+        run.outcome.place = Place(folder, run.applied_steps, is_export=True)
+
+
 def warn_if_alone(processes: int | None = None) -> None:
     """A launcher started several processes, and this one believes that it trains by itself.
 
@@ -73,7 +96,10 @@ def warn_if_alone(processes: int | None = None) -> None:
 
 def _prepend(engine: Any, name: str, run: CompressionRun) -> None:
     def prepended(*args: Any, **kwargs: Any) -> Any:
-        warn_if_unfinished(run)
+        if name == _SAVES:
+            warn_if_unfinished(run)
+        elif run.is_running:
+            say_end(run)
         if name == _SAVES and run.is_running:
             # DeepSpeed has every process call it, and writes what forward reads.
             run.refresh_weights()
@@ -84,6 +110,12 @@ def _prepend(engine: Any, name: str, run: CompressionRun) -> None:
 
 @atexit.register
 def _at_exit() -> None:
+    # What was reached when an exception ended the training is no result to go on with.
+    crashed = getattr(sys, "last_value", None) is not None
     for run in list(_running):
-        if run.is_running:
+        if not run.is_running:
+            continue
+        if crashed:
             warn_if_unfinished(run)
+        else:
+            say_end(run)

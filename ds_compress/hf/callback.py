@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,9 +9,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from ds_compress.config.schema.run_length import refuse_unfinished
 from ds_compress.engine.registry import run_of
-from ds_compress.engine.run_end import warn_if_alone, warn_if_unfinished
-
-logger = logging.getLogger("ds_compress")
+from ds_compress.engine.run_end import say_end, warn_if_alone
 
 PREFIX = "compression"
 
@@ -78,14 +75,6 @@ class CompressionCallback(TrainerCallback):
         run = run_of(kwargs["model"])
         if run is None or run.engine is None:
             return
-        warn_if_unfinished(run)
         # Here, where every process comes by, and not in save_model, which a script may call in one of them.
         run.refresh_weights()
-        if run.logged_result_at != run.applied_steps:
-            run.logged_result_at = run.applied_steps
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in run.metrics().items())
-            logger.info(
-                "after %s steps: %s. Write the compressed model with ds_compress.export(trainer, folder)",
-                f"{run.applied_steps:,}",
-                numbers or "no numbers",
-            )
+        say_end(run, "trainer")

@@ -78,8 +78,17 @@ def test_a_script_that_nobody_may_edit(folder: Path) -> None:
     output = folder / "unedited"
     script = _HERE / "user_script.py"
     assert "import ds_compress" not in script.read_text()
-    launch("--module", "ds_compress.run", str(script), "--deepspeed_config", config, "--model",
-           str(folder / "teacher"), "--output", str(output))  # fmt: skip
+    said = launch("--module", "ds_compress.run", str(script), "--deepspeed_config", config, "--model",
+                  str(folder / "teacher"), "--output", str(output))  # fmt: skip
+    # One of the two processes tells of the start and of the end, nobody having asked.
+    for once in (
+        "ds_compress: BertForSequenceClassification with ",
+        "ds_compress:   sparse_pruning  ",
+        "ds_compress: after 6 steps, all as planned: ",
+        "ds_compress:   sparse_pruning/sparsity ",
+        f"ds_compress: saved in {output}/global_step6; next: ds_compress export {output}/global_step6 ",
+    ):
+        assert said.count(once) == 1, (once, said)
     report = json.loads((output / "report.json").read_text())
     assert (report["script"], report["module"]) == (str(script), "__main__")
     assert report["world_size"] == 2

@@ -21,7 +21,7 @@ from ds_compress.config.schema.fields import (
     StrictModel,
 )
 from ds_compress.config.schema.formats import INTEGERS, SQUARE, FormatParams, described
-from ds_compress.config.targets import Target
+from ds_compress.config.targets import Target, TechniquePlan
 from ds_compress.errors import Problem
 
 Granularity = Literal["per_token", "per_tensor", "per_token_group"]
@@ -221,6 +221,9 @@ class ActivationQuantizationConfig(WeightBlock):
             return f"{calibrations} scales"
         ranges = f"{calibrations} ranges {shared.effective_granularity}"
         return ", ".join([shared.quantization_type, grid, ranges])
+
+    def planned(self, plan: TechniquePlan) -> dict[str, float]:
+        return {"mean_bits": sum(t.params.final_bits for t in plan.targets) / max(1, len(plan.targets))}
 
     def describe_target(self, target: Target) -> str:
         what = described(target.params, f"{target.params.final_bits} bits")

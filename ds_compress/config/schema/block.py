@@ -134,6 +134,24 @@ class Block(StrictModel):
         """The ends of all schedules that change what is left of the model, or what is sent."""
         yield from ()
 
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps that are applied before it changes anything."""
+        return int(getattr(self.settings, "schedule_offset", 0))
+
+    @property
+    def when(self) -> str:
+        """From which step, and until which where it goes on to change; in the words of `steps`."""
+        last = max((end.step for end in self.schedule_ends()), default=self.first_step)
+        return steps(self.first_step, last)
+
+    def planned(self, plan: Any) -> dict[str, float]:
+        """Those of the technique's `metrics` whose value at the end of all schedules is known, and that value.
+
+        plan: what it claims, as in `describe`.
+        """
+        return {}
+
     def conflicts_beside(self, enabled: Mapping[str, Block]) -> Iterator[Conflict]:
         """What is wrong with it beside the other enabled blocks; `where` begins with the name of a block."""
         yield from ()

@@ -69,6 +69,10 @@ class QuantizedTransport(Block):
     def schedule_ends(self) -> Iterator[ScheduleEnd]:
         yield ScheduleEnd(("warmup_steps",), self.warmup_steps, self.warmup_steps + 1)
 
+    @property
+    def when(self) -> str:
+        return steps(self.warmup_steps)
+
     def _facts(self) -> Iterator[str]:
         yield f"{self.bits} bits in blocks of {self.effective_block_size}"
         if self.warmup_steps:

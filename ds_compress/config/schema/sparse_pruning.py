@@ -267,6 +267,11 @@ class SparsePruningConfig(WeightBlock):
             facts.append(shared.randomize.describe())
         return ", ".join(facts)
 
+    def planned(self, plan: TechniquePlan) -> dict[str, float]:
+        sizes = [(math.prod(t.shape), t.params.dense_ratio) for t in plan.targets]
+        kept = sum(exact_ceil(ratio, numel) for numel, ratio in sizes)
+        return {"sparsity": 1 - kept / max(1, sum(numel for numel, _ in sizes))}
+
     def describe_target(self, target: Target) -> str:
         shared = self.shared_parameters
         when = steps(shared.schedule_offset, shared.schedule_offset_end)

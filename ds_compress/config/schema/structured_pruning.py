@@ -249,6 +249,10 @@ class StructuredPruningConfig(GroupedBlock):
         count = 0 if plan is None else len(plan.targets)
         return f"{plural(count, 'structure')}: {', '.join(facts)}"
 
+    def planned(self, plan: StructurePlan) -> dict[str, float]:
+        kept = sum(units_left(t.structure, t.dense_ratio, plan.shared) for t in plan.targets)
+        return {"density": kept / max(1, sum(t.structure.units for t in plan.targets))}
+
     def describe_target(self, target: StructureTarget) -> str:
         """The cell of a plan's table, e.g. "768 of 1,536 rows"."""
         experts = target.structure.parts if self.kind is GroupKind.ROW else 1

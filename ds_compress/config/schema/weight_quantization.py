@@ -141,6 +141,10 @@ class WeightQuantizationConfig(WeightBlock):
             facts.append(f"faded in by {shared.fp16_mixed_quantize.quantize_change_ratio:g} per step")
         return ", ".join(facts)
 
+    def planned(self, plan: TechniquePlan) -> dict[str, float]:
+        sizes = [(math.prod(t.shape), t.params.final_bits) for t in plan.targets]
+        return {"mean_bits": sum(n * bits for n, bits in sizes) / max(1, sum(n for n, _ in sizes))}
+
     def describe_target(self, target: Target) -> str:
         params, shared = target.params, self.shared_parameters
         first = f"{params.start_bits} -> " if params.first_bits != params.final_bits else ""

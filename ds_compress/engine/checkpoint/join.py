@@ -19,6 +19,7 @@ from ds_compress.engine.checkpoint import (
     universal_load,
 )
 from ds_compress.engine.checkpoint.processes import Processes
+from ds_compress.engine.outcome import Place
 from ds_compress.engine.resize import grow, shrink
 from ds_compress.engine.run import CompressionRun
 from ds_compress.engine.run_end import warn_if_unfinished
@@ -46,6 +47,7 @@ def join_checkpoints(engine: Any, run: CompressionRun) -> None:
             exclude_frozen_parameters=exclude_frozen_parameters,
         )
         transaction.save(engine, run, original, Path(save_dir), tag, save_latest)
+        run.outcome.place = Place(str(Path(save_dir) / tag), run.applied_steps)
         return True
 
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -76,6 +78,7 @@ def join_checkpoints(engine: Any, run: CompressionRun) -> None:
             universal_load.complete(engine, root / tag, moments)
         if path is not None and not kwargs.get("load_module_only", False):
             state.load(root / tag / tags.FOLDER, run)
+            run.outcome.read(Place(str(root / tag), run.applied_steps), is_start=before == 0)
             if run.applied_steps < before:
                 warn_if_unfinished(run)
         return path, client_state

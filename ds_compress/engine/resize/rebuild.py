@@ -63,6 +63,7 @@ def rebuild_full(run: CompressionRun, engine: Any, uncut: Uncut) -> CompressionR
 
 
 def _follow(successor: CompressionRun, run: CompressionRun) -> None:
+    successor.outcome = run.outcome
     for name, technique in successor.techniques.items():
         if name in run.techniques and technique is not run.techniques[name]:
             technique.follow(run.techniques[name])

@@ -95,8 +95,7 @@ class StepHooks:
                 self.mask_frozen_weights()
             for technique in self.techniques:
                 technique.after_step(self.applied_steps)
-            if monitoring.is_due(self.engine):
-                monitoring.write(self.engine, self.engine.compression.metrics())
+            monitoring.tell(self.engine, self.applied_steps)
         else:
             self._frozen_due = False
             for technique in self.techniques:

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ds_compress
+from ds_compress.engine.announce import announce_end
 from ds_compress.engine.registry import keep
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, pruning_block
@@ -44,10 +45,9 @@ def arguments(folder: Path, block: dict[str, Any] | None, stage: int = 2, **extr
         deepspeed=config,
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
         disable_tqdm=True,
         learning_rate=1e-3,
-        **settings,
+        **{"save_strategy": "no"} | settings,
     )
 
 
@@ -116,8 +116,32 @@ def test_the_callback_joins_by_itself_before_those_of_report_to(
     assert [entry[key] for entry in seen.logs if "loss" in entry] == expected
     lines = [record.getMessage() for record in caplog.records if record.name == "ds_compress"]
     assert any(line.startswith("BertForSequenceClassification with ") for line in lines)
-    (result,) = [line for line in lines if line.startswith("after 4 steps")]
-    assert "sparse_pruning/sparsity 0.75" in result and "ds_compress.export(" in result
+    assert [line for line in lines if line.startswith("after 4 steps, all as planned: ")]
+    (result,) = [line for line in lines if line.startswith("  sparse_pruning/sparsity ")]
+    assert result.split() == ["sparse_pruning/sparsity", "0.75", "planned", "0.75"]
+    assert lines[-1].startswith("no checkpoint was saved") and "ds_compress.export(trainer, " in lines[-1]
+
+
+def test_the_end_names_the_last_checkpoint_and_an_export_that_follows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(
+        model=tiny_bert(),
+        args=arguments(tmp_path / "out", pruning_block(density=0.25), save_strategy="steps", save_steps=2),
+        train_dataset=data(),
+    )
+    with caplog.at_level("INFO", "ds_compress"):
+        trainer.train()
+        saved = tmp_path / "out" / "checkpoint-4" / "global_step4"
+        assert saved.is_dir()
+        assert caplog.messages[-1] == f"saved in {saved}; next: ds_compress export {saved} compressed"
+        ds_compress.export(trainer, tmp_path / "small", check=False)
+        announce_end(trainer.deepspeed.compression)
+    assert (
+        caplog.messages[-1]
+        == f"exported to {tmp_path / 'small'}; next: ds_compress inspect {tmp_path / 'small'}"
+    )
+    assert len([line for line in caplog.messages if line.startswith("after ")]) == 1
 
 
 def test_numbers_survive_a_shrink(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def test_metrics_are_written_to_the_monitor_at_print_steps(
         monkeypatch.setattr(engine.compression, "metrics", counted)
         train(engine, batches(5))
         expected = metrics()
-    # A number may cost a wait for the device: nothing is asked for between the prints.
-    assert asked == [2, 4]
+        # A number may cost a wait for the device: nothing is asked for between the prints.
+        assert asked == [2, 4]
     sparsity = logged(tmp_path, "Compress/sparse_pruning/sparsity")
     assert sparsity == [(8, 0.0), (16, pytest.approx(0.75, abs=1e-3))]
     assert [value for _, value in logged(tmp_path, "Compress/weight_quantization/mean_bits")] == [8.0, 8.0]
@@ -49,10 +49,37 @@ def test_metrics_are_written_to_the_monitor_at_print_steps(
         assert len(logged(tmp_path, f"Compress/{name}")) == 2
 
 
-def test_without_a_monitor_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_monitor_nothing_is_asked_in_quiet(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", "ds_compress")
     with engine_of(tiny_bert(), ds_config(0, pruning_block()) | {"steps_per_print": 1}) as engine:
         monkeypatch.setattr(engine.compression, "metrics", lambda: pytest.fail("asked"))
         train(engine, batches(2))
+
+
+@pytest.mark.parametrize(
+    ("steps_per_print", "expected"), [(2, ["step 2", "step 4"]), (None, []), (float("inf"), []), (10, [])]
+)
+def test_the_log_has_a_line_where_deepspeed_prints_its_own(
+    steps_per_print: Any, expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    block = pruning_block(density=0.25, schedule_offset=3) | quantization_block()
+    config = ds_config(0, block) | {"steps_per_print": steps_per_print}
+    if steps_per_print is None:
+        del config["steps_per_print"]
+    with caplog.at_level("INFO", "ds_compress"), engine_of(tiny_bert(), config) as engine:
+        train(engine, batches(5))
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == expected
+    if expected:
+        assert "sparse_pruning/sparsity 0," in lines[0] and "sparse_pruning/sparsity 0.75," in lines[1]
+        assert "weight_quantization/mean_bits 8" in lines[0]
+
+
+def test_a_line_is_short_with_a_thousand_workers() -> None:
+    line = monitoring.in_short({f"robust_reduction/worker_{n}_norm": float(n) for n in range(1000)})
+    assert line.endswith("worker_11_norm 11 and 988 more in engine.compression.metrics()")
 
 
 @pytest.mark.parametrize(("steps_per_print", "interval"), [(7, 7), (None, 10), (float("inf"), 10), (0.5, 1)])
