@@ -14,6 +14,7 @@ from ds_compress.cli.examples import add
 from ds_compress.cli.init import init
 from ds_compress.cli.migrate import migrate
 from ds_compress.cli.output import AsJson, output
+from ds_compress.cli.report import report as report_command
 from ds_compress.cli.schema import schema
 from ds_compress.cli.validate import validate
 
@@ -152,3 +153,4 @@ def plan(
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")
 add(app, inspect, "ds_compress inspect small")
 add(app, plan, "ds_compress plan path/to/model ds_config.json")
+add(app, report_command, "ds_compress report checkpoints small --out report.html")
