@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 400, 220
 """Units of the SVG, in which letters are 12 high: readable at the width of a phone."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 34
 _LARGEST = 1.7e308
+_LABEL = 26
+"""Letters beside a dot, which fit into half of the picture."""
 PLANNED = "planned_"
 MOST = 48
 """Charts of one run."""
@@ -74,7 +76,7 @@ def scatter(title: str, x_name: str, points: Sequence[tuple[float, float, str]])
     chart = Chart(title, x_name, x.ticks(), y.ticks())
     for px, py, label in points:
         at = x.at(px)
-        chart.dots.append(Dot(at, y.at(py), label, "end" if at > WIDTH / 2 else "start"))
+        chart.dots.append(Dot(at, y.at(py), _short(label), "end" if at > WIDTH / 2 else "start"))
     return chart
 
 
@@ -120,6 +122,10 @@ def _line(
             pieces.append([])
     segments = tuple(" ".join(f"{px:g},{py:g}" for px, py in piece) for piece in pieces if len(piece) > 1)
     return Line(label, segments, tuple(piece[0] for piece in pieces if len(piece) == 1), is_planned)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LABEL else f"{label[: _LABEL - 3]}..."
 
 
 def _wider(values: Sequence[float]) -> list[float]:

@@ -260,7 +260,9 @@ def test_any_numbers_have_an_axis(values: list[float]) -> None:
     history = {"steps": list(range(1, len(values) + 1)), "numbers": {"x": values}, "stride": 1, "left_out": 0}
     (chart,), _ = charts_of(history)
     assert 1 <= len(chart.y_ticks) <= 7 and all(0 <= at <= chart.height for at, _ in chart.y_ticks)
-    assert scatter("t", "x", [(v, v, "r") for v in values]) is None or len(values) > 1
+    dots = scatter("t", "x", [(v, v, "a very long name of a run, and of its date") for v in values])
+    assert (dots is None) == (len(values) < 2)
+    assert dots is None or all(len(dot.label) < 30 and 0 < dot.y < dots.height for dot in dots.dots)
 
 
 def test_numbers_as_a_person_reads_them() -> None:
