@@ -15,6 +15,7 @@ from ds_compress.cli.examples import add
 from ds_compress.cli.init import init
 from ds_compress.cli.migrate import migrate
 from ds_compress.cli.output import AsJson, output
+from ds_compress.cli.report import report as report_command
 from ds_compress.cli.schema import schema
 from ds_compress.cli.validate import validate
 
@@ -160,3 +161,4 @@ add(app, export, "ds_compress export checkpoints/global_step500 small --format t
 add(app, inspect, "ds_compress inspect small")
 add(app, plan, "ds_compress plan path/to/model ds_config.json")
 add(app, bench, "ds_compress bench int8_linear --quick")
+add(app, report_command, "ds_compress report checkpoints small --out report.html")

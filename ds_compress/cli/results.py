@@ -83,6 +83,16 @@ RESULTS: dict[str, dict[str, str]] = {
     "decrypt": _OUT,
     "export": _REPORT,
     "inspect": _REPORT,
+    "report": {
+        "html": "the page",
+        "json": "file of the data",
+        "runs": (
+            "of each run, null or empty where nobody knows: name, run, checkpoint, export, model_class, recipe, "
+            "config, steps, processes, zero_stage, kernels, blocks, schedules, history (stride, steps, numbers), "
+            "token_shares, flagged_workers, judged_steps, format, bytes, dense_bytes, ratio, parameters, sparsity, "
+            "layers with their modules, kept_units, metrics, commitments, check, notes, versions, accuracy, latency_ms"
+        ),
+    },
     "plan": {
         "model": "the folder",
         "config": "the file",

@@ -66,6 +66,7 @@ def attach(run: CompressionRun, engine: Any) -> None:
         for technique in run.techniques.values():
             technique.attach_engine(training)
     _use_kernels(engine, run)
+    run.loss.watch(engine, run.patches)
     run_end.watch(engine, run)
     raw_reads.watch(engine, run.patches)
     join_checkpoints(engine, run)

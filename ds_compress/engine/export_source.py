@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_compress.engine import record
 from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.checkpoint.processes import Processes
@@ -59,6 +60,7 @@ def _of_model(model: nn.Module) -> ExportSource:
     trained.parameters = origin.began_with(model)
     trained.metrics = origin.last_metrics(model) if run is None else run.metrics()
     trained.commitments = origin.last_commitments(model) if run is None else run.commitments
+    trained.run_record = origin.last_record(model) if run is None else record.of(run)
     if run is not None and run.prunable_groups:
         pruning_plan = run.pruning_plan()
         trained.pruning_plan = pruning_plan if pruning_plan.active() else None
@@ -94,6 +96,7 @@ def _of_engine(engine: Any) -> ExportSource:
         parameters=origin.began_with(engine.module),
         metrics={} if run is None else run.metrics(),
         commitments={} if run is None else run.commitments,
+        run_record=None if run is None else record.of(run),
         share=_share,
         description=f"engine on ZeRO stage {engine.zero_optimization_stage()}",
     )

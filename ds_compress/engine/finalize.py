@@ -15,6 +15,7 @@ from ds_compress.config.resolve.resolver import resolve
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
 from ds_compress.config.schema.source import block_of
 from ds_compress.config.structure_targets import StructurePlan, StructureTarget, units_left
+from ds_compress.engine import record
 from ds_compress.engine.admission import require_full_layers
 from ds_compress.engine.checkpoint import origin
 from ds_compress.engine.registry import run_of
@@ -84,6 +85,7 @@ def _finalize_engine(engine: Any) -> nn.Module:
     say_end(run, "model")
     origin.remember_metrics(run.model, run.metrics())
     origin.remember_commitments(run.model, run.commitments)
+    origin.remember_record(run.model, record.of(run))
     run.end()
     cut_in_place(engine, pruning_plan)
     _keep_experts(run, pruning_plan)
@@ -98,6 +100,7 @@ def _finalize_loop(run: CompressionRun) -> nn.Module:
     say_end(run, "model")
     origin.remember_metrics(run.model, run.metrics())
     origin.remember_commitments(run.model, run.commitments)
+    origin.remember_record(run.model, record.of(run))
     run.end()
     if untouched:
         return _finalize_model(run.model, _of_weights(run), run.secret_seeds)

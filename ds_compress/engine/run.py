@@ -15,6 +15,7 @@ from ds_compress.config.schema.compression_training import CompressionConfig
 from ds_compress.distill.teacher import Teacher
 from ds_compress.engine.admission import refuse_learning_of_frozen
 from ds_compress.engine.checkpoint import origin
+from ds_compress.engine.history import History, LastLoss
 from ds_compress.engine.outcome import Outcome
 from ds_compress.engine.patches import Patches
 from ds_compress.engine.step.hooks import StepHooks
@@ -47,6 +48,7 @@ class CompressionRun:
         construction: how the engine was constructed, for those who do it again (`engine.construction`).
         outcome: what it was started for, and where its results lie.
         uncut: the model before a shrink, for the way back (`engine.resize.grow`).
+        history, loss: the numbers of the steps so far, in process 0, and the last loss of this process.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CompressionRun:
         self.construction: Any = None
         self.uncut: Any = None
         self.at_release: list[Callable[[], None]] = []
+        self.history, self.loss = History(), LastLoss()
         self.warned_unfinished_at = -1
         self.outcome = Outcome()
         self._hooks: StepHooks | LoopHooks | None = None
@@ -134,7 +137,10 @@ class CompressionRun:
     def end_step(self) -> None:
         """In a loop without an engine: the optimizer has stepped. With one, which counts by itself, nothing."""
         if isinstance(self._hooks, LoopHooks) and self.engine is None:
+            before = self.applied_steps
             self._hooks.end_step()
+            if self.applied_steps > before:
+                self.note_step()
 
     def detach(self) -> None:
         """Takes every hook and class swap away, once; masked weights stay zero, parameters stay the same objects."""
@@ -240,6 +246,23 @@ class CompressionRun:
         }
         return {**self.ended_metrics, **numbers}
 
+    def note_step(self) -> None:
+        """Keeps the numbers of the step that was just applied, where its turn has come; waits for nothing."""
+        step = self.applied_steps
+        if self.history.is_due(step):
+            self.history.add(step, self._numbers(step))
+
+    def recorded_history(self) -> dict[str, Any]:
+        """The history up to now, as `History.as_data` gives it; waits for the device."""
+        step = self.applied_steps
+        return self.history.as_data(step, self._numbers(step)) if step else self.history.as_data()
+
+    def _numbers(self, step: int) -> dict[str, float | torch.Tensor]:
+        numbers: dict[str, float | torch.Tensor] = dict(self.ended_metrics)
+        for name, technique in self.techniques.items():
+            numbers |= {f"{name}/{key}": value for key, value in technique.history(step).items()}
+        return numbers if self.loss.value is None else {**numbers, "training/loss": self.loss.value}
+
     @property
     def secret_seeds(self) -> dict[str, str]:
         """{technique: secret seed of its random choice}, for checkpoints only."""
@@ -281,6 +304,7 @@ class CompressionRun:
 
     def begin_anew(self) -> None:
         """As when it was connected: nothing is masked, scored or counted. For weights that come without our state."""
+        self.history.clear()
         self.load_state_dict({"applied_steps": 0, "stages": copy.deepcopy(self._at_start)})
         for technique in self.techniques.values():
             technique.load_fragment_state({})

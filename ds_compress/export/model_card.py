@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ds_compress.errors import ExportError
-from ds_compress.export.report import ExportReport, scheme_words
+from ds_compress.export.report import ExportReport, stored_as
 
 FILE_NAME = "README.md"
 """Not in the manifest of an export: whoever publishes a model edits its card."""
@@ -116,7 +116,7 @@ def _facts(report: ExportReport) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{report.parameters:,}, of which {report.sparsity:.1%} are zero"
     kinds = Counter[str]()
     for module in report.modules.values():
-        kinds[scheme_words(module)] += module.get("parameters", 0)
+        kinds[stored_as(module)] += module.get("parameters", 0)
     yield "stored as", ", ".join(f"{words} ({count:,} parameters)" for words, count in kinds.most_common())
     if report.steps is not None:
         yield "optimizer steps", f"{report.steps:,}"

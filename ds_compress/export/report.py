@@ -141,7 +141,7 @@ class ExportReport:
         for name, module in self.modules.items():
             table.add(
                 name,
-                scheme_words(module),
+                stored_as(module),
                 f"{module.get('parameters', 0):,}",
                 f"{module.get('sparsity', 0):.1%}",
                 f"{module.get('bytes', 0):,}",
@@ -166,8 +166,8 @@ class ExportReport:
         yield "versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())
 
 
-def scheme_words(module: dict[str, Any]) -> str:
-    """How an entry of `modules` is stored, e.g. "int8, inputs int8 dynamic"."""
+def stored_as(module: dict[str, Any]) -> str:
+    """In words, of an entry of `modules`: "int8, inputs int8 dynamic"; "float" where nothing is quantized."""
     stored = module.get("scheme", {})
     weight = stored.get("weight") or stored.get("weights")
     inputs = stored.get("input") or stored.get("input_activations")

@@ -35,8 +35,8 @@ class ExportSource:
     error of the writing one. changed: a context in which parameters have other values, by name. steps: applied
     optimizer steps, if known. export_to: the format that the block names. parameters: of the model at the start of
     training, if known. metrics: the last numbers of the techniques. commitments: hashes of
-    their secret seeds. tokenizer: that of a Trainer. share: broadcasts an
-    object of the writing process. description: what the source is, for the report.
+    their secret seeds. run_record: what the training was (`engine.record`), if known. tokenizer: that of a Trainer.
+    share: broadcasts an object of the writing process. description: what the source is, for the report.
     """
 
     model: nn.Module
@@ -52,6 +52,7 @@ class ExportSource:
     parameters: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     commitments: dict[str, str] = field(default_factory=dict)
+    run_record: dict[str, Any] | None = None
     tokenizer: Any = None
     share: Callable[[Any], Any] = _itself
     description: str = "model"

@@ -14,7 +14,7 @@ from torch import nn
 
 from ds_compress.errors import ExportError
 from ds_compress.export import check as checking
-from ds_compress.export import kv_cache, model_card, ptq
+from ds_compress.export import kv_cache, model_card, ptq, run_record
 from ds_compress.export.attributes import attribute_overrides, built_from_config
 from ds_compress.export.compressed_tensors.format import CompressedTensorsFormat
 from ds_compress.export.expected import dtype_of, expected_of, is_quantized
@@ -275,6 +275,8 @@ class _Export:
         if self.source.config is not None and self.format.name == "torch":
             report.attributes = attribute_overrides(self.final, self.final.config)
         report.versions = versions()
+        if self.source.run_record is not None:
+            run_record.write(folder, self.source.run_record)
         report.write(folder)
         seal(folder)
         if expected is not None:

@@ -99,6 +99,14 @@ def kernels() -> Any:
     return _default if _default is not None else prefer(Preference.AUTO)
 
 
+def in_use() -> Preference | None:
+    """Native or reference: what the next op would run on; None where nothing was chosen or loaded so far."""
+    ops = _in_block if _in_block is not None else _default
+    if ops is None:
+        return None
+    return Preference.NATIVE if ops is _native else Preference.REFERENCE
+
+
 def prefer(preference: Preference) -> Any:
     """Makes `preference` the default of this process, unless the environment says otherwise; returns its ops.
 

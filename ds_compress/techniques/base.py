@@ -241,3 +241,14 @@ class Technique:
     def metrics(self) -> dict[str, float]:
         """Numbers for the log and the monitor, at any time. No collectives: process 0 may be the only one to ask."""
         return {}
+
+    def history(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        """As `metrics`, after `step` applied steps, to be kept for a report: nothing here waits for a device.
+
+        Numbers that lie on one stay tensors of one number. `planned_<name>`: what the schedule asks of <name> then.
+        """
+        return self.metrics()
+
+    def report_details(self) -> dict[str, Any]:
+        """What a report shows beside numbers, as JSON values; asked for when a checkpoint or an export is written."""
+        return {}

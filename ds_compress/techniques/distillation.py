@@ -333,6 +333,9 @@ class Distillation(Technique):
         """The last value of each loss, unweighted."""
         return {name: float(value) for name, value in self._last.items()}
 
+    def history(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        return self._last
+
 
 def _named(parameters: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the call by name, however they were passed."""

@@ -323,6 +323,19 @@ class ExpertPruning(StructuredPruning):
             numbers["tokens_of_removed"] = sum(self.lost.values()) / len(self.lost)
         return numbers
 
+    def history(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        # After the cut the units that the plan counts from are gone.
+        return self.metrics() if self._is_cut else super().history(step)
+
+    def report_details(self) -> dict[str, Any]:
+        """`token_shares`: by mixture, the share of the tokens of each expert that is left, since the last mask."""
+        shares = {}
+        for name, load in self.load.items():
+            tokens = load[1] if self._is_cut else load[1][self._kept(name)]
+            if float(tokens.sum()) > 0:
+                shares[name] = [round(share, 6) for share in (tokens / tokens.sum()).tolist()]
+        return {"token_shares": shares} if shares else {}
+
     def _kept(self, name: str) -> torch.Tensor:
         return self.kept.get(name, torch.arange(self.structures[name].units))
 

@@ -170,6 +170,13 @@ class GradientReduction(Technique):
     def metrics(self) -> dict[str, float]:
         return {key: value for half in self._halves for key, value in half.metrics().items()}
 
+    def history(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        numbers = {} if self.compression is None else self.compression.metrics()
+        return {**numbers, **({} if self.robust is None else self.robust.history(step))}
+
+    def report_details(self) -> dict[str, Any]:
+        return {} if self.robust is None else self.robust.report_details()
+
     # -- checkpoints -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -142,6 +142,16 @@ class RobustReduction:
             result[f"worker_{worker}_accused"] = float(worker in self.last_report.flagged)
         return result
 
+    def history(self, step: int) -> Mapping[str, float]:
+        """`flagged_workers`: how many of them the last step flagged; each one by itself would be thousands."""
+        return {} if self.last_report is None else {"flagged_workers": float(len(self.last_report.flagged))}
+
+    def report_details(self) -> dict[str, Any]:
+        """`flagged_workers`: {worker: steps in which it was flagged}, of `judged_steps` since this process began."""
+        counts = {str(worker): steps for worker, steps in sorted(self.flag_counts.counts.items())}
+        judged = self.flag_counts.steps
+        return {"flagged_workers": counts, "judged_steps": judged} if judged else {}
+
     def process_state(self) -> dict[str, Any]:
         return {"watch": self._detector.state()}
 

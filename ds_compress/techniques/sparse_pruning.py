@@ -362,6 +362,17 @@ class SparsePruning(MaskedTechnique):
         claimed = sum(math.prod(target.shape) for target in self.targets.values())
         return {"sparsity": sparsity, "model_sparsity": sparsity * claimed / self._model_numel}
 
+    def history(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        if any(grid.kept_per_group is not None for grid in self.grids.values()):
+            # N of M at once, whatever dense_ratio says.
+            total = sum(math.prod(target.shape) for target in self.targets.values())
+            is_on = step >= self.schedule.begin
+            kept: float = sum(grid.num_kept for grid in self.grids.values()) if is_on else total
+        else:
+            total = sum(grid.units for grid in self.grids.values())
+            kept = sum(self._density(name, step) * grid.units for name, grid in self.grids.items())
+        return {**self.metrics(), "planned_sparsity": 1.0 - kept / max(1, total)}
+
     def with_tensor_parallelism(self) -> Iterator[tuple[str, str, str, str]]:
         if self._method not in _METHODS_ON_SHARDS:
             reason = "its numbers are drawn by the position in the whole weight"

@@ -369,6 +369,14 @@ class StructuredPruning(MaskedTechnique):
         )
         return {"density": kept / units if units else 1.0}
 
+    def history(self, step: int) -> Mapping[str, float | torch.Tensor]:
+        units = {name: structure.units for name, structure in self.structures.items()}
+        planned = sum(
+            self.schedule.density(step, self.targets[name].dense_ratio) * count
+            for name, count in units.items()
+        )
+        return {**self.metrics(), "planned_density": planned / max(1, sum(units.values()))}
+
 
 def _matrix_of(member: CoupledSlice) -> str:
     """What a weight and its bias have in common: their module, or among fused experts the weight's name."""

@@ -25,6 +25,7 @@ QUANTIZERS = tuple(name for name, technique in TECHNIQUES.items() if technique.i
 _PARAMETERS = "_ds_compress_parameters"
 _METRICS = "_ds_compress_metrics"
 _COMMITMENTS = "_ds_compress_commitments"
+_RECORD = "_ds_compress_run_record"
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -67,6 +68,16 @@ def remember_commitments(model: nn.Module, commitments: Mapping[str, str]) -> No
 def last_commitments(model: nn.Module) -> dict[str, str]:
     """What `remember_commitments` was given; empty without."""
     return dict(vars(model).get(_COMMITMENTS, {}))
+
+
+def remember_record(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """What the training was, for the same export (`engine.record`)."""
+    model.__dict__[_RECORD] = dict(record)
+
+
+def last_record(model: nn.Module) -> dict[str, Any] | None:
+    """What `remember_record` was given; None without."""
+    return vars(model).get(_RECORD)
 
 
 def mark(model: nn.Module, blocks: Sequence[str]) -> None:

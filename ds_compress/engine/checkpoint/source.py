@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -13,11 +14,13 @@ from torch import nn
 
 from ds_compress.config import parse_config
 from ds_compress.config.resolve.resolver import resolve
+from ds_compress.engine import record
 from ds_compress.engine.checkpoint import model_file, origin, tags
 from ds_compress.engine.checkpoint import state as checkpoint_state
 from ds_compress.engine.checkpoint import weights as fp32
 from ds_compress.engine.checkpoint.tags import FOLDER
 from ds_compress.errors import CheckpointError, ExportError
+from ds_compress.export import run_record
 from ds_compress.export.source import ExportSource, of_module
 from ds_compress.modelinfo.kinds import STEP_SIZE_SUFFIX
 from ds_compress.select.gumbel import commitments
@@ -26,6 +29,8 @@ from ds_compress.structure.given_scales import given_scales
 from ds_compress.structure.pruning_plan import PruningPlan
 from ds_compress.techniques import TECHNIQUES
 from ds_compress.techniques.base import TechniqueContext
+
+logger = logging.getLogger("ds_compress")
 
 
 def from_checkpoint(
@@ -75,9 +80,18 @@ def from_checkpoint(
     source.parameters = origin.began_with(built)
     source.steps = None if state is None else state["applied_steps"]
     source.commitments = commitments({} if state is None else state.get("secret_seeds", {}))
+    source.run_record = _record(folder)
     source.export_to = None if saved is None else saved["compression_training"].get("export_to")
     source.description = f"checkpoint {folder.name}"
     return source
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return run_record.read(folder / FOLDER / record.FILE_NAME)
+    except ValueError as error:
+        logger.warning("ds_compress: the export has no record of its training: %s", error)
+        return None
 
 
 def _of_transformers(folder: Path) -> ExportSource:

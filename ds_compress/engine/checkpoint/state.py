@@ -3,6 +3,7 @@
     <save_dir>/<tag>/ds_compress/fragments_00000.safetensors    one per process: masks (1 bit), scores, latent weights
     <save_dir>/<tag>/ds_compress/process_00000.safetensors      what only that process has: error feedback
     <save_dir>/<tag>/ds_compress/model.json                     class, config and block: see `model_file`
+    <save_dir>/<tag>/ds_compress/run.json                       history and facts of the run: see `engine.record`
     <save_dir>/<tag>/ds_compress/state.safetensors              counters, bits, ranges; lists the files
 
 Every tensor is stored with the parameter it belongs to and the element it starts at, so a run with another
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from ds_compress.engine import record
 from ds_compress.engine.checkpoint import model_file, plain_state
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.errors import CheckpointError
@@ -57,6 +59,8 @@ def save(
     own = {name: state for name, technique in run.techniques.items() if (state := technique.process_state())}
     if own:
         attempt(lambda: plain_state.write(folder / _process_file(processes.rank), own))
+    if processes.rank == 0:
+        attempt(lambda: record.write(folder, run))
     if processes.leads:
         state = {
             "format": _FORMAT,
@@ -85,6 +89,8 @@ def load(folder: Path, run: CompressionRun) -> None:
     run.load_state_dict(state)
     for name, technique in run.techniques.items():
         technique.load_fragment_state(stored.of_technique(name, run))
+    if Processes.of().rank == 0:
+        record.restore(folder, run)
     run.mask_frozen_weights()
     _load_process_state(folder, state["world_size"], run)
 

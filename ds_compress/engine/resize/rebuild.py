@@ -27,7 +27,7 @@ def rebuild_smaller(
     parameters.replace_parameters(arguments, run.construction.client_groups, made)
     with run.kernels:
         successor = with_techniques(arguments["model"], run.given, run.config.after_shrink(), None)
-    successor.kernels = run.kernels
+    successor.kernels, successor.history, successor.loss = run.kernels, run.history, run.loss
     adopt(successor, arguments)
     successor.teacher = run.teacher
     successor.shrunk_units = run.kept_units
@@ -55,7 +55,7 @@ def rebuild_full(run: CompressionRun, engine: Any, uncut: Uncut) -> CompressionR
     uncut.into(arguments, model)
     with run.kernels:
         successor = with_techniques(model, run.given, run.given, run.teacher)
-    successor.kernels = run.kernels
+    successor.kernels, successor.history, successor.loss = run.kernels, run.history, run.loss
     adopt(successor, arguments)
     _follow(successor, run)
     construct(successor, engine, arguments, run.construction.constructor, run.construction.attach)

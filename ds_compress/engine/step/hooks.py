@@ -95,6 +95,8 @@ class StepHooks:
                 self.mask_frozen_weights()
             for technique in self.techniques:
                 technique.after_step(self.applied_steps)
+            if self.engine.global_rank == 0:
+                self.engine.compression.note_step()
             monitoring.tell(self.engine, self.applied_steps)
         else:
             self._frozen_due = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_universal() -> None:
         engine.save_checkpoint("run")
     made = result("universal", "run", "run")
     assert Path(made["folder"]).is_dir() and made["load_from"] == "run"
+    told = result("report", "run", "--accuracy", "0.5", "--out", "page.html")
+    assert json.loads(Path(told["json"]).read_text())["runs"] == told["runs"]
+    assert told["runs"][0]["accuracy"] == 0.5 and told["runs"][0]["steps"] == 1
+    described = RESULTS["report"]["runs"].partition(": ")[2].replace("layers with their modules", "layers")
+    assert re.sub(r" \(.*?\)", "", described).split(", ") == list(told["runs"][0])
+    assert Path("page.html").read_text().startswith("<!doctype html>")
+    again = CliRunner().invoke(app, ["report", "run", "--out", "page.html"])
+    assert again.exit_code == 2 and "page.html exists" in again.output
+    data = CliRunner().invoke(app, ["report", "run", "--out", "page.json"])
+    assert data.exit_code == 2 and "another suffix" in data.output
+    shown = CliRunner().invoke(app, ["report", "run", "--out", "page.html", "--overwrite"])
+    assert shown.exit_code == 0 and shown.output.startswith("page.html: 1 run; data in page.json")
 
 
 def test_an_error_leaves_standard_output_empty() -> None:

@@ -67,6 +67,8 @@ def test_a_far_too_long_gradient_is_named_and_counted(caplog: pytest.LogCaptureF
     reduction = judged([1.0, 1.0, 100.0])
     assert reduction.metrics()["worker_2_accused"] == 1.0
     assert reduction.flag_counts.counts == {2: 1}
+    assert reduction.report_details() == {"flagged_workers": {"2": 1}, "judged_steps": 1}
+    assert reduction.history(7) == {"flagged_workers": 1.0}
     assert "step 7" in caplog.text
 
 

@@ -62,6 +62,7 @@ def test_no_temporary_files_stay_behind(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "here" / "ds_compress")) == [
         "fragments_00000.safetensors",
         "model.json",
+        "run.json",
         "state.safetensors",
     ]
     assert not list(tmp_path.glob(".*")) and sorted(os.listdir(tmp_path))[:2] == ["here", "latest"]
