@@ -7,7 +7,7 @@ who shares a bucket, not how much is sent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_compress.config.targets import Weight
@@ -50,12 +50,32 @@ def shard_numel(weight: Weight, processes: int) -> int:
     return -(-weight.numel // processes)
 
 
+def owned_numel(weights: Sequence[Weight], layout: RunLayout) -> int:
+    """Elements of one process' part of the fp32 weights, of the process that has most."""
+    if layout.stage == 0:
+        return sum(weight.numel for weight in weights)
+    if layout.stage == 3:
+        return sum(shard_numel(weight, layout.world_size) for weight in weights)
+    return flat_numel(weights, layout.world_size) // layout.world_size
+
+
+def most_owned(weights: Sequence[Weight], names: Collection[str], layout: RunLayout) -> int:
+    """Elements of the weights `names` that one process owns, of the process that owns most of them."""
+    named = [weight for weight in weights if weight.name in names]
+    if layout.stage not in (1, 2):
+        return owned_numel(named, layout)
+    firsts, size = _firsts(weights), flat_numel(weights, layout.world_size) // layout.world_size
+    of_owner = [0] * layout.world_size
+    for weight in named:
+        for run in _slices(firsts[weight.name], weight, size):
+            of_owner[run.owner] += run.numel
+    return max(of_owner)
+
+
 def buckets(weights: Sequence[Weight], layout: RunLayout) -> Iterator[Bucket]:
     """Those of one reduction. weights: that train, in the order of the model."""
     processes = layout.world_size
-    ends = itertools.accumulate(weight.numel for weight in weights)
-    firsts = {weight.name: end - weight.numel for weight, end in zip(weights, ends, strict=True)}
-    size = flat_numel(weights, processes) // processes
+    firsts, size = _firsts(weights), flat_numel(weights, processes) // processes
     for members in _filled(weights, layout):
         runs: list[Run] = []
         for weight in members:
@@ -65,6 +85,12 @@ def buckets(weights: Sequence[Weight], layout: RunLayout) -> Iterator[Bucket]:
                 else _slices(firsts[weight.name], weight, size)
             )
         yield Bucket(tuple(runs))
+
+
+def _firsts(weights: Sequence[Weight]) -> dict[str, int]:
+    """First element of each in the flat buffer."""
+    ends = itertools.accumulate(weight.numel for weight in weights)
+    return {weight.name: end - weight.numel for weight, end in zip(weights, ends, strict=True)}
 
 
 def _filled(weights: Sequence[Weight], layout: RunLayout) -> Iterator[list[Weight]]:

@@ -27,9 +27,11 @@ class RunLayout:
 
     stage: of ZeRO. weight_bytes: of a weight as forward reads it; None: as the model's own dtype has it. wire_bytes: of
     a gradient between processes, likewise. kept_gradient_bytes: of a gradient that is kept until the step, likewise.
-    accumulation: micro-steps of a step. bucket: elements that are reduced together. persistent: parameters with at most
-    so many elements stay whole under ZeRO-3. reuse: elements of layers within which ZeRO-3 keeps a layer for its next
-    use. prefetch: elements that it fetches ahead. moments: fp32 values that the optimizer keeps of each weight.
+    accumulation: micro-steps of a step. bucket: elements that are reduced together. reduces_whole: ZeRO-1 and 2
+    without `reduce_scatter` or `contiguous_gradients`. contiguous: gradients are copied into buckets. persistent:
+    parameters with at most so many elements stay whole under ZeRO-3. reuse: elements of layers within which it keeps a
+    layer for its next use. prefetch: elements that it fetches ahead. moments: fp32 values that the optimizer keeps of
+    each weight.
     """
 
     world_size: int = 1
@@ -41,6 +43,7 @@ class RunLayout:
     accumulation: int = 1
     bucket: int = _BUCKET_OF_STAGE_0
     reduces_whole: bool = False
+    contiguous: bool = True
     persistent: int = 100_000
     reuse: int = 1_000_000_000
     prefetch: int = 50_000_000
@@ -108,6 +111,7 @@ class RunLayout:
             accumulation=_accumulation(config, world_size),
             bucket=int(zero.get("reduce_bucket_size", 5e8)) if stage else _BUCKET_OF_STAGE_0,
             reduces_whole=not zero.get("reduce_scatter", True) or not zero.get("contiguous_gradients", True),
+            contiguous=bool(zero.get("contiguous_gradients", True)),
             persistent=int(_either(zero, "param_persistence_threshold", 1e5)),
             reuse=int(_either(zero, "max_reuse_distance", 1e9)),
             prefetch=int(_either(zero, "prefetch_bucket_size", 5e7)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ds_compress.engine.zero import internals
 from ds_compress.reduce.nodes import NODE_VARIABLE
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, engine_of
@@ -140,6 +143,59 @@ def step(engine: Any, data: Iterator[Any]) -> None:
         engine.step()
 
 
+def live() -> dict[int, int]:
+    """Bytes by address of all storages on the CPU that some tensor of Python has."""
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def held(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of each case the bytes that live between the fourth backward and its step, and of the parts that have names."""
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    found = {}
+    for name, case in cases.items():
+        gc.collect()
+        before = live()
+        with engine_of(model(), config_of(case)) as engine:
+            data = batches(40, rank=dist.get_rank())
+            for _ in range(3):
+                step(engine, data)
+            for micro in range(engine.gradient_accumulation_steps()):
+                if micro:
+                    engine.step()
+                engine.backward(engine(**next(data)).loss)
+            # A thread of gloo holds what it has sent for a moment longer.
+            dist.barrier()
+            time.sleep(0.1)
+            gc.collect()
+            made = {address: nbytes for address, nbytes in live().items() if address not in before}
+            moments = [
+                tensor.nbytes
+                for optimizer in internals.torch_optimizers(engine)
+                for state in optimizer.state.values()
+                for tensor in state.values()
+                if torch.is_tensor(tensor) and tensor.numel() > 1
+            ]
+            found[name] = {"total": sum(made.values()), "moments": sum(moments)}
+            compression = getattr(engine, "compression", None)
+            if compression is not None:
+                found[name] |= _of_pruning(compression)
+            engine.step()
+    return found
+
+
+def _of_pruning(compression: Any) -> dict[str, int]:
+    pruning = compression.techniques.get("sparse_pruning")
+    if pruning is None:
+        return {}
+    tensors = {"masks": pruning.masks, "latent": pruning.latent, "scores": pruning.score.tensors}
+    return {kind: sum(t.nbytes for t in by_name.values()) for kind, by_name in tensors.items()}
+
+
 def sent(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Of each case what this process sends in a step of a training that is under way, the mean of two."""
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -155,3 +211,8 @@ def sent(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 step(engine, data)
         found[name] = {key: value / 2 for key, value in vars(wire.sum).items()}
     return found
+
+
+def run(wire: dict[str, dict[str, Any]], memory: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Both, in one launch."""
+    return {"sent": sent(wire), "held": held(memory)}
