@@ -42,7 +42,7 @@ class Sent:
 
 
 class Wire:
-    """Counts collectives as `estimate.traffic` does: rings over the ranks in order, but for all-to-alls."""
+    """Counts collectives as `estimate.traffic` does: rings over the ranks in order, except an all-to-all."""
 
     def __init__(self, ranks_per_node: int) -> None:
         self.sum = Sent()
