@@ -144,17 +144,36 @@ def inspect(
 def plan(
     model: Annotated[Path, typer.Argument(help="folder of a transformers model")],
     config: Annotated[Path, typer.Argument(help="DeepSpeed JSON, or its compression_training block")],
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="processes: also predicts memory and bytes on the wire")
+    ] = None,
+    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="in place of the JSON's")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="with as many processes each")] = 1,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1e-3, help="Gbit/s between a node and the others")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="folder of the model that teaches, for its memory")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prints what a config would do to which weight, and the predicted bytes; reads no weights."""
+    """Prints what a config would do to which weight, and the predicted bytes; reads no weights.
+
+    With --world-size also what each process of a run will hold and send, and what grows too large with so many of them.
+    """
     with output(as_json) as printed:
         from ds_compress.api import plan as make
         from ds_compress.cli.models import skeleton
+        from ds_compress.cli.runs import run_estimate
         from ds_compress.config.report.data import as_data
 
         made = make(skeleton(model), str(config))
+        run = run_estimate(made, config, world_size, zero_stage, nodes, bandwidth, teacher)
         printed.show(made)
-        printed.done(model=str(model), config=str(config), **as_data(made))
+        if run is not None:
+            printed.show(run)
+        predicted = None if run is None else run.as_data()
+        printed.done(model=str(model), config=str(config), **as_data(made), run=predicted)
 
 
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")

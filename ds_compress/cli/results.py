@@ -108,6 +108,12 @@ RESULTS: dict[str, dict[str, str]] = {
         "training_state_bytes": "masks, latent_weights and scores, in each process",
         "left_out": "what a block without a regex does not reach",
         "notes": "such as the formats that the result can be exported in",
+        "run": (
+            "null without --world-size; else world_size, nodes, zero_stage; memory_bytes of a process by kind (teacher "
+            "null: not known) and in total; passing_bytes, at most, by what comes and goes in a step; wire_bytes of a "
+            "process and step by way, each with way, gradients, weights, total, leaving_a_node (of all its processes) "
+            "and seconds; breaks, what grows too large; notes, with what is not counted"
+        ),
     },
 }
 """All have `ok` before these: true, or false where doctor or validate found something."""

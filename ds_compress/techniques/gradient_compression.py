@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.errors import ConfigError, Problem
+from ds_compress.reduce import lopsided
 from ds_compress.reduce.codec import BlockCodec
 from ds_compress.reduce.exchange import Feedback, QuantizedSum
 from ds_compress.reduce.nodes import Nodes, UnevenNodesError, find_nodes
@@ -127,7 +128,9 @@ class GradientCompression:
 
     def sum_over(self, group: Any) -> QuantizedSum:
         if group not in self._sums:
-            nodes = self._nodes if group is self.group else None
+            # ZeRO-3 names the same processes by another object.
+            fits = self._nodes is not None and _ranks(group) == _ranks(self.group)
+            nodes = self._nodes if fits else None
             self._sums[group] = QuantizedSum(group, self.codec(), self.block.piece_elements, nodes)
         return self._sums[group]
 
@@ -180,13 +183,13 @@ class GradientCompression:
             self._dither.buckets = state.get("buckets", 0)
 
 
-def is_lopsided(segments: Sequence[Segment], owners: int) -> bool:
-    """Whether one owner gets so much of a bucket that its link would be the wall.
+def _ranks(group: Any) -> list[int]:
+    return list(dist.get_process_group_ranks(group))
 
-    All W - 1 others send it their n_w elements; an all-reduce brings 2 (W - 1) / W of all n elements to everybody. With
-    many buckets a bucket of ZeRO-2 belongs to one or two of all processes.
-    """
+
+def is_lopsided(segments: Sequence[Segment], owners: int) -> bool:
+    """`reduce.lopsided` of a bucket."""
     of_owner = [0] * owners
     for segment in segments:
         of_owner[segment.owner] += segment.numel
-    return owners > 2 and max(of_owner) * owners > 2 * sum(of_owner)
+    return lopsided.is_lopsided(of_owner)

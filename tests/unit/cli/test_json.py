@@ -68,6 +68,53 @@ def test_init_and_its_list() -> None:
     assert asked.exit_code == 2 and not asked.stdout and not Path("other.json").exists()
 
 
+def test_a_plan_of_a_run() -> None:
+    ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
+    Path("config.json").write_text(json.dumps(ds_config(2, pruning_block(), dtype="bf16")))
+    assert result("plan", "model", "config.json")["run"] is None
+    options = ("--world-size", "8", "--nodes", "2", "--bandwidth", "10", "--teacher", "model")
+    planned = result("plan", "model", "config.json", *options)
+    run = planned["run"]
+    assert (run["world_size"], run["nodes"], run["zero_stage"]) == (8, 2, 2)
+    held = run["memory_bytes"]
+    assert held["total"] == sum(value for key, value in held.items() if key != "total")
+    assert held["weights"] == pytest.approx(2 * planned["parameters"], rel=0.01)
+    assert held["teacher"] == 0, "no block asks for one"
+    assert held["masks"] >= planned["training_state_bytes"]["masks"] > 0
+    ways = {way["way"]: way for way in run["wire_bytes"]}
+    assert list(ways) == ["plain DeepSpeed", "8 bits both ways", "8 bits both ways, hierarchical"]
+    plain = ways["plain DeepSpeed"]
+    assert plain["total"] == plain["gradients"] + plain["weights"] > ways["8 bits both ways"]["total"]
+    assert plain["seconds"] == pytest.approx(plain["leaving_a_node"] * 8 / 10e9, rel=1e-4)
+    replicated = result("plan", "model", "config.json", "--world-size", "8", "--zero-stage", "0")
+    assert replicated["run"]["memory_bytes"]["masks"] == replicated["training_state_bytes"]["masks"]
+    shown = CliRunner().invoke(app, ["plan", "model", "config.json", *options]).output
+    assert "predicted of a run with 8 processes on 2 nodes, ZeRO-2" in shown
+    assert "not counted: activations" in shown and "leave a node" in shown
+
+
+def test_a_block_without_a_config_around_it_is_counted_as_deepspeed_would_by_default() -> None:
+    ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
+    Path("block.json").write_text(json.dumps(pruning_block()))
+    run = result("plan", "model", "block.json", "--world-size", "2")["run"]
+    assert run["zero_stage"] == 0 and "without a DeepSpeed config" in run["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nodes", "2"], "--nodes says something of a run: say --world-size, too"),
+        (["--world-size", "3", "--nodes", "2"], "2 nodes with 3 processes"),
+        (["--world-size", "2", "--bandwidth", "1"], "say --nodes"),
+    ],
+)
+def test_a_plan_of_a_run_that_cannot_be(options: list[str], said: str) -> None:
+    ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
+    Path("config.json").write_text(json.dumps(ds_config(2, pruning_block())))
+    done = CliRunner().invoke(app, ["plan", "model", "config.json", *options])
+    assert done.exit_code == 2 and said in done.output
+
+
 def test_migrate_and_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     monkeypatch.delenv("DS_COMPRESS_KERNELS", raising=False)

@@ -1,0 +1,1 @@
+"""What a run will hold and send, predicted from shapes and a JSON: no weights, no processes, no DeepSpeed."""

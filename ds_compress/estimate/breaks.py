@@ -1,0 +1,151 @@
+"""What of our own design grows with the number of processes, and is large with so many of them; largest first.
+
+Estimates of order: what each is made of stands beside its limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ds_compress.config.report.resolved import ResolvedPlan
+from ds_compress.estimate.run_layout import RunLayout
+from ds_compress.estimate.wire import CONFIGURED, Way
+from ds_compress.ops.sizes import payload_bytes
+
+_BYTES_LIMIT = 100_000_000
+"""Of what one process receives at once beside the training."""
+_PAYLOAD_LIMIT = 1 << 16
+"""Bytes from one process to one other below which the time of a message is latency (10 us at 50 Gbit/s)."""
+_FILES_LIMIT = 1000
+_COUNT_BYTES = 8
+_BINS = 2048
+"""Of the widest histogram of a threshold."""
+_PICKLED_BYTES = 12
+"""Beside the name of a parameter, of an entry that is gathered; about."""
+_SHARE_LIMIT = 0.1
+
+
+@dataclass(frozen=True)
+class Break:
+    """times: how far it is above its limit. what: in words, with its size."""
+
+    times: float
+    what: str
+
+
+def breaks(plan: ResolvedPlan, layout: RunLayout, found: list[Way]) -> list[Break]:
+    """found: `wire.ways` of the same run."""
+    every = [
+        *_messages(plan, layout),
+        *_leaving(layout, found),
+        *_selection(plan, layout),
+        *_robust(plan, layout),
+        *_names(plan, layout),
+        *_files(layout),
+        *_short_shards(plan, layout),
+    ]
+    return sorted((one for one in every if one.times > 1), key=lambda one: -one.times)
+
+
+def _messages(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
+    for block in (plan.config.gradient_compression, plan.config.parameter_compression):
+        # A layer of ZeRO-3 is fetched as a whole.
+        in_chunks = layout.stage < 3 or block is plan.config.gradient_compression
+        if block is None or not block.enabled or layout.world_size == 1 or not in_chunks:
+            continue
+        size = block.effective_block_size
+        chunk = max(1, block.piece_elements // layout.world_size // size) * size
+        payload = payload_bytes(chunk, block.bits, size)
+        enough = _PAYLOAD_LIMIT * 8 // block.bits * layout.world_size
+        yield Break(
+            _PAYLOAD_LIMIT / payload,
+            f"{block.key} sends {payload:,} bytes to each process at a time, where latency decides: set piece_elements "
+            f"to {enough:,}",
+        )
+
+
+def _leaving(layout: RunLayout, found: list[Way]) -> Iterator[Break]:
+    by_name = {way.name: way.total.leaving for way in found}
+    plain, ours = found[0].total.leaving, by_name.get(CONFIGURED, 0.0)
+    if layout.nodes > 1 and plain:
+        yield Break(
+            ours / plain,
+            f"{ours / plain:.1f} times as many bytes leave a node as with plain DeepSpeed: each of its "
+            f"{layout.ranks_per_node} processes sends to all others, where a ring leaves a node once; set "
+            'gradient_compression to "hierarchical": true, or leave it out',
+        )
+
+
+def _selection(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
+    pruning = plan.techniques.get("sparse_pruning")
+    if pruning is None or layout.shards == 1:
+        return
+    matrices = sum(target.matrices for target in pruning.targets)
+    groups = {"layer": matrices, "group": len({t.group for t in pruning.targets}), "global": 1}[
+        pruning.shared.scope
+    ]
+    ties, histograms = groups * layout.shards * _COUNT_BYTES, groups * _BINS * _COUNT_BYTES
+    yield Break(
+        ties / _BYTES_LIMIT,
+        f"a new mask sums a table of ties, up to {ties / 1e6:,.0f} MB: 8 B x {groups:,} thresholds x {layout.shards:,} "
+        'processes; scope "global" has one threshold',
+    )
+    yield Break(
+        histograms / _BYTES_LIMIT,
+        f"a new mask sums histograms, {histograms / 1e6:,.0f} MB each: 8 B x 2,048 bins x {groups:,} thresholds; "
+        'scope "global" has one',
+    )
+
+
+def _robust(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
+    robust = plan.config.robust_reduction
+    if robust is not None and robust.enabled:
+        size = _COUNT_BYTES * layout.world_size**3
+        yield Break(
+            size / _BYTES_LIMIT,
+            f"robust_reduction gathers inner products of all workers, {size / 1e9:,.1f} GB for each bucket: 8 B x "
+            f"{layout.world_size:,} x {layout.world_size:,} from each process",
+        )
+
+
+def _names(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
+    """Who holds which fragment: told once, at the start."""
+    if layout.shards == 1 or not plan.config.enabled_blocks():
+        return
+    of_one = sum(len(weight.name) + _PICKLED_BYTES for weight in plan.weights)
+    if layout.stage < 3:
+        of_one = of_one // layout.world_size + max(len(weight.name) for weight in plan.weights)
+    size = of_one * layout.world_size
+    yield Break(
+        size / _BYTES_LIMIT,
+        f"at the start each process receives about {size / 1e6:,.0f} MB of names and offsets of all fragments",
+    )
+
+
+def _files(layout: RunLayout) -> Iterator[Break]:
+    if layout.stage:
+        of_ours, of_deepspeed = layout.world_size, layout.world_size * (2 if layout.stage == 3 else 1)
+        yield Break(
+            (of_ours + of_deepspeed) / _FILES_LIMIT,
+            f"a checkpoint is a folder of about {of_ours + of_deepspeed:,} files: {of_deepspeed:,} of DeepSpeed and, "
+            f"where there is state, {of_ours:,} of ours",
+        )
+
+
+def _short_shards(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
+    """Of ZeRO-3: a slice that is shorter than a block is padded, or sent as it is."""
+    if layout.stage < 3:
+        return
+    for block in (plan.config.gradient_compression, plan.config.parameter_compression):
+        if block is None or not block.enabled:
+            continue
+        size = block.effective_block_size
+        trained = [weight for weight in plan.weights if weight.trainable and len(weight.shape) > 1]
+        total = sum(weight.numel for weight in trained)
+        short = sum(weight.numel for weight in trained if weight.numel < size * layout.world_size)
+        yield Break(
+            short / max(1, total) / _SHARE_LIMIT,
+            f"{block.key}: {100 * short / max(1, total):.0f} % of the elements are in weights of which a process has "
+            f"less than a block of {size}: set block_size lower",
+        )
