@@ -44,12 +44,12 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "3 persistent": {"stage": 3, "zero": FORGETS | {"stage3_param_persistence_threshold": 20_000}, **TWICE},
     **{f"{stage} int8": {"stage": stage, "block": INT8} for stage in (0, 2, 3)},
     "3 int4": {"stage": 3, "block": INT4},
-    **{f"{stage} chunks": {"stage": stage, "block": CHUNKS} for stage in (0, 2)},
+    "2 chunks": {"stage": 2, "block": CHUNKS},
     "2 large only": {"stage": 2, "block": LARGE_ONLY},
     "2 whole int8": {"stage": 2, "block": INT8, "zero": {"reduce_scatter": False}},
     "1 both ways": {"stage": 1, "block": BOTH_WAYS},
     "3 both ways": {"stage": 3, "block": BOTH_WAYS_3},
-    **{f"{stage} robust": {"stage": stage, "block": ROBUST} for stage in (0, 2, 3)},
+    **{f"{stage} robust": {"stage": stage, "block": ROBUST} for stage in (0, 3)},
     "2 robust int8": {"stage": 2, "block": ROBUST | INT8},
 }
 ON_FOUR: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ HELD_BY_ONE: dict[str, dict[str, Any]] = {
 HELD_BY_TWO: dict[str, dict[str, Any]] = {
     **{f"{stage} bf16": {"stage": stage} for stage in range(4)},
     "2 fp32": {"stage": 2, "dtype": "fp32"},
-    **{f"{stage} fp32 sums": {"stage": stage, **FP32_SUMS} for stage in (1, 2, 3)},
+    **{f"{stage} fp32 sums": {"stage": stage, **FP32_SUMS} for stage in (1, 3)},
     "3 persistent": {"stage": 3, "zero": {"stage3_param_persistence_threshold": 20_000}},
     "0 topk": {"stage": 0, "block": pruned("topk")},
     "3 topk": {"stage": 3, "block": pruned("topk")},
