@@ -24,7 +24,7 @@ def test_every_use_has_one() -> None:
     assert all(re.fullmatch(r"[a-z0-9_]+@[1-9]\d*\.json", path.name) for path in FOLDER.glob("*.json"))
 
 
-@pytest.mark.parametrize("name", OF_THE_ISSUE)
+@pytest.mark.parametrize("name", sorted(OF_THE_ISSUE))
 def test_it_is_whole_and_needs_no_value_of_the_user(name: str) -> None:
     recipe = newest()[name]
     parsed = ds_compress.parse_config({"recipe": name})
