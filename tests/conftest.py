@@ -82,6 +82,13 @@ def _forked(
     return run
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A set has another order in each process of xdist, which refuses to run anything then."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if isinstance(mark.args[1], set | frozenset):
+            raise pytest.UsageError(f"{metafunc.definition.nodeid}: sort the values of {mark.args[0]!r}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() or os.environ.get("DS_COMPRESS_GPU_TESTS_ON") == "cpu":
         return

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _EXTRAS = ("prune", "onnx", "openvino", "secure")
 """Optional parts of the library; the other extras are for those who work on it."""
-_MODULES = {"pyOpenSSL": "OpenSSL"}
+_MODULES = {"pyOpenSSL": "OpenSSL", "pyyaml": "yaml"}
+"""Whose module has another name."""
 _NOT_IMPORTED = frozenset({"typer", "rich", "jinja2", "tqdm", "regex", "xxhash", "pydantic"})
 """Of which the version is enough: whoever reads this has imported the first two, and the others are one file each."""
 
