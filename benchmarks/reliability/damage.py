@@ -20,6 +20,7 @@ from ds_compress.distill.cache_read import TeacherCache
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.checkpoint.tags import tag_to_load
 from ds_compress.errors import CheckpointError, ExportError
+from ds_compress.export import model_card
 from ds_compress.export.report import ExportReport
 from ds_compress.export.whole import refuse_damaged
 
@@ -57,9 +58,13 @@ def _everything() -> dict[str, list[str]]:
 
 
 def _is_of_no_matter(root: Path, file: Path) -> bool:
-    """Other tags than the newest, and scripts that DeepSpeed puts beside."""
+    """Other tags than the newest, scripts that DeepSpeed puts beside, and model cards, which people edit."""
     name = file.relative_to(root).as_posix()
-    return name.startswith(f"global_step{runs.Run.every}/") or name.endswith(".py")
+    return (
+        name.startswith(f"global_step{runs.Run.every}/")
+        or name.endswith(".py")
+        or name == model_card.FILE_NAME
+    )
 
 
 @functools.cache
