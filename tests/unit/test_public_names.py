@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ds_compress
+from ds_compress import public
 
 PACKAGE = Path(ds_compress.__file__).parent
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +29,11 @@ def texts() -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield str(source.relative_to(PACKAGE)), node.value
+
+
+def test_the_package_and_what_fills_it_have_the_same_names() -> None:
+    by_themselves = {"CompressionCallback", "DistillationTrainer", "__version__"}
+    assert set(ds_compress.__all__) - by_themselves == set(public.__all__)
 
 
 def test_every_function_that_is_named_is_there_after_one_import() -> None:

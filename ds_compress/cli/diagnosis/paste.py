@@ -40,7 +40,7 @@ def in_shell(path: Path) -> str:
 
 @functools.lru_cache
 def _patterns(homes: tuple[str, ...], user: str, hosts: tuple[str, ...]) -> list[tuple[re.Pattern[str], str]]:
-    # A home is the beginning of a path, a user name a whole folder in one: `/work/anna/x` for the user `anna`.
+    # A home is the beginning of a path, a user name a whole folder in one: `/scratch/anna/x` for the user `anna`.
     patterns = [(re.compile(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])"), "~") for home in homes]
     if user:
         patterns.append((re.compile(rf"(?<=/){re.escape(user)}(?![\w.-])"), "$USER"))

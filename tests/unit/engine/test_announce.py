@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,19 @@ def row_of(lines: list[str], name: str) -> list[str]:
     """The cells of the one row with this name."""
     (row,) = [line for line in lines if line.startswith(f"  {name} ")]
     return [cell.strip() for cell in row.strip().split("  ") if cell]
+
+
+@contextlib.contextmanager
+def resumed(folder: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
+    """An engine that goes on after a checkpoint of step 2, and the log of that."""
+    config = ds_config(1, pruning_block())
+    with engine_of(tiny_bert(), config) as engine:
+        train(engine, batches(2))
+        engine.save_checkpoint(str(folder))
+    caplog.clear()
+    with engine_of(tiny_bert(), config) as engine:
+        engine.load_checkpoint(str(folder))
+        yield engine
 
 
 BLOCKS = {
@@ -146,12 +161,8 @@ class TestWhereItLies:
     def test_a_run_that_only_reads_a_checkpoint_tells_nothing(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with engine_of(tiny_bert(), ds_config(1, pruning_block())) as engine:
-            train(engine, batches(2))
-            engine.save_checkpoint(str(tmp_path))
-        caplog.clear()
-        with engine_of(tiny_bert(), ds_config(1, pruning_block())) as engine:
-            engine.load_checkpoint(str(tmp_path))
+        with resumed(tmp_path, caplog):
+            pass
         assert not [
             line for line in caplog.messages if line.startswith(("after ", "saved ", "no checkpoint"))
         ]
@@ -159,12 +170,7 @@ class TestWhereItLies:
     def test_a_run_that_goes_on_tells_of_its_own_steps(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with engine_of(tiny_bert(), ds_config(1, pruning_block())) as engine:
-            train(engine, batches(2))
-            engine.save_checkpoint(str(tmp_path))
-        caplog.clear()
-        with engine_of(tiny_bert(), ds_config(1, pruning_block())) as engine:
-            engine.load_checkpoint(str(tmp_path))
+        with resumed(tmp_path, caplog) as engine:
             train(engine, batches(1))
         assert any(line.startswith("after 3 steps") for line in caplog.messages)
         assert "after 2 steps, the later ones are not" in caplog.messages[-1]
