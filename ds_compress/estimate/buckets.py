@@ -7,7 +7,7 @@ who shares a bucket, not how much is sent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_compress.config.targets import Weight
@@ -59,17 +59,27 @@ def owned_numel(weights: Sequence[Weight], layout: RunLayout) -> int:
     return flat_numel(weights, layout.world_size) // layout.world_size
 
 
-def most_owned(weights: Sequence[Weight], names: Collection[str], layout: RunLayout) -> int:
-    """Elements of the weights `names` that one process owns, of the process that owns most of them."""
-    named = [weight for weight in weights if weight.name in names]
+def owned_by_each(weights: Sequence[Weight], names: Collection[str], layout: RunLayout) -> list[int]:
+    """Elements of the weights `names` that each process owns; one number where all own as many."""
     if layout.stage not in (1, 2):
-        return owned_numel(named, layout)
+        return [owned_numel([weight for weight in weights if weight.name in names], layout)]
+    return _of_owners(weights, layout, lambda weight, run: run.numel if weight.name in names else 0)
+
+
+def touched_by_each(weights: Sequence[Weight], layout: RunLayout) -> list[int]:
+    """Elements of all weights of which each process owns a part under ZeRO-1 or 2."""
+    return _of_owners(weights, layout, lambda weight, _: weight.numel)
+
+
+def _of_owners(
+    weights: Sequence[Weight], layout: RunLayout, count: Callable[[Weight, Run], int]
+) -> list[int]:
     firsts, size = _firsts(weights), flat_numel(weights, layout.world_size) // layout.world_size
-    of_owner = [0] * layout.world_size
-    for weight in named:
+    found = [0] * layout.world_size
+    for weight in weights:
         for run in _slices(firsts[weight.name], weight, size):
-            of_owner[run.owner] += run.numel
-    return max(of_owner)
+            found[run.owner] += count(weight, run)
+    return found
 
 
 def buckets(weights: Sequence[Weight], layout: RunLayout) -> Iterator[Bucket]:

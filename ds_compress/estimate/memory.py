@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.schema.block import TrainingState
 from ds_compress.config.targets import Weight
-from ds_compress.estimate.buckets import flat_numel, most_owned, owned_numel, shard_numel
+from ds_compress.estimate.buckets import flat_numel, owned_by_each, owned_numel, shard_numel, touched_by_each
 from ds_compress.estimate.run_layout import RunLayout
 from ds_compress.estimate.teacher import teacher_bytes
 from ds_compress.ops.sizes import payload_bytes
@@ -66,10 +66,11 @@ def held(plan: ResolvedPlan, layout: RunLayout, teacher: Sequence[Weight] | None
     own = owned_numel(trained, layout)
     item = _item(plan.weights, layout)
     is_plain_fp32 = layout.stage == 0 and layout.weight_bytes is None
-    state, masks = _state(plan, layout), _structured_masks(plan, layout)
+    gradients, state = _most(_gradients(trained, own, layout, item), _state(plan, layout))
+    masks = _structured_masks(plan, layout)
     return Held(
         weights=_weights(plan.weights, trained, layout, item),
-        gradients=_gradients(trained, own, layout, item),
+        gradients=gradients,
         masters=0 if is_plain_fp32 else _FP32 * own,
         moments=layout.moments * (item if is_plain_fp32 else _FP32) * own,
         buckets=_buckets(trained, layout, item),
@@ -99,7 +100,7 @@ def passing(plan: ResolvedPlan, layout: RunLayout) -> Iterator[tuple[str, int]]:
             _FP32 * (min(own, 1_000_000_000) if layout.stage == 3 else own),
         )
 
-    scores = _state(plan, layout).scores
+    scores = max(state.scores for state in _state(plan, layout))
     if scores:
         yield "scores of the mask before, in a step that makes a new one", scores
 
@@ -118,10 +119,26 @@ def _weights(weights: Sequence[Weight], trained: Sequence[Weight], layout: RunLa
     return item * (sharded + sum(weight.numel for weight in weights if weight.numel <= layout.persistent))
 
 
-def _gradients(trained: Sequence[Weight], own: int, layout: RunLayout, item: int) -> int:
+def _gradients(trained: Sequence[Weight], own: int, layout: RunLayout, item: int) -> list[int]:
+    """Of each process; one number where all keep as many."""
     if layout.is_bf16_optimizer:
-        return sum(weight.numel for weight in trained) * (item + _FP32)
-    return own * (item if layout.stage == 0 else layout.kept_gradient_bytes or item)
+        return [sum(weight.numel for weight in trained) * (item + _FP32)]
+    if layout.stage == 0:
+        return [own * item]
+    kept = layout.kept_gradient_bytes or item
+    if layout.stage in (1, 2) and not (kept == _FP32 and item < _FP32):
+        # Of a weight that is cut between processes each keeps the whole gradient; fp32 sums of 16 bits are cut.
+        return [numel * kept for numel in touched_by_each(trained, layout)]
+    return [own * kept]
+
+
+def _most(gradients: Sequence[int], states: Sequence[TrainingState]) -> tuple[int, TrainingState]:
+    """Of the process with most of both: slices of ZeRO-1 and 2 are of neighbouring layers."""
+    processes = max(len(gradients), len(states))
+    return max(
+        ((gradients[at % len(gradients)], states[at % len(states)]) for at in range(processes)),
+        key=lambda both: both[0] + both[1].total,
+    )
 
 
 def _buckets(trained: Sequence[Weight], layout: RunLayout, item: int) -> int:
@@ -157,18 +174,25 @@ def _communication(plan: ResolvedPlan, trained: Sequence[Weight], layout: RunLay
     return math.ceil(found)
 
 
-def _state(plan: ResolvedPlan, layout: RunLayout) -> TrainingState:
-    """Slices of ZeRO-1 and 2 are of neighbouring layers: one process may own more of the weights that are pruned."""
+def _state(plan: ResolvedPlan, layout: RunLayout) -> list[TrainingState]:
+    """Of each process; one where all hold as much."""
     trained = [weight for weight in plan.weights if weight.trainable]
-    total = TrainingState()
+    found = [TrainingState()] * (layout.world_size if layout.stage in (1, 2) else 1)
     for key, technique in plan.techniques.items():
         names = {target.param_name for target in technique.targets} & {weight.name for weight in trained}
         every = sum(weight.numel for weight in trained if weight.name in names)
-        state = plan.weight_block(key).training_state(technique.targets, layout.shards)
-        share = most_owned(trained, names, layout) * layout.shards / every if every else 1.0
-        parts = (state.mask, state.latent, state.scores)
-        total += TrainingState(*(math.ceil(part * share) for part in parts))
-    return total
+        even = plan.weight_block(key).training_state(technique.targets, layout.shards)
+        owned = owned_by_each(trained, names, layout)
+        found = [
+            state + _part(even, numel * layout.shards / every if every else 1.0)
+            for state, numel in zip(found, owned, strict=True)
+        ]
+    return found
+
+
+def _part(even: TrainingState, share: float) -> TrainingState:
+    """share: of a process, 1 where all own as much."""
+    return TrainingState(*(math.ceil(kind * share) for kind in (even.mask, even.latent, even.scores)))
 
 
 def _structured_masks(plan: ResolvedPlan, layout: RunLayout) -> int:
