@@ -153,27 +153,50 @@ def plan(
         float | None, typer.Option(min=1e-3, help="Gbit/s between a node and the others")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="folder of the model that teaches, for its memory")
+        Path | None, typer.Option(help="folder of the model that teaches, for its memory and work")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a micro-step of one process: also predicts what it computes")
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a text; by default 2048, or as many as --tokens")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="such as h100-sxm: also the least time of a step and of a forward")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Prints what a config would do to which weight, and the predicted bytes; reads no weights.
 
     With --world-size also what each process of a run will hold and send, and what grows too large with so many of them.
+    With --tokens also what a step computes and, with --device, how long it and a forward take at least.
     """
     with output(as_json) as printed:
         from ds_compress.api import plan as make
         from ds_compress.cli.models import skeleton
         from ds_compress.cli.runs import run_estimate
+        from ds_compress.cli.work import compute_estimate
         from ds_compress.config.report.data import as_data
+        from ds_compress.estimate.compute_table import ComputeTable
 
-        made = make(skeleton(model), str(config))
-        run = run_estimate(made, config, world_size, zero_stage, nodes, bandwidth, teacher)
+        empty = skeleton(model)
+        made = make(empty, str(config))
+        of_run = teacher if world_size is not None or tokens is None else None
+        run = run_estimate(made, config, world_size, zero_stage, nodes, bandwidth, of_run)
+        layout = (world_size or 1, nodes, zero_stage)
+        work = compute_estimate(empty, made, config, tokens, sequence, device, layout, teacher)
         printed.show(made)
         if run is not None:
             printed.show(run)
-        predicted = None if run is None else run.as_data()
-        printed.done(model=str(model), config=str(config), **as_data(made), run=predicted)
+        if work is not None:
+            printed.show(ComputeTable(work))
+        printed.done(
+            model=str(model),
+            config=str(config),
+            **as_data(made),
+            run=None if run is None else run.as_data(),
+            compute=None if work is None else work.as_data(),
+        )
 
 
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")

@@ -114,6 +114,13 @@ RESULTS: dict[str, dict[str, str]] = {
             "process and step by way, each with way, gradients, weights, total, leaving_a_node (of all its processes) "
             "and seconds; breaks, what grows too large; notes, with what is not counted"
         ),
+        "compute": (
+            "null without --tokens; else, of one process, tokens and sequence; forward_flops of a micro-step; "
+            "step_flops of student and teacher (null: not known); moved_bytes of a step by block; saved_bytes, "
+            "kept for backward by fake quantization; device; step_seconds, plain and compressed, and step_ratio "
+            "(null without --device or with an unknown teacher); latencies, each with tokens, before_s, after_s "
+            "and bound_by; notes, with what is not counted"
+        ),
     },
 }
 """All have `ok` before these: true, or false where doctor or validate found something."""

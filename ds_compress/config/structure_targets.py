@@ -56,26 +56,42 @@ def units_left(structure: PrunableGroup, dense_ratio: float, shared: Any) -> int
     return structure.parts * own
 
 
-def shape_after(plans: Mapping[str, StructurePlan], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the parameter `name` once the units that its structures lose are removed."""
-    left = list(shape)
-    for plan in plans.values():
-        for target in plan.targets:
-            lost = target.structure.units - _kept_in_the_end(plan, target)
-            for member in target.structure.slices:
-                if member.tensor == name and target.structure.removable:
-                    sharers = target.structure.parts if member.of_experts else 1
-                    left[member.dim] -= lost * member.index.shape[1] // sharers
-    return tuple(left)
+class ShapesLeft:
+    """What structured pruning leaves of each parameter; made once for a plan, for models have many parameters."""
 
+    def __init__(self, plans: Mapping[str, StructurePlan]) -> None:
+        self._lost: dict[str, dict[int, int]] = {}
+        self._layers: dict[str, Fraction] = {}
+        for plan in plans.values():
+            for target in plan.targets:
+                self._add(target, _kept_in_the_end(plan, target))
 
-def share_after(plans: Mapping[str, StructurePlan], name: str) -> Fraction:
-    """The share of the layers that stay, for a parameter of a layer that may go; 1 for all others."""
-    for plan in plans.values():
-        for target in plan.targets:
-            if any(name.startswith(f"{layer}.") for layer in target.structure.layers):
-                return Fraction(_kept_in_the_end(plan, target), target.structure.units)
-    return Fraction(1)
+    def _add(self, target: StructureTarget, kept: int) -> None:
+        structure = target.structure
+        for layer in structure.layers:
+            self._layers.setdefault(layer, Fraction(kept, structure.units))
+        if not structure.removable:
+            return
+        for member in structure.slices:
+            sharers = structure.parts if member.of_experts else 1
+            lost = self._lost.setdefault(member.tensor, {})
+            numel = (structure.units - kept) * member.index.shape[1] // sharers
+            lost[member.dim] = lost.get(member.dim, 0) + numel
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the parameter `name`, once the units that its structures lose are removed."""
+        lost = self._lost.get(name, {})
+        return tuple(size - lost.get(dim, 0) for dim, size in enumerate(shape))
+
+    def share(self, name: str) -> Fraction:
+        """Of the layers that stay, for a parameter of a layer that may go; 1 for all others."""
+        end = name.find(".")
+        while end >= 0:
+            found = self._layers.get(name[:end])
+            if found is not None:
+                return found
+            end = name.find(".", end + 1)
+        return Fraction(1)
 
 
 def _kept_in_the_end(plan: StructurePlan, target: StructureTarget) -> int:

@@ -9,16 +9,13 @@ from ds_compress.config.report import size_estimate
 from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.report.table import size_in_words
 
-_AFFORDABLE = 2_000_000
-"""Pairs of a weight and a slice of a prunable group; predicted bytes take about a second for as many."""
-
 
 @dataclass(frozen=True)
 class Expected:
     """What a plan promises.
 
     numbers: {"<technique>/<number>": value at the end of all schedules}, those of `metrics()` that are known before.
-    before, after: bytes of the weights now, and in the files of an export; 0 where that takes long to find out.
+    before, after: bytes of the weights now, and in the files of an export.
     format: of that export.
     """
 
@@ -36,15 +33,12 @@ class Expected:
             if key in claims
             for name, value in block.planned(claims[key]).items()
         }
-        slices = sum(len(t.structure.slices) for blocks in plan.structures.values() for t in blocks.targets)
-        if slices * len(plan.weights) > _AFFORDABLE:
-            return cls(numbers)
         sizes = size_estimate.total(size_estimate.stored(plan).values())
         return cls(numbers, sizes.before, sizes.after, size_estimate.format_of(plan))
 
     @property
     def size(self) -> str:
-        """E.g. "4.02 MB, predicted 843 kB in format torch"; empty where no block is about it, or it is not known."""
+        """E.g. "4.02 MB, predicted 843 kB in format torch"; empty where no block is about it, or nothing changes."""
         if not self.before or (self.before == self.after and not self.numbers):
             return ""
         after = size_in_words(self.after)

@@ -20,8 +20,8 @@ from ds_compress.ops.sizes import payload_bytes
 from ds_compress.reduce.uncompressed import is_sent_uncompressed
 
 NOT_COUNTED = (
-    "not counted: activations (those that fake quantization saves, too), learned scales, latent weights of structured "
-    "pruning, logits, fragmentation and what the allocator, CUDA, NCCL and Python take"
+    "not counted: activations (what fake quantization adds to them --tokens says), learned scales, latent weights of "
+    "structured pruning, logits, fragmentation and what the allocator, CUDA, NCCL and Python take"
 )
 _FP32 = 4
 _LIVE = _SUB_GROUP = 1_000_000_000

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ds_compress.config.report.size_estimate import format_of
-from ds_compress.config.structure_targets import StructurePlan, shape_after, units_left
+from ds_compress.config.structure_targets import ShapesLeft, StructurePlan, units_left
 from ds_compress.errors import ROOT, ConfigError, Problem, listed, shown
 from ds_compress.export import trial_load
 from ds_compress.export.expert_misfits import expert_misfits
@@ -116,8 +116,9 @@ def _scales(plan: Plan) -> Iterator[str]:
     if technique is None:
         return
     shared = technique.shared
+    left = ShapesLeft(plan.structures)
     for target in technique.targets:
-        after = shape_after(plan.structures, target.param_name, target.shape)
+        after = left.shape(target.param_name, target.shape)
         columns = _matrix(target, after)[1]
         before = _matrix(target, target.shape)[1]
         granularity = shared.granularity_of(target.params)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.config.schema.block import TrainingState, WeightSize
 from ds_compress.config.schema.stored_bytes import plain_bytes
-from ds_compress.config.structure_targets import shape_after, share_after
+from ds_compress.config.structure_targets import ShapesLeft
 from ds_compress.config.targets import Target, Weight
 from ds_compress.modelinfo.kinds import ModuleKind
 
@@ -48,7 +48,11 @@ def stored(plan: ResolvedPlan) -> dict[str, Stored]:
     for key, technique in plan.techniques.items():
         for target in technique.targets:
             claims.setdefault(target.param_name, {})[key] = target
-    return {weight.name: _stored_weight(plan, weight, claims.get(weight.name, {})) for weight in plan.weights}
+    left, format = ShapesLeft(plan.structures), format_of(plan)
+    return {
+        weight.name: _stored_weight(plan, weight, claims.get(weight.name, {}), left, format)
+        for weight in plan.weights
+    }
 
 
 def total(parts: Iterable[Stored]) -> Stored:
@@ -81,9 +85,11 @@ def format_of(plan: ResolvedPlan) -> str:
     return "compressed-tensors" if fits else "torch"
 
 
-def _stored_weight(plan: ResolvedPlan, weight: Weight, claims: dict[str, Target]) -> Stored:
-    shape = shape_after(plan.structures, weight.name, weight.shape)
-    numel, share, format = math.prod(shape), share_after(plan.structures, weight.name), format_of(plan)
+def _stored_weight(
+    plan: ResolvedPlan, weight: Weight, claims: dict[str, Target], structures: ShapesLeft, format: str
+) -> Stored:
+    shape = structures.shape(weight.name, weight.shape)
+    numel, share = math.prod(shape), structures.share(weight.name)
     plain = plain_bytes(weight, shape, format)
     size = WeightSize(shape, numel, numel, 8 * weight.itemsize, plain, users=len(weight.users))
     for key, target in claims.items():

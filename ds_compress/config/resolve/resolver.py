@@ -17,7 +17,7 @@ from ds_compress.config.resolve.slow_regexes import slow_regexes
 from ds_compress.config.resolve.structures import resolve_structures
 from ds_compress.config.schema.block import WeightBlock
 from ds_compress.config.schema.compression_training import CompressionConfig, parse_config
-from ds_compress.config.structure_targets import StructurePlan, shape_after
+from ds_compress.config.structure_targets import ShapesLeft, StructurePlan
 from ds_compress.config.targets import Target, TechniquePlan, Weight
 from ds_compress.errors import ConfigError, Problem, dotted, listed, shown
 from ds_compress.modelinfo.auxiliary import is_auxiliary
@@ -96,7 +96,8 @@ def _shapes_after(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the claimed weights that structured pruning will make smaller, by name."""
     targets = (target for technique in techniques.values() for target in technique.targets)
-    after = {t.param_name: (t.shape, shape_after(structures, t.param_name, t.shape)) for t in targets}
+    left = ShapesLeft(structures)
+    after = {t.param_name: (t.shape, left.shape(t.param_name, t.shape)) for t in targets}
     return {name: shape for name, (before, shape) in after.items() if shape != before}
 
 

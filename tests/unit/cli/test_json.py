@@ -93,6 +93,24 @@ def test_a_plan_of_a_run() -> None:
     assert "not counted: activations" in shown and "leave a node" in shown
 
 
+def test_a_plan_of_what_is_computed() -> None:
+    ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
+    block = {**pruning_block(), "distillation": {"enabled": True, "losses": {"logits": {}}}}
+    Path("config.json").write_text(json.dumps(ds_config(2, block, dtype="bf16")))
+    assert result("plan", "model", "config.json")["compute"] is None
+    options = ("--tokens", "512", "--sequence", "32", "--device", "h100-sxm")
+    unknown = result("plan", "model", "config.json", *options)["compute"]
+    assert unknown["step_flops"]["teacher"] is None and unknown["step_seconds"] is None
+    found = result("plan", "model", "config.json", *options, "--teacher", "model")["compute"]
+    flops = found["step_flops"]
+    assert flops["student"] == 3 * flops["teacher"] and flops["teacher"] % found["forward_flops"] == 0
+    assert found["moved_bytes"].keys() == {"sparse_pruning"} and found["saved_bytes"] == 0
+    assert 1 < found["step_ratio"] < 2
+    assert [one["tokens"] for one in found["latencies"]] == [1, 512]
+    shown = CliRunner().invoke(app, ["plan", "model", "config.json", *options]).output
+    assert "one forward on h100-sxm, at least" in shown and "not known: say --teacher" in shown
+
+
 def test_a_block_without_a_config_around_it_is_counted_as_deepspeed_would_by_default() -> None:
     ZOO["bert_classifier"]().save_pretrained("model")  # type: ignore[operator]
     Path("block.json").write_text(json.dumps(pruning_block()))
@@ -106,6 +124,9 @@ def test_a_block_without_a_config_around_it_is_counted_as_deepspeed_would_by_def
         (["--nodes", "2"], "--nodes says something of a run: say --world-size, too"),
         (["--world-size", "3", "--nodes", "2"], "2 nodes with 3 processes"),
         (["--world-size", "2", "--bandwidth", "1"], "say --nodes"),
+        (["--device", "l4"], "--device says something of what is computed: say --tokens, too"),
+        (["--tokens", "8", "--device", "abacus"], "abacus is no device that is known here"),
+        (["--tokens", "8", "--sequence", "9"], "say --sequence"),
     ],
 )
 def test_a_plan_of_a_run_that_cannot_be(options: list[str], said: str) -> None:
