@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ds_compress.files import atomic_write
 from ds_compress.ops import library
 
 if TYPE_CHECKING:
+    from ds_compress.config.report.resolved import ResolvedPlan
     from ds_compress.engine.run import CompressionRun
 
 logger = logging.getLogger("ds_compress")
@@ -44,9 +46,23 @@ def of(run: CompressionRun) -> dict[str, Any]:
         "zero_stage": None if engine is None else engine.zero_optimization_stage(),
         "kernels": None if kernels is None else kernels.value,
         "versions": {**versions(), "deepspeed": metadata.version("deepspeed")},
+        "treatments": treatments(run.plan),
         "details": {name: details for name, t in run.techniques.items() if (details := t.report_details())},
         "history": run.recorded_history(),
     }
+
+
+def treatments(plan: ResolvedPlan) -> dict[str, dict[str, Any]]:
+    """{parameter: {"parameters": numbers in it, "treatment": what blocks make of it, in words}} of what is claimed."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, technique in plan.techniques.items():
+        block = plan.weight_block(key)
+        for target in technique.targets:
+            new = {"parameters": math.prod(target.shape), "treatment": ""}
+            entry = found.setdefault(target.param_name, new)
+            said = f"{block.column}: {block.describe_target(target)}"
+            entry["treatment"] = "; ".join(filter(None, (entry["treatment"], said)))
+    return found
 
 
 def write(folder: Path, run: CompressionRun) -> None:

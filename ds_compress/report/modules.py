@@ -46,8 +46,10 @@ def by_layer(modules: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(layers.values())
 
 
-def under_masks(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """[{"name", "parameters", "nonzeros", ...}] of the weights that have a mask in the fragments of a checkpoint.
+def of_checkpoint(files: Iterable[Path], treatments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{"name", "parameters", "nonzeros", ...}] of the weights that a block claims, or that have a mask in `files`.
+
+    files: fragments of a checkpoint. treatments: of the record of its run; stored_as is what these say.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -66,8 +68,12 @@ def under_masks(files: Iterable[Path]) -> list[dict[str, Any]]:
                     count[1] += int(packed @ _ONES)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    unknown = {"bytes": None, "stored_as": None}
-    return [
-        {"name": name, "parameters": numel, "nonzeros": kept, **unknown}
-        for name, (numel, kept) in counts.items()
-    ]
+    claimed = {name: (entry["parameters"], entry["treatment"]) for name, entry in treatments.items()}
+    found = []
+    for name in [*claimed, *(name for name in counts if name not in claimed)]:
+        of_plan, treatment = claimed.get(name, (0, None))
+        numel, kept = counts.get(name, (of_plan, of_plan))
+        found.append(
+            {"name": name, "parameters": numel, "nonzeros": kept, "bytes": None, "stored_as": treatment}
+        )
+    return found

@@ -18,7 +18,7 @@ from ds_compress.export.report import ExportReport, stored_as
 from ds_compress.export.whole import refuse_damaged
 from ds_compress.manifest import FILE_NAME as MANIFEST
 from ds_compress.report import sources
-from ds_compress.report.modules import by_layer, under_masks
+from ds_compress.report.modules import by_layer, of_checkpoint
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -102,13 +102,20 @@ def _add_checkpoint(made: dict[str, Any], folder: Path) -> None:
         "config": told["compression_training"],
     }
     made |= {"steps": saved["applied_steps"], "processes": saved["world_size"]}
-    _add_record(made, run_record.read(folder / FOLDER / record.FILE_NAME))
+    of_run = run_record.read(folder / FOLDER / record.FILE_NAME)
+    _add_record(made, of_run)
     for stage in saved["stages"].values():
         kept = stage.get("kept") if isinstance(stage, Mapping) else None
         if isinstance(kept, Mapping):
             made["kept_units"] |= {name: len(units) for name, units in kept.items()}
     if not made["layers"]:
-        made["layers"] = by_layer(under_masks(state.files_of(folder / FOLDER, saved)))
+        fragments = state.files_of(folder / FOLDER, saved)
+        # Records of older versions have none.
+        treatments = (of_run or {}).get("treatments", {})
+        try:
+            made["layers"] = by_layer(of_checkpoint(fragments, treatments))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _damaged(error) from error
 
 
 def _add_record(made: dict[str, Any], found: dict[str, Any] | None) -> None:
@@ -129,7 +136,11 @@ def _add_record(made: dict[str, Any], found: dict[str, Any] | None) -> None:
                 counts = {worker: int(steps) for worker, steps in details["flagged_workers"].items()}
                 made |= {"flagged_workers": counts, "judged_steps": int(details["judged_steps"])}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the record of the run is damaged: {type(error).__name__} {error}") from error
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> ValueError:
+    return ValueError(f"the record of the run is damaged: {type(error).__name__} {error}")
 
 
 def _add_schedules(made: dict[str, Any]) -> None:

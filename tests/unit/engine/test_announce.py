@@ -202,11 +202,3 @@ def test_quiet_computes_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: p
     # What goes wrong stays loud.
     (line,) = caplog.messages
     assert "not finished" in line
-
-
-def test_large_predictions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan: Any = ds_compress.plan(tiny_bert(), {"row_pruning": structured_block(dense_ratio=0.5)})
-    assert outcome.Expected.of(plan).size
-    monkeypatch.setattr(outcome, "_AFFORDABLE", 10)
-    expected = outcome.Expected.of(plan)
-    assert expected.numbers == {"row_pruning/density": 0.5} and expected.size == ""

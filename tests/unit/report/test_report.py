@@ -22,7 +22,7 @@ from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.ops import bitmask
 from ds_compress.report import html, report
 from ds_compress.report.chart import charts_of, number, scatter
-from ds_compress.report.modules import by_layer, under_masks
+from ds_compress.report.modules import by_layer, of_checkpoint
 from ds_compress.report.page import MOST_MODULES
 from ds_compress.techniques.expert_pruning import _STRIDE as STRIDE
 from tests.models import tiny_bert
@@ -121,7 +121,9 @@ def test_a_checkpoint_alone_counts_its_masks(trained: Path) -> None:
     zeros = json.loads((trained / "zeros").read_text())
     modules = [module for layer in made["layers"] for module in layer["modules"]]
     assert modules and all(m["parameters"] - m["nonzeros"] == zeros[m["name"]] for m in modules)
-    assert "Of the checkpoint" in html([made])
+    said = {module["stored_as"] for module in modules}
+    assert any("weights: " in words and "pruning: 0.25 kept" in words for words in said), said
+    assert "Of the checkpoint" in html([made]) and "pruning: 0.25 kept" in html([made])
 
 
 def test_a_run_that_was_cut_short_says_so(trained: Path) -> None:
@@ -235,11 +237,11 @@ def test_masks_of_several_files_are_added(tmp_path: Path, numel: int) -> None:
         stored = {"0": bitmask.pack(mask), "1": torch.rand(2)}
         save_file(stored, files[-1], metadata={"index": json.dumps(index)})
     kept = sum(int(mask.sum()) for mask in masks)
-    (found,) = under_masks(files)
+    (found,) = of_checkpoint(files, {})
     assert (found["name"], found["parameters"], found["nonzeros"]) == ("w", 2 * numel + 3, kept)
     files[1].write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="is damaged"):
-        under_masks(files)
+        of_checkpoint(files, {})
 
 
 def test_lines_break_where_numbers_are_missing_or_not_finite() -> None:
@@ -318,6 +320,19 @@ def test_a_damaged_record_without_a_manifest_is_an_error_in_words(runs: Path, da
     (folder / "ds_compress" / "run.json").write_text(damage)
     with pytest.raises(ValueError, match=r"damaged|newer version"):
         one(folder)
+
+
+def test_treatments_that_are_damaged(runs: Path) -> None:
+    folder = runs / "short" / "checkpoints" / "global_step4"
+    (folder / "ds_compress_manifest.json").unlink()
+    path = folder / "ds_compress" / "run.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"treatments": {"w": {"parameters": 3}}}))
+    with pytest.raises(ValueError, match="damaged: KeyError 'treatment'"):
+        one(folder)
+    del content["treatments"]
+    path.write_text(json.dumps(content))
+    assert one(folder)["layers"], "of a version that did not write them"
 
 
 def test_an_older_checkpoint_and_an_older_export(runs: Path) -> None:
