@@ -17,6 +17,7 @@ from ds_compress.cli.migrate import migrate
 from ds_compress.cli.output import AsJson, output
 from ds_compress.cli.report import report as report_command
 from ds_compress.cli.schema import schema
+from ds_compress.cli.sensitivity import sensitivity
 from ds_compress.cli.validate import validate
 
 app = typer.Typer(
@@ -179,5 +180,6 @@ def plan(
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")
 add(app, inspect, "ds_compress inspect small")
 add(app, plan, "ds_compress plan path/to/model ds_config.json")
+add(app, sensitivity, "ds_compress sensitivity path/to/model --data text.txt --output sensitivity.json")
 add(app, bench, "ds_compress bench int8_linear --quick")
 add(app, report_command, "ds_compress report checkpoints small --out report.html")

@@ -93,6 +93,21 @@ RESULTS: dict[str, dict[str, str]] = {
             "layers with their modules, kept_units, metrics, commitments, check, notes, versions, accuracy, latency_ms"
         ),
     },
+    "sensitivity": {
+        "output": "the file, which has all of these keys but this one",
+        "version": "of the table",
+        "model_class": "class of transformers",
+        "metric": "kl (from the model as it is), loss (cross-entropy) or relative_error (models without classes)",
+        "unit": "of the numbers under increase",
+        "formats": "that were tried",
+        "examples": "of the calibration set",
+        "predictions": "of which the metric is the mean: tokens, or examples of a classifier",
+        "groups": (
+            "layers that share a format, by name: modules, parameters (numbers in their weights), and increase: by "
+            "format, how much the metric grows when this group alone has it; null: not finite; absent: does not fit"
+        ),
+        "facts": "model, data, seed, max_length, batch, excluded: how it was measured",
+    },
     "plan": {
         "model": "the folder",
         "config": "the file",
