@@ -156,25 +156,50 @@ def plan(
     teacher: Annotated[
         Path | None, typer.Option(help="folder of the model that teaches, for its memory")
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="choose a format for each group of layers, and write such a config"),
+    ] = False,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="for --search: what `ds_compress sensitivity` wrote")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="goal of --search: largest size of the weight files, e.g. 20MB")
+    ] = None,
+    effective_bits: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="goal of --search: most bits of a weight of the layers, scales included"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--output", help="for --search: file to write")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Prints what a config would do to which weight, and the predicted bytes; reads no weights.
 
     With --world-size also what each process of a run will hold and send, and what grows too large with so many of them.
+    With --search the layers get the formats that add least to the loss within a goal, and CONFIG says everything else.
     """
     with output(as_json) as printed:
         from ds_compress.api import plan as make
+        from ds_compress.cli import search as searching
         from ds_compress.cli.models import skeleton
         from ds_compress.cli.runs import run_estimate
         from ds_compress.config.report.data import as_data
 
-        made = make(skeleton(model), str(config))
+        asked = searching.request(search, sensitivity, size, effective_bits, out, overwrite)
+        found = None if asked is None else searching.answer(asked, model, config)
+        made = make(skeleton(model), str(config) if found is None else found.content)
         run = run_estimate(made, config, world_size, zero_stage, nodes, bandwidth, teacher)
         printed.show(made)
         if run is not None:
             printed.show(run)
+        chosen = None
+        if asked is not None and found is not None:
+            chosen = searching.report(asked, found)
+            for line in searching.write(asked, found):
+                printed.say(line)
         predicted = None if run is None else run.as_data()
-        printed.done(model=str(model), config=str(config), **as_data(made), run=predicted)
+        printed.done(model=str(model), config=str(config), **as_data(made), run=predicted, search=chosen)
 
 
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")

@@ -129,6 +129,11 @@ RESULTS: dict[str, dict[str, str]] = {
             "process and step by way, each with way, gradients, weights, total, leaving_a_node (of all its processes) "
             "and seconds; breaks, what grows too large; notes, with what is not counted"
         ),
+        "search": (
+            "null without --search; else output (the file), goal, metric, formats (by group of layers, keep where it "
+            "stays), and what is predicted: increase of the metric, bytes of the weight files at most, effective_bits; "
+            "uniform, the same with one format for all groups, by format"
+        ),
     },
 }
 """All have `ok` before these: true, or false where doctor or validate found something."""

@@ -53,7 +53,7 @@ def sensitivity(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measures by how much the loss grows when one group of layers is in one format.
+    """Measures by how much the loss grows when one group of layers is in one format, for `plan --search`.
 
     Layers that servers join (q, k and v; gate and up) are one group; the output head and tables stay as they are.
     Each group is rounded in each format as training would, one forward pass for each batch. Under torchrun the batches
@@ -112,6 +112,9 @@ def _say(printed: Any, made: Sensitivity, out: Path, world: int) -> None:
     printed.show(made)
     by = f" by {world} processes" if world > 1 else ""
     printed.say(f"{out}: {len(made.groups)} groups of layers, {len(made.formats)} formats{by}")
+    printed.say(
+        "choose by it: ds_compress plan MODEL CONFIG --search --sensitivity FILE --effective-bits 4.5 --output NEW"
+    )
 
 
 def _refuse_bad_paths(model: Path, data: Path, out: Path, overwrite: bool) -> None:
