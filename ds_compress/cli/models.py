@@ -1,8 +1,9 @@
-"""Models from folders, without weights."""
+"""Models and tokenizers from folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,3 +29,26 @@ def skeleton(folder: Path) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = cls(config)
     return model
+
+
+def stored_model(name: str) -> Any:
+    """With its weights, of the class of transformers that its config names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise ValueError(f"{name}: its config names no class of transformers in architectures: {names}")
+    return cls.from_pretrained(name)
+
+
+def tokenizer_of(name: str) -> Any:
+    """Of a folder or a name."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(name)

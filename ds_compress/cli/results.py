@@ -93,6 +93,21 @@ RESULTS: dict[str, dict[str, str]] = {
             "layers with their modules, kept_units, metrics, commitments, check, notes, versions, accuracy, latency_ms"
         ),
     },
+    "sensitivity": {
+        "output": "the file, which has all of these keys but this one",
+        "version": "of the table",
+        "model_class": "class of transformers",
+        "metric": "kl (from the model as it is), loss (cross-entropy) or relative_error (models without classes)",
+        "unit": "of the numbers under increase",
+        "formats": "that were tried",
+        "examples": "of the calibration set",
+        "predictions": "of which the metric is the mean: tokens, or examples of a classifier",
+        "groups": (
+            "layers that share a format, by name: modules, parameters (numbers in their weights), and increase: by "
+            "format, how much the metric grows when this group alone has it; null: not finite; absent: does not fit"
+        ),
+        "facts": "model, data, seed, max_length, batch, excluded: how it was measured",
+    },
     "plan": {
         "model": "the folder",
         "config": "the file",
@@ -120,6 +135,11 @@ RESULTS: dict[str, dict[str, str]] = {
             "kept for backward by fake quantization; device; step_seconds, plain and compressed, and step_ratio "
             "(null without --device or with an unknown teacher); latencies, each with tokens, before_s, after_s "
             "and bound_by; notes, with what is not counted"
+        ),
+        "search": (
+            "null without --search; else output (the file), goal, metric, formats (by group of layers, keep where it "
+            "stays), and what is predicted: increase of the metric, bytes of the weight files at most, effective_bits; "
+            "uniform, the same with one format for all groups, by format"
         ),
     },
 }

@@ -27,10 +27,11 @@ def cache_teacher(
 ) -> None:
     """Stores what a teacher predicts of every example, for `distillation.teacher_cache`."""
     with output(as_json) as printed:
+        from ds_compress.cli.models import stored_model, tokenizer_of
         from ds_compress.distill.cache_write import cache_teacher as write
         from ds_compress.distill.text_data import read_examples, token_batches
 
-        model, words = _model(teacher), _tokenizer(tokenizer or teacher)
+        model, words = stored_model(teacher), tokenizer_of(tokenizer or teacher)
         batches = token_batches(read_examples(data, column), words, max_length, batch)
         made = write(
             model,
@@ -68,13 +69,14 @@ def teacher_text(
 ) -> None:
     """Lets a teacher write the text that a student will be distilled on, where there is no data."""
     with output(as_json) as printed:
+        from ds_compress.cli.models import tokenizer_of
         from ds_compress.distill.teacher_text import teacher_text as write
         from ds_compress.distill.teacher_text import write_lines
         from ds_compress.distill.text_data import read_examples
 
         if out.exists() and not overwrite:
             raise ValueError(f"{out} exists: choose another file, or say --overwrite")
-        words = _tokenizer(teacher)
+        words = tokenizer_of(teacher)
         if prompts is None:
             begin = words.bos_token_id if words.bos_token_id is not None else words.eos_token_id
             if begin is None:
@@ -100,28 +102,10 @@ def teacher_text(
         printed.done(out=str(out), bytes=_bytes(out), texts=count)
 
 
-def _model(name: str) -> Any:
-    """Of the class that its config names."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name)
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None or not hasattr(cls, "from_pretrained"):
-        raise ValueError(f"{name}: its config names no class of transformers in architectures: {names}")
-    return cls.from_pretrained(name)
-
-
 def _causal(name: str) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(name)
-
-
-def _tokenizer(name: str) -> Any:
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(name)
 
 
 def _progress(items: Any, unit: str) -> Any:

@@ -19,7 +19,7 @@ from ds_compress.version import __version__
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-_EXTRAS = ("prune", "onnx", "openvino", "secure")
+_EXTRAS = ("prune", "onnx", "openvino", "secure", "search")
 """Optional parts of the library; the other extras are for those who work on it."""
 _MODULES = {"pyOpenSSL": "OpenSSL", "pyyaml": "yaml"}
 """Whose module has another name."""

@@ -30,7 +30,9 @@ def test_all_that_the_package_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         *(f'{need}; extra == "{e}"' for e, all_ in extras.items() for need in all_),
     ]
     named = {Requirement(need).name for need in DECLARED["dependencies"]}
-    optional = {Requirement(n).name for e in ("prune", "onnx", "openvino", "secure") for n in extras[e]}
+    optional = {
+        Requirement(n).name for e in ("prune", "onnx", "openvino", "secure", "search") for n in extras[e]
+    }
     section = look(monkeypatch, needs, dict.fromkeys(named | optional))
     assert set(section.facts) == {"python", "ds_compress"} | named | optional
     assert section.findings == []
