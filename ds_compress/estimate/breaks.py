@@ -101,11 +101,11 @@ def _selection(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
 def _robust(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
     robust = plan.config.robust_reduction
     if robust is not None and robust.enabled:
-        size = _COUNT_BYTES * layout.world_size**3
+        size = _COUNT_BYTES * layout.world_size**2
         yield Break(
             size / _BYTES_LIMIT,
-            f"robust_reduction gathers inner products of all workers, {size / 1e9:,.1f} GB for each bucket: 8 B x "
-            f"{layout.world_size:,} x {layout.world_size:,} from each process",
+            f"robust_reduction compares every two workers: twice {size / 1e6:,.0f} MB more from each process for each "
+            f"bucket, 8 B x {layout.world_size:,} x {layout.world_size:,}",
         )
 
 

@@ -1,0 +1,37 @@
+"""What a process among thousands sends and holds for us: simulated, and bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.multirank.launch import run_ranks
+from tests.multirank.thousands import BUCKET, WORLD_SIZES, contribution
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return dict(run_ranks(1, "tests.multirank.thousands:run", backend="gloo")[0])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_robust_reduction_sends_two_matrices_of_inner_products(
+    found: dict[str, Any], world_size: int
+) -> None:
+    cost = found["robust"]["costs"][world_size]
+    products = 8 * world_size**2
+    assert cost.sent <= 2 * products + 2.1 * 4 * BUCKET
+    assert cost.peak <= 6 * products + 12 * 4 * BUCKET
+    assert cost.collectives == 4
+
+
+def test_robust_reduction_of_64_workers_decides_alike_by_the_products_of_all(found: dict[str, Any]) -> None:
+    threads = found["robust"]["threads"]
+    first, products = threads[0]
+    assert all(torch.equal(x, first) and torch.equal(gram, products) for x, gram in threads)
+    rows = torch.stack([contribution(rank) for rank in range(64)]).double()
+    torch.testing.assert_close(products, rows @ rows.T, rtol=1e-5, atol=1e-2)
+    # Gradients that have nothing in common are clipped to the median norm, about 1 / 64 of each.
+    assert torch.nn.functional.cosine_similarity(first.double(), rows.mean(0), dim=0) > 0.99
