@@ -21,8 +21,6 @@ _FILES_LIMIT = 1000
 _COUNT_BYTES = 8
 _BINS = 2048
 """Of the widest histogram of a threshold."""
-_PICKLED_BYTES = 12
-"""Beside the name of a parameter, of an entry that is gathered; about."""
 _SHARE_LIMIT = 0.1
 
 
@@ -41,7 +39,6 @@ def breaks(plan: ResolvedPlan, layout: RunLayout, found: list[Way]) -> list[Brea
         *_leaving(layout, found),
         *_selection(plan, layout),
         *_robust(plan, layout),
-        *_names(plan, layout),
         *_files(layout),
         *_short_shards(plan, layout),
     ]
@@ -107,20 +104,6 @@ def _robust(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
             f"robust_reduction compares every two workers: twice {size / 1e6:,.0f} MB more from each process for each "
             f"bucket, 8 B x {layout.world_size:,} x {layout.world_size:,}",
         )
-
-
-def _names(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
-    """Who holds which fragment: told once, at the start."""
-    if layout.shards == 1 or not plan.config.enabled_blocks():
-        return
-    of_one = sum(len(weight.name) + _PICKLED_BYTES for weight in plan.weights)
-    if layout.stage < 3:
-        of_one = of_one // layout.world_size + max(len(weight.name) for weight in plan.weights)
-    size = of_one * layout.world_size
-    yield Break(
-        size / _BYTES_LIMIT,
-        f"at the start each process receives about {size / 1e6:,.0f} MB of names and offsets of all fragments",
-    )
 
 
 def _files(layout: RunLayout) -> Iterator[Break]:

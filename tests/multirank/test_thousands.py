@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.multirank.launch import run_ranks
-from tests.multirank.thousands import BUCKET, WORLD_SIZES, contribution
+from tests.multirank.thousands import AT_A_TIME, BUCKET, WORLD_SIZES, contribution, numbered
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +35,31 @@ def test_robust_reduction_of_64_workers_decides_alike_by_the_products_of_all(fou
     torch.testing.assert_close(products, rows @ rows.T, rtol=1e-5, atol=1e-2)
     # Gradients that have nothing in common are clipped to the median norm, about 1 / 64 of each.
     assert torch.nn.functional.cosine_similarity(first.double(), rows.mean(0), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_at_the_start_nobody_is_told_what_others_hold(found: dict[str, Any], world_size: int) -> None:
+    cost = found["start"][world_size]
+    assert cost.collectives == 1 and cost.sent <= 16
+    assert cost.peak <= 200 * 4 * (-(-24_576 // world_size) + 2) + 1000
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_block_rows_are_exchanged_in_passes(found: dict[str, Any], world_size: int) -> None:
+    cost = found["halos"]["costs"][world_size]
+    assert cost.collectives == 2 * 20
+    # The other processes do not answer: only the block rows that this one has flagged are summed.
+    assert cost.sent <= 2 * (200 * 12 + 200 * 4 * 2048)
+    assert cost.peak <= cost.result + 4 * 4 * AT_A_TIME
+
+
+def test_64_processes_complete_the_block_rows_that_they_have_a_part_of(found: dict[str, Any]) -> None:
+    weights, seen = numbered(3), 0
+    for rows_of in found["halos"]["threads"]:
+        for name, (start, rows) in rows_of.items():
+            begin = start // 2048 * 2048
+            # A slice has 384 elements: some lie in two block rows.
+            end = (start + 384 - 1) // 2048 * 2048 + 2048
+            assert torch.equal(rows, weights[name].flatten()[begin:end])
+            seen += 1
+    assert seen == 64 * 3

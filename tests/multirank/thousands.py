@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from ds_compress.reduce.codec import PlainCodec
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.slices import Segment
+from ds_compress.sharding.fragment import Fragment
+from ds_compress.sharding.shards import Shards
 from tests.multirank.simulated import as_threads, cost, one_of
 
 WORLD_SIZES = (64, 512, 4096)
 BUCKET = 100_000
+AT_A_TIME = 10 * 24_576
+"""Elements of the weights in one pass over block rows."""
 
 
 def contribution(rank: int, numel: int = 5000) -> torch.Tensor:
@@ -40,6 +47,59 @@ def robust() -> dict[str, Any]:
     return {"costs": costs, "threads": as_threads(64, lambda rank: reduce(contribution(rank), clipped))}
 
 
+def slices(weights: dict[str, torch.Tensor]) -> Shards:
+    """This process' equal slice of each weight, as ZeRO-3 cuts them; a collective."""
+    size, rank, fragments = dist.get_world_size(), dist.get_rank(), []
+    for name, weight in weights.items():
+        numel = -(-weight.numel() // size)
+        start = min(rank * numel, weight.numel())
+        own = weight.flatten()[start : start + numel].clone()
+        parameter = nn.Parameter(own, requires_grad=False)
+        fragments.append(
+            Fragment(name, parameter, tuple(weight.shape), start, own.numel(), parameter, 0, dist.group.WORLD)
+        )
+    return Shards(fragments, dist.group.WORLD)
+
+
+def numbered(count: int) -> dict[str, torch.Tensor]:
+    """So many weights of 24,576 elements, no two of them alike."""
+    generator = torch.Generator().manual_seed(0)
+    return {f"layers.{i}.weight": torch.randn(48, 512, generator=generator) for i in range(count)}
+
+
+def start(weights: int = 200) -> dict[int, Any]:
+    """Of learning what a process holds, by world size."""
+    found, model = {}, numbered(weights)
+    for world_size in WORLD_SIZES:
+        with one_of(world_size, rank=world_size // 2):
+            found[world_size] = cost(lambda: slices(model))
+            found[world_size].result = None
+    return found
+
+
+def halos() -> dict[str, Any]:
+    """Block rows of 4 x 512. costs: by world size, of 200 weights in passes of ten. threads: (start, rows) of 64."""
+    costs, model = {}, numbered(200)
+
+    def exchange(shards: Shards, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = {name: fragment.values for name, fragment in shards.fragments.items()}
+        numels = {name: weight.numel() for name, weight in weights.items()}
+        return shards.exchange_halos(own, dict.fromkeys(weights, 2048), numels, AT_A_TIME)
+
+    for world_size in WORLD_SIZES:
+        # The slice of the process in the middle begins where a block row does.
+        with one_of(world_size, rank=world_size // 2 + 1):
+            costs[world_size] = cost(partial(exchange, slices(model), model))
+            costs[world_size].result = sum(rows.nbytes for rows in costs[world_size].result.values())
+
+    def of_thread(rank: int) -> dict[str, tuple[int, torch.Tensor]]:
+        shards = slices(numbered(3))
+        rows = exchange(shards, numbered(3))
+        return {name: (shards.fragments[name].start, rows[name]) for name in rows}
+
+    return {"costs": costs, "threads": as_threads(64, of_thread)}
+
+
 def run() -> dict[str, Any]:
     """All of them, in one launch."""
-    return {"robust": robust()}
+    return {"robust": robust(), "start": start(), "halos": halos()}
