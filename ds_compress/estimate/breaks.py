@@ -82,12 +82,7 @@ def _selection(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
     groups = {"layer": matrices, "group": len({t.group for t in pruning.targets}), "global": 1}[
         pruning.shared.scope
     ]
-    ties, histograms = groups * layout.shards * _COUNT_BYTES, groups * _BINS * _COUNT_BYTES
-    yield Break(
-        ties / _BYTES_LIMIT,
-        f"a new mask sums a table of ties, up to {ties / 1e6:,.0f} MB: 8 B x {groups:,} thresholds x {layout.shards:,} "
-        'processes; scope "global" has one threshold',
-    )
+    histograms = groups * _BINS * _COUNT_BYTES
     yield Break(
         histograms / _BYTES_LIMIT,
         f"a new mask sums histograms, {histograms / 1e6:,.0f} MB each: 8 B x 2,048 bins x {groups:,} thresholds; "

@@ -17,6 +17,9 @@ from ds_compress.sharding import halos
 from ds_compress.sharding.fragment import Fragment, plain_fragments
 from ds_compress.sharding.layer_shards import LayerShards
 
+_TABLE_AT_MOST = 1 << 14
+"""Numbers of all processes that each of them may receive at once, 128 KiB: one collective, where more takes two."""
+
 
 class Shards:
     """Fragments of the parameters named in `names`, with the collectives over their common group.
@@ -78,10 +81,22 @@ class Shards:
         if self._group is None:
             return torch.zeros_like(counts)
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        table = torch.zeros((size, counts.numel()), dtype=torch.int64, device=self._device)
-        table[rank] = counts.flatten().to(self._device)
-        dist.all_reduce(table, group=self._group)
-        return table[:rank].sum(0).view(counts.shape).to(counts.device)
+        own = counts.flatten().to(self._device, torch.int64)
+        if size * own.numel() <= _TABLE_AT_MOST:
+            table = own.new_empty((size, own.numel()))
+            dist.all_gather_into_tensor(table.view(-1), own, group=self._group)
+            before = table[:rank].sum(0)
+        else:
+            # Process i adds up the i-th share of the entries for all: nobody receives the counts of all processes.
+            share = -(-own.numel() // size)
+            mine = own.new_zeros(size * share)
+            mine[: own.numel()] = own
+            of_share = torch.empty_like(mine)
+            dist.all_to_all_single(of_share, mine, group=self._group)
+            of_share = of_share.view(size, share)
+            dist.all_to_all_single(mine, (of_share.cumsum(0) - of_share).flatten(), group=self._group)
+            before = mine[: own.numel()]
+        return before.view(counts.shape).to(counts.device)
 
     # -- reductions over all data-parallel processes (each has seen other data) ------------------------
 

@@ -63,3 +63,25 @@ def test_64_processes_complete_the_block_rows_that_they_have_a_part_of(found: di
             assert torch.equal(rows, weights[name].flatten()[begin:end])
             seen += 1
     assert seen == 64 * 3
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ties_before_a_process_cost_no_more_for_more_processes(
+    found: dict[str, Any], world_size: int
+) -> None:
+    costs = found["ties"]["costs"]
+    assert costs[world_size, 1].sent <= 8 * world_size and costs[world_size, 1].collectives == 1
+    of_layers = costs[world_size, 30_185]
+    assert of_layers.sent <= 2 * 8 * (30_185 + world_size) and of_layers.collectives == 2
+    assert of_layers.peak <= 6 * 8 * (30_185 + world_size)
+
+
+def test_64_processes_know_how_many_ties_lie_before_them(found: dict[str, Any]) -> None:
+    """256 counts of each make one table, 257 are added up in shares."""
+    threads = found["ties"]["threads"]
+    for case in range(4):
+        total = torch.zeros_like(threads[0][case][0])
+        for of_thread in threads:
+            counts, before = of_thread[case]
+            assert torch.equal(before, total) and before.dtype is torch.int64
+            total += counts

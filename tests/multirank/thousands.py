@@ -18,6 +18,8 @@ from tests.multirank.simulated import as_threads, cost, one_of
 
 WORLD_SIZES = (64, 512, 4096)
 BUCKET = 100_000
+THRESHOLDS = (1, 30_185)
+"""Of scope "global"; of "layer" in a mixture of 671 B parameters."""
 AT_A_TIME = 10 * 24_576
 """Elements of the weights in one pass over block rows."""
 
@@ -100,6 +102,25 @@ def halos() -> dict[str, Any]:
     return {"costs": costs, "threads": as_threads(64, of_thread)}
 
 
+def ties() -> dict[str, Any]:
+    """How many lie before. costs: by world size and number of thresholds. threads: of 64, (counts, what is before)."""
+    costs = {}
+    for world_size in WORLD_SIZES:
+        with one_of(world_size, rank=world_size // 2):
+            shards = slices(numbered(1))
+            for thresholds in THRESHOLDS:
+                counts = torch.ones(thresholds, dtype=torch.int64)
+                costs[world_size, thresholds] = cost(partial(shards.exclusive_prefix_sum, counts))
+                costs[world_size, thresholds].result = None
+
+    def of_thread(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        shards, generator = slices(numbered(1)), torch.Generator().manual_seed(rank)
+        of_all = [torch.randint(0, 1 << 40, (count,), generator=generator) for count in (1, 256, 257, 1000)]
+        return [(counts, shards.exclusive_prefix_sum(counts)) for counts in of_all]
+
+    return {"costs": costs, "threads": as_threads(64, of_thread)}
+
+
 def run() -> dict[str, Any]:
     """All of them, in one launch."""
-    return {"robust": robust(), "start": start(), "halos": halos()}
+    return {"robust": robust(), "start": start(), "halos": halos(), "ties": ties()}
