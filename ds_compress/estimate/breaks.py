@@ -19,8 +19,6 @@ _PAYLOAD_LIMIT = 1 << 16
 """Bytes from one process to one other below which the time of a message is latency (10 us at 50 Gbit/s)."""
 _FILES_LIMIT = 1000
 _COUNT_BYTES = 8
-_BINS = 2048
-"""Of the widest histogram of a threshold."""
 _SHARE_LIMIT = 0.1
 
 
@@ -37,7 +35,6 @@ def breaks(plan: ResolvedPlan, layout: RunLayout, found: list[Way]) -> list[Brea
     every = [
         *_messages(plan, layout),
         *_leaving(layout, found),
-        *_selection(plan, layout),
         *_robust(plan, layout),
         *_files(layout),
         *_short_shards(plan, layout),
@@ -72,22 +69,6 @@ def _leaving(layout: RunLayout, found: list[Way]) -> Iterator[Break]:
             f"{layout.ranks_per_node} processes sends to all others, where a ring leaves a node once; set "
             'gradient_compression to "hierarchical": true, or leave it out',
         )
-
-
-def _selection(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
-    pruning = plan.techniques.get("sparse_pruning")
-    if pruning is None or layout.shards == 1:
-        return
-    matrices = sum(target.matrices for target in pruning.targets)
-    groups = {"layer": matrices, "group": len({t.group for t in pruning.targets}), "global": 1}[
-        pruning.shared.scope
-    ]
-    histograms = groups * _BINS * _COUNT_BYTES
-    yield Break(
-        histograms / _BYTES_LIMIT,
-        f"a new mask sums histograms, {histograms / 1e6:,.0f} MB each: 8 B x 2,048 bins x {groups:,} thresholds; "
-        'scope "global" has one',
-    )
 
 
 def _robust(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -61,21 +62,23 @@ class _Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = self._now = 0
-        self._alive: set[int] = set()
+        self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if torch.is_tensor(t)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if torch.is_tensor(tensor) and id(storage := tensor.untyped_storage()) not in given | self._alive:
-                self._alive.add(id(storage))
-                self._now += storage.nbytes()
-                weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and id(storage) not in self._alive:
+                    self._now += storage.nbytes()
+                    forget = partial(self._forget, id(storage), storage.nbytes())
+                    self._alive[id(storage)] = weakref.ref(storage, forget)
         self.peak = max(self.peak, self._now)
         return result
 
-    def _forget(self, key: int, nbytes: int) -> None:
-        self._alive.discard(key)
+    def _forget(self, key: int, nbytes: int, _: Any) -> None:
+        del self._alive[key]
         self._now -= nbytes
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.multirank.launch import run_ranks
-from tests.multirank.thousands import AT_A_TIME, BUCKET, WORLD_SIZES, contribution, numbered
+from tests.multirank.thousands import AT_A_TIME, BUCKET, LAYERS_AT_A_TIME, WORLD_SIZES, contribution, numbered
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,11 @@ def test_64_processes_know_how_many_ties_lie_before_them(found: dict[str, Any]) 
             counts, before = of_thread[case]
             assert torch.equal(before, total) and before.dtype is torch.int64
             total += counts
+
+
+@pytest.mark.parametrize("is_guess", [False, True])
+def test_thresholds_of_many_layers_take_turns(found: dict[str, Any], is_guess: bool) -> None:
+    cost = found["histograms"][4096][is_guess]
+    assert cost.result == 300 * 5, "each keeps five of ten, where nobody else has any"
+    assert cost.sent == pytest.approx(2 * 8 * 300 * 5120, rel=0.02)
+    assert cost.peak <= 5.5 * 8 * LAYERS_AT_A_TIME * 2048

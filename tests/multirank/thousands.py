@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytest import MonkeyPatch
 from torch import nn
 
+from ds_compress.ops import bitmask
 from ds_compress.reduce.codec import PlainCodec
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.slices import Segment
+from ds_compress.select import radix
+from ds_compress.select.moving import Candidates, MovingThresholds
+from ds_compress.select.radix import SelectionGroup
 from ds_compress.sharding.fragment import Fragment
 from ds_compress.sharding.shards import Shards
 from tests.multirank.simulated import as_threads, cost, one_of
@@ -20,6 +25,7 @@ WORLD_SIZES = (64, 512, 4096)
 BUCKET = 100_000
 THRESHOLDS = (1, 30_185)
 """Of scope "global"; of "layer" in a mixture of 671 B parameters."""
+LAYERS_AT_A_TIME = 64
 AT_A_TIME = 10 * 24_576
 """Elements of the weights in one pass over block rows."""
 
@@ -121,6 +127,34 @@ def ties() -> dict[str, Any]:
     return {"costs": costs, "threads": as_threads(64, of_thread)}
 
 
+def histograms(groups: int = 300) -> dict[int, Any]:
+    """Of the thresholds of so many weights of ten elements, by world size: the first mask and one that guesses.
+
+    `LAYERS_AT_A_TIME` take turns.
+    """
+    found, scores = dict[int, Any](), torch.arange(10.0)
+    names = [f"experts.{i}.weight" for i in range(groups)]
+    selected = [SelectionGroup((name,), 5) for name in names]
+    candidates = {name: Candidates(lambda: (scores, True), None) for name in names}
+    for world_size in WORLD_SIZES[-1:]:
+        with one_of(world_size, rank=world_size // 2), MonkeyPatch.context() as patched:
+            patched.setattr(radix, "GROUPS_AT_A_TIME", LAYERS_AT_A_TIME)
+            shards, thresholds = slices(numbered(1)), MovingThresholds()
+
+            def select(shards: Shards = shards, thresholds: MovingThresholds = thresholds) -> int:
+                masks = thresholds.select(candidates, selected, shards)
+                return sum(int(bitmask.unpack(mask, 10).sum()) for _, mask in masks)
+
+            found[world_size] = [cost(select), cost(select)]
+    return found
+
+
 def run() -> dict[str, Any]:
     """All of them, in one launch."""
-    return {"robust": robust(), "start": start(), "halos": halos(), "ties": ties()}
+    return {
+        "robust": robust(),
+        "start": start(),
+        "halos": halos(),
+        "ties": ties(),
+        "histograms": histograms(),
+    }

@@ -78,10 +78,8 @@ def test_what_breaks_first() -> None:
     few = run("llama-70b", PRUNED, 64, zero_stage=3, nodes=8)
     assert few.breaks == ()
     many = run("mixture-671b", PRUNED, 4096, zero_stage=3, nodes=512)
-    files, histograms = (one.what for one in many.breaks)
+    (files,) = (one.what for one in many.breaks)
     assert "12,288 files" in files
-    # 256 experts in 58 layers have two stacked matrices each; 489 of the others are pruned by "every layer".
-    assert "495 MB each: 8 B x 2,048 bins x 30,185 thresholds" in histograms
     robust = run("llama-70b", ROBUST, 4096, zero_stage=2, nodes=512)
     compared = next(one for one in robust.breaks if "robust_reduction" in one.what)
     assert "twice 134 MB more from each process for each bucket" in compared.what
