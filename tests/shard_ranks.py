@@ -32,19 +32,18 @@ class RankShards(Shards):
         self._meeting, self._place = meeting, place
         self._group = meeting if meeting.size > 1 else None
         self._device = torch.device("cpu")
-        everyone = meeting.exchange(place, {name: f.start for name, f in self.fragments.items()})
-        self._layout = {}
-        for starts in everyone:
-            for name, start in starts.items():
-                self._layout.setdefault(name, []).append(start)
-        self._layout = {name: sorted(starts) for name, starts in self._layout.items()}
-        self.sums = 0
+        self.sums = self.maxima = 0
         self.bytes = 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         self.sums += 1
         self.bytes += tensor.numel() * tensor.element_size()
         return torch.stack(self._meeting.exchange(self._place, tensor)).sum(0)
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.maxima += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+        return torch.stack(self._meeting.exchange(self._place, tensor)).amax(0)
 
     def exclusive_prefix_sum(self, counts: torch.Tensor) -> torch.Tensor:
         self.sums += 1

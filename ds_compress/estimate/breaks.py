@@ -19,10 +19,6 @@ _PAYLOAD_LIMIT = 1 << 16
 """Bytes from one process to one other below which the time of a message is latency (10 us at 50 Gbit/s)."""
 _FILES_LIMIT = 1000
 _COUNT_BYTES = 8
-_BINS = 2048
-"""Of the widest histogram of a threshold."""
-_PICKLED_BYTES = 12
-"""Beside the name of a parameter, of an entry that is gathered; about."""
 _SHARE_LIMIT = 0.1
 
 
@@ -39,9 +35,7 @@ def breaks(plan: ResolvedPlan, layout: RunLayout, found: list[Way]) -> list[Brea
     every = [
         *_messages(plan, layout),
         *_leaving(layout, found),
-        *_selection(plan, layout),
         *_robust(plan, layout),
-        *_names(plan, layout),
         *_files(layout),
         *_short_shards(plan, layout),
     ]
@@ -77,50 +71,15 @@ def _leaving(layout: RunLayout, found: list[Way]) -> Iterator[Break]:
         )
 
 
-def _selection(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
-    pruning = plan.techniques.get("sparse_pruning")
-    if pruning is None or layout.shards == 1:
-        return
-    matrices = sum(target.matrices for target in pruning.targets)
-    groups = {"layer": matrices, "group": len({t.group for t in pruning.targets}), "global": 1}[
-        pruning.shared.scope
-    ]
-    ties, histograms = groups * layout.shards * _COUNT_BYTES, groups * _BINS * _COUNT_BYTES
-    yield Break(
-        ties / _BYTES_LIMIT,
-        f"a new mask sums a table of ties, up to {ties / 1e6:,.0f} MB: 8 B x {groups:,} thresholds x {layout.shards:,} "
-        'processes; scope "global" has one threshold',
-    )
-    yield Break(
-        histograms / _BYTES_LIMIT,
-        f"a new mask sums histograms, {histograms / 1e6:,.0f} MB each: 8 B x 2,048 bins x {groups:,} thresholds; "
-        'scope "global" has one',
-    )
-
-
 def _robust(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
     robust = plan.config.robust_reduction
     if robust is not None and robust.enabled:
-        size = _COUNT_BYTES * layout.world_size**3
+        size = _COUNT_BYTES * layout.world_size**2
         yield Break(
             size / _BYTES_LIMIT,
-            f"robust_reduction gathers inner products of all workers, {size / 1e9:,.1f} GB for each bucket: 8 B x "
-            f"{layout.world_size:,} x {layout.world_size:,} from each process",
+            f"robust_reduction compares every two workers: twice {size / 1e6:,.0f} MB more from each process for each "
+            f"bucket, 8 B x {layout.world_size:,} x {layout.world_size:,}",
         )
-
-
-def _names(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
-    """Who holds which fragment: told once, at the start."""
-    if layout.shards == 1 or not plan.config.enabled_blocks():
-        return
-    of_one = sum(len(weight.name) + _PICKLED_BYTES for weight in plan.weights)
-    if layout.stage < 3:
-        of_one = of_one // layout.world_size + max(len(weight.name) for weight in plan.weights)
-    size = of_one * layout.world_size
-    yield Break(
-        size / _BYTES_LIMIT,
-        f"at the start each process receives about {size / 1e6:,.0f} MB of names and offsets of all fragments",
-    )
 
 
 def _files(layout: RunLayout) -> Iterator[Break]:

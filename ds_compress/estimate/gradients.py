@@ -126,7 +126,8 @@ class GradientTraffic:
         world, collectives = self.layout.world_size, self._collectives
         quantized = [run for run in bucket.runs if block is not None and not run.exact]
         plain = [run for run in bucket.runs if block is None or run.exact]
-        traffic = collectives.all_gather(world**3 * _INNER_PRODUCT_BYTES)
+        products = world**2 * _INNER_PRODUCT_BYTES
+        traffic = collectives.all_to_all(products) + collectives.all_gather(products)
         if block is not None:
             size = block.effective_block_size
             blocks = sum(-(-run.numel // size) * run.count for run in quantized)

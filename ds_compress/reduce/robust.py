@@ -1,6 +1,6 @@
 """The exchange under a robust rule: every owner gets the slices of all workers, and aggregates them.
 
-    all-to-all -> inner products of my slices -> one small all-reduce -> who is bad, which weights -> my slice
+    all-to-all -> inner products of my slices -> their sum over all owners -> who is bad, which weights -> my slice
 
 All chunks of a bucket arrive before anything is decided, because a worker whose gradient is NaN somewhere is
 excluded everywhere; what has arrived is stored as it was sent, at most one bucket of it. A bucket is one vector to
@@ -240,16 +240,25 @@ class RobustSum:
         return rows
 
     def _judge(self, gram: torch.Tensor, device: torch.device) -> Decision:
-        # Summed in the order of the ranks, so that all of them decide from the same bits.
-        of_all = torch.empty((self.world_size, gram.numel()), dtype=gram.dtype, device=device)
-        dist.all_gather_into_tensor(of_all.view(-1), gram.view(-1).to(device), group=self.group)
-        gram = of_all.cpu().sum(0).view_as(gram)
+        gram = self._summed(gram, device)
         non_finite = [
             i for i, square in enumerate(gram.diagonal().tolist()) if not abs(square) < float("inf")
         ]
         decision = decide(gram, non_finite, self.policy, self._flagged())
         self._on_report(gram, decision.report)
         return decision
+
+    def _summed(self, gram: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The sum over the processes of their (n, n): the same bits in all of them, so that all decide alike.
+
+        Process i sums row i of all, in the order of the ranks, and sends the sum to all. So a process receives twice
+        n * n numbers, and not those of n matrices.
+        """
+        sent, of_row = gram.to(device), torch.empty_like(gram, device=device)
+        dist.all_to_all_single(of_row, sent, group=self.group)
+        row = of_row.cpu().sum(0).to(device)
+        dist.all_gather_into_tensor(sent.view(-1), row, group=self.group)
+        return sent.to(gram)
 
     def _combine(
         self,

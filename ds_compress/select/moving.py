@@ -115,9 +115,19 @@ class MovingThresholds:
         found: Mapping[str, _Found],
         reductions: Reductions,
     ) -> dict[str, Cut]:
-        """Radix selection of all groups at once, from what lies in their windows."""
-        if not groups:
-            return {}
+        """Radix selection from what lies in the windows of the groups."""
+        cuts, size = dict[str, Cut](), radix.GROUPS_AT_A_TIME
+        for first in range(0, len(groups), size):
+            cuts |= self._cuts_at_once(groups[first : first + size], missing, found, reductions)
+        return cuts
+
+    def _cuts_at_once(
+        self,
+        groups: Sequence[SelectionGroup],
+        missing: Mapping[tuple[str, ...], int],
+        found: Mapping[str, _Found],
+        reductions: Reductions,
+    ) -> dict[str, Cut]:
         lows = torch.tensor([self._guesses[group.members].window[0] for group in groups])
         remaining = torch.tensor([missing[group.members] for group in groups])
         of_group, of_member, offsets = _inside(groups, found, lows)

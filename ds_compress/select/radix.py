@@ -2,8 +2,8 @@
 
 The k-th largest score is found from three histograms of its bit pattern (11, 11 and 10 bits), so the amount of
 communication does not depend on the size of the model: for one selection group, three sums of 2048, 2048 and 1024
-counts and two small ones that break ties, 41 KB in all. Ties are broken by global index (parameter order, then
-element order), so every layout of the same scores over processes gives the same mask.
+counts and two small ones that break ties, 41 KB in all. Many groups take turns. Ties are broken by global index
+(parameter order, then element order), so every layout of the same scores over processes gives the same mask.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _DIGITS = ((21, 2048), (10, 2048), (0, 1024))
 _CHUNK = 1 << 18
 _CHUNK_OF_A_DEVICE = 1 << 24
 """On a device every chunk costs a synchronization, because the number of keys that are left decides what comes next."""
+GROUPS_AT_A_TIME = 1 << 11
+"""Whose histograms are summed at once, 32 MiB: a mixture of experts may have tens of thousands of groups."""
 # Scores whose exponent bits are all ones (Inf, NaN) fill the outermost four bins of the first digit.
 _NON_FINITE_BINS = (slice(0, 4), slice(2044, 2048))
 
@@ -135,6 +137,22 @@ def _thresholds(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per group the key of its `num_kept`-th largest unit and how many units equal to it are kept; per parameter
     how many units of this process are equal to it. All int64."""
+    found, bad = [], list[int]()
+    for first in range(0, max(1, len(groups)), GROUPS_AT_A_TIME):
+        try:
+            found.append(_thresholds_of(scores, groups[first : first + GROUPS_AT_A_TIME], reductions))
+        except NonFiniteScoresError as error:
+            bad += [first + index for index in error.groups]
+    if bad:
+        raise NonFiniteScoresError(bad)
+    prefix, remaining, ties = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return prefix, remaining, ties
+
+
+def _thresholds_of(
+    scores: Mapping[str, ParameterScores], groups: Sequence[SelectionGroup], reductions: Reductions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_thresholds` of no more than `GROUPS_AT_A_TIME` groups."""
     remaining = torch.tensor([group.num_kept for group in groups], dtype=torch.int64)
     prefix = torch.zeros(len(groups), dtype=torch.int64)
     survivors: dict[str, torch.Tensor] = {}

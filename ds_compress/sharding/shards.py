@@ -13,8 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_compress.sharding import halos
 from ds_compress.sharding.fragment import Fragment, plain_fragments
 from ds_compress.sharding.layer_shards import LayerShards
+
+_TABLE_AT_MOST = 1 << 14
+"""Numbers of all processes that each of them may receive at once, 128 KiB: one collective, where more takes two."""
 
 
 class Shards:
@@ -45,7 +49,6 @@ class Shards:
             self._group = layer_shards.shard_group(sharded)
         self.is_first_copy = sharded or data_parallel_group is None or dist.get_rank(data_parallel_group) == 0
         """Whether what this process holds has not been counted in another one."""
-        self._layout = self._exchange_layout()
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Shards:
@@ -69,15 +72,31 @@ class Shards:
         """Element-wise sum over the shard group; unchanged when every process holds everything."""
         return self._reduce(tensor, dist.ReduceOp.SUM, self._group)
 
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum over the shard group."""
+        return self._reduce(tensor, dist.ReduceOp.MAX, self._group)
+
     def exclusive_prefix_sum(self, counts: torch.Tensor) -> torch.Tensor:
         """For each entry, the sum of `counts` over the ranks with *earlier* elements; int64, same shape."""
         if self._group is None:
             return torch.zeros_like(counts)
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        table = torch.zeros((size, counts.numel()), dtype=torch.int64, device=self._device)
-        table[rank] = counts.flatten().to(self._device)
-        dist.all_reduce(table, group=self._group)
-        return table[:rank].sum(0).view(counts.shape).to(counts.device)
+        own = counts.flatten().to(self._device, torch.int64)
+        if size * own.numel() <= _TABLE_AT_MOST:
+            table = own.new_empty((size, own.numel()))
+            dist.all_gather_into_tensor(table.view(-1), own, group=self._group)
+            before = table[:rank].sum(0)
+        else:
+            # Process i adds up the i-th share of the entries for all: nobody receives the counts of all processes.
+            share = -(-own.numel() // size)
+            mine = own.new_zeros(size * share)
+            mine[: own.numel()] = own
+            of_share = torch.empty_like(mine)
+            dist.all_to_all_single(of_share, mine, group=self._group)
+            of_share = of_share.view(size, share)
+            dist.all_to_all_single(mine, (of_share.cumsum(0) - of_share).flatten(), group=self._group)
+            before = mine[: own.numel()]
+        return before.view(counts.shape).to(counts.device)
 
     # -- reductions over all data-parallel processes (each has seen other data) ------------------------
 
@@ -117,71 +136,22 @@ class Shards:
 
     # -- edges -------------------------------------------------------------------------------------
 
-    def _exchange_layout(self) -> dict[str, list[int]]:
-        """{parameter name: start offsets of all its fragments}, the same in every process."""
-        own = {name: f.start for name, f in self.fragments.items()}
-        layout: dict[str, list[int]] = {}
-        for starts in self.all_gather_object(own):
-            for name, start in starts.items():
-                layout.setdefault(name, []).append(start)
-        return {name: sorted(starts) for name, starts in layout.items()}
-
     def exchange_halos(
-        self, values: Mapping[str, torch.Tensor], block_row_numel: Mapping[str, int], numel: Mapping[str, int]
+        self,
+        values: Mapping[str, torch.Tensor],
+        block_row_numel: Mapping[str, int],
+        numel: Mapping[str, int],
+        at_a_time: int = halos.AT_A_TIME,
     ) -> dict[str, torch.Tensor]:
-        """Extends each fragment to whole bands of `band_numel[name]` elements, asking others for the rest.
+        """Extends each fragment to whole block rows of `block_row_numel[name]` elements, asking others for the rest.
 
         `values[name]` is fp32, aligned with the fragment of `name`; parameters that this process does not
         hold may be absent, but `block_row_numel` and `numel` list every parameter, in the same order everywhere.
-        The result covers every band that the fragment touches, its last one cut at the parameter's end.
-        Bands that are whole already cost nothing; the others are summed from disjoint parts, so the result
-        is exact and equal in every process that sees the band.
+        The result covers every block row that the fragment touches, its last one cut at the parameter's end.
+        Block rows that are whole already cost a flag; the others are summed from disjoint parts, so the result
+        is exact and equal in every process that sees the block row. at_a_time: elements of the parameters, for which
+        two collectives are made at a time.
         """
-        split = {
-            name: sorted({start // block_row for start in self._layout.get(name, ()) if start % block_row})
-            for name, block_row in block_row_numel.items()
-        }
-        offsets, total = {}, 0
-        for name, block_rows in split.items():
-            for index in block_rows:
-                offsets[name, index] = total
-                total += min(block_row_numel[name], numel[name] - index * block_row_numel[name])
-        shared = torch.zeros(total, dtype=torch.float32)
-        for name, own in values.items():
-            fragment, block_row = self.fragments[name], block_row_numel[name]
-            for index in split[name]:
-                low = max(fragment.start, index * block_row)
-                high = min(fragment.start + fragment.numel, (index + 1) * block_row)
-                if low < high:
-                    at = offsets[name, index] + low - index * block_row
-                    shared[at : at + high - low] = own[low - fragment.start : high - fragment.start]
-        if total:
-            shared = self.sum(shared)
-        return {
-            name: self._extend(name, own, block_row_numel[name], numel[name], shared, offsets, split[name])
-            for name, own in values.items()
-        }
-
-    def _extend(
-        self,
-        name: str,
-        own: torch.Tensor,
-        block_row: int,
-        numel: int,
-        shared: torch.Tensor,
-        offsets: Mapping[tuple[str, int], int],
-        split: Sequence[int],
-    ) -> torch.Tensor:
-        fragment = self.fragments[name]
-        begin = fragment.start // block_row * block_row
-        end = min(-(-(fragment.start + fragment.numel) // block_row) * block_row, numel)
-        if (begin, end) == (fragment.start, fragment.start + fragment.numel):
-            return own
-        whole = own.new_zeros(end - begin)
-        whole[fragment.start - begin : fragment.start - begin + fragment.numel] = own
-        for index in split:
-            low, high = index * block_row, min((index + 1) * block_row, numel)
-            if begin <= low < end:
-                at = offsets[name, index]
-                whole[low - begin : high - begin] = shared[at : at + high - low].to(own.device)
-        return whole
+        if self._group is None:
+            return dict(values)
+        return halos.exchange(self.fragments, values, block_row_numel, numel, self.sum, self.max, at_a_time)

@@ -59,6 +59,7 @@ def test_every_step_is_a_stable_sort(
     density = sorted((data.draw(st.floats(0, 1)) for _ in range(STEPS)), reverse=True)
     full = {name: values[0] for name, values in steps.items()}
     cuts = data.draw(st.lists(st.integers(0, sum(sizes)), max_size=3))
+    at_a_time = data.draw(st.sampled_from([1, 2, radix.GROUPS_AT_A_TIME]))
 
     def work(shards: RankShards) -> list[dict[str, torch.Tensor]]:
         thresholds, masks, results = MovingThresholds(), dict[str, torch.Tensor](), []
@@ -73,7 +74,9 @@ def test_every_step_is_a_stable_sort(
             results.append({n: bitmask.unpack(m, shards.fragments[n].numel) for n, m in masks.items()})
         return results
 
-    parts = run_ranks_of_shards(full, cuts, work)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(radix, "GROUPS_AT_A_TIME", at_a_time)
+        parts = run_ranks_of_shards(full, cuts, work)
     before: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         masks = joined(full, [part[step] for part in parts])

@@ -78,14 +78,11 @@ def test_what_breaks_first() -> None:
     few = run("llama-70b", PRUNED, 64, zero_stage=3, nodes=8)
     assert few.breaks == ()
     many = run("mixture-671b", PRUNED, 4096, zero_stage=3, nodes=512)
-    files, ties, histograms, names = (one.what for one in many.breaks)
-    # 256 experts in 58 layers have two stacked matrices each; 489 of the others are pruned by "every layer".
+    (files,) = (one.what for one in many.breaks)
     assert "12,288 files" in files
-    assert "989 MB: 8 B x 30,185 thresholds x 4,096 processes" in ties
-    assert "495 MB each" in histograms
-    assert "names and offsets" in names
     robust = run("llama-70b", ROBUST, 4096, zero_stage=2, nodes=512)
-    assert "549.8 GB for each bucket" in robust.breaks[0].what
+    compared = next(one for one in robust.breaks if "robust_reduction" in one.what)
+    assert "twice 134 MB more from each process for each bucket" in compared.what
     quantized = run("llama-70b", BOTH_WAYS, 512, zero_stage=3, nodes=64)
     payload, leaving, _ = (one.what for one in quantized.breaks)
     assert "sends 2,064 bytes to each process at a time" in payload

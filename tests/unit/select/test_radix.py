@@ -72,6 +72,22 @@ def test_scores_that_are_not_finite_are_an_error_everywhere(bad: float) -> None:
     assert error.value.groups == (1,)
 
 
+def test_many_groups_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full = {str(i): torch.randint(-3, 4, (40 + i,), generator=generator).float() for i in range(7)}
+    groups = [radix.SelectionGroup((str(i), str(i + 1)), 20 + i) for i in (0, 2, 4)]
+    groups.append(radix.SelectionGroup(("6",), 13))
+    at_once = select(full, [77, 130, 211], groups)
+    monkeypatch.setattr(radix, "GROUPS_AT_A_TIME", 2)
+    in_turns = select(full, [77, 130, 211], groups)
+    assert all(torch.equal(mask, at_once[name]) for name, mask in in_turns.items()) and in_turns
+    assert torch.equal(in_turns["6"], by_stable_sort(full["6"], 13))
+    full["2"][3] = full["6"][0] = float("nan")
+    with pytest.raises(radix.NonFiniteScoresError) as error:
+        select(full, [77, 130, 211], groups)
+    assert error.value.groups == (1, 3)
+
+
 def test_the_largest_finite_score_is_not_taken_for_infinite() -> None:
     largest = torch.finfo(torch.float32).max
     full = {"w": torch.tensor([largest, -largest, 0.0])}
