@@ -36,7 +36,7 @@ def not_compiled(function: _Function) -> _Function:
     if _is_imported("torch._dynamo"):
         return _disabled(function)
 
-    def replace(dynamo: ModuleType) -> None:
+    def replace(_: ModuleType) -> None:
         owner: Any = sys.modules[function.__module__]
         *above, name = function.__qualname__.split(".")
         for part in above:
