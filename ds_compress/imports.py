@@ -12,18 +12,51 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
     """Calls `action(module)` now if the module `name` is imported already, else right after its code has run."""
-    module = sys.modules.get(name)
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
-        action(module)
+    if _is_imported(name):
+        action(sys.modules[name])
         return
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _finder.actions.setdefault(name, []).append(action)
+
+
+def not_compiled(function: _Function) -> _Function:
+    """`torch.compiler.disable` for a function of a module or a method, without the seconds that its import takes.
+
+    That decorator imports `torch._dynamo` (and with it sympy and distributed tensors). Nothing can be compiled before
+    that is imported, so the function is replaced by its disabled self only then.
+    """
+    if _is_imported("torch._dynamo"):
+        return _disabled(function)
+
+    def replace(_: ModuleType) -> None:
+        owner: Any = sys.modules[function.__module__]
+        *above, name = function.__qualname__.split(".")
+        for part in above:
+            owner = getattr(owner, part)
+        setattr(owner, name, _disabled(function))
+
+    when_imported("torch._dynamo", replace)
+    return function
+
+
+def _disabled(function: _Function) -> _Function:
+    import torch
+
+    disabled: _Function = torch.compiler.disable(function)
+    return disabled
+
+
+def _is_imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def is_command_line() -> bool:

@@ -33,6 +33,8 @@ class CompressOpsBuilder(OpBuilder):
         return [str(build.sources_folder() / "include")]
 
     def is_compatible(self, verbose: bool = False) -> bool:
+        if library.prebuilt() is not None:
+            return True
         try:
             library.wanted_build()
         except ToolchainError as error:

@@ -33,13 +33,13 @@ def main() -> None:
 def report() -> list[tuple[str, str]]:
     """(what, how it is here), after an attempt to load."""
     library.load()
-    cuda = Cuda.find()
+    cuda, path = Cuda.find(), library.loaded_library()
     lines = [
         ("torch", torch.__version__),
         ("C++ compiler", _or_error(lambda: f"{find_cxx()} ({compiler_version(find_cxx())})")),
         ("nvcc", f"{cuda.nvcc} ({cuda.version})" if cuda else "none: CUDA kernels cannot be built"),
         ("sources", _or_error(lambda: str(build.sources_folder()))),
-        ("library", str(library.loaded_library() or f"none: {library.failure()}")),
+        ("library", f"{path} ({library.origin(path)})" if path else f"none: {library.failure()}"),
         (
             "preference",
             library.from_environment() or f"{library.Preference.AUTO} ({library.VARIABLE} is not set)",

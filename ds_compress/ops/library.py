@@ -79,6 +79,7 @@ def register_op(function: Callable[..., Any], fake: Callable[..., Any], mutates:
 _native = getattr(torch.ops, schemas.NAMESPACE)
 _loaded: Path | None = None
 _reason: str | None = None
+_refused: str | None = None
 _default: Any = None
 _in_block: Any = None
 """The ops of the innermost `kernel_preference` block; a plain global, which torch.compile can read."""
@@ -185,8 +186,14 @@ def from_environment() -> Preference | None:
         raise ValueError(f"{VARIABLE}={word}: allowed are {allowed}") from None
 
 
-def load() -> bool:
-    """Builds the library if needed and loads it into torch; False when that cannot be, with one warning.
+def load(may_compile: bool = True) -> bool:
+    """Loads the library into torch, after building it if needed; False when that cannot be, with one warning.
+
+    The library that came with the package is the first choice. Where it cannot be loaded (an older C library, say),
+    one is compiled, with a line that says so.
+
+    Args:
+        may_compile: whether to build; without, a library that would have to be built is no failure for later calls.
 
     Raises:
         UnsafeLibraryError: others could have written it: no reason to go on as if nothing were.
@@ -197,26 +204,61 @@ def load() -> bool:
     if _reason is not None:
         return False
     try:
-        path = build.find_prebuilt(wants_cuda(), build.to_stderr) or build.ensure_built(
-            wanted_build(), build.to_stderr
-        )
-        torch.ops.load_library(str(path))
+        path = _open_prebuilt()
+        if path is None and may_compile:
+            path = _open(build.ensure_built(wanted_build(), build.to_stderr))
+        elif path is None:
+            built = build.find_built(wanted_build())
+            path = None if built is None else _open(built)
         _loaded = path
     except (ToolchainError, build.BuildError, OSError) as error:
-        _reason = str(error.__cause__ or error)
+        _reason = "; ".join([str(error.__cause__ or error), *filter(None, [_refused])])
         logger.warning("ds_compress: ops run on plain torch, not on native kernels: %s", _reason)
-        return False
-    return True
+    return _loaded is not None
 
 
 def find() -> Path | None:
-    """The library that `load` would load without compiling anything; None where it would have to be built.
+    """The library that `load` would try first without compiling anything; None where it would have to be built.
 
     Raises:
         ToolchainError: it is not there, and could not be built.
         UnsafeLibraryError: as `load`.
     """
-    return build.find_prebuilt(wants_cuda()) or build.find_built(wanted_build())
+    return prebuilt() or build.find_built(wanted_build())
+
+
+def prebuilt(say: Callable[[str], object] = lambda line: None) -> Path | None:
+    """The library that came with the package, where it serves; None where there is none.
+
+    One for the CPU alone serves where CUDA is wanted, too, unless CUDA kernels can be compiled here or
+    `DS_COMPRESS_CUDA=1` insists on them.
+    """
+    found = build.find_prebuilt(wants_cuda(), say)
+    if found is not None or not wants_cuda() or os.environ.get("DS_COMPRESS_CUDA") == "1":
+        return found
+    try:
+        build.Build.for_this_machine(with_cuda=True)
+    except ToolchainError as error:
+        found = build.find_prebuilt(False, say)
+        if found is not None:
+            _warn_of_cuda(error)
+    return found
+
+
+def _open_prebuilt() -> Path | None:
+    global _refused
+    path = prebuilt(build.to_stderr)
+    try:
+        return None if path is None or _refused is not None else _open(path)
+    except OSError as error:
+        _refused = f"the library of the package cannot be loaded: {error.__cause__ or error}"
+        logger.warning("ds_compress: %s", _refused)
+        return None
+
+
+def _open(path: Path) -> Path:
+    torch.ops.load_library(str(path))
+    return path
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -242,10 +284,12 @@ def wanted_build() -> build.Build:
     except ToolchainError as error:
         if os.environ.get("DS_COMPRESS_CUDA") == "1" or not with_cuda:
             raise
-        logger.warning(
-            "ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", error
-        )
+        _warn_of_cuda(error)
         return build.Build.for_this_machine(with_cuda=False)
+
+
+def _warn_of_cuda(error: ToolchainError) -> None:
+    logger.warning("ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", error)
 
 
 def loaded_library() -> Path | None:
@@ -253,6 +297,16 @@ def loaded_library() -> Path | None:
     return _loaded
 
 
+def origin(path: Path) -> str:
+    """Where a library is from, in words."""
+    return "came with the package" if path.parent == build.PREBUILT else "built here"
+
+
 def failure() -> str | None:
     """Why native kernels could not be had; None when they were not tried or work."""
     return _reason
+
+
+def refused() -> str | None:
+    """Why the library that came with the package was not loaded; None when it was not tried, is none, or works."""
+    return _refused

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from ds_compress.imports import not_compiled
 from ds_compress.modelinfo.experts import fused_experts
 from ds_compress.modelinfo.linear_activation import builtin_linear
 from ds_compress.quant.expert_products import ExpertProducts
@@ -54,7 +55,7 @@ class QATExperts(QATModule):
                 self._check(unread)
         return result
 
-    @torch.compiler.disable
+    @not_compiled
     def _with_inputs(
         self,
         configs: Mapping[str, FakeQuantConfig],

@@ -17,6 +17,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ds_compress.imports import not_compiled
 from ds_compress.quant.fake_quant import FakeQuantConfig, fake_quantize_weight
 from ds_compress.quant.fused import FakeQuantized
 from ds_compress.quant.gradients import weight_backward
@@ -197,7 +198,7 @@ def _storage(tensor: torch.Tensor) -> int:
         return 0
 
 
-@torch.compiler.disable
+@not_compiled
 def _outer_hooks() -> tuple[_Hook, _Hook]:
     ask: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     found = None if ask is None else ask(False)

@@ -11,6 +11,32 @@ import pytest
 
 from ds_compress.imports import is_command_line, when_imported
 
+HEAVY = (
+    "accelerate",
+    "compressed_tensors",
+    "cryptography",
+    "jinja2",
+    "matplotlib",
+    "model_signing",
+    "networkx",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "pandas",
+    "peft",
+    "pyrage",
+    "scipy",
+    "sklearn",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch_pruning",
+    "transformers",
+    "typer",
+)
+
 
 def test_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "waited_for.py").write_text("value = 3\n")
@@ -81,3 +107,49 @@ assert DeepSpeedConfig(block)._ds_compress_config.seed == 3
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_nothing_that_takes_seconds_is_imported_at_start() -> None:
+    """`import ds_compress` is to cost under 1.5 s beyond torch and DeepSpeed: who needs one of these pays for it then.
+
+    What the two bring themselves is theirs to answer for.
+    """
+    program = f"""
+import sys
+import deepspeed
+theirs = set(sys.modules)
+import ds_compress
+assert callable(ds_compress.plan)
+print(*sorted(set({HEAVY}) & (set(sys.modules) - theirs)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_function_is_kept_from_the_compiler_that_comes_later_and_from_one_that_is_there(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "kept.py").write_text(
+        "import torch\nfrom ds_compress.imports import not_compiled\n"
+        "@not_compiled\ndef function(x):\n    return x + torch.compiler.is_compiling()\n"
+        "class Holder:\n    @not_compiled\n    def method(self, x):\n"
+        "        return x + torch.compiler.is_compiling()\n"
+    )
+    program = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+{first}
+import kept
+assert ("torch._dynamo" in sys.modules) is {is_there}
+assert kept.function(1) == 1 and kept.Holder().method(1) == 1
+one = torch.ones(1)
+for call in (lambda x: kept.function(x), lambda x: kept.Holder().method(x)):
+    assert torch.compile(call, backend="eager")(one).item() == 1, call
+seen = torch.compile(lambda x: x + torch.compiler.is_compiling(), backend="eager")
+assert seen(one).item() == 2
+"""
+    for first, is_there in (("", False), ("import torch._dynamo", True)):
+        words = program.format(folder=str(tmp_path), first=first, is_there=is_there)
+        done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-1500:]

@@ -74,11 +74,17 @@ def _library(section: Section) -> str | None:
         words = f"not built yet: the first use compiles it (about a minute), or {_BUILD}"
         section.add("library", words, {"state": "not built", "cache": str(build.cache_folder())})
         return None
-    origin = "came with the package" if path.parent == build.PREBUILT else "built here"
-    if not library.load():
-        section.add("library", f"{path}: cannot be loaded: {library.failure()}", {"state": "broken"})
-        section.find(f"{path} cannot be loaded: {library.failure()}", f"delete it, then {_BUILD}")
+    is_loaded = library.load(may_compile=False)
+    if library.refused() is not None:
+        section.find(f"{library.refused()}", f"{_BUILD} compiles one for this machine")
+    path = library.loaded_library() or path
+    if not is_loaded:
+        reason = library.failure() or library.refused()
+        section.add("library", f"{path}: cannot be loaded: {reason}", {"state": "broken"})
+        if library.refused() is None:
+            section.find(f"{path} cannot be loaded: {reason}", f"delete it, then {_BUILD}")
         return None
+    origin = library.origin(path)
     section.add("library", f"{path} ({origin})", {"state": "loaded", "path": str(path), "origin": origin})
     return path.name
 

@@ -17,6 +17,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a process that has called no op, without a library that came with the package."""
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "_reason", None)
+    monkeypatch.setattr(library, "_refused", None)
     monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
     for name in ("DS_COMPRESS_KERNELS", "CXX"):
         monkeypatch.delenv(name, raising=False)
