@@ -25,6 +25,9 @@ def report(
     latency_ms: Annotated[
         list[str] | None, typer.Option(help="RUN=NUMBER, milliseconds that you have measured")
     ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="what `ds_compress sensitivity` wrote of the model, to show beside it")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT and its data")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -36,6 +39,7 @@ def report(
         from ds_compress.files import atomic_write
         from ds_compress.report import html
         from ds_compress.report import report as make
+        from ds_compress.sensitivity.table import Sensitivity
 
         data_file = out.with_suffix(".json")
         if data_file == out:
@@ -46,11 +50,14 @@ def report(
             if path.exists() and not overwrite:
                 raise ValueError(f"{path} exists: give another file by --out, or say --overwrite")
         made = make(runs, accuracy or (), latency_ms or ())
-        page = html(made)
-        atomic_write(data_file, json.dumps({"runs": made}, indent=1, ensure_ascii=False, default=str) + "\n")
+        measured = None if sensitivity is None else Sensitivity.read(sensitivity)
+        page = html(made, measured)
+        table = None if measured is None else measured.as_data()
+        data = {"runs": made, "sensitivity": table}
+        atomic_write(data_file, json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
         atomic_write(out, page)
         printed.say(f"{out}: {len(made)} run{'s' if len(made) > 1 else ''}; data in {data_file}")
         for run in made:
             for note in run["notes"]:
                 printed.say(f"note: {run['name']}: {note}")
-        printed.done(html=str(out), json=str(data_file), runs=made)
+        printed.done(html=str(out), json=str(data_file), **data)

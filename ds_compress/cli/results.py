@@ -92,6 +92,7 @@ RESULTS: dict[str, dict[str, str]] = {
             "token_shares, flagged_workers, judged_steps, format, bytes, dense_bytes, ratio, parameters, sparsity, "
             "layers with their modules, kept_units, metrics, commitments, check, notes, versions, accuracy, latency_ms"
         ),
+        "sensitivity": "the table of --sensitivity, as `ds_compress sensitivity` prints it, or null",
     },
     "sensitivity": {
         "output": "the file, which has all of these keys but this one",

@@ -4,6 +4,7 @@ sources     the files of a run: a checkpoint, an export, or a folder with both
 summary     what they say of one run
 modules     modules by layer, and zeros by the masks of a checkpoint
 comparison  several runs, and what a user has measured of them
+heat        what `ds_compress sensitivity` measured, as shaded cells
 chart       lines and points in the coordinates of a picture
 page        report.html, from templates/report.html.j2
 """

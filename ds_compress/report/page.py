@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ds_compress.report import chart
+from ds_compress.report.heat import heat
+from ds_compress.sensitivity.table import Sensitivity
 from ds_compress.version import __version__
 
 MOST_MODULES = 20_000
@@ -17,8 +19,8 @@ _MOST_SHARES = 64
 """Mixtures of one run whose token shares are drawn."""
 
 
-def html(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The page of what `report` made."""
+def html(runs: Sequence[Mapping[str, Any]], sensitivity: Sensitivity | None = None) -> str:
+    """The page of what `report` made, and of what `ds_compress sensitivity` measured."""
     environment = Environment(
         loader=PackageLoader("ds_compress.report"),
         autoescape=True,
@@ -33,7 +35,11 @@ def html(runs: Sequence[Mapping[str, Any]]) -> str:
         shown.append(_shown(run, has_modules=count <= room))
         room -= count if count <= room else 0
     return environment.get_template("report.html.j2").render(
-        runs=shown, curves=_curves(runs), version=__version__, title=_title(runs)
+        runs=shown,
+        curves=_curves(runs),
+        version=__version__,
+        title=_title(runs),
+        heat=None if sensitivity is None else heat(sensitivity),
     )
 
 

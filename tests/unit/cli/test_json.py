@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from ds_compress.cli import app
 from ds_compress.cli.output import print_json, stdout_to_stderr
 from ds_compress.cli.results import RESULTS
+from ds_compress.sensitivity.increase import Metric
+from ds_compress.sensitivity.table import GroupSensitivity, Sensitivity
 from tests.models import tiny_bert
 from tests.multirank.common import batches, ds_config, engine_of, pruning_block, train
 from tests.zoo.models import ZOO
@@ -175,6 +177,14 @@ def test_universal() -> None:
     described = RESULTS["report"]["runs"].partition(": ")[2].replace("layers with their modules", "layers")
     assert re.sub(r" \(.*?\)", "", described).split(", ") == list(told["runs"][0])
     assert Path("page.html").read_text().startswith("<!doctype html>")
+    assert told["sensitivity"] is None
+    table = Sensitivity("M", Metric.LOSS, ("int8",), {"c": GroupSensitivity(("c",), 1, {"int8": 0.5})}, 1, 1)
+    table.write(Path("s.json"))
+    shown = result("report", "run", "--out", "other.html", "--sensitivity", "s.json")
+    assert shown["sensitivity"] == table.as_data() and "Sensitivity of M" in Path("other.html").read_text()
+    refused = CliRunner().invoke(app, ["report", "run", "--out", "third.html", "--sensitivity", "page.json"])
+    assert refused.exit_code == 2 and "no table of `ds_compress sensitivity`" in refused.output
+    assert not Path("third.html").exists()
     again = CliRunner().invoke(app, ["report", "run", "--out", "page.html"])
     assert again.exit_code == 2 and "page.html exists" in again.output
     data = CliRunner().invoke(app, ["report", "run", "--out", "page.json"])
