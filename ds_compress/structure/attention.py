@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_compress.modelinfo.kinds import shape_of
-from ds_compress.structure.head_companions import Unclear, Vector, check_surroundings, companions
+from ds_compress.structure.head_companions import Unclear, Vector, check_surroundings, companions, tables_of
 from ds_compress.structure.inventory import Inventory, Projection
 from ds_compress.structure.prunable_group import Unsupported
 
@@ -114,13 +114,14 @@ def attentions_of(
     """
     found: list[Attention] = []
     unsupported: list[Unsupported] = []
+    tables = tables_of(inventory)
     for name, module in inventory.modules.items():
         if any(name.startswith(other + ".") for other in (r.module for r in unsupported)):
             continue
         try:
             attention = _attention(inventory, name, module, num_heads)
             if attention is not None:
-                check_surroundings(inventory, name, attention.heads)
+                check_surroundings(inventory, name, attention.heads, tables)
         except Unclear as why:
             unsupported.append(Unsupported(name, str(why)))
             continue

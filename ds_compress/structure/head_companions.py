@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_compress.modelinfo.kinds import shape_of
@@ -84,8 +84,19 @@ def companions(
     return tuple(vectors), table
 
 
-def check_surroundings(inventory: Inventory, name: str, heads: int) -> None:
+@dataclass(frozen=True)
+class Table:
+    """A parameter that looks like position biases. scope: name of the module below which it counts, "" for all."""
+
+    tensor: str
+    scope: str
+    shape: tuple[int, ...]
+
+
+def check_surroundings(inventory: Inventory, name: str, heads: int, tables: Sequence[Table]) -> None:
     """Refuses heads of which something outside the attention layer depends on their number.
+
+    tables: of the whole model.
 
     Raises:
         Unclear: a table of position biases above it, or slopes by the head's number (ALiBi).
@@ -93,20 +104,23 @@ def check_surroundings(inventory: Inventory, name: str, heads: int) -> None:
     config = getattr(inventory.model, "config", None)
     if getattr(config, "alibi", False) is True or getattr(config, "position_embedding_type", "") == "alibi":
         raise Unclear("its model has ALiBi position biases, whose slopes follow from the number of the head")
-    for tensor, scope in _tables(inventory, heads):
-        if not scope or name.startswith(scope + "."):
-            raise Unclear(f"{tensor} is added to its scores head by head, and would not be pruned with them")
+    for table in tables:
+        if heads in table.shape and (not table.scope or name.startswith(table.scope + ".")):
+            raise Unclear(
+                f"{table.tensor} is added to its scores head by head, and would not be pruned with them"
+            )
 
 
-def _tables(inventory: Inventory, heads: int) -> Iterator[tuple[str, str]]:
-    """(name, module below which it counts) of tables of position biases that no attention layer holds itself."""
+def tables_of(inventory: Inventory) -> list[Table]:
+    """Those of position biases that no attention layer holds itself."""
+    found = []
     for tensor, parameter in inventory.model.named_parameters():
-        owner = inventory.parent(tensor)
-        scope = inventory.parent(owner)
-        if _TABLE.search(tensor) and heads in shape_of(parameter):
-            inside = "attention" in type(inventory.modules[scope]).__name__.lower()
-            if not inside:
-                yield tensor, scope
+        if not _TABLE.search(tensor):
+            continue
+        scope = inventory.parent(inventory.parent(tensor))
+        if "attention" not in type(inventory.modules[scope]).__name__.lower():
+            found.append(Table(tensor, scope, shape_of(parameter)))
+    return found
 
 
 def _is_root_mean_square(inventory: Inventory, path: str) -> bool:
