@@ -38,6 +38,16 @@ def test_robust_reduction_of_64_workers_decides_alike_by_the_products_of_all(fou
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradient_compression_sends_as_much_at_a_time_as_latency_asks_for(
+    found: dict[str, Any], world_size: int
+) -> None:
+    cost = found["compressed"][world_size]
+    share = (1 << 23) // world_size
+    assert cost.collectives == max(1, share // (1 << 16)), "64 KiB to each process, or all that there is"
+    assert cost.sent == pytest.approx((1 << 23) * 516 / 512 * (1 - 1 / world_size))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_at_the_start_nobody_is_told_what_others_hold(found: dict[str, Any], world_size: int) -> None:
     cost = found["start"][world_size]
     assert cost.collectives == 1 and cost.sent <= 16

@@ -16,12 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
 from ds_compress.engine.checkpoint import state
 from ds_compress.engine.checkpoint.processes import Processes
 from ds_compress.engine.checkpoint.stored_parts import StoredParts
 from ds_compress.errors import CheckpointError
 from ds_compress.ops import bitmask
-from ds_compress.reduce.codec import PlainCodec
+from ds_compress.reduce.codec import BlockCodec, PlainCodec
+from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.slices import Segment
 from ds_compress.select import radix
@@ -63,6 +65,19 @@ def robust() -> dict[str, Any]:
             costs[world_size].result = None
     clipped = Policy("centered_clip", neighbor_mixing=False)
     return {"costs": costs, "threads": as_threads(64, lambda rank: reduce(contribution(rank), clipped))}
+
+
+def compressed(numel: int = 1 << 23) -> dict[int, Any]:
+    """One bucket of `gradient_compression` with the defaults, by world size."""
+    found = {}
+    block = GradientCompressionConfig(enabled=True)
+    for world_size in WORLD_SIZES:
+        with one_of(world_size, rank=world_size // 2):
+            shares = torch.ones(numel).split(numel // world_size)
+            reduction = QuantizedSum(None, BlockCodec(8, 512), block.chunk_elements(world_size))
+            segments = [Segment(values, owner, str(owner)) for owner, values in enumerate(shares)]
+            found[world_size] = cost(partial(reduction.reduce_scatter, segments, lambda part, values: None))
+    return found
 
 
 def slices(weights: dict[str, torch.Tensor], flat: bool = False) -> Shards:
@@ -239,6 +254,7 @@ def run() -> dict[str, Any]:
     return {
         "checkpoints": checkpoints(),
         "robust": robust(),
+        "compressed": compressed(),
         "start": start(),
         "halos": halos(),
         "ties": ties(),
