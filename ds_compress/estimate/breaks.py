@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from ds_compress.config.report.resolved import ResolvedPlan
 from ds_compress.estimate.run_layout import RunLayout
 from ds_compress.estimate.wire import CONFIGURED, Way
-from ds_compress.ops.sizes import payload_bytes
+from ds_compress.ops.sizes import ENOUGH_PAYLOAD, payload_bytes
 
 _BYTES_LIMIT = 100_000_000
 """Of what one process receives at once beside the training."""
-_PAYLOAD_LIMIT = 1 << 16
-"""Bytes from one process to one other below which the time of a message is latency (10 us at 50 Gbit/s)."""
 _FILES_LIMIT = 1000
 _COUNT_BYTES = 8
 _SHARE_LIMIT = 0.1
@@ -48,14 +46,16 @@ def _messages(plan: ResolvedPlan, layout: RunLayout) -> Iterator[Break]:
         in_chunks = layout.stage < 3 or block is plan.config.gradient_compression
         if block is None or not block.enabled or layout.world_size == 1 or not in_chunks:
             continue
+        if block.piece_elements is None:
+            # Grows with the number of processes.
+            continue
         size = block.effective_block_size
-        chunk = max(1, block.piece_elements // layout.world_size // size) * size
+        chunk = max(1, block.chunk_elements(layout.world_size) // layout.world_size // size) * size
         payload = payload_bytes(chunk, block.bits, size)
-        enough = _PAYLOAD_LIMIT * 8 // block.bits * layout.world_size
         yield Break(
-            _PAYLOAD_LIMIT / payload,
-            f"{block.key} sends {payload:,} bytes to each process at a time, where latency decides: set piece_elements "
-            f"to {enough:,}",
+            ENOUGH_PAYLOAD / payload,
+            f"{block.key} sends {payload:,} bytes to each process at a time, where latency decides: leave "
+            "piece_elements out",
         )
 
 

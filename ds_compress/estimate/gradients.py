@@ -10,11 +10,9 @@ from ds_compress.config.targets import Weight
 from ds_compress.estimate.buckets import Bucket, Run, buckets
 from ds_compress.estimate.run_layout import RunLayout
 from ds_compress.estimate.traffic import Collectives, Traffic
-from ds_compress.ops.sizes import payload_bytes
+from ds_compress.ops.sizes import chunk_elements, payload_bytes
 from ds_compress.reduce.lopsided import is_lopsided
 
-_PLAIN_CHUNK = 1 << 20
-"""Elements of a bucket that `robust_reduction` sends at a time when nothing is quantized."""
 _INNER_PRODUCT_BYTES = 8
 
 
@@ -78,7 +76,8 @@ class GradientTraffic:
     def _chunk(self, block: GradientCompressionConfig) -> int:
         """Elements of one slice that are sent at a time."""
         size = block.effective_block_size
-        return max(1, block.piece_elements // self.layout.world_size // size) * size
+        world = self.layout.world_size
+        return max(1, block.chunk_elements(world) // world // size) * size
 
     def _reduce_scatter(self, bucket: Bucket, item: int, block: GradientCompressionConfig) -> Traffic:
         size, chunk = block.effective_block_size, self._chunk(block)
@@ -133,7 +132,8 @@ class GradientTraffic:
             blocks = sum(-(-run.numel // size) * run.count for run in quantized)
             count = self._count(quantized, self._chunk(block), size)
             traffic += collectives.all_to_all(blocks * payload_bytes(size, block.bits, size), count)
-        chunk = max(1, (_PLAIN_CHUNK if block is None else block.piece_elements) // world)
+        of_all = chunk_elements(None, world, 8 * item) if block is None else block.chunk_elements(world)
+        chunk = max(1, of_all // world)
         traffic += collectives.all_to_all(_numel(plain) * item, self._count(plain, chunk, 1))
         if not self._scatters:
             traffic += collectives.all_gather(-(-bucket.numel // world) * world * item)

@@ -17,6 +17,7 @@ from ds_compress.estimate.buckets import flat_numel, owned_by_each, owned_numel,
 from ds_compress.estimate.run_layout import RunLayout
 from ds_compress.estimate.teacher import teacher_bytes
 from ds_compress.ops.sizes import payload_bytes
+from ds_compress.reduce.pipeline import IN_FLIGHT
 from ds_compress.reduce.uncompressed import is_sent_uncompressed
 
 NOT_COUNTED = (
@@ -100,9 +101,21 @@ def passing(plan: ResolvedPlan, layout: RunLayout) -> Iterator[tuple[str, int]]:
             _FP32 * (min(own, 1_000_000_000) if layout.stage == 3 else own),
         )
 
+    yield from _chunks_in_flight(plan, layout)
     scores = max(state.scores for state in _state(plan, layout))
     if scores:
         yield "scores of the mask before, in a step that makes a new one", scores
+
+
+def _chunks_in_flight(plan: ResolvedPlan, layout: RunLayout) -> Iterator[tuple[str, int]]:
+    """Of what is quantized: as it was sent and as it arrived. A layer of ZeRO-3 is fetched as a whole."""
+    config, trained = plan.config, sum(weight.numel for weight in plan.weights if weight.trainable)
+    for block in (config.gradient_compression, config.parameter_compression if layout.stage < 3 else None):
+        if block is not None and block.enabled and layout.world_size > 1:
+            of_all = min(trained, layout.bucket) if block is config.gradient_compression else trained
+            numel = min(block.chunk_elements(layout.world_size), of_all)
+            payloads = payload_bytes(numel, block.bits, block.effective_block_size)
+            yield f"chunks of {block.key} in flight", 2 * IN_FLIGHT * payloads
 
 
 def _item(weights: Sequence[Weight], layout: RunLayout) -> int:

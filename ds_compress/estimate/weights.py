@@ -43,7 +43,7 @@ class WeightTraffic:
         if block is None or numel < block.min_elements:
             return exact
         size = block.effective_block_size
-        chunk = max(1, block.piece_elements // world // size) * size
+        chunk = max(1, block.chunk_elements(world) // world // size) * size
         full, rest = divmod(numel // world, chunk)
         of_chunk = collectives.all_gather(world * payload_bytes(chunk, block.bits, size))
         quantized = of_chunk * full

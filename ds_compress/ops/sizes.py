@@ -18,6 +18,21 @@ def payload_bytes(numel: int, bits: int, block: int) -> int:
     return blocks * 4 + blocks * block * bits // 8
 
 
+CHUNK_ELEMENTS = 1 << 20
+"""Of a bucket that are sent at a time by few processes."""
+ENOUGH_PAYLOAD = 1 << 16
+"""Bytes from one process to one other below which the time of a message is latency (10 us at 50 Gbit/s)."""
+
+
+def chunk_elements(given: int | None, world_size: int, bits: int) -> int:
+    """Elements of all slices of a bucket that are sent at a time.
+
+    given: what the config asks for. Otherwise `CHUNK_ELEMENTS`, and more for many processes, so that each gets no less
+    than `ENOUGH_PAYLOAD` from each other one.
+    """
+    return given or max(CHUNK_ELEMENTS, world_size * ENOUGH_PAYLOAD * 8 // bits)
+
+
 def packed_bytes(rows: int, columns: int, bits: int = 8, groups: int = 0) -> int:
     """Bytes of a packed weight: enough for the layout of any instruction set, so that a trace knows the size.
 

@@ -131,7 +131,8 @@ class GradientCompression:
             # ZeRO-3 names the same processes by another object.
             fits = self._nodes is not None and _ranks(group) == _ranks(self.group)
             nodes = self._nodes if fits else None
-            self._sums[group] = QuantizedSum(group, self.codec(), self.block.piece_elements, nodes)
+            chunk = self.block.chunk_elements(dist.get_world_size(group))
+            self._sums[group] = QuantizedSum(group, self.codec(), chunk, nodes)
         return self._sums[group]
 
     def codec(self) -> BlockCodec:

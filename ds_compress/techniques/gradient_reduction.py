@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ds_compress.errors import Problem
+from ds_compress.ops.sizes import chunk_elements
 from ds_compress.reduce.outliers import FlagCounts, Report
 from ds_compress.reduce.residuals import Residuals
 from ds_compress.reduce.robust import RobustSum
@@ -29,7 +30,6 @@ ALONE = "there is one data-parallel process, which sends nothing and has no othe
 _OF_A_WORKER = ("sent", "momentum")
 """What belongs to the gradients of one process; "summed" belongs to the slice of a sum that it owns."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK_ELEMENTS = 1 << 20
 
 
 class GradientReduction(Technique):
@@ -144,8 +144,12 @@ class GradientReduction(Technique):
         if compression is not None and compression.quantizes(sum(s.numel for s in segments)):
             compression.count(segments)
             codec = compression.codec()
-        chunk = _CHUNK_ELEMENTS if compression is None else compression.block.piece_elements
-        return self.robust.sum_over(group, segments[0].values.dtype, codec, chunk)
+        size, dtype = dist.get_world_size(group), segments[0].values.dtype
+        if compression is None:
+            chunk = chunk_elements(None, size, 8 * dtype.itemsize)
+        else:
+            chunk = compression.block.chunk_elements(size)
+        return self.robust.sum_over(group, dtype, codec, chunk)
 
     # -- steps -----------------------------------------------------------------------------------------
 

@@ -38,6 +38,16 @@ def test_robust_reduction_of_64_workers_decides_alike_by_the_products_of_all(fou
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradient_compression_sends_as_much_at_a_time_as_latency_asks_for(
+    found: dict[str, Any], world_size: int
+) -> None:
+    cost = found["compressed"][world_size]
+    share = (1 << 23) // world_size
+    assert cost.collectives == max(1, share // (1 << 16)), "64 KiB to each process, or all that there is"
+    assert cost.sent == pytest.approx((1 << 23) * 516 / 512 * (1 - 1 / world_size))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_at_the_start_nobody_is_told_what_others_hold(found: dict[str, Any], world_size: int) -> None:
     cost = found["start"][world_size]
     assert cost.collectives == 1 and cost.sent <= 16
@@ -93,3 +103,38 @@ def test_thresholds_of_many_layers_take_turns(found: dict[str, Any], is_guess: b
     assert cost.result == 300 * 5, "each keeps five of ten, where nobody else has any"
     assert cost.sent == pytest.approx(2 * 8 * 300 * 5120, rel=0.02)
     assert cost.peak <= 5.5 * 8 * LAYERS_AT_A_TIME * 2048
+
+
+def test_as_many_processes_as_before_read_one_file_each(found: dict[str, Any]) -> None:
+    loaded = found["checkpoints"]
+    assert [files for files, _ in loaded["64"]] == [1] * 64
+    assert max(files for files, _ in loaded["48"]) == 3, (
+        "four slices became three: each lies in two, on both sides"
+    )
+    assert max(files for files, _ in loaded["flat"]) == 3
+    assert [files for files, _ in loaded["1"]] == [64]
+    assert [files for files, _ in loaded["old"]] == [64] * 2, (
+        "an older file does not say what its process owned"
+    )
+
+
+@pytest.mark.parametrize("processes", ["64", "48", "1", "old"])
+def test_each_process_loads_what_was_stored_of_its_fragments(found: dict[str, Any], processes: str) -> None:
+    masks = {f"layers.{i}.weight": True for i in range(3)}
+    for _, kinds in found["checkpoints"][processes]:
+        assert kinds == {"mask": masks, "score": {"layers.1.weight": True}}
+
+
+def test_all_processes_know_which_kinds_of_state_there_are(found: dict[str, Any]) -> None:
+    """Also those that own nothing of a kind, where a technique loads by a collective."""
+    loaded = [kinds for _, kinds in found["checkpoints"]["flat"]]
+    assert all(kinds.keys() == {"mask", "score"} and all(kinds["mask"].values()) for kinds in loaded)
+    with_scores = [kinds["score"] for kinds in loaded if kinds["score"]]
+    assert 0 < len(with_scores) < 20 and all(scores == {"layers.1.weight": True} for scores in with_scores)
+
+
+def test_what_is_wrong_with_a_file_is_an_error_in_every_process(found: dict[str, Any]) -> None:
+    for unknown in found["checkpoints"]["unknown"]:
+        assert "the checkpoint has mask of layers.2.weight, the model has not" in unknown
+    for lost in found["checkpoints"]["lost"]:
+        assert "lacks 40.safetensors" in lost

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pytest import MonkeyPatch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from ds_compress.config.schema.gradient_compression import GradientCompressionConfig
+from ds_compress.engine.checkpoint import state
+from ds_compress.engine.checkpoint.processes import Processes
+from ds_compress.engine.checkpoint.stored_parts import StoredParts
+from ds_compress.errors import CheckpointError
 from ds_compress.ops import bitmask
-from ds_compress.reduce.codec import PlainCodec
+from ds_compress.reduce.codec import BlockCodec, PlainCodec
+from ds_compress.reduce.exchange import QuantizedSum
 from ds_compress.reduce.robust import Policy, RobustSum
 from ds_compress.reduce.slices import Segment
 from ds_compress.select import radix
@@ -55,13 +67,30 @@ def robust() -> dict[str, Any]:
     return {"costs": costs, "threads": as_threads(64, lambda rank: reduce(contribution(rank), clipped))}
 
 
-def slices(weights: dict[str, torch.Tensor]) -> Shards:
-    """This process' equal slice of each weight, as ZeRO-3 cuts them; a collective."""
-    size, rank, fragments = dist.get_world_size(), dist.get_rank(), []
+def compressed(numel: int = 1 << 23) -> dict[int, Any]:
+    """One bucket of `gradient_compression` with the defaults, by world size."""
+    found = {}
+    block = GradientCompressionConfig(enabled=True)
+    for world_size in WORLD_SIZES:
+        with one_of(world_size, rank=world_size // 2):
+            shares = torch.ones(numel).split(numel // world_size)
+            reduction = QuantizedSum(None, BlockCodec(8, 512), block.chunk_elements(world_size))
+            segments = [Segment(values, owner, str(owner)) for owner, values in enumerate(shares)]
+            found[world_size] = cost(partial(reduction.reduce_scatter, segments, lambda part, values: None))
+    return found
+
+
+def slices(weights: dict[str, torch.Tensor], flat: bool = False) -> Shards:
+    """This process' equal slice of each weight, as ZeRO-3 cuts them; flat: of all laid end to end. A collective."""
+    size, rank, fragments, at = dist.get_world_size(), dist.get_rank(), [], 0
+    of_all = -(-sum(weight.numel() for weight in weights.values()) // size)
     for name, weight in weights.items():
-        numel = -(-weight.numel() // size)
-        start = min(rank * numel, weight.numel())
-        own = weight.flatten()[start : start + numel].clone()
+        of_each = -(-weight.numel() // size)
+        begin, end = (
+            (rank * of_all - at, (rank + 1) * of_all - at) if flat else (rank * of_each, (rank + 1) * of_each)
+        )
+        start, at = min(max(0, begin), weight.numel()), at + weight.numel()
+        own = weight.flatten()[start : max(start, end)].clone()
         parameter = nn.Parameter(own, requires_grad=False)
         fragments.append(
             Fragment(name, parameter, tuple(weight.shape), start, own.numel(), parameter, 0, dist.group.WORLD)
@@ -149,10 +178,83 @@ def histograms(groups: int = 300) -> dict[int, Any]:
     return found
 
 
+@dataclass
+class Masks:
+    """As much of a run and of its only technique as a checkpoint of fragments asks for."""
+
+    model: nn.Module
+    shards: Shards
+    names: Collection[str]
+
+    @property
+    def techniques(self) -> dict[str, Masks]:
+        return {"sparse_pruning": self}
+
+    def fragment_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        fragments = self.shards.select(sorted(self.names))
+        masks = {name: fragment.values > 0 for name, fragment in fragments.items()}
+        scores = {
+            name: fragment.values * 2 for name, fragment in fragments.items() if name.endswith("1.weight")
+        }
+        return {kind: found for kind, found in {"mask": masks, "score": scores}.items() if found}
+
+
+def checkpoints() -> dict[str, list[Any]]:
+    """What each of 64 processes stores is loaded by 64 and by 48: (files that it has read, {kind: {name: right}}).
+
+    flat: as ZeRO-1 and 2 cut, so that most have no scores. unknown: of a model with a weight less, the error in each.
+    """
+
+    def masks_of(count: int, flat: bool = False) -> Masks:
+        weights = numbered(count)
+        layers = nn.ModuleDict({str(i): nn.Linear(512, 48, bias=False, device="meta") for i in range(count)})
+        return Masks(nn.ModuleDict({"layers": layers}), slices(weights, flat), weights)
+
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{rank}.safetensors" for rank in range(64)]
+
+        def store(rank: int, flat: bool = False) -> None:
+            state._write_fragments(files[rank], masks_of(3, flat))  # type: ignore[arg-type]
+
+        def load(rank: int, count: int = 3, flat: bool = False) -> Any:
+            masks = masks_of(count, flat)
+            try:
+                stored = StoredParts(files, masks, Processes(rank, dist.get_world_size()))  # type: ignore[arg-type]
+            except CheckpointError as error:
+                return str(error)
+            expected: dict[str, dict[str, torch.Tensor]] = {"score": {}} | masks.fragment_state()
+            return len(stored.opened), {
+                kind: {name: torch.equal(values, expected[kind][name]) for name, values in found.items()}
+                for kind, found in stored.of_technique("sparse_pruning").items()
+            }
+
+        as_threads(64, partial(store, flat=True))
+        found: dict[str, list[Any]] = {"flat": as_threads(48, partial(load, flat=True))}
+        as_threads(64, store)
+        found |= {str(size): as_threads(size, load) for size in (64, 48, 1)}
+        found["unknown"] = as_threads(48, partial(load, count=2))
+        _without_layout(files)
+        found["old"] = as_threads(2, load)
+        files[40].unlink()
+        found["lost"] = as_threads(64, load)
+    return found
+
+
+def _without_layout(files: Sequence[Path]) -> None:
+    """As versions wrote them that did not say what a process owned."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            index = file.metadata()["index"]
+        save_file(tensors, path, {"index": index})
+
+
 def run() -> dict[str, Any]:
     """All of them, in one launch."""
     return {
+        "checkpoints": checkpoints(),
         "robust": robust(),
+        "compressed": compressed(),
         "start": start(),
         "halos": halos(),
         "ties": ties(),

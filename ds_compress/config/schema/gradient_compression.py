@@ -16,6 +16,7 @@ from ds_compress.config.schema.fields import (
     StrictBool,
     StrictInt,
 )
+from ds_compress.ops.sizes import chunk_elements
 
 BLOCK_OF_BITS = {8: 512, 4: 128}
 """Weights that share one scale: int4 needs small blocks, int8 loses nothing with larger ones."""
@@ -42,9 +43,12 @@ class QuantizedTransport(Block):
     block_size: BlockSize | None = Field(
         default=None, description="Elements that share one fp32 scale; absent: 512 for 8 bits, 128 for 4."
     )
-    piece_elements: PieceElements = Field(
-        default=1 << 20,
-        description="Elements that are sent together; while one chunk is sent the next is quantized.",
+    piece_elements: PieceElements | None = Field(
+        default=None,
+        description=(
+            "Elements that are sent together; while one chunk is sent the next is quantized. Absent: 1048576, and more "
+            "for many processes, so that each gets 64 KiB from each other one at a time."
+        ),
     )
     warmup_steps: Step = Field(
         default=0, description="Applied optimizer steps that are sent as DeepSpeed does."
@@ -65,6 +69,10 @@ class QuantizedTransport(Block):
     def effective_block_size(self) -> int:
         """`block_size`, or what suits the bits."""
         return self.block_size or BLOCK_OF_BITS[self.bits]
+
+    def chunk_elements(self, world_size: int) -> int:
+        """`piece_elements`, or what suits so many processes."""
+        return chunk_elements(self.piece_elements, world_size, self.bits)
 
     def schedule_ends(self) -> Iterator[ScheduleEnd]:
         yield ScheduleEnd(("warmup_steps",), self.warmup_steps, self.warmup_steps + 1)

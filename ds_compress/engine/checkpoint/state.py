@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from ds_compress.engine import record
 from ds_compress.engine.checkpoint import model_file, plain_state
 from ds_compress.engine.checkpoint.processes import Processes
+from ds_compress.engine.checkpoint.stored_parts import StoredParts
 from ds_compress.errors import CheckpointError
 from ds_compress.files import atomic_write, inside, write_tensors
 from ds_compress.ops import bitmask
@@ -85,11 +85,12 @@ def load(folder: Path, run: CompressionRun) -> None:
         )
         run.begin_anew()
         return
-    stored = _StoredParts(files_of(folder, state))
+    processes = Processes.of()
+    stored = StoredParts(_names_of(folder, state), run, processes)
     run.load_state_dict(state)
     for name, technique in run.techniques.items():
-        technique.load_fragment_state(stored.of_technique(name, run))
-    if Processes.of().rank == 0:
+        technique.load_fragment_state(stored.of_technique(name))
+    if processes.rank == 0:
         record.restore(folder, run)
     run.mask_frozen_weights()
     _load_process_state(folder, state["world_size"], run)
@@ -166,71 +167,23 @@ def _write_fragments(path: Path, run: CompressionRun) -> None:
             {"key": key, "stage": technique, "kind": kind, "parameter": parameter, "start": start}
             | {"numel": values.numel(), "is_mask": is_mask}
         )
-    atomic_write(path, partial(write_tensors, tensors=tensors, metadata={"index": json.dumps(index)}))
+    layout = {name: [f.start, f.numel] for name, f in run.shards.fragments.items()} if _stores(run) else {}
+    metadata = {"index": json.dumps(index), "layout": json.dumps(layout)}
+    atomic_write(path, partial(write_tensors, tensors=tensors, metadata=metadata))
+
+
+def _stores(run: CompressionRun) -> bool:
+    """Whether no other process stores the same."""
+    return run.shards.is_first_copy or not run.shards.is_sharded
 
 
 def _parts(run: CompressionRun) -> Iterator[tuple[str, str, str, torch.Tensor]]:
-    if not run.shards.is_first_copy and run.shards.is_sharded:
+    if not _stores(run):
         return
     for technique_name, technique in run.techniques.items():
         for kind, by_parameter in technique.fragment_state().items():
             for parameter, values in by_parameter.items():
                 yield technique_name, kind, parameter, values
-
-
-class _StoredParts:
-    """The parts that all processes stored, indexed by what they belong to."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._parts: dict[tuple[str, str], dict[str, list[tuple[Path, dict[str, Any]]]]] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for part in json.loads(file.metadata()["index"]):
-                    by_parameter = self._parts.setdefault((part["stage"], part["kind"]), {})
-                    by_parameter.setdefault(part["parameter"], []).append((path, part))
-
-    def of_technique(self, technique: str, run: CompressionRun) -> dict[str, dict[str, torch.Tensor]]:
-        """{kind: {parameter: values of this process' fragment}}."""
-        result: dict[str, dict[str, torch.Tensor]] = {}
-        for (owner, kind), by_parameter in self._parts.items():
-            if owner != technique:
-                continue
-            unknown = set(by_parameter) - {name for name, _ in run.model.named_parameters()}
-            if unknown:
-                raise CheckpointError(
-                    f"{technique}: the checkpoint has {kind} of {sorted(unknown)[:3]}, the model has not"
-                )
-            result[kind] = {
-                name: self._join(fragment, by_parameter[name])
-                for name, fragment in run.shards.fragments.items()
-                if name in by_parameter
-            }
-        return result
-
-    @staticmethod
-    def _join(fragment: Any, parts: list[tuple[Path, dict[str, Any]]]) -> torch.Tensor:
-        dtype = torch.bool if parts[0][1]["is_mask"] else torch.float32
-        joined = torch.empty(fragment.numel, dtype=dtype, device=fragment.values.device)
-        covered = 0
-        for path, part in parts:
-            low = max(fragment.start, part["start"])
-            high = min(fragment.start + fragment.numel, part["start"] + part["numel"])
-            if low >= high:
-                continue
-            with safe_open(path, framework="pt") as file:
-                values = file.get_tensor(part["key"])
-            if part["is_mask"]:
-                values = bitmask.unpack(values, part["numel"])
-            joined[low - fragment.start : high - fragment.start] = values[
-                low - part["start"] : high - part["start"]
-            ]
-            covered += high - low
-        if covered != fragment.numel:
-            raise CheckpointError(
-                f"{fragment.name}: the stored parts cover {covered} of the {fragment.numel} elements "
-                f"from {fragment.start} on; the checkpoint is incomplete"
-            )
-        return joined
 
 
 def files_of(folder: Path, state: Mapping[str, Any]) -> list[Path]:
@@ -239,14 +192,19 @@ def files_of(folder: Path, state: Mapping[str, Any]) -> list[Path]:
     Raises:
         CheckpointError: one is missing, or named outside of the folder.
     """
-    try:
-        files = [inside(folder, name) for name in state["files"]]
-    except ValueError as error:
-        raise CheckpointError(f"{folder / STATE}: {error}") from error
+    files = _names_of(folder, state)
     missing = [path.name for path in files if not path.exists()]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}: the checkpoint is incomplete")
     return files
+
+
+def _names_of(folder: Path, state: Mapping[str, Any]) -> list[Path]:
+    """The files that the state lists, which may not be there."""
+    try:
+        return [inside(folder, name) for name in state["files"]]
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE}: {error}") from error
 
 
 def _file_name(rank: int) -> str:

@@ -54,7 +54,9 @@ class _Copies:
         flats = internals.flat_16bit_groups(self._wrapper) or []
         groups = self._wrapper.real_dp_process_group
         self._weights = [
-            ReplicatedWeights(flat, group, self._codec, self._block.piece_elements)
+            ReplicatedWeights(
+                flat, group, self._codec, self._block.chunk_elements(dist.get_world_size(group))
+            )
             if flat.numel() >= self._block.min_elements and flat.dtype in _FLOATS
             else None
             for flat, group in zip(flats, groups, strict=True)

@@ -84,10 +84,26 @@ def test_what_breaks_first() -> None:
     compared = next(one for one in robust.breaks if "robust_reduction" in one.what)
     assert "twice 134 MB more from each process for each bucket" in compared.what
     quantized = run("llama-70b", BOTH_WAYS, 512, zero_stage=3, nodes=64)
-    payload, leaving, _ = (one.what for one in quantized.breaks)
-    assert "sends 2,064 bytes to each process at a time" in payload
-    assert "set piece_elements to 33,554,432" in payload
+    leaving, _ = (one.what for one in quantized.breaks)
     assert "1.7 times as many bytes leave a node" in leaving
+    small = {"gradient_compression": {"enabled": True, "piece_elements": 1 << 20}}
+    in_pieces = estimate(
+        ds_compress.plan(large("llama-70b"), small), JSON, 512, zero_stage=3, nodes=64
+    ).breaks[0]
+    assert "sends 2,064 bytes to each process at a time" in in_pieces.what
+    assert "leave piece_elements out" in in_pieces.what
+
+
+def test_chunks_in_flight_grow_with_the_processes() -> None:
+    few, many = (
+        dict(run("llama-70b", BOTH_WAYS, size, zero_stage=2, nodes=size // 8).passing) for size in (64, 4096)
+    )
+    for block in BOTH_WAYS:
+        assert few[f"chunks of {block} in flight"] == 6 * (1 << 22) * 516 // 512
+        assert many[f"chunks of {block} in flight"] == 6 * (1 << 28) * 516 // 512
+    assert "chunks of parameter_compression in flight" not in dict(
+        run("llama-70b", BOTH_WAYS, 64, zero_stage=3, nodes=8).passing
+    )
 
 
 def test_an_all_to_all_leaves_a_node_by_every_process_and_a_ring_once() -> None:

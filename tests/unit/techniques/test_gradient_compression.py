@@ -22,7 +22,7 @@ def test_defaults_are_those_that_the_lab_found() -> None:
     wire, weights, robust = config.gradient_compression, config.parameter_compression, config.robust_reduction
     assert wire is not None and weights is not None and robust is not None
     assert (wire.bits, wire.effective_block_size, wire.error_feedback) == (8, 512, False)
-    assert (wire.piece_elements, wire.hierarchical, wire.warmup_steps) == (1 << 20, False, 0)
+    assert (wire.piece_elements, wire.hierarchical, wire.warmup_steps) == (None, False, 0)
     assert wire.effective_error_feedback_bits is None
     assert (weights.enabled, weights.refresh_interval) == (False, 100)
     assert (robust.enabled, robust.rule, robust.max_malicious) == (False, "centered_clip", 1)
@@ -133,3 +133,15 @@ def test_the_plan_says_what_travels() -> None:
 def test_a_bucket_of_one_owner_is_lopsided_unless_there_are_two(sizes: list[int], lopsided: bool) -> None:
     segments = [Segment(torch.zeros(size), owner) for owner, size in enumerate(sizes)]
     assert is_lopsided(segments, len(sizes)) is lopsided
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("world_size", [2, 8, 16, 17, 64, 4096])
+def test_more_processes_are_sent_more_at_a_time(world_size: int, bits: int) -> None:
+    block = parse_config({"gradient_compression": {"enabled": True, "bits": bits}}).gradient_compression
+    assert block is not None
+    chunk = block.chunk_elements(world_size)
+    assert chunk * bits // 8 // world_size >= 1 << 16 and chunk >= 1 << 20
+    assert chunk <= max(1 << 20, world_size << (16 if bits == 8 else 17)), "and no more"
+    given = block.model_copy(update={"piece_elements": 4096})
+    assert given.chunk_elements(world_size) == 4096

@@ -13,6 +13,7 @@ import torch
 import ds_compress
 from ds_compress.engine.checkpoint import plain_state, state
 from ds_compress.engine.checkpoint.processes import Processes
+from ds_compress.engine.checkpoint.stored_parts import StoredParts
 from ds_compress.errors import CheckpointError, ExportError
 from ds_compress.manifest import Manifest
 from tests.models import tiny_bert
@@ -103,9 +104,9 @@ def test_parts_of_another_layout_are_cut_and_joined(tmp_path: Path) -> None:
     train(engine, batches(3))
     session = engine.compression
     state.save(tmp_path, session, Processes(), lambda write: write())
-    stored = state._StoredParts([tmp_path / "fragments_00000.safetensors"])
+    stored = StoredParts([tmp_path / "fragments_00000.safetensors"], session, Processes())
     name, fragment = next((n, f) for n, f in session.shards.fragments.items() if "query" in n)
-    whole = stored.of_technique("sparse_pruning", session)
+    whole = stored.of_technique("sparse_pruning")
 
     class Piece:
         start, numel, values = 13, 100, fragment.values
@@ -113,14 +114,14 @@ def test_parts_of_another_layout_are_cut_and_joined(tmp_path: Path) -> None:
 
     for kind in ("mask", "score", "hidden", "exp_avg"):
         parts = stored._parts["sparse_pruning", kind][name]
-        piece = state._StoredParts._join(Piece, parts)
+        piece = stored._join(Piece, parts)
         assert torch.equal(piece, whole[kind][name][13:113])
 
     class Beyond(Piece):
         start = fragment.numel - 50
 
     with pytest.raises(CheckpointError, match="cover 50 of the 100"):
-        state._StoredParts._join(Beyond, stored._parts["sparse_pruning", "mask"][name])
+        stored._join(Beyond, stored._parts["sparse_pruning", "mask"][name])
     engine.destroy()
 
 
