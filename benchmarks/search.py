@@ -49,8 +49,9 @@ FORMATS = {
     ENCODER: ["int2_g64", "int3_g64", "int4_g64", "int6_g64", "int8"],
     LM: ["int2_g64", "int3_g64", "int4_g64"],
 }
-UNIFORM = {ENCODER: ["int2_g64", "int3_g64", "int4_g64"], LM: ["int3_g64"]}
-CALIBRATION = {ENCODER: 32, LM: 1}
+UNIFORM = {ENCODER: ["int3_g64", "int4_g64"], LM: ["int3_g64"]}
+"""Not the smallest of `FORMATS`, whose bits leave no choice."""
+CALIBRATION = {ENCODER: 128, LM: 1}
 """Sentences, or sequences of `LM_TOKENS`."""
 LM_TOKENS, LM_HELD_OUT = 64, 4
 BATCH = {ENCODER: 32, LM: 1}
