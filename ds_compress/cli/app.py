@@ -229,6 +229,6 @@ def plan(
 add(app, export, "ds_compress export checkpoints/global_step500 small --format torch")
 add(app, inspect, "ds_compress inspect small")
 add(app, plan, "ds_compress plan path/to/model ds_config.json")
-add(app, sensitivity, "ds_compress sensitivity path/to/model --data text.txt --output sensitivity.json")
+add(app, sensitivity, "ds_compress sensitivity path/to/model --data text.txt")
 add(app, bench, "ds_compress bench int8_linear --quick")
 add(app, report_command, "ds_compress report checkpoints small --out report.html")
