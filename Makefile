@@ -21,6 +21,7 @@ BIN       := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed-test
 LINTERS   := $(VENV)/.installed-dev
 DOCTOOLS  := $(VENV)/.installed-docs
+RELEASE   := $(VENV)/.installed-release
 
 export PATH := $(BIN):$(PATH)
 # The launcher gives each process one core; more threads than that only fight each other.
@@ -30,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 # A build of a DeepSpeed op that was killed leaves a lock on which every later launch waits silently and for ever.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: help setup test test-all demo lint docs benchmark peers gpu-wheels gpu-check clean
+.PHONY: help setup test test-all demo lint docs wheel benchmark peers gpu-wheels gpu-check clean
 
 help:
 	@echo "make test       set up $(VENV), run all tests            (ARGS='-k radix -x' goes to pytest; JOBS=1)"
@@ -40,8 +41,9 @@ help:
 	@echo "make peers      what a user would pick instead, beside ours (ARGS='--job training' or '--only encoder_ours encoder_nncf'; makes .venv-peers)"
 	@echo "make gpu-wheels fill $(WHEELS) with what gpu-check needs beyond torch (ARGS='--python 3.12')"
 	@echo "make gpu-check  on a machine with a GPU: tests and figures against their goals (MINUTES=8)"
-	@echo "make lint       ruff, mypy, clang-format, typos, vulture, import-linter, and whether tables and workflows are in order"
+	@echo "make lint       ruff, mypy, clang-format, typos, vulture, import-linter, hadolint, and whether tables and workflows are in order"
 	@echo "make docs       build the documentation into site/, warnings are errors"
+	@echo "make wheel      sdist, and the wheel with the compiled CPU library, into dist/"
 	@echo "make clean      remove $(VENV), .venv-gpu and .venv-peers"
 
 setup: $(INSTALLED)
@@ -100,6 +102,7 @@ lint: $(LINTERS)
 	$(BIN)/typos
 	$(BIN)/vulture
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/python -m benchmarks.figures --check
 	$(BIN)/mypy
@@ -111,6 +114,20 @@ $(DOCTOOLS): $(INSTALLED)
 
 docs: $(DOCTOOLS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(RELEASE): $(INSTALLED)
+	@echo "==> installing what a release is made with"
+	$(BIN)/python -m pip install -e '.[release]'
+	@touch $@
+
+# The wheel comes from the sdist, so that one which lacks a file shows here. The tag is what Debian 12's C library allows;
+# auditwheel refuses it where another machine's does not. torch's libraries are those of the user's torch.
+wheel: $(RELEASE)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist
+	DS_COMPRESS_BUILD_OPS=1 DS_COMPRESS_CUDA=0 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	$(BIN)/auditwheel repair --plat manylinux_2_34_x86_64 --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	ls -l dist
 
 clean:
 	rm -rf $(VENV) .venv-gpu .venv-peers site

@@ -5,8 +5,10 @@ ahead of time, into the wheel, by
 
     DS_COMPRESS_BUILD_OPS=1 pip install .              (DS_COMPRESS_CUDA=1: with CUDA kernels)
 
-which uses the torch of the environment that pip belongs to, whether or not pip isolates the build. The kernels'
-microbenchmarks come along as `ds_compress.benchmarks`: `ds_compress bench mask_apply --quick`.
+which uses the torch of the environment that pip belongs to, whether or not pip isolates the build. Such a wheel is for
+every Python 3 and every torch from the oldest that is supported on: the library uses torch's stable ABI and nothing of
+Python's. `make wheel` does it for a release. The kernels' microbenchmarks come along as `ds_compress.benchmarks`:
+`ds_compress bench mask_apply --quick`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import types
 from pathlib import Path
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -61,6 +64,13 @@ class BinaryDistribution(Distribution):
         return AHEAD_OF_TIME
 
 
+class WheelForAnyPython(bdist_wheel):
+    """Of the three parts of a tag only the platform matters."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 def compile_ahead(folder: Path) -> None:
     # The packages' own __init__ import torch, which an isolated build cannot: stand-ins let us past them.
     for name in ("ds_compress", "ds_compress.ops"):
@@ -70,7 +80,13 @@ def compile_ahead(folder: Path) -> None:
     build = importlib.import_module("ds_compress.ops.build")
     wanted = build.Build.for_this_machine(with_cuda=os.environ.get("DS_COMPRESS_CUDA") == "1")
     folder.mkdir(parents=True, exist_ok=True)
-    build.compile_library(wanted, folder / wanted.name, print)
+    # Its name is a hash of all that goes into it: one that was compiled here before is the same.
+    compiled = build.find_built(wanted)
+    if compiled is None:
+        build.compile_library(wanted, folder / wanted.name, print)
+        return
+    for suffix in ("", ".sha256"):
+        shutil.copy(f"{compiled}{suffix}", folder)
 
 
-setup(cmdclass={"build_py": BuildWithSources}, distclass=BinaryDistribution)
+setup(cmdclass={"build_py": BuildWithSources, "bdist_wheel": WheelForAnyPython}, distclass=BinaryDistribution)

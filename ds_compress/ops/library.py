@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,7 +242,7 @@ def prebuilt(say: Callable[[str], object] = lambda line: None) -> Path | None:
     except ToolchainError as error:
         found = build.find_prebuilt(False, say)
         if found is not None:
-            _warn_of_cuda(error)
+            _warn_of_cuda(str(error))
     return found
 
 
@@ -284,12 +285,13 @@ def wanted_build() -> build.Build:
     except ToolchainError as error:
         if os.environ.get("DS_COMPRESS_CUDA") == "1" or not with_cuda:
             raise
-        _warn_of_cuda(error)
+        _warn_of_cuda(str(error))
         return build.Build.for_this_machine(with_cuda=False)
 
 
-def _warn_of_cuda(error: ToolchainError) -> None:
-    logger.warning("ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", error)
+@cache
+def _warn_of_cuda(why: str) -> None:
+    logger.warning("ds_compress: CUDA tensors run on plain torch, CPU tensors on native kernels: %s", why)
 
 
 def loaded_library() -> Path | None:

@@ -34,6 +34,7 @@ KNOWN = {
     "deepspeed",
     "mkdir",
     "chmod",
+    "docker",
 }
 """Programs of others, whose options are not ours to check (python and deepspeed have checks of their own)."""
 OF_TORCHRUN = {
