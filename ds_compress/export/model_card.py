@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ds_compress.errors import ExportError
@@ -44,6 +43,8 @@ def card_data(given: Mapping[str, Any] | None, format: str, model_class: str, na
     Raises:
         ExportError: a field is not of the type that the hub reads; names it.
     """
+    import yaml
+
     fields = dict(given or {})
     tags = fields.pop("tags", None) or []
     known = {"library_name": _LIBRARIES.get(format), "pipeline_tag": _task(model_class)}
@@ -67,6 +68,8 @@ def read_fields(path: Path) -> dict[str, Any]:
     Raises:
         ExportError: it holds no mapping.
     """
+    import yaml
+
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
