@@ -139,8 +139,9 @@ RESULTS: dict[str, dict[str, str]] = {
         ),
         "search": (
             "null without --search; else output (the file), goal, metric, formats (by group of layers, keep where it "
-            "stays), and what is predicted: increase of the metric, bytes of the weight files at most, effective_bits; "
-            "uniform, the same with one format for all groups, by format"
+            "stays), and what is predicted: increase of the metric, bytes of the weight files at most, effective_bits, "
+            "seconds of a forward at least (null without --latency); uniform, the same with one format for all groups, "
+            "by format"
         ),
     },
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_compress.config.report.plan import Plan
@@ -17,6 +18,7 @@ _OF_A_RUN = "says something of a run: say --world-size, too"
 def run_estimate(
     plan: Plan,
     config: Path,
+    content: Mapping[str, Any],
     world_size: int | None,
     zero_stage: int | None,
     nodes: int,
@@ -25,10 +27,11 @@ def run_estimate(
 ) -> RunEstimate | None:
     """None without --world-size; sets `plan.world_size` to the processes that share the state of techniques.
 
+    content: of the file `config`, or of the one that a search writes.
+
     Raises:
         ValueError: an option without --world-size, or what `estimate` refuses.
     """
-    from ds_compress.config.schema.source import read_json
     from ds_compress.errors import ROOT
     from ds_compress.estimate.run_estimate import estimate
 
@@ -43,7 +46,6 @@ def run_estimate(
             if is_given:
                 raise ValueError(f"{option} {_OF_A_RUN}")
         return None
-    content = read_json(str(config))
     is_whole = ROOT in content
     made = estimate(
         plan,

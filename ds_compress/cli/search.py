@@ -37,22 +37,27 @@ def request(
     table: Path | None,
     size: str | None,
     effective_bits: float | None,
+    latency: str | None,
+    device: str | None,
+    tokens: int | None,
     out: Path | None,
     overwrite: bool,
 ) -> Request | None:
-    """None without --search.
+    """None without --search. device, tokens: of the goal --latency.
 
     Raises:
         ValueError: options that are missing, too many or without --search; a table or a size that is none; a file that
             exists or cannot be written.
     """
-    from ds_compress.sensitivity.goal import EffectiveBits, StoredBytes, bytes_of
+    from ds_compress.estimate import devices
+    from ds_compress.sensitivity.goal import EffectiveBits, Latency, StoredBytes, bytes_of, seconds_of
     from ds_compress.sensitivity.table import Sensitivity
 
     given = {
         "--sensitivity": table,
         "--size": size,
         "--effective-bits": effective_bits,
+        "--latency": latency,
         "--output": out,
         "--overwrite": overwrite or None,
     }
@@ -63,8 +68,10 @@ def request(
         return None
     if table is None:
         raise ValueError("--search needs --sensitivity FILE, which `ds_compress sensitivity` writes")
-    if (size is None) == (effective_bits is None):
-        raise ValueError("--search needs one goal: --size 20MB, or --effective-bits 4.5")
+    if sum(goal is not None for goal in (size, effective_bits, latency)) != 1:
+        raise ValueError("--search needs one goal: --size 20MB, --effective-bits 4.5, or --latency 10ms")
+    if latency is not None and (device is None or tokens is None):
+        raise ValueError("--latency is that of a forward of --tokens on --device: say both")
     if out is None:
         raise ValueError("--search needs --output FILE for the config that it writes")
     if out.exists() and not overwrite:
@@ -73,7 +80,11 @@ def request(
         raise ValueError(f"{out.parent} is no folder that can be written to")
     if not table.is_file():
         raise ValueError(f"{table}: there is no such file")
-    goal = StoredBytes(bytes_of(size)) if size is not None else EffectiveBits(effective_bits or 0.0)
+    goal: Goal
+    if latency is not None and device is not None and tokens is not None:
+        goal = Latency(seconds_of(latency), devices.device(device), tokens)
+    else:
+        goal = StoredBytes(bytes_of(size)) if size is not None else EffectiveBits(effective_bits or 0.0)
     return Request(Sensitivity.read(table), goal, out)
 
 
@@ -129,7 +140,8 @@ def write(asked: Request, found: Answer) -> list[str]:
 
 def _in_words(predicted: Any, metric: str) -> str:
     size = f"{predicted.effective_bits:.3f} bits, at most {predicted.bytes / 1e6:.2f} MB"
-    return f"{size}, {metric} +{predicted.increase:.3g}"
+    time = "" if predicted.seconds is None else f", {predicted.seconds * 1e3:.4g} ms at least"
+    return f"{size}{time}, {metric} +{predicted.increase:.3g}"
 
 
 def _is_block(content: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,16 @@ _LONGEST_TEXT = 2048
 def compute_estimate(
     model: Any,
     plan: Plan,
-    config: Path,
+    content: Mapping[str, Any],
     tokens: int | None,
     sequence: int | None,
     device: str | None,
     layout_options: tuple[int, int, int | None],
     teacher: Path | None,
 ) -> Compute | None:
-    """None without --tokens. model: on the meta device. layout_options: world size, nodes and ZeRO stage.
+    """None without --tokens.
+
+    model: on the meta device. content: of the config. layout_options: world size, nodes and ZeRO stage.
 
     Raises:
         ValueError: an option without --tokens, a device that is not known, or what `compute` and `RunLayout` refuse.
@@ -34,14 +37,12 @@ def compute_estimate(
         return None
     from ds_compress.cli.models import skeleton
     from ds_compress.config.resolve.resolver import resolve
-    from ds_compress.config.schema.source import read_json
     from ds_compress.errors import ROOT
     from ds_compress.estimate import devices
     from ds_compress.estimate.compute import compute
     from ds_compress.estimate.products import work_of
     from ds_compress.estimate.run_layout import RunLayout
 
-    content = read_json(str(config))
     taught = None
     if teacher is not None:
         model_that_teaches = skeleton(teacher)

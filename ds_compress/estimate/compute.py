@@ -202,24 +202,49 @@ def _seconds(
     return {"plain": plain, "compressed": plain + extra}
 
 
-def _latency(plan: ResolvedPlan, work: Work, device: Device, tokens: int, sequence: int) -> Latency:
-    sizes = stored(plan)
-    before = after = reading = 0.0
-    units = _units(plan)
+def product_seconds(plan: ResolvedPlan, work: Work, device: Device, tokens: int) -> dict[str, float]:
+    """By module the time of its product in one forward of an export, at least."""
+    return {product.module: spent for product, spent, _ in _spent(plan, work, device, tokens)}
+
+
+def attention_seconds(work: Work, device: Device, tokens: int, sequence: int) -> float:
+    """Of scores and values in one forward of an export; a single token looks back at a whole text."""
+    seen = min(sequence, tokens) if tokens > 1 else sequence
+    return device.seconds(tokens * work.attention.flops(seen) * work.attention.left, 0)
+
+
+def _spent(
+    plan: ResolvedPlan, work: Work, device: Device, tokens: int
+) -> Iterator[tuple[Product, float, bool]]:
+    """Of each product its time, and whether reading and writing takes all of it."""
+    sizes, units = stored(plan), _units(plan)
     for product in work.products:
-        seen = _seen(product.share, tokens)
-        around = tokens * (product.inputs + product.outputs) * _ITEM
-        before += device.seconds(tokens * product.flops, product.numel * seen * _ITEM + around)
         nbytes = min(sizes[product.weight].after, product.left * _ITEM) * _seen(product.share_left, tokens)
-        flops = tokens * product.flops_left
-        kind = units.get(product.module, "bf16")
-        spent = device.seconds(flops, nbytes + around, kind)
+        nbytes += _around(product, tokens)
+        spent = device.seconds(tokens * product.flops_left, nbytes, units.get(product.module, "bf16"))
+        yield product, spent, device.moving(nbytes) >= spent
+
+
+def _around(product: Product, tokens: int) -> int:
+    """Bytes of its inputs and outputs."""
+    return tokens * (product.inputs + product.outputs) * _ITEM
+
+
+def _latency(plan: ResolvedPlan, work: Work, device: Device, tokens: int, sequence: int) -> Latency:
+    after = reading = 0.0
+    for _, spent, is_reading in _spent(plan, work, device, tokens):
         after += spent
-        reading += spent if device.moving(nbytes + around) >= spent else 0.0
-    attention = tokens * work.attention.flops(min(sequence, tokens) if tokens > 1 else sequence)
-    before += device.seconds(attention, 0)
-    after += device.seconds(attention * work.attention.left, 0)
-    return Latency(tokens, before, after, reading > after / 2)
+        reading += spent if is_reading else 0.0
+    attention = attention_seconds(work, device, tokens, sequence)
+    before = sum(
+        device.seconds(
+            tokens * product.flops,
+            product.numel * _seen(product.share, tokens) * _ITEM + _around(product, tokens),
+        )
+        for product in work.products
+    )
+    before += attention / work.attention.left if work.attention.left else 0.0
+    return Latency(tokens, before, after + attention, reading > (after + attention) / 2)
 
 
 def _seen(share: Any, tokens: int) -> float:

@@ -22,9 +22,10 @@ from ds_compress.config.targets import Weight
 from ds_compress.export.compatibility import loads_packed, refuse_unfit
 from ds_compress.modelinfo.inventory import entries_of
 from ds_compress.sensitivity.formats import format_named
-from ds_compress.sensitivity.goal import Goal
+from ds_compress.sensitivity.goal import PICOSECOND, Goal, Latency
 from ds_compress.sensitivity.groups import BLOCK, block_with
 from ds_compress.sensitivity.knapsack import Option, UnreachableError, choose
+from ds_compress.sensitivity.latency import times
 from ds_compress.sensitivity.patterns import patterns
 from ds_compress.sensitivity.table import GroupSensitivity, Sensitivity
 
@@ -41,12 +42,13 @@ class Predicted:
     """Of one choice of formats.
 
     increase: of the metric. bytes: of the weight files of an export, at most, headers included. effective_bits: stored
-    bits of a weight of the layers in the table.
+    bits of a weight of the layers in the table. seconds: of one forward, at least; None where the goal is none of time.
     """
 
     increase: float
     bytes: int
     effective_bits: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,13 @@ def search(model: nn.Module, block: Mapping[str, Any], table: Sensitivity, goal:
     _refuse_own_quantization(block)
     _refuse_other_model(model, table)
     sizes = _Sizes.of(model, block, table)
-    options = [_options(name, group, sizes) for name, group in table.groups.items()]
+    limited = times(model, sizes.plans, KEEP, table, goal) if isinstance(goal, Latency) else sizes
+    options = [_options(group, limited.by_format[name]) for name, group in table.groups.items()]
     weights = sum(group.parameters for group in table.groups.values())
     try:
-        found = choose(options, goal.budget(weights, sizes.others))
+        found = choose(options, goal.budget(weights, limited.others))
     except UnreachableError as error:
-        reached = goal.reached(error.smallest, weights, sizes.others)
+        reached = goal.reached(error.smallest, weights, limited.others)
         raise ValueError(f"{goal}: the smallest that these formats reach is {reached}") from None
     chosen = dict(zip(table.groups, found, strict=True))
     if set(found) == {KEEP}:
@@ -101,8 +104,14 @@ def search(model: nn.Module, block: Mapping[str, Any], table: Sensitivity, goal:
 
     def predicted(names: Sequence[str]) -> Predicted:
         own = [option[name] for option, name in zip(options, names, strict=True)]
-        total = sum(option.size for option in own)
-        return Predicted(sum(option.cost for option in own), sizes.others + total, 8 * total / weights)
+        total = sum(of[name] for of, name in zip(sizes.by_format.values(), names, strict=True))
+        picoseconds = limited.others + sum(option.size for option in own)
+        return Predicted(
+            sum(option.cost for option in own),
+            sizes.others + total,
+            8 * total / weights,
+            picoseconds * PICOSECOND if isinstance(goal, Latency) else None,
+        )
 
     uniform = {
         name: predicted([name] * len(options))
@@ -116,12 +125,14 @@ def search(model: nn.Module, block: Mapping[str, Any], table: Sensitivity, goal:
 class _Sizes:
     """Bytes of the groups of a table in an export.
 
-    by_format: by name of a group, by format. others: of all other weights, and of the headers of the files.
+    by_format: by name of a group, by format. others: of all other weights, and of the headers of the files. plans: by
+    format, with all groups in it that can be.
     """
 
     export_to: str
     by_format: Mapping[str, Mapping[str, int]]
     others: int
+    plans: Mapping[str, Plan]
 
     @classmethod
     def of(cls, model: nn.Module, block: Mapping[str, Any], table: Sensitivity) -> _Sizes:
@@ -134,7 +145,8 @@ class _Sizes:
         packs = loads_packed(first, model)
         parameters = _parameters(model, table)
         sizes: dict[str, dict[str, int]] = {name: {} for name in table.groups}
-        for format, plan in ((KEEP, plain), *planned.items()):
+        plans = {KEEP: plain, **planned}
+        for format, plan in plans.items():
             plan.packs = packs
             own = _bytes_by_group(plan, parameters)
             fitting = table.groups if format == KEEP else _fitting(table, format)
@@ -142,14 +154,15 @@ class _Sizes:
                 sizes[name][format] = own[name]
         claimed = {name for names in parameters.values() for name in names}
         others = sum(weight.after for name, weight in stored(plain).items() if name not in claimed)
-        return cls(export_to, sizes, others + sum(map(_header_bytes, plain.weights)))
+        return cls(export_to, sizes, others + sum(map(_header_bytes, plain.weights)), plans)
 
 
-def _options(name: str, group: GroupSensitivity, sizes: _Sizes) -> dict[str, Option]:
-    options = {KEEP: Option(0.0, sizes.by_format[name][KEEP])}
+def _options(group: GroupSensitivity, amounts: Mapping[str, int]) -> dict[str, Option]:
+    """amounts: what the goal limits, by format."""
+    options = {KEEP: Option(0.0, amounts[KEEP])}
     for format, value in group.increase.items():
         if value is not None:
-            options[format] = Option(value, sizes.by_format[name][format])
+            options[format] = Option(value, amounts[format])
     return options
 
 

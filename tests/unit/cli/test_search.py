@@ -74,6 +74,23 @@ def test_from_a_text_to_an_export_within_its_size(place: Path, tmp_path: Path) -
     assert report.bytes == sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
 
 
+def test_a_latency(place: Path, tmp_path: Path) -> None:
+    device = ("--tokens", 1, "--device", "bf16=1,bandwidth=1")
+    plain = searched(place, "deepspeed.json", tmp_path / "a.json", "--effective-bits", 30, *device)
+    before = plain["compute"]["latencies"][0]["before_s"]
+    out = tmp_path / "b.json"
+    found = searched(place, "deepspeed.json", out, "--latency", f"{0.6 * before * 1e6:.3f}us", *device)
+    after = found["compute"]["latencies"][0]["after_s"]
+    assert found["search"]["seconds"] == pytest.approx(after, rel=1e-3) and after <= 0.6 * before
+    assert found["search"]["goal"].startswith("latency ") and plain["search"]["seconds"] is None
+    assert "weight_quantization" in json.loads(out.read_text())["compression_training"]
+    code, _, error = call(
+        "plan", place / "bert", place / "deepspeed.json", "--search", "--sensitivity", place / "table.json",
+        "--output", tmp_path / "c.json", "--latency", "1us",
+    )  # fmt: skip
+    assert code == 2 and "--tokens on --device: say both" in error and not (tmp_path / "c.json").exists()
+
+
 def test_the_rest_of_the_config_stays(place: Path, tmp_path: Path) -> None:
     for name in ("whole.json", "deepspeed.json"):
         out = tmp_path / name

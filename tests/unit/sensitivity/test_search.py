@@ -14,8 +14,12 @@ from torch import nn
 import ds_compress
 from ds_compress.config.report.size_estimate import stored, total
 from ds_compress.errors import ConfigError
+from ds_compress.estimate.compute import compute
+from ds_compress.estimate.devices import device
+from ds_compress.estimate.products import work_of
+from ds_compress.estimate.run_layout import RunLayout
 from ds_compress.sensitivity.formats import formats_named
-from ds_compress.sensitivity.goal import EffectiveBits, StoredBytes
+from ds_compress.sensitivity.goal import EffectiveBits, Latency, StoredBytes
 from ds_compress.sensitivity.groups import BLOCK, layer_groups
 from ds_compress.sensitivity.increase import Metric
 from ds_compress.sensitivity.measure import measure
@@ -101,6 +105,59 @@ def test_a_mix_is_better_than_the_uniform_format_of_its_size() -> None:
         found = search(model, {}, measured, EffectiveBits(uniform[format].effective_bits))
         assert found.predicted.bytes <= uniform[format].bytes
         assert found.predicted.increase < uniform[format].increase, format
+
+
+def time_of(model: nn.Module, block: dict[str, Any], goal: Latency) -> float:
+    """As `ds_compress plan --tokens --device` says of the config that was written."""
+    plan = ds_compress.plan(model, block)
+    work = work_of(model, plan)
+    found = compute(plan, work, RunLayout(), goal.tokens, goal.tokens, device=goal.device)
+    return found.latencies[-1].after
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize("peaks", ["bf16=1e6,bandwidth=1000", "bf16=0.001,int8=0.002,bandwidth=1e6"])
+def test_a_latency_is_kept_to(peaks: str, tokens: int) -> None:
+    """Where memory is what is slow, and where products are, which weights in fewer bits make no faster."""
+    model = tiny_llama(hidden=64, intermediate=128)
+    measured = made_up(model)
+    slow = Latency(1.0, device(peaks), tokens)
+    plain, least = time_of(model, {}, slow), time_of(model, all_in(model, measured, "mxfp4"), slow)
+    if "0.001" in peaks:
+        assert least == plain
+        with pytest.raises(ValueError, match="the smallest that these formats reach is"):
+            search(model, {}, measured, replace(slow, seconds=0.9 * plain))
+        return
+    goal = replace(slow, seconds=(plain + least) / 2)
+    found = search(model, {}, measured, goal)
+    assert found.predicted.seconds is not None and least < found.predicted.seconds <= goal.seconds < plain
+    assert found.predicted.seconds == pytest.approx(time_of(model, found.block, goal), rel=1e-3)
+    assert len(set(found.formats.values())) > 1
+
+
+def all_in(
+    model: nn.Module, measured: Sensitivity, format: str, block: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    bits = search(model, block or {}, measured, EffectiveBits(30)).uniform[format].effective_bits
+    return search(model, block or {}, only(measured, format), EffectiveBits(bits)).block
+
+
+def test_a_latency_counts_inputs_that_another_block_quantizes() -> None:
+    model = tiny_llama(hidden=64, intermediate=128)
+    inputs = {
+        "activation_quantization": {
+            "shared_parameters": {"enabled": True},
+            "different_groups": {"g": {"params": {"bits": 8}, "modules": ["mlp"]}},
+        }
+    }
+    goal = Latency(1.0, device("bf16=0.001,int8=0.004,bandwidth=1e6"), 512)
+    measured = made_up(model)
+    plain = time_of(model, inputs, goal)
+    least = time_of(model, all_in(model, measured, "int8", inputs), goal)
+    within = replace(goal, seconds=(plain + least) / 2)
+    found = search(model, inputs, only(measured, "int8"), within)
+    assert found.predicted.seconds == pytest.approx(time_of(model, found.block, within), rel=1e-3)
+    assert all(format == KEEP for name, format in found.formats.items() if "mlp" not in name)
 
 
 @pytest.mark.parametrize(
