@@ -60,7 +60,13 @@ class Results:
         command = f"python -m benchmarks.{self.benchmark} {shlex.join(pairs)}".strip()
         versions = ", ".join(v for v in row["versions"].split(", ") if not v.startswith("python"))
         day = row["time"].partition("T")[0]
-        return command, f"{row['cpu']}, {row['cores']} cores", versions, f"commit {row['commit']}, {day}"
+        gone = " (no longer in the history)" if record.is_gone(row["commit"]) else ""
+        return (
+            command,
+            f"{row['cpu']}, {row['cores']} cores",
+            versions,
+            f"commit {row['commit']}{gone}, {day}",
+        )
 
 
 def markdown(

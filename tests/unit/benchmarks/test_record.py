@@ -16,6 +16,26 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=record.HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@pytest.mark.skipif(
+    git("rev-parse", "--is-shallow-repository") != "false", reason="needs the whole history of the repository"
+)
+def test_every_figure_names_a_commit_that_can_be_checked_out() -> None:
+    history = git("rev-list", "HEAD").split()
+    named = {row["commit"] for path in record.RESULTS.glob("**/*.csv") for row in rows(path)}
+    for path in record.RESULTS.glob("**/*.json"):
+        content = json.loads(path.read_text())
+        named |= {str(content["commit"])} if isinstance(content, dict) and "commit" in content else set()
+    known = {commit[:length] for commit in history for length in {len(n.removesuffix("+")) for n in named}}
+    missing = {commit.removesuffix("+") for commit in named} - known
+    assert missing == record.GONE & missing, "measured on a commit that is not in the history"
+    assert missing == record.GONE, "measured again: take it out of GONE"
+
+
 class TestWrite:
     def test_one_line_per_figure_with_its_conditions(self, tmp_path: Path) -> None:
         path = record.write("thing", "--quick", {"plain": {"ratio": 1.0}, "l1": {"ratio": 1.25}}, tmp_path)
