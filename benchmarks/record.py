@@ -41,8 +41,8 @@ _OPTIONS_OF_NO_SETTING = ("--output", "--record", "--rounds", "--teacher", "--th
 
 RESULTS = HERE / "results"
 GONE = frozenset({"30d7abacaca7", "9a3cfd3eaee9", "fe9ac31edaa1", "ff2b4d40c544"})
-"""Commits that were rebased away after something was measured on them. A test keeps them from becoming more, and the docs
-say so beside the figure."""
+"""Commits that were rebased away after something was measured on them. A test keeps them from becoming more, and the
+docs say so beside the figure."""
 
 
 def is_gone(commit: str) -> bool:
