@@ -19,6 +19,7 @@ import argparse
 import difflib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -246,6 +247,23 @@ def shrink() -> Lines:
     return markdown(head, map(row, r.variants()), r.sources)
 
 
+def search() -> Lines:
+    r = Results("search")
+    figure, rows = "divergence, nats", []
+    for variant in r.variants():
+        model, _, uniform = variant.partition(", all ")
+        if not uniform:
+            continue
+        of_mixes = f"{model}, mix for the bits of {uniform}, seed "
+        mixes = [r.value(mix, figure) for mix in r.variants() if mix.startswith(of_mixes)]
+        own, middle = r.value(variant, figure), statistics.median(mixes)
+        name = f"{model}, {r.value(variant, 'effective bits'):.2f} bits ({uniform})"
+        spread = f"{middle:.4g} ({min(mixes):.4g} to {max(mixes):.4g}, {len(mixes)} seeds)"
+        rows.append([name, f"{own:.4g}", spread, f"{middle / own:.2f}"])
+    head = ["divergence from the model as it is, nats", "one format", "a mix: median", "of the first"]
+    return markdown(head, rows, r.sources)
+
+
 def distillation_quality() -> Lines:
     half, few = (Results("distillation_quality", setting=s) for s in ("half", "few_labels --steps 240"))
 
@@ -381,6 +399,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
         int8_linear,
         elementwise,
         memory,
+        search,
         experts,
         expert_steps,
         checkpoints,
