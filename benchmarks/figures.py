@@ -257,7 +257,8 @@ def search() -> Lines:
         of_mixes = f"{model}, mix for the bits of {uniform}, seed "
         mixes = [r.value(mix, figure) for mix in r.variants() if mix.startswith(of_mixes)]
         own, middle = r.value(variant, figure), statistics.median(mixes)
-        name = f"{model}, {r.value(variant, 'effective bits'):.2f} bits ({uniform})"
+        name = {"lm": "language model"}.get(model, model)
+        name = f"{name}, {r.value(variant, 'effective bits'):.2f} bits ({uniform})"
         spread = f"{middle:.4g} ({min(mixes):.4g} to {max(mixes):.4g}, {len(mixes)} seeds)"
         rows.append([name, f"{own:.4g}", spread, f"{middle / own:.2f}"])
     head = ["divergence from the model as it is, nats", "one format", "a mix: median", "of the first"]
