@@ -7,9 +7,8 @@ gradient that crosses a layer; on ZeRO-3 one layer is whole at a time. Hidden st
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ds_compress.engine.teachers.self_teacher import frozen_copy, quantizers_off
 from ds_compress.engine.zero.parameters import full_parameters
 from ds_compress.errors import ConfigError, Problem
+from ds_compress.modelinfo.evaluating import evaluating
 from ds_compress.modelinfo.layers import find_layers
 from ds_compress.quant import layers as quant_layers
 
@@ -147,7 +147,7 @@ def _calibrate(engine: Any, run: Any, batches: Sequence[Mapping[str, torch.Tenso
     if technique is None or not technique.lacks_ranges:
         return
     quantized = [m for m in engine.module.modules() if isinstance(m, quant_layers.QATModule)]
-    with _evaluating(engine.module), quantizers_off(engine.module, ("weight_quantizer",)):
+    with evaluating(engine.module), quantizers_off(engine.module, ("weight_quantizer",)):
         for module in quantized:
             module.training = True  # it observes then
         for batch in batches:
@@ -173,7 +173,7 @@ def _recorded(
 
     handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        with _evaluating(model), quantizers_off(model):
+        with evaluating(model), quantizers_off(model):
             for batch in batches:
                 model(**_without_labels(model, batch))
     finally:
@@ -254,14 +254,3 @@ def _write(run: Any, layer: nn.Module, name: str, trained: Mapping[int, torch.Te
         if fragment is not None:
             part = value.flatten()[fragment.start : fragment.start + fragment.numel]
             fragment.values.copy_(part)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_compress.config.targets import Target, TechniquePlan
+from ds_compress.modelinfo.evaluating import evaluating
 from ds_compress.sensitivity.calibration import Batch
 from ds_compress.sensitivity.formats import Format
 from ds_compress.sensitivity.groups import BLOCK, LayerGroup, targets_in
@@ -64,7 +65,7 @@ def measure(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums: dict[int, list[float]] = {}
     failure: ValueError | None = None
-    with _in_eval_mode(model):
+    with evaluating(model):
         try:
             metric = metric_for(_forward(model, _on_device(model, batches[0])), model, wants_loss)
             own = range(rank, len(batches), world)
@@ -139,17 +140,6 @@ def _forward(model: Any, batch: Batch) -> Any:
 
 def _on_device(model: Any, batch: Batch) -> Batch:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 def _gathered(own: dict[int, list[float]], failure: ValueError | None) -> dict[int, list[float]]:

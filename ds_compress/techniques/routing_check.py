@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
+from ds_compress.modelinfo.evaluating import evaluating
 from ds_compress.modelinfo.kinds import shape_of
 from ds_compress.techniques.expert_routing import ExpertRouting, is_index
 
@@ -51,7 +51,7 @@ def check_exclusion(
     try:
         with (
             full_parameters([p for p in module.parameters() if id(p) not in of_experts]),
-            _evaluating(module),
+            evaluating(module),
         ):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn((1, _TOKENS, shape_of(weight)[1]), generator=generator)
@@ -78,15 +78,3 @@ def _look(args: tuple[Any, ...], kwargs: dict[str, Any], left: int) -> None:
     if not chosen and (len(tensors) != 1 or tensors[0].shape[:-1].numel() != left * _TOKENS):
         raise ValueError("what its experts are called with is not known here")
     raise _Reached
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without the noise that routers add in training."""
-    before = {inner: inner.training for inner in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for inner, training in before.items():
-            inner.training = training
